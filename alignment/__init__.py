@@ -1,0 +1,1 @@
+"""Ranked to plan to checkpoint."""

@@ -1,0 +1,250 @@
+"""Decide what every training step trains on, before the first one.
+
+Reads   `<output>/ranked/train.jsonl` (ranked)
+Writes  `<output>/<run>/plan.jsonl`, a line for each row in training order: `step`, `epoch`, `gamma`, `prompt_id`,
+        `preferred` (index into the ranked record's responses), `dispreferred` (indices), `weights` (their q of Eq. 9;
+        1 for bt), `dispreferred_count` (N); and `plan.json`: counts, diagnostics, hash of the ranked file
+Run     python -m alignment.plan configs/quickstart.yaml
+
+Order and draws are seeded and do not depend on the order of the ranked file, so workers, ranks and resuming cannot
+change them: training reads the plan from top to bottom.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from hps.cli import parse
+from hps.errors import InputError, run_main
+from hps.manifest import check_model, claim, file_hash, model_hash
+from hps.recipe import Recipe, Schedule
+from hps.records import read_jsonl, read_ranked, write_atomic, write_json
+
+
+def hardness_weights(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """q of Eq. 9: `q_i = exp(gamma r_i) / sum_k exp(gamma r_k)` over the dispreferred responses.
+
+    The maximum is subtracted first, so that large rewards do not overflow (the released code gives NaN there).
+
+    Args:
+        rewards: (N,), rewards of the dispreferred responses, any unit.
+        gamma: hardness; positive favours high rewards (hard negatives), negative low ones, 0 is uniform.
+
+    Returns:
+        (N,), sums to 1.
+    """
+    logits = gamma * np.asarray(rewards, dtype=np.float64)
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def gamma_stages(schedule: Schedule) -> list[float]:
+    """gamma of each stage, linear (section 6).
+
+    `inclusive` reaches both ends (-5, -2.5, 0, 2.5, 5 with the paper's numbers); `exclusive` is the rule of the
+    released code, which stops short of the upper end (-5, -3, -1, 1, 3).
+    """
+    start, end, count = schedule.gamma_start, schedule.gamma_end, schedule.gamma_stages
+    steps = count - 1 if schedule.gamma_ends == "inclusive" else count
+    return [start + (end - start) * stage / max(1, steps) for stage in range(count)]
+
+
+def stage_of(step: int, steps: int, count: int) -> int:
+    """The gamma stage of a step (from 0): equal shares of the training, by global progress."""
+    return min(count - 1, step * count // steps)
+
+
+def standardize(rewards: np.ndarray) -> np.ndarray:
+    """Rewards of one prompt with mean 0 and standard deviation 1; (n,) to (n,). All equal gives zeros."""
+    spread = rewards.std()
+    return (rewards - rewards.mean()) / spread if spread > 0 else np.zeros_like(rewards)
+
+
+def preferred_index(record: dict, best: str) -> int | None:
+    """Index of y_1: the highest reward (`reward`), or the response humans preferred (`human`, None when it is absent)."""
+    if best == "reward":
+        return 0
+    return record["sources"].index("given_1") if "given_1" in record["sources"] else None
+
+
+def usable(records: list[dict], best: str) -> tuple[list[dict], dict]:
+    """Records that carry a preference, sorted by prompt_id, and how many were left out, by reason."""
+    kept, left_out = [], {"all rewards tie": 0, "no preferred human response": 0}
+    for record in sorted(records, key=lambda record: record["prompt_id"]):
+        if record["rewards"][0] == record["rewards"][-1]:
+            left_out["all rewards tie"] += 1
+        elif preferred_index(record, best) is None:
+            left_out["no preferred human response"] += 1
+        else:
+            kept.append(record)
+    return kept, {reason: count for reason, count in left_out.items() if count}
+
+
+def training_order(count: int, schedule: Schedule, rng: np.random.Generator) -> tuple[list[tuple[int, int]], int]:
+    """`(epoch, record index)` in training order, whole steps; and how many rows fill up the last step.
+
+    Each epoch is a fresh shuffle. The last step is filled up with the first prompts of one more shuffle, so that no
+    prompt is dropped and every step has the same batch.
+    """
+    rows = [(epoch, int(i)) for epoch in range(schedule.epochs) for i in rng.permutation(count)]
+    fill = -len(rows) % schedule.global_batch
+    while fill > len(rows) - count * schedule.epochs:
+        rows += [(schedule.epochs, int(i)) for i in rng.permutation(count)]
+    return rows[: count * schedule.epochs + fill], fill
+
+
+def make_plan(records: list[dict], recipe: Recipe) -> tuple[list[dict], dict]:
+    """The plan's rows and its facts (counts and diagnostics).
+
+    Raises:
+        InputError: no record carries a preference.
+    """
+    schedule = recipe.schedule
+    kept, left_out = usable(records, schedule.best)
+    if not kept:
+        raise InputError(
+            f"no prompt can be trained on: {left_out or 'the file is empty'}",
+            where=str(recipe.ranked("train")),
+            remedy="check the rewards, or use `schedule.best=reward`",
+        )
+    rng = np.random.default_rng(recipe.seed)
+    order, fill = training_order(len(kept), schedule, rng)
+    steps = len(order) // schedule.global_batch
+    gammas = gamma_stages(schedule)
+    rows, diagnostics = [], []
+    for number, (epoch, index) in enumerate(order):
+        step = number // schedule.global_batch
+        stage = stage_of(step, steps, schedule.gamma_stages)
+        row, figures = draw(kept[index], recipe, gammas[stage], rng)
+        rows.append({"step": step, "epoch": epoch, **row})
+        diagnostics.append({"stage": stage, **figures})
+    facts = {
+        "prompts": len(records),
+        "left_out": left_out,
+        "rows": len(rows),
+        "rows_to_fill_the_last_step": fill,
+        "steps": steps,
+        "global_batch": schedule.global_batch,
+        "gamma": gammas if recipe.loss.preference == "hps" else None,
+        "stages": stage_table(diagnostics, gammas, recipe.loss.preference),
+    }
+    return rows, facts
+
+
+def draw(record: dict, recipe: Recipe, gamma: float, rng: np.random.Generator) -> tuple[dict, dict]:
+    """One row for one prompt, and what the diagnostics need of it.
+
+    `hps` draws one dispreferred response from q (Eq. 9); `bt` takes the one of lowest reward (Eq. 15). Eq. 9 excludes
+    y_1 alone, so with `best: human` a response of higher reward than y_1 is among the dispreferred.
+    """
+    rewards = np.asarray(record["rewards"], dtype=np.float64)
+    preferred = preferred_index(record, recipe.schedule.best)
+    others = np.array([index for index in range(len(rewards)) if index != preferred])
+    scale = standardize(rewards) if recipe.schedule.standardize_rewards else rewards
+    if recipe.loss.preference == "bt":
+        weights = np.zeros(len(others))
+        weights[len(others) - 1] = 1.0
+        place = len(others) - 1
+    else:
+        weights = hardness_weights(scale[others], gamma)
+        place = int(rng.choice(len(others), p=weights))
+    drawn = int(others[place])
+    row = {
+        "gamma": gamma if recipe.loss.preference == "hps" else None,
+        "prompt_id": record["prompt_id"],
+        "preferred": preferred,
+        "dispreferred": [drawn],
+        "weights": [float(weights[place])],
+        "dispreferred_count": len(others),
+    }
+    figures = {
+        "effective_sample_size": 1.0 / float(np.square(weights).sum()),
+        "rank": place + 1,
+        "reward_gap": float(rewards[preferred] - rewards[drawn]),
+        "length_gap": record["token_counts"][preferred] - record["token_counts"][drawn],
+    }
+    return row, figures
+
+
+def stage_table(diagnostics: list[dict], gammas: list[float], preference: str) -> list[dict]:
+    """Means per gamma stage: effective sample size of q, rank of the drawn (1 is the hardest), reward and length gap."""
+    table = []
+    for stage in sorted({line["stage"] for line in diagnostics}):
+        lines = [line for line in diagnostics if line["stage"] == stage]
+        names = ("effective_sample_size", "rank", "reward_gap", "length_gap")
+        means = {name: round(float(np.mean([line[name] for line in lines])), 3) for name in names}
+        table.append({"gamma": gammas[stage] if preference == "hps" else None, "rows": len(lines), **means})
+    return table
+
+
+def print_plan(facts: dict, path: Path) -> None:
+    """The plan on the screen."""
+    print(
+        f"plan: {facts['prompts']} prompts, left out: {facts['left_out'] or 'none'}; {facts['rows']} rows in "
+        f"{facts['steps']} steps of {facts['global_batch']} "
+        f"({facts['rows_to_fill_the_last_step']} rows fill up the last step) -> {path}"
+    )
+    print("plan: gamma   rows  effective sample size  mean rank drawn  reward gap  length gap (tokens)")
+    for line in facts["stages"]:
+        gamma = "   -  " if line["gamma"] is None else f"{line['gamma']:6.2f}"
+        print(
+            f"plan: {gamma} {line['rows']:6d} {line['effective_sample_size']:22.2f} {line['rank']:16.2f}"
+            f" {line['reward_gap']:11.3f} {line['length_gap']:20.2f}"
+        )
+
+
+def run_settings(recipe: Recipe) -> dict:
+    """What decides a run's checkpoint; a change of any of it needs another `run` or `output`."""
+    sections = ("loss", "schedule", "lora", "optimizer")
+    return {
+        **{name: asdict(getattr(recipe, name)) for name in sections},
+        "seed": recipe.seed,
+        "policy": model_hash(recipe.models.policy),
+        "ranked": file_hash(recipe.ranked("train")),
+    }
+
+
+def plan(recipe: Recipe) -> None:
+    """Run the stage; see the module's docstring."""
+    check_model(recipe.models.policy, "models.policy")
+    if not recipe.ranked("train").exists():
+        raise InputError(
+            "there is no ranked file",
+            where=str(recipe.ranked("train")),
+            remedy="run `bash gene.sh` with this recipe first",
+        )
+    ranking = recipe.ranked("train").parent
+    # A ranked file that was put there by hand has neither claim nor manifest.
+    if (ranking / "claim.json").exists() and not (ranking / "manifest.json").exists():
+        raise InputError("the ranking is not finished", where=str(ranking), remedy="run `bash gene.sh` again")
+    records = [record for _, record in read_ranked(recipe.ranked("train"))]
+    folder = recipe.run_folder()
+    claim(folder, run_settings(recipe))
+    rows, facts = make_plan(records, recipe)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomic(folder / "plan.jsonl", text)
+    write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
+    print_plan(facts, folder / "plan.jsonl")
+
+
+def read_plan(recipe: Recipe) -> list[dict]:
+    """The plan's rows, checked against the ranked file that it was made from."""
+    path = recipe.run_folder() / "plan.jsonl"
+    rows = [row for _, row in read_jsonl(path)]
+    facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    if facts["ranked_sha256"] != file_hash(recipe.ranked("train")):
+        raise InputError(
+            "the plan was made from another ranked file", where=str(path), remedy="run `bash run.sh` from its beginning"
+        )
+    return rows
+
+
+def main() -> None:
+    recipe, _ = parse(__doc__, dry_run=False)
+    plan(recipe)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,309 @@
+"""Train the policy on the plan.
+
+Reads   `<output>/<run>/plan.jsonl`, `<output>/ranked/train.jsonl`
+Writes  `<output>/<run>/`: `steps/checkpoint-N` (to resume), `log.jsonl` and `curves.png`, `checkpoint/` (adapter or
+        weights, and tokenizer), `merged/` (on request), `manifest.json` (last)
+Run     python -m alignment.train configs/quickstart.yaml                          # one process
+        torchrun --nproc_per_node 8 -m alignment.train configs/hh_rlhf.yaml        # what run.sh does on 8 GPUs
+
+Interrupted training is continued from the last complete checkpoint by the same command, and on a CPU ends with the
+same weights, bit by bit, as one that was not interrupted.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import DPOConfig
+
+from alignment.curves import draw_curves
+from alignment.plan import read_plan, run_settings
+from alignment.trainer import HPSTrainer, PlanCollator
+from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
+from hps.cli import parse
+from hps.errors import InputError, run_main
+from hps.manifest import check_model, claim, finish
+from hps.recipe import Recipe
+from hps.records import read_ranked
+
+COMPLETE = "complete"  # a checkpoint's last file
+
+
+def token_rows(recipe: Recipe, tokenizer) -> list[dict]:
+    """The plan's rows as token ids, in training order.
+
+    Raises:
+        InputError: a prompt leaves no room for a response within `schedule.max_length`.
+    """
+    ranked = {record["prompt_id"]: (where, record) for where, record in read_ranked(recipe.ranked("train"))}
+    limit = recipe.schedule.max_length
+    rows = []
+    for row in read_plan(recipe):
+        where, record = ranked[row["prompt_id"]]
+        prompt = prompt_token_ids(tokenizer, record["prompt"])
+        if len(prompt) >= limit:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {limit}: nothing of a response is left",
+                where=where,
+                remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
+            )
+        chosen, rejected = (
+            response_token_ids(tokenizer, record["prompt"], record["responses"][index], record["truncated"][index])
+            for index in (row["preferred"], row["dispreferred"][0])
+        )
+        rows.append(
+            {
+                "prompt_ids": prompt,
+                "chosen_ids": chosen[: limit - len(prompt)],
+                "rejected_ids": rejected[: limit - len(prompt)],
+                "gamma": row["gamma"] or 0.0,
+                "dispreferred_count": row["dispreferred_count"],
+            }
+        )
+    return rows
+
+
+def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
+    """The parent's settings for this recipe; the global batch is the recipe's whatever the number of processes.
+
+    Raises:
+        InputError: the global batch cannot be divided among the processes.
+    """
+    schedule, optimizer, training = recipe.schedule, recipe.optimizer, recipe.training
+    share, rest = divmod(schedule.global_batch, schedule.device_batch * world_size)
+    if rest or not share:
+        raise InputError(
+            f"`schedule.global_batch` {schedule.global_batch} cannot be divided among {world_size} processes of "
+            f"`schedule.device_batch` {schedule.device_batch}",
+            remedy="change one of them, or `training.processes`",
+        )
+    cuda = torch.cuda.is_available()
+    trackers = [name for name in ("wandb", "tensorboard") if getattr(training, name)]
+    return DPOConfig(
+        output_dir=str(recipe.run_folder() / "steps"),
+        run_name=f"{Path(recipe.output).name}-{recipe.run}",
+        num_train_epochs=1,  # the plan holds all epochs
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=schedule.device_batch,
+        gradient_accumulation_steps=share,
+        learning_rate=optimizer.learning_rate,
+        lr_scheduler_type=optimizer.scheduler,
+        warmup_steps=optimizer.warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        optim="adamw_torch",
+        seed=recipe.seed,
+        max_length=None,
+        router_aux_loss_coef=0.0,
+        bf16=cuda,
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        gradient_checkpointing=training.gradient_checkpointing,
+        deepspeed=training.deepspeed,
+        logging_steps=1,
+        logging_first_step=True,
+        save_steps=training.save_steps,
+        save_total_limit=2,
+        logging_nan_inf_filter=False,  # a NaN loss is to be seen
+        report_to=trackers,
+        project="hps",
+        # The parent switches every dropout off, LoRA's too.
+        disable_dropout=recipe.lora.dropout == 0,
+    )
+
+
+def attention(recipe: Recipe) -> str:
+    """The attention implementation: as the recipe says; `auto` is flash attention where it is installed, else sdpa."""
+    if recipe.training.attention != "auto":
+        return recipe.training.attention
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def load_policy(recipe: Recipe):
+    """The policy before training, bf16 on CUDA and fp32 on a CPU."""
+    model = recipe.models.policy
+    return AutoModelForCausalLM.from_pretrained(
+        model.path,
+        revision=model.revision,
+        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        attn_implementation=attention(recipe),
+    )
+
+
+def lora_config(recipe: Recipe):
+    """PEFT's LoRA settings, or None for full fine-tuning."""
+    from peft import LoraConfig
+
+    lora = recipe.lora
+    if not lora.enabled:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+    )
+
+
+class RunFiles(TrainerCallback):
+    """Marks complete checkpoints and keeps `log.jsonl`, a line a step, with the rate of training."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "log.jsonl"
+        self._tokens = 0.0
+        self._clock = None
+
+    def on_train_begin(self, args, state, control, **_):
+        self._clock = _now()
+        if state.is_world_process_zero:  # lines of steps that are to be done again
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        now, tokens = _now(), logs.get("num_tokens", 0.0)
+        # The parent counts from the start of this process, so the difference holds after resuming too.
+        rate = (tokens - self._tokens) / max(now - self._clock, 1e-9)
+        self._tokens, self._clock = tokens, now
+        line = {
+            "step": state.global_step,
+            **{k: _number(v) for k, v in logs.items()},
+            "tokens_per_second": round(rate, 1),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on_save(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def _now() -> float:
+    import time
+
+    return time.monotonic()
+
+
+def _number(value):
+    """JSON has no NaN: it stands as text, so that it is seen and not lost."""
+    return value if not isinstance(value, float) or value - value == 0 else str(value)
+
+
+def last_checkpoint(steps: Path) -> str | None:
+    """The newest complete checkpoint; ones that a kill left half written are removed."""
+    complete = {}
+    for folder in steps.glob("checkpoint-*"):
+        if (folder / COMPLETE).exists():
+            complete[int(folder.name.partition("-")[2])] = folder
+        else:
+            shutil.rmtree(folder)
+    return str(complete[max(complete)]) if complete else None
+
+
+def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
+    """Save adapter (or weights) and tokenizer under a temporary name, then rename. Every process takes part."""
+    partial = target.with_name(f".{target.name}.partial")
+    state = PartialState()
+    if state.is_main_process and partial.exists():
+        shutil.rmtree(partial)
+    state.wait_for_everyone()
+    trainer.save_model(str(partial))  # ZeRO-3 gathers the shards of all processes here
+    state.wait_for_everyone()
+    if state.is_main_process:
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+    state.wait_for_everyone()
+
+
+def merge(recipe: Recipe) -> None:
+    """Write `merged/`: the policy with the adapter in its weights, as an ordinary checkpoint."""
+    from peft import PeftModel
+
+    target = recipe.run_folder() / "merged"
+    partial = target.with_name(".merged.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint = recipe.run_folder() / "checkpoint"
+    PeftModel.from_pretrained(load_policy(recipe), checkpoint).merge_and_unload().save_pretrained(partial)
+    load_tokenizer(str(checkpoint)).save_pretrained(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(partial, target)
+
+
+def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
+    """The trainer on the plan's rows."""
+    os.environ["WANDB_DIR"] = str(recipe.run_folder())
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
+    return HPSTrainer(
+        model=load_policy(recipe),
+        args=config,
+        loss=recipe.loss,
+        train_dataset=Dataset.from_list(token_rows(recipe, tokenizer)),
+        data_collator=PlanCollator(pad_token_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe),
+        callbacks=[RunFiles(recipe.run_folder())],
+    )
+
+
+def train(recipe: Recipe) -> None:
+    """Run the stage; see the module's docstring."""
+    check_model(recipe.models.policy, "models.policy")
+    folder = recipe.run_folder()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
+        finished = claim(folder, run_settings(recipe))
+    if finished:
+        state.print(f"training: finished before, {folder}")
+        return
+    tokenizer = load_tokenizer(recipe.models.policy.path, recipe.models.policy.revision)
+    trainer = build_trainer(recipe, tokenizer, training_config(recipe, state.num_processes))
+    _announce(recipe, trainer)
+    with state.main_process_first():
+        resume = last_checkpoint(folder / "steps")
+    if resume:
+        state.print(f"training: continued from {resume}")
+    result = trainer.train(resume_from_checkpoint=resume)
+    save(trainer, tokenizer, folder / "checkpoint")
+    if state.is_main_process:
+        if recipe.training.merge and recipe.lora.enabled:
+            merge(recipe)
+        draw_curves(folder / "log.jsonl", folder / "curves.png")
+        outputs = [folder / name for name in ("plan.jsonl", "log.jsonl")]
+        weights = sorted((folder / "checkpoint").glob("*.safetensors"))
+        seconds = round(result.metrics["train_runtime"], 1)
+        finish(folder, recipe, run_settings(recipe), outputs + weights, seconds_of_last_start=seconds)
+        print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
+
+
+def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:
+    """Say what really runs: a DeepSpeed that was asked for and is not on is an error, not a slower run."""
+    state = PartialState()
+    if recipe.training.deepspeed and not trainer.is_deepspeed_enabled:
+        raise InputError("`training.deepspeed` is set, but DeepSpeed is not on", remedy="launch by run.sh (torchrun)")
+    how = f"DeepSpeed {recipe.training.deepspeed}" if trainer.is_deepspeed_enabled else "no DeepSpeed"
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    state.print(
+        f"training: {recipe.loss.family}-{recipe.loss.preference}, {state.num_processes} process(es), {how}, "
+        f"attention {attention(recipe)}, {trainable:,} weights train",
+        flush=True,
+    )
+
+
+def main() -> None:
+    recipe, _ = parse(__doc__, dry_run=False)
+    train(recipe)
+
+
+if __name__ == "__main__":
+    run_main(main)

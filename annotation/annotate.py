@@ -1,0 +1,134 @@
+"""Score every candidate with the reward model and rank.
+
+Reads   `<output>/candidates/{train,test}.jsonl` (candidates)
+Writes  `<output>/ranked/{train,test}.jsonl` (ranked: candidates with `rewards`, sorted), `summary.json`,
+        `manifest.json` (last)
+Run     python -m annotation.annotate configs/quickstart.yaml
+
+A run that was killed is continued by the same command. A score that is not finite stops the run and names the record;
+what was scored before stays.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+
+from annotation.score import RewardModel
+from hps.cli import parse, progress
+from hps.errors import InputError, run_main
+from hps.manifest import check_model, claim, file_hash, finish, model_hash
+from hps.recipe import SPLITS, Model, Recipe
+from hps.records import PARALLEL, Appender, done_ids, read_candidates, read_ranked, write_json
+from hps.workers import count_devices, run_workers
+
+
+class Scorer:
+    """The worker: a reward model of its own; candidates in, ranked records out. A bad score comes out as `error`."""
+
+    def __init__(self, model: dict, dtype: str, batch_tokens: int):
+        self.model = RewardModel(Model(**model), dtype, batch_tokens)
+
+    def __call__(self, batch: dict) -> Iterator[dict]:
+        for text in batch["item"]:
+            item = json.loads(text)
+            record = item["record"]
+            try:
+                rewards = self.model.score(record["prompt"], record["responses"], record["truncated"])
+                result = {"split": item["split"], "record": rank(record, rewards)}
+            except InputError as error:
+                result = {"error": f"{item['where']}: prompt {record['prompt_id']}: {error}"}
+            yield {"item": [json.dumps(result)]}
+
+
+def rank(record: dict, rewards: list[float]) -> dict:
+    """The record with `rewards`, its parallel lists sorted by reward, best first; ties keep their order."""
+    order = sorted(range(len(rewards)), key=lambda index: -rewards[index])
+    ranked = {name: [record[name][index] for index in order] for name in PARALLEL}
+    return {**record, **ranked, "rewards": [rewards[index] for index in order]}
+
+
+def summarize(path: Path) -> dict:
+    """Rewards of a ranked file: means over prompts of best, mean and worst reward, spread; ties and lengths."""
+    best, average, worst, spread, lengths, ties, sources, prompts = [], [], [], [], [], 0, {}, 0
+    for _, record in read_ranked(path):
+        rewards = record["rewards"]
+        prompts += 1
+        best.append(rewards[0])
+        average.append(mean(rewards))
+        worst.append(rewards[-1])
+        spread.append(math.sqrt(mean((reward - average[-1]) ** 2 for reward in rewards)))
+        ties += len(rewards) - len(set(rewards))
+        lengths += record["token_counts"]
+        sources[record["sources"][0]] = sources.get(record["sources"][0], 0) + 1
+    if not prompts:
+        return {"prompts": 0}
+    columns = {"best": best, "mean": average, "worst": worst, "standard_deviation": spread, "tokens": lengths}
+    means = {name: round(mean(values), 4) for name, values in columns.items()}
+    return {"prompts": prompts, **means, "tied_responses": ties, "source_of_best": dict(sorted(sources.items()))}
+
+
+def stage_settings(recipe: Recipe) -> dict:
+    """What decides the ranking; a change of any of it needs another output folder."""
+    return {
+        "dtype": recipe.annotation.dtype,
+        "model": model_hash(recipe.models.reward),
+        "candidates": {split: file_hash(recipe.candidates(split)) for split in SPLITS},
+    }
+
+
+def annotate(recipe: Recipe) -> None:
+    """Run the stage; see the module's docstring."""
+    check_model(recipe.models.reward, "models.reward")
+    if not (recipe.candidates("train").parent / "manifest.json").exists():
+        raise InputError(
+            "the candidates are not finished",
+            where=str(recipe.candidates("train").parent),
+            remedy="run generation first, or `bash gene.sh`, which runs both",
+        )
+    folder = recipe.ranked("train").parent
+    settings = stage_settings(recipe)
+    if claim(folder, settings):
+        print(f"annotation: finished before, {folder}")
+        return
+    with Appender(recipe.ranked("train")) as train, Appender(recipe.ranked("test")) as test:
+        _score_all(recipe, {"train": train, "test": test})
+    summary = {split: summarize(recipe.ranked(split)) for split in SPLITS}
+    write_json(folder / "summary.json", summary)
+    for split, figures in summary.items():
+        print(f"annotation: {split}: {json.dumps(figures)}")
+    finish(folder, recipe, settings, [recipe.ranked(split) for split in SPLITS])
+
+
+def _score_all(recipe: Recipe, writers: dict[str, Appender]) -> None:
+    items, done = [], 0
+    for split in SPLITS:
+        finished = done_ids(recipe.ranked(split))
+        done += len(finished)
+        for where, record in read_candidates(recipe.candidates(split)):
+            if record["prompt_id"] not in finished:
+                items.append({"split": split, "where": where, "record": record})
+    print(f"annotation: {len(items)} prompts to score, {done} scored before", flush=True)
+    if not items:
+        return
+    arguments = {
+        "model": asdict(recipe.models.reward),
+        "dtype": recipe.annotation.dtype,
+        "batch_tokens": recipe.annotation.batch_tokens,
+    }
+    results = run_workers(Scorer, arguments, items, count_devices(recipe.annotation.workers))
+    for result in progress(results, len(items) + done, "annotation", " prompts", done):
+        if "error" in result:
+            raise InputError(result["error"])
+        writers[result["split"]].append(result["record"])
+
+
+def main() -> None:
+    recipe, _ = parse(__doc__, dry_run=False)
+    annotate(recipe)
+
+
+if __name__ == "__main__":
+    run_main(main)

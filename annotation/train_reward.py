@@ -1,0 +1,204 @@
+"""Train the two small reward models of the quickstart, by TRL's RewardTrainer (Bradley-Terry).
+
+They show the method and judge no model: 120 written pairs teach a 135M model's first layers little about quality. `train`
+ranks the candidates, `eval` is another one, with other layers, contrast pairs and seed, for evaluation (the paper also
+evaluates with a reward model that it did not train with).
+
+Reads   data/quickstart/{dialogue,safety}_train.jsonl (prompts with two responses, best first); the test files for the report
+Writes  annotation/embedded/<name>/: LoRA adapter with the head (safetensors), `reward.json`, `report.json`
+Run     python -m annotation.train_reward train && python -m annotation.train_reward eval   # then `bash setup.sh train` merges
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from hps.chat import conversation_token_ids, load_tokenizer
+from hps.embedded import ADAPTERS, LANGUAGE_MODEL, MODELS, REWARD_NAMES, reward_backbone
+from hps.errors import run_main
+from hps.records import read_prompts, write_json
+
+SETS = ("dialogue", "safety")
+DATA = Path(__file__).resolve().parents[1] / "data" / "quickstart"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`layers` of the language model kept, `contrasts` of each kind made from a written pair."""
+
+    layers: int
+    seed: int
+    contrasts: int = 1
+    epochs: int = 2
+    batch: int = 8
+    learning_rate: float = 3e-4
+    lora_r: int = 8
+
+
+SETTINGS = {"train": Settings(layers=10, seed=1), "eval": Settings(layers=12, seed=2)}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt; `cut` says that the worse one is cut off, so that it has no end of turn."""
+
+    kind: str
+    messages: list
+    better: str
+    worse: str
+    cut: bool = False
+
+
+def written_pairs(split: str) -> list[Pair]:
+    """The pairs of a split as written, both sets."""
+    return [
+        Pair("written", record["prompt"], *record["responses"])
+        for name in SETS
+        for _, record in read_prompts(DATA / f"{name}_{split}.jsonl")
+    ]
+
+
+def contrast_pairs(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
+    """Pairs whose worse response is bad for a reason that needs no judgement.
+
+    For each written pair `count` times: an answer to another prompt, and one of four broken texts (words shuffled, one
+    sentence over and over, words left out, cut in the middle). The better response is the written better or worse one in
+    turn: either is preferable to those.
+    """
+    rng = random.Random(seed)
+    contrasts = []
+    for pair in pairs:
+        for repeat in range(count):
+            better = pair.better if (len(contrasts) // 2 + repeat) % 2 == 0 else pair.worse
+            other = rng.choice([p for p in pairs if p.messages != pair.messages])
+            contrasts.append(Pair("other prompt", pair.messages, better, rng.choice([other.better, other.worse])))
+            contrasts.append(_broken(pair.messages, better, rng))
+    return contrasts
+
+
+def _broken(messages: list, text: str, rng: random.Random) -> Pair:
+    words = text.split()
+    kind = rng.choice(["shuffled", "repeated", "gaps", "cut"])
+    if kind == "shuffled":
+        worse = " ".join(rng.sample(words, len(words)))
+    elif kind == "repeated":
+        start = " ".join(words[: rng.randint(3, 6)])
+        worse = " ".join([start] * max(2, len(words) // 5))
+    elif kind == "gaps":
+        worse = " ".join(word for word in words if rng.random() > 0.35) or words[0]
+    else:
+        worse = " ".join(words[: max(1, int(len(words) * rng.uniform(0.3, 0.8)))])
+    return Pair("broken", messages, text, worse, cut=kind == "cut")
+
+
+def pair_ids(tokenizer, pair: Pair) -> dict:
+    """The two conversations' token ids, made as annotation/score.py makes them."""
+    return {
+        "chosen_ids": conversation_token_ids(tokenizer, pair.messages, pair.better, truncated=False),
+        "rejected_ids": conversation_token_ids(tokenizer, pair.messages, pair.worse, truncated=pair.cut),
+    }
+
+
+def wilson(successes: int, count: int, z: float = 1.96) -> list[float]:
+    """Wilson's 95 % interval of a proportion."""
+    share = successes / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return [round(centre - half, 4), round(centre + half, 4)]
+
+
+def report(folder: Path, seed: int) -> dict:
+    """Accuracy of a merged reward model on the test split, by kind of pair, with intervals."""
+    from annotation.score import RewardModel
+    from hps.recipe import Model
+
+    model = RewardModel(Model(path=str(folder)), dtype="float32")
+    written = written_pairs("test")
+    right: dict[str, list[bool]] = {}
+    for pair in written + contrast_pairs(written, 1, seed + 1000):
+        better, worse = model.score(pair.messages, [pair.better, pair.worse], [False, pair.cut])
+        right.setdefault(pair.kind, []).append(better > worse)
+    return {
+        kind: {
+            "pairs": len(hits),
+            "accuracy": round(sum(hits) / len(hits), 4),
+            "interval": wilson(sum(hits), len(hits)),
+        }
+        for kind, hits in right.items()
+    }
+
+
+def train(name: str, settings: Settings, output: Path) -> None:
+    """Train one reward model and write adapter, settings and report into `output`."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import RewardConfig, RewardTrainer
+
+    base = MODELS / LANGUAGE_MODEL
+    tokenizer = load_tokenizer(str(base))
+    written = written_pairs("train")
+    pairs = written + contrast_pairs(written, settings.contrasts, settings.seed)
+    print(f"reward model {name}: {len(written)} written pairs, {len(pairs) - len(written)} contrast pairs", flush=True)
+    model = reward_backbone(base, settings.layers, settings.seed)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = RewardTrainer(
+            model=model,
+            args=RewardConfig(
+                output_dir=scratch,
+                num_train_epochs=settings.epochs,
+                per_device_train_batch_size=settings.batch,
+                learning_rate=settings.learning_rate,
+                lr_scheduler_type="cosine",
+                seed=settings.seed,
+                data_seed=settings.seed,
+                logging_steps=5,
+                save_strategy="no",
+                report_to=[],
+                gradient_checkpointing=False,
+                bf16=False,
+            ),
+            train_dataset=Dataset.from_list([pair_ids(tokenizer, pair) for pair in pairs]),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                task_type="SEQ_CLS",
+                r=settings.lora_r,
+                lora_alpha=2 * settings.lora_r,
+                target_modules="all-linear",
+                modules_to_save=["score"],
+            ),
+        )
+        trainer.train()
+    output.mkdir(parents=True, exist_ok=True)
+    trainer.model.save_pretrained(output)
+    (output / "README.md").unlink(missing_ok=True)
+    adapter = json.loads((output / "adapter_config.json").read_text())
+    write_json(output / "adapter_config.json", {**adapter, "base_model_name_or_path": LANGUAGE_MODEL})
+    write_json(output / "reward.json", {"base": LANGUAGE_MODEL, "layers": settings.layers})
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = Path(scratch)
+        trainer.model.merge_and_unload().save_pretrained(merged)
+        tokenizer.save_pretrained(merged)
+        figures = report(merged, settings.seed)
+    write_json(output / "report.json", figures)
+    print(f"reward model {name}, on the test split: {json.dumps(figures, indent=1)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=REWARD_NAMES)
+    parser.add_argument("--output", type=Path, help="folder instead of annotation/embedded/NAME")
+    options = parser.parse_args()
+    output = options.output or ADAPTERS / options.name
+    if output.exists():
+        shutil.rmtree(output)
+    train(options.name, SETTINGS[options.name], output)
+
+
+if __name__ == "__main__":
+    run_main(main)

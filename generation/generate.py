@@ -1,0 +1,258 @@
+"""Generate K candidate responses for every prompt.
+
+Reads   `data.train.path`, `data.test.path` (prompts: `prompt`, optional `responses`, `prompt_id`)
+Writes  `<output>/candidates/{train,test}.jsonl` (candidates), `{train,test}.ledger.jsonl`, `summary.json`,
+        `manifest.json` (last)
+Run     python -m generation.generate configs/quickstart.yaml
+
+Every prompt ends up exactly once, in the candidates or in the ledger. A run that was killed is continued by the same
+command; prompts that are finished are not touched.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
+from hps.cli import parse, progress
+from hps.engine import Engine, Sample
+from hps.errors import InputError, run_main
+from hps.manifest import check_model, claim, file_hash, finish, model_hash
+from hps.recipe import SPLITS, Generation, Model, Recipe
+from hps.records import Appender, done_ids, read_prompts, write_json
+from hps.workers import count_devices, run_workers
+
+
+class Generator:
+    """The worker: an engine of its own; a batch of prompts in, their samples out as each is finished.
+
+    Items in: `key`, `ids` (token ids), `count`. Items out: `key`, `samples`.
+    """
+
+    def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int):
+        self.engine = Engine(Model(**model), Generation(**settings), set(stop_ids), seed)
+
+    def __call__(self, batch: dict) -> Iterator[dict]:
+        items = map(json.loads, batch["item"])
+        for key, samples in self.engine.stream((item["key"], item["ids"], item["count"]) for item in items):
+            yield {"item": [json.dumps({"key": key, "samples": [asdict(sample) for sample in samples]})]}
+
+
+def load_prompts(recipe: Recipe, split: str) -> tuple[dict[str, dict], list[dict]]:
+    """Read a split; return the prompts by id, and ledger lines for repeated ones.
+
+    A prompt that stands twice with the same given responses is one prompt. The same `prompt_id` on different
+    conversations is an error.
+    """
+    settings = getattr(recipe.data, split)
+    prompts: dict[str, dict] = {}
+    repeated = []
+    for where, record in read_prompts(settings.path, settings.limit):
+        name = record["prompt_id"]
+        if name not in prompts:
+            prompts[name] = record
+            _check_enough(record, settings.responses, recipe.generation.keep_given, where)
+        elif prompts[name]["prompt"] == record["prompt"]:
+            repeated.append({"prompt_id": name, "reason": "repeated prompt", "place": where})
+        else:
+            raise InputError(
+                f"`prompt_id` `{name}` stands on two different prompts", where=where, remedy="make the ids unique"
+            )
+    if not prompts:
+        raise InputError("the file has no prompts", where=settings.path, remedy=f"correct `data.{split}.path`")
+    return prompts, repeated
+
+
+def _check_enough(record: dict, generated: int, keep_given: bool, where: str) -> None:
+    given = len(record["responses"]) if keep_given else 0
+    if given + generated < 2:
+        raise InputError(
+            f"the prompt would have a single response ({given} given, {generated} generated)"
+            if given + generated
+            else "the prompt would have no response",
+            where=where,
+            remedy="raise `data.<split>.responses`, or give more responses",
+        )
+
+
+def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tuple[dict, list[dict]]:
+    """One candidates record of given and sampled responses, and ledger lines for what was dropped or merged.
+
+    Given responses come first and keep their place in the human order as source. Empty responses are dropped; of exact
+    duplicates the first is kept.
+
+    Args:
+        record: the prompts record (its `responses` are the given ones).
+        samples: the engine's samples.
+        given_counts: tokens of the given responses.
+    """
+    given = [
+        (text, f"given_{place}", count, False)
+        for place, (text, count) in enumerate(zip(record["responses"], given_counts, strict=True), 1)
+    ]
+    sampled = [(sample.text.strip(), "generated", sample.tokens, sample.truncated) for sample in samples]
+    kept: dict[str, tuple] = {}
+    ledger = []
+    for entry in given + sampled:
+        text, source = entry[:2]
+        if not text.strip():
+            ledger.append({"prompt_id": record["prompt_id"], "reason": "empty response", "source": source})
+        elif text in kept:
+            line = {"prompt_id": record["prompt_id"], "reason": "duplicate response", "source": source}
+            ledger.append({**line, "kept": kept[text][1], "text": text})
+        else:
+            kept[text] = entry
+    columns = list(zip(*kept.values(), strict=True)) or [(), (), (), ()]
+    names = ("responses", "sources", "token_counts", "truncated")
+    candidates = {"prompt_id": record["prompt_id"], "prompt": record["prompt"]}
+    return {**candidates, **{name: list(column) for name, column in zip(names, columns, strict=True)}}, ledger
+
+
+class SplitWriter:
+    """The one writer of a split: candidates and ledger, continued where an earlier run was stopped."""
+
+    def __init__(self, recipe: Recipe, split: str, tokenizer):
+        self.path = recipe.candidates(split)
+        self.ledger_path = self.path.with_name(f"{split}.ledger.jsonl")
+        self.prompts, repeated = load_prompts(recipe, split)
+        self.count = getattr(recipe.data, split).responses
+        self._settings, self._tokenizer = recipe.generation, tokenizer
+        self._candidates, self._ledger = Appender(self.path), Appender(self.ledger_path)
+        self.done = done_ids(self.path) | _refused(self.ledger_path)
+        if not self._ledger.path.stat().st_size:
+            for line in repeated:
+                self._ledger.append(line)
+
+    def pending(self) -> Iterator[tuple[str, list[int]]]:
+        """Yield `(prompt_id, token ids)` of what remains; too long prompts go to the ledger here."""
+        for name, record in self.prompts.items():
+            if name in self.done:
+                continue
+            ids = prompt_token_ids(self._tokenizer, record["prompt"])
+            if len(ids) > self._settings.max_prompt_tokens:
+                self._refuse(name, "prompt too long", tokens=len(ids), limit=self._settings.max_prompt_tokens)
+            elif self.count == 0:
+                self.write(name, [])
+            else:
+                yield name, ids
+
+    def write(self, name: str, samples: list[Sample]) -> None:
+        """Put a finished prompt on disk, the ledger first: a kill between the two repeats the prompt, never loses it."""
+        record = self.prompts[name]
+        if not self._settings.keep_given:
+            record = {**record, "responses": []}
+        counts = (
+            [len(ids) for ids in self._tokenizer(record["responses"], add_special_tokens=False)["input_ids"]]
+            if record["responses"]
+            else []
+        )
+        candidates, ledger = assemble(record, samples, counts)
+        for line in ledger:
+            self._ledger.append(line)
+        if len(candidates["responses"]) < 2:
+            self._refuse(name, "fewer than two distinct responses", responses=candidates["responses"])
+        else:
+            self._candidates.append(candidates)
+            self.done.add(name)
+
+    def _refuse(self, name: str, reason: str, **facts) -> None:
+        self._ledger.append({"prompt_id": name, "reason": reason, "refused": True, **facts})
+        self.done.add(name)
+
+    def close(self) -> None:
+        self._candidates.close()
+        self._ledger.close()
+
+
+def _refused(path: Path) -> set[str]:
+    from hps.records import read_jsonl
+
+    return {line["prompt_id"] for _, line in read_jsonl(path) if line.get("refused")}
+
+
+def summarize(path: Path, ledger_path: Path) -> dict:
+    """Counts of one split: prompts, responses by source, truncated ones, and the ledger by reason."""
+    from hps.records import read_candidates, read_jsonl
+
+    prompts, sources, truncated = 0, Counter(), 0
+    for _, record in read_candidates(path):
+        prompts += 1
+        sources.update(source.partition("_")[0] for source in record["sources"])
+        truncated += sum(record["truncated"])
+    # A kill between the ledger and the candidates repeats a prompt's ledger lines; the last ones count.
+    reasons = Counter(line["reason"] for _, line in read_jsonl(ledger_path))
+    return {"prompts": prompts, "responses": dict(sources), "truncated": truncated, "ledger": dict(reasons)}
+
+
+def stage_settings(recipe: Recipe) -> dict:
+    """What decides the candidates; a change of any of it needs another output folder."""
+    settings = asdict(recipe.generation)
+    # How many devices work and how much memory they take changes no distribution.
+    for name in ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences"):
+        del settings[name]
+    return {
+        "generation": settings,
+        "seed": recipe.seed,
+        "model": model_hash(recipe.models.generator),
+        "data": {
+            s: {**asdict(getattr(recipe.data, s)), "sha256": file_hash(getattr(recipe.data, s).path)} for s in SPLITS
+        },
+    }
+
+
+def generate(recipe: Recipe) -> None:
+    """Run the stage; see the module's docstring."""
+    check_model(recipe.models.generator, "models.generator")
+    for split in SPLITS:
+        load_prompts(recipe, split)  # every line is checked before a model loads
+    folder = recipe.candidates("train").parent
+    settings = stage_settings(recipe)
+    if claim(folder, settings):
+        print(f"generation: finished before, {folder}")
+        return
+    tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
+    writers = {split: SplitWriter(recipe, split, tokenizer) for split in SPLITS}
+    total = sum(len(writer.prompts) for writer in writers.values())
+    items = [
+        {"key": f"{split}/{name}", "ids": ids, "count": writer.count}
+        for split, writer in writers.items()
+        for name, ids in writer.pending()
+    ]
+    done = sum(len(writer.done) for writer in writers.values())
+    print(f"generation: {len(items)} prompts to do, {done} of {total} done before; loading the engine", flush=True)
+    for result in progress(_results(recipe, items, tokenizer), total, "generation", " prompts", done):
+        split, _, name = result["key"].partition("/")
+        writers[split].write(name, [Sample(**sample) for sample in result["samples"]])
+    for writer in writers.values():
+        writer.close()
+    summary = {split: summarize(writer.path, writer.ledger_path) for split, writer in writers.items()}
+    write_json(folder / "summary.json", summary)
+    for split, counts in summary.items():
+        print(f"generation: {split}: {json.dumps(counts)}")
+    outputs = [path for writer in writers.values() for path in (writer.path, writer.ledger_path)]
+    finish(folder, recipe, settings, outputs)
+
+
+def _results(recipe: Recipe, items: list[dict], tokenizer) -> Iterator[dict]:
+    if not items:
+        return
+    arguments = {
+        "model": asdict(recipe.models.generator),
+        "settings": asdict(recipe.generation),
+        "stop_ids": sorted(end_of_turn_ids(tokenizer)),
+        "seed": recipe.seed,
+    }
+    gpus = recipe.generation.tensor_parallel
+    workers = count_devices(recipe.generation.workers, gpus)
+    yield from run_workers(Generator, arguments, items, workers, gpus)
+
+
+def main() -> None:
+    recipe, _ = parse(__doc__, dry_run=False)
+    generate(recipe)
+
+
+if __name__ == "__main__":
+    run_main(main)

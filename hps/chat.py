@@ -1,0 +1,95 @@
+"""Chat messages to token ids: the one place where a chat template is applied for generation and for training.
+
+Templates are applied at the model call and give token ids at once. Templated text is never stored and never tokenised
+again, because a tokenizer that adds a BOS would add a second one (the released code does; see docs/formats.md).
+The reward model's input has its own owner, annotation/score.py.
+"""
+
+from typing import Any
+
+from hps.errors import InputError
+
+
+def load_tokenizer(path: str, revision: str | None = None):
+    """The tokenizer of a model folder or hub name. InputError when it is missing or has no chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no tokenizer there ({str(error).splitlines()[0]})",
+            where=path,
+            remedy="check the model's path in the recipe",
+        ) from None
+    if tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template", where=path, remedy="use a chat model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prompt_token_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
+    """Token ids of a prompt, ending with the header that opens the assistant's turn."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def conversation_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:
+    """Token ids of prompt + response as one conversation, templated once.
+
+    Args:
+        truncated: the response was cut by the length limit; everything the template puts after its text (the end of
+            the turn) is left out, because the model did not write it.
+    """
+    ids = tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": response}], tokenize=True, return_dict=False
+    )
+    return ids[: _last_end(tokenizer, ids, keep_end=False)] if truncated else ids
+
+
+def response_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:
+    """Token ids that the policy is trained on and scored at: the response and, unless truncated, the end of its turn.
+
+    What a template writes after the end-of-turn token (a newline in ChatML) is left out: at generation the model stops
+    at that token and never writes it.
+
+    Raises:
+        InputError: the template does not render the prompt as a prefix of the conversation.
+    """
+    prompt = prompt_token_ids(tokenizer, messages)
+    ids = conversation_token_ids(tokenizer, messages, response, truncated=False)
+    if ids[: len(prompt)] != prompt:
+        raise InputError(
+            "the chat template does not render the prompt as the beginning of the conversation",
+            where=getattr(tokenizer, "name_or_path", "tokenizer"),
+            remedy="use a model whose template keeps earlier turns unchanged",
+        )
+    return ids[len(prompt) : _last_end(tokenizer, ids, keep_end=not truncated)]
+
+
+def _last_end(tokenizer: Any, ids: list[int], keep_end: bool) -> int:
+    """Index just behind (or at) the last end-of-turn token; the length when the template writes none."""
+    ends = end_of_turn_ids(tokenizer)
+    for index in range(len(ids) - 1, -1, -1):
+        if ids[index] in ends:
+            return index + 1 if keep_end else index
+    return len(ids)
+
+
+def end_of_turn_ids(tokenizer: Any) -> set[int]:
+    """Token ids that end an assistant turn.
+
+    The tokenizer's end-of-sequence token, and the token that this tokenizer's own template writes after an assistant's
+    text: Llama-3 ends a turn with `<|eot_id|>` while its end of sequence may be `<|end_of_text|>`; generation that does
+    not stop at the first runs on into an invented next turn.
+    """
+    ends = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    probe = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=True, return_dict=False
+    )
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for token in reversed(probe):
+        if token in special:
+            ends.add(token)
+            break
+    return ends

@@ -1,0 +1,40 @@
+"""The command line that all stages share: `[RECIPE] [key=value ...] [--dry-run]`."""
+
+import argparse
+import importlib.util
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from hps.errors import InputError
+from hps.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+
+
+def parse(description: str, dry_run: bool = True) -> tuple[Recipe, argparse.Namespace]:
+    """Read the command line of a stage and load its recipe."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value", help=f"default: {DEFAULT_RECIPE}")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="print the resolved plan, run nothing")
+    options = parser.parse_args()
+    path, overrides = split_arguments(options.arguments)
+    return load_recipe(path, overrides), options
+
+
+def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
+    """The recipe's path (the first argument without `=`, else the default) and the overrides."""
+    paths = [argument for argument in arguments if "=" not in argument]
+    if len(paths) > 1:
+        raise InputError(
+            f"two recipes given: {' and '.join(paths)}", where="command line", remedy="give one, then key=value"
+        )
+    return (paths[0] if paths else DEFAULT_RECIPE), [argument for argument in arguments if "=" in argument]
+
+
+def progress(items: Iterable, total: int, title: str, unit: str, done: int = 0) -> Iterator[Any]:
+    """Pass items on and show count, rate and remaining time (`done` were finished by an earlier run)."""
+    from tqdm import tqdm
+
+    terminal = None if importlib.util.find_spec("tqdm") else 80
+    yield from tqdm(
+        items, total=total, initial=done, desc=title, unit=unit, mininterval=2.0, ncols=terminal, smoothing=0.05
+    )

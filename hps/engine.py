@@ -1,0 +1,115 @@
+"""The generation engine: the one file that imports vLLM.
+
+`Engine.stream` feeds prompts as places become free and yields each prompt as soon as its last sample is finished, so
+that the caller can put it on disk, and no batch waits for its slowest member.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from hps.recipe import Generation, Model
+
+# Read by vLLM at import. No usage reports; its log speaks only of problems, progress is ours to show.
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+# KV cache on a CPU, in bytes. vLLM's own default takes a share of all memory, which a laptop also needs for the rest.
+CPU_KV_CACHE_BYTES = 2 * 2**30
+
+
+@dataclass
+class Sample:
+    """One sampled response: `text` without special tokens, `tokens` generated, and whether the length limit cut it."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+class Engine:
+    """vLLM with one model.
+
+    Args:
+        model: folder or hub name, with revision.
+        settings: the recipe's `generation` section.
+        stop_ids: token ids that end a turn.
+        seed: seeds the engine. On CUDA every prompt has a seed of its own besides, so that its samples do not depend on
+            the prompts around it; on a CPU per-request seeds end vLLM 0.32's engine («CPU Generator does not use
+            offset») when many sequences are scheduled.
+    """
+
+    def __init__(self, model: Model, settings: Generation, stop_ids: set[int], seed: int):
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import torch
+        from vllm import LLM
+
+        self._cuda = torch.cuda.is_available()
+        self._settings, self._stop_ids, self._seed = settings, sorted(stop_ids), seed
+        extra = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        if not self._cuda:
+            extra = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+        self._engine = LLM(
+            model=model.path,
+            revision=model.revision,
+            tokenizer_revision=model.revision,
+            dtype=settings.dtype if settings.dtype != "auto" or self._cuda else "float32",
+            max_model_len=settings.max_prompt_tokens + settings.max_new_tokens,
+            max_num_seqs=settings.max_sequences,
+            tensor_parallel_size=settings.tensor_parallel,
+            # torch.compile needs minutes to start and gains nothing on a CPU.
+            enforce_eager=settings.enforce_eager or not self._cuda,
+            seed=seed,
+            disable_log_stats=True,
+            **extra,
+        ).llm_engine
+
+    def stream(self, prompts: Iterable[tuple[str, list[int], int]]) -> Iterator[tuple[str, list[Sample]]]:
+        """Sample; yield `(key, samples)` in the order of finishing.
+
+        Args:
+            prompts: `(key, token ids, number of samples)`; keys are unique. Read lazily: at most twice the number of
+                sequences that the engine runs at a time are waiting in it.
+        """
+        source = iter(prompts)
+        waiting: dict[str, int] = {}
+        exhausted = False
+        while True:
+            while not exhausted and sum(waiting.values()) < 2 * self._settings.max_sequences:
+                item = next(source, None)
+                if item is None:
+                    exhausted = True
+                    break
+                key, ids, count = item
+                self._engine.add_request(key, {"prompt_token_ids": ids}, self._sampling(key, count))
+                waiting[key] = count
+            if not waiting:
+                return
+            for output in self._engine.step():
+                if output.finished:
+                    del waiting[output.request_id]
+                    yield output.request_id, [_sample(part) for part in output.outputs]
+
+    def _sampling(self, key: str, count: int):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            n=count,
+            temperature=self._settings.temperature,
+            top_p=self._settings.top_p,
+            max_tokens=self._settings.max_new_tokens,
+            stop_token_ids=self._stop_ids,
+            seed=_request_seed(self._seed, key) if self._cuda else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _request_seed(seed: int, key: str) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:4], "big") & 0x7FFFFFFF
+
+
+def _sample(part) -> Sample:
+    # vLLM counts the stop token among the generated ones and leaves it out of the text.
+    return Sample(text=part.text, tokens=len(part.token_ids), truncated=part.finish_reason == "length")

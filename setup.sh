@@ -1,0 +1,172 @@
+#!/usr/bin/env bash
+# Builds one of the two environments and the embedded models; returns at once when both stand.
+#
+#   bash setup.sh infer|train [cpu|cuda]
+#
+#   infer   .venv-infer: vLLM, Ray Data        requirements-infer.txt, on the CPU requirements-infer-cpu.txt
+#   train   .venv-train: TRL, DeepSpeed        requirements-train.txt, on the CPU requirements-train-cpu.txt
+#
+# Left out, the second argument is cuda where nvidia-smi runs, else cpu. On the CPU the environments take 4 GB and 2 GB and, from a fast
+# network, two to three minutes each. An environment is built anew when its requirement file or the repository's place changes, and after an
+# interruption; pip's cache then spares the downloads. Nothing needs to be activated. Settings below can be given in the environment.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ---- settings ----
+PYTHON="${PYTHON:-}"                        # the interpreter to build from; empty: the first of python3.11, python3.12, python3 that fits
+TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" # asked only for torch, only if pip's own sources lack the CPU build
+FLASH_ATTN_LIMIT="${FLASH_ATTN_LIMIT:-20m}" # a ready-made wheel takes a minute; where flash-attn has to be compiled longer, sdpa serves
+# ------------------
+
+main() {
+    parse_arguments "$@"
+    local stamp="$VENV/setup-stamp" environment project state
+    # The path belongs to the hash: an environment copied with its clone would go on importing from the old place.
+    environment="$(cat <(echo "$PWD $DEVICE") "$REQUIREMENTS" | sha256sum | cut -c1-64)"
+    project="$(sha256sum <pyproject.toml | cut -c1-64)"
+    if ! is_built "$stamp" "$environment $project"; then
+        take_lock
+        if ! is_built "$stamp" "$environment $project"; then # the other set-up may have built it
+            state="$(cat "$stamp" 2>/dev/null || true)"
+            rm -f "$stamp" # first of all: whatever is interrupted from here on is no finished environment
+            if [[ "${state% *}" != "$environment" || ! -x "$VENV/bin/python" ]]; then
+                build_environment
+            fi
+            install_project
+            echo "$environment $project" >"$stamp.new"
+            mv "$stamp.new" "$stamp"
+            say "$VENV stands: $(du -sh "$VENV" | cut -f1), $SECONDS s"
+        fi
+    fi
+    "$VENV/bin/python" -m hps.embedded
+}
+
+parse_arguments() {
+    case "${1:-}" in
+        -h | --help) usage && exit 0 ;;
+        infer | train) VENV=".venv-$1" ;;
+        *) die 2 "setup.sh: '${1:-}' is no environment; usage: bash setup.sh infer|train [cpu|cuda]" ;;
+    esac
+    [[ $# -le 2 ]] || die 2 "setup.sh: '$3' is one argument too many; usage: bash setup.sh infer|train [cpu|cuda]"
+    DEVICE="${2:-}"
+    CHOSEN="as asked"
+    if [[ -z "$DEVICE" ]]; then
+        if nvidia-smi -L >/dev/null 2>&1; then
+            DEVICE=cuda CHOSEN="nvidia-smi runs"
+        else
+            DEVICE=cpu CHOSEN="nvidia-smi does not run"
+        fi
+    fi
+    case "$DEVICE" in
+        cpu) REQUIREMENTS="requirements-$1-cpu.txt" ;;
+        cuda) REQUIREMENTS="requirements-$1.txt" ;;
+        *) die 2 "setup.sh: '$DEVICE' is no device; usage: bash setup.sh infer|train [cpu|cuda]" ;;
+    esac
+}
+
+is_built() { # stamp file, what it must hold
+    [[ -x "$VENV/bin/python" && "$(cat "$1" 2>/dev/null)" == "$2" ]]
+}
+
+take_lock() { # one set-up of an environment at a time; the lock ends with this process
+    mkdir -p models
+    exec 9>"models/.setup$VENV.lock"
+    if ! flock -n 9; then
+        say "waiting for another set-up of $VENV"
+        flock 9
+    fi
+}
+
+build_environment() {
+    find_python
+    say "building $VENV for $DEVICE ($CHOSEN) with $("$PYTHON" -V) from $REQUIREMENTS"
+    if [[ -e "$VENV" ]]; then
+        say "removing the unfinished or outdated $VENV"
+        rm -rf "$VENV"
+    fi
+    "$PYTHON" -m venv "$VENV"
+    if [[ "$DEVICE" == cpu ]]; then
+        install_cpu
+    else
+        install_cuda
+    fi
+}
+
+find_python() {
+    local candidate found=""
+    for candidate in ${PYTHON:-python3.11 python3.12 python3}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+            "$candidate" -c 'import ensurepip, venv' 2>/dev/null ||
+                die 1 "$candidate has no venv module; install it (Debian and Ubuntu: apt install $("$candidate" -c \
+                    'import sys; print("python3.%d-venv" % sys.version_info[1])')), then run setup.sh again"
+            PYTHON="$candidate"
+            return
+        fi
+        found+=" $candidate: $("$candidate" -V 2>/dev/null || echo missing);"
+    done
+    die 1 "Python 3.11 or 3.12 is needed (found:${found%;}); install one, or name it: PYTHON=/path/to/python3.11 bash setup.sh ..."
+}
+
+install_cpu() { # the file is a complete lock: --no-deps
+    local torch sources=()
+    torch="$(grep -o '^torch==[^ ]*' "$REQUIREMENTS" || true)"
+    if [[ -n "$torch" ]]; then
+        # An index that cannot be reached costs seconds for every package, so it is asked for this one alone.
+        if ! "$VENV/bin/python" -m pip install --dry-run --no-deps "$torch" >>"$VENV/setup.log" 2>&1; then
+            say "pip's sources have no $torch: taking it from $TORCH_CPU_INDEX"
+            sources=(--extra-index-url "$TORCH_CPU_INDEX")
+        fi
+        pip_install "$torch" --no-deps "${sources[@]}" "$torch"
+    fi
+    pip_install "$REQUIREMENTS" --no-deps -r "$REQUIREMENTS"
+}
+
+install_cuda() {
+    local flash_attn rest="$VENV/requirements.txt"
+    grep -v '^flash-attn' "$REQUIREMENTS" >"$rest"
+    pip_install "$REQUIREMENTS" -r "$rest"
+    flash_attn="$(grep -o '^flash-attn==[^ ]*' "$REQUIREMENTS" || true)"
+    [[ -z "$flash_attn" ]] || install_flash_attn "$flash_attn"
+}
+
+install_flash_attn() { # after torch, which its build imports
+    say "$1: a ready-made wheel, else compiling for at most $FLASH_ATTN_LIMIT (log: $VENV/setup.log)"
+    if timeout --foreground --signal=INT "$FLASH_ATTN_LIMIT" "$VENV/bin/python" -m pip install --no-build-isolation "$1" >>"$VENV/setup.log" 2>&1 &&
+        "$VENV/bin/python" -c 'import flash_attn' >>"$VENV/setup.log" 2>&1; then
+        say "$1 installed"
+    else
+        # One that is installed but cannot be imported would be chosen all the same.
+        "$VENV/bin/python" -m pip uninstall -y flash-attn >>"$VENV/setup.log" 2>&1
+        say "$1 cannot be built or imported here: attention is PyTorch's sdpa (same results, slower on long sequences)"
+    fi
+}
+
+install_project() { # with the environment's own setuptools: no isolated build, no network
+    pip_install "this repository, editable" --no-deps --no-build-isolation --editable .
+}
+
+pip_install() { # what it is called, arguments of pip install; all output in the log, the telling part of it here
+    local name="$1" start=$SECONDS
+    shift
+    say "installing $name"
+    if ! PYTHONUNBUFFERED=1 "$VENV/bin/python" -m pip install "$@" 2>&1 | tee -a "$VENV/setup.log" | awk '
+        /^(Collecting|Processing|Requirement already)/ { if (++n % 25 == 0) print "[setup]   " n " packages found" }
+        /^ +(Downloading|Using cached) / && ($NF == "GB)" || $NF == "MB)" && substr($(NF - 1), 2) >= 20) { print "[setup] " $0 }
+        /^Installing collected packages/ { n = gsub(/,/, ","); if (n > 20) print "[setup]   unpacking " n + 1 " packages, a minute or two" }
+        { fflush() }'; then
+        tail -n 20 "$VENV/setup.log" >&2
+        die 1 "pip could not install $name (above: the end of $VENV/setup.log); run setup.sh again once the cause is gone"
+    fi
+    say "installed $name in $((SECONDS - start)) s"
+}
+
+usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]##*/}"; }
+
+say() { echo "[setup] $*"; }
+
+die() { # exit status, message
+    echo "error: $2" >&2
+    exit "$1"
+}
+
+main "$@"
