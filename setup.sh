@@ -6,16 +6,20 @@
 #   infer   .venv-infer: vLLM, Ray Data        requirements-infer.txt, on the CPU requirements-infer-cpu.txt
 #   train   .venv-train: TRL, DeepSpeed        requirements-train.txt, on the CPU requirements-train-cpu.txt
 #
-# Left out, the second argument is cuda where nvidia-smi runs, else cpu. On the CPU the environments take 4 GB and 2 GB and, from a fast
-# network, two to three minutes each. An environment is built anew when its requirement file or the repository's place changes, and after an
-# interruption; pip's cache then spares the downloads. Nothing needs to be activated. Settings below can be given in the environment.
+# Left out, the second argument is cuda where nvidia-smi runs, else cpu. On the CPU the environments take 4 GB and 2 GB
+# and, from a fast network, three minutes each. An environment is built anew when its requirement file or the
+# repository's place changes, and after an interruption; pip's cache then spares the downloads. Nothing needs to be
+# activated. The settings below can be given in the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ---- settings ----
-PYTHON="${PYTHON:-}"                        # the interpreter to build from; empty: the first of python3.11, python3.12, python3 that fits
-TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" # asked only for torch, only if pip's own sources lack the CPU build
-FLASH_ATTN_LIMIT="${FLASH_ATTN_LIMIT:-20m}" # a ready-made wheel takes a minute; where flash-attn has to be compiled longer, sdpa serves
+# The interpreter to build from; empty: the first of python3.11, python3.12, python3 that fits.
+PYTHON="${PYTHON:-}"
+# Asked for torch alone, and only if pip's own sources lack the CPU build.
+TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
+# A ready-made flash-attn takes a minute; where it would have to be compiled for longer than this, sdpa serves.
+FLASH_ATTN_LIMIT="${FLASH_ATTN_LIMIT:-20m}"
 # ------------------
 
 main() {
@@ -104,7 +108,7 @@ find_python() {
         fi
         found+=" $candidate: $("$candidate" -V 2>/dev/null || echo missing);"
     done
-    die 1 "Python 3.11 or 3.12 is needed (found:${found%;}); install one, or name it: PYTHON=/path/to/python3.11 bash setup.sh ..."
+    die 1 "Python 3.11 or 3.12 is needed (found:${found%;}); install one, or name it: PYTHON=/path/to/it bash setup.sh"
 }
 
 install_cpu() { # the file is a complete lock: --no-deps
@@ -130,13 +134,15 @@ install_cuda() {
 }
 
 install_flash_attn() { # after torch, which its build imports
-    say "$1: a ready-made wheel, else compiling for at most $FLASH_ATTN_LIMIT (log: $VENV/setup.log)"
-    if timeout --foreground --signal=INT "$FLASH_ATTN_LIMIT" "$VENV/bin/python" -m pip install --no-build-isolation "$1" >>"$VENV/setup.log" 2>&1 &&
-        "$VENV/bin/python" -c 'import flash_attn' >>"$VENV/setup.log" 2>&1; then
+    local python="$VENV/bin/python" log="$VENV/setup.log"
+    say "$1: a ready-made wheel, else compiling for at most $FLASH_ATTN_LIMIT (log: $log)"
+    if timeout --foreground --signal=INT "$FLASH_ATTN_LIMIT" \
+        "$python" -m pip install --no-build-isolation "$1" >>"$log" 2>&1 &&
+        "$python" -c 'import flash_attn' >>"$log" 2>&1; then
         say "$1 installed"
     else
         # One that is installed but cannot be imported would be chosen all the same.
-        "$VENV/bin/python" -m pip uninstall -y flash-attn >>"$VENV/setup.log" 2>&1
+        "$python" -m pip uninstall -y flash-attn >>"$log" 2>&1
         say "$1 cannot be built or imported here: attention is PyTorch's sdpa (same results, slower on long sequences)"
     fi
 }
@@ -146,19 +152,25 @@ install_project() { # with the environment's own setuptools: no isolated build, 
 }
 
 pip_install() { # what it is called, arguments of pip install; all output in the log, the telling part of it here
-    local name="$1" start=$SECONDS
+    local name="$1" log="$VENV/setup.log" start=$SECONDS
     shift
     say "installing $name"
-    if ! PYTHONUNBUFFERED=1 "$VENV/bin/python" -m pip install "$@" 2>&1 | tee -a "$VENV/setup.log" | awk '
-        /^(Collecting|Processing|Requirement already)/ { if (++n % 25 == 0) print "[setup]   " n " packages found" }
-        /^ +(Downloading|Using cached) / && ($NF == "GB)" || $NF == "MB)" && substr($(NF - 1), 2) >= 20) { print "[setup] " $0 }
-        /^Installing collected packages/ { n = gsub(/,/, ","); if (n > 20) print "[setup]   unpacking " n + 1 " packages, a minute or two" }
-        { fflush() }'; then
-        tail -n 20 "$VENV/setup.log" >&2
-        die 1 "pip could not install $name (above: the end of $VENV/setup.log); run setup.sh again once the cause is gone"
+    if ! PYTHONUNBUFFERED=1 "$VENV/bin/python" -m pip install "$@" 2>&1 | tee -a "$log" | awk "$PIP_PROGRESS"; then
+        tail -n 20 "$log" >&2
+        die 1 "pip could not install $name (above: the end of $log); run setup.sh again once the cause is gone"
     fi
     say "installed $name in $((SECONDS - start)) s"
 }
+
+# Of pip's several hundred lines: a count, the big downloads, and the long silence at the end.
+# shellcheck disable=SC2016  # awk's variables, not the shell's
+PIP_PROGRESS='
+    /^(Collecting|Processing|Requirement already)/ && ++n % 25 == 0 { print "[setup]   " n " packages found" }
+    /^ +(Downloading|Using cached)/ && ($NF == "GB)" || $NF == "MB)" && substr($(NF - 1), 2) + 0 >= 20) {
+        print "[setup] " $0
+    }
+    /^Installing collected packages/ && NF > 20 { print "[setup]   unpacking " NF - 3 " packages, a minute or two" }
+    { fflush() }'
 
 usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]##*/}"; }
 

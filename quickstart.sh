@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The whole method on the embedded models and data, on a laptop without a GPU: candidates, ranking, alignment, figures.
+#
+#   bash quickstart.sh [key=value ...]
+#
+# Minutes after the set-up. Interrupted, the same command continues; what is finished is not done again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ---- settings ----
+RECIPE=configs/quickstart.yaml
+# ------------------
+
+case " $* " in *" -h "* | *" --help "*)
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' quickstart.sh
+    exit 0
+    ;;
+esac
+# Both environments first, so that what follows is the method alone and its time can be told.
+bash setup.sh infer
+bash setup.sh train
+start=$SECONDS
+bash gene.sh "$RECIPE" "$@"
+bash run.sh "$RECIPE" "$@"
+echo
+.venv-train/bin/python -m evaluation.summary "$RECIPE" "$@"
+echo "quickstart: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after the set-up"

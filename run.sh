@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Ranked candidates to an aligned model: the plan, the training, the held-out figures.
+#
+#   bash run.sh [RECIPE] [key=value ...] [--dry-run]
+#
+# RECIPE defaults to configs/quickstart.yaml. Interrupted, the same command continues from the last checkpoint. Several
+# GPUs, or a DeepSpeed file in the recipe, are started by torchrun.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ---- settings ----
+PYTHON=.venv-train/bin/python
+# ------------------
+
+case " $* " in *" -h "* | *" --help "*)
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' run.sh
+    exit 0
+    ;;
+esac
+bash setup.sh train
+"$PYTHON" -m hps.preflight run "$@"
+case " $* " in *" --dry-run "*) exit 0 ;; esac
+"$PYTHON" -m alignment.plan "$@"
+"$PYTHON" -m alignment.launch "$@"
+"$PYTHON" -m evaluation.margins "$@"

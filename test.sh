@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Lint and tests.
+#
+#   bash test.sh            everything, end-to-end runs on the real engine included
+#   bash test.sh fast       the quick subset
+#
+# Further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ---- settings ----
+INFER=.venv-infer/bin/python
+TRAIN=.venv-train/bin/python
+# ------------------
+
+selection=()
+if [[ "${1:-}" == fast ]]; then
+    shift
+    selection=(not slow and)
+fi
+bash setup.sh infer
+bash setup.sh train
+"$TRAIN" -m ruff check .
+"$TRAIN" -m ruff format --check .
+.venv-train/bin/shellcheck ./*.sh .ci/run
+# No network at run time: a test that reached for the hub would pass here and fail on a cluster.
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+"$INFER" -m pytest -m "${selection[*]} infer" "$@"
+"$TRAIN" -m pytest -m "${selection[*]} not infer" "$@"

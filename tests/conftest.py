@@ -1,0 +1,192 @@
+"""Fixtures: throw-away tokenizers and tiny models with random weights, made in seconds, no network."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DATA = REPOSITORY / "data" / "quickstart"
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Llama-3's: the template writes the BOS itself, turns end with <|eot_id|>, contents are stripped.
+LLAMA3 = (
+    "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+def make_tokenizer(style: str):
+    """A byte-level BPE tokenizer trained on the embedded data, in ChatML or in Llama-3's style (which adds a BOS)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    }[style]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(DATA / "safety_train.jsonl")], trainer)
+    if style == "llama3":
+        bos = ("<|begin_of_text|>", 0)
+        tokenizer.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
+        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|end_of_text|>"}
+        template = LLAMA3
+    else:
+        names, template = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, CHATML
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.chat_template = template
+    return fast
+
+
+def tiny_config(tokenizer, **extra):
+    """Two layers; head_dim 64, because vLLM on a CPU supports no small ones."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        # Larger than usual, so that random weights prefer some tokens clearly and scores differ.
+        initializer_range=0.2,
+        **extra,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer("chatml")
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer():
+    return make_tokenizer("llama3")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer, tmp_path_factory) -> Path:
+    """Folder of a tiny chat model with random weights."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny") / "policy"
+    LlamaForCausalLM(tiny_config(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_reward_model(folder: Path, tokenizer, labels: int = 1) -> Path:
+    """Folder of a tiny reward model with random weights."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=labels)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reward(tokenizer, tmp_path_factory) -> Path:
+    return make_reward_model(tmp_path_factory.mktemp("tiny") / "reward", tokenizer)
+
+
+@pytest.fixture
+def write_lines(tmp_path):
+    """Write records (or raw strings) as JSON Lines; return the path."""
+
+    def write(records, name: str = "data.jsonl") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path, tiny_model, tiny_reward) -> Path:
+    """A recipe for the tiny models on a few prompts of the embedded data, output in the test's folder."""
+    lines = [
+        f"output: {tmp_path / 'runs'}",
+        "seed: 7",
+        "models:",
+        f"  generator: {{path: {tiny_model}}}",
+        f"  policy: {{path: {tiny_model}}}",
+        f"  reward: {{path: {tiny_reward}}}",
+        "data:",
+        f"  train: {{path: {DATA / 'safety_train.jsonl'}, limit: 8, responses: 4}}",
+        f"  test: {{path: {DATA / 'safety_test.jsonl'}, limit: 4, responses: 2}}",
+        "generation: {max_prompt_tokens: 256, max_new_tokens: 16, max_sequences: 16, dtype: float32}",
+        "annotation: {dtype: float32}",
+        "loss: {preference: hps}",
+        "schedule: {epochs: 2, global_batch: 4, device_batch: 2, max_length: 384, gamma_stages: 2}",
+        "lora: {r: 4, alpha: 8}",
+        "optimizer: {learning_rate: 1.0e-2}",
+        "training: {gradient_checkpointing: false, save_steps: 2}",
+        "evaluation: {bootstrap: 200, answers: 1, answer_tokens: 8}",
+    ]
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def run_module():
+    """Run `python -m MODULE ARGUMENTS` with this environment's interpreter; return the finished process."""
+
+    def run(module: str, *arguments, timeout: int = 600, **kwargs):
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=timeout, **kwargs)
+
+    return run
+
+
+def ranked_records(count: int, responses: int = 5) -> list[dict]:
+    """Ranked records with words of the embedded data, for tests of what comes after the ranking."""
+    import random
+
+    from hps.records import read_prompts
+
+    rng = random.Random(0)
+    records = []
+    for _, prompt in read_prompts(DATA / "safety_train.jsonl", count):
+        words = " ".join(prompt["responses"]).split()
+        texts = [" ".join(rng.sample(words, rng.randint(3, 10))) + f" {number}" for number in range(responses)]
+        rewards = sorted((rng.gauss(0, 1) for _ in texts), reverse=True)
+        records.append(
+            {
+                "prompt_id": prompt["prompt_id"],
+                "prompt": prompt["prompt"],
+                "responses": texts,
+                "rewards": rewards,
+                "sources": ["given_1", "given_2", *["generated"] * (responses - 2)],
+                "token_counts": [len(text.split()) for text in texts],
+                "truncated": [number == 3 for number in range(responses)],
+            }
+        )
+    return records
