@@ -7,7 +7,7 @@
 #   train   .venv-train: TRL, DeepSpeed        requirements-train.txt, on the CPU requirements-train-cpu.txt
 #
 # Left out, the second argument is cuda where nvidia-smi runs, else cpu. On the CPU the environments take 4 GB and 2 GB
-# and, from a fast network, three minutes each. An environment is built anew when its requirement file or the
+# and, from a fast network, three to five minutes each. An environment is built anew when its requirement file or the
 # repository's place changes, and after an interruption; pip's cache then spares the downloads. Nothing needs to be
 # activated. The settings below can be given in the environment.
 set -euo pipefail
@@ -25,8 +25,8 @@ FLASH_ATTN_LIMIT="${FLASH_ATTN_LIMIT:-20m}"
 main() {
     parse_arguments "$@"
     local stamp="$VENV/setup-stamp" environment project state
-    # The path belongs to the hash: an environment copied with its clone would go on importing from the old place.
-    environment="$(cat <(echo "$PWD $DEVICE") "$REQUIREMENTS" | sha256sum | cut -c1-64)"
+    # Comments do not count. The path does: an environment copied with its clone would import from the old place.
+    environment="$({ echo "$PWD $DEVICE" && sed 's/ *#.*//; /^$/d' "$REQUIREMENTS"; } | sha256sum | cut -c1-64)"
     project="$(sha256sum <pyproject.toml | cut -c1-64)"
     if ! is_built "$stamp" "$environment $project"; then
         take_lock

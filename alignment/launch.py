@@ -11,7 +11,7 @@ import os
 import sys
 
 from hps.cli import parse
-from hps.errors import run_main
+from hps.errors import InputError, run_main
 from hps.recipe import Recipe
 
 
@@ -24,23 +24,47 @@ def process_count(recipe: Recipe) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def command(recipe: Recipe, arguments: list[str]) -> list[str]:
-    """The command line that trains."""
-    processes = process_count(recipe)
-    launcher = [sys.executable]
-    if processes > 1 or recipe.training.deepspeed:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*launcher, "-m", "alignment.train", *arguments]
+def accumulation_steps(recipe: Recipe, processes: int) -> int:
+    """Micro-batches a process adds up in a step, so that the global batch is the recipe's on any number of devices.
+
+    Raises:
+        InputError: the global batch cannot be divided among the processes.
+    """
+    schedule = recipe.schedule
+    share, rest = divmod(schedule.global_batch, schedule.device_batch * processes)
+    if rest or not share:
+        raise InputError(
+            f"`schedule.global_batch` {schedule.global_batch} cannot be divided among {processes} processes of "
+            f"`schedule.device_batch` {schedule.device_batch}",
+            remedy="change one of them, or `training.processes`",
+        )
+    return share
+
+
+def torchrun(arguments: list[str]) -> None:
+    """Run torchrun here; a failed child ends this process with its exit status (2 for bad input), not with 1."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as run
+
+    try:
+        run(arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
 
 
 def main() -> None:
     recipe, _ = parse(__doc__, dry_run=False)
-    words = command(recipe, sys.argv[1:])
+    processes = process_count(recipe)
+    accumulation_steps(recipe, processes)  # one clear error here instead of one from every process
+    training = ["-m", "alignment.train", *sys.argv[1:]]
+    if processes == 1 and not recipe.training.deepspeed:
+        os.execv(sys.executable, [sys.executable, *training])
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.execv(words[0], words)
+    torchrun(["--standalone", "--nproc_per_node", str(processes), *training])
 
 
 if __name__ == "__main__":

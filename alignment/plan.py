@@ -63,7 +63,7 @@ def standardize(rewards: np.ndarray) -> np.ndarray:
 
 
 def preferred_index(record: dict, best: str) -> int | None:
-    """Index of y_1: the highest reward (`reward`), or the response humans preferred (`human`, None when it is absent)."""
+    """Index of y_1: the highest reward (`reward`), or what humans preferred (`human`, None when it is absent)."""
     if best == "reward":
         return 0
     return record["sources"].index("given_1") if "given_1" in record["sources"] else None
@@ -169,7 +169,7 @@ def draw(record: dict, recipe: Recipe, gamma: float, rng: np.random.Generator) -
 
 
 def stage_table(diagnostics: list[dict], gammas: list[float], preference: str) -> list[dict]:
-    """Means per gamma stage: effective sample size of q, rank of the drawn (1 is the hardest), reward and length gap."""
+    """Means per gamma stage: effective sample size of q, rank of the drawn (1: hardest), reward and length gap."""
     table = []
     for stage in sorted({line["stage"] for line in diagnostics}):
         lines = [line for line in diagnostics if line["stage"] == stage]

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig
 
 from alignment.curves import draw_curves
+from alignment.launch import accumulation_steps
 from alignment.plan import read_plan, run_settings
 from alignment.trainer import HPSTrainer, PlanCollator
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
@@ -30,7 +31,7 @@ from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, finish
 from hps.recipe import Recipe
-from hps.records import read_ranked
+from hps.records import read_ranked, write_atomic
 
 COMPLETE = "complete"  # a checkpoint's last file
 
@@ -76,13 +77,6 @@ def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
         InputError: the global batch cannot be divided among the processes.
     """
     schedule, optimizer, training = recipe.schedule, recipe.optimizer, recipe.training
-    share, rest = divmod(schedule.global_batch, schedule.device_batch * world_size)
-    if rest or not share:
-        raise InputError(
-            f"`schedule.global_batch` {schedule.global_batch} cannot be divided among {world_size} processes of "
-            f"`schedule.device_batch` {schedule.device_batch}",
-            remedy="change one of them, or `training.processes`",
-        )
     cuda = torch.cuda.is_available()
     trackers = [name for name in ("wandb", "tensorboard") if getattr(training, name)]
     return DPOConfig(
@@ -91,7 +85,7 @@ def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
         num_train_epochs=1,  # the plan holds all epochs
         train_sampling_strategy="sequential",
         per_device_train_batch_size=schedule.device_batch,
-        gradient_accumulation_steps=share,
+        gradient_accumulation_steps=accumulation_steps(recipe, world_size),
         learning_rate=optimizer.learning_rate,
         lr_scheduler_type=optimizer.scheduler,
         warmup_steps=optimizer.warmup_steps,
@@ -163,16 +157,15 @@ class RunFiles(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self._clock = _now()
-        if state.is_world_process_zero:  # lines of steps that are to be done again
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+        if state.is_world_process_zero:  # lines of steps that are to be done again go
+            lines = logged(self.path, state.global_step)
+            self._tokens = lines[-1]["num_tokens"] if lines else 0.0
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def on_log(self, args, state, control, logs=None, **_):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         now, tokens = _now(), logs.get("num_tokens", 0.0)
-        # The parent counts from the start of this process, so the difference holds after resuming too.
         rate = (tokens - self._tokens) / max(now - self._clock, 1e-9)
         self._tokens, self._clock = tokens, now
         line = {
@@ -184,8 +177,15 @@ class RunFiles(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
     def on_save(self, args, state, control, **_):
+        PartialState().wait_for_everyone()  # the other processes write their random states (and shards) too
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def logged(path: Path, last: int) -> list[dict]:
+    """The lines of `log.jsonl` up to a step, without one that a kill left half written (it has no newline)."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [line for line in map(json.loads, lines) if line["step"] <= last]
 
 
 def _now() -> float:
@@ -246,6 +246,8 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
     return HPSTrainer(
         model=load_policy(recipe),
+        # The parent would load the frozen copy by its name alone, without the revision.
+        ref_model=None if recipe.lora.enabled else load_policy(recipe),
         args=config,
         loss=recipe.loss,
         train_dataset=Dataset.from_list(token_rows(recipe, tokenizer)),
@@ -273,6 +275,8 @@ def train(recipe: Recipe) -> None:
         resume = last_checkpoint(folder / "steps")
     if resume:
         state.print(f"training: continued from {resume}")
+        before = logged(folder / "log.jsonl", int(resume.rpartition("-")[2]))
+        trainer._total_train_tokens = before[-1]["num_tokens"] if before else 0  # the parent starts at 0 again
     result = trainer.train(resume_from_checkpoint=resume)
     save(trainer, tokenizer, folder / "checkpoint")
     if state.is_main_process:

@@ -33,7 +33,7 @@ NOT_HONOURED = {
 
 @dataclass
 class PlanCollator(DataCollatorForPreference):
-    """The parent's collator (chosen half first), which also passes on `gamma` and `dispreferred_count`, both (pairs,)."""
+    """The parent's collator (chosen half first); also passes on `gamma` and `dispreferred_count`, both (pairs,)."""
 
     def torch_call(self, examples: list[dict]) -> dict:
         batch = super().torch_call(examples)

@@ -1,7 +1,7 @@
 """The reward model: the one owner of its input and of its scores.
 
-Prompt and response are one conversation, templated once (`hps.chat.conversation_token_ids`). The released code templates
-the prompt with the assistant's header and templates the reply again, so that the header and the BOS stand twice.
+Prompt and response are one conversation, templated once (`hps.chat.conversation_token_ids`). The released code
+templates the prompt with the assistant's header and templates the reply again: header and BOS stand twice.
 
 The responses of a prompt share the computation of the prompt: its keys and values are computed once and copied for the
 responses. Scores are float32.

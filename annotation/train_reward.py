@@ -1,12 +1,12 @@
 """Train the two small reward models of the quickstart, by TRL's RewardTrainer (Bradley-Terry).
 
-They show the method and judge no model: 120 written pairs teach a 135M model's first layers little about quality. `train`
-ranks the candidates, `eval` is another one, with other layers, contrast pairs and seed, for evaluation (the paper also
-evaluates with a reward model that it did not train with).
+They show the method and judge no model: 120 written pairs teach a 135M model's first layers little about quality.
+`train` ranks the candidates, `eval` is another one, with other layers, contrast pairs and seed, for evaluation (the
+paper also evaluates with a reward model that it did not train with).
 
-Reads   data/quickstart/{dialogue,safety}_train.jsonl (prompts with two responses, best first); the test files for the report
+Reads   data/quickstart/{dialogue,safety}_train.jsonl (prompts with two responses, best first), *_test.jsonl (report)
 Writes  annotation/embedded/<name>/: LoRA adapter with the head (safetensors), `reward.json`, `report.json`
-Run     python -m annotation.train_reward train && python -m annotation.train_reward eval   # then `bash setup.sh train` merges
+Run     python -m annotation.train_reward train    # and `eval`; then `bash setup.sh train` merges them
 """
 
 import argparse
@@ -66,9 +66,9 @@ def written_pairs(split: str) -> list[Pair]:
 def contrast_pairs(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
     """Pairs whose worse response is bad for a reason that needs no judgement.
 
-    For each written pair `count` times: an answer to another prompt, and one of four broken texts (words shuffled, one
-    sentence over and over, words left out, cut in the middle). The better response is the written better or worse one in
-    turn: either is preferable to those.
+    For each written pair `count` times: an answer to another prompt, and one of four broken texts (words shuffled, the
+    beginning over and over, words left out, cut in the middle). The better response is the written better or worse one
+    in turn: either is preferable to those.
     """
     rng = random.Random(seed)
     contrasts = []

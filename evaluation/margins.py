@@ -2,15 +2,16 @@
 
 Reads   `data.test.path` (the two given responses of each prompt), `<output>/ranked/test.jsonl` (best against worst),
         `<output>/<run>/checkpoint`
-Writes  `<output>/<run>/evaluation/`: `pairs.jsonl` (log-probabilities of every pair), `answers.jsonl` (some test prompts
-        answered before and after), `metrics.json` (last)
+Writes  `<output>/<run>/evaluation/`: `pairs.jsonl` (log-probabilities of every pair), `answers.jsonl` (some test
+        prompts answered before and after), `metrics.json`, `manifest.json` (last)
 Run     python -m evaluation.margins configs/quickstart.yaml
 
-`s = log pi_theta - log pi_ref`, summed over the response's tokens, in nats. RM_DPO is `s_1 - s_2` (no beta), RM_R-DPO is
-`RM_DPO - 0.01 (|y_1| - |y_2|)` with lengths in tokens (paper, section 6). Intervals: percentile bootstrap over prompts.
+`s = log pi_theta - log pi_ref`, summed over the response's tokens, in nats. RM_DPO is `s_1 - s_2` (no beta), RM_R-DPO
+is `RM_DPO - 0.01 (|y_1| - |y_2|)`, lengths in tokens (paper, section 6). Intervals: percentile bootstrap over prompts.
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
+from hps.manifest import claim, file_hash, finish, model_hash
 from hps.prefix import compute_prefix, padded, tail_states
 from hps.recipe import Model, Recipe
 from hps.records import Appender, read_jsonl, read_prompts, read_ranked, write_json
@@ -55,7 +57,7 @@ def _pair(record: dict, responses: list[str], truncated: list[bool]) -> dict:
     }
 
 
-class Scorer:
+class HeldOut:
     """The policy after training and the reference, both able to give log-probabilities and answers.
 
     With LoRA one model serves: the reference is the model with its adapter switched off.
@@ -173,10 +175,11 @@ def evaluate(recipe: Recipe) -> None:
             "the run is not finished", where=str(recipe.run_folder()), remedy="run `bash run.sh` with this recipe"
         )
     folder = recipe.run_folder() / "evaluation"
-    if (folder / "metrics.json").exists():
+    settings = evaluation_settings(recipe)
+    if claim(folder, settings):
         print(f"evaluation: finished before, {folder}")
         return
-    scorer = Scorer(recipe)
+    scorer = HeldOut(recipe)
     pairs = _scored_pairs(recipe, scorer, folder / "pairs.jsonl")
     _write_answers(recipe, scorer, folder / "answers.jsonl")
     metrics: dict[str, Any] = {"bootstrap": recipe.evaluation.bootstrap, "level": LEVEL, "sets": {}}
@@ -190,9 +193,24 @@ def evaluate(recipe: Recipe) -> None:
             metrics["sets"][name] = {"pairs": len(chosen), **figures}
     write_json(folder / "metrics.json", metrics)
     print_metrics(metrics, folder)
+    outputs = [folder / name for name in ("pairs.jsonl", "answers.jsonl", "metrics.json")]
+    finish(folder, recipe, settings, outputs)
 
 
-def _scored_pairs(recipe: Recipe, scorer: Scorer, path: Path) -> list[dict]:
+def evaluation_settings(recipe: Recipe) -> dict:
+    """What decides the figures; a change of any of it needs another `run`, or the folder deleted."""
+    return {
+        "evaluation": asdict(recipe.evaluation),
+        "max_length": recipe.schedule.max_length,
+        "seed": recipe.seed,
+        "checkpoint": model_hash(Model(path=str(recipe.run_folder() / "checkpoint"))),
+        "reference": model_hash(recipe.models.policy),
+        "data": {**asdict(recipe.data.test), "sha256": file_hash(recipe.data.test.path)},
+        "ranked": file_hash(recipe.ranked("test")),
+    }
+
+
+def _scored_pairs(recipe: Recipe, scorer: HeldOut, path: Path) -> list[dict]:
     wanted = list(test_pairs(recipe))
     done = {(line["set"], line["prompt_id"]): line for _, line in _existing(path)}
     todo = [pair for pair in wanted if (pair["set"], pair["prompt_id"]) not in done]
@@ -207,7 +225,7 @@ def _existing(path: Path):
     return read_jsonl(path)
 
 
-def _write_answers(recipe: Recipe, scorer: Scorer, path: Path) -> None:
+def _write_answers(recipe: Recipe, scorer: HeldOut, path: Path) -> None:
     settings = recipe.evaluation
     prompts = [record for _, record in read_prompts(recipe.data.test.path, recipe.data.test.limit)][: settings.answers]
     path.unlink(missing_ok=True)

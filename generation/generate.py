@@ -18,10 +18,11 @@ from pathlib import Path
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.cli import parse, progress
 from hps.engine import Engine, Sample
-from hps.errors import InputError, run_main
+from hps.errors import run_main
 from hps.manifest import check_model, claim, file_hash, finish, model_hash
+from hps.preflight import load_prompts
 from hps.recipe import SPLITS, Generation, Model, Recipe
-from hps.records import Appender, done_ids, read_prompts, write_json
+from hps.records import Appender, done_ids, read_candidates, read_jsonl, write_atomic, write_json
 from hps.workers import count_devices, run_workers
 
 
@@ -40,48 +41,12 @@ class Generator:
             yield {"item": [json.dumps({"key": key, "samples": [asdict(sample) for sample in samples]})]}
 
 
-def load_prompts(recipe: Recipe, split: str) -> tuple[dict[str, dict], list[dict]]:
-    """Read a split; return the prompts by id, and ledger lines for repeated ones.
-
-    A prompt that stands twice with the same given responses is one prompt. The same `prompt_id` on different
-    conversations is an error.
-    """
-    settings = getattr(recipe.data, split)
-    prompts: dict[str, dict] = {}
-    repeated = []
-    for where, record in read_prompts(settings.path, settings.limit):
-        name = record["prompt_id"]
-        if name not in prompts:
-            prompts[name] = record
-            _check_enough(record, settings.responses, recipe.generation.keep_given, where)
-        elif prompts[name]["prompt"] == record["prompt"]:
-            repeated.append({"prompt_id": name, "reason": "repeated prompt", "place": where})
-        else:
-            raise InputError(
-                f"`prompt_id` `{name}` stands on two different prompts", where=where, remedy="make the ids unique"
-            )
-    if not prompts:
-        raise InputError("the file has no prompts", where=settings.path, remedy=f"correct `data.{split}.path`")
-    return prompts, repeated
-
-
-def _check_enough(record: dict, generated: int, keep_given: bool, where: str) -> None:
-    given = len(record["responses"]) if keep_given else 0
-    if given + generated < 2:
-        raise InputError(
-            f"the prompt would have a single response ({given} given, {generated} generated)"
-            if given + generated
-            else "the prompt would have no response",
-            where=where,
-            remedy="raise `data.<split>.responses`, or give more responses",
-        )
-
-
 def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tuple[dict, list[dict]]:
     """One candidates record of given and sampled responses, and ledger lines for what was dropped or merged.
 
-    Given responses come first and keep their place in the human order as source. Empty responses are dropped; of exact
-    duplicates the first is kept.
+    Given responses come first and keep their place in the human order as source. White space around a response is cut:
+    after a template's newline it would merge with it to other tokens. Empty responses are dropped; of exact duplicates
+    the first is kept.
 
     Args:
         record: the prompts record (its `responses` are the given ones).
@@ -89,7 +54,7 @@ def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tu
         given_counts: tokens of the given responses.
     """
     given = [
-        (text, f"given_{place}", count, False)
+        (text.strip(), f"given_{place}", count, False)
         for place, (text, count) in enumerate(zip(record["responses"], given_counts, strict=True), 1)
     ]
     sampled = [(sample.text.strip(), "generated", sample.tokens, sample.truncated) for sample in samples]
@@ -97,7 +62,7 @@ def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tu
     ledger = []
     for entry in given + sampled:
         text, source = entry[:2]
-        if not text.strip():
+        if not text:
             ledger.append({"prompt_id": record["prompt_id"], "reason": "empty response", "source": source})
         elif text in kept:
             line = {"prompt_id": record["prompt_id"], "reason": "duplicate response", "source": source}
@@ -113,17 +78,17 @@ def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tu
 class SplitWriter:
     """The one writer of a split: candidates and ledger, continued where an earlier run was stopped."""
 
-    def __init__(self, recipe: Recipe, split: str, tokenizer):
+    def __init__(self, recipe: Recipe, split: str, prompts: dict[str, dict], repeated: list[dict], tokenizer):
         self.path = recipe.candidates(split)
         self.ledger_path = self.path.with_name(f"{split}.ledger.jsonl")
-        self.prompts, repeated = load_prompts(recipe, split)
+        self.prompts = prompts
         self.count = getattr(recipe.data, split).responses
         self._settings, self._tokenizer = recipe.generation, tokenizer
-        self._candidates, self._ledger = Appender(self.path), Appender(self.ledger_path)
-        self.done = done_ids(self.path) | _refused(self.ledger_path)
-        if not self._ledger.path.stat().st_size:
-            for line in repeated:
-                self._ledger.append(line)
+        self._candidates, self.done = Appender(self.path), done_ids(self.path)
+        Appender(self.ledger_path).close()  # cuts off what a kill left of the last line
+        self.done |= {line["prompt_id"] for _, line in read_jsonl(self.ledger_path) if line.get("refused")}
+        _settle(self.ledger_path, self.done, repeated)
+        self._ledger = Appender(self.ledger_path)
 
     def pending(self) -> Iterator[tuple[str, list[int]]]:
         """Yield `(prompt_id, token ids)` of what remains; too long prompts go to the ledger here."""
@@ -139,7 +104,7 @@ class SplitWriter:
                 yield name, ids
 
     def write(self, name: str, samples: list[Sample]) -> None:
-        """Put a finished prompt on disk, the ledger first: a kill between the two repeats the prompt, never loses it."""
+        """Put a finished prompt on disk, the ledger first: a kill in between repeats the prompt, never loses it."""
         record = self.prompts[name]
         if not self._settings.keep_given:
             record = {**record, "responses": []}
@@ -166,22 +131,22 @@ class SplitWriter:
         self._ledger.close()
 
 
-def _refused(path: Path) -> set[str]:
-    from hps.records import read_jsonl
+def _settle(path: Path, done: set[str], repeated: list[dict]) -> None:
+    """Rewrite a ledger to the repeated prompts and the lines of finished prompts.
 
-    return {line["prompt_id"] for _, line in read_jsonl(path) if line.get("refused")}
+    A prompt that a kill stopped between its ledger lines and its own line is done again and writes new ones.
+    """
+    lines = [line for _, line in read_jsonl(path) if line["prompt_id"] in done and line["reason"] != "repeated prompt"]
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*repeated, *lines]))
 
 
 def summarize(path: Path, ledger_path: Path) -> dict:
     """Counts of one split: prompts, responses by source, truncated ones, and the ledger by reason."""
-    from hps.records import read_candidates, read_jsonl
-
     prompts, sources, truncated = 0, Counter(), 0
     for _, record in read_candidates(path):
         prompts += 1
         sources.update(source.partition("_")[0] for source in record["sources"])
         truncated += sum(record["truncated"])
-    # A kill between the ledger and the candidates repeats a prompt's ledger lines; the last ones count.
     reasons = Counter(line["reason"] for _, line in read_jsonl(ledger_path))
     return {"prompts": prompts, "responses": dict(sources), "truncated": truncated, "ledger": dict(reasons)}
 
@@ -205,15 +170,14 @@ def stage_settings(recipe: Recipe) -> dict:
 def generate(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     check_model(recipe.models.generator, "models.generator")
-    for split in SPLITS:
-        load_prompts(recipe, split)  # every line is checked before a model loads
+    prompts = {split: load_prompts(recipe, split) for split in SPLITS}  # every line is checked before a model loads
     folder = recipe.candidates("train").parent
     settings = stage_settings(recipe)
     if claim(folder, settings):
         print(f"generation: finished before, {folder}")
         return
     tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
-    writers = {split: SplitWriter(recipe, split, tokenizer) for split in SPLITS}
+    writers = {split: SplitWriter(recipe, split, *prompts[split], tokenizer) for split in SPLITS}
     total = sum(len(writer.prompts) for writer in writers.values())
     items = [
         {"key": f"{split}/{name}", "ids": ids, "count": writer.count}
@@ -237,7 +201,7 @@ def generate(recipe: Recipe) -> None:
 
 def _results(recipe: Recipe, items: list[dict], tokenizer) -> Iterator[dict]:
     if not items:
-        return
+        return iter(())
     arguments = {
         "model": asdict(recipe.models.generator),
         "settings": asdict(recipe.generation),
@@ -246,7 +210,7 @@ def _results(recipe: Recipe, items: list[dict], tokenizer) -> Iterator[dict]:
     }
     gpus = recipe.generation.tensor_parallel
     workers = count_devices(recipe.generation.workers, gpus)
-    yield from run_workers(Generator, arguments, items, workers, gpus)
+    return run_workers(Generator, arguments, items, workers, gpus)
 
 
 def main() -> None:

@@ -60,9 +60,9 @@ def response_token_ids(tokenizer: Any, messages: list[dict], response: str, trun
     ids = conversation_token_ids(tokenizer, messages, response, truncated=False)
     if ids[: len(prompt)] != prompt:
         raise InputError(
-            "the chat template does not render the prompt as the beginning of the conversation",
+            "the prompt's tokens are not the beginning of the conversation's",
             where=getattr(tokenizer, "name_or_path", "tokenizer"),
-            remedy="use a model whose template keeps earlier turns unchanged",
+            remedy="cut white space in front of the response, or use a model whose template keeps earlier turns",
         )
     return ids[len(prompt) : _last_end(tokenizer, ids, keep_end=not truncated)]
 

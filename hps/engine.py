@@ -12,13 +12,17 @@ from hps.recipe import Generation, Model
 
 # Read by vLLM at import. No usage reports; its log speaks only of problems, progress is ours to show.
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+# On a CPU the engine runs in our process: starting it took 21 s instead of 52 s on 2 cores (three
+# processes import vLLM otherwise),
+# and there is no device whose work a second process could overlap with.
+_CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # KV cache on a CPU, in bytes. vLLM's own default takes a share of all memory, which a laptop also needs for the rest.
 CPU_KV_CACHE_BYTES = 2 * 2**30
 
 
 @dataclass
 class Sample:
-    """One sampled response: `text` without special tokens, `tokens` generated, and whether the length limit cut it."""
+    """One sampled response: `text` without special tokens, its `tokens`, and whether the length limit cut it."""
 
     text: str
     tokens: int
@@ -38,12 +42,13 @@ class Engine:
     """
 
     def __init__(self, model: Model, settings: Generation, stop_ids: set[int], seed: int):
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         import torch
-        from vllm import LLM
 
         self._cuda = torch.cuda.is_available()
+        for name, value in {**_ENVIRONMENT, **({} if self._cuda else _CPU_ENVIRONMENT)}.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+
         self._settings, self._stop_ids, self._seed = settings, sorted(stop_ids), seed
         extra = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if not self._cuda:
@@ -111,5 +116,6 @@ def _request_seed(seed: int, key: str) -> int:
 
 
 def _sample(part) -> Sample:
-    # vLLM counts the stop token among the generated ones and leaves it out of the text.
-    return Sample(text=part.text, tokens=len(part.token_ids), truncated=part.finish_reason == "length")
+    # vLLM lists the end-of-turn token among the generated ones and leaves it out of the text.
+    truncated = part.finish_reason == "length"
+    return Sample(text=part.text, tokens=len(part.token_ids) - (not truncated), truncated=truncated)

@@ -36,27 +36,41 @@ def check_labels(model: Model) -> None:
         )
 
 
-def check_data(recipe: Recipe, split: str) -> tuple[int, int]:
-    """Check every line of a split; return the numbers of prompts and of given responses.
+def load_prompts(recipe: Recipe, split: str) -> tuple[dict[str, dict], list[dict]]:
+    """Read a split; return the prompts by id, and ledger lines for repeated ones.
 
-    Raises:
-        InputError: see hps.records; also for a prompt that would have a single response.
+    A prompt that stands twice with the same given responses is one prompt. The same `prompt_id` on different
+    conversations is an error.
     """
     settings = getattr(recipe.data, split)
-    prompts = given = 0
+    prompts: dict[str, dict] = {}
+    repeated = []
     for where, record in read_prompts(settings.path, settings.limit):
-        kept = len(record["responses"]) if recipe.generation.keep_given else 0
-        if kept + settings.responses < 2:
+        name = record["prompt_id"]
+        if name not in prompts:
+            prompts[name] = record
+            _check_enough(record, settings.responses, recipe.generation.keep_given, where)
+        elif prompts[name]["prompt"] == record["prompt"]:
+            repeated.append({"prompt_id": name, "reason": "repeated prompt", "place": where})
+        else:
             raise InputError(
-                f"the prompt would have {kept + settings.responses} response(s): {kept} given, "
-                f"{settings.responses} generated",
-                where=where,
-                remedy=f"raise `data.{split}.responses`, or give more responses",
+                f"`prompt_id` `{name}` stands on two different prompts", where=where, remedy="make the ids unique"
             )
-        prompts, given = prompts + 1, given + kept
     if not prompts:
         raise InputError("the file has no prompts", where=settings.path, remedy=f"correct `data.{split}.path`")
-    return prompts, given
+    return prompts, repeated
+
+
+def _check_enough(record: dict, generated: int, keep_given: bool, where: str) -> None:
+    given = len(record["responses"]) if keep_given else 0
+    if given + generated < 2:
+        raise InputError(
+            f"the prompt would have a single response ({given} given, {generated} generated)"
+            if given + generated
+            else "the prompt would have no response",
+            where=where,
+            remedy="raise `data.<split>.responses`, or give more responses",
+        )
 
 
 def attempt(check, *arguments, dry_run: bool):
@@ -74,16 +88,17 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     lines = []
     for split in SPLITS:
         settings = getattr(recipe.data, split)
-        counts, remark = attempt(check_data, recipe, split, dry_run=dry_run)
-        if counts is None:
+        loaded, remark = attempt(load_prompts, recipe, split, dry_run=dry_run)
+        if loaded is None:
             lines.append(f"{split}: {settings.path}: {remark}")
             continue
-        prompts, given = counts
-        generated = prompts * settings.responses
+        prompts = loaded[0]
+        given = sum(len(record["responses"]) for record in prompts.values()) * recipe.generation.keep_given
+        generated = len(prompts) * settings.responses
         lines.append(
-            f"{split}: {settings.path}: {prompts} prompts, {given} given and {generated} generated responses, "
+            f"{split}: {settings.path}: {len(prompts)} prompts, {given} given and {generated} generated responses, "
             f"at most {generated * recipe.generation.max_new_tokens:,} new tokens "
-            f"and {prompts * recipe.generation.max_prompt_tokens:,} prompt tokens"
+            f"and {len(prompts) * recipe.generation.max_prompt_tokens:,} prompt tokens"
         )
     outputs = [str(path) for split in SPLITS for path in (recipe.candidates(split), recipe.ranked(split))]
     return [*lines, f"outputs: {', '.join(outputs)}"]
@@ -99,11 +114,12 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     prompts, remark = attempt(count, dry_run=dry_run)
     if prompts is None:
         lines = [f"ranked: {remark} (gene.sh writes it)"]
-        try:
-            prompts = check_data(recipe, "train")[0]
+        loaded, remark = attempt(load_prompts, recipe, "train", dry_run=dry_run)
+        if loaded is None:
+            lines.append(f"prompts: {remark}")
+        else:
+            prompts = len(loaded[0])
             lines.append(f"ranked: counted from {recipe.data.train.path} instead")
-        except InputError as error:
-            lines.append(f"prompts: MISSING: {error}")
     else:
         lines = [f"ranked: {path}: {prompts} prompts"]
     batch = f"global batch {schedule.global_batch} ({schedule.device_batch} on a device at a time)"

@@ -6,6 +6,7 @@ impossible values with one line that names file, line, field, value and remedy. 
     python -m hps.recipe configs/quickstart.yaml loss.beta=0.25
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,7 +181,7 @@ class Recipe:
         return Path(self.output) / self.run
 
 
-# (field, lowest, highest) for numbers; None is no bound on that side.
+# (field, lowest, highest) for numbers; None is no bound on that side. NaN and infinity are refused everywhere.
 BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("data.train.limit", 1, None),
     ("data.test.limit", 1, None),
@@ -198,6 +199,8 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("annotation.workers", 1, None),
     ("loss.beta", 1e-9, None),
     ("loss.label_smoothing", 0, 0.499999),
+    ("schedule.gamma_start", None, None),
+    ("schedule.gamma_end", None, None),
     ("schedule.gamma_stages", 1, None),
     ("schedule.epochs", 1, None),
     ("schedule.global_batch", 1, None),
@@ -242,7 +245,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     place = _Place(path)
     raw = place.read()
     recipe = OmegaConf.structured(Recipe)
-    recipe = _merge(recipe, lambda: OmegaConf.create(raw), place)
+    for name, section in raw.items():
+        _merge(recipe, lambda name=name, section=section: OmegaConf.create({name: section}), place, name)
     for override in overrides or []:
         key, separator, _ = override.partition("=")
         if not separator or not key:
@@ -250,7 +254,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
                 f"`{override}` is no override", where="command line", remedy="write key=value, e.g. loss.beta=0.25"
             )
         place.overridden[key] = override
-        recipe = _merge(recipe, lambda override=override: OmegaConf.from_dotlist([override]), place, override)
+        _merge(recipe, lambda override=override: OmegaConf.from_dotlist([override]), place, key)
     try:
         typed: Any = OmegaConf.to_object(recipe)
     except OmegaConfBaseException as error:
@@ -262,12 +266,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return typed
 
 
-def _merge(recipe, make, place: "_Place", override: str | None = None):
+def _merge(recipe, make, place: "_Place", name: str) -> None:
     try:
-        return OmegaConf.merge(recipe, make())
+        recipe.merge_with(make())
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError) as error:
-        key = _key_of(error) or (override or "").partition("=")[0]
-        where = f"command line, `{override}`" if override else place.of(key)
+        key = _key_of(error) or str(name)
+        where = place.of(str(name) if str(name) in place.overridden else key)
         text = _first_line(error)
         if "not in 'Recipe'" in text or "not in '" in text:
             raise InputError(
@@ -306,6 +310,8 @@ class _Place:
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else "?"
             raise InputError(f"broken YAML ({error.problem})", where=f"{self.path}:{line}") from None
+        except (yaml.YAMLError, RecursionError) as error:  # a forbidden character; an alias inside its own anchor
+            raise InputError(f"broken YAML ({_first_line(error)})", where=str(self.path)) from None
         except OmegaConfBaseException as error:
             raise InputError(_first_line(error), where=str(self.path)) from None
         if not isinstance(raw, dict):
@@ -334,8 +340,8 @@ def _check(recipe: Recipe, place: _Place) -> None:
         value = _get(recipe, key)
         if value is None:
             continue
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
-            text = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            text = "finite" if low is None else f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
             raise InputError(f"`{key}` is {value}", where=place.of(key), remedy=f"it must be {text}")
     for key, allowed in CHOICES.items():
         value = _get(recipe, key)
@@ -352,6 +358,13 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
             f"`schedule.device_batch` {schedule.device_batch}",
             where=place.of("schedule.global_batch"),
             remedy="choose a multiple",
+        )
+    if recipe.generation.max_prompt_tokens >= schedule.max_length:
+        raise InputError(
+            f"`generation.max_prompt_tokens` is {recipe.generation.max_prompt_tokens}, "
+            f"`schedule.max_length` is {schedule.max_length}",
+            where=place.of("generation.max_prompt_tokens"),
+            remedy="the longest prompt must leave room for a response in training: lower the first or raise the second",
         )
     if recipe.lora.enabled and not recipe.lora.target_modules:
         raise InputError(

@@ -13,13 +13,15 @@ Formats (one JSON object a line, UTF-8):
 
 import hashlib
 import json
-import math
 import os
+import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from hps.errors import InputError
 
+MOST = sys.float_info.max  # a JSON integer may be larger, then it is no finite number either
 ROLES = ("system", "user", "assistant")
 PARALLEL = ("responses", "sources", "token_counts", "truncated")
 
@@ -56,7 +58,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 def _parse(raw: bytes, where: str) -> dict:
     try:
-        record = json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        record = json.loads(text)
     except UnicodeDecodeError as error:
         raise InputError(
             f"byte {error.start + 1} of the line is not UTF-8", where=where, remedy="save the file as UTF-8"
@@ -67,6 +70,14 @@ def _parse(raw: bytes, where: str) -> dict:
             where=where,
             remedy="each line must be one complete JSON object",
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise InputError(f"unreadable JSON ({error})", where=where, remedy="correct the line") from None
+    if "\\ud" in text.lower():  # the only spelling of half a surrogate pair, which no later file could hold
+        try:
+            canonical(record).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise InputError(f"{half} is half a character", where=where, remedy="correct the escape") from None
     if not isinstance(record, dict):
         raise InputError(f"expected a JSON object, found {_show(record)}", where=where, remedy="one object a line")
     return record
@@ -121,10 +132,8 @@ def _named(record: dict, where: str) -> dict:
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[str, dict]]:
-    """Yield validated prompt records with `prompt_id` and `responses` (possibly empty) filled in; `limit` counts lines."""
-    for count, (where, record) in enumerate(read_jsonl(path)):
-        if limit is not None and count >= limit:
-            return
+    """Yield validated prompts with `prompt_id` and `responses` (possibly empty) filled in; `limit` counts lines."""
+    for where, record in islice(read_jsonl(path), limit):
         record = _named({"responses": [], **record}, where)
         _check_strings(record, "responses", where)
         yield where, record
@@ -137,7 +146,7 @@ def read_candidates(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def check_candidates(record: dict, where: str) -> dict:
-    """Return the record, named; InputError when a field is missing, mistyped, or the parallel lists differ in length."""
+    """Return the record, named; InputError: a field is missing or mistyped, or the lists differ in length."""
     record = _named(record, where)
     for field in ("responses", "sources"):
         _check_strings(record, field, where)
@@ -177,7 +186,7 @@ def check_ranked(record: dict, where: str) -> dict:
     _check_parallel(record, "rewards", where)
     record = check_candidates(record, where)
     for index, reward in enumerate(record["rewards"]):
-        if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not math.isfinite(reward):
+        if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not abs(reward) <= MOST:
             raise InputError(
                 f"`rewards[{index}]` is {_show(reward)}", where=where, remedy="give a finite number; score it again"
             )

@@ -31,7 +31,9 @@ def count_devices(requested: int | None, gpus_each: int = 1) -> int:
 def run_workers(
     worker: type, arguments: dict, items: Iterable[dict], workers: int, gpus_each: int = 1
 ) -> Iterator[dict]:
-    """Yield what `worker(**arguments)` makes of the items, in no particular order.
+    """What `worker(**arguments)` makes of the items, in no particular order.
+
+    In process the worker is made before this returns, so that a progress bar begins with the work.
 
     Args:
         worker: the class; its `__call__` takes and yields `{"item": [json, ...]}`.
@@ -39,16 +41,23 @@ def run_workers(
         workers: number of instances; 1 runs in this process unless `RAY_ADDRESS` is set.
         gpus_each: GPUs reserved for an instance where there are GPUs.
     """
+    texts = [json.dumps(item) for item in items]
     if workers == 1 and not os.environ.get("RAY_ADDRESS"):
-        texts = [json.dumps(item) for item in items]
-        for batch in worker(**arguments)({"item": texts}):
-            yield from map(json.loads, batch["item"])
-        return
+        return _in_process(worker(**arguments), texts)
+    return _on_ray(worker, arguments, texts, workers, gpus_each)
+
+
+def _in_process(instance, texts: list[str]) -> Iterator[dict]:
+    for batch in instance({"item": texts}):
+        yield from map(json.loads, batch["item"])
+
+
+def _on_ray(worker: type, arguments: dict, texts: list[str], workers: int, gpus_each: int) -> Iterator[dict]:
     import ray
 
     _connect(ray)
     gpus = ray.cluster_resources().get("GPU", 0)
-    dataset = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=workers)
+    dataset = ray.data.from_items([{"item": text} for text in texts], override_num_blocks=workers)
     done = dataset.map_batches(
         worker,
         fn_constructor_kwargs=arguments,

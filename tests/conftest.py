@@ -128,16 +128,15 @@ def write_lines(tmp_path):
     return write
 
 
-@pytest.fixture
-def tiny_recipe(tmp_path, tiny_model, tiny_reward) -> Path:
-    """A recipe for the tiny models on a few prompts of the embedded data, output in the test's folder."""
+def write_tiny_recipe(folder: Path, model: Path, reward: Path) -> Path:
+    """A recipe for the tiny models on a few prompts of the embedded data, output in `folder / runs`."""
     lines = [
-        f"output: {tmp_path / 'runs'}",
+        f"output: {folder / 'runs'}",
         "seed: 7",
         "models:",
-        f"  generator: {{path: {tiny_model}}}",
-        f"  policy: {{path: {tiny_model}}}",
-        f"  reward: {{path: {tiny_reward}}}",
+        f"  generator: {{path: {model}}}",
+        f"  policy: {{path: {model}}}",
+        f"  reward: {{path: {reward}}}",
         "data:",
         f"  train: {{path: {DATA / 'safety_train.jsonl'}, limit: 8, responses: 4}}",
         f"  test: {{path: {DATA / 'safety_test.jsonl'}, limit: 4, responses: 2}}",
@@ -150,9 +149,14 @@ def tiny_recipe(tmp_path, tiny_model, tiny_reward) -> Path:
         "training: {gradient_checkpointing: false, save_steps: 2}",
         "evaluation: {bootstrap: 200, answers: 1, answer_tokens: 8}",
     ]
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path, tiny_model, tiny_reward) -> Path:
+    return write_tiny_recipe(tmp_path, tiny_model, tiny_reward)
 
 
 @pytest.fixture
@@ -190,3 +194,29 @@ def ranked_records(count: int, responses: int = 5) -> list[dict]:
             }
         )
     return records
+
+
+@pytest.fixture
+def ranked_recipe(tiny_recipe, monkeypatch):
+    """Load the tiny recipe with overrides, with ranked files in its output folder (written once a test).
+
+    One thread here and in child processes: a tiny model gains nothing from more and is several times slower on a busy
+    machine; runs that are compared bit by bit must add in one order.
+    """
+    import torch
+
+    from hps.recipe import Recipe, load_recipe
+
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def load(*overrides: str, prompts: int = 8) -> Recipe:
+        recipe = load_recipe(tiny_recipe, list(overrides))
+        for split, count in (("train", prompts), ("test", 4)):
+            path = recipe.ranked(split)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(record) + "\n" for record in ranked_records(count)))
+        return recipe
+
+    return load

@@ -1,0 +1,255 @@
+"""Import a ranked file of the paper's released code.
+
+Reads   FILE, a JSON list or JSON Lines, rows of `prompt` (templated string of Llama-3 or ChatML, or chat messages),
+        `responses`, `rewards` (unsorted), optional `sources`, `prompt_id`; the tokenizer of `models.policy`
+Writes  `<output>/ranked/{split}.jsonl` (ranked), `{split}.ledger.jsonl`, `manifest.json` (last)
+Run     python -m annotation.import_released FILE configs/hh_rlhf.yaml [key=value ...] [--split train|test]
+            [--tokenizer PATH]
+
+The prompt's string is parsed back into chat messages; a system block becomes a system message, the header that opens
+the assistant's turn is left out. Responses are sorted by reward, ties keep their order. Empty responses are dropped, of
+exact duplicates the first is kept, rows with fewer than two responses left and repeated prompts are refused: all of it
+stands in the ledger. What the file does not know: `sources` are `generated` unless the row has them (so
+`schedule.best=human` finds no human response), `truncated` is false everywhere (no mark of the length limit was kept).
+"""
+
+import argparse
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from hps.chat import load_tokenizer
+from hps.cli import split_arguments
+from hps.errors import InputError, run_main
+from hps.manifest import claim, file_hash, finish, model_hash
+from hps.recipe import SPLITS, Model, Recipe, load_recipe
+from hps.records import check_messages, check_ranked, prompt_id, read_jsonl
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a chat template writes a turn: `start` role `between` content `end`, and once in front of all `begin`."""
+
+    begin: str
+    start: str
+    between: str
+    end: str
+
+
+TEMPLATES = (
+    Template("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"),  # Llama-3
+    Template("", "<|im_start|>", "\n", "<|im_end|>"),  # ChatML
+)
+
+
+def parse_prompt(text: str, where: str) -> list[dict]:
+    """Chat messages of a templated string.
+
+    Raises:
+        InputError: no known template, text between the turns, or a turn that is not closed (but for the header that
+            opens the assistant's).
+    """
+    rest = text.strip()
+    template = next((known for known in TEMPLATES if rest.removeprefix(known.begin).startswith(known.start)), None)
+    if template is None:
+        raise InputError(
+            f"`prompt` is neither chat messages nor a string of Llama-3's template or ChatML: {_show(text)}",
+            where=where,
+            remedy="give a list of messages with `role` and `content`",
+        )
+    header = f"{template.start}assistant{template.between}".rstrip()  # opens the assistant's turn
+    rest = rest.removeprefix(template.begin).removesuffix(header)
+    messages = []
+    while rest.strip():
+        rest = rest.lstrip()
+        if not rest.startswith(template.start):
+            raise InputError(f"`prompt` has text between its turns: {_show(rest)}", where=where, remedy="correct it")
+        turn, end, rest = rest.removeprefix(template.start).partition(template.end)
+        role, between, content = turn.partition(template.between)
+        if not (end and between) or template.start in content:
+            raise InputError(
+                f"`prompt` has a turn without {template.end}: {_show(turn)}", where=where, remedy="correct it"
+            )
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _show(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield `("path:line", row)` of JSON Lines or `("path: row N", row)` of a JSON list."""
+    path = Path(path)
+    if not _is_list(path):
+        yield from read_jsonl(path)
+        return
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise InputError("the file is not UTF-8", where=str(path), remedy="save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        place = f"{path}:{error.lineno}"
+        raise InputError(f"broken JSON at column {error.colno} ({error.msg})", where=place) from None
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: row {number}"
+        if not isinstance(row, dict):
+            raise InputError(f"expected a JSON object, found {_show(row)}", where=where)
+        yield where, row
+
+
+def _is_list(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return next((line for line in file if line.strip()), b"").lstrip().startswith(b"[")
+    except OSError as error:
+        raise InputError(
+            f"cannot read the file ({error.strerror})", where=str(path), remedy="give a ranked file of the release"
+        ) from None
+
+
+def check_row(row: dict, where: str) -> dict:
+    """The row with chat messages as `prompt`, `prompt_id` and `sources` filled in.
+
+    Raises:
+        InputError: a field is missing or mistyped, the lists differ in length, a reward is not finite.
+    """
+    prompt = row.get("prompt")
+    prompt = parse_prompt(prompt, where) if isinstance(prompt, str) else prompt
+    check_messages(prompt, where)
+    responses, rewards = row.get("responses"), row.get("rewards")
+    if not isinstance(responses, list) or not all(isinstance(response, str) for response in responses):
+        raise InputError(f"`responses` is {_show(responses)}", where=where, remedy="give a list of strings")
+    sources = row.get("sources") or ["generated"] * len(responses)
+    for name, values in (("rewards", rewards), ("sources", sources)):
+        if not isinstance(values, list):
+            raise InputError(f"`{name}` is {_show(values)}", where=where, remedy="give a list, one entry a response")
+        if len(values) != len(responses):
+            raise InputError(
+                f"{len(responses)} `responses` but {len(values)} `{name}`",
+                where=where,
+                remedy="the lists of a row must be of equal length",
+            )
+    for index, reward in enumerate(rewards):
+        if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not math.isfinite(reward):
+            raise InputError(
+                f"`rewards[{index}]` is {_show(reward)}", where=where, remedy="give a finite number; score it again"
+            )
+    name = row.get("prompt_id", prompt_id(prompt))
+    return {"prompt_id": name, "prompt": prompt, "responses": responses, "rewards": rewards, "sources": sources}
+
+
+def rank_row(row: dict, tokenizer: Any) -> tuple[dict, list[dict]]:
+    """The ranked record of a checked row, and ledger lines for the responses that were dropped or merged."""
+    kept: dict[str, tuple[float, str]] = {}
+    ledger = []
+    for text, reward, source in zip(row["responses"], row["rewards"], row["sources"], strict=True):
+        line = {"prompt_id": row["prompt_id"], "source": source, "reward": reward}
+        if not text.strip():
+            ledger.append({**line, "reason": "empty response"})
+        elif text in kept:
+            ledger.append({**line, "reason": "duplicate response", "kept": kept[text][1], "text": text})
+        else:
+            kept[text] = (reward, source)
+    order = sorted(kept, key=lambda text: -kept[text][0])
+    record = {
+        "prompt_id": row["prompt_id"],
+        "prompt": row["prompt"],
+        "responses": order,
+        "rewards": [kept[text][0] for text in order],
+        "sources": [kept[text][1] for text in order],
+        "token_counts": [len(ids) for ids in tokenizer(order, add_special_tokens=False)["input_ids"]] if order else [],
+        "truncated": [False] * len(order),
+    }
+    return record, ledger
+
+
+def convert(rows: Iterator[tuple[str, dict]], tokenizer: Any, ranked: TextIO, ledger: TextIO) -> Counter:
+    """Write ranked records and ledger lines; return the counts: `read` = `written` + `rejected`, and the ledger's."""
+    counts, places = Counter(read=0, written=0, rejected=0), {}
+    for where, raw in rows:
+        row = check_row(raw, where)
+        record, lines = rank_row(row, tokenizer)
+        named = {"prompt_id": row["prompt_id"], "place": where, "refused": True}
+        if row["prompt_id"] in places:
+            lines = [{**named, "reason": "repeated prompt", "first": places[row["prompt_id"]]}]
+        elif len(record["responses"]) < 2:
+            lines.append({**named, "reason": "fewer than two distinct responses"})
+        else:
+            check_ranked(record, where)
+            _write(ranked, record)
+        places.setdefault(row["prompt_id"], where)
+        for line in lines:
+            _write(ledger, line)
+        refused = any("refused" in line for line in lines)
+        counts.update(["read", "rejected" if refused else "written", *(line["reason"] for line in lines)])
+    return counts
+
+
+def _write(file: TextIO, record: dict) -> None:
+    file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def renamed_at_end(path: Path) -> Iterator[TextIO]:
+    """A file written under a temporary name and renamed when all went well: streamed, a release has gigabytes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def import_released(file: str, recipe: Recipe, split: str = "train", tokenizer_path: str | None = None) -> Counter:
+    """Import a file as one split of a recipe's ranking; see the module's docstring."""
+    target = recipe.ranked(split)
+    if target.exists():
+        raise InputError("there is a ranked file already", where=str(target), remedy="give another `output`")
+    model = Model(tokenizer_path) if tokenizer_path else recipe.models.policy
+    tokenizer = load_tokenizer(model.path, model.revision)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The claim keeps the annotation from adding to this folder. It says nothing of the split: both may be imported.
+    settings = {"imported_by": "annotation.import_released", "tokenizer": model_hash(model)}
+    with ExitStack() as files:
+        ranked = files.enter_context(renamed_at_end(target))
+        ledger = files.enter_context(renamed_at_end(target.with_suffix(".ledger.jsonl")))
+        counts = convert(read_rows(file), tokenizer, ranked, ledger)
+        if not counts["written"]:
+            raise InputError(f"no row can be used ({_counted(counts)})", where=file, remedy="check the file")
+        claim(target.parent, settings)
+    outputs = [recipe.ranked(name) for name in SPLITS if recipe.ranked(name).exists()]
+    finish(target.parent, recipe, settings, outputs, imported={"file": file, "sha256": file_hash(file), **counts})
+    print(f"import: {file}: {_counted(counts)} -> {target}")
+    return counts
+
+
+def _counted(counts: Counter) -> str:
+    total = f"{counts['read']} rows read = {counts['written']} written + {counts['rejected']} rejected"
+    reasons = [f"{name}: {count}" for name, count in counts.items() if name not in ("read", "written", "rejected")]
+    return f"{total}; {', '.join(reasons) or 'nothing dropped or merged'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", metavar="FILE", help="ranked file of the release, JSON list or JSON Lines")
+    parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--tokenizer", metavar="PATH", help="instead of the policy's")
+    options = parser.parse_intermixed_args()
+    path, overrides = split_arguments(options.arguments)
+    import_released(options.file, load_recipe(path, overrides), options.split, options.tokenizer)
+
+
+if __name__ == "__main__":
+    run_main(main)

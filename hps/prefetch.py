@@ -1,0 +1,73 @@
+"""Fill the hub cache with a recipe's models, for clusters whose machines have no network.
+
+Reads   a recipe: `models.generator`, `models.policy`, `models.reward`; the hub
+Writes  the hub's cache (`HF_HOME` says where): weights as safetensors, configuration, tokenizer; no pickles
+Run     python -m hps.prefetch configs/hh_rlhf.yaml [key=value ...]
+
+Downloads that were interrupted are continued by the same command. With HF_HUB_OFFLINE=1 it downloads nothing and says
+whether the cache holds the models.
+"""
+
+from pathlib import Path
+
+from hps.cli import parse
+from hps.errors import InputError, run_main
+from hps.pin import ROLES, hub_error, hub_error_types, hub_models
+from hps.recipe import Model, Recipe
+
+# A pickle runs code when it is loaded: .bin, .pt and .pth stay on the hub.
+PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+
+
+def fetch(role: str, model: Model) -> Path:
+    """Download one model's snapshot; return its folder in the cache. InputError when it has no safetensors weights."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=PATTERNS))
+    except hub_error_types() as error:
+        raise hub_error(error, role, model) from None
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            "the repository has no weights as safetensors, and pickles are not fetched",
+            where=f"`models.{role}` ({model.path})",
+            remedy="use a revision or a copy of the model with safetensors",
+        )
+    return folder
+
+
+def size(folder: Path) -> int:
+    """Bytes of a snapshot (the cache's links followed)."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def prefetch(recipe: Recipe, path: str) -> None:
+    """Fetch every hub model of a recipe; see the module's docstring."""
+    models = hub_models(recipe)
+    fetched: dict[tuple, Path] = {}
+    for role in ROLES:
+        model = models.get(role)
+        if model is None:
+            print(f"prefetch: {role}: {getattr(recipe.models, role).path} is a local folder")
+            continue
+        if model.revision is None:
+            print(
+                f"prefetch: warning: {role}: the revision of {model.path} is open, a later download may differ; "
+                f"`python -m hps.pin {path}` writes it into the recipe"
+            )
+        key = (model.path, model.revision)
+        if key not in fetched:
+            fetched[key] = fetch(role, model)
+        folder = fetched[key]
+        print(f"prefetch: {role}: {model.path}: {size(folder) / 1e9:.2f} GB in {folder}", flush=True)
+    if models:
+        print("prefetch: done; where there is no network, set HF_HUB_OFFLINE=1 for gene.sh and run.sh")
+
+
+def main() -> None:
+    recipe, options = parse(__doc__, dry_run=False)
+    prefetch(recipe, next((word for word in options.arguments if "=" not in word), "RECIPE"))
+
+
+if __name__ == "__main__":
+    run_main(main)

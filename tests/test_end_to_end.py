@@ -1,0 +1,120 @@
+"""Both scripts from beginning to end: tiny models with random weights, the real engine, the real trainer."""
+
+import json
+import subprocess
+
+import pytest
+from conftest import REPOSITORY
+
+from hps.records import read_jsonl, read_ranked
+
+pytestmark = [pytest.mark.slow, pytest.mark.train]
+
+LOAD_IN_VLLM = """
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+merged, base, adapter, prompt = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+def answer(path, lora=None, **extra):
+    engine = LLM(path, dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=2**28, **extra)
+    return list(engine.generate({"prompt_token_ids": prompt}, greedy, lora_request=lora)[0].outputs[0].token_ids)
+print(json.dumps([answer(merged), answer(base, LoRARequest("hps", 1, adapter), enable_lora=True, max_lora_rank=8)]))
+"""
+
+
+def script(name: str, *arguments) -> subprocess.CompletedProcess:
+    command = ["bash", name, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model, tiny_reward):
+    """Recipe and output folder of one run of both scripts."""
+    from conftest import write_tiny_recipe
+
+    folder = tmp_path_factory.mktemp("end-to-end")
+    recipe = write_tiny_recipe(folder, tiny_model, tiny_reward)
+    for name in ("gene.sh", "run.sh"):
+        done = script(name, recipe, "training.merge=true")
+        assert done.returncode == 0, done.stdout + done.stderr
+    return recipe, folder / "runs"
+
+
+def test_every_prompt_is_ranked(finished):
+    _, output = finished
+    for split, prompts, most in (("train", 8, 6), ("test", 4, 4)):
+        records = [record for _, record in read_ranked(output / "ranked" / f"{split}.jsonl")]
+        assert len({record["prompt_id"] for record in records}) == prompts
+        for record in records:
+            assert {"given_1", "given_2"} <= set(record["sources"])
+            assert 2 <= len(record["responses"]) <= most
+    assert json.loads((output / "candidates" / "manifest.json").read_text())["versions"]["transformers"]
+
+
+def test_training_left_its_files(finished):
+    _, output = finished
+    run = output / "dpo-hps"
+    for name in ("plan.jsonl", "plan.json", "log.jsonl", "curves.png", "manifest.json"):
+        assert (run / name).stat().st_size > 0, name
+    plan = [row for _, row in read_jsonl(run / "plan.jsonl")]
+    log = [line for _, line in read_jsonl(run / "log.jsonl")]
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert [line["gamma"] for line in log] == [-5.0, -5.0, 5.0, 5.0]
+    assert len(plan) == 16 and {row["step"] for row in plan} == {0, 1, 2, 3}
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["recipe"]["seed"] == 7 and "adapter_model.safetensors" in manifest["outputs"]
+
+
+def test_held_out_figures(finished):
+    _, output = finished
+    metrics = json.loads((output / "dpo-hps" / "evaluation" / "metrics.json").read_text())
+    for name, most in (("written", 4), ("ranked", 4)):
+        figures = metrics["sets"][name]
+        assert 1 <= figures["pairs"] <= most
+        low, high = figures["rm_dpo"]["interval"]
+        assert low <= figures["rm_dpo"]["mean"] <= high
+        assert 0 <= figures["accuracy_per_token_after"]["mean"] <= 1
+
+
+def test_a_second_start_does_nothing_again(finished):
+    recipe, output = finished
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.jsonl") if "plan" not in path.name}
+    for name, words in (("gene.sh", "generation: finished before"), ("run.sh", "training: finished before")):
+        done = script(name, recipe, "training.merge=true")
+        assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_checkpoint_loads_in_vllm(finished, tiny_model):
+    """Adapter and merged weights answer in vLLM as the merged weights do in transformers (greedy, token by token)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _, output = finished
+    run = output / "dpo-hps"
+    prompt = [5, 9, 17, 33, 65]
+    model = AutoModelForCausalLM.from_pretrained(run / "merged")
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None
+    )[0, len(prompt) :].tolist()
+    command = [REPOSITORY / ".venv-infer/bin/python", "-c", LOAD_IN_VLLM]
+    arguments = [run / "merged", tiny_model, run / "checkpoint", json.dumps(prompt)]
+    done = subprocess.run([*map(str, command + arguments)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [expected, expected]
+
+
+@pytest.mark.parametrize("name", ["gene.sh", "run.sh", "quickstart.sh", "setup.sh"])
+def test_help(name):
+    done = script(name, "--help")
+    assert done.returncode == 0 and f"bash {name}" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["gene.sh", "run.sh"])
+def test_dry_run_of_the_paper_marks_what_is_missing(name):
+    done = script(name, "configs/hh_rlhf.yaml", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "MISSING" in done.stdout
+    assert {"gene.sh": "outputs: ", "run.sh": "global batch 64"}[name] in done.stdout

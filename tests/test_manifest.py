@@ -1,0 +1,99 @@
+"""What stands beside outputs: a folder belongs to one set of settings, models are known by their bytes."""
+
+import json
+import shutil
+
+import pytest
+
+from hps.errors import InputError
+from hps.manifest import check_model, claim, file_hash, finish, git_commit, model_hash, versions
+from hps.recipe import Model, load_recipe
+
+SETTINGS = {"seed": 7, "model": {"path": "models/a", "weights": "00ff"}, "responses": [6, 2]}
+
+
+def test_a_folder_is_claimed_continued_and_finished(tmp_path, tiny_recipe):
+    folder, recipe = tmp_path / "deep" / "folder", load_recipe(tiny_recipe)
+    assert claim(folder, SETTINGS) is False
+    assert claim(folder, SETTINGS) is False
+    output = folder / "data.jsonl"
+    output.write_bytes(b"abc")
+    finish(folder, recipe, SETTINGS, [output], steps=3)
+    assert claim(folder, SETTINGS) is True
+    manifest = json.loads((folder / "manifest.json").read_text())
+    # printf abc | sha256sum
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert manifest["outputs"] == {"data.jsonl": abc}
+    assert manifest["settings"] == SETTINGS
+    assert manifest["recipe"]["seed"] == 7
+    assert manifest["versions"] == versions()
+    assert manifest["git_commit"] == git_commit()
+    assert manifest["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({**SETTINGS, "seed": 8}, "seed was 7, is now 8"),
+        ({**SETTINGS, "model": {"path": "models/a", "weights": "11"}}, "model.weights was 00ff, is now 11"),
+        ({**SETTINGS, "responses": [6, 3]}, "responses was [6, 2], is now [6, 3]"),
+        ({**SETTINGS, "new": 1}, "new was None, is now 1"),
+        ({"seed": 7, "model": SETTINGS["model"]}, "responses was [6, 2], is now None"),
+    ],
+)
+def test_other_settings_are_refused_and_named(tmp_path, changed, difference):
+    claim(tmp_path, SETTINGS)
+    with pytest.raises(InputError, match="results of other settings") as error:
+        claim(tmp_path, changed)
+    assert difference in str(error.value)
+    assert claim(tmp_path, SETTINGS) is False
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot make or write the folder"):
+        claim(tmp_path / "file" / "folder", SETTINGS)
+
+
+@pytest.fixture
+def copied(tiny_model, tmp_path):
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def flip(path, place: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [("model.safetensors", "weights"), ("config.json", "weights"), ("tokenizer.json", "tokenizer"),
+     ("tokenizer_config.json", "tokenizer"), ("chat_template.jinja", "tokenizer")],
+)  # fmt: skip
+def test_one_flipped_bit_changes_the_hash_of_its_part(copied, file, part):
+    model = Model(str(copied))
+    before = model_hash(model)
+    flip(copied / file)
+    after = model_hash(model)
+    assert {name for name in before if before[name] != after[name]} == {part}
+
+
+def test_hashes_do_not_depend_on_the_place(copied, tiny_model):
+    ours, theirs = model_hash(Model(str(copied))), model_hash(Model(str(tiny_model)))
+    assert {**ours, "path": ""} == {**theirs, "path": ""}
+    assert file_hash(copied / "config.json") == file_hash(tiny_model / "config.json")
+
+
+def test_a_hub_model_is_known_by_name_and_commit(monkeypatch):
+    assert model_hash(Model("nobody/none", "abc")) == {"hub": "nobody/none", "revision": "abc"}
+
+
+def test_local_models_must_be_there(tiny_model, tmp_path):
+    check_model(Model(str(tiny_model)), "models.policy")
+    check_model(Model("owner/name"), "models.policy")
+    for path in ("models/none", "./none", str(tmp_path / "none"), "none", "a/b/c"):
+        with pytest.raises(InputError, match=r"`models\.reward\.path`: there is no model folder"):
+            check_model(Model(path), "models.reward")
+    with pytest.raises(InputError, match=r"`models\.reward\.path`: no config\.json"):
+        check_model(Model(str(tmp_path)), "models.reward")

@@ -1,0 +1,161 @@
+"""Bad input ends before anything loads: one line that names the place, exit status 2, no traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import DATA, REPOSITORY
+
+USER = {"role": "user", "content": "Hello"}
+GOOD = {"prompt": [USER], "responses": ["Hi.", "Go away."]}
+
+
+def write_config(folder, **fields) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+@pytest.fixture
+def recipe(tmp_path, write_lines):
+    """A recipe whose models are mere `config.json`s: preflight loads no model."""
+    write_config(tmp_path / "policy", model_type="llama")
+    write_config(tmp_path / "reward", model_type="llama", id2label={"0": "LABEL_0"})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"output: {tmp_path / 'runs'}\n"
+        f"models:\n"
+        f"  generator: {{path: {tmp_path / 'policy'}}}\n"
+        f"  policy: {{path: {tmp_path / 'policy'}}}\n"
+        f"  reward: {{path: {tmp_path / 'reward'}}}\n"
+        f"data:\n"
+        f"  train: {{path: {write_lines([GOOD, GOOD], 'train.jsonl')}, responses: 4}}\n"
+        f"  test: {{path: {DATA / 'safety_test.jsonl'}, responses: 2}}\n"
+    )
+    return path
+
+
+def preflight(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "hps.preflight", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def unknown_key(folder):
+    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text() + "lsos: {beta: 1}\n")
+    return "recipe.yaml:9: unknown key `lsos`"
+
+
+def missing_file(folder):
+    (folder / "train.jsonl").unlink()
+    return "train.jsonl: cannot read the file (No such file or directory)"
+
+
+def missing_model(folder):
+    (folder / "policy" / "config.json").unlink()
+    (folder / "policy").rmdir()
+    return "`models.generator.path`: there is no model folder"
+
+
+def two_labels(folder):
+    (folder / "reward" / "config.json").write_text('{"id2label": {"0": "A", "1": "B"}}')
+    return "reward/config.json: `models.reward`: the model has 2 labels"
+
+
+def line(text: str, message: str):
+    """Put a bad line behind the good first one."""
+
+    def spoil(folder):
+        (folder / "train.jsonl").write_text(f"{json.dumps(GOOD)}\n{text}\n")
+        return f"train.jsonl:2: {message}"
+
+    return spoil
+
+
+FAULTS = {
+    "unknown key": unknown_key,
+    "missing data file": missing_file,
+    "missing model folder": missing_model,
+    "reward model with two labels": two_labels,
+    "broken JSON": line('{"prompt": ', "broken JSON at column"),
+    "empty prompt": line('{"prompt": []}', "`prompt` is []"),
+    "message without role": line('{"prompt": [{"content": "x"}]}', "`prompt[0]` has no `role`"),
+}
+
+
+def assert_refused(done: subprocess.CompletedProcess, message: str) -> None:
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_bad_input_of_gene(recipe, fault):
+    message = fault(recipe.parent)
+    assert_refused(preflight("gene", recipe), message)
+
+
+def test_a_prompt_with_a_single_response(recipe):
+    """One given and none generated."""
+    message = line(json.dumps({**GOOD, "prompt": [USER, USER], "responses": ["Hi."]}), "the prompt would have a single")
+    assert_refused(preflight("gene", recipe, "data.train.responses=0"), message(recipe.parent))
+
+
+def test_one_name_on_two_prompts(recipe):
+    (recipe.parent / "train.jsonl").write_text(
+        json.dumps({**GOOD, "prompt_id": "a"}) + "\n" + json.dumps({"prompt": [USER, USER], "prompt_id": "a"}) + "\n"
+    )
+    assert_refused(preflight("gene", recipe), "train.jsonl:2: `prompt_id` `a` stands on two different prompts")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [([1.0], "2 `responses` but 1 `rewards`"), ([0.0, 1.0], "`rewards` are not sorted")],
+)
+def test_bad_ranked_lines_of_run(recipe, rewards, message):
+    ranked = recipe.parent / "runs" / "ranked" / "train.jsonl"
+    ranked.parent.mkdir(parents=True)
+    record = {**GOOD, "sources": ["given_1", "given_2"], "token_counts": [1, 1], "truncated": [False, False]}
+    ranked.write_text(json.dumps({**record, "rewards": rewards}) + "\n")
+    assert_refused(preflight("run", recipe), f"ranked/train.jsonl:1: {message}")
+
+
+def test_the_stage_must_be_named():
+    assert_refused(preflight("genes"), "the first argument must be gene or run")
+
+
+def test_good_input_prints_the_counts(recipe):
+    """Two equal prompts are one; 4 generated responses of at most 2048 new tokens (the default) are 8,192 tokens."""
+    done = preflight("gene", recipe)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 prompts, 2 given and 4 generated responses, at most 8,192 new tokens and 1,024 prompt" in done.stdout
+    assert "60 prompts, 120 given and 120 generated responses" in done.stdout
+
+
+def test_dry_run_marks_what_is_missing_and_runs_nothing(recipe):
+    missing_file(recipe.parent)
+    missing_model(recipe.parent)
+    done = preflight("gene", recipe, "loss.beta=0.25", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    plan = [text for text in done.stdout.splitlines() if text.startswith("plan: ")]
+    assert sum("MISSING" in text for text in plan) == 2
+    assert "beta: 0.25" in done.stdout
+    assert f"outputs: {recipe.parent / 'runs' / 'candidates' / 'train.jsonl'}" in plan[-1]
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_dry_run_of_run_counts_steps_from_the_prompts(recipe):
+    """60 prompts, 3 epochs, 180 / 8 = 22.5: 23 steps."""
+    data = DATA / "safety_train.jsonl"
+    done = preflight(
+        "run", recipe, f"data.train.path={data}", "schedule.epochs=3", "schedule.global_batch=8", "--dry-run"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ranked: MISSING: " in done.stdout
+    assert "at most 23 steps, 3 epochs, global batch 8 (1 on a device at a time)" in done.stdout
+
+
+def test_broken_data_end_a_dry_run_too(recipe):
+    message = FAULTS["broken JSON"](recipe.parent)
+    assert_refused(preflight("gene", recipe, "--dry-run"), message)

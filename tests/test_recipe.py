@@ -1,0 +1,224 @@
+"""Recipes: what is refused, with file and line or the override named."""
+
+import pytest
+from conftest import REPOSITORY
+
+from hps.errors import InputError
+from hps.recipe import BOUNDS, CHOICES, as_dict, as_yaml, load_recipe
+
+RECIPE = """\
+output: runs/test
+models:
+  generator: {path: models/a}
+  policy: {path: models/a}
+  reward:
+    path: models/b
+data:
+  train: {path: data/train.jsonl, responses: 6}
+  test: {path: data/test.jsonl, responses: 2, limit: 10}
+loss:
+  preference: bt
+  beta: 0.25
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load a recipe's text with overrides."""
+
+    def load(text: str = RECIPE, *overrides: str):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_recipe(path, list(overrides))
+
+    return load
+
+
+def refusal(load, *arguments) -> str:
+    with pytest.raises(InputError) as error:
+        load(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_our_recipes_load(path):
+    assert as_dict(load_recipe(path))["models"]["policy"]["path"]
+
+
+@pytest.mark.parametrize("name", ["hh_rlhf", "pku_safe"])
+def test_the_papers_settings(name):
+    """Section 6: beta 0.1, learning rate 5e-7, cosine, LoRA r 8 and alpha 16, gamma -5 to 5, 100 responses."""
+    recipe = load_recipe(REPOSITORY / "configs" / f"{name}.yaml")
+    assert (recipe.loss.family, recipe.loss.preference, recipe.loss.beta, recipe.loss.factor_n) == (
+        "dpo", "hps", 0.1, False,
+    )  # fmt: skip
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.scheduler) == (5e-7, "cosine")
+    assert (recipe.lora.enabled, recipe.lora.r, recipe.lora.alpha) == (True, 8, 16)
+    assert (recipe.schedule.gamma_start, recipe.schedule.gamma_end, recipe.schedule.gamma_stages) == (-5, 5, 5)
+    assert (recipe.schedule.global_batch, recipe.data.train.responses) == (64, 100)
+
+
+def test_values_defaults_and_overrides(load):
+    recipe = load(RECIPE, "loss.beta=0.5", "data.test.limit=null", "lora.target_modules=[o_proj]", "seed=7")
+    assert (recipe.loss.beta, recipe.loss.preference, recipe.seed) == (0.5, "bt", 7)
+    assert (recipe.data.train.limit, recipe.data.test.limit) == (None, None)
+    assert recipe.lora.target_modules == ["o_proj"]
+    assert recipe.schedule.epochs == 2
+
+
+def test_of_two_overrides_the_last_counts(load):
+    assert load(RECIPE, "loss.beta=0.5", "loss.beta=0.75").loss.beta == 0.75
+
+
+def test_the_run_is_named_after_the_loss(load):
+    assert load().run == "dpo-bt"
+    recipe = load(RECIPE, "loss.preference=hps")
+    assert str(recipe.run_folder()) == "runs/test/dpo-hps"
+    assert load(RECIPE, "run=first").run == "first"
+    assert load(RECIPE, "run=${loss.preference}-${seed}").run == "bt-42"
+
+
+def test_the_resolved_recipe_is_a_recipe(load):
+    recipe = load(RECIPE, "schedule.gamma_start=-2.5", "optimizer.learning_rate=5e-7")
+    assert load(as_yaml(recipe)) == recipe
+
+
+# A text's replacement, then the line that the message names and what it says.
+IN_FILE = {
+    "unknown section": ("loss:", "lsos:", 10, "unknown key `lsos`"),
+    "unknown field": ("beta:", "bta:", 12, "unknown key `loss.bta`"),
+    "unknown nested field": ("    path: models/b", "    name: models/b", 6, "unknown key `models.reward.name`"),
+    "text for a number": ("0.25", "strong", 12, "`loss.beta`: Value 'strong'"),
+    "fraction for a count": ("limit: 10", "limit: 1.5", 9, "`data.test.limit`: Value '1.5'"),
+    "truth value for a count": ("limit: 10", "limit: true", 9, "`data.test.limit`: Value 'True'"),
+    "number for a nested section": ("{path: data/train.jsonl, responses: 6}", "6", 7, "`data`"),
+    "number for a section": ("  preference: bt\n  beta: 0.25\n", "  5\n", 10, "`loss`"),
+    "empty section": ("  preference: bt\n  beta: 0.25\n", "", 10, "`loss`"),
+    "null": ("beta: 0.25", "beta: null", 12, "`loss.beta`"),
+    "missing path": ("{path: data/train.jsonl, responses: 6}", "{responses: 6}", 8, "`data.train.path` is missing"),
+    "missing model": ("  reward:\n    path: models/b\n", "", 2, "`models.reward.path` is missing"),
+    "bad choice": ("bt", "plackett-luce", 11, "`loss.preference` is `plackett-luce`; use one of: bt, hps"),
+    "negative": ("0.25", "-0.25", 12, "`loss.beta` is -0.25; it must be at least"),
+    "twice": ("  beta: 0.25", "  beta: 0.25\n  beta: 0.5", 13, "broken YAML (found duplicate key beta)"),
+    "alias inside its anchor": ("0.25", "&a [*a]", 12, "broken YAML"),
+    "broken": ("{path: data/train.jsonl,", "[path: data/train.jsonl,", 8, "broken YAML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "line", "message"), IN_FILE.values(), ids=IN_FILE)
+def test_errors_name_file_and_line(load, tmp_path, old, new, line, message):
+    assert RECIPE.count(old) == 1
+    text = refusal(load, RECIPE.replace(old, new))
+    assert text.startswith(f"{tmp_path / 'recipe.yaml'}:{line}: ")
+    assert message in text
+
+
+WITHOUT_A_LINE = {
+    "missing output": (RECIPE.replace("output: runs/test\n", ""), "`output` is missing"),
+    "empty file": ("", "`output` is missing"),
+    "a list": ("- 1\n", "no mapping of sections"),
+    "forbidden character": ("seed: \x01\n", "broken YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WITHOUT_A_LINE.values(), ids=WITHOUT_A_LINE)
+def test_errors_of_the_whole_file(load, tmp_path, text, message):
+    problem = refusal(load, text)
+    assert problem.startswith(f"{tmp_path / 'recipe.yaml'}: ")
+    assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    {
+        "lsos.beta=1": "unknown key `lsos`",
+        "loss.bta=1": "unknown key `loss.bta`",
+        "loss.beta=x": "`loss.beta`: Value 'x'",
+        "loss=": "`loss`",
+        "loss.beta=[1": "`loss.beta`",
+        "loss.preference=exo": "`loss.preference` is `exo`",
+        "schedule.epochs=0": "`schedule.epochs` is 0",
+        "run=a/b": "`run` is `a/b`",
+        "run=candidates": "`run` is `candidates`",
+        "run=${nope}": "Interpolation key 'nope' not found",
+        "output=''": "`output` is ``",
+    }.items(),
+)
+def test_errors_of_the_command_line_name_the_override(load, override, message):
+    text = refusal(load, RECIPE, "seed=1", override)
+    assert text.startswith(f"command line, `{override}`: ")
+    assert message in text
+
+
+@pytest.mark.parametrize("override", ["seed", "=5"])
+def test_what_is_no_override(load, override):
+    assert f"`{override}` is no override" in refusal(load, RECIPE, override)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml: cannot read the recipe \(No such file or directory\)"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+# One below the lowest and one above the highest; for numbers that need not be whole also infinity and NaN.
+IMPOSSIBLE = [(key, low - 1) for key, low, _ in BOUNDS if low is not None]
+IMPOSSIBLE += [(key, high + 1) for key, _, high in BOUNDS if high is not None]
+IMPOSSIBLE += [
+    (key, value)
+    for key in ("schedule.gamma_start", "schedule.gamma_end", "optimizer.learning_rate", "loss.beta")
+    for value in (".inf", ".nan")
+]
+
+
+@pytest.mark.parametrize(("key", "value"), IMPOSSIBLE)
+def test_impossible_numbers_are_refused(load, key, value):
+    text = refusal(load, RECIPE, f"{key}={value}")
+    assert text.startswith(f"command line, `{key}={value}`: `{key}` is ")
+
+
+def test_every_number_has_bounds():
+    """So that a new field cannot be forgotten."""
+
+    def numbers(values: dict, prefix: str = ""):
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from numbers(value, f"{prefix}{name}.")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                yield f"{prefix}{name}"
+
+    recipe = load_recipe(
+        REPOSITORY / "configs/quickstart.yaml",
+        [
+            "data.train.limit=1", "data.test.limit=1", "generation.workers=1", "annotation.workers=1",
+            "training.processes=1",
+        ],
+    )  # fmt: skip
+    assert set(numbers(as_dict(recipe))) == {key for key, _, _ in BOUNDS}
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_other_choices_are_refused(load, key):
+    assert f"use one of: {', '.join(CHOICES[key])}" in refusal(load, RECIPE, f"{key}=none of them")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.device_batch=3"], "`schedule.global_batch` 64 is no multiple of `schedule.device_batch` 3"),
+        (["lora.target_modules=[]"], "`lora.target_modules` is empty"),
+        (
+            ["generation.max_prompt_tokens=2048"],
+            "`generation.max_prompt_tokens` is 2048, `schedule.max_length` is 2048",
+        ),
+        (["schedule.max_length=512"], "`generation.max_prompt_tokens` is 1024, `schedule.max_length` is 512"),
+    ],
+)
+def test_impossible_combinations(load, overrides, message):
+    assert message in refusal(load, RECIPE, *overrides)
+
+
+def test_possible_combinations(load):
+    load(RECIPE, "generation.max_prompt_tokens=2047")
+    load(RECIPE, "lora.target_modules=[]", "lora.enabled=false")
+    load(RECIPE, "schedule.device_batch=32")

@@ -1,0 +1,260 @@
+"""Record formats: what is refused and where, stable names, and files that survive a kill at any byte."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hps.errors import InputError
+from hps.records import (
+    Appender,
+    check_candidates,
+    check_ranked,
+    done_ids,
+    prompt_id,
+    read_candidates,
+    read_jsonl,
+    read_prompts,
+    read_ranked,
+    write_atomic,
+    write_json,
+)
+
+USER = {"role": "user", "content": "Hello"}
+PROMPT = {"prompt": [USER], "responses": ["Hi.", "Go away."]}
+CANDIDATES = {**PROMPT, "sources": ["given_1", "generated"], "token_counts": [2, 3], "truncated": [False, True]}
+RANKED = {**CANDIDATES, "rewards": [1.5, -2]}
+
+
+def without(record: dict, field: str) -> dict:
+    return {name: value for name, value in record.items() if name != field}
+
+
+# ---- what is refused ----
+
+BAD_PROMPTS = {
+    "broken JSON": ('{"prompt": [}', "broken JSON at column 13"),
+    "cut off": ('{"prompt"', "broken JSON"),
+    "no object": ("[1, 2]", "expected a JSON object, found [1, 2]"),
+    "half a surrogate pair": ('{"prompt": "\\ud800"}', "half a character"),
+    "endless number": ("1" * 5000, "unreadable JSON"),
+    "endless nesting": ("[" * 100_000, "unreadable JSON"),
+    "no prompt": ({}, "`prompt` is null"),
+    "empty prompt": ({"prompt": []}, "`prompt` is []"),
+    "prompt is a string": ({"prompt": "Hello"}, '`prompt` is "Hello"'),
+    "no role": ({"prompt": [USER, {"content": "x"}]}, "`prompt[1]` has no `role`"),
+    "message is a string": ({"prompt": ["x"]}, "`prompt[0]` has no `role`"),
+    "unknown role": ({"prompt": [{"role": "human", "content": "x"}]}, '`prompt[0]`.role is "human"'),
+    "no content": ({"prompt": [{"role": "user"}]}, "`prompt[0]`.content is null"),
+    "blank content": ({"prompt": [{"role": "user", "content": " \n"}]}, "`prompt[0]`.content is"),
+    "assistant last": ({"prompt": [USER, {"role": "assistant", "content": "x"}]}, "last message of `prompt` has role"),
+    "responses no list": ({**PROMPT, "responses": "Hi."}, '`responses` is "Hi."'),
+    "response no string": ({**PROMPT, "responses": ["Hi.", 3]}, '`responses` is ["Hi.", 3]'),
+    "prompt_id no string": ({**PROMPT, "prompt_id": 7}, "`prompt_id` is 7"),
+    "prompt_id empty": ({**PROMPT, "prompt_id": ""}, '`prompt_id` is ""'),
+}
+BAD_CANDIDATES = {
+    "no sources": (without(CANDIDATES, "sources"), "`sources` is null"),
+    "one source": ({**CANDIDATES, "sources": ["generated"]}, "2 `responses` but 1 `sources`"),
+    "three counts": ({**CANDIDATES, "token_counts": [1, 2, 3]}, "2 `responses` but 3 `token_counts`"),
+    "negative count": ({**CANDIDATES, "token_counts": [1, -2]}, "`token_counts` has -2"),
+    "count a fraction": ({**CANDIDATES, "token_counts": [1, 2.5]}, "`token_counts` has 2.5"),
+    "count a truth value": ({**CANDIDATES, "token_counts": [1, True]}, "`token_counts` has true"),
+    "no truncated": (without(CANDIDATES, "truncated"), "`truncated` is null"),
+    "truncated a number": ({**CANDIDATES, "truncated": [False, 0]}, "`truncated` has 0"),
+}
+BAD_RANKED = {
+    "no responses": (without(RANKED, "responses"), "`responses` is null"),
+    "no rewards": (without(RANKED, "rewards"), "`rewards` is null"),
+    "one reward": ({**RANKED, "rewards": [1.0]}, "2 `responses` but 1 `rewards`"),
+    "three rewards": ({**RANKED, "rewards": [3, 2, 1]}, "2 `responses` but 3 `rewards`"),
+    "NaN": (json.dumps({**RANKED, "rewards": [1.0, float("nan")]}), "`rewards[1]` is NaN"),
+    "Infinity": (json.dumps({**RANKED, "rewards": [float("inf"), 1.0]}), "`rewards[0]` is Infinity"),
+    "-Infinity": (json.dumps({**RANKED, "rewards": [1.0, float("-inf")]}), "`rewards[1]` is -Infinity"),
+    "beyond a float": ({**RANKED, "rewards": [10**400, 0]}, "`rewards[0]` is 1000"),
+    "text": ({**RANKED, "rewards": ["2", "1"]}, '`rewards[0]` is "2"'),
+    "truth value": ({**RANKED, "rewards": [True, False]}, "`rewards[0]` is true"),
+    "unsorted": ({**RANKED, "rewards": [-2, 1.5]}, "`rewards` are not sorted"),
+    "single": ({**RANKED, **{name: RANKED[name][:1] for name in ("responses", "sources", "token_counts", "truncated")},
+                "rewards": [1]}, "`responses` has 1 entry"),
+}  # fmt: skip
+REFUSED = [
+    pytest.param(read, good, bad, message, id=f"{read.__name__}-{name}")
+    for read, good, table in (
+        (read_prompts, PROMPT, BAD_PROMPTS),
+        (read_candidates, CANDIDATES, BAD_CANDIDATES),
+        (read_ranked, RANKED, BAD_RANKED),
+    )
+    for name, (bad, message) in table.items()
+]
+
+
+@pytest.mark.parametrize(("read", "good", "bad", "message"), REFUSED)
+def test_bad_lines_are_refused_with_file_and_line(read, good, bad, message, write_lines):
+    """The good first line passes; a blank line is passed over and counted: the bad one is line 3."""
+    path = write_lines([good, "", bad])
+    lines = read(path)
+    next(lines)
+    with pytest.raises(InputError) as error:
+        next(lines)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_other_encodings_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"none\.jsonl: cannot read the file \(No such file or directory\)"):
+        list(read_prompts(tmp_path / "none.jsonl"))
+    with pytest.raises(InputError, match="Is a directory"):
+        list(read_prompts(tmp_path))
+    (tmp_path / "latin.jsonl").write_bytes('{}\n{"prompt": "Größe"}'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.jsonl:2: byte 15 of the line is not UTF-8"):
+        list(read_jsonl(tmp_path / "latin.jsonl"))
+
+
+# ---- what is accepted ----
+
+
+def test_good_lines_pass_unchanged_and_named(write_lines):
+    """The name: printf '[["user","Hello"]]' | sha256sum | cut -c1-16"""
+    name = "b0ae8b0f316e2f14"
+    for read, record in ((read_prompts, PROMPT), (read_candidates, CANDIDATES), (read_ranked, RANKED)):
+        assert [line for _, line in read(write_lines([record]))] == [{**record, "prompt_id": name}]
+        assert [line for _, line in read(write_lines([{**record, "prompt_id": "mine"}]))] == [
+            {**record, "prompt_id": "mine"}
+        ]
+
+
+def test_equal_rewards_and_whole_numbers_are_sorted():
+    assert check_ranked({**RANKED, "rewards": [2, 2.0]}, "here")["rewards"] == [2, 2.0]
+
+
+def test_prompts_without_responses_and_the_limit(write_lines):
+    path = write_lines([{"prompt": [USER]}, PROMPT, "broken"])
+    assert [record["responses"] for _, record in read_prompts(path, limit=2)] == [[], ["Hi.", "Go away."]]
+
+
+def test_line_separators_of_unicode_do_not_end_a_line(write_lines):
+    path = write_lines([json.dumps({**PROMPT, "responses": ["a\u2028b", "c\x85d"]}, ensure_ascii=False)])
+    assert next(read_prompts(path))[1]["responses"] == ["a\u2028b", "c\x85d"]
+
+
+# ---- the name of a prompt ----
+
+
+def test_prompt_id_is_the_hash_of_roles_and_contents():
+    """printf '[["system","Be brief."],["user","Größe?"]]' | sha256sum | cut -c1-16"""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Größe?"}]
+    assert prompt_id(messages) == "a85e631511835656"
+    assert prompt_id([{"content": "Be brief.", "role": "system", "weight": 1}, messages[1]]) == prompt_id(messages)
+    assert prompt_id(messages[1:]) != prompt_id(messages)
+
+
+def test_roles_and_contents_cannot_be_confused():
+    """One message that contains the spelling of two is another prompt than the two."""
+    two = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    one = [{"role": "user", "content": 'a"],["user","b'}]
+    assert prompt_id(one) != prompt_id(two)
+
+
+def test_extra_fields_do_not_change_the_name_and_are_kept():
+    record = check_candidates({**CANDIDATES, "topic": "greetings"}, "here")
+    assert record["prompt_id"] == check_candidates(CANDIDATES, "here")["prompt_id"]
+    assert record["topic"] == "greetings"
+
+
+# ---- files ----
+
+text = st.text(max_size=20)
+
+
+@given(st.lists(st.dictionaries(text, text | st.lists(text, max_size=3), max_size=4), max_size=4))
+def test_records_of_any_strings_round_trip(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("round-trip") / "data.jsonl"
+    with Appender(path) as appender:
+        for record in records:
+            appender.append(record)
+    assert [record for _, record in read_jsonl(path)] == records
+
+
+def test_a_kill_at_any_byte_of_the_last_line_keeps_the_complete_ones(tmp_path):
+    """Every cut of the last of three lines, multi-byte characters included; what is appended then is whole."""
+    path = tmp_path / "data.jsonl"
+    records = [{"prompt_id": name, "text": "Größe\u2028 🙂"} for name in "abc"]
+    with Appender(path) as appender:
+        for record in records:
+            appender.append(record)
+    whole = path.read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    for size in range(last, len(whole)):
+        path.write_bytes(whole[:size])
+        Appender(path).close()
+        assert path.read_bytes() == whole[:last], size
+    with Appender(path) as appender:
+        appender.append(records[2])
+    assert path.read_bytes() == whole
+
+
+def test_a_partial_line_longer_than_a_block_is_cut(tmp_path):
+    """The end is searched in blocks of 65536 bytes: partial lines around one and two blocks, with and without a
+    complete line in front."""
+    path = tmp_path / "data.jsonl"
+    for head in (b"", b'{"a": 1}\n'):
+        for size in (65535, 65536, 65537, 131072, 140000):
+            path.write_bytes(head + b"x" * size)
+            Appender(path).close()
+            assert path.read_bytes() == head
+
+
+def test_nothing_is_cut_from_complete_and_new_files(tmp_path):
+    path = tmp_path / "new" / "data.jsonl"
+    Appender(path).close()
+    assert path.read_bytes() == b""
+    path.write_bytes(b"{}\n")
+    Appender(path).close()
+    assert path.read_bytes() == b"{}\n"
+
+
+def test_garbage_in_the_middle_is_an_error_with_its_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt_id": "a"}\n{"prompt_i\n{"prompt_id": "b"}\n{"pro')
+    Appender(path).close()
+    with pytest.raises(InputError, match=r"data\.jsonl:2: broken JSON"):
+        done_ids(path)
+
+
+def test_numbers_that_are_no_json_are_not_written(tmp_path):
+    with Appender(tmp_path / "data.jsonl") as appender, pytest.raises(ValueError, match="not JSON compliant"):
+        appender.append({"reward": float("nan")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "value.json", {"reward": float("inf")})
+    assert (tmp_path / "data.jsonl").read_bytes() == b""
+    assert not (tmp_path / "value.json").exists()
+
+
+def test_done_ids_of_several_files(write_lines, tmp_path):
+    first = write_lines([{"prompt_id": "a"}, {"prompt_id": "b"}], "first.jsonl")
+    second = write_lines([{"prompt_id": "b"}, {"other": "line"}, {"prompt_id": "c"}], "second.jsonl")
+    assert done_ids(first, second, tmp_path / "none.jsonl") == {"a", "b", "c"}
+
+
+def test_write_atomic_leaves_the_old_file_when_the_writer_dies(tmp_path):
+    """A child process writes a new text and dies before the rename, by a full disk and by SIGKILL."""
+    path = tmp_path / "value.txt"
+    write_atomic(path, "old")
+    for fault in ("raise_error", "die"):
+        child = os.fork()
+        if child == 0:  # in the child: the fault at the moment when the text goes to the disk
+            faults = {"raise_error": lambda _: 1 / 0, "die": lambda _: os.kill(os.getpid(), 9)}
+            os.fsync = faults[fault]
+            try:
+                write_atomic(path, "new")
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert status != 0
+        assert path.read_text() == "old"
+    write_atomic(path, "new")
+    assert path.read_text() == "new"
