@@ -120,13 +120,18 @@ def attention(recipe: Recipe) -> str:
     return "flash_attention_2" if flash else "sdpa"
 
 
-def load_policy(recipe: Recipe):
-    """The policy before training, bf16 on CUDA and fp32 on a CPU."""
+def load_policy(recipe: Recipe, trained: bool = False):
+    """The policy before training, bf16 on CUDA and fp32 on a CPU.
+
+    Args:
+        trained: these very weights will be trained (full fine-tuning). Then they are fp32 on CUDA too, under bf16
+            autocast: a learning rate of 5e-7 moves few weights by as much as a bf16 rounds off.
+    """
     model = recipe.models.policy
     return AutoModelForCausalLM.from_pretrained(
         model.path,
         revision=model.revision,
-        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        dtype=torch.bfloat16 if torch.cuda.is_available() and not trained else torch.float32,
         attn_implementation=attention(recipe),
     )
 
@@ -245,7 +250,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
     return HPSTrainer(
-        model=load_policy(recipe),
+        model=load_policy(recipe, trained=not recipe.lora.enabled),
         # The parent would load the frozen copy by its name alone, without the revision.
         ref_model=None if recipe.lora.enabled else load_policy(recipe),
         args=config,
@@ -263,9 +268,7 @@ def train(recipe: Recipe) -> None:
     check_model(recipe.models.policy, "models.policy")
     folder = recipe.run_folder()
     state = PartialState(cpu=not torch.cuda.is_available())
-    with state.main_process_first():
-        finished = claim(folder, run_settings(recipe))
-    if finished:
+    if claim(folder, run_settings(recipe)):  # by every process: all find the same, and none waits for one that failed
         state.print(f"training: finished before, {folder}")
         return
     tokenizer = load_tokenizer(recipe.models.policy.path, recipe.models.policy.revision)

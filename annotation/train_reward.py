@@ -5,7 +5,8 @@ They show the method and judge no model: 120 written pairs teach a 135M model's 
 paper also evaluates with a reward model that it did not train with).
 
 Reads   data/quickstart/{dialogue,safety}_train.jsonl (prompts with two responses, best first), *_test.jsonl (report)
-Writes  annotation/embedded/<name>/: LoRA adapter with the head (safetensors), `reward.json`, `report.json`
+Writes  annotation/embedded/<name>/: LoRA adapter with the head (safetensors), `reward.json`;
+        annotation/embedded/reports/<name>.json: accuracies on the test split
 Run     python -m annotation.train_reward train    # and `eval`; then `bash setup.sh train` merges them
 """
 
@@ -19,12 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hps.chat import conversation_token_ids, load_tokenizer
-from hps.embedded import ADAPTERS, LANGUAGE_MODEL, MODELS, REWARD_NAMES, reward_backbone
+from hps.embedded import ADAPTERS, LANGUAGE_MODEL, MODELS, REWARD_NAMES, merge_reward_model, reward_backbone
 from hps.errors import run_main
+from hps.recipe import REPOSITORY, Model
 from hps.records import read_prompts, write_json
 
 SETS = ("dialogue", "safety")
-DATA = Path(__file__).resolve().parents[1] / "data" / "quickstart"
+DATA = REPOSITORY / "data" / "quickstart"
+# Beside the adapters' folders, not inside: a new report does not change the model.
+REPORTS = ADAPTERS / "reports"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Settings:
     lora_r: int = 8
 
 
-SETTINGS = {"train": Settings(layers=10, seed=1), "eval": Settings(layers=12, seed=2)}
+SETTINGS = {"train": Settings(layers=10, seed=1), "eval": Settings(layers=8, seed=2)}
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,6 @@ def wilson(successes: int, count: int, z: float = 1.96) -> list[float]:
 def report(folder: Path, seed: int) -> dict:
     """Accuracy of a merged reward model on the test split, by kind of pair, with intervals."""
     from annotation.score import RewardModel
-    from hps.recipe import Model
 
     model = RewardModel(Model(path=str(folder)), dtype="float32")
     written = written_pairs("test")
@@ -134,7 +137,7 @@ def report(folder: Path, seed: int) -> dict:
 
 
 def train(name: str, settings: Settings, output: Path) -> None:
-    """Train one reward model and write adapter, settings and report into `output`."""
+    """Train one reward model and write adapter and settings into `output`."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import RewardConfig, RewardTrainer
@@ -180,24 +183,22 @@ def train(name: str, settings: Settings, output: Path) -> None:
     adapter = json.loads((output / "adapter_config.json").read_text())
     write_json(output / "adapter_config.json", {**adapter, "base_model_name_or_path": LANGUAGE_MODEL})
     write_json(output / "reward.json", {"base": LANGUAGE_MODEL, "layers": settings.layers})
-    with tempfile.TemporaryDirectory() as scratch:
-        merged = Path(scratch)
-        trainer.model.merge_and_unload().save_pretrained(merged)
-        tokenizer.save_pretrained(merged)
-        figures = report(merged, settings.seed)
-    write_json(output / "report.json", figures)
-    print(f"reward model {name}, on the test split: {json.dumps(figures, indent=1)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=REWARD_NAMES)
-    parser.add_argument("--output", type=Path, help="folder instead of annotation/embedded/NAME")
+    parser.add_argument("--report", action="store_true", help="measure the adapter that is there, train nothing")
     options = parser.parse_args()
-    output = options.output or ADAPTERS / options.name
-    if output.exists():
-        shutil.rmtree(output)
-    train(options.name, SETTINGS[options.name], output)
+    output, settings = ADAPTERS / options.name, SETTINGS[options.name]
+    if not options.report:
+        shutil.rmtree(output, ignore_errors=True)
+        train(options.name, settings, output)
+    with tempfile.TemporaryDirectory() as scratch:
+        merge_reward_model(output, MODELS / LANGUAGE_MODEL, settings.layers, Path(scratch))
+        figures = report(Path(scratch), settings.seed)
+    write_json(REPORTS / f"{options.name}.json", figures)
+    print(f"reward model {options.name}, on the test split: {json.dumps(figures, indent=1)}")
 
 
 if __name__ == "__main__":

@@ -44,9 +44,8 @@ class Generator:
 def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tuple[dict, list[dict]]:
     """One candidates record of given and sampled responses, and ledger lines for what was dropped or merged.
 
-    Given responses come first and keep their place in the human order as source. White space around a response is cut:
-    after a template's newline it would merge with it to other tokens. Empty responses are dropped; of exact duplicates
-    the first is kept.
+    Given responses come first and keep their place in the human order as source. Empty responses are dropped; of exact
+    duplicates the first is kept.
 
     Args:
         record: the prompts record (its `responses` are the given ones).
@@ -54,7 +53,7 @@ def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tu
         given_counts: tokens of the given responses.
     """
     given = [
-        (text.strip(), f"given_{place}", count, False)
+        (text, f"given_{place}", count, False)
         for place, (text, count) in enumerate(zip(record["responses"], given_counts, strict=True), 1)
     ]
     sampled = [(sample.text.strip(), "generated", sample.tokens, sample.truncated) for sample in samples]
@@ -62,7 +61,7 @@ def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tu
     ledger = []
     for entry in given + sampled:
         text, source = entry[:2]
-        if not text:
+        if not text.strip():
             ledger.append({"prompt_id": record["prompt_id"], "reason": "empty response", "source": source})
         elif text in kept:
             line = {"prompt_id": record["prompt_id"], "reason": "duplicate response", "source": source}
@@ -105,14 +104,10 @@ class SplitWriter:
 
     def write(self, name: str, samples: list[Sample]) -> None:
         """Put a finished prompt on disk, the ledger first: a kill in between repeats the prompt, never loses it."""
-        record = self.prompts[name]
-        if not self._settings.keep_given:
-            record = {**record, "responses": []}
-        counts = (
-            [len(ids) for ids in self._tokenizer(record["responses"], add_special_tokens=False)["input_ids"]]
-            if record["responses"]
-            else []
-        )
+        # White space around a response would merge with the template's tokens; generated text is stripped as well.
+        given = [text.strip() for text in self.prompts[name]["responses"]] if self._settings.keep_given else []
+        record = {**self.prompts[name], "responses": given}
+        counts = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in given]
         candidates, ledger = assemble(record, samples, counts)
         for line in ledger:
             self._ledger.append(line)

@@ -35,7 +35,7 @@ LLAMA3_TEXT = (
 )
 
 
-@pytest.fixture(params=["chatml", "llama3", "smollm2"])
+@pytest.fixture(scope="module", params=["chatml", "llama3", "smollm2"])
 def any_tokenizer(request, tokenizer, llama3_tokenizer):
     if request.param == "smollm2":
         if not SMOLLM.is_dir():

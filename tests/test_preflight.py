@@ -98,8 +98,9 @@ def test_bad_input_of_gene(recipe, fault):
 
 def test_a_prompt_with_a_single_response(recipe):
     """One given and none generated."""
-    message = line(json.dumps({**GOOD, "prompt": [USER, USER], "responses": ["Hi."]}), "the prompt would have a single")
-    assert_refused(preflight("gene", recipe, "data.train.responses=0"), message(recipe.parent))
+    single = json.dumps({"prompt": [USER, USER], "responses": ["Hi."]})
+    message = line(single, "the prompt would have a single response (1 given, 0 generated)")(recipe.parent)
+    assert_refused(preflight("gene", recipe, "data.train.responses=0"), message)
 
 
 def test_one_name_on_two_prompts(recipe):

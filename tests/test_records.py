@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hps.errors import InputError
@@ -170,6 +170,7 @@ def test_extra_fields_do_not_change_the_name_and_are_kept():
 text = st.text(max_size=20)
 
 
+@settings(max_examples=50, deadline=None)  # every record waits for the disk
 @given(st.lists(st.dictionaries(text, text | st.lists(text, max_size=3), max_size=4), max_size=4))
 def test_records_of_any_strings_round_trip(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("round-trip") / "data.jsonl"

@@ -1,0 +1,180 @@
+"""The real engine on models whose answers are known, and the whole stage killed by SIGKILL."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPOSITORY, tiny_config
+
+from hps.chat import end_of_turn_ids, prompt_token_ids
+from hps.records import read_candidates, read_jsonl
+
+pytestmark = [pytest.mark.slow, pytest.mark.infer]
+
+NEW_TOKENS = 4
+SETTINGS = {"max_prompt_tokens": 64, "max_new_tokens": NEW_TOKENS, "max_sequences": 4, "dtype": "float32"}
+COUNTS = {f"p{number}": 8 for number in range(32)}
+# Builds an engine and prints what it samples; run as a process of its own for each seed.
+IN_A_FRESH_PROCESS = """
+import json, sys
+from hps.engine import Engine
+from hps.recipe import Generation, Model
+model, stop_ids, seed, settings, prompts = json.loads(sys.argv[1])
+engine = Engine(Model(model), Generation(**settings), set(stop_ids), seed)
+print(json.dumps({key: [sample.text for sample in samples] for key, samples in engine.stream(prompts)}))
+"""
+
+
+def coin_model(folder, tokenizer, start: int):
+    """A model that answers A and ends its turn, or goes on with B for ever, each with probability 1/2.
+
+    The layers add nothing, so that a token's own embedding decides the next token: the token `start` (the last of a
+    prompt), A and B have an axis each, and the head gives 30 to what may follow each axis, 0 to all other tokens
+    (exp(-30) x 600 tokens: they never come). Turns end with <|eot_id|>, which is not the end of sequence.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(tiny_config(tokenizer))
+    a, b, end = tokenizer.convert_tokens_to_ids(["A", "B", "<|eot_id|>"])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.zero_()
+        model.lm_head.weight.zero_()
+        for axis, (token, following) in enumerate({start: (a, b), a: (end,), b: (b,)}.items()):
+            model.model.embed_tokens.weight[token, axis] = 1
+            for after in following:  # the norm gives a unit vector the length sqrt(128)
+                model.lm_head.weight[after, axis] = 30 / 128**0.5
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def coin(llama3_tokenizer, tmp_path_factory):
+    """The model's folder, a prompt's ids, the ids that end a turn."""
+    ids = prompt_token_ids(llama3_tokenizer, [{"role": "user", "content": "Toss a coin."}])
+    folder = coin_model(tmp_path_factory.mktemp("coin") / "model", llama3_tokenizer, ids[-1])
+    return folder, ids, end_of_turn_ids(llama3_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def engine_and_first(coin):
+    """An engine, and the first thing that it sampled."""
+    from hps.engine import Engine
+    from hps.recipe import Generation, Model
+
+    folder, ids, ends = coin
+    engine = Engine(Model(str(folder)), Generation(**SETTINGS), ends, seed=7)
+    return engine, list(engine.stream((key, ids, count) for key, count in COUNTS.items()))
+
+
+def test_every_prompt_once_with_all_its_samples(engine_and_first):
+    _, first = engine_and_first
+    assert sorted(key for key, _ in first) == sorted(COUNTS)
+    assert all(len(samples) == 8 for _, samples in first)
+
+
+def test_samples_end_with_the_turn_or_are_marked_truncated(engine_and_first):
+    """A is one token and then the end of the turn, which is not counted; B is cut after four.
+
+    256 tosses: A 128 times, standard deviation 8; five of them on either side.
+    """
+    _, first = engine_and_first
+    samples = [(sample.text, sample.tokens, sample.truncated) for _, samples in first for sample in samples]
+    heads, tails = samples.count(("A", 1, False)), samples.count(("B" * NEW_TOKENS, NEW_TOKENS, True))
+    assert heads + tails == 256
+    assert 88 <= heads <= 168
+
+
+def test_the_samples_of_a_prompt_differ(engine_and_first):
+    """All 8 equal: 2 / 2^8 for a prompt; for half of the 32 prompts it would be a fault."""
+    _, first = engine_and_first
+    assert sum(len({sample.text for sample in samples}) == 2 for _, samples in first) > 16
+
+
+def test_each_prompt_has_its_own_number_of_samples(engine_and_first, coin):
+    engine, _ = engine_and_first
+    counts = {"a": 1, "b": 3, "c": 5}
+    assert {key: len(samples) for key, samples in engine.stream((k, coin[1], n) for k, n in counts.items())} == counts
+    assert list(engine.stream([])) == []
+
+
+def test_the_source_is_read_lazily(engine_and_first, coin):
+    """At most 2 x 4 sequences are waiting: 4 prompts of 2 samples are read ahead of those that are finished."""
+    engine, _ = engine_and_first
+    read = []
+
+    def source():
+        for number in range(12):
+            read.append(number)
+            yield f"l{number}", coin[1], 2
+
+    ahead = [len(read) - finished for finished, _ in enumerate(engine.stream(source()))]
+    assert len(ahead) == 12
+    assert max(ahead) == 4
+
+
+def test_the_same_seed_gives_the_same_samples_in_another_process(engine_and_first, coin):
+    """And another seed other ones. On one device, with the same prompts in the same order."""
+    _, first = engine_and_first
+    folder, ids, ends = coin
+    prompts = [(key, ids, count) for key, count in COUNTS.items()]
+
+    def fresh(seed: int) -> dict:
+        task = json.dumps([str(folder), sorted(ends), seed, SETTINGS, prompts])
+        command = [sys.executable, "-c", IN_A_FRESH_PROCESS, task]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    ours = {key: [sample.text for sample in samples] for key, samples in first}
+    assert fresh(7) == ours
+    assert fresh(8) != ours
+
+
+def killed_at(command: list[str], folder, lines: int) -> dict[str, bytes]:
+    """Start the command, SIGKILL it and its children when `lines` candidates are there; return the complete lines."""
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    paths = [folder / f"{split}.jsonl" for split in ("train", "test")]
+    limit = time.monotonic() + 600
+    while sum(path.read_bytes().count(b"\n") for path in paths if path.exists()) < lines:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return {path.name: path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1] for path in paths}
+
+
+def test_killed_twice_and_run_again(tiny_recipe, tmp_path):
+    """Every prompt is exactly once in the candidates or refused in the ledger; finished lines stay as they were."""
+    overrides = ["data.train.limit=40", "data.test.limit=10", "generation.max_sequences=4"]
+    command = [sys.executable, "-m", "generation.generate", str(tiny_recipe), *overrides]
+    folder = tmp_path / "runs" / "candidates"
+    rng = random.Random()
+    moments = rng.randint(1, 15), rng.randint(20, 40)
+    print("killed at", moments)
+    for moment in moments:
+        left = killed_at(command, folder, moment)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    total = 0
+    for split, prompts in (("train", 40), ("test", 10)):
+        path = folder / f"{split}.jsonl"
+        assert path.read_bytes().startswith(left[path.name])
+        names = [record["prompt_id"] for _, record in read_candidates(path)]
+        ledger = [line for _, line in read_jsonl(path.with_name(f"{split}.ledger.jsonl"))]
+        names += [line["prompt_id"] for line in ledger if line.get("refused")]
+        assert len(names) == len(set(names)) == prompts
+        total += left[path.name].count(b"\n")
+    assert total >= moments[1]

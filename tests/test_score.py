@@ -1,0 +1,224 @@
+"""The reward model: its input is one conversation, and sharing the prompt changes no score."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from conftest import make_reward_model
+from transformers import AutoModelForSequenceClassification
+
+from annotation.score import RewardModel
+from hps.errors import InputError
+from hps.prefix import chunks, common_prefix
+from hps.recipe import Model
+
+MESSAGES = [
+    {"role": "user", "content": "My bread does not rise. What can I do?"},
+    {"role": "assistant", "content": "Is the yeast fresh?"},
+    {"role": "user", "content": "I think so."},
+]
+# Uneven lengths, two with a common beginning, one a beginning of another, two identical.
+RESPONSES = ["Wait.", "Let it rest in a warm place, for an hour or two.", "Let it rest", "No.", "Wait.", "é" * 40]
+TRUNCATED = [False, False, True, False, False, True]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A tiny model gains nothing from more, and is many times slower with them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def llama3_reward(llama3_tokenizer, tmp_path_factory):
+    return make_reward_model(tmp_path_factory.mktemp("llama3") / "reward", llama3_tokenizer)
+
+
+@pytest.fixture(scope="module", params=["chatml", "llama3"])
+def reward(request, tiny_reward, llama3_reward) -> RewardModel:
+    return RewardModel(Model(str({"chatml": tiny_reward, "llama3": llama3_reward}[request.param])), "float32")
+
+
+@functools.cache
+def loaded(folder: str):
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def library_scores(reward: RewardModel, rows: list[list[int]]) -> list[float]:
+    """transformers' own classification forward, each row alone and without padding."""
+    folder = reward.model.config.name_or_path
+    model = loaded(folder)
+    # Rows hold no padding; a padding token that no row has makes the library take the last token.
+    model.config.pad_token_id = next(token for token in range(599, 0, -1) if all(token not in row for row in rows))
+    with torch.no_grad():
+        return [model(torch.tensor([row])).logits.item() for row in rows]
+
+
+def same(scores: list[float], expected: list[float]) -> None:
+    assert scores == pytest.approx(expected, rel=1e-4)
+
+
+# ---- scores ----
+
+
+def test_scores_are_those_of_the_library(reward):
+    rows = reward.conversations(MESSAGES, RESPONSES, TRUNCATED)
+    scores = reward.score(MESSAGES, RESPONSES, TRUNCATED)
+    assert reward.shares_prompt
+    same(scores, library_scores(reward, rows))
+    assert len({round(score, 3) for score in scores}) == len(set(RESPONSES))  # a model that tells them apart
+    assert scores[0] == pytest.approx(scores[4], rel=1e-5)
+
+
+# Batches of one response, of a few, of all.
+@pytest.mark.parametrize("batch_tokens", [1, 500, 100_000])
+def test_shared_and_plain_scores_are_equal_in_any_batches(reward, batch_tokens, monkeypatch):
+    monkeypatch.setattr(reward, "batch_tokens", batch_tokens)
+    rows = reward.conversations(MESSAGES, RESPONSES, TRUNCATED)
+    same(reward.score_rows(rows), library_scores(reward, rows))
+    same(reward.score_rows_plain(rows), library_scores(reward, rows))
+
+
+@pytest.mark.parametrize("responses", [["One."], ["Same."] * 3])
+def test_one_response_and_identical_ones(reward, responses):
+    rows = reward.conversations(MESSAGES, responses, [False] * len(responses))
+    same(reward.score(MESSAGES, responses, [False] * len(responses)), library_scores(reward, rows))
+
+
+def test_rows_without_a_common_beginning(reward):
+    rows = [[5, 6, 7], [8, 9], [10]]
+    same(reward.score_rows(rows), library_scores(reward, rows))
+
+
+def test_order_and_company_do_not_matter(reward):
+    scores = reward.score(MESSAGES, RESPONSES, TRUNCATED)
+    same(reward.score(MESSAGES, RESPONSES[::-1], TRUNCATED[::-1]), scores[::-1])
+    same(reward.score(MESSAGES, RESPONSES[1:2], TRUNCATED[1:2]), scores[1:2])
+
+
+def test_padding_with_the_end_of_turn(llama3_tokenizer, tmp_path):
+    """Rows end with the padding token. The score is at that token, not at the last token that differs from it."""
+    padded = copy.deepcopy(llama3_tokenizer)
+    padded.pad_token = "<|eot_id|>"
+    reward = RewardModel(Model(str(make_reward_model(tmp_path / "reward", padded))), "float32")
+    rows = reward.conversations(MESSAGES, RESPONSES[:3], [False] * 3)
+    assert all(row[-1] == reward.tokenizer.pad_token_id for row in rows)
+    scores = reward.score(MESSAGES, RESPONSES[:3], [False] * 3)
+    same(scores, library_scores(reward, rows))
+    before_the_end = library_scores(reward, [row[:-1] for row in rows])
+    assert all(abs(a - b) > 1e-3 for a, b in zip(scores, before_the_end, strict=True))
+
+
+def test_scores_are_float32_numbers(reward):
+    (score,) = reward.score(MESSAGES, ["One."], [False])
+    assert isinstance(score, float)
+    assert score == torch.tensor(score, dtype=torch.float32).item()
+
+
+# ---- the input ----
+
+
+def test_a_truncated_response_has_no_end_of_turn(reward):
+    whole, cut = (reward.conversations(MESSAGES, ["Let it rest"], [truncated])[0] for truncated in (False, True))
+    ends = {reward.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|eot_id|>")}
+    assert whole[: len(cut)] == cut
+    assert whole[len(cut)] in ends
+    assert cut[-1] not in ends
+    scores = [reward.score(MESSAGES, ["Let it rest"], [truncated])[0] for truncated in (False, True)]
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def count(tokenizer, ids: list[int], *tokens: str) -> list[int]:
+    return [ids.count(tokenizer.convert_tokens_to_ids(token)) for token in tokens]
+
+
+def test_the_releases_concatenation_would_be_found(llama3_reward):
+    """The released code scores template(prompt, with the assistant's header) + template(reply).
+
+    Ours has one BOS and a header for each of 4 turns. Theirs has a second BOS in the middle and a fifth header: the
+    assistant's stands twice in a row, around the BOS.
+    """
+    reward = RewardModel(Model(str(llama3_reward)), "float32")
+    tokenizer, reply = reward.tokenizer, [{"role": "assistant", "content": "Wait."}]
+    (ours,) = reward.conversations(MESSAGES, ["Wait."], [False])
+    theirs = [
+        *tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False),
+        *tokenizer.apply_chat_template(reply, return_dict=False),
+    ]
+    named = ("<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>")
+    assert count(tokenizer, ours, *named) == [1, 4, 4]
+    assert count(tokenizer, theirs, *named) == [2, 5, 4]
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert f"{header}<|begin_of_text|>{header}Wait.<|eot_id|>" in tokenizer.decode(theirs)
+    assert ours == tokenizer.apply_chat_template([*MESSAGES, *reply], return_dict=False)
+    scores = library_scores(reward, [ours, theirs])
+    assert abs(scores[0] - scores[1]) > 1e-3
+    assert reward.score(MESSAGES, ["Wait."], [False]) == pytest.approx(scores[:1], rel=1e-4)
+
+
+# ---- what is refused ----
+
+
+def test_two_labels_are_refused(tokenizer, tmp_path):
+    folder = make_reward_model(tmp_path / "reward", tokenizer, labels=2)
+    with pytest.raises(InputError, match=r"reward: the reward model has 2 labels"):
+        RewardModel(Model(str(folder)))
+
+
+def test_a_language_model_is_no_reward_model(tiny_model):
+    with pytest.raises(InputError, match="labels; `models.reward` must be a sequence classifier with one label"):
+        RewardModel(Model(str(tiny_model)))
+
+
+def test_a_folder_without_a_model(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="check `models.reward.path`"):
+        RewardModel(Model(str(tmp_path)))
+
+
+def test_scores_that_are_not_finite_name_the_response(tiny_reward):
+    """The embedding of one token is not a number; the second response has the token."""
+    reward = RewardModel(Model(str(tiny_reward)), "float32")
+    (token,) = reward.tokenizer("~")["input_ids"]
+    reward.model.base_model.embed_tokens.weight.data[token] = float("nan")
+    with pytest.raises(InputError, match="score of response 2 is nan"):
+        reward.score(MESSAGES, ["Fine.", "Not ~ fine.", "Fine too."], [False] * 3)
+    reward.score(MESSAGES, ["Fine.", "Fine too."], [False] * 2)
+
+
+def test_weights_that_are_not_finite_are_no_reason_to_crash(tiny_reward, tmp_path):
+    """All weights of the head are NaN in the file: the first response is named."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_reward)
+    model.score.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    RewardModel(Model(str(tiny_reward))).tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="score of response 1 is nan; check the reward model"):
+        RewardModel(Model(str(tmp_path))).score(MESSAGES, ["Fine."], [False])
+
+
+# ---- helpers ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared"),
+    [
+        ([[1, 2, 3], [1, 2, 4]], 2),
+        ([[1, 2, 3], [1, 2]], 1),  # the shorter row keeps one token of its own
+        ([[1, 2], [1, 2]], 1),
+        ([[1, 2, 3]], 2),
+        ([[1], [2]], 0),
+        ([[3, 1], [3, 2], [4, 1]], 0),
+    ],
+)
+def test_common_prefix(rows, shared):
+    assert common_prefix(rows) == shared
+
+
+def test_chunks_keep_order_and_budget():
+    """The longest row has 3 tokens: 7 tokens hold two rows; a budget below one row still takes one."""
+    rows = [[1], [2, 2], [3, 3, 3], [4], [5]]
+    assert chunks(rows, 7) == [rows[:2], rows[2:4], rows[4:]]
+    assert chunks(rows, 2) == [[row] for row in rows]

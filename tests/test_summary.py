@@ -1,0 +1,72 @@
+"""The screenful at the end of quickstart, from files with known contents."""
+
+import json
+
+import pytest
+
+from evaluation.summary import columns, summarize
+from hps.errors import InputError
+from hps.recipe import load_recipe
+from hps.records import write_json
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"output: {tmp_path / 'runs'}\n"
+        "models: {generator: {path: a/b}, policy: {path: a/b}, reward: {path: a/c}}\n"
+        "data: {train: {path: a, responses: 2}, test: {path: b, responses: 2}}\n"
+    )
+    return load_recipe(path)
+
+
+def write_results(recipe) -> None:
+    figures = {"prompts": 60, "best": 1.25, "mean": 0.5, "worst": -0.25, "standard_deviation": 0.6124, "tokens": 30}
+    write_json(recipe.ranked("train").parent / "summary.json", {"train": figures, "test": {**figures, "prompts": 59}})
+    metrics = {
+        "pairs": 60,
+        "rm_dpo": {"mean": 1.5, "interval": [0.75, 2.25]},
+        "accuracy_before": {"mean": 0.5, "interval": [0.4, 0.6]},
+        "accuracy_after": {"mean": 0.9, "interval": [0.8, 0.95]},
+    }
+    evaluation = recipe.run_folder() / "evaluation"
+    write_json(evaluation / "metrics.json", {"sets": {"written": metrics}})
+    prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    answer = {"prompt": [*prompt, {"role": "user", "content": "word " * 50}], "before": "old " * 30, "after": "new"}
+    (evaluation / "answers.jsonl").write_text(json.dumps(answer) + "\n")
+
+
+def test_two_texts_side_by_side():
+    """Width 13: two columns of 5 and ` | `; the shorter one is filled up."""
+    assert columns("aaa bb cc", "dd", 13) == ["aaa   | dd", "bb cc | "]
+    assert columns("", "", 13) == ["      | "]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_summary_fits_and_has_every_figure(recipe, width):
+    write_results(recipe)
+    lines = summarize(recipe, width)
+    text = "\n".join(lines)
+    run = recipe.run_folder()
+    for path in (run / "checkpoint", run / "plan.jsonl", run / "curves.png", recipe.ranked("train").parent):
+        assert str(path) in text
+    assert "  train   60 prompts    1.250   0.500  -0.250   0.612" in lines
+    assert "  test    59 prompts    1.250   0.500  -0.250   0.612" in lines
+    assert (
+        "  written    60 pairs  RM_DPO 1.500 [0.75, 2.25]  accuracy before 0.500, after 0.900" in lines
+    )  # fmt: skip
+    answers = lines[lines.index("Answers to test prompts: before | after") + 1 :]
+    assert answers[0].startswith("> word word")
+    assert answers[0].endswith(" ...")
+    assert answers[1].startswith("old old")
+    assert answers[1].endswith("| new")
+    assert max(map(len, answers)) <= width
+
+
+@pytest.mark.parametrize("missing", ["ranked/summary.json", "dpo-hps/evaluation/metrics.json"])
+def test_what_has_not_run_yet_is_named(recipe, missing):
+    write_results(recipe)
+    (recipe.run_folder().parent / missing).unlink()
+    with pytest.raises(InputError, match=rf"{missing}: there is no such file; run gene\.sh and run\.sh first"):
+        summarize(recipe, 100)
