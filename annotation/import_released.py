@@ -15,7 +15,6 @@ stands in the ledger. What the file does not know: `sources` are `generated` unl
 
 import argparse
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +28,16 @@ from hps.cli import split_arguments
 from hps.errors import InputError, run_main
 from hps.manifest import claim, file_hash, finish, model_hash
 from hps.recipe import SPLITS, Model, Recipe, load_recipe
-from hps.records import check_messages, check_ranked, prompt_id, read_jsonl
+from hps.records import (
+    check_messages,
+    check_parallel,
+    check_ranked,
+    check_rewards,
+    check_strings,
+    prompt_id,
+    read_jsonl,
+    shorten,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def parse_prompt(text: str, where: str) -> list[dict]:
     template = next((known for known in TEMPLATES if rest.removeprefix(known.begin).startswith(known.start)), None)
     if template is None:
         raise InputError(
-            f"`prompt` is neither chat messages nor a string of Llama-3's template or ChatML: {_show(text)}",
+            f"`prompt` is neither chat messages nor a string of Llama-3's template or ChatML: {shorten(text)}",
             where=where,
             remedy="give a list of messages with `role` and `content`",
         )
@@ -69,20 +77,15 @@ def parse_prompt(text: str, where: str) -> list[dict]:
     while rest.strip():
         rest = rest.lstrip()
         if not rest.startswith(template.start):
-            raise InputError(f"`prompt` has text between its turns: {_show(rest)}", where=where, remedy="correct it")
+            raise InputError(f"`prompt` has text between its turns: {shorten(rest)}", where=where, remedy="correct it")
         turn, end, rest = rest.removeprefix(template.start).partition(template.end)
         role, between, content = turn.partition(template.between)
         if not (end and between) or template.start in content:
             raise InputError(
-                f"`prompt` has a turn without {template.end}: {_show(turn)}", where=where, remedy="correct it"
+                f"`prompt` has a turn without {template.end}: {shorten(turn)}", where=where, remedy="correct it"
             )
         messages.append({"role": role, "content": content})
     return messages
-
-
-def _show(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -101,7 +104,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
         if not isinstance(row, dict):
-            raise InputError(f"expected a JSON object, found {_show(row)}", where=where)
+            raise InputError(f"expected a JSON object, found {shorten(row)}", where=where)
         yield where, row
 
 
@@ -124,26 +127,15 @@ def check_row(row: dict, where: str) -> dict:
     prompt = row.get("prompt")
     prompt = parse_prompt(prompt, where) if isinstance(prompt, str) else prompt
     check_messages(prompt, where)
-    responses, rewards = row.get("responses"), row.get("rewards")
-    if not isinstance(responses, list) or not all(isinstance(response, str) for response in responses):
-        raise InputError(f"`responses` is {_show(responses)}", where=where, remedy="give a list of strings")
-    sources = row.get("sources") or ["generated"] * len(responses)
-    for name, values in (("rewards", rewards), ("sources", sources)):
-        if not isinstance(values, list):
-            raise InputError(f"`{name}` is {_show(values)}", where=where, remedy="give a list, one entry a response")
-        if len(values) != len(responses):
-            raise InputError(
-                f"{len(responses)} `responses` but {len(values)} `{name}`",
-                where=where,
-                remedy="the lists of a row must be of equal length",
-            )
-    for index, reward in enumerate(rewards):
-        if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not math.isfinite(reward):
-            raise InputError(
-                f"`rewards[{index}]` is {_show(reward)}", where=where, remedy="give a finite number; score it again"
-            )
+    check_strings(row, "responses", where)
+    row = {**row, "sources": row.get("sources") or ["generated"] * len(row["responses"])}
+    check_rewards(row, where)
+    check_parallel(row, "sources", where)
     name = row.get("prompt_id", prompt_id(prompt))
-    return {"prompt_id": name, "prompt": prompt, "responses": responses, "rewards": rewards, "sources": sources}
+    # White space around a response would merge with the template's tokens, as in generation.
+    responses = [text.strip() for text in row["responses"]]
+    columns = {"responses": responses, "rewards": row["rewards"], "sources": row["sources"]}
+    return {"prompt_id": name, "prompt": prompt, **columns}
 
 
 def rank_row(row: dict, tokenizer: Any) -> tuple[dict, list[dict]]:

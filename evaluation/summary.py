@@ -44,6 +44,9 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
     rewards = _read(recipe.ranked("train").parent / "summary.json")
     for split in SPLITS:
         figures = rewards[split]
+        if not figures["prompts"]:
+            lines.append(f"  {split:5s}    0 prompts (the ledger beside the candidates says why)")
+            continue
         lines.append(
             f"  {split:5s} {figures['prompts']:4d} prompts  {figures['best']:7.3f} {figures['mean']:7.3f} "
             f"{figures['worst']:7.3f}   {figures['standard_deviation']:.3f}"

@@ -1,7 +1,6 @@
 """The command line that all stages share: `[RECIPE] [key=value ...] [--dry-run]`."""
 
 import argparse
-import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,7 +33,4 @@ def progress(items: Iterable, total: int, title: str, unit: str, done: int = 0) 
     """Pass items on and show count, rate and remaining time (`done` were finished by an earlier run)."""
     from tqdm import tqdm
 
-    terminal = None if importlib.util.find_spec("tqdm") else 80
-    yield from tqdm(
-        items, total=total, initial=done, desc=title, unit=unit, mininterval=2.0, ncols=terminal, smoothing=0.05
-    )
+    yield from tqdm(items, total=total, initial=done, desc=title, unit=unit, mininterval=2.0, smoothing=0.05)

@@ -26,7 +26,10 @@ def check_labels(model: Model) -> None:
     path = Path(model.path) / "config.json"
     if not path.exists():
         return
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"broken JSON ({error})", where=str(path), remedy="give the folder of a saved model") from None
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if labels != 1:
         raise InputError(

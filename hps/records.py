@@ -79,11 +79,12 @@ def _parse(raw: bytes, where: str) -> dict:
             half = ascii(error.object[error.start])
             raise InputError(f"{half} is half a character", where=where, remedy="correct the escape") from None
     if not isinstance(record, dict):
-        raise InputError(f"expected a JSON object, found {_show(record)}", where=where, remedy="one object a line")
+        raise InputError(f"expected a JSON object, found {shorten(record)}", where=where, remedy="one object a line")
     return record
 
 
-def _show(value) -> str:
+def shorten(value) -> str:
+    """A value as JSON, cut to 60 characters, for error messages."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -91,32 +92,35 @@ def _show(value) -> str:
 def check_messages(messages, where: str) -> None:
     """Refuse a `prompt` that is not a non-empty list of chat messages ending with the user's turn."""
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"`prompt` is {_show(messages)}", where=where, remedy="give a non-empty list of chat messages")
+        raise InputError(
+            f"`prompt` is {shorten(messages)}", where=where, remedy="give a non-empty list of chat messages"
+        )
     for index, message in enumerate(messages):
         field = f"`prompt[{index}]`"
         if not isinstance(message, dict) or "role" not in message:
             raise InputError(
-                f"{field} has no `role`: {_show(message)}", where=where, remedy=f"add one of {', '.join(ROLES)}"
+                f"{field} has no `role`: {shorten(message)}", where=where, remedy=f"add one of {', '.join(ROLES)}"
             )
         if message["role"] not in ROLES:
             raise InputError(
-                f"{field}.role is {_show(message['role'])}", where=where, remedy=f"use one of {', '.join(ROLES)}"
+                f"{field}.role is {shorten(message['role'])}", where=where, remedy=f"use one of {', '.join(ROLES)}"
             )
         content = message.get("content")
         if not isinstance(content, str) or not content.strip():
-            raise InputError(f"{field}.content is {_show(content)}", where=where, remedy="give it a non-empty text")
+            raise InputError(f"{field}.content is {shorten(content)}", where=where, remedy="give it a non-empty text")
     if messages[-1]["role"] != "user":
         raise InputError(
-            f"the last message of `prompt` has role {_show(messages[-1]['role'])}",
+            f"the last message of `prompt` has role {shorten(messages[-1]['role'])}",
             where=where,
             remedy="a prompt ends with the user's turn; answers belong in `responses`",
         )
 
 
-def _check_strings(record: dict, field: str, where: str) -> None:
+def check_strings(record: dict, field: str, where: str) -> None:
+    """Refuse a field that is no list of strings."""
     values = record.get(field)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise InputError(f"`{field}` is {_show(values)}", where=where, remedy="give a list of strings")
+        raise InputError(f"`{field}` is {shorten(values)}", where=where, remedy="give a list of strings")
 
 
 def _named(record: dict, where: str) -> dict:
@@ -126,7 +130,7 @@ def _named(record: dict, where: str) -> dict:
         return {**record, "prompt_id": prompt_id(record["prompt"])}
     if not isinstance(given, str) or not given:
         raise InputError(
-            f"`prompt_id` is {_show(given)}", where=where, remedy="give a non-empty string, or leave it out"
+            f"`prompt_id` is {shorten(given)}", where=where, remedy="give a non-empty string, or leave it out"
         )
     return record
 
@@ -135,7 +139,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[s
     """Yield validated prompts with `prompt_id` and `responses` (possibly empty) filled in; `limit` counts lines."""
     for where, record in islice(read_jsonl(path), limit):
         record = _named({"responses": [], **record}, where)
-        _check_strings(record, "responses", where)
+        check_strings(record, "responses", where)
         yield where, record
 
 
@@ -149,28 +153,39 @@ def check_candidates(record: dict, where: str) -> dict:
     """Return the record, named; InputError: a field is missing or mistyped, or the lists differ in length."""
     record = _named(record, where)
     for field in ("responses", "sources"):
-        _check_strings(record, field, where)
+        check_strings(record, field, where)
     for field in PARALLEL[1:]:
-        _check_parallel(record, field, where)
+        check_parallel(record, field, where)
     for count in record["token_counts"]:
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise InputError(f"`token_counts` has {_show(count)}", where=where, remedy="give whole numbers >= 0")
+            raise InputError(f"`token_counts` has {shorten(count)}", where=where, remedy="give whole numbers >= 0")
     for flag in record["truncated"]:
         if not isinstance(flag, bool):
-            raise InputError(f"`truncated` has {_show(flag)}", where=where, remedy="give true or false")
+            raise InputError(f"`truncated` has {shorten(flag)}", where=where, remedy="give true or false")
     return record
 
 
-def _check_parallel(record: dict, field: str, where: str) -> None:
+def check_parallel(record: dict, field: str, where: str) -> None:
+    """Refuse a field that is no list with one entry for each response."""
     values = record.get(field)
     if not isinstance(values, list):
-        raise InputError(f"`{field}` is {_show(values)}", where=where, remedy="give a list, one entry a response")
+        raise InputError(f"`{field}` is {shorten(values)}", where=where, remedy="give a list, one entry a response")
     if len(values) != len(record["responses"]):
         raise InputError(
             f"{len(record['responses'])} `responses` but {len(values)} `{field}`",
             where=where,
             remedy="the lists of a record must be of equal length",
         )
+
+
+def check_rewards(record: dict, where: str) -> None:
+    """Refuse `rewards` that are not one finite number for each response."""
+    check_parallel(record, "rewards", where)
+    for index, reward in enumerate(record["rewards"]):
+        if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not abs(reward) <= MOST:
+            raise InputError(
+                f"`rewards[{index}]` is {shorten(reward)}", where=where, remedy="give a finite number; score it again"
+            )
 
 
 def read_ranked(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -181,15 +196,9 @@ def read_ranked(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 def check_ranked(record: dict, where: str) -> dict:
     """Return the record, named; InputError as `check_candidates`, and for rewards missing, not finite, or unsorted."""
-    if not isinstance(record.get("responses"), list):
-        _check_strings(record, "responses", where)
-    _check_parallel(record, "rewards", where)
+    check_strings(record, "responses", where)
+    check_rewards(record, where)
     record = check_candidates(record, where)
-    for index, reward in enumerate(record["rewards"]):
-        if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not abs(reward) <= MOST:
-            raise InputError(
-                f"`rewards[{index}]` is {_show(reward)}", where=where, remedy="give a finite number; score it again"
-            )
     if len(record["responses"]) < 2:
         raise InputError(
             f"`responses` has {len(record['responses'])} entry, preferences need at least two",

@@ -241,21 +241,21 @@ def test_done_ids_of_several_files(write_lines, tmp_path):
     assert done_ids(first, second, tmp_path / "none.jsonl") == {"a", "b", "c"}
 
 
-def test_write_atomic_leaves_the_old_file_when_the_writer_dies(tmp_path):
-    """A child process writes a new text and dies before the rename, by a full disk and by SIGKILL."""
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("fault", [lambda *_: 1 / 0, lambda *_: os.kill(os.getpid(), 9)], ids=["error", "SIGKILL"])
+def test_write_atomic_leaves_the_old_file_when_the_writer_dies(tmp_path, step, fault):
+    """A child process dies when the text goes to the disk, or when all of it is there."""
     path = tmp_path / "value.txt"
     write_atomic(path, "old")
-    for fault in ("raise_error", "die"):
-        child = os.fork()
-        if child == 0:  # in the child: the fault at the moment when the text goes to the disk
-            faults = {"raise_error": lambda _: 1 / 0, "die": lambda _: os.kill(os.getpid(), 9)}
-            os.fsync = faults[fault]
-            try:
-                write_atomic(path, "new")
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert status != 0
-        assert path.read_text() == "old"
+    child = os.fork()
+    if child == 0:
+        setattr(os, step, fault)
+        try:
+            write_atomic(path, "new")
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status != 0
+    assert path.read_text() == "old"
     write_atomic(path, "new")
     assert path.read_text() == "new"
