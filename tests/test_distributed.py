@@ -3,8 +3,6 @@
 Two CPU processes share the global batch of one; everything is fp32, so the difference is the order of additions.
 """
 
-import json
-
 import pytest
 from conftest import REPOSITORY
 from safetensors.torch import load_file
@@ -18,24 +16,13 @@ ZERO2 = REPOSITORY / "configs" / "deepspeed" / "zero2.json"
 SETTINGS = ("schedule.device_batch=1", "optimizer.learning_rate=2e-3", "optimizer.scheduler=constant")
 
 
-def zero2(tmp_path) -> str:
-    """The repository's file, or a small one of the same stage."""
-    if ZERO2.exists():
-        return str(ZERO2)
-    path = tmp_path / "zero2.json"
-    automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    settings = {**dict.fromkeys(automatic, "auto"), "gradient_clipping": "auto", "zero_optimization": {"stage": 2}}
-    path.write_text(json.dumps({**settings, "zero_allow_untested_optimizer": True}))
-    return str(path)
-
-
 def results(recipe):
     lines = [line for _, line in read_jsonl(recipe.run_folder() / "log.jsonl")]
     return lines, load_file(recipe.run_folder() / "checkpoint" / "adapter_model.safetensors")
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(ranked_recipe, tiny_recipe, run_module, tmp_path):
+def test_two_processes_train_as_one(ranked_recipe, tiny_recipe, run_module):
     """Losses to 1e-5 (relative), the adapter to 1e-4; DeepSpeed is announced and leaves its shards."""
     alone = ranked_recipe(*SETTINGS, "run=alone")
     plan(alone)
@@ -44,7 +31,7 @@ def test_two_processes_train_as_one(ranked_recipe, tiny_recipe, run_module, tmp_
     assert abs(lines[-1]["loss"] - lines[0]["loss"]) > 1e-3
     for name, extra, announced in (
         ("ddp", [], "2 process(es), no DeepSpeed"),
-        ("zero", [f"training.deepspeed={zero2(tmp_path)}"], "2 process(es), DeepSpeed "),
+        ("zero", [f"training.deepspeed={ZERO2}"], "2 process(es), DeepSpeed "),
     ):
         settings = [*SETTINGS, f"run={name}", "training.processes=2", *extra]
         recipe = ranked_recipe(*settings)
