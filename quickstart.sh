@@ -22,6 +22,7 @@ bash setup.sh train
 start=$SECONDS
 bash gene.sh "$RECIPE" "$@"
 bash run.sh "$RECIPE" "$@"
+case " $* " in *" --dry-run "*) exit 0 ;; esac
 echo
 .venv-train/bin/python -m evaluation.summary "$RECIPE" "$@"
 echo "quickstart: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after the set-up"

@@ -22,4 +22,5 @@ bash setup.sh train
 case " $* " in *" --dry-run "*) exit 0 ;; esac
 "$PYTHON" -m alignment.plan "$@"
 "$PYTHON" -m alignment.launch "$@"
+"$PYTHON" -m alignment.merge "$@"
 "$PYTHON" -m evaluation.margins "$@"

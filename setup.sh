@@ -6,10 +6,10 @@
 #   infer   .venv-infer: vLLM, Ray Data        requirements-infer.txt, on the CPU requirements-infer-cpu.txt
 #   train   .venv-train: TRL, DeepSpeed        requirements-train.txt, on the CPU requirements-train-cpu.txt
 #
-# Left out, the second argument is cuda where nvidia-smi runs, else cpu. On the CPU the environments take 4 GB and 2 GB
-# and, from a fast network, three to five minutes each. An environment is built anew when its requirement file or the
-# repository's place changes, and after an interruption; pip's cache then spares the downloads. Nothing needs to be
-# activated. The settings below can be given in the environment.
+# Left out, the second argument is the one of the first time, at first cuda where nvidia-smi runs, else cpu. On the CPU
+# the environments take 4 GB and 2 GB and, from a fast network, three to five minutes each. An environment is built anew
+# when its requirement file or the repository's place changes, and after an interruption; pip's cache then spares the
+# downloads. Nothing needs to be activated. The settings below can be given in the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -54,7 +54,11 @@ parse_arguments() {
     [[ $# -le 2 ]] || die 2 "setup.sh: '$3' is one argument too many; usage: bash setup.sh infer|train [cpu|cuda]"
     DEVICE="${2:-}"
     CHOSEN="as asked"
-    if [[ -z "$DEVICE" ]]; then
+    # The device of the first time holds: a login node without a driver must not replace what a GPU node uses.
+    DEVICE_FILE="models/.device$VENV"
+    if [[ -z "$DEVICE" && -f "$DEVICE_FILE" ]]; then
+        DEVICE="$(<"$DEVICE_FILE")" CHOSEN="as the first time; bash setup.sh $1 cpu|cuda changes it"
+    elif [[ -z "$DEVICE" ]]; then
         if nvidia-smi -L >/dev/null 2>&1; then
             DEVICE=cuda CHOSEN="nvidia-smi runs"
         else
@@ -84,6 +88,7 @@ take_lock() { # one set-up of an environment at a time; the lock ends with this 
 build_environment() {
     find_python
     say "building $VENV for $DEVICE ($CHOSEN) with $("$PYTHON" -V) from $REQUIREMENTS"
+    echo "$DEVICE" >"$DEVICE_FILE"
     if [[ -e "$VENV" ]]; then
         say "removing the unfinished or outdated $VENV"
         rm -rf "$VENV"

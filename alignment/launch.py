@@ -11,34 +11,8 @@ import os
 import sys
 
 from hps.cli import parse
-from hps.errors import InputError, run_main
-from hps.recipe import Recipe
-
-
-def process_count(recipe: Recipe) -> int:
-    """As the recipe says, else one for every GPU, else one."""
-    if recipe.training.processes is not None:
-        return recipe.training.processes
-    import torch
-
-    return max(1, torch.cuda.device_count())
-
-
-def accumulation_steps(recipe: Recipe, processes: int) -> int:
-    """Micro-batches a process adds up in a step, so that the global batch is the recipe's on any number of devices.
-
-    Raises:
-        InputError: the global batch cannot be divided among the processes.
-    """
-    schedule = recipe.schedule
-    share, rest = divmod(schedule.global_batch, schedule.device_batch * processes)
-    if rest or not share:
-        raise InputError(
-            f"`schedule.global_batch` {schedule.global_batch} cannot be divided among {processes} processes of "
-            f"`schedule.device_batch` {schedule.device_batch}",
-            remedy="change one of them, or `training.processes`",
-        )
-    return share
+from hps.errors import run_main
+from hps.workers import accumulation_steps, process_count
 
 
 def torchrun(arguments: list[str]) -> None:
@@ -58,10 +32,11 @@ def main() -> None:
     processes = process_count(recipe)
     accumulation_steps(recipe, processes)  # one clear error here instead of one from every process
     training = ["-m", "alignment.train", *sys.argv[1:]]
-    if processes == 1 and not recipe.training.deepspeed:
-        os.execv(sys.executable, [sys.executable, *training])
     import torch
 
+    # Without a launcher the trainer would take every GPU that it sees, by nn.DataParallel.
+    if processes == 1 and not recipe.training.deepspeed and torch.cuda.device_count() <= 1:
+        os.execv(sys.executable, [sys.executable, *training])
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torchrun(["--standalone", "--nproc_per_node", str(processes), *training])

@@ -18,7 +18,7 @@ import numpy as np
 
 from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.manifest import check_model, claim, file_hash, model_hash
+from hps.manifest import check_model, claim, file_hash, hold, model_hash
 from hps.recipe import Recipe, Schedule
 from hps.records import read_jsonl, read_ranked, write_atomic, write_json
 
@@ -221,12 +221,24 @@ def plan(recipe: Recipe) -> None:
         raise InputError("the ranking is not finished", where=str(ranking), remedy="run `bash gene.sh` again")
     records = [record for _, record in read_ranked(recipe.ranked("train"))]
     folder = recipe.run_folder()
+    hold(folder)
     claim(folder, run_settings(recipe))
     rows, facts = make_plan(records, recipe)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomic(folder / "plan.jsonl", text)
+    _write_once(folder / "plan.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
     print_plan(facts, folder / "plan.jsonl")
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write the plan, or check that it is the one that stands there: training may be half way through that one."""
+    if not path.exists():
+        write_atomic(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        raise InputError(
+            "the plan made now differs from the one that stands here",
+            where=str(path),
+            remedy="another version of the code made it: give another `run`, or go back to that version",
+        )
 
 
 def read_plan(recipe: Recipe) -> list[dict]:

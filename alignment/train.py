@@ -2,7 +2,7 @@
 
 Reads   `<output>/<run>/plan.jsonl`, `<output>/ranked/train.jsonl`
 Writes  `<output>/<run>/`: `steps/checkpoint-N` (to resume), `log.jsonl` and `curves.png`, `checkpoint/` (adapter or
-        weights, and tokenizer), `merged/` (on request), `manifest.json` (last)
+        weights, and tokenizer), `manifest.json` (last)
 Run     python -m alignment.train configs/quickstart.yaml                          # one process
         torchrun --nproc_per_node 8 -m alignment.train configs/hh_rlhf.yaml        # what run.sh does on 8 GPUs
 
@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from alignment.trainer import HPSTrainer, PlanCollator
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.manifest import check_model, claim, finish
+from hps.manifest import check_model, claim, file_hash, finish, hold
 from hps.recipe import Recipe
 from hps.records import read_ranked, write_atomic
 
@@ -54,15 +55,19 @@ def token_rows(recipe: Recipe, tokenizer) -> list[dict]:
                 where=where,
                 remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
             )
-        chosen, rejected = (
-            response_token_ids(tokenizer, record["prompt"], record["responses"][index], record["truncated"][index])
-            for index in (row["preferred"], row["dispreferred"][0])
-        )
+        try:
+            chosen, rejected = (
+                response_token_ids(tokenizer, record["prompt"], record["responses"][index], record["truncated"][index])
+                for index in (row["preferred"], row["dispreferred"][0])
+            )
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
         rows.append(
             {
                 "prompt_ids": prompt,
                 "chosen_ids": chosen[: limit - len(prompt)],
                 "rejected_ids": rejected[: limit - len(prompt)],
+                "cut": sum(len(ids) > limit - len(prompt) for ids in (chosen, rejected)),
                 "gamma": row["gamma"] or 0.0,
                 "dispreferred_count": row["dispreferred_count"],
             }
@@ -106,7 +111,6 @@ def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
         save_total_limit=2,
         logging_nan_inf_filter=False,  # a NaN loss is to be seen
         report_to=trackers,
-        project="hps",
         # The parent switches every dropout off, LoRA's too.
         disable_dropout=recipe.lora.dropout == 0,
     )
@@ -161,7 +165,7 @@ class RunFiles(TrainerCallback):
         self._clock = None
 
     def on_train_begin(self, args, state, control, **_):
-        self._clock = _now()
+        self._clock = time.monotonic()
         if state.is_world_process_zero:  # lines of steps that are to be done again go
             lines = logged(self.path, state.global_step)
             self._tokens = lines[-1]["num_tokens"] if lines else 0.0
@@ -170,7 +174,7 @@ class RunFiles(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
-        now, tokens = _now(), logs.get("num_tokens", 0.0)
+        now, tokens = time.monotonic(), logs.get("num_tokens", 0.0)
         rate = (tokens - self._tokens) / max(now - self._clock, 1e-9)
         self._tokens, self._clock = tokens, now
         line = {
@@ -191,12 +195,6 @@ def logged(path: Path, last: int) -> list[dict]:
     """The lines of `log.jsonl` up to a step, without one that a kill left half written (it has no newline)."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [line for line in map(json.loads, lines) if line["step"] <= last]
-
-
-def _now() -> float:
-    import time
-
-    return time.monotonic()
 
 
 def _number(value):
@@ -231,31 +229,22 @@ def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
     state.wait_for_everyone()
 
 
-def merge(recipe: Recipe) -> None:
-    """Write `merged/`: the policy with the adapter in its weights, as an ordinary checkpoint."""
-    from peft import PeftModel
-
-    target = recipe.run_folder() / "merged"
-    partial = target.with_name(".merged.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    checkpoint = recipe.run_folder() / "checkpoint"
-    PeftModel.from_pretrained(load_policy(recipe), checkpoint).merge_and_unload().save_pretrained(partial)
-    load_tokenizer(str(checkpoint)).save_pretrained(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(partial, target)
-
-
 def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     """The trainer on the plan's rows."""
+    # `setdefault`: a user's own settings win. The id makes a continued run go on in the same record.
+    os.environ.setdefault("WANDB_PROJECT", "hps")
+    os.environ.setdefault("WANDB_RUN_ID", file_hash(recipe.run_folder() / "claim.json")[:16])
+    os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
+    rows = token_rows(recipe, tokenizer)  # before a model loads: a bad row is found here
     return HPSTrainer(
         model=load_policy(recipe, trained=not recipe.lora.enabled),
         # The parent would load the frozen copy by its name alone, without the revision.
         ref_model=None if recipe.lora.enabled else load_policy(recipe),
         args=config,
         loss=recipe.loss,
-        train_dataset=Dataset.from_list(token_rows(recipe, tokenizer)),
+        train_dataset=Dataset.from_list(rows),
         data_collator=PlanCollator(pad_token_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
@@ -268,6 +257,8 @@ def train(recipe: Recipe) -> None:
     check_model(recipe.models.policy, "models.policy")
     folder = recipe.run_folder()
     state = PartialState(cpu=not torch.cuda.is_available())
+    if state.is_main_process:
+        hold(folder)
     if claim(folder, run_settings(recipe)):  # by every process: all find the same, and none waits for one that failed
         state.print(f"training: finished before, {folder}")
         return
@@ -283,13 +274,12 @@ def train(recipe: Recipe) -> None:
     result = trainer.train(resume_from_checkpoint=resume)
     save(trainer, tokenizer, folder / "checkpoint")
     if state.is_main_process:
-        if recipe.training.merge and recipe.lora.enabled:
-            merge(recipe)
         draw_curves(folder / "log.jsonl", folder / "curves.png")
         outputs = [folder / name for name in ("plan.jsonl", "log.jsonl")]
         weights = sorted((folder / "checkpoint").glob("*.safetensors"))
         seconds = round(result.metrics["train_runtime"], 1)
-        finish(folder, recipe, run_settings(recipe), outputs + weights, seconds_of_last_start=seconds)
+        facts = {"seconds_of_last_start": seconds, "cut_responses": cut_responses(trainer)}
+        finish(folder, recipe, run_settings(recipe), outputs + weights, **facts)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
 
 
@@ -305,6 +295,13 @@ def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:
         f"attention {attention(recipe)}, {trainable:,} weights train",
         flush=True,
     )
+    limit = recipe.schedule.max_length
+    state.print(f"training: {cut_responses(trainer)} responses are cut at schedule.max_length={limit}")
+
+
+def cut_responses(trainer: HPSTrainer) -> int:
+    """Responses of the plan that lose their end to `schedule.max_length`."""
+    return sum(trainer.train_dataset["cut"])
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from statistics import mean
 from annotation.score import RewardModel
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
-from hps.manifest import check_model, claim, file_hash, finish, model_hash
+from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.recipe import SPLITS, Model, Recipe
 from hps.records import PARALLEL, Appender, done_ids, read_candidates, read_ranked, write_json
 from hps.workers import count_devices, run_workers
@@ -90,6 +90,7 @@ def annotate(recipe: Recipe) -> None:
         )
     folder = recipe.ranked("train").parent
     settings = stage_settings(recipe)
+    hold(folder)
     if claim(folder, settings):
         print(f"annotation: finished before, {folder}")
         return

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hps.chat import conversation_token_ids, load_tokenizer
 from hps.errors import InputError
-from hps.prefix import chunks, common_prefix, compute_prefix, padded, tail_states
+from hps.prefix import chunks, common_prefix, compute_prefix, tail_states
 from hps.recipe import Model
 
 # Shared-prefix and plain scores of the probe may differ by this share of the score's size (fp32: about 1e-6 seen).
@@ -84,29 +84,27 @@ class RewardModel:
 
     @torch.inference_mode()
     def score_rows_plain(self, rows: list[list[int]]) -> list[float]:
-        """Scores of token rows, each from its beginning: for models that cannot share, and to check sharing."""
-        scores: list[float] = []
-        for chunk in chunks(rows, self.batch_tokens):
-            if hasattr(self.model, "score"):
-                scores += self._score_tails(None, 0, chunk)
-            else:  # an encoder, which pools in its own way
-                ids = padded(chunk, self.tokenizer.pad_token_id, self.device)
-                mask = padded([[1] * len(row) for row in chunk], 0, self.device)
-                scores += self.model(ids, attention_mask=mask).logits[:, 0].float().tolist()
-        return scores
+        """Scores of token rows by the library's own forward pass, a row at a time.
+
+        For models that cannot share, and to check sharing. Without a padding token the library takes a row's last
+        token; with one it takes the last that differs from it, the wrong one where a model pads with its end of turn.
+        """
+        pad, self.model.config.pad_token_id = self.model.config.pad_token_id, None
+        try:
+            return [float(self.model(torch.tensor([row], device=self.device)).logits[0, 0]) for row in rows]
+        finally:
+            self.model.config.pad_token_id = pad
 
     def _score_tails(self, prefix, before: int, tails: list[list[int]]) -> list[float]:
         pad = self.tokenizer.pad_token_id
         hidden = tail_states(self.model.base_model, prefix, before, tails, pad, self.device)
-        # The last real token by its index. The library looks for the last token that differs from the padding token,
-        # which is the wrong one where a model pads with its end-of-turn token.
         last = hidden[torch.arange(len(tails)), torch.tensor([len(tail) - 1 for tail in tails])]
-        return linear(last.float(), self.model.score.weight.float()).squeeze(-1).tolist()
+        head = self.model.score
+        bias = None if head.bias is None else head.bias.float()
+        return linear(last.float(), head.weight.float(), bias).squeeze(-1).tolist()
 
     def _probe(self) -> bool:
-        """Whether sharing the prompt gives the plain scores here: tried, not guessed from the architecture's name."""
-        if not hasattr(self.model, "score"):
-            return False
+        """Whether sharing the prompt gives the library's scores here: tried, not guessed from the architecture."""
         rows = self.conversations(
             [{"role": "user", "content": "Name a colour."}], ["Blue.", "A warm red, I think."], [False] * 2
         )

@@ -10,7 +10,8 @@ Run     python -m evaluation.margins configs/quickstart.yaml
 is `RM_DPO - 0.01 (|y_1| - |y_2|)`, lengths in tokens (paper, section 6). Intervals: percentile bootstrap over prompts.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import claim, file_hash, finish, model_hash
 from hps.prefix import compute_prefix, padded, tail_states
+from hps.preflight import load_prompts
 from hps.recipe import Model, Recipe
 from hps.records import Appender, read_jsonl, read_prompts, read_ranked, write_json
 
@@ -31,21 +33,28 @@ LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
 LEVEL = 0.95
 
 
-def test_pairs(recipe: Recipe) -> Iterator[dict]:
-    """Pairs in the order of preference: `written` (the given responses) and `ranked` (best and worst by reward).
+def held_out_pairs(recipe: Recipe) -> tuple[list[dict], dict[str, int]]:
+    """Pairs in the order of preference, and how many prompts were left out, by reason.
 
-    Prompts without two given responses give no written pair; prompts whose rewards all tie give no ranked pair.
+    `written`: the first two given responses. `ranked`: best and worst by reward.
     """
-    settings = recipe.data.test
-    for _, record in read_prompts(settings.path, settings.limit):
-        if len(record["responses"]) >= 2:
-            pair = record["responses"][:2]
-            yield {"set": "written", **_pair(record, pair, [False, False])}
+    pairs, left_out = [], Counter()
+    prompts, repeated = load_prompts(recipe, "test")
+    left_out["written: repeated prompt"] += len(repeated)
+    for record in prompts.values():
+        responses = [text.strip() for text in record["responses"][:2]]
+        if len([text for text in responses if text]) < 2:
+            left_out["written: fewer than two given responses"] += 1
+        else:
+            pairs.append({"set": "written", **_pair(record, responses, [False, False])})
     for _, record in read_ranked(recipe.ranked("test")):
-        if record["rewards"][0] > record["rewards"][-1]:
-            ends = [[record[name][index] for index in (0, -1)] for name in ("responses", "truncated", "sources")]
-            rewards = [record["rewards"][0], record["rewards"][-1]]
-            yield {"set": "ranked", **_pair(record, ends[0], ends[1]), "rewards": rewards, "sources": ends[2]}
+        if record["rewards"][0] == record["rewards"][-1]:
+            left_out["ranked: all rewards tie"] += 1
+            continue
+        ends = {name: [record[name][index] for index in (0, -1)] for name in ("rewards", "sources")}
+        responses, truncated = ([record[name][index] for index in (0, -1)] for name in ("responses", "truncated"))
+        pairs.append({"set": "ranked", **_pair(record, responses, truncated), **ends})
+    return pairs, left_out
 
 
 def _pair(record: dict, responses: list[str], truncated: list[bool]) -> dict:
@@ -68,14 +77,17 @@ class HeldOut:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.limit = recipe.schedule.max_length
         self.tokenizer = load_tokenizer(str(checkpoint))
-        self.reference = _load(recipe.models.policy, self.device)
+        # Full fine-tuning at a small learning rate moves few weights by as much as a bf16 rounds off.
+        exact = self.device.type == "cpu" or not recipe.lora.enabled
+        dtype = torch.float32 if exact else torch.bfloat16
+        self.reference = _load(recipe.models.policy, self.device, dtype)
         if recipe.lora.enabled:
             from peft import PeftModel
 
             self.reference = PeftModel.from_pretrained(self.reference, checkpoint).eval()
             self.policy = self.reference
         else:
-            self.policy = _load(Model(path=str(checkpoint)), self.device)
+            self.policy = _load(Model(path=str(checkpoint)), self.device, dtype)
 
     @torch.inference_mode()
     def log_probs(self, model: Any, prompt: list[int], responses: list[list[int]]) -> list[float]:
@@ -93,11 +105,21 @@ class HeldOut:
         picked[wanted] = -torch.nn.functional.cross_entropy(logits, targets[wanted], reduction="none")
         return picked.sum(dim=1).tolist()
 
+    def that_fit(self, pairs: list[dict]) -> tuple[list[dict], Counter]:
+        """The pairs whose prompt leaves room for a response, and how many do not."""
+        fit, long = [], Counter()
+        for pair in pairs:
+            if len(prompt_token_ids(self.tokenizer, pair["prompt"])) < self.limit:
+                fit.append(pair)
+            else:
+                long[f"{pair['set']}: prompt fills schedule.max_length"] += 1
+        return fit, long
+
     def pair_figures(self, pair: dict) -> dict:
         """`tokens`, and log-probabilities of both responses under `policy` and `reference`."""
         prompt = prompt_token_ids(self.tokenizer, pair["prompt"])
         responses = [
-            response_token_ids(self.tokenizer, pair["prompt"], text, cut)[: max(1, self.limit - len(prompt))]
+            response_token_ids(self.tokenizer, pair["prompt"], text, cut)[: self.limit - len(prompt)]
             for text, cut in zip(pair["responses"], pair["truncated"], strict=True)
         ]
         policy = self.log_probs(self.policy, prompt, responses)
@@ -107,8 +129,6 @@ class HeldOut:
 
     def as_reference(self):
         """Inside it `self.reference` is the model before training."""
-        from contextlib import nullcontext
-
         return self.reference.disable_adapter() if self.reference is self.policy else nullcontext()
 
     @torch.inference_mode()
@@ -133,8 +153,7 @@ class HeldOut:
         return {"before": before, "after": after}
 
 
-def _load(model: Model, device):
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def _load(model: Model, device: torch.device, dtype: torch.dtype):
     loaded = AutoModelForCausalLM.from_pretrained(model.path, revision=model.revision, dtype=dtype)
     return loaded.to(device).eval()
 
@@ -179,10 +198,18 @@ def evaluate(recipe: Recipe) -> None:
     if claim(folder, settings):
         print(f"evaluation: finished before, {folder}")
         return
+    wanted, left_out = held_out_pairs(recipe)
     scorer = HeldOut(recipe)
-    pairs = _scored_pairs(recipe, scorer, folder / "pairs.jsonl")
+    pairs, long = scorer.that_fit(wanted)
+    left_out.update(long)
+    pairs = _scored_pairs(pairs, scorer, folder / "pairs.jsonl")
     _write_answers(recipe, scorer, folder / "answers.jsonl")
-    metrics: dict[str, Any] = {"bootstrap": recipe.evaluation.bootstrap, "level": LEVEL, "sets": {}}
+    metrics: dict[str, Any] = {
+        "bootstrap": recipe.evaluation.bootstrap,
+        "level": LEVEL,
+        "left_out": +left_out,
+        "sets": {},
+    }
     for name in ("written", "ranked"):
         chosen = [pair for pair in pairs if pair["set"] == name]
         if chosen:
@@ -210,8 +237,7 @@ def evaluation_settings(recipe: Recipe) -> dict:
     }
 
 
-def _scored_pairs(recipe: Recipe, scorer: HeldOut, path: Path) -> list[dict]:
-    wanted = list(test_pairs(recipe))
+def _scored_pairs(wanted: list[dict], scorer: HeldOut, path: Path) -> list[dict]:
     done = {(line["set"], line["prompt_id"]): line for _, line in _existing(path)}
     todo = [pair for pair in wanted if (pair["set"], pair["prompt_id"]) not in done]
     with Appender(path) as file:
@@ -237,6 +263,8 @@ def _write_answers(recipe: Recipe, scorer: HeldOut, path: Path) -> None:
 
 def print_metrics(metrics: dict, folder: Path) -> None:
     """The figures on the screen, a line each."""
+    if metrics["left_out"]:
+        print(f"held-out, left out: {dict(metrics['left_out'])}")
     for name, figures in metrics["sets"].items():
         title = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}[name]
         print(f"held-out, {title}: {figures['pairs']} pairs; mean [95 % interval] -> {folder / 'metrics.json'}")

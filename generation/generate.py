@@ -19,7 +19,7 @@ from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.cli import parse, progress
 from hps.engine import Engine, Sample
 from hps.errors import run_main
-from hps.manifest import check_model, claim, file_hash, finish, model_hash
+from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import load_prompts
 from hps.recipe import SPLITS, Generation, Model, Recipe
 from hps.records import Appender, done_ids, read_candidates, read_jsonl, write_atomic, write_json
@@ -104,6 +104,8 @@ class SplitWriter:
 
     def write(self, name: str, samples: list[Sample]) -> None:
         """Put a finished prompt on disk, the ledger first: a kill in between repeats the prompt, never loses it."""
+        if name in self.done:  # an actor that was started again hands its batch in again
+            return
         # White space around a response would merge with the template's tokens; generated text is stripped as well.
         given = [text.strip() for text in self.prompts[name]["responses"]] if self._settings.keep_given else []
         record = {**self.prompts[name], "responses": given}
@@ -168,6 +170,7 @@ def generate(recipe: Recipe) -> None:
     prompts = {split: load_prompts(recipe, split) for split in SPLITS}  # every line is checked before a model loads
     folder = recipe.candidates("train").parent
     settings = stage_settings(recipe)
+    hold(folder)
     if claim(folder, settings):
         print(f"generation: finished before, {folder}")
         return
@@ -205,7 +208,10 @@ def _results(recipe: Recipe, items: list[dict], tokenizer) -> Iterator[dict]:
     }
     gpus = recipe.generation.tensor_parallel
     workers = count_devices(recipe.generation.workers, gpus)
-    return run_workers(Generator, arguments, items, workers, gpus)
+    most = max(getattr(recipe.data, split).responses for split in SPLITS)
+    # Enough for an actor's engine to be full most of the time that it works on a batch.
+    batch = max(1, 4 * recipe.generation.max_sequences // most)
+    return run_workers(Generator, arguments, items, workers, gpus, batch)
 
 
 def main() -> None:

@@ -84,12 +84,10 @@ def end_of_turn_ids(tokenizer: Any) -> set[int]:
     not stop at the first runs on into an invented next turn.
     """
     ends = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    question = [{"role": "user", "content": "a"}]
     probe = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=True, return_dict=False
+        [*question, {"role": "assistant", "content": "b"}], tokenize=True, return_dict=False
     )
+    answer = probe[len(prompt_token_ids(tokenizer, question)) :]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    for token in reversed(probe):
-        if token in special:
-            ends.add(token)
-            break
-    return ends
+    return ends | {token for token in answer if token in special}

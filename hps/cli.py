@@ -14,7 +14,7 @@ def parse(description: str, dry_run: bool = True) -> tuple[Recipe, argparse.Name
     parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value", help=f"default: {DEFAULT_RECIPE}")
     if dry_run:
         parser.add_argument("--dry-run", action="store_true", help="print the resolved plan, run nothing")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     path, overrides = split_arguments(options.arguments)
     return load_recipe(path, overrides), options
 

@@ -4,6 +4,7 @@
 that the caller can put it on disk, and no batch waits for its slowest member.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 # processes import vLLM otherwise),
 # and there is no device whose work a second process could overlap with.
 _CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# We have asked CUDA whether it is there, and a process forked after that cannot use it.
+_CUDA_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 # KV cache on a CPU, in bytes. vLLM's own default takes a share of all memory, which a laptop also needs for the rest.
 CPU_KV_CACHE_BYTES = 2 * 2**30
 
@@ -36,8 +39,8 @@ class Engine:
         model: folder or hub name, with revision.
         settings: the recipe's `generation` section.
         stop_ids: token ids that end a turn.
-        seed: seeds the engine. On CUDA every prompt has a seed of its own besides, so that its samples do not depend on
-            the prompts around it; on a CPU per-request seeds end vLLM 0.32's engine («CPU Generator does not use
+        seed: seeds the engine. On CUDA every prompt has a seed of its own besides, so that its samples depend less
+            on the prompts around it; on a CPU per-request seeds end vLLM 0.32's engine («CPU Generator does not use
             offset») when many sequences are scheduled.
     """
 
@@ -45,7 +48,7 @@ class Engine:
         import torch
 
         self._cuda = torch.cuda.is_available()
-        for name, value in {**_ENVIRONMENT, **({} if self._cuda else _CPU_ENVIRONMENT)}.items():
+        for name, value in {**_ENVIRONMENT, **(_CUDA_ENVIRONMENT if self._cuda else _CPU_ENVIRONMENT)}.items():
             os.environ.setdefault(name, value)
         from vllm import LLM
 
@@ -110,8 +113,6 @@ class Engine:
 
 
 def _request_seed(seed: int, key: str) -> int:
-    import hashlib
-
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 

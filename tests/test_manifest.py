@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from hps.errors import InputError
-from hps.manifest import check_model, claim, file_hash, finish, git_commit, model_hash, versions
+from hps.manifest import check_model, claim, file_hash, finish, git_commit, hold, model_hash, versions
 from hps.recipe import Model, load_recipe
 
 SETTINGS = {"seed": 7, "model": {"path": "models/a", "weights": "00ff"}, "responses": [6, 2]}
@@ -85,8 +87,34 @@ def test_hashes_do_not_depend_on_the_place(copied, tiny_model):
     assert file_hash(copied / "config.json") == file_hash(tiny_model / "config.json")
 
 
-def test_a_hub_model_is_known_by_name_and_commit(monkeypatch):
-    assert model_hash(Model("nobody/none", "abc")) == {"hub": "nobody/none", "revision": "abc"}
+def test_a_hub_model_is_known_by_name_and_commit(monkeypatch, tmp_path):
+    """The hub's cache as its client lays it out; an open revision resolves to the commit, before and after."""
+    commit = "a" * 40
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision in (None, "main", commit):
+        assert model_hash(Model("owner/name", revision)) == {"hub": "owner/name", "revision": commit}
+    with pytest.raises(InputError, match="^nobody/none: no such model in the hub's cache"):
+        model_hash(Model("nobody/none"))
+
+
+def test_a_second_run_on_a_folder_is_refused(tmp_path):
+    """The holder is another process; when it ends, however it ends, the folder is free."""
+    code = (
+        "import pathlib, sys, time; from hps.manifest import hold; hold(pathlib.Path(sys.argv[1])); "
+        "print(1, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(InputError, match="another run is working in this folder"):
+            hold(tmp_path)
+        other.kill()
+    hold(tmp_path)
+    hold(tmp_path)
 
 
 def test_local_models_must_be_there(tiny_model, tmp_path):

@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-# The module, not its names: pytest would collect `test_pairs` as a test.
 from evaluation import margins as stage
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError, run_main
@@ -96,7 +95,7 @@ def pairs_of(recipe) -> list[dict]:
 
 def test_pairs_are_the_given_responses_and_the_ends_of_the_ranking(ranked_recipe):
     recipe = ranked_recipe()
-    pairs = list(stage.test_pairs(recipe))
+    pairs = stage.held_out_pairs(recipe)[0]
     prompts = [record for _, record in read_prompts(recipe.data.test.path, recipe.data.test.limit)]
     written = [pair for pair in pairs if pair["set"] == "written"]
     assert [pair["responses"] for pair in written] == [record["responses"][:2] for record in prompts]
@@ -120,7 +119,20 @@ def test_pairs_without_a_preference_are_passed_over(ranked_recipe):
     recipe.data.test.path = str(recipe.ranked("test").with_name("prompts.jsonl"))
     with open(recipe.data.test.path, "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in prompts)
-    assert [pair["set"] for pair in stage.test_pairs(recipe)] == ["ranked"] * 3
+    pairs, left_out = stage.held_out_pairs(recipe)
+    assert [pair["set"] for pair in pairs] == ["ranked"] * 3
+    assert +left_out == {"written: fewer than two given responses": 2, "ranked: all rewards tie": 1}
+
+
+def test_prompts_that_leave_no_room_for_a_response_are_counted(finished):
+    recipe = finished(trained=False)
+    held_out = stage.HeldOut(recipe)
+    pairs, _ = stage.held_out_pairs(recipe)
+    lengths = sorted(len(prompt_token_ids(held_out.tokenizer, pair["prompt"])) for pair in pairs)
+    held_out.limit = lengths[-1]
+    fit, long = held_out.that_fit(pairs)
+    assert sum(long.values()) == lengths.count(lengths[-1]) > 0
+    assert len(fit) + sum(long.values()) == len(pairs)
 
 
 def log_probability_by_hand(model, ids: list[int], before: int) -> float:
@@ -136,7 +148,7 @@ def test_log_probabilities_equal_separate_rows(finished):
     recipe = finished(trained=True)
     held_out = stage.HeldOut(recipe)
     base = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path).eval()
-    pair = next(iter(stage.test_pairs(recipe)))
+    pair = stage.held_out_pairs(recipe)[0][0]
     pair = {**pair, "responses": [pair["responses"][0], pair["responses"][1][:25]], "truncated": [False, True]}
     figures = held_out.pair_figures(pair)
     prompt = prompt_token_ids(held_out.tokenizer, pair["prompt"])
@@ -155,7 +167,7 @@ def test_log_probabilities_equal_separate_rows(finished):
 def test_responses_are_cut_where_training_cut_them(finished):
     recipe = finished(trained=False)
     held_out = stage.HeldOut(recipe)
-    pair = next(iter(stage.test_pairs(recipe)))
+    pair = stage.held_out_pairs(recipe)[0][0]
     prompt = prompt_token_ids(held_out.tokenizer, pair["prompt"])
     held_out.limit = len(prompt) + 3
     assert held_out.pair_figures(pair)["tokens"] == [3, 3]

@@ -66,11 +66,13 @@ def test_no_items():
     assert run(1, items=[]) == []
 
 
-def test_as_many_workers_as_asked_for_or_one_on_a_cpu():
+def test_as_many_workers_as_asked_for_or_one_on_a_cpu(monkeypatch):
     import torch
 
     assert count_devices(3) == 3
-    assert count_devices(None) == max(1, torch.cuda.device_count())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert count_devices(None) == 8
+    assert count_devices(None, gpus_each=4) == 2
     assert count_devices(None, gpus_each=1000) == 1
 
 
