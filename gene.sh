@@ -10,6 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ---- settings ----
 PYTHON=.venv-infer/bin/python
+# Libraries announce to one another what they will rename; a user can do nothing about it.
+export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
 # ------------------
 
 case " $* " in *" -h "* | *" --help "*)

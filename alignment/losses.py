@@ -8,8 +8,6 @@ per prompt: tensors of shape (batch,), no reduction. Nothing is detached here.
 import torch
 from torch.nn.functional import logsigmoid
 
-PREFERENCES = ("bt", "hps")
-
 
 def implicit_reward(policy_logps: torch.Tensor, reference_logps: torch.Tensor, beta: float) -> torch.Tensor:
     """`rho = beta * (log pi_theta - log pi_ref)` (Eq. 3; the partition term cancels in every loss here).
@@ -83,4 +81,4 @@ def preference_loss(
         return bt_loss(best, dispreferred, label_smoothing)
     if preference == "hps":
         return hps_sampled_loss(best, dispreferred, dispreferred_count, factor_n, label_smoothing)
-    raise ValueError(f"preference is {preference!r}; it must be one of {', '.join(PREFERENCES)}")
+    raise ValueError(f"preference is {preference!r}; it must be bt or hps")
