@@ -221,10 +221,10 @@ def plan(recipe: Recipe) -> None:
         raise InputError("the ranking is not finished", where=str(ranking), remedy="run `bash gene.sh` again")
     records = [record for _, record in read_ranked(recipe.ranked("train"))]
     folder = recipe.run_folder()
-    hold(folder)
-    claim(folder, run_settings(recipe))
-    rows, facts = make_plan(records, recipe)
-    _write_once(folder / "plan.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with hold(folder):
+        claim(folder, run_settings(recipe))
+        rows, facts = make_plan(records, recipe)
+        _write_once(folder / "plan.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
     print_plan(facts, folder / "plan.jsonl")
 

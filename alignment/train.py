@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -257,11 +258,15 @@ def train(recipe: Recipe) -> None:
     check_model(recipe.models.policy, "models.policy")
     folder = recipe.run_folder()
     state = PartialState(cpu=not torch.cuda.is_available())
-    if state.is_main_process:
-        hold(folder)
-    if claim(folder, run_settings(recipe)):  # by every process: all find the same, and none waits for one that failed
-        state.print(f"training: finished before, {folder}")
-        return
+    with hold(folder) if state.is_main_process else nullcontext():
+        # By every process: all find the same, and none waits for one that failed.
+        if claim(folder, run_settings(recipe)):
+            state.print(f"training: finished before, {folder}")
+        else:
+            _train(recipe, folder, state)
+
+
+def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
     tokenizer = load_tokenizer(recipe.models.policy.path, recipe.models.policy.revision)
     trainer = build_trainer(recipe, tokenizer, training_config(recipe, state.num_processes))
     _announce(recipe, trainer)

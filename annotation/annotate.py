@@ -90,10 +90,14 @@ def annotate(recipe: Recipe) -> None:
         )
     folder = recipe.ranked("train").parent
     settings = stage_settings(recipe)
-    hold(folder)
-    if claim(folder, settings):
-        print(f"annotation: finished before, {folder}")
-        return
+    with hold(folder):
+        if claim(folder, settings):
+            print(f"annotation: finished before, {folder}")
+        else:
+            _annotate(recipe, folder, settings)
+
+
+def _annotate(recipe: Recipe, folder: Path, settings: dict) -> None:
     with Appender(recipe.ranked("train")) as train, Appender(recipe.ranked("test")) as test:
         _score_all(recipe, {"train": train, "test": test})
     summary = {split: summarize(recipe.ranked(split)) for split in SPLITS}

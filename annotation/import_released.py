@@ -26,7 +26,7 @@ from typing import Any, TextIO
 from hps.chat import load_tokenizer
 from hps.cli import split_arguments
 from hps.errors import InputError, run_main
-from hps.manifest import claim, file_hash, finish, model_hash
+from hps.manifest import claim, file_hash, finish, hold, model_hash
 from hps.recipe import SPLITS, Model, Recipe, load_recipe
 from hps.records import (
     check_messages,
@@ -206,11 +206,17 @@ def renamed_at_end(path: Path) -> Iterator[TextIO]:
 def import_released(file: str, recipe: Recipe, split: str = "train", tokenizer_path: str | None = None) -> Counter:
     """Import a file as one split of a recipe's ranking; see the module's docstring."""
     target = recipe.ranked(split)
-    if target.exists():
+    with hold(target.parent):
+        return _import(file, recipe, split, tokenizer_path, target)
+
+
+def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, target: Path) -> Counter:
+    before = _imported_before(target.parent)
+    # A file that no manifest names is what a kill left between its renaming and the manifest: it is made again.
+    if target.exists() and (split in before or not (target.parent / "claim.json").exists()):
         raise InputError("there is a ranked file already", where=str(target), remedy="give another `output`")
     model = Model(tokenizer_path) if tokenizer_path else recipe.models.policy
     tokenizer = load_tokenizer(model.path, model.revision)
-    target.parent.mkdir(parents=True, exist_ok=True)
     # The claim keeps the annotation from adding to this folder. It says nothing of the split: both may be imported.
     settings = {"imported_by": "annotation.import_released", "tokenizer": model_hash(model)}
     with ExitStack() as files:
@@ -221,9 +227,16 @@ def import_released(file: str, recipe: Recipe, split: str = "train", tokenizer_p
             raise InputError(f"no row can be used ({_counted(counts)})", where=file, remedy="check the file")
         claim(target.parent, settings)
     outputs = [recipe.ranked(name) for name in SPLITS if recipe.ranked(name).exists()]
-    finish(target.parent, recipe, settings, outputs, imported={"file": file, "sha256": file_hash(file), **counts})
+    facts = {"file": file, "sha256": file_hash(file), **counts}
+    finish(target.parent, recipe, settings, outputs, imported={**before, split: facts})
     print(f"import: {file}: {_counted(counts)} -> {target}")
     return counts
+
+
+def _imported_before(folder: Path) -> dict:
+    """What the folder's manifest says of earlier imports, by split."""
+    manifest = folder / "manifest.json"
+    return json.loads(manifest.read_text(encoding="utf-8")).get("imported", {}) if manifest.exists() else {}
 
 
 def _counted(counts: Counter) -> str:

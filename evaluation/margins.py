@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
-from hps.manifest import claim, file_hash, finish, model_hash
+from hps.manifest import claim, file_hash, finish, hold, model_hash
 from hps.prefix import compute_prefix, padded, tail_states
 from hps.preflight import load_prompts
 from hps.recipe import Model, Recipe
@@ -195,9 +195,14 @@ def evaluate(recipe: Recipe) -> None:
         )
     folder = recipe.run_folder() / "evaluation"
     settings = evaluation_settings(recipe)
-    if claim(folder, settings):
-        print(f"evaluation: finished before, {folder}")
-        return
+    with hold(folder):
+        if claim(folder, settings):
+            print(f"evaluation: finished before, {folder}")
+        else:
+            _evaluate(recipe, folder, settings)
+
+
+def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
     wanted, left_out = held_out_pairs(recipe)
     scorer = HeldOut(recipe)
     pairs, long = scorer.that_fit(wanted)

@@ -33,7 +33,7 @@ class Generator:
     """
 
     def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int):
-        self.engine = Engine(Model(**model), Generation(**settings), set(stop_ids), seed)
+        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), seed)
 
     def __call__(self, batch: dict) -> Iterator[dict]:
         items = map(json.loads, batch["item"])
@@ -170,10 +170,14 @@ def generate(recipe: Recipe) -> None:
     prompts = {split: load_prompts(recipe, split) for split in SPLITS}  # every line is checked before a model loads
     folder = recipe.candidates("train").parent
     settings = stage_settings(recipe)
-    hold(folder)
-    if claim(folder, settings):
-        print(f"generation: finished before, {folder}")
-        return
+    with hold(folder):
+        if claim(folder, settings):
+            print(f"generation: finished before, {folder}")
+        else:
+            _generate(recipe, prompts, folder, settings)
+
+
+def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings: dict) -> None:
     tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
     writers = {split: SplitWriter(recipe, split, *prompts[split], tokenizer) for split in SPLITS}
     total = sum(len(writer.prompts) for writer in writers.values())

@@ -5,6 +5,7 @@ again, because a tokenizer that adds a BOS would add a second one (the released 
 The reward model's input has its own owner, annotation/score.py.
 """
 
+from functools import cache
 from typing import Any
 
 from hps.errors import InputError
@@ -76,13 +77,18 @@ def _last_end(tokenizer: Any, ids: list[int], keep_end: bool) -> int:
     return len(ids)
 
 
-def end_of_turn_ids(tokenizer: Any) -> set[int]:
+def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
     """Token ids that end an assistant turn.
 
     The tokenizer's end-of-sequence token, and the token that this tokenizer's own template writes after an assistant's
     text: Llama-3 ends a turn with `<|eot_id|>` while its end of sequence may be `<|end_of_text|>`; generation that does
     not stop at the first runs on into an invented next turn.
     """
+    return _template_ends(tokenizer, tokenizer.chat_template)
+
+
+@cache  # asked for with every response
+def _template_ends(tokenizer: Any, template: str) -> frozenset[int]:
     ends = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     question = [{"role": "user", "content": "a"}]
     probe = tokenizer.apply_chat_template(
@@ -90,4 +96,4 @@ def end_of_turn_ids(tokenizer: Any) -> set[int]:
     )
     answer = probe[len(prompt_token_ids(tokenizer, question)) :]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return ends | {token for token in answer if token in special}
+    return frozenset(ends | {token for token in answer if token in special})

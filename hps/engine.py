@@ -44,7 +44,7 @@ class Engine:
             offset») when many sequences are scheduled.
     """
 
-    def __init__(self, model: Model, settings: Generation, stop_ids: set[int], seed: int):
+    def __init__(self, model: Model, settings: Generation, stop_ids: frozenset[int], seed: int):
         import torch
 
         self._cuda = torch.cuda.is_available()

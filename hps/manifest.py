@@ -10,8 +10,9 @@ import importlib.metadata
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from hps.errors import InputError
 from hps.recipe import REPOSITORY, Model, Recipe, as_dict
@@ -130,28 +131,27 @@ def claim(folder: Path, settings: dict) -> bool:
     return False
 
 
-_HELD: dict[Path, IO] = {}
-
-
-def hold(folder: Path) -> None:
-    """Keep other processes out of a folder until this one ends, however it ends.
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder inside the block; a process that ends, however it ends, lets go.
 
     Raises:
         InputError: another run works in it.
     """
     _make(folder)
-    path = (folder / ".lock").resolve()
-    if path in _HELD:
-        return
-    file = path.open("w")
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise InputError(
-            "another run is working in this folder", where=str(folder), remedy="wait for it, or give another `output`"
-        ) from None
-    _HELD[path] = file
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                "another run is working in this folder",
+                where=str(folder),
+                remedy="wait for it, or give another `output`",
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _make(folder: Path) -> None:

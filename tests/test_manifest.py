@@ -105,16 +105,18 @@ def test_a_hub_model_is_known_by_name_and_commit(monkeypatch, tmp_path):
 def test_a_second_run_on_a_folder_is_refused(tmp_path):
     """The holder is another process; when it ends, however it ends, the folder is free."""
     code = (
-        "import pathlib, sys, time; from hps.manifest import hold; hold(pathlib.Path(sys.argv[1])); "
-        "print(1, flush=True); time.sleep(60)"
+        "import pathlib, sys, time\nfrom hps.manifest import hold\n"
+        "with hold(pathlib.Path(sys.argv[1])):\n    print(1, flush=True)\n    time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"1\n"
-        with pytest.raises(InputError, match="another run is working in this folder"):
-            hold(tmp_path)
+        with pytest.raises(InputError, match="another run is working in this folder"), hold(tmp_path):
+            pass
         other.kill()
-    hold(tmp_path)
-    hold(tmp_path)
+    with hold(tmp_path):
+        pass
+    with hold(tmp_path):
+        pass
 
 
 def test_local_models_must_be_there(tiny_model, tmp_path):
