@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole method on the embedded models and data, on a laptop without a GPU: candidates, ranking, alignment, figures.
 #
-#   bash quickstart.sh [key=value ...]
+#   bash quickstart.sh [key=value ...] [--dry-run]
 #
 # Minutes after the set-up. Interrupted, the same command continues; what is finished is not done again.
 set -euo pipefail

@@ -13,6 +13,11 @@ INFER=.venv-infer/bin/python
 TRAIN=.venv-train/bin/python
 # ------------------
 
+case "${1:-}" in -h | --help)
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' test.sh
+    exit 0
+    ;;
+esac
 also=""
 if [[ "${1:-}" == fast ]]; then
     shift

@@ -225,6 +225,7 @@ def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         tokenizer.save_pretrained(partial)
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the manifest says what this is
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
     state.wait_for_everyone()

@@ -22,6 +22,9 @@ def parse(description: str, dry_run: bool = True) -> tuple[Recipe, argparse.Name
 def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
     """The recipe's path (the first argument without `=`, else the default) and the overrides."""
     paths = [argument for argument in arguments if "=" not in argument]
+    for path in paths:
+        if not path.endswith((".yaml", ".yml")):
+            raise InputError(f"`{path}` is neither a recipe (*.yaml) nor key=value", where="command line")
     if len(paths) > 1:
         raise InputError(
             f"two recipes given: {' and '.join(paths)}", where="command line", remedy="give one, then key=value"

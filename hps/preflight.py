@@ -114,7 +114,8 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         lines.append(
             f"{split}: {settings.path}: {len(prompts)} prompts, {given} given and {generated} generated responses, "
             f"at most {generated * recipe.generation.max_new_tokens:,} new tokens "
-            f"and {len(prompts) * recipe.generation.max_prompt_tokens:,} prompt tokens"
+            f"and {len(prompts) * recipe.generation.max_prompt_tokens:,} prompt tokens; "
+            f"`data.{split}.limit`: {settings.limit or 'none'}"
         )
     outputs = [str(path) for split in SPLITS for path in (recipe.candidates(split), recipe.ranked(split))]
     return [*lines, f"outputs: {', '.join(outputs)}"]
@@ -156,6 +157,12 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
 
 def count_ranked(recipe: Recipe, split: str) -> int:
     """Number of prompts of a ranked file; every line is checked."""
+    if not recipe.ranked(split).exists():
+        raise InputError(
+            "there is no ranked file",
+            where=str(recipe.ranked(split)),
+            remedy="run `bash gene.sh` with this recipe first",
+        )
     return sum(1 for _ in read_ranked(recipe.ranked(split)))
 
 
@@ -168,9 +175,10 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
         kind = remark or ("local folder" if Path(model.path).is_dir() else f"hub, revision {model.revision or 'open'}")
         lines.append(f"{role}: {model.path}: {kind}")
         if role == "reward" and not remark:
-            _, remark = attempt(check_labels, model, dry_run=dry_run)
-            if remark:
-                lines.append(f"{role}: labels not checked: {remark}")
+            if dry_run and not Path(model.path).is_dir():
+                lines.append(f"{role}: its number of labels is not checked in a dry run, which asks the hub nothing")
+            else:
+                check_labels(model)
     lines += {"gene": gene_plan, "run": run_plan}[stage](recipe, dry_run)
     if dry_run:
         print(as_yaml(recipe))
