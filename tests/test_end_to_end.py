@@ -1,10 +1,14 @@
 """Both scripts from beginning to end: tiny models with random weights, the real engine, the real trainer."""
 
 import json
+import os
+import random
+import signal
 import subprocess
+import time
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_tiny_recipe
 
 from hps.records import read_jsonl, read_ranked
 
@@ -32,8 +36,6 @@ def script(name: str, *arguments) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model, tiny_reward):
     """Recipe and output folder of one run of both scripts."""
-    from conftest import write_tiny_recipe
-
     folder = tmp_path_factory.mktemp("end-to-end")
     recipe = write_tiny_recipe(folder, tiny_model, tiny_reward)
     for name in ("gene.sh", "run.sh"):
@@ -106,7 +108,43 @@ def test_checkpoint_loads_in_vllm(finished, tiny_model):
     assert json.loads(done.stdout.splitlines()[-1]) == [expected, expected]
 
 
-@pytest.mark.parametrize("name", ["gene.sh", "run.sh", "quickstart.sh", "setup.sh"])
+def kill_gene(recipe, moment) -> None:
+    """Start gene.sh, wait for `moment()`, SIGKILL the script and everything that it started."""
+    command = ["bash", "gene.sh", str(recipe)]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        moment()
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_gene_killed_twice_has_every_prompt_once(tmp_path, tiny_model, tiny_reward):
+    """Once while candidates are being written, once at a moment drawn from the time that the rest takes."""
+    recipe = write_tiny_recipe(tmp_path, tiny_model, tiny_reward)
+    recipe.write_text(recipe.read_text().replace("max_sequences: 16", "max_sequences: 4"))
+    candidates = tmp_path / "runs" / "candidates" / "train.jsonl"
+
+    def candidates_begin():
+        deadline = time.monotonic() + 300
+        while not candidates.exists() or not candidates.stat().st_size:
+            assert time.monotonic() < deadline, "no candidate was written"
+            time.sleep(0.05)
+
+    kill_gene(recipe, candidates_begin)
+    first = candidates.read_bytes().rpartition(b"\n")[0]
+    pause = random.uniform(5, 35)
+    print(f"second kill after {pause:.1f} s")
+    kill_gene(recipe, lambda: time.sleep(pause))
+    done = script("gene.sh", recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert candidates.read_bytes().startswith(first)
+    for split, prompts in (("train", 8), ("test", 4)):
+        for stage in ("candidates", "ranked"):
+            names = [record["prompt_id"] for _, record in read_jsonl(tmp_path / "runs" / stage / f"{split}.jsonl")]
+            assert len(names) == len(set(names)) == prompts, (stage, split)
+
+
+@pytest.mark.parametrize("name", ["gene.sh", "run.sh", "quickstart.sh", "setup.sh", "test.sh"])
 def test_help(name):
     done = script(name, "--help")
     assert done.returncode == 0 and f"bash {name}" in done.stdout

@@ -168,5 +168,5 @@ def test_preference_loss_is_the_loss_that_the_recipe_names():
     hps = preference_loss("hps", best, drawn, count, True, 0.1)
     assert torch.equal(hps, hps_sampled_loss(best, drawn, count, True, 0.1))
     assert not torch.allclose(hps, bt_loss(best, drawn, 0.1))
-    with pytest.raises(ValueError, match="'pl'; it must be one of bt, hps"):
+    with pytest.raises(ValueError, match="'pl'; it must be bt or hps"):
         preference_loss("pl", best, drawn, count, False, 0.0)
