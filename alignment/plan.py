@@ -225,7 +225,7 @@ def plan(recipe: Recipe) -> None:
         claim(folder, run_settings(recipe))
         rows, facts = make_plan(records, recipe)
         _write_once(folder / "plan.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
+        write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
     print_plan(facts, folder / "plan.jsonl")
 
 

@@ -13,9 +13,8 @@ from hps.recipe import Generation, Model
 
 # Read by vLLM at import. No usage reports; errors only: on a CPU a screen of warnings says what vLLM does without.
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-# On a CPU the engine runs in our process: starting it took 21 s instead of 52 s on 2 cores (three
-# processes import vLLM otherwise),
-# and there is no device whose work a second process could overlap with.
+# On a CPU the engine runs in our process: otherwise three processes import vLLM, which is most of its start, and there
+# is no device whose work a second process could overlap with.
 _CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # We have asked CUDA whether it is there, and a process forked after that cannot use it.
 _CUDA_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
