@@ -1,26 +1,65 @@
-"""The losses of the paper as pure functions of log-ratios.
+"""The losses as pure functions: five families and SimPO, under Bradley-Terry, Plackett-Luce and HPS.
 
 Notation of the paper (arXiv 2502.14400): `s_i = log pi_theta(y_i|x) - log pi_ref(y_i|x)`, summed over the tokens of
-y_i, in nats; `rho_i = beta * s_i` the implicit reward (Eq. 3); `N` the number of dispreferred responses. Everything is
-per prompt: tensors of shape (batch,), no reduction. Nothing is detached here.
+y_i, in nats; `rho_i = beta * s_i` the implicit reward (Eq. 3); `r_i` the annotated reward; `N` the number of
+dispreferred responses; `q_i` their weights (Eq. 9). A family's *score* of a response is what its losses compare:
+`rho`, `s`, or SimPO's length-normalised log-probability (`response_scores`).
+
+Losses are per prompt, in nats, no reduction, nothing detached. Pair losses work elementwise on tensors of any one
+shape. List losses take (batch, n) scores, best response first, and a mask that is False on padding behind the list;
+what stands in the padding changes nothing, as long as it is finite. docs/methods.md has formulas, sources and defaults.
 """
 
 import torch
 from torch.nn.functional import logsigmoid
+
+from hps.recipe import Loss
 
 
 def implicit_reward(policy_logps: torch.Tensor, reference_logps: torch.Tensor, beta: float) -> torch.Tensor:
     """`rho = beta * (log pi_theta - log pi_ref)` (Eq. 3; the partition term cancels in every loss here).
 
     Args:
-        policy_logps: (batch,), summed token log-probabilities of a response under the policy, in nats.
-        reference_logps: (batch,), the same under the reference.
+        policy_logps: summed token log-probabilities of each response under the policy, in nats, any shape.
+        reference_logps: the same under the reference.
         beta: strength of the tie to the reference.
 
     Returns:
-        (batch,), dimensionless.
+        The same shape, dimensionless.
     """
     return beta * (policy_logps - reference_logps)
+
+
+def simpo_reward(policy_logps: torch.Tensor, lengths: torch.Tensor, beta: float) -> torch.Tensor:
+    """`rho = beta / |y| * log pi_theta` (SimPO, arXiv 2405.14734; Appendix A), |y| in tokens. No reference."""
+    return beta * policy_logps / lengths
+
+
+def response_scores(
+    loss: Loss, policy_logps: torch.Tensor, reference_logps: torch.Tensor | None, lengths: torch.Tensor
+) -> torch.Tensor:
+    """The score of each response in the family of `loss`.
+
+    Args:
+        loss: the recipe's section.
+        policy_logps: (batch, n), summed log-probabilities, nats.
+        reference_logps: (batch, n), the same under the reference; SimPO has none.
+        lengths: (batch, n), tokens of the response, at least 1.
+
+    Returns:
+        (batch, n): `rho` for dpo, exo, nca and simpo; `s` for sppo and ipo (`s / |y|` with `ipo_per_token`, as TRL).
+    """
+    if loss.family == "simpo":
+        return simpo_reward(policy_logps, lengths, loss.simpo_beta)
+    assert reference_logps is not None
+    if loss.family == "sppo":
+        return implicit_reward(policy_logps, reference_logps, 1.0)
+    if loss.family == "ipo":
+        return implicit_reward(policy_logps, reference_logps, 1.0) / (lengths if loss.ipo_per_token else 1.0)
+    return implicit_reward(policy_logps, reference_logps, loss.beta)
+
+
+# ---- pair losses: `best` against `worst`, elementwise ----
 
 
 def bt_loss(best: torch.Tensor, worst: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -30,55 +69,215 @@ def bt_loss(best: torch.Tensor, worst: torch.Tensor, label_smoothing: float = 0.
     `-(1 - e) log sigmoid(d) - e log sigmoid(-d)`, d the difference. TRL 1.16's `sigmoid` loss ignores that setting.
 
     Args:
-        best: (batch,), implicit reward of the preferred response.
-        worst: (batch,), implicit reward of the dispreferred response.
+        best: implicit reward of the preferred response.
+        worst: implicit reward of the dispreferred response, same shape.
         label_smoothing: e in [0, 0.5).
 
     Returns:
-        (batch,), nats.
+        The same shape, nats.
     """
     difference = best - worst
     return -(1 - label_smoothing) * logsigmoid(difference) - label_smoothing * logsigmoid(-difference)
 
 
-def hps_sampled_loss(
-    best: torch.Tensor,
-    drawn: torch.Tensor,
-    dispreferred_count: torch.Tensor,
-    factor_n: bool = False,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """HPS with one negative drawn from q (Eq. 9): Eq. 10, or Eq. 8 with `factor_n`.
+def exo_pair_loss(best: torch.Tensor, worst: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """EXO (arXiv 2402.00856, Eq. 16): `KL([sigmoid(d), sigmoid(-d)] || [1 - epsilon, epsilon])`, d = rho_w - rho_l.
 
-    Eq. 8 is `-log(exp(rho_1) / (exp(rho_1) + N * E_q[exp(rho)]))`; with one draw y for the expectation that is
-    `-log sigmoid(rho_1 - rho_y - log N)`. In Eq. 10 the factor N cancels: `-log sigmoid(rho_1 - rho_y)`.
+    `epsilon` in (0, 0.5): with 0 the divergence from a certain label is infinite.
+    """
+    difference = best - worst
+    target = torch.tensor(epsilon, dtype=difference.dtype, device=difference.device)
+    right = torch.sigmoid(difference) * (logsigmoid(difference) - torch.log1p(-target))
+    return right + torch.sigmoid(-difference) * (logsigmoid(-difference) - torch.log(target))
+
+
+def ipo_pair_loss(best: torch.Tensor, worst: torch.Tensor, tau: float) -> torch.Tensor:
+    """IPO (arXiv 2310.12036, Eq. 17): `(s_w - s_l - 1 / (2 tau))^2`."""
+    return (best - worst - 1 / (2 * tau)) ** 2
+
+
+def sppo_pair_loss(best: torch.Tensor, worst: torch.Tensor, beta: float) -> torch.Tensor:
+    """SPPO with hard labels (arXiv 2405.00675): `(s_w - 1/(2 beta))^2 + (s_l + 1/(2 beta))^2`, beta = 1 / eta."""
+    return (best - 0.5 / beta) ** 2 + (worst + 0.5 / beta) ** 2
+
+
+def nca_pair_loss(best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
+    """NCA for a pair (arXiv 2402.05369): `-log sigmoid(rho_w) - 1/2 log sigmoid(-rho_w) - 1/2 log sigmoid(-rho_l)`."""
+    return -logsigmoid(best) - 0.5 * logsigmoid(-best) - 0.5 * logsigmoid(-worst)
+
+
+def pair_loss(loss: Loss, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
+    """The pair loss of the family of `loss` on two scores, elementwise (shapes broadcast)."""
+    if loss.family == "exo":
+        return exo_pair_loss(best, worst, loss.exo_epsilon)
+    if loss.family == "ipo":
+        return ipo_pair_loss(best, worst, loss.beta)
+    if loss.family == "sppo":
+        return sppo_pair_loss(best, worst, loss.beta)
+    if loss.family == "nca":
+        return nca_pair_loss(best, worst)
+    margin = loss.simpo_margin if loss.family == "simpo" else 0.0
+    return bt_loss(best - margin, worst, loss.label_smoothing)
+
+
+# ---- list losses: all n responses ----
+
+
+def pl_loss(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Plackett-Luce (Eq. 4-5): `sum_j -log(exp(rho_j) / sum_{k >= j} exp(rho_k))`.
 
     Args:
-        best: (batch,), implicit reward of y_1.
-        drawn: (batch,), implicit reward of the drawn dispreferred response.
-        dispreferred_count: (batch,), N >= 1 of each prompt.
-        factor_n: True for Eq. 8, False for Eq. 10.
-        label_smoothing: as in `bt_loss`.
+        rewards: (batch, n), implicit rewards in the order of preference, best first.
+        mask: (batch, n), False on padding.
 
     Returns:
         (batch,), nats.
     """
-    if factor_n:
-        drawn = drawn + torch.log(dispreferred_count.to(drawn.dtype))
-    return bt_loss(best, drawn, label_smoothing)
+    places = torch.arange(rewards.shape[1], device=rewards.device)
+    # Of a padded column only the diagonal stays: its own soft-max, whose log is 0.
+    left = (mask[:, None, :] & (places[None, :] >= places[:, None])) | (places[None, :] == places[:, None])
+    denominators = rewards[:, None, :].masked_fill(~left, -torch.inf).logsumexp(dim=-1)
+    return (denominators - rewards).sum(dim=1)
+
+
+def exo_list_loss(rewards: torch.Tensor, annotated: torch.Tensor, mask: torch.Tensor, beta_r: float) -> torch.Tensor:
+    """EXO over K responses (arXiv 2402.00856): `KL(softmax(rho) || softmax(r / beta_r))`, reverse KL.
+
+    Args:
+        rewards: (batch, n), implicit rewards.
+        annotated: (batch, n), rewards r of the reward model.
+        mask: (batch, n), False on padding.
+        beta_r: temperature of the target, in units of r.
+
+    Returns:
+        (batch,), nats.
+    """
+    policy = _log_softmax(rewards, mask)
+    return (torch.where(mask, policy.exp(), 0.0) * (policy - _log_softmax(annotated / beta_r, mask))).sum(dim=1)
+
+
+def ipo_list_loss(scores: torch.Tensor, mask: torch.Tensor, tau: float) -> torch.Tensor:
+    """Mean of IPO's pair loss over all pairs i < j of a list in the order of preference; (batch, n) to (batch,).
+
+    IPO has no form for lists: this one is ours.
+    """
+    losses = ipo_pair_loss(scores[:, :, None], scores[:, None, :], tau)
+    pairs = (mask[:, :, None] & mask[:, None, :]).triu(diagonal=1)
+    return torch.where(pairs, losses, 0.0).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2))
+
+
+def win_probability(annotated: torch.Tensor, mask: torch.Tensor, win: str) -> torch.Tensor:
+    """P_i, the mean probability that y_i wins against each other response of its list; (batch, n) to (batch, n).
+
+    Args:
+        annotated: (batch, n), rewards of the reward model.
+        mask: (batch, n), False on padding.
+        win: `hard`: the higher reward wins, ties are halves; `sigmoid`: with probability `sigmoid(r_i - r_j)`.
+    """
+    difference = annotated[:, :, None] - annotated[:, None, :]
+    wins = torch.sigmoid(difference) if win == "sigmoid" else (1 + difference.sign()) / 2
+    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    return torch.where(mask[:, None, :] & ~itself, wins, 0.0).sum(dim=2) / (mask.sum(dim=1, keepdim=True) - 1)
+
+
+def sppo_list_loss(
+    scores: torch.Tensor, annotated: torch.Tensor, mask: torch.Tensor, beta: float, win: str
+) -> torch.Tensor:
+    """SPPO over K responses (arXiv 2405.00675): `sum_i (s_i - (P_i - 1/2) / beta)^2`, P_i by `win_probability`."""
+    target = (win_probability(annotated, mask, win) - 0.5) / beta
+    return torch.where(mask, (scores - target) ** 2, 0.0).sum(dim=1)
+
+
+def nca_list_loss(rewards: torch.Tensor, annotated: torch.Tensor, mask: torch.Tensor, alpha: float) -> torch.Tensor:
+    """NCA over K responses (arXiv 2402.05369).
+
+    `-sum_i [softmax(r / alpha)_i log sigmoid(rho_i) + (1/K) log sigmoid(-rho_i)]`; arguments as in `exo_list_loss`,
+    alpha the temperature of the target.
+    """
+    target = _log_softmax(annotated / alpha, mask).exp()
+    each = target * logsigmoid(rewards) + logsigmoid(-rewards) / mask.sum(dim=1, keepdim=True)
+    return -torch.where(mask, each, 0.0).sum(dim=1)
+
+
+def _log_softmax(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the soft-max over the list; 0 on padding, so that no infinity is multiplied by zero."""
+    return values.masked_fill(~mask, -torch.inf).log_softmax(dim=1).masked_fill(~mask, 0.0)
+
+
+def list_loss(loss: Loss, scores: torch.Tensor, annotated: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The loss of the family of `loss` on whole lists: `loss.preference: pl`; (batch, n) to (batch,)."""
+    if loss.family == "exo":
+        return exo_list_loss(scores, annotated, mask, loss.exo_beta_r)
+    if loss.family == "ipo":
+        return ipo_list_loss(scores, mask, loss.beta)
+    if loss.family == "sppo":
+        return sppo_list_loss(scores, annotated, mask, loss.beta, loss.sppo_win)
+    if loss.family == "nca":
+        return nca_list_loss(scores, annotated, mask, loss.nca_alpha)
+    return pl_loss(scores, mask)
+
+
+# ---- HPS: y_1 against a weighted mixture of the dispreferred ----
+
+
+def hps_loss(
+    loss: Loss,
+    best: torch.Tensor,
+    others: torch.Tensor,
+    log_weights: torch.Tensor,
+    dispreferred_count: torch.Tensor,
+) -> torch.Tensor:
+    """HPS of a response against a weighted mixture: Eq. 10, or Eq. 8 with `loss.factor_n`.
+
+    The weights decide the estimator: q of Eq. 9 over all N responses is the exact loss; the shares of m draws from q
+    estimate it; a single draw of weight 1 is the sampled loss that the paper trains with,
+    `-log sigmoid(rho_1 - rho_y - [log N])`. For dpo and simpo the mixture stands inside the logarithm,
+    `-log(exp(rho_1) / (exp(rho_1) + [N] sum_i w_i exp(rho_i)))`. The other families' losses are no function of such a
+    sum: for them HPS is the weighted mean of their pair losses, with log N added to rho_i in exo alone (our choice).
+
+    Args:
+        loss: the recipe's section.
+        best: (batch,), score of the preferred response.
+        others: (batch, n), scores; columns of weight 0 may hold anything finite, also `best` itself.
+        log_weights: (batch, n), logarithms of the weights, -inf for weight 0; each row's weights sum to 1.
+        dispreferred_count: (batch,), N >= 1.
+
+    Returns:
+        (batch,), nats.
+    """
+    if loss.factor_n:
+        others = others + torch.log(dispreferred_count.to(others.dtype)).unsqueeze(1)
+    if loss.family in ("dpo", "simpo"):
+        return pair_loss(loss, best, torch.logsumexp(others + log_weights, dim=1))
+    return (log_weights.exp() * pair_loss(loss, best.unsqueeze(1), others)).sum(dim=1)
 
 
 def preference_loss(
-    preference: str,
-    best: torch.Tensor,
-    dispreferred: torch.Tensor,
+    loss: Loss,
+    scores: torch.Tensor,
+    annotated: torch.Tensor,
+    mask: torch.Tensor,
+    log_weights: torch.Tensor,
     dispreferred_count: torch.Tensor,
-    factor_n: bool,
-    label_smoothing: float,
 ) -> torch.Tensor:
-    """The loss that the recipe names: `bt` (the plan gives the worst response) or `hps` (the plan gives a draw)."""
-    if preference == "bt":
-        return bt_loss(best, dispreferred, label_smoothing)
-    if preference == "hps":
-        return hps_sampled_loss(best, dispreferred, dispreferred_count, factor_n, label_smoothing)
-    raise ValueError(f"preference is {preference!r}; it must be bt or hps")
+    """The loss that the recipe names.
+
+    Args:
+        loss: the recipe's section.
+        scores: (batch, n), scores of the family, y_1 first; with Appendix E y_2 second.
+        annotated: (batch, n), rewards of the reward model.
+        mask: (batch, n), False on padding.
+        log_weights: (batch, terms, n), for bt (all weight on the worst) and hps. The positive of term t is column t:
+            two terms are Appendix E's `L_1 + lambda L_2`.
+        dispreferred_count: (batch, terms), N of each term.
+
+    Returns:
+        (batch,), nats.
+    """
+    if loss.preference == "pl":
+        return list_loss(loss, scores, annotated, mask)
+    terms = [
+        hps_loss(loss, scores[:, term], scores, log_weights[:, term], dispreferred_count[:, term])
+        for term in range(log_weights.shape[1])
+    ]
+    return terms[0] if len(terms) == 1 else terms[0] + loss.appendix_e_lambda * terms[1]

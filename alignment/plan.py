@@ -2,15 +2,18 @@
 
 Reads   `<output>/ranked/train.jsonl` (ranked)
 Writes  `<output>/<run>/plan.jsonl`, a line for each row in training order: `step`, `epoch`, `gamma`, `prompt_id`,
-        `preferred` (index into the ranked record's responses), `dispreferred` (indices), `weights` (their q of Eq. 9;
-        1 for bt), `dispreferred_count` (N); and `plan.json`: counts, diagnostics, hash of the ranked file
+        `preferred` (index into the ranked record's responses), `dispreferred` (indices), their `weights` in the loss
+        (null for pl) and `rewards` as the loss sees them, `dispreferred_count` (N), and with Appendix E `second`, the
+        same for y_2; and `plan.json`: counts, diagnostics, hash of the ranked file
 Run     python -m alignment.plan configs/quickstart.yaml
 
 Order and draws are seeded and do not depend on the order of the ranked file, so workers, ranks and resuming cannot
 change them: training reads the plan from top to bottom.
 """
 
+import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +22,7 @@ import numpy as np
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, hold, model_hash
-from hps.recipe import Recipe, Schedule
+from hps.recipe import Loss, Recipe, Schedule
 from hps.records import read_jsonl, read_ranked, write_atomic, write_json
 
 
@@ -69,17 +72,49 @@ def preferred_index(record: dict, best: str) -> int | None:
     return record["sources"].index("given_1") if "given_1" in record["sources"] else None
 
 
-def usable(records: list[dict], best: str) -> tuple[list[dict], dict]:
-    """Records that carry a preference, sorted by prompt_id, and how many were left out, by reason."""
-    kept, left_out = [], {"all rewards tie": 0, "no preferred human response": 0}
+def training_list(record: dict, recipe: Recipe) -> tuple[list[int], str | None]:
+    """What a prompt trains on: index of y_1 and of the dispreferred responses by reward; or why it cannot.
+
+    `schedule.subsample` n keeps y_1 and n - 1 others: the first of a permutation that depends on the seed and the
+    prompt alone, so that the lists of all epochs are one and a smaller n gives a part of a larger one. With
+    `schedule.ties: exclude`, the released code's rule, every response tied with y_1 leaves the list; Eq. 9 excludes y_1
+    alone, so with `best: human` a response of higher reward than y_1 is among the dispreferred.
+    """
+    schedule, rewards = recipe.schedule, record["rewards"]
+    preferred = preferred_index(record, schedule.best)
+    if rewards[0] == rewards[-1]:
+        return [], "all rewards tie"
+    if preferred is None:
+        return [], "no preferred human response"
+    others = [index for index in range(len(rewards)) if index != preferred]
+    if schedule.subsample is not None:
+        name = int.from_bytes(hashlib.sha256(record["prompt_id"].encode()).digest()[:8], "big")
+        order = np.random.default_rng([recipe.seed, name]).permutation(others)
+        others = sorted(int(index) for index in order[: schedule.subsample - 1])
+        if all(rewards[index] == rewards[preferred] for index in others):
+            return [], "all rewards of the sub-sample tie"
+    others = without_ties(others, preferred, record, schedule)
+    if recipe.loss.positives == 2 and not without_ties(others[1:], others[0], record, schedule):
+        return [], "nothing is ranked below y_2"
+    return [preferred, *others], None
+
+
+def without_ties(others: list[int], positive: int, record: dict, schedule: Schedule) -> list[int]:
+    """Those of `others` that the positive may be preferred to, by the rule of `schedule.ties`."""
+    rewards = record["rewards"]
+    return [index for index in others if schedule.ties == "keep" or rewards[index] != rewards[positive]]
+
+
+def usable(records: list[dict], recipe: Recipe) -> tuple[list[dict], dict]:
+    """Records that can be trained on, sorted by prompt_id, and how many were left out, by reason."""
+    kept, left_out = [], Counter()
     for record in sorted(records, key=lambda record: record["prompt_id"]):
-        if record["rewards"][0] == record["rewards"][-1]:
-            left_out["all rewards tie"] += 1
-        elif preferred_index(record, best) is None:
-            left_out["no preferred human response"] += 1
+        _, reason = training_list(record, recipe)
+        if reason:
+            left_out[reason] += 1
         else:
             kept.append(record)
-    return kept, {reason: count for reason, count in left_out.items() if count}
+    return kept, dict(left_out)
 
 
 def training_order(count: int, schedule: Schedule, rng: np.random.Generator) -> tuple[list[tuple[int, int]], int]:
@@ -102,7 +137,7 @@ def make_plan(records: list[dict], recipe: Recipe) -> tuple[list[dict], dict]:
         InputError: no record carries a preference.
     """
     schedule = recipe.schedule
-    kept, left_out = usable(records, schedule.best)
+    kept, left_out = usable(records, recipe)
     if not kept:
         raise InputError(
             f"no prompt can be trained on: {left_out or 'the file is empty'}",
@@ -136,36 +171,71 @@ def make_plan(records: list[dict], recipe: Recipe) -> tuple[list[dict], dict]:
 def draw(record: dict, recipe: Recipe, gamma: float, rng: np.random.Generator) -> tuple[dict, dict]:
     """One row for one prompt, and what the diagnostics need of it.
 
-    `hps` draws one dispreferred response from q (Eq. 9); `bt` takes the one of lowest reward (Eq. 15). Eq. 9 excludes
-    y_1 alone, so with `best: human` a response of higher reward than y_1 is among the dispreferred.
+    `bt` takes the response of lowest reward (Eq. 15), `pl` a list of `loss.list_size`, `hps` what the estimator asks of
+    q (Eq. 9). Appendix E adds a second term, with y_2 as the preferred response.
     """
-    rewards = np.asarray(record["rewards"], dtype=np.float64)
-    preferred = preferred_index(record, recipe.schedule.best)
-    others = np.array([index for index in range(len(rewards)) if index != preferred])
-    scale = standardize(rewards) if recipe.schedule.standardize_rewards else rewards
-    if recipe.loss.preference == "bt":
-        weights = np.zeros(len(others))
-        weights[len(others) - 1] = 1.0
-        place = len(others) - 1
-    else:
-        weights = hardness_weights(scale[others], gamma)
-        place = int(rng.choice(len(others), p=weights))
-    drawn = int(others[place])
-    row = {
-        "gamma": gamma if recipe.loss.preference == "hps" else None,
-        "prompt_id": record["prompt_id"],
-        "preferred": preferred,
-        "dispreferred": [drawn],
-        "weights": [float(weights[place])],
-        "dispreferred_count": len(others),
-    }
+    loss = recipe.loss
+    (preferred, *others), _ = training_list(record, recipe)
+    rewards = np.array(record["rewards"], dtype=np.float64)
+    if recipe.schedule.standardize_rewards:
+        chosen = [preferred, *others]
+        rewards[chosen] = standardize(rewards[chosen])
+    first_others = others[1:] if loss.positives == 2 and loss.appendix_e_reading == "intended" else others
+    first, q = term(preferred, first_others, rewards, loss, gamma, rng)
+    row = {"gamma": gamma if loss.preference == "hps" else None, "prompt_id": record["prompt_id"], **first}
+    if loss.positives == 2:
+        below = without_ties(others[1:], others[0], record, recipe.schedule)
+        row["second"], _ = term(others[0], below, rewards, loss, gamma, rng)
+    drawn = first["dispreferred"]
+    share = np.array(first["weights"] or [1 / len(drawn)] * len(drawn))
+    places = np.array([first_others.index(index) + 1 for index in drawn])
+    raw, counts = (np.array(record[name], dtype=np.float64) for name in ("rewards", "token_counts"))
     figures = {
-        "effective_sample_size": 1.0 / float(np.square(weights).sum()),
-        "rank": place + 1,
-        "reward_gap": float(rewards[preferred] - rewards[drawn]),
-        "length_gap": record["token_counts"][preferred] - record["token_counts"][drawn],
+        "effective_sample_size": 1.0 / float(np.square(q).sum()),
+        "rank": float(share @ places),
+        "reward_gap": float(raw[preferred] - share @ raw[drawn]),
+        "length_gap": float(counts[preferred] - share @ counts[drawn]),
     }
     return row, figures
+
+
+def term(
+    preferred: int, others: list[int], rewards: np.ndarray, loss: Loss, gamma: float, rng: np.random.Generator
+) -> tuple[dict, np.ndarray]:
+    """What one preferred response is compared with, and the distribution that it was drawn from.
+
+    Args:
+        preferred: index of the response.
+        others: (N,), indices of the dispreferred responses, highest reward first.
+        rewards: (n,), rewards of the whole record, as the loss sees them.
+
+    Returns:
+        Fields of the plan's row, and (N,) weights: q of Eq. 9, all on the worst for bt, uniform for pl.
+    """
+    count = len(others)
+    if loss.preference == "bt":
+        q = np.eye(count)[-1]
+        places, weights = [count - 1], [1.0]
+    elif loss.preference == "pl":
+        q = np.full(count, 1 / count)
+        size = min(count, (loss.list_size or count + 1) - 1)
+        places, weights = sorted(rng.choice(count, size=size, replace=False).tolist()), None
+    else:
+        q = hardness_weights(rewards[others], gamma)
+        if loss.estimator == "exact":
+            places, weights = range(count), q.tolist()
+        else:
+            drawn, times = np.unique(rng.choice(count, size=loss.samples, p=q), return_counts=True)
+            places, weights = drawn.tolist(), (times / loss.samples).tolist()
+    dispreferred = [others[place] for place in places]
+    fields = {
+        "preferred": preferred,
+        "dispreferred": dispreferred,
+        "weights": weights,
+        "dispreferred_count": count,
+        "rewards": [float(rewards[index]) for index in (preferred, *dispreferred)],
+    }
+    return fields, q
 
 
 def stage_table(diagnostics: list[dict], gammas: list[float], preference: str) -> list[dict]:

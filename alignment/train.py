@@ -56,24 +56,37 @@ def token_rows(recipe: Recipe, tokenizer) -> list[dict]:
                 where=where,
                 remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
             )
+        second = row.get("second")
+        terms = [row, second] if second else [row]
+        # y_1, with Appendix E y_2, then whatever else a term holds, by reward: each response passes the model once.
+        first = [term["preferred"] for term in terms]
+        members = [*first, *sorted({index for term in terms for index in term["dispreferred"]} - set(first))]
         try:
-            chosen, rejected = (
+            responses = [
                 response_token_ids(tokenizer, record["prompt"], record["responses"][index], record["truncated"][index])
-                for index in (row["preferred"], row["dispreferred"][0])
-            )
+                for index in members
+            ]
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+        rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
         rows.append(
             {
                 "prompt_ids": prompt,
-                "chosen_ids": chosen[: limit - len(prompt)],
-                "rejected_ids": rejected[: limit - len(prompt)],
-                "cut": sum(len(ids) > limit - len(prompt) for ids in (chosen, rejected)),
+                "response_ids": [ids[: limit - len(prompt)] for ids in responses],
+                "rewards": [rewards.get(index, 0.0) for index in members],
+                "weights": [weights_of(term, members) for term in terms],
+                "dispreferred_count": [term["dispreferred_count"] for term in terms],
+                "cut": sum(len(ids) > limit - len(prompt) for ids in responses),
                 "gamma": row["gamma"] or 0.0,
-                "dispreferred_count": row["dispreferred_count"],
             }
         )
     return rows
+
+
+def weights_of(term: dict, members: list[int]) -> list[float]:
+    """The weights of a term of the plan over all responses of the row; those of a list of pl are not used and 0."""
+    weights = dict(zip(term["dispreferred"], term["weights"] or [0.0] * len(term["dispreferred"]), strict=True))
+    return [weights.get(index, 0.0) for index in members]
 
 
 def training_config(recipe: Recipe, world_size: int) -> DPOConfig:

@@ -1,21 +1,21 @@
 """`HPSTrainer`: TRL's DPOTrainer with the preference losses of the paper. The one file that imports the parent.
 
-What changes, and nothing else: the loss (`_compute_loss`), the data (token ids come from the plan, so the parent's
-tokenisation and its dropping of long examples are left out) and three more columns. The log-probabilities, the
-reference (the adapter switched off, or a frozen copy), the fused LM head, LoRA, DeepSpeed, saving and resuming are the
-parent's. tests/test_trainer.py pins what is relied upon of TRL 1.16.0.
+What changes, and nothing else: the loss (`_compute_loss`) and the data, which are lists of responses as token ids that
+the plan has chosen, so that the parent's tokenisation and its dropping of long examples are left out. The
+log-probabilities, the reference (the adapter switched off, or a frozen copy), the fused LM head, LoRA, DeepSpeed,
+saving and resuming are the parent's. tests/test_trainer.py pins what is relied upon of TRL 1.16.0.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from alignment.losses import implicit_reward, preference_loss
+from alignment.losses import implicit_reward, preference_loss, response_scores, simpo_reward
 from hps.recipe import Loss
 
-EXTRA_COLUMNS = ("gamma", "dispreferred_count")
+COLUMNS = ("prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma")
 # Settings of the parent that this loss does not honour, with the only value that is accepted.
 NOT_HONOURED = {
     "loss_type": ["sigmoid"],
@@ -32,23 +32,63 @@ NOT_HONOURED = {
 
 
 @dataclass
-class PlanCollator(DataCollatorForPreference):
-    """The parent's collator (chosen half first); also passes on `gamma` and `dispreferred_count`, both (pairs,)."""
+class PlanCollator:
+    """Lists of responses, of unequal lengths, as one batch.
 
-    def torch_call(self, examples: list[dict]) -> dict:
-        batch = super().torch_call(examples)
-        for name in EXTRA_COLUMNS:
-            batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
-        return batch
+    The R responses of all lists are the rows of `input_ids`, `attention_mask`, `completion_mask`, (R, tokens), padded
+    at their right: first every list's first response, then every second one, and so on (with pairs that is the parent's
+    order). The others are tensors per list: `mask` (lists, n), False where a list is shorter; `lengths` and `rewards`
+    (lists, n), 1 and 0 there; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms); `gamma` (lists,).
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict]) -> dict:
+        sizes = torch.tensor([len(example["response_ids"]) for example in examples])
+        mask = torch.arange(int(sizes.max())) < sizes[:, None]
+        rows = [
+            (example["prompt_ids"], example["response_ids"][place])
+            for place in range(mask.shape[1])
+            for example in examples
+            if place < len(example["response_ids"])
+        ]
+        lengths = torch.ones(mask.shape).masked_scatter(
+            mask, _flat(len(ids) for e in examples for ids in e["response_ids"])
+        )
+        terms = max(len(example["weights"]) for example in examples)
+        # The logarithm in float64: a weight that float32 cannot hold may still count against a large reward.
+        weights = torch.zeros(len(examples), terms, mask.shape[1], dtype=torch.float64)
+        for place, example in enumerate(examples):
+            for number, values in enumerate(example["weights"]):
+                weights[place, number, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        return {
+            "input_ids": _padded([prompt + response for prompt, response in rows], self.pad_token_id),
+            "attention_mask": _padded([[1] * (len(prompt) + len(response)) for prompt, response in rows], 0),
+            "completion_mask": _padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows], 0),
+            "mask": mask,
+            "lengths": lengths,
+            "rewards": torch.zeros(mask.shape).masked_scatter(mask, _flat(r for e in examples for r in e["rewards"])),
+            "log_weights": weights.log().float(),
+            "dispreferred_count": torch.tensor([e["dispreferred_count"] for e in examples], dtype=torch.float32),
+            "gamma": torch.tensor([example["gamma"] for example in examples], dtype=torch.float32),
+        }
+
+
+def _flat(values) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.float32)
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 class HPSTrainer(DPOTrainer):
-    """DPO under BT or HPS, trained in the order of the plan.
+    """Any family under BT, PL or HPS, trained in the order of the plan.
 
     Args:
         loss: the recipe's `loss` section; the only home of beta and label smoothing.
         args: a DPOConfig with `train_sampling_strategy="sequential"`, because the plan is the order.
-        train_dataset: rows of `prompt_ids`, `chosen_ids`, `rejected_ids`, `gamma`, `dispreferred_count`.
+        train_dataset: rows of `COLUMNS` (`alignment.train.token_rows`).
         others: as for DPOTrainer.
 
     Raises:
@@ -63,19 +103,21 @@ class HPSTrainer(DPOTrainer):
         config.beta = loss.beta
         self.loss = loss
         super().__init__(*args, **kwargs)
+        if loss.family == "simpo":
+            self.ref_model = None  # the parent made a frozen copy; SimPO compares with none
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """The plan's rows hold token ids already."""
         return dataset
 
     def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in EXTRA_COLUMNS if name not in self._signature_columns]
+        self._signature_columns = list(COLUMNS)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        """Mean loss of the pairs in the batch; (pairs,) log-probabilities are summed over the response's tokens."""
-        extra = {name: inputs[name] for name in EXTRA_COLUMNS}
-        inputs = {name: value for name, value in inputs.items() if name not in EXTRA_COLUMNS}
+        """Mean loss of the lists in the batch; log-probabilities are summed over the response's tokens."""
+        lists = {name: inputs[name] for name in ("mask", "lengths", "rewards", "log_weights", "dispreferred_count")}
+        gamma = inputs["gamma"]
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -84,43 +126,56 @@ class HPSTrainer(DPOTrainer):
             labels=labels,
             fused_lm_head=True,
         )
-        chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
-        reference = self.compute_ref_log_probs(self.ref_model or model, inputs)
-        rewards = [
-            implicit_reward(policy, ref, self.loss.beta)
-            for policy, ref in zip((chosen, rejected), reference, strict=True)
-        ]
+        mask = lists["mask"]
+        policy = self._by_list(outputs.log_probs.sum(dim=1), mask)
+        reference = None
+        if self.loss.family != "simpo":
+            # The parent gives two halves of the flat batch.
+            flat = torch.cat(self.compute_ref_log_probs(self.ref_model or model, inputs))
+            reference = self._by_list(flat, mask)
         losses = preference_loss(
-            self.loss.preference,
-            *rewards,
-            extra["dispreferred_count"],
-            self.loss.factor_n,
-            self.loss.label_smoothing,
+            self.loss,
+            response_scores(self.loss, policy, reference, lists["lengths"]),
+            lists["rewards"],
+            mask,
+            lists["log_weights"],
+            lists["dispreferred_count"],
         )
-        self._record(inputs, extra, (chosen, rejected), rewards)
+        self._record(inputs["attention_mask"], lists, gamma, policy.detach(), reference)
         loss = losses.mean()
         return (loss, outputs) if return_outputs else loss
 
-    def _record(self, inputs, extra, logps, rewards) -> None:
-        """Put the step's figures where the parent's `log` averages them over the accumulation steps."""
+    @staticmethod
+    def _by_list(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(R,) values in the collator's order to (lists, n), 0 on padding."""
+        return torch.zeros(mask.T.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask.T, flat).T
+
+    def _record(self, attention_mask, lists, gamma, policy, reference) -> None:
+        """Put the step's figures where the parent's `log` averages them over the accumulation steps.
+
+        `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list of pl).
+        """
         metrics = self._metrics["train" if self.model.training else "eval"]
-        lengths = inputs["completion_mask"].sum(dim=1).float().chunk(2)
-        figures = {
-            "rewards/chosen": rewards[0],
-            "rewards/rejected": rewards[1],
-            "rewards/margins": rewards[0] - rewards[1],
-            "rewards/accuracies": (rewards[0] > rewards[1]).float(),
-            "logps/chosen": logps[0],
-            "logps/rejected": logps[1],
-            "lengths/chosen": lengths[0],
-            "lengths/rejected": lengths[1],
-            "gamma": extra["gamma"],
-        }
-        stacked = torch.stack([value.detach().float().mean() for value in figures.values()])
+        lengths = lists["lengths"]
+        if self.loss.family == "simpo":
+            rewards = simpo_reward(policy, lengths, self.loss.simpo_beta)
+        else:
+            rewards = implicit_reward(policy, reference, self.loss.beta)
+        share = lists["log_weights"][:, 0].exp()
+        if self.loss.preference == "pl":
+            share = lists["mask"].float()
+            share[:, 0] = 0
+            share = share / share.sum(dim=1, keepdim=True)
+        figures = {"gamma": gamma, "rewards/accuracies": (share * (rewards[:, :1] > rewards)).sum(dim=1)}
+        for name, values in (("rewards", rewards), ("logps", policy), ("lengths", lengths)):
+            figures[f"{name}/chosen"] = values[:, 0]
+            figures[f"{name}/rejected"] = (share * values).sum(dim=1)
+        figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
+        stacked = torch.stack([value.float().mean() for value in figures.values()])
         means = self.accelerator.gather(stacked.unsqueeze(0)).mean(dim=0)
         for name, value in zip(figures, means.tolist(), strict=True):
             metrics[name].append(value)
-        tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+        tokens = self.accelerator.gather(attention_mask.sum()).sum().item()
         self._total_train_tokens += tokens
         metrics["num_tokens"] = [self._total_train_tokens]
 

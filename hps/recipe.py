@@ -1,7 +1,9 @@
 """The typed recipe: one YAML file drives every stage.
 
-Reads a recipe (`configs/*.yaml`), lays `key=value` overrides over it, and refuses unknown keys, wrong types and
-impossible values with one line that names file, line, field, value and remedy. Look at one:
+The defaults below are the profile `paper`; `profile: released` or `recommended` lays the differences of
+`configs/profiles.yaml` over them, then come the recipe (`configs/*.yaml`) and the `key=value` overrides. Unknown keys,
+wrong types, impossible values and combinations without a meaning are refused with one line that names file, line,
+field, value and remedy. Look at one:
 
     python -m hps.recipe configs/quickstart.yaml loss.beta=0.25
 """
@@ -19,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hps.errors import InputError, run_main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PROFILES = REPOSITORY / "configs" / "profiles.yaml"
 DEFAULT_RECIPE = "configs/quickstart.yaml"
 SPLITS = ("train", "test")
 
@@ -35,9 +38,9 @@ class Model:
 class Models:
     """`generator` writes the candidates, `policy` is aligned (and is the reference), `reward` ranks."""
 
-    generator: Model = field(default_factory=Model)
-    policy: Model = field(default_factory=Model)
-    reward: Model = field(default_factory=Model)
+    generator: Model = field(default_factory=lambda: Model(path="RLHFlow/Llama3-v2-DPO"))
+    policy: Model = field(default_factory=lambda: Model(path="RLHFlow/Llama3-SFT-v2.0"))
+    reward: Model = field(default_factory=lambda: Model(path="Skywork/Skywork-Reward-Llama-3.1-8B"))
 
 
 @dataclass
@@ -46,13 +49,13 @@ class Split:
 
     path: str = MISSING
     limit: int | None = None
-    responses: int = MISSING
+    responses: int = 100
 
 
 @dataclass
 class Data:
     train: Split = field(default_factory=Split)
-    test: Split = field(default_factory=Split)
+    test: Split = field(default_factory=lambda: Split(responses=5))
 
 
 @dataclass
@@ -83,24 +86,45 @@ class Annotation:
 
 @dataclass
 class Loss:
-    """DPO (Eq. 3) under BT (Eq. 15) or HPS (Eq. 8 with `factor_n`, Eq. 10 without). See alignment/losses.py."""
+    """A reward parameterisation (`family`) under a preference model. docs/methods.md has every formula and source.
+
+    The group in the middle belongs to `hps`, `list_size` to `pl`, and a family's own constants bear its name.
+    """
 
     family: str = "dpo"
     preference: str = "hps"
     beta: float = 0.1
-    factor_n: bool = False
     label_smoothing: float = 0.0
+
+    estimator: str = "sampled"
+    samples: int = 1
+    factor_n: bool = False
+    positives: int = 1
+    appendix_e_lambda: float = 1.0
+    appendix_e_reading: str = "printed"
+
+    list_size: int | None = 5
+
+    exo_epsilon: float = 1e-3
+    exo_beta_r: float = 1.0
+    ipo_per_token: bool = False
+    sppo_win: str = "hard"
+    nca_alpha: float = 1.0
+    simpo_beta: float = 2.0
+    simpo_margin: float = 0.0
 
 
 @dataclass
 class Schedule:
-    """What each step trains on: gamma over the training (section 6), the choice of y_1, epochs, batch."""
+    """What each step trains on: gamma over the training (section 6), the list of a prompt, epochs, batch."""
 
     gamma_start: float = -5.0
     gamma_end: float = 5.0
     gamma_stages: int = 5
     gamma_ends: str = "inclusive"
     best: str = "reward"
+    ties: str = "keep"
+    subsample: int | None = None
     standardize_rewards: bool = False
     epochs: int = 2
     global_batch: int = 64
@@ -158,6 +182,7 @@ class Recipe:
     """Everything one experiment needs; see README.md, "The recipe", for a line on each field."""
 
     output: str = MISSING
+    profile: str = "paper"
     run: str = "${loss.family}-${loss.preference}"
     seed: int = 42
     models: Models = field(default_factory=Models)
@@ -199,9 +224,19 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("annotation.workers", 1, None),
     ("loss.beta", 1e-9, None),
     ("loss.label_smoothing", 0, 0.499999),
+    ("loss.samples", 1, None),
+    ("loss.positives", 1, 2),
+    ("loss.appendix_e_lambda", 0, None),
+    ("loss.list_size", 2, None),
+    ("loss.exo_epsilon", 1e-9, 0.499999),
+    ("loss.exo_beta_r", 1e-9, None),
+    ("loss.nca_alpha", 1e-9, None),
+    ("loss.simpo_beta", 1e-9, None),
+    ("loss.simpo_margin", 0, None),
     ("schedule.gamma_start", None, None),
     ("schedule.gamma_end", None, None),
     ("schedule.gamma_stages", 1, None),
+    ("schedule.subsample", 2, None),
     ("schedule.epochs", 1, None),
     ("schedule.global_batch", 1, None),
     ("schedule.device_batch", 1, None),
@@ -223,10 +258,14 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
 CHOICES: dict[str, tuple[str, ...]] = {
     "generation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "annotation.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "loss.family": ("dpo",),
-    "loss.preference": ("bt", "hps"),
+    "loss.family": ("dpo", "exo", "ipo", "sppo", "nca", "simpo"),
+    "loss.preference": ("bt", "pl", "hps"),
+    "loss.estimator": ("sampled", "exact"),
+    "loss.appendix_e_reading": ("printed", "intended"),
+    "loss.sppo_win": ("hard", "sigmoid"),
     "schedule.gamma_ends": ("inclusive", "exclusive"),
     "schedule.best": ("reward", "human"),
+    "schedule.ties": ("keep", "exclude"),
     "optimizer.scheduler": ("cosine", "linear", "constant"),
     "training.attention": ("auto", "sdpa", "flash_attention_2", "eager"),
 }
@@ -245,6 +284,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     place = _Place(path)
     raw = place.read()
     recipe = OmegaConf.structured(Recipe)
+    recipe.merge_with(_profile(raw, overrides or [], place))
     for name, section in raw.items():
         _merge(recipe, lambda name=name, section=section: OmegaConf.create({name: section}), place, name)
     for override in overrides or []:
@@ -264,6 +304,20 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise InputError(problem, where=place.of(key), remedy="add the field to the recipe") from None
     _check(typed, place)
     return typed
+
+
+def _profile(raw: dict, overrides: list[str], place: "_Place") -> dict:
+    """The differences from the defaults of the profile that the recipe or an override names."""
+    name = raw.get("profile", Recipe.profile)
+    for override in overrides:
+        if override.startswith("profile="):
+            name, place.overridden["profile"] = override.partition("=")[2], override
+    profiles = yaml.safe_load(PROFILES.read_text(encoding="utf-8"))
+    if name not in profiles:
+        raise InputError(
+            f"`profile` is `{name}`", where=place.of("profile"), remedy=f"use one of: {', '.join(profiles)}"
+        )
+    return profiles[name]
 
 
 def _merge(recipe, make, place: "_Place", name: str) -> None:
@@ -373,6 +427,9 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
                 where=place.of("generation.temperature"),
                 remedy="raise the temperature, or ask for one response",
             )
+    for meaningless, key, reason, remedy in _meaningless(recipe):
+        if meaningless:
+            raise InputError(f"`{key}` is `{_get(recipe, key)}`, but {reason}", where=place.of(key), remedy=remedy)
     if recipe.lora.enabled and not recipe.lora.target_modules:
         raise InputError(
             "`lora.target_modules` is empty", where=place.of("lora.target_modules"), remedy="name modules, e.g. q_proj"
@@ -381,6 +438,50 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
         value = _get(recipe, key)
         if not value or (key == "run" and ("/" in value or value in (".", "..", "candidates", "ranked"))):
             raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy="give the name of a folder")
+
+
+def _meaningless(recipe: Recipe) -> list[tuple[bool, str, str, str]]:
+    """Settings of the loss that would do nothing, or contradict: (is so, field, reason, remedy)."""
+    loss, best = recipe.loss, recipe.schedule.best
+    family, preference = loss.family, loss.preference
+    method = f"{family}-{preference}"
+    only_hps = f"it belongs to hps; `loss.preference` is {preference}"
+    return [
+        (loss.estimator == "exact" and preference != "hps", "loss.estimator", only_hps, "use loss.estimator=sampled"),
+        (loss.samples > 1 and preference != "hps", "loss.samples", only_hps, "use loss.samples=1"),
+        (loss.positives > 1 and preference != "hps", "loss.positives", only_hps, "use loss.positives=1"),
+        (loss.factor_n and preference != "hps", "loss.factor_n", only_hps, "use loss.factor_n=false"),
+        (
+            loss.samples > 1 and loss.estimator == "exact",
+            "loss.samples",
+            "`loss.estimator: exact` sums over all dispreferred responses and draws none",
+            "use loss.samples=1, or loss.estimator=sampled",
+        ),
+        (
+            loss.factor_n and family in ("ipo", "sppo", "nca"),
+            "loss.factor_n",
+            f"N multiplies a mixture inside a logarithm, and the loss of {family} has none (docs/methods.md)",
+            "use loss.factor_n=false, or the family dpo, exo or simpo",
+        ),
+        (
+            loss.label_smoothing > 0 and (family not in ("dpo", "simpo") or preference == "pl"),
+            "loss.label_smoothing",
+            f"it flips the label of a logistic pair loss, and {method} is none",
+            "use loss.label_smoothing=0" + (" (loss.exo_epsilon is EXO's own)" if family == "exo" else ""),
+        ),
+        (
+            loss.simpo_margin > 0 and family == "simpo" and preference == "pl",
+            "loss.simpo_margin",
+            "a margin belongs to a pair, and Plackett-Luce ranks a list",
+            "use loss.simpo_margin=0",
+        ),
+        (
+            best == "human" and preference == "pl" and family in ("exo", "sppo", "nca"),
+            "schedule.best",
+            f"the target of {method} is made of rewards alone: the human choice would not enter",
+            "use schedule.best=reward, or loss.preference=bt or hps",
+        ),
+    ]
 
 
 def _get(recipe: Recipe, key: str):

@@ -14,7 +14,14 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 # The tests of training import its packages at their top; the inference environment has none of them.
 if importlib.util.find_spec("trl") is None:
-    collect_ignore = ["test_curves.py", "test_distributed.py", "test_margins.py", "test_train.py", "test_trainer.py"]
+    collect_ignore = [
+        "test_methods.py",
+        "test_curves.py",
+        "test_distributed.py",
+        "test_margins.py",
+        "test_train.py",
+        "test_trainer.py",
+    ]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "data" / "quickstart"

@@ -75,15 +75,36 @@ def test_rows_are_the_plan_as_token_ids(ranked_recipe, tokenizer):
     cut = 0
     for row, entry in zip(rows, planned, strict=True):
         record = records[entry["prompt_id"]]
-        assert row["gamma"] == entry["gamma"] and row["dispreferred_count"] == 4
-        for name, index in (("chosen_ids", entry["preferred"]), ("rejected_ids", entry["dispreferred"][0])):
+        assert row["gamma"] == entry["gamma"] and row["dispreferred_count"] == [4]
+        assert row["rewards"] == entry["rewards"] and row["weights"] == [[0.0, *entry["weights"]]]
+        for ids, index in zip(row["response_ids"], [entry["preferred"], *entry["dispreferred"]], strict=True):
             turn = record["responses"][index] + ("" if record["truncated"][index] else "<|im_end|>")
             text = tokenizer.apply_chat_template(record["prompt"], add_generation_prompt=True, tokenize=False) + turn
-            assert tokenizer.decode(row["prompt_ids"] + row[name]) == text
-            ends_itself = row[name][-1] in end_of_turn_ids(tokenizer)
+            assert tokenizer.decode(row["prompt_ids"] + ids) == text
+            ends_itself = ids[-1] in end_of_turn_ids(tokenizer)
             assert ends_itself != record["truncated"][index]
             cut += record["truncated"][index]
     assert cut > 0  # truncated responses did occur
+
+
+def test_rows_of_both_terms_of_appendix_e(ranked_recipe, tokenizer):
+    """Every response once, y_1 and y_2 in the columns of their terms, weights at the drawn ones."""
+    recipe = ranked_recipe("loss.positives=2", "loss.samples=3")
+    plan(recipe)
+    shared = 0
+    for row, entry in zip(token_rows(recipe, tokenizer), read_plan(recipe), strict=True):
+        second = entry["second"]
+        drawn = {*entry["dispreferred"], *second["dispreferred"]}
+        members = [entry["preferred"], second["preferred"]]
+        members += sorted(drawn - set(members))
+        assert len(row["response_ids"]) == len(members) == len(set(members))
+        assert row["dispreferred_count"] == [4, 3]
+        for term, weights in zip((entry, second), row["weights"], strict=True):
+            expected = dict(zip(term["dispreferred"], term["weights"], strict=True))
+            assert weights == [expected.get(index, 0.0) for index in members]
+        assert row["weights"][1][:2] == [0.0, 0.0]
+        shared += second["preferred"] in entry["dispreferred"]
+    assert shared > 0  # as printed, y_1 is to beat y_2 too
 
 
 def test_rows_are_cut_at_the_longest_length(ranked_recipe, tokenizer):
@@ -96,7 +117,7 @@ def test_rows_are_cut_at_the_longest_length(ranked_recipe, tokenizer):
     for row, full in zip(token_rows(short, tokenizer), whole, strict=True):
         room = limit - len(full["prompt_ids"])
         assert row["prompt_ids"] == full["prompt_ids"]
-        assert row["chosen_ids"] == full["chosen_ids"][:room] and row["rejected_ids"] == full["rejected_ids"][:room]
+        assert row["response_ids"] == [ids[:room] for ids in full["response_ids"]]
 
 
 def test_prompt_longer_than_the_limit_is_refused_by_name(ranked_recipe, tokenizer):
@@ -131,7 +152,7 @@ def test_no_second_bos(ranked_recipe, llama3_policy):
     bos, header = tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<|start_header_id|>")
     for row in token_rows(recipe, tokenizer):
         assert row["prompt_ids"][0] == bos
-        for ids in (row["prompt_ids"] + row["chosen_ids"], row["prompt_ids"] + row["rejected_ids"]):
+        for ids in (row["prompt_ids"] + response for response in row["response_ids"]):
             assert ids.count(bos) == 1
             assert ids.count(header) == 2  # the user's and the assistant's, once
 
@@ -182,7 +203,7 @@ def test_log_curves_and_loss(ranked_recipe):
         assert names <= line.keys()
         assert line["gamma"] == planned[4 * number]["gamma"]
         batch = rows[4 * number : 4 * number + 4]
-        lengths = [sum(len(row[name]) for row in batch) for name in ("chosen_ids", "rejected_ids")]
+        lengths = [sum(len(row["response_ids"][place]) for row in batch) for place in range(2)]
         assert [line["lengths/chosen"], line["lengths/rejected"]] == [length / 4 for length in lengths]
         tokens += sum(lengths) + 2 * sum(len(row["prompt_ids"]) for row in batch)
         assert line["num_tokens"] == tokens
@@ -218,9 +239,9 @@ def test_rows_are_read_in_the_order_of_the_plan(ranked_recipe, monkeypatch):
     seen = []
 
     class Spy(stage.PlanCollator):
-        def torch_call(self, examples):
+        def __call__(self, examples):
             seen.extend(dict(example) for example in examples)
-            return super().torch_call(examples)
+            return super().__call__(examples)
 
     monkeypatch.setattr(stage, "PlanCollator", Spy)
     recipe = run(ranked_recipe())

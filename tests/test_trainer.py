@@ -6,6 +6,7 @@ The module pays for the imports of TRL once (10 seconds and more); each training
 import importlib.metadata
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,17 +15,33 @@ from datasets import Dataset
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
+from trl.experimental.cpo import CPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from alignment.losses import pair_loss, response_scores
 from alignment.plan import plan, read_plan
 from alignment.train import build_trainer, load_policy, lora_config, token_rows, training_config
-from alignment.trainer import EXTRA_COLUMNS, NOT_HONOURED, HPSTrainer, PlanCollator
+from alignment.trainer import COLUMNS, NOT_HONOURED, HPSTrainer, PlanCollator
 from hps.chat import load_tokenizer
 from hps.recipe import Loss
 
-PAIRS = [
-    {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6], "gamma": -5.0, "dispreferred_count": 4},
-    {"prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11], "gamma": 2.5, "dispreferred_count": 9},
+LISTS = [
+    {
+        "prompt_ids": [1, 2, 3],
+        "response_ids": [[4, 5], [6]],
+        "rewards": [2.0, -1.0],
+        "weights": [[0.0, 1.0]],
+        "dispreferred_count": [4],
+        "gamma": -5.0,
+    },
+    {
+        "prompt_ids": [7, 8],
+        "response_ids": [[9], [10, 11], [12]],
+        "rewards": [3.0, 1.0, 0.5],
+        "weights": [[0.0, 0.25, 0.75]],
+        "dispreferred_count": [9],
+        "gamma": 2.5,
+    },
 ]
 
 
@@ -61,15 +78,54 @@ def test_signatures_of_the_parent(method, parameters):
     assert list(inspect.signature(getattr(HPSTrainer, method)).parameters) == parameters
 
 
-def test_collator_puts_the_chosen_half_first():
-    batch = PlanCollator(pad_token_id=0)(PAIRS)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 0]]
-    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0], [1] * 4 + [0], [1] * 4 + [0]]
-    assert batch["completion_mask"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0]]
+def test_pairs_are_collated_as_by_the_parent():
+    """The chosen half first."""
+    pairs = [{**row, "response_ids": row["response_ids"][:2]} for row in LISTS]
+    for row in pairs:
+        row["rewards"], row["weights"] = row["rewards"][:2], [[0.0, 1.0]]
+    halves = [
+        {"prompt_ids": row["prompt_ids"], "chosen_ids": row["response_ids"][0], "rejected_ids": row["response_ids"][1]}
+        for row in pairs
+    ]
+    batch, parent = PlanCollator(pad_token_id=0)(pairs), DataCollatorForPreference(pad_token_id=0)(halves)
+    for name, value in parent.items():
+        assert torch.equal(batch[name], value), name
+    assert set(parent) == {"input_ids", "attention_mask", "completion_mask"}
+
+
+def test_collator_of_uneven_lists_by_hand():
+    """First responses, second ones, then the third of the one list that has it."""
+    batch = PlanCollator(pad_token_id=0)(LISTS)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 0]] + [
+        [7, 8, 12, 0, 0]
+    ]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [5, 3, 4, 4, 3]
+    assert batch["completion_mask"].sum(dim=1).tolist() == [2, 1, 1, 2, 1]
+    assert batch["mask"].tolist() == [[True, True, False], [True, True, True]]
+    assert batch["lengths"].tolist() == [[2, 1, 1], [1, 2, 1]]
+    assert batch["rewards"].tolist() == [[2, -1, 0], [3, 1, 0.5]]
+    torch.testing.assert_close(batch["log_weights"], torch.tensor([[[0, 1, 0]], [[0, 0.25, 0.75]]]).log())
+    assert batch["dispreferred_count"].tolist() == [[4.0], [9.0]]
     assert batch["gamma"].tolist() == [-5.0, 2.5]
-    assert batch["dispreferred_count"].tolist() == [4.0, 9.0]
-    parent = DataCollatorForPreference(pad_token_id=0)(PAIRS)
-    assert set(batch) - set(parent) == set(EXTRA_COLUMNS)
+    # Back from the flat batch to the lists.
+    flat = batch["completion_mask"].sum(dim=1).float()
+    assert HPSTrainer._by_list(flat, batch["mask"]).tolist() == [[2, 1, 0], [1, 2, 1]]
+
+
+def test_weights_below_float32_keep_their_logarithm():
+    """1e-300 is 0 in float32; its logarithm, -690.8, is not minus infinity."""
+    row = {**LISTS[1], "weights": [[0.0, 1.0, 1e-300]]}
+    weights = PlanCollator(pad_token_id=0)([row])["log_weights"][0, 0]
+    assert weights[2].item() == pytest.approx(math.log(1e-300))
+    assert weights[0] == -math.inf
+
+
+def test_columns_are_those_of_the_rows(ranked_recipe):
+    """A column that the parent drops would be missed by the collator only in training."""
+    trainer = trainer_of(ranked_recipe())
+    trainer._set_signature_columns_if_needed()
+    assert trainer._signature_columns == list(COLUMNS)
+    assert set(trainer.train_dataset.column_names) == {*COLUMNS, "cut"}
 
 
 UNSUPPORTED = {
@@ -133,8 +189,8 @@ def test_fused_head_gives_log_softmax(ranked_recipe):
         ).log_probs.sum(dim=1)
     model = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path)
     expected = [
-        log_probability_by_hand(model, row["prompt_ids"], row[name])
-        for name in ("chosen_ids", "rejected_ids")
+        log_probability_by_hand(model, row["prompt_ids"], row["response_ids"][place])
+        for place in range(2)
         for row in rows
     ]
     torch.testing.assert_close(fused, torch.tensor(expected), rtol=1e-5, atol=1e-3)
@@ -180,24 +236,39 @@ def llama3_policy(tmp_path_factory):
     return folder
 
 
+# Our settings and the parent's that must give one loss.
+STOCK = {
+    "dpo": ([], {}),
+    "exo": (["loss.exo_epsilon=0.01"], {"loss_type": ["exo_pair"], "label_smoothing": 0.01}),
+    "ipo": (["loss.ipo_per_token=true"], {"loss_type": ["ipo"]}),
+    "sppo": ([], {"loss_type": ["sppo_hard"]}),
+    "nca": ([], {"loss_type": ["nca_pair"]}),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
-def test_bt_equals_stock_dpo(ranked_recipe, llama3_policy, lora, tmp_path):
+@pytest.mark.parametrize(("family", "lora"), [("dpo", False), *[(family, True) for family in STOCK]])
+def test_bt_equals_the_parents_pair_loss(ranked_recipe, llama3_policy, family, lora, tmp_path):
     """Same rows, same seed: losses and logged figures of every step, and the weights at the end, to 1e-6.
 
     The parent gets messages and templates them itself.
     """
+    ours_only, theirs_only = STOCK[family]
     recipe = ranked_recipe(
         f"models.policy.path={llama3_policy}",
+        f"loss.family={family}",
         "loss.preference=bt",
         f"lora.enabled={str(lora).lower()}",
-        f"optimizer.learning_rate={1e-2 if lora else 1e-4}",
+        f"optimizer.learning_rate={1e-3 if lora else 1e-4}",
+        *ours_only,
     )
     mine = trainer_of(recipe)
     records = {record["prompt_id"]: record for record in ranked_records(8)}
     config = training_config(recipe, 1)
     config.beta, config.output_dir = recipe.loss.beta, str(tmp_path / "stock")
     config.save_strategy = "no"
+    for name, value in theirs_only.items():
+        setattr(config, name, value)
     stock = DPOTrainer(
         model=load_policy(recipe),
         args=config,
@@ -206,8 +277,8 @@ def test_bt_equals_stock_dpo(ranked_recipe, llama3_policy, lora, tmp_path):
         peft_config=lora_config(recipe),
     )
     for ours, theirs in zip(mine.train_dataset, stock.train_dataset, strict=True):
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            assert ours[name] == theirs[name]
+        assert ours["prompt_ids"] == theirs["prompt_ids"]
+        assert ours["response_ids"] == [theirs["chosen_ids"], theirs["rejected_ids"]]
     start = weights_of(mine.model)
     assert all(torch.equal(value, start[name]) for name, value in stock.model.named_parameters())
     mine.train()
@@ -220,6 +291,51 @@ def test_bt_equals_stock_dpo(ranked_recipe, llama3_policy, lora, tmp_path):
     for (name, ours), theirs in zip(mine.model.named_parameters(), stock.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=name)
     assert any(not torch.equal(value, start[name]) for name, value in mine.model.named_parameters())
+
+
+@pytest.mark.parametrize(("margin", "smoothing"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.1)])
+def test_simpo_equals_the_pair_loss_of_trl(margin, smoothing):
+    """TRL's SimPO stands in its CPO trainer and takes mean log-probabilities; its `simpo_gamma` is our margin."""
+    loss = Loss(family="simpo", preference="bt", simpo_margin=margin, label_smoothing=smoothing)
+    generator = torch.Generator().manual_seed(0)
+    logps = -20 * torch.rand(8, 2, generator=generator, dtype=torch.float64) - 1
+    lengths = torch.randint(1, 30, (8, 2), generator=generator).double()
+    stock = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu"),
+        loss_type="simpo",
+        beta=2.0,
+        simpo_gamma=margin,
+        label_smoothing=smoothing,
+        alpha=0.0,
+    )
+    mean = logps / lengths
+    theirs, chosen, rejected = CPOTrainer.cpo_loss(stock, mean[:, 0], mean[:, 1])
+    scores = response_scores(loss, logps, None, lengths)
+    torch.testing.assert_close(pair_loss(loss, scores[:, 0], scores[:, 1]), theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scores, torch.stack([chosen, rejected], dim=1), rtol=0, atol=1e-6)
+
+
+def test_simpo_asks_no_reference(ranked_recipe, monkeypatch):
+    """Neither the adapter is switched off nor a frozen copy kept; the first loss is the log-probabilities' own."""
+    monkeypatch.setattr(HPSTrainer, "compute_ref_log_probs", None)
+    trainer = trainer_of(ranked_recipe("loss.family=simpo", "lora.enabled=false", "optimizer.learning_rate=0"))
+    assert trainer.ref_model is None
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-5)
+    assert abs(line["loss"] - math.log(2)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["loss.preference=pl"], ["loss.family=nca", "loss.preference=pl"], ["loss.positives=2", "loss.samples=3"]],
+)
+def test_first_loss_of_a_list_is_that_of_equal_rewards(ranked_recipe, settings):
+    """rho = 0: PL of 5 gives log 5!; NCA gives 2 log 2 for sum of targets 1 and K of 1/K; two HPS terms 2 log 2."""
+    trainer = trainer_of(ranked_recipe(*settings))
+    trainer.train()
+    expected = math.log(120) if settings == ["loss.preference=pl"] else 2 * math.log(2)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def messages_of(row: dict, records: dict) -> dict:
