@@ -304,18 +304,19 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
 
 def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:
     """Say what really runs: a DeepSpeed that was asked for and is not on is an error, not a slower run."""
-    state = PartialState()
+    state = trainer.accelerator.state
     if recipe.training.deepspeed and not trainer.is_deepspeed_enabled:
         raise InputError("`training.deepspeed` is set, but DeepSpeed is not on", remedy="launch by run.sh (torchrun)")
-    how = f"DeepSpeed {recipe.training.deepspeed}" if trainer.is_deepspeed_enabled else "no DeepSpeed"
+    plugin = state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    how = f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin else "no DeepSpeed"
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    state.print(
+    trainer.accelerator.print(
         f"training: {recipe.loss.family}-{recipe.loss.preference}, {state.num_processes} process(es), {how}, "
         f"attention {attention(recipe)}, {trainable:,} weights train",
         flush=True,
     )
     limit = recipe.schedule.max_length
-    state.print(f"training: {cut_responses(trainer)} responses are cut at schedule.max_length={limit}")
+    trainer.accelerator.print(f"training: {cut_responses(trainer)} responses are cut at schedule.max_length={limit}")
 
 
 def cut_responses(trainer: HPSTrainer) -> int:

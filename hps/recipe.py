@@ -317,7 +317,16 @@ def _profile(raw: dict, overrides: list[str], place: "_Place") -> dict:
         raise InputError(
             f"`profile` is `{name}`", where=place.of("profile"), remedy=f"use one of: {', '.join(profiles)}"
         )
+    place.profile, place.from_profile = name, set(_dotted(profiles[name]))
     return profiles[name]
+
+
+def _dotted(tree: dict, prefix: str = "") -> list[str]:
+    """The fields of nested mappings as `section.field`."""
+    names = []
+    for name, value in tree.items():
+        names += _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
+    return names
 
 
 def _merge(recipe, make, place: "_Place", name: str) -> None:
@@ -349,6 +358,7 @@ class _Place:
         self.path = Path(path)
         self.lines: dict[str, int] = {}
         self.overridden: dict[str, str] = {}
+        self.profile, self.from_profile = "paper", set()
 
     def read(self) -> dict:
         try:
@@ -383,6 +393,8 @@ class _Place:
     def of(self, key: str) -> str:
         if key in self.overridden:
             return f"command line, `{self.overridden[key]}`"
+        if key in self.from_profile and key not in self.lines:
+            return f"{self.path}: profile `{self.profile}`"
         known = key
         while known and known not in self.lines:
             known = known.rpartition(".")[0]

@@ -3,8 +3,11 @@
 Two CPU processes share the global batch of one; everything is fp32, so the difference is the order of additions.
 """
 
+import json
+
 import pytest
-from conftest import REPOSITORY
+import torch
+from conftest import REPOSITORY, ranked_records
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -12,8 +15,22 @@ from alignment.plan import plan
 from alignment.train import train
 from hps.records import read_jsonl
 
-ZERO2 = REPOSITORY / "configs" / "deepspeed" / "zero2.json"
 SETTINGS = ("schedule.device_batch=1", "optimizer.learning_rate=2e-3", "optimizer.scheduler=constant")
+# A drawn pair; whole lists of three, four and five responses, so that ranks and accumulation steps differ in size.
+METHODS = {"pair": ["loss.preference=hps"], "lists": ["loss.preference=pl", "loss.list_size=null"]}
+
+
+def zero(stage: int) -> str:
+    return f"training.deepspeed={REPOSITORY / 'configs' / 'deepspeed' / f'zero{stage}.json'}"
+
+
+def uneven_lists(recipe) -> None:
+    """Leave three, four or five responses of each prompt of the ranked file."""
+    names = ("responses", "rewards", "sources", "token_counts", "truncated")
+    lines = []
+    for number, record in enumerate(ranked_records(8)):
+        lines.append({**record, **{name: record[name][: 3 + number % 3] for name in names}})
+    recipe.ranked("train").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def results(recipe):
@@ -21,52 +38,79 @@ def results(recipe):
     return lines, load_file(recipe.run_folder() / "checkpoint" / "adapter_model.safetensors")
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(ranked_recipe, tiny_recipe, run_module):
-    """Losses to 1e-5 (relative), the adapter to 1e-4; DeepSpeed is announced and leaves its shards."""
-    alone = ranked_recipe(*SETTINGS, "run=alone")
-    plan(alone)
-    train(alone)
-    lines, weights = results(alone)
-    assert abs(lines[-1]["loss"] - lines[0]["loss"]) > 1e-3
-    for name, extra, announced in (
-        ("ddp", [], "2 process(es), no DeepSpeed"),
-        ("zero", [f"training.deepspeed={ZERO2}"], "2 process(es), DeepSpeed "),
-    ):
-        settings = [*SETTINGS, f"run={name}", "training.processes=2", *extra]
-        recipe = ranked_recipe(*settings)
-        plan(recipe)
-        result = run_module("alignment.launch", tiny_recipe, *settings)
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert result.stdout.count(announced) == 1
-        theirs, adapter = results(recipe)
-        assert len(theirs) == len(lines) == 4
-        for ours, line in zip(lines, theirs, strict=True):
-            assert line["loss"] == pytest.approx(ours["loss"], rel=1e-5), (name, ours["step"])
-            assert line["gamma"] == ours["gamma"] and line["num_tokens"] == ours["num_tokens"]
-            assert line["rewards/margins"] == pytest.approx(ours["rewards/margins"], rel=1e-3, abs=1e-4)
-        assert adapter.keys() == weights.keys()
-        for parameter in weights:
-            assert_close(adapter[parameter], weights[parameter], rtol=0, atol=1e-4)
-        shards = list((recipe.run_folder() / "steps").rglob("*zero_pp_rank_*optim_states.pt"))
-        assert len(shards) == (4 if name == "zero" else 0)  # two checkpoints of two processes
-
-
-@pytest.mark.slow
-def test_killed_process_group_continues(ranked_recipe, tiny_recipe, run_module):
-    """Two processes, put back to what a kill during step 4 leaves: no manifest, no final adapter, a last checkpoint
-    without its last file. Continued from step 2 they end as before."""
-    settings = [*SETTINGS, "training.processes=2"]
+def launched(ranked_recipe, tiny_recipe, run_module, *settings):
+    """Plan, and train in two processes as run.sh does; the recipe and what was printed."""
+    settings = [*SETTINGS, "training.processes=2", *settings]
     recipe = ranked_recipe(*settings)
     plan(recipe)
     result = run_module("alignment.launch", tiny_recipe, *settings)
     assert result.returncode == 0, result.stderr[-3000:]
+    return recipe, result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_as_one(ranked_recipe, tiny_recipe, run_module, method):
+    """Plain data parallelism and ZeRO-1, 2, 3 against one process that takes the global batch in one forward pass.
+
+    fp32: losses and gradient norms to 1e-5 (relative), the adapter to 1e-4. The gradient of the first step is the full
+    batch's whatever the sizes of the lists; later steps follow from it.
+    """
+    alone = ranked_recipe(*SETTINGS, "schedule.device_batch=4", *METHODS[method], "run=alone")
+    uneven_lists(alone)
+    plan(alone)
+    train(alone)
+    lines, weights = results(alone)
+    assert abs(lines[-1]["loss"] - lines[0]["loss"]) > 1e-3
+    config = json.loads((alone.run_folder() / "checkpoint" / "adapter_config.json").read_text())
+    for stage in (0, 1, 2, 3):
+        recipe, printed = launched(
+            ranked_recipe,
+            tiny_recipe,
+            run_module,
+            *METHODS[method],
+            f"run=zero{stage}",
+            *([zero(stage)] if stage else []),
+        )
+        how = f"DeepSpeed ZeRO-{stage}" if stage else "no DeepSpeed"
+        assert printed.count(f"2 process(es), {how}, attention") == 1
+        theirs, adapter = results(recipe)
+        assert len(theirs) == len(lines) == 4
+        for ours, line in zip(lines, theirs, strict=True):
+            assert line["loss"] == pytest.approx(ours["loss"], rel=1e-5), (stage, ours["step"])
+            assert line["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-5), (stage, ours["step"])
+            assert line["gamma"] == ours["gamma"] and line["num_tokens"] == ours["num_tokens"]
+            assert line["rewards/margins"] == pytest.approx(ours["rewards/margins"], rel=1e-3, abs=1e-4)
+        assert adapter.keys() == weights.keys()
+        for parameter, value in weights.items():
+            assert adapter[parameter].dtype == value.dtype
+            assert_close(adapter[parameter], value, rtol=0, atol=1e-4)
+        assert json.loads((recipe.run_folder() / "checkpoint" / "adapter_config.json").read_text()) == config
+        check_shards(recipe.run_folder() / "steps" / "checkpoint-4", stage, sum(v.numel() for v in weights.values()))
+
+
+def check_shards(checkpoint, stage: int, trainable: int) -> None:
+    """Each of two processes has written its half of the optimizer's state; ZeRO-3 also its part of the weights."""
+    optimizers = sorted(checkpoint.rglob("*zero_pp_rank_*optim_states.pt"))
+    assert len(optimizers) == (2 if stage else 0)
+    for path in optimizers:
+        state = torch.load(path, weights_only=False)["optimizer_state_dict"]
+        assert state["zero_stage"] == stage
+        flat = state["fp32_flat_groups"] if stage == 3 else state["single_partition_of_fp32_groups"]
+        assert trainable / 2 <= sum(part.numel() for part in flat) < trainable / 2 + 64  # padded
+    assert len(list(checkpoint.rglob("zero_pp_rank_*model_states.pt"))) == (2 if stage == 3 else 0)
+
+
+@pytest.mark.slow
+def test_killed_process_group_continues(ranked_recipe, tiny_recipe, run_module):
+    """ZeRO-2, put back to what a kill during step 4 leaves: no manifest, no final adapter, a last checkpoint without
+    its last file. Continued from step 2 it ends as before."""
+    recipe, _ = launched(ranked_recipe, tiny_recipe, run_module, zero(2))
     folder, (expected, adapter) = recipe.run_folder(), results(recipe)
     for name in ("manifest.json", "steps/checkpoint-4/complete", "checkpoint/adapter_model.safetensors"):
         (folder / name).unlink()
-    result = run_module("alignment.launch", tiny_recipe, *settings)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert f"continued from {folder / 'steps' / 'checkpoint-2'}" in result.stdout
+    recipe, printed = launched(ranked_recipe, tiny_recipe, run_module, zero(2))
+    assert f"continued from {folder / 'steps' / 'checkpoint-2'}" in printed
     lines, weights = results(recipe)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-6)

@@ -1,0 +1,72 @@
+"""Train every family under every preference model for a few steps on real text, and print a table.
+
+Reads   configs/quickstart.yaml; every run is `bash run.sh configs/quickstart.yaml loss.family=... loss.preference=...`
+        on a small ranking of its own, which `bash gene.sh` makes first
+Writes  runs/methods/ (candidates, ranking, a run folder for each method); finished runs are not done again
+Run     .venv-train/bin/python benchmarks/methods.py
+
+Columns: steps; responses that pass the model for each prompt and step; loss and margin of the implicit rewards, first
+and last step; seconds a step (median), and its ratio to dpo-bt of the same call.
+"""
+
+import statistics
+import subprocess
+import sys
+
+from hps.recipe import CHOICES, REPOSITORY, load_recipe
+from hps.records import read_jsonl
+
+RECIPE = "configs/quickstart.yaml"
+DATA = ["output=runs/methods", "data.train.limit=8", "data.test.limit=2"]
+STEPS = ["schedule.epochs=1", "schedule.global_batch=2", "schedule.device_batch=2", "evaluation.answers=0"]
+
+
+def call(script: str, *settings: str) -> None:
+    """Run a driver; its output is shown only if it fails."""
+    done = subprocess.run(["bash", script, RECIPE, *settings], cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(
+            f"{script} {' '.join(settings)} ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )
+
+
+def figures(settings: list[str]) -> dict:
+    """What the log and the plan of a finished run say."""
+    folder = REPOSITORY / load_recipe(REPOSITORY / RECIPE, settings).run_folder()
+    log = [line for _, line in read_jsonl(folder / "log.jsonl")]
+    plan = [line for _, line in read_jsonl(folder / "plan.jsonl")]
+    tokens = [0, *(line["num_tokens"] for line in log)]
+    # The first step also pays for what is set up once.
+    seconds = [
+        (after - before) / line["tokens_per_second"]
+        for before, after, line in zip(tokens, tokens[1:], log, strict=False)
+    ][1:]
+    return {
+        "steps": len(log),
+        "responses": statistics.mean(1 + len(row["dispreferred"]) for row in plan),
+        "loss": (log[0]["loss"], log[-1]["loss"]),
+        "margin": (log[0]["rewards/margins"], log[-1]["rewards/margins"]),
+        "seconds": statistics.median(seconds),
+    }
+
+
+def main() -> None:
+    call("gene.sh", *DATA)
+    methods = [(family, preference) for family in CHOICES["loss.family"] for preference in CHOICES["loss.preference"]]
+    print(f"{'method':10s} steps  responses   loss first    last   margin first    last   s/step  ratio to dpo-bt")
+    base = None
+    for family, preference in methods:
+        settings = [*DATA, *STEPS, f"loss.family={family}", f"loss.preference={preference}"]
+        call("run.sh", *settings)
+        found = figures(settings)
+        base = base or found["seconds"]
+        print(
+            f"{family + '-' + preference:10s} {found['steps']:5d} {found['responses']:10.1f} "
+            f"{found['loss'][0]:12.4f} {found['loss'][1]:7.4f} {found['margin'][0]:14.4f} {found['margin'][1]:7.4f} "
+            f"{found['seconds']:8.2f} {found['seconds'] / base:10.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
