@@ -17,6 +17,7 @@ from alignment.plan import (
     read_plan,
     stage_of,
     standardize,
+    training_list,
     training_order,
     usable,
 )
@@ -26,9 +27,19 @@ from hps.recipe import Loss, Recipe, Schedule, load_recipe
 from hps.records import check_ranked
 
 
-def recipe_of(preference: str = "hps", seed: int = 7, **schedule) -> Recipe:
+def recipe_of(preference: str = "hps", seed: int = 7, loss: dict | None = None, **schedule) -> Recipe:
     settings = {"epochs": 2, "global_batch": 4, **schedule}
-    return Recipe(output="nowhere", seed=seed, loss=Loss(preference=preference), schedule=Schedule(**settings))
+    section = Loss(preference=preference, **(loss or {}))
+    return Recipe(output="nowhere", seed=seed, loss=section, schedule=Schedule(**settings))
+
+
+def constant(gamma: float) -> dict:
+    """Settings of a schedule that keeps gamma; also log 2, which makes weights fractions, and 0."""
+    return {"gamma_start": gamma, "gamma_end": gamma}
+
+
+EXACT = {"estimator": "exact"}
+LOG2 = constant(math.log(2))
 
 
 def record_of(rewards: list[float], counts: list[int] | None = None, name: str = "a", sources=None) -> dict:
@@ -84,12 +95,19 @@ def test_standardize_by_hand():
 def test_standardized_rewards_enter_the_weights():
     """rewards (4, 2, 0): standardised (a, 0, -a), a = 2 / sqrt(8/3); gamma 1 gives q_2 = 1 / (1 + exp(-a))."""
     scale = 2 / math.sqrt(8 / 3)
-    expected = {1: 1 / (1 + math.exp(-scale)), 2: 1 / (1 + math.exp(scale))}
-    same_gamma = {"gamma_start": 1.0, "gamma_end": 1.0, "epochs": 40}
-    rows, _ = make_plan([record_of([4.0, 2.0, 0.0])], recipe_of(standardize_rewards=True, **same_gamma))
-    assert {row["dispreferred"][0] for row in rows} == {1, 2}
+    expected = [1 / (1 + math.exp(-scale)), 1 / (1 + math.exp(scale))]
+    schedule = {"standardize_rewards": True, "epochs": 2000, **constant(1.0)}
+    rows, _ = make_plan([record_of([4.0, 2.0, 0.0])], recipe_of(loss=EXACT, **schedule))
     for row in rows:
-        assert row["weights"][0] == pytest.approx(expected[row["dispreferred"][0]])
+        assert row["dispreferred"] == [1, 2]
+        assert row["weights"] == pytest.approx(expected)
+        assert row["rewards"] == pytest.approx([scale, 0.0, -scale])
+    # The draws too: of 2000, within four standard deviations of the binomial. Raw rewards would give 0.88, not 0.77.
+    rows, _ = make_plan([record_of([4.0, 2.0, 0.0])], recipe_of(**schedule))
+    assert {row["dispreferred"][0] for row in rows} == {1, 2}
+    hard = sum(row["dispreferred"] == [1] for row in rows)
+    assert abs(hard - 2000 * expected[0]) < 4 * math.sqrt(2000 * expected[0] * expected[1])
+    assert {tuple(row["rewards"]) for row in rows} == {(scale, 0.0), (scale, -scale)}
 
 
 # ---- gamma ----
@@ -198,21 +216,100 @@ def test_drawn_frequencies_fit_q(gamma):
     assert ((observed - expected) ** 2 / expected).sum() < 18.47
 
 
-def test_recorded_weight_is_q_of_the_drawn():
+def test_exact_rows_have_all_dispreferred_with_q_as_weights():
+    records = ranked_records(10)
+    rewards = {record["prompt_id"]: record["rewards"] for record in records}
+    rows, _ = make_plan(records, recipe_of(loss=EXACT))
+    assert {row["gamma"] for row in rows} == {-5.0, -2.5, 0.0, 2.5, 5.0}
+    for row in rows:
+        terms = [math.exp(row["gamma"] * reward) for reward in rewards[row["prompt_id"]][1:]]
+        assert (row["preferred"], row["dispreferred"], row["dispreferred_count"]) == (0, [1, 2, 3, 4], 4)
+        assert row["weights"] == pytest.approx([term / sum(terms) for term in terms])
+        assert sum(row["weights"]) == pytest.approx(1.0)
+        assert row["rewards"] == rewards[row["prompt_id"]]
+
+
+@pytest.mark.parametrize("standardized", [False, True])
+def test_exact_weights_are_hardness_weights_of_the_rewards_that_the_row_shows(standardized):
+    """Standardised over the whole list, y_1 included, by `np.std` of the population."""
+    records = ranked_records(10, responses=7)
+    raw = {record["prompt_id"]: np.array(record["rewards"]) for record in records}
+    rows, _ = make_plan(records, recipe_of(loss=EXACT, standardize_rewards=standardized))
+    for row in rows:
+        rewards = raw[row["prompt_id"]]
+        if standardized:
+            rewards = (rewards - np.mean(rewards)) / np.std(rewards)
+        np.testing.assert_allclose(row["rewards"], rewards, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(row["weights"], hardness_weights(rewards[1:], row["gamma"]), rtol=1e-9)
+
+
+def test_a_single_draw_has_weight_one():
     records = ranked_records(10)
     rewards = {record["prompt_id"]: record["rewards"] for record in records}
     rows, _ = make_plan(records, recipe_of())
     for row in rows:
-        terms = [math.exp(row["gamma"] * reward) for reward in rewards[row["prompt_id"]][1:]]
-        (drawn,), (weight,) = row["dispreferred"], row["weights"]
+        (drawn,) = row["dispreferred"]
         assert row["preferred"] == 0 and 1 <= drawn <= 4 and row["dispreferred_count"] == 4
-        assert weight == pytest.approx(terms[drawn - 1] / sum(terms))
+        assert row["weights"] == [1.0]
+        assert row["rewards"] == [rewards[row["prompt_id"]][0], rewards[row["prompt_id"]][drawn]]
+
+
+@pytest.mark.parametrize("gamma", [-1.5, 0.0, 1.0])
+def test_weights_of_several_draws_are_shares_that_fit_q(gamma):
+    """1000 rows of m = 4 draws with replacement; bound as in `test_drawn_frequencies_fit_q`."""
+    rewards = [2.0, 1.2, 0.9, 0.1, -0.3, -0.8]
+    recipe = recipe_of(loss={"samples": 4}, epochs=1000, **constant(gamma))
+    rows, _ = make_plan([record_of(rewards)], recipe)
+    observed, repeated = np.zeros(5), 0
+    for row in rows:
+        drawn, counts = row["dispreferred"], [4 * weight for weight in row["weights"]]
+        assert drawn == sorted(set(drawn)) and set(drawn) <= {1, 2, 3, 4, 5}
+        assert len(counts) == len(drawn) and set(counts) <= {1.0, 2.0, 3.0, 4.0} and sum(counts) == 4
+        assert row["rewards"] == [2.0, *(rewards[index] for index in drawn)] and row["dispreferred_count"] == 5
+        repeated += max(counts) > 1
+        observed[[index - 1 for index in drawn]] += counts
+    terms = np.exp(gamma * np.array(rewards[1:]))
+    expected = 4000 * terms / terms.sum()
+    assert ((observed - expected) ** 2 / expected).sum() < 18.47
+    # Four draws with replacement from five: all differ with probability 0.192 at most (at gamma 0), so 0.808 repeat;
+    # four standard deviations of 1000 rows are 50.
+    assert repeated > 808 - 50
+
+
+def test_several_draws_are_seeded():
+    records = ranked_records(10)
+    recipe = recipe_of(loss={"samples": 3})
+    assert make_plan(records, recipe) == make_plan(records[::-1], recipe)
+    first, other = make_plan(records, recipe)[0], make_plan(records, recipe_of(seed=8, loss={"samples": 3}))[0]
+    assert [row["weights"] for row in first] != [row["weights"] for row in other]
+
+
+FIELDS = {
+    "step", "epoch", "gamma", "prompt_id", "preferred", "dispreferred", "weights", "dispreferred_count", "rewards",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preference", "loss"),
+    [("bt", {}), ("pl", {}), ("hps", {}), ("hps", EXACT), ("hps", {"samples": 3}), ("hps", {"positives": 2})],
+)
+def test_fields_of_a_row(preference, loss):
+    rows, _ = make_plan(ranked_records(6), recipe_of(preference, loss=loss))
+    for row in rows:
+        assert set(row) == FIELDS | ({"second"} if "positives" in loss else set())
+        for part in (row, row.get("second", row)):
+            assert part["preferred"] not in part["dispreferred"]
+            assert len(part["rewards"]) == 1 + len(part["dispreferred"])
+            assert part["weights"] is None if preference == "pl" else len(part["weights"]) == len(part["dispreferred"])
+        assert (row["gamma"] is None) == (preference != "hps")
+    assert json.loads(json.dumps(rows)) == rows  # as it is written and read back
 
 
 def test_bt_takes_the_worst():
     rows, facts = make_plan(ranked_records(6), recipe_of("bt"))
     for row in rows:
         assert (row["preferred"], row["dispreferred"], row["weights"], row["gamma"]) == (0, [4], [1.0], None)
+        assert row["dispreferred_count"] == 4 and len(row["rewards"]) == 2
     assert facts["gamma"] is None
 
 
@@ -246,7 +343,7 @@ def test_what_is_left_out_is_counted():
     _, facts = make_plan(records, recipe_of(best="human"))
     assert facts["left_out"] == {"all rewards tie": 1, "no preferred human response": 1}
     assert facts["prompts"] == 3
-    kept, left_out = usable(records, "reward")
+    kept, left_out = usable(records, recipe_of(best="reward"))
     assert [record["prompt_id"] for record in kept] == ["human", "stranger"]
     assert left_out == {"all rewards tie": 1}
 
@@ -255,6 +352,319 @@ def test_what_is_left_out_is_counted():
 def test_nothing_to_train_on_is_an_error(records):
     with pytest.raises(InputError, match="no prompt can be trained on"):
         make_plan(records, recipe_of())
+
+
+# ---- lists of pl ----
+
+
+def test_pl_draws_a_list_of_the_given_size_in_order_of_reward():
+    records = ranked_records(20, responses=9)
+    rewards = {record["prompt_id"]: record["rewards"] for record in records}
+    rows, facts = make_plan(records, recipe_of("pl", loss={"list_size": 5}))
+    for row in rows:
+        drawn = row["dispreferred"]
+        assert row["preferred"] == 0 and row["weights"] is None and row["dispreferred_count"] == 8
+        assert len(drawn) == 4 and drawn == sorted(set(drawn)) and set(drawn) <= set(range(1, 9))
+        assert row["rewards"] == [rewards[row["prompt_id"]][index] for index in (0, *drawn)]
+        assert row["rewards"] == sorted(row["rewards"], reverse=True)
+    assert facts["gamma"] is None and facts["stages"][0]["gamma"] is None
+    # Afresh in every row: 70 lists are possible, so 20 prompts repeat theirs with probability 70^-20.
+    lists = [{row["prompt_id"]: row["dispreferred"] for row in rows if row["epoch"] == epoch} for epoch in (0, 1)]
+    assert lists[0].keys() == lists[1].keys() and lists[0] != lists[1]
+
+
+def test_default_list_has_five_responses():
+    rows, _ = make_plan(ranked_records(4, responses=9), recipe_of("pl"))
+    assert {len(row["dispreferred"]) for row in rows} == {4}
+
+
+def test_all_lists_of_pl_are_equally_likely():
+    """2 of 5 are 10 sets, 200 of 2000 rows each: the 0.999 quantile for 9 degrees of freedom is 27.88."""
+    recipe = recipe_of("pl", loss={"list_size": 3}, epochs=2000)
+    rows, _ = make_plan([record_of([2.0, 1.2, 0.9, 0.1, -0.3, -0.8])], recipe)
+    counts = Counter(tuple(row["dispreferred"]) for row in rows)
+    assert len(counts) == 10 and sum(counts.values()) == 2000
+    assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 27.88
+
+
+@pytest.mark.parametrize(("responses", "size"), [(9, None), (3, 5), (5, 5), (2, 2), (2, None)])
+def test_pl_takes_whole_lists(responses, size):
+    """`null` takes everything, and so does a size that the list does not exceed."""
+    rows, _ = make_plan(ranked_records(4, responses=responses), recipe_of("pl", loss={"list_size": size}))
+    assert {(row["preferred"], *row["dispreferred"]) for row in rows} == {tuple(range(responses))}
+
+
+def test_pl_with_best_human_begins_with_the_given_response():
+    record = record_of([3.0, 2.0, 1.0, 0.0], sources=["generated", "given_2", "given_1", "generated"])
+    rows, _ = make_plan([record], recipe_of("pl", best="human"))
+    assert {(row["preferred"], *row["dispreferred"]) for row in rows} == {(2, 0, 1, 3)}
+    assert {tuple(row["rewards"]) for row in rows} == {(1.0, 3.0, 2.0, 0.0)}
+
+
+def test_pl_rows_show_standardised_rewards_of_the_whole_list():
+    """(4, 2, 0) standardised is (a, 0, -a), a = 2 / sqrt(8/3), also where only two of the three are drawn."""
+    scale = 2 / math.sqrt(8 / 3)
+    recipe = recipe_of("pl", loss={"list_size": 2}, standardize_rewards=True, epochs=40)
+    rows, _ = make_plan([record_of([4.0, 2.0, 0.0])], recipe)
+    assert {tuple(row["rewards"]) for row in rows} == {(scale, 0.0), (scale, -scale)}
+
+
+# ---- sub-samples of lists (Tables 6, 7) ----
+
+
+def lists_of(records: list[dict], recipe: Recipe) -> dict[str, list[int]]:
+    """The training list of each prompt: y_1 first."""
+    return {record["prompt_id"]: training_list(record, recipe)[0] for record in records}
+
+
+def with_human(records: list[dict], place: int) -> list[dict]:
+    """The same records with the human's choice at a place of the ranking."""
+    for record in records:
+        sources = ["generated"] * len(record["rewards"])
+        sources[place] = "given_1"
+        record["sources"] = sources
+    return records
+
+
+@pytest.mark.parametrize(("best", "first"), [("reward", 0), ("human", 3)])
+def test_sub_samples_keep_y_1_and_are_nested(best, first):
+    records = with_human(ranked_records(12, responses=9), 3)
+    smaller = {record["prompt_id"]: {first} for record in records}
+    for size in range(2, 10):
+        lists = lists_of(records, recipe_of(best=best, subsample=size))
+        for name, (preferred, *others) in lists.items():
+            assert preferred == first and len(others) == size - 1
+            assert others == sorted(set(others)) and first not in others
+            assert smaller[name] < {preferred, *others}
+        smaller = {name: set(indices) for name, indices in lists.items()}
+    whole = lists_of(records, recipe_of(best=best))
+    assert lists == whole == lists_of(records, recipe_of(best=best, subsample=10)) and len(whole) == 12
+    assert lists_of(records, recipe_of(best=best, subsample=1000)) == whole
+
+
+def test_sub_samples_are_the_same_in_all_epochs_and_for_all_preference_models():
+    records = ranked_records(12, responses=9)
+    lists = lists_of(records, recipe_of(subsample=4))
+    for preference, loss in (("bt", {}), ("pl", {"list_size": None}), ("hps", EXACT)):
+        recipe = recipe_of(preference, loss=loss, subsample=4, epochs=3)
+        assert lists_of(records, recipe) == lists
+        rows, _ = make_plan(records, recipe)
+        assert {row["epoch"] for row in rows} == {0, 1, 2}
+        for row in rows:
+            preferred, *others = lists[row["prompt_id"]]
+            expected = others[-1:] if preference == "bt" else others
+            assert (row["preferred"], row["dispreferred"]) == (preferred, expected)
+            assert row["dispreferred_count"] == 3
+    rows, _ = make_plan(records, recipe_of(subsample=4, epochs=30, **constant(0.0)))
+    for record in records:
+        drawn = {row["dispreferred"][0] for row in rows if row["prompt_id"] == record["prompt_id"]}
+        assert [0, *sorted(drawn)] == lists[record["prompt_id"]]  # 30 draws miss one of three: (2/3)^30
+
+
+@pytest.mark.parametrize("preference", ["bt", "pl", "hps"])
+def test_sub_samples_do_not_depend_on_the_order_of_the_file_or_on_the_other_prompts(preference):
+    records, recipe = ranked_records(12, responses=9), recipe_of(preference, subsample=4)
+    assert make_plan(records, recipe) == make_plan(records[::-1], recipe)
+    assert lists_of(records[5:7], recipe).items() <= lists_of(records, recipe).items()
+
+
+def test_sub_samples_differ_over_prompts_and_seeds():
+    """28 lists of two others out of eight: 12 prompts have the same one with probability 28^-11."""
+    records = ranked_records(12, responses=9)
+    lists = lists_of(records, recipe_of(subsample=3))
+    assert len({tuple(indices) for indices in lists.values()}) > 1
+    assert lists_of(records, recipe_of(subsample=3, seed=8)) != lists
+
+
+def test_sub_samples_take_every_response_equally_often():
+    """One of 4 others in 2000 prompts, 500 each: the 0.999 quantile for 3 degrees of freedom is 16.27."""
+    records = [record_of([4.0, 3.0, 2.0, 1.0, 0.0], name=f"prompt {number}") for number in range(2000)]
+    counts = Counter(taken for _, taken in lists_of(records, recipe_of(subsample=2)).values())
+    assert set(counts) == {1, 2, 3, 4}
+    assert sum((count - 500) ** 2 / 500 for count in counts.values()) < 16.27
+
+
+def test_standardised_rewards_of_a_sub_sample_are_over_the_sub_sample():
+    """Three responses (r_1, r_i, r_j) by `np.std`, not all nine."""
+    records = ranked_records(6, responses=9)
+    raw = {record["prompt_id"]: np.array(record["rewards"]) for record in records}
+    rows, _ = make_plan(records, recipe_of(loss=EXACT, subsample=3, standardize_rewards=True))
+    for row in rows:
+        part = raw[row["prompt_id"]][[0, *row["dispreferred"]]]
+        np.testing.assert_allclose(row["rewards"], (part - part.mean()) / part.std(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ties", ["keep", "exclude"])
+def test_sub_samples_without_a_preference_are_counted(ties):
+    """Rewards 1 1 1 1 0 cut to two: kept is who draws the last. A twin with other rewards shows what is drawn."""
+    names = [f"prompt {number}" for number in range(40)]
+    twins = [record_of([4.0, 3.0, 2.0, 1.0, 0.0], name=name) for name in names]
+    recipe = recipe_of(subsample=2, ties=ties)
+    last = {name for name, indices in lists_of(twins, recipe).items() if indices == [0, 4]}
+    assert 0 < len(last) < 40
+    tied = [record_of([1.0, 1.0, 1.0, 1.0, 0.0], name=name) for name in names]
+    kept, left_out = usable([*tied, record_of([1.0, 1.0], name="same")], recipe)
+    assert {record["prompt_id"] for record in kept} == last
+    assert left_out == {"all rewards of the sub-sample tie": 40 - len(last), "all rewards tie": 1}
+    rows, facts = make_plan(tied, recipe)
+    assert facts["left_out"] == {"all rewards of the sub-sample tie": 40 - len(last)} and facts["prompts"] == 40
+    assert {(row["preferred"], *row["dispreferred"]) for row in rows} == {(0, 4)}
+
+
+# ---- ties ----
+
+
+def test_ties_keep_is_eq_9_and_exclude_takes_what_ties_with_y_1():
+    """Rewards 2 2 1 1 0 and gamma log 2: terms 4 2 2 1 over y_2..y_5, and 2 2 1 without y_2, which ties with y_1."""
+    record = record_of([2.0, 2.0, 1.0, 1.0, 0.0])
+    rows, _ = make_plan([record], recipe_of(loss=EXACT, ties="keep", **LOG2))
+    for row in rows:
+        assert (row["preferred"], row["dispreferred"], row["dispreferred_count"]) == (0, [1, 2, 3, 4], 4)
+        assert row["weights"] == pytest.approx([4 / 9, 2 / 9, 2 / 9, 1 / 9])
+        assert row["rewards"] == [2.0, 2.0, 1.0, 1.0, 0.0]
+    rows, _ = make_plan([record], recipe_of(loss=EXACT, ties="exclude", **LOG2))
+    for row in rows:
+        assert (row["preferred"], row["dispreferred"], row["dispreferred_count"]) == (0, [2, 3, 4], 3)
+        assert row["weights"] == pytest.approx([2 / 5, 2 / 5, 1 / 5])
+        assert row["rewards"] == [2.0, 1.0, 1.0, 0.0]
+
+
+def test_keep_is_the_default():
+    assert training_list(record_of([2.0, 2.0, 0.0]), recipe_of()) == ([0, 1, 2], None)
+
+
+@pytest.mark.parametrize(
+    ("ties", "bt", "pl", "hps"),
+    [("keep", {4}, {1, 2, 3, 4}, {1, 2, 3, 4}), ("exclude", {4}, {2, 3, 4}, {2, 3, 4})],
+)
+def test_ties_of_what_is_drawn(ties, bt, pl, hps):
+    record = record_of([2.0, 2.0, 1.0, 1.0, 0.0])
+    for preference, loss, expected in (("bt", {}, bt), ("pl", {"list_size": None}, pl), ("hps", {}, hps)):
+        recipe = recipe_of(preference, loss=loss, ties=ties, epochs=60, **constant(0.0))
+        rows, _ = make_plan([record], recipe)
+        assert {index for row in rows for index in row["dispreferred"]} == expected
+        assert {row["dispreferred_count"] for row in rows} == {4 if ties == "keep" else 3}
+
+
+def test_ties_with_the_human_choice_leave_the_list_wherever_it_stands():
+    """given_1 is the fourth, with reward 1 as the third: what is above and below it stays."""
+    sources = ["generated", "generated", "given_2", "given_1", "generated"]
+    record = record_of([2.0, 2.0, 1.0, 1.0, 0.0], sources=sources)
+    assert training_list(record, recipe_of(best="human")) == ([3, 0, 1, 2, 4], None)
+    assert training_list(record, recipe_of(best="human", ties="exclude")) == ([3, 0, 1, 4], None)
+
+
+def test_rewards_are_standardised_after_ties_have_left():
+    """Rewards 4 4 2 0: without the tie (4, 2, 0), which is (a, 0, -a), a = 2 / sqrt(8/3)."""
+    scale = 2 / math.sqrt(8 / 3)
+    recipe = recipe_of(loss=EXACT, ties="exclude", standardize_rewards=True)
+    rows, _ = make_plan([record_of([4.0, 4.0, 2.0, 0.0])], recipe)
+    assert rows[0]["rewards"] == pytest.approx([scale, 0.0, -scale])
+
+
+# ---- Appendix E ----
+
+
+def test_appendix_e_by_hand():
+    """Rewards 3 2 1 0 and gamma log 2: terms 4 2 1 over y_2..y_4 (N = n - 1), 2 1 over y_3, y_4 (N = n - 2)."""
+    record = record_of([3.0, 2.0, 1.0, 0.0])
+    for reading in ("printed", "intended"):
+        loss = {**EXACT, "positives": 2, "appendix_e_reading": reading}
+        rows, _ = make_plan([record], recipe_of(loss=loss, **LOG2))
+        for row in rows:
+            second = row["second"]
+            assert (second["preferred"], second["dispreferred"], second["dispreferred_count"]) == (1, [2, 3], 2)
+            assert second["weights"] == pytest.approx([2 / 3, 1 / 3])
+            if reading == "printed":
+                assert (row["preferred"], row["dispreferred"], row["dispreferred_count"]) == (0, [1, 2, 3], 3)
+                assert row["weights"] == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+                assert row["rewards"] == [3.0, 2.0, 1.0, 0.0]
+            else:
+                assert (row["preferred"], row["dispreferred"], row["dispreferred_count"]) == (0, [2, 3], 2)
+                assert row["weights"] == pytest.approx([2 / 3, 1 / 3])
+                assert row["rewards"] == [3.0, 1.0, 0.0]
+
+
+def test_one_positive_and_the_printed_reading_are_the_defaults():
+    record = record_of([3.0, 2.0, 1.0, 0.0])
+    rows, _ = make_plan([record], recipe_of())
+    assert not any("second" in row for row in rows)
+    rows, _ = make_plan([record], recipe_of(loss={**EXACT, "positives": 2}))
+    assert {tuple(row["dispreferred"]) for row in rows} == {(1, 2, 3)}
+
+
+@pytest.mark.parametrize(("reading", "others"), [("printed", [1, 2, 3]), ("intended", [2, 3])])
+def test_appendix_e_draws_each_term_from_its_own_q(reading, others):
+    """Rewards 3 2 1 0, gamma log 2, 2000 rows; 0.999 quantiles: 10.83 for one and 13.82 for two degrees of freedom."""
+    loss = {"positives": 2, "appendix_e_reading": reading}
+    rows, _ = make_plan([record_of([3.0, 2.0, 1.0, 0.0])], recipe_of(loss=loss, epochs=2000, **LOG2))
+    parts = [("first", rows, others), ("second", [row["second"] for row in rows], [2, 3])]
+    for _, part, places in parts:
+        counts = Counter(row["dispreferred"][0] for row in part)
+        terms = np.array([2.0 ** (3 - index) for index in places])
+        expected, observed = 2000 * terms / terms.sum(), np.array([counts[index] for index in places])
+        assert set(counts) == set(places) and {tuple(row["weights"]) for row in part} == {(1.0,)}
+        assert ((observed - expected) ** 2 / expected).sum() < {2: 10.83, 3: 13.82}[len(places)]
+    assert any(row["dispreferred"] != row["second"]["dispreferred"] for row in rows)  # each term has its own draws
+
+
+def test_appendix_e_with_several_draws():
+    rows, _ = make_plan([record_of([3.0, 2.0, 1.0, 0.0])], recipe_of(loss={"positives": 2, "samples": 4}, epochs=40))
+    for row in rows:
+        for part, allowed in ((row, {1, 2, 3}), (row["second"], {2, 3})):
+            assert set(part["dispreferred"]) <= allowed and sum(part["weights"]) == 1.0
+
+
+def test_appendix_e_with_best_human_takes_the_best_other_as_y_2():
+    record = record_of([3.0, 2.0, 1.0, 0.0], sources=["generated", "given_2", "given_1", "generated"])
+    rows, _ = make_plan([record], recipe_of(loss={**EXACT, "positives": 2}, best="human"))
+    assert {(row["preferred"], *row["dispreferred"]) for row in rows} == {(2, 0, 1, 3)}
+    assert {(row["second"]["preferred"], *row["second"]["dispreferred"]) for row in rows} == {(0, 1, 3)}
+
+
+def test_appendix_e_needs_something_below_y_2():
+    """Two responses, two of a sub-sample, and with `exclude` a tail that ties with y_2: left out and counted."""
+    pair, triple = record_of([2.0, 1.0], name="pair"), record_of([2.0, 1.0, 0.0], name="triple")
+    tail = record_of([2.0, 1.0, 1.0], name="tail")
+    reason = "nothing is ranked below y_2"
+    for reading in ("printed", "intended"):
+        loss = {"positives": 2, "appendix_e_reading": reading}
+        rows, facts = make_plan([pair, triple, tail], recipe_of(loss=loss))
+        assert facts["left_out"] == {reason: 1} and facts["prompts"] == 3
+        assert {row["prompt_id"] for row in rows} == {"triple", "tail"}
+        kept, left_out = usable([pair, triple, tail], recipe_of(loss=loss, ties="exclude"))
+        assert [record["prompt_id"] for record in kept] == ["triple"] and left_out == {reason: 2}
+        assert usable([triple], recipe_of(loss=loss, subsample=2)) == ([], {reason: 1})
+    with pytest.raises(InputError, match=reason):
+        make_plan([pair], recipe_of(loss={"positives": 2}))
+
+
+def test_ties_with_y_2_leave_its_term_alone():
+    """Rewards 3 2 2 1: the third ties with y_2, so it is rejected by y_1 and not by y_2; `keep` rejects it twice."""
+    record = record_of([3.0, 2.0, 2.0, 1.0])
+    loss = {**EXACT, "positives": 2}
+    (row, *_), _ = make_plan([record], recipe_of(loss=loss, ties="exclude", **LOG2))
+    assert (row["dispreferred"], row["dispreferred_count"]) == ([1, 2, 3], 3)
+    assert row["weights"] == pytest.approx([2 / 5, 2 / 5, 1 / 5])
+    second = row["second"]
+    assert (second["preferred"], second["dispreferred"], second["weights"]) == (1, [3], [1.0])
+    assert second["dispreferred_count"] == 1
+    (row, *_), _ = make_plan([record], recipe_of(loss=loss, ties="keep", **LOG2))
+    second = row["second"]
+    assert (second["preferred"], second["dispreferred"], second["dispreferred_count"]) == (1, [2, 3], 2)
+    assert second["weights"] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_ties_with_y_1_are_no_y_2():
+    """Rewards 2 2 1 1 0 with `exclude`: y_2 is the third, the fourth ties with it."""
+    recipe = recipe_of(loss={**EXACT, "positives": 2}, ties="exclude")
+    (row, *_), _ = make_plan([record_of([2.0, 2.0, 1.0, 1.0, 0.0])], recipe)
+    assert row["dispreferred"] == [2, 3, 4]
+    second = row["second"]
+    assert (second["preferred"], second["dispreferred"], second["dispreferred_count"]) == (2, [4], 1)
+
+
+# ---- diagnostics ----
 
 
 def test_diagnostics_by_hand():
@@ -276,6 +686,55 @@ def test_effective_sample_size_by_hand():
         schedule = {"gamma_start": gamma, "gamma_end": gamma, "gamma_stages": 1}
         _, facts = make_plan([record_of([5.0, 1.0, 0.0])], recipe_of(**schedule))
         assert facts["stages"][0]["effective_sample_size"] == size
+
+
+@pytest.mark.parametrize(
+    ("preference", "loss", "expected"),
+    [
+        # q = (2/3, 1/3): rank 2/3 + 2/3; gap 5 - 2/3; length 7 - (2/3 x 3 + 1/3 x 4); 1 / (4/9 + 1/9)
+        ("hps", EXACT, (1.8, 1.333, 4.333, 3.667)),
+        # the whole list, each of the two with 1/2
+        ("pl", {"list_size": None}, (2.0, 1.5, 4.5, 3.5)),
+        # the worst alone
+        ("bt", {}, (1.0, 2.0, 5.0, 3.0)),
+    ],
+)
+def test_diagnostics_of_weights_by_hand(preference, loss, expected):
+    """Rewards 5 1 0, lengths 7 3 4, gamma log 2; names in the order of the plan's table."""
+    recipe = recipe_of(preference, loss=loss, gamma_stages=1, **LOG2)
+    _, facts = make_plan([record_of([5.0, 1.0, 0.0], counts=[7, 3, 4])], recipe)
+    names = ("effective_sample_size", "rank", "reward_gap", "length_gap")
+    gamma = math.log(2) if preference == "hps" else None
+    assert facts["stages"] == [{"gamma": gamma, "rows": 4, **dict(zip(names, expected, strict=True))}]
+
+
+def test_reward_gap_is_in_units_of_the_reward_model():
+    """Gamma 0 weighs 1 and 0 alike: gap 5 - 1/2, standardised or not."""
+    for standardized in (False, True):
+        recipe = recipe_of(loss=EXACT, gamma_stages=1, standardize_rewards=standardized, **constant(0.0))
+        _, facts = make_plan([record_of([5.0, 1.0, 0.0])], recipe)
+        assert (facts["stages"][0]["rank"], facts["stages"][0]["reward_gap"]) == (1.5, 4.5)
+
+
+def test_diagnostics_of_drawn_lists_are_means_over_the_rows():
+    """A list of two from rewards 9 3 2 1: rank and gap are those of the one drawn; the list drawn from has 3."""
+    rewards = [9.0, 3.0, 2.0, 1.0]
+    recipe = recipe_of("pl", loss={"list_size": 2}, gamma_stages=1, epochs=10, global_batch=10)
+    rows, facts = make_plan([record_of(rewards)], recipe)
+    drawn = [row["dispreferred"][0] for row in rows]
+    assert len(set(drawn)) > 1
+    line = facts["stages"][0]
+    assert line["rank"] == round(sum(drawn) / 10, 3)
+    assert line["reward_gap"] == round(9 - sum(rewards[index] for index in drawn) / 10, 3)
+    assert line["effective_sample_size"] == 3.0
+
+
+def test_diagnostics_of_appendix_e_are_of_its_first_term():
+    """Rewards 5 1 0 -2: intended compares y_1 with y_3 and y_4 alone; gamma 0: gap 5 + 1, rank among these two."""
+    for reading, gap, rank in (("printed", 5.333, 2.0), ("intended", 6.0, 1.5)):
+        loss = {**EXACT, "positives": 2, "appendix_e_reading": reading}
+        _, facts = make_plan([record_of([5.0, 1.0, 0.0, -2.0])], recipe_of(loss=loss, gamma_stages=1, **constant(0.0)))
+        assert (facts["stages"][0]["reward_gap"], facts["stages"][0]["rank"]) == (gap, rank)
 
 
 # ---- the stage ----
@@ -369,6 +828,24 @@ def test_plan_is_written_and_read_back(light_recipe, ranked, run_module):
     with pytest.raises(InputError, match="made from another ranked file"):
         read_plan(recipe)
     assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.preference=pl"],
+        ["loss.estimator=exact", "loss.positives=2"],
+        ["loss.samples=3", "schedule.subsample=4", "schedule.ties=exclude"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_kind_of_row_is_read_back_as_it_was_made(light_recipe, ranked, overrides, capsys):
+    ranked(ranked_records(6))
+    recipe = load_recipe(light_recipe, overrides)
+    plan(recipe)
+    assert read_plan(recipe) == make_plan(ranked_records(6), recipe)[0]
+    assert "plan: 6 prompts, left out: none; 12 rows in 3 steps of 4" in capsys.readouterr().out
+    plan(recipe)  # the plan that stands is the one made again
 
 
 def test_a_run_folder_does_not_mix_settings(light_recipe, ranked):
