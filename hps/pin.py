@@ -1,7 +1,8 @@
 """Write the current commits of the hub models into a recipe, so that a later run reads the same weights.
 
 Reads   a recipe: `path` and `revision` of `models.generator`, `models.policy`, `models.reward`; the hub
-Writes  the same file: `revision: "<commit>"` beside each hub name; every other byte stays as it was
+Writes  the same file: `revision: "<commit>"` beside each hub name, with the profile's names where the recipe has no
+        `models` section; every other byte stays as it was
 Run     python -m hps.pin configs/hh_rlhf.yaml
 
 A model without a revision gets the newest commit of its repository, a branch or tag the commit it points to; a full
@@ -67,6 +68,15 @@ def resolve(role: str, model: Model) -> str:
     if not commit or not COMMIT.fullmatch(commit):
         raise InputError(f"the hub gave `{commit}` as commit of {model.path}", where=f"`models.{role}`")
     return commit
+
+
+def add_models(text: str, recipe: Recipe) -> str:
+    """The recipe's text with the models of its profile written out at the end, if it has no `models` section."""
+    if "models" in (yaml.safe_load(text) or {}):
+        return text
+    newline = "\r\n" if "\r\n" in text else "\n"
+    lines = ["", "models:", *(f"  {role}: {{path: {getattr(recipe.models, role).path}}}" for role in ROLES), ""]
+    return text + ("" if text.endswith("\n") else newline) + newline.join(lines)
 
 
 def insert_revisions(text: str, commits: dict[str, str], path: str) -> str:
@@ -140,7 +150,8 @@ def check_edit(before: str, after: str, commits: dict[str, str], path: str) -> N
 
 def pin(path: str) -> None:
     """Pin a recipe; see the module's docstring."""
-    models = hub_models(load_recipe(path))
+    recipe = load_recipe(path)
+    models = hub_models(recipe)
     commits, known = {}, {}
     for role, model in models.items():
         if not COMMIT.fullmatch(model.revision or ""):
@@ -148,7 +159,7 @@ def pin(path: str) -> None:
             known[key] = commits[role] = known.get(key) or resolve(role, model)
     if commits:
         file = Path(path).resolve()  # a link stays a link
-        before = file.read_bytes().decode("utf-8")  # bytes: line ends stay as they are
+        before = add_models(file.read_bytes().decode("utf-8"), recipe)  # bytes: line ends stay as they are
         after = insert_revisions(before, commits, path)
         check_edit(before, after, commits, path)
         write_atomic(file, after)

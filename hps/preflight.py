@@ -15,6 +15,7 @@ from pathlib import Path
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model
+from hps.memory import memory_lines, responses_per_prompt
 from hps.recipe import SPLITS, Model, Recipe, as_yaml
 from hps.records import read_prompts, read_ranked
 from hps.workers import accumulation_steps, process_count
@@ -141,15 +142,17 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         if split == "train":
             prompts = len(loaded[0]) if loaded else None
     batch = (
-        f"global batch {schedule.global_batch}: {processes} process(es) x {schedule.device_batch} pair(s) at a time "
+        f"global batch {schedule.global_batch}: {processes} process(es) x {schedule.device_batch} prompt(s) at a time "
         f"x {accumulation}"
     )
     if prompts:
         steps = -(-prompts * schedule.epochs // schedule.global_batch)
-        most = 2 * steps * schedule.global_batch * schedule.max_length
+        most = responses_per_prompt(recipe) * steps * schedule.global_batch * schedule.max_length
         lines.append(f"training: at most {steps} steps of {schedule.epochs} epochs and {most:,} tokens; {batch}")
     else:
         lines.append(f"training: {schedule.epochs} epochs; {batch}; steps are known once the prompts are there")
+    if dry_run:
+        lines += memory_lines(recipe, processes)
     run = recipe.run_folder()
     outputs = [run / name for name in ("plan.jsonl", "log.jsonl", "checkpoint", "evaluation/metrics.json")]
     return [*lines, f"outputs: {', '.join(map(str, outputs))}"]

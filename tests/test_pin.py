@@ -19,7 +19,7 @@ from hps import pin, prefetch
 from hps.errors import InputError
 from hps.recipe import load_recipe
 
-RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+RECIPES = [REPOSITORY / "configs" / f"{name}.yaml" for name in ("quickstart", "hh_rlhf", "pku_safe")]
 A, B, C = "a" * 40, "b" * 40, "1" * 40
 HUB = {("org/gen", None): A, ("org/pol", "v1"): B, ("org/pol", None): B, ("org/rew", None): C, ("org/gen", "main"): A}
 REST = "data: {train: {path: t, responses: 1}, test: {path: t, responses: 1}}\n"
@@ -105,10 +105,6 @@ def test_every_recipe_of_the_repository_loads(path):
     assert recipe.generation.max_prompt_tokens < recipe.schedule.max_length
 
 
-def test_there_are_the_three_recipes():
-    assert {path.stem for path in RECIPES} >= {"quickstart", "hh_rlhf", "pku_safe"}
-
-
 @pytest.mark.parametrize("name", ["hh_rlhf", "pku_safe"])
 def test_settings_of_the_paper(name):
     recipe = load_recipe(REPOSITORY / "configs" / f"{name}.yaml")
@@ -140,6 +136,25 @@ def test_only_the_revisions_change(before, after, hub, recipe_file, capsys):
     hub.clear()
     pin.pin(str(path))  # pinned: left alone, the hub is not asked
     assert hub == [] and path.read_bytes().decode() == after + REST
+
+
+def test_models_of_the_profile_are_written_out(hub, tmp_path, monkeypatch):
+    """A recipe without `models`: the section is added at its end, and everything before it stays."""
+    names = {"RLHFlow/Llama3-v2-DPO": "1" * 40, "RLHFlow/Llama3-SFT-v2.0": "2" * 40}
+    names["Skywork/Skywork-Reward-Llama-3.1-8B"] = "3" * 40
+    for name, commit in names.items():
+        monkeypatch.setitem(HUB, (name, None), commit)
+    path = tmp_path / "recipe.yaml"
+    text = "output: runs/x\n# a comment\ndata: {train: {path: a.jsonl}, test: {path: b.jsonl}}"
+    path.write_text(text)
+    before = load_recipe(path)
+    pin.pin(str(path))
+    assert path.read_text().startswith(text + "\n")
+    models = load_recipe(path).models
+    for role in pin.ROLES:
+        model = getattr(models, role)
+        assert model.path == getattr(before.models, role).path
+        assert model.revision == names[model.path]
 
 
 def test_line_ends_and_a_missing_last_newline_are_kept(hub, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from conftest import REPOSITORY
 
 from hps.errors import InputError
-from hps.recipe import BOUNDS, CHOICES, as_dict, as_yaml, load_recipe
+from hps.recipe import BOUNDS, CHOICES, PROFILES, as_dict, as_yaml, load_recipe
 
 RECIPE = """\
 output: runs/test
@@ -41,7 +41,11 @@ def refusal(load, *arguments) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
+# Not the two files about recipes.
+RECIPES = sorted({*(REPOSITORY / "configs").glob("*.yaml")} - {PROFILES, REPOSITORY / "configs" / "matrix.yaml"})
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_our_recipes_load(path):
     assert as_dict(load_recipe(path))["models"]["policy"]["path"]
 
@@ -97,8 +101,7 @@ IN_FILE = {
     "empty section": ("  preference: bt\n  beta: 0.25\n", "", 10, "`loss`"),
     "null": ("beta: 0.25", "beta: null", 12, "`loss.beta`"),
     "missing path": ("{path: data/train.jsonl, responses: 6}", "{responses: 6}", 8, "`data.train.path` is missing"),
-    "missing model": ("  reward:\n    path: models/b\n", "", 2, "`models.reward.path` is missing"),
-    "bad choice": ("bt", "plackett-luce", 11, "`loss.preference` is `plackett-luce`; use one of: bt, hps"),
+    "bad choice": ("bt", "plackett-luce", 11, "`loss.preference` is `plackett-luce`; use one of: bt, pl, hps"),
     "negative": ("0.25", "-0.25", 12, "`loss.beta` is -0.25; it must be at least"),
     "twice": ("  beta: 0.25", "  beta: 0.25\n  beta: 0.5", 13, "broken YAML (found duplicate key beta)"),
     "alias inside its anchor": ("0.25", "&a [*a]", 12, "broken YAML"),
@@ -191,7 +194,7 @@ def test_every_number_has_bounds():
         REPOSITORY / "configs/quickstart.yaml",
         [
             "data.train.limit=1", "data.test.limit=1", "generation.workers=1", "annotation.workers=1",
-            "training.processes=1",
+            "training.processes=1", "schedule.subsample=2",
         ],
     )  # fmt: skip
     assert set(numbers(as_dict(recipe))) == {key for key, _, _ in BOUNDS}
@@ -222,3 +225,115 @@ def test_possible_combinations(load):
     load(RECIPE, "generation.max_prompt_tokens=2047")
     load(RECIPE, "lora.target_modules=[]", "lora.enabled=false")
     load(RECIPE, "schedule.device_batch=32")
+
+
+# ---- profiles ----
+
+
+def test_released_differs_from_paper_in_these_fields_alone(load):
+    """Values of the released code; docs/fidelity.md has a row for each."""
+    bare = "output: runs/x\ndata: {train: {path: a.jsonl}, test: {path: b.jsonl}}\n"
+    paper, released, recommended = (flat(as_dict(load(bare, f"profile={name}"))) for name in PROFILE_NAMES)
+    assert {key: value for key, value in released.items() if value != paper[key]} == {
+        "profile": "released",
+        "models.generator.path": "RLHFlow/Llama3-v2-iterative-DPO-iter3",
+        "models.policy.path": "RLHFlow/Llama3-SFT-v2.0-epoch3",
+        "models.reward.path": "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2",
+        "data.train.responses": 98,
+        "loss.beta": 0.25,
+        "loss.label_smoothing": 0.1,
+        "schedule.gamma_ends": "exclusive",
+        "schedule.ties": "exclude",
+        "schedule.global_batch": 128,
+        "lora.enabled": False,
+        "lora.dropout": 0.01,
+    }
+    assert {key: value for key, value in recommended.items() if value != paper[key]} == {"profile": "recommended"}
+    assert flat(as_dict(load(bare))) == paper == PAPER
+
+
+PROFILE_NAMES = ("paper", "released", "recommended")
+PAPER = {
+    "output": "runs/x", "profile": "paper", "run": "dpo-hps", "seed": 42,
+    "models.generator.path": "RLHFlow/Llama3-v2-DPO", "models.generator.revision": None,
+    "models.policy.path": "RLHFlow/Llama3-SFT-v2.0", "models.policy.revision": None,
+    "models.reward.path": "Skywork/Skywork-Reward-Llama-3.1-8B", "models.reward.revision": None,
+    "data.train.path": "a.jsonl", "data.train.limit": None, "data.train.responses": 100,
+    "data.test.path": "b.jsonl", "data.test.limit": None, "data.test.responses": 5,
+    "generation.temperature": 0.9, "generation.top_p": 1.0, "generation.max_prompt_tokens": 1024,
+    "generation.max_new_tokens": 2048, "generation.keep_given": True, "generation.workers": None,
+    "generation.tensor_parallel": 1, "generation.dtype": "auto", "generation.enforce_eager": False,
+    "generation.gpu_memory_utilization": 0.9, "generation.max_sequences": 256,
+    "annotation.batch_tokens": 16384, "annotation.dtype": "auto", "annotation.workers": None,
+    "loss.family": "dpo", "loss.preference": "hps", "loss.beta": 0.1, "loss.label_smoothing": 0.0,
+    "loss.estimator": "sampled", "loss.samples": 1, "loss.factor_n": False, "loss.positives": 1,
+    "loss.appendix_e_lambda": 1.0, "loss.appendix_e_reading": "printed", "loss.list_size": 5,
+    "loss.exo_epsilon": 1e-3, "loss.exo_beta_r": 1.0, "loss.ipo_per_token": False, "loss.sppo_win": "hard",
+    "loss.nca_alpha": 1.0, "loss.simpo_beta": 2.0, "loss.simpo_margin": 0.0,
+    "schedule.gamma_start": -5.0, "schedule.gamma_end": 5.0, "schedule.gamma_stages": 5,
+    "schedule.gamma_ends": "inclusive", "schedule.best": "reward", "schedule.ties": "keep",
+    "schedule.subsample": None, "schedule.standardize_rewards": False, "schedule.epochs": 2,
+    "schedule.global_batch": 64, "schedule.device_batch": 1, "schedule.max_length": 2048,
+    "lora.enabled": True, "lora.r": 8, "lora.alpha": 16, "lora.dropout": 0.0,
+    "lora.target_modules": ["q_proj", "v_proj"],
+    "optimizer.learning_rate": 5e-7, "optimizer.scheduler": "cosine", "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 1.0,
+    "training.processes": None, "training.deepspeed": None, "training.attention": "auto",
+    "training.gradient_checkpointing": True, "training.save_steps": 50, "training.merge": False,
+    "training.wandb": False, "training.tensorboard": False,
+    "evaluation.bootstrap": 2000, "evaluation.answers": 3, "evaluation.answer_tokens": 256,
+}  # fmt: skip
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    fields = {}
+    for name, value in values.items():
+        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return fields
+
+
+def test_a_recipe_wins_over_the_profile_and_an_override_over_both(load):
+    text = RECIPE + "profile: released\n"
+    assert load(text).loss.beta == 0.25  # the recipe says so too
+    assert load(text.replace("beta: 0.25", "beta: 0.3")).loss.beta == 0.3
+    assert load(text, "loss.beta=0.4").loss.beta == 0.4
+    assert load(text).loss.label_smoothing == 0.1
+    assert load(text, "profile=paper").loss.label_smoothing == 0.0
+
+
+def test_unknown_profile(load):
+    expected = "command line, `profile=best`: `profile` is `best`; use one of: paper, released, recommended"
+    assert refusal(load, RECIPE, "profile=best") == expected
+
+
+# ---- combinations without a meaning ----
+
+MEANINGLESS = [
+    (["loss.preference=bt", "loss.estimator=exact"], "`loss.estimator` is `exact`, but it belongs to hps"),
+    (["loss.preference=pl", "loss.samples=2"], "`loss.samples` is `2`, but it belongs to hps"),
+    (["loss.preference=bt", "loss.positives=2"], "`loss.positives` is `2`, but it belongs to hps"),
+    (["loss.preference=pl", "loss.factor_n=true"], "`loss.factor_n` is `True`, but it belongs to hps"),
+    (["loss.preference=hps", "loss.estimator=exact", "loss.samples=2"], "sums over all dispreferred responses"),
+    (["loss.preference=hps", "loss.family=ipo", "loss.factor_n=true"], "the loss of ipo has none"),
+    (["loss.family=exo", "loss.label_smoothing=0.1"], "exo-bt is none; use loss.label_smoothing=0 (loss.exo_epsilon"),
+    (["loss.preference=pl", "loss.label_smoothing=0.1"], "dpo-pl is none; use loss.label_smoothing=0"),
+    (["loss.family=simpo", "loss.preference=pl", "loss.simpo_margin=1"], "a margin belongs to a pair"),
+    (["loss.family=nca", "loss.preference=pl", "schedule.best=human"], "the target of nca-pl is made of rewards alone"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), MEANINGLESS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_combinations_without_a_meaning_are_refused_with_the_reason(load, overrides, message):
+    text = refusal(load, RECIPE, *overrides)
+    assert message in text and text.startswith("command line, `") and "; use " in text
+
+
+@pytest.mark.parametrize("family", CHOICES["loss.family"])
+@pytest.mark.parametrize("preference", CHOICES["loss.preference"])
+def test_every_method_loads_from_the_quickstart(family, preference):
+    recipe = load_recipe(
+        REPOSITORY / "configs/quickstart.yaml", [f"loss.family={family}", f"loss.preference={preference}"]
+    )
+    assert recipe.run == f"{family}-{preference}"
