@@ -155,7 +155,7 @@ def test_dry_run_of_run_counts_steps_from_the_prompts(recipe):
     assert (done.returncode, done.stderr) == (0, "")
     assert "ranked: MISSING: " in done.stdout
     assert "at most 23 steps of 3 epochs" in done.stdout
-    assert "global batch 8: 1 process(es) x 1 pair(s) at a time x 8" in done.stdout
+    assert "global batch 8: 1 process(es) x 1 prompt(s) at a time x 8" in done.stdout
 
 
 def test_broken_data_end_a_dry_run_too(recipe):

@@ -1,6 +1,7 @@
 """Recipes: what is refused, with file and line or the override named."""
 
 import pytest
+import yaml
 from conftest import REPOSITORY
 
 from hps.errors import InputError
@@ -290,6 +291,24 @@ def flat(values: dict, prefix: str = "") -> dict:
     for name, value in values.items():
         fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return fields
+
+
+def test_the_fidelity_page_tells_the_profiles_values(load):
+    """The rows of its table of settings: field and value in each profile, in backticks."""
+    rows = []
+    for line in (REPOSITORY / "docs" / "fidelity.md").read_text().splitlines():
+        cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and "." in cells[3] and line.count("`") >= 6:
+            rows.append(cells[3:])
+    bare = "output: runs/x\ndata: {train: {path: a.jsonl}, test: {path: b.jsonl}}\n"
+    profiles = [flat(as_dict(load(bare, f"profile={name}"))) for name in ("paper", "released")]
+    assert len(rows) >= 20
+    for name, *values in rows:
+        assert [yaml.safe_load(value) for value in values] == [
+            yaml.safe_load(str(profile[name]).replace("None", "null")) for profile in profiles
+        ], name
+    changed = {name for name in profiles[0] if profiles[0][name] != profiles[1][name]} - {"profile"}
+    assert changed <= {name for name, *_ in rows}
 
 
 def test_a_recipe_wins_over_the_profile_and_an_override_over_both(load):
