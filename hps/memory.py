@@ -8,14 +8,18 @@ In bf16, with P weights of which T train, on G GPUs (docs/memory.md):
     gradients    2 T            ZeRO-2, 3: / G
     optimizer   12 T / G        fp32 copy and the two moments of AdamW
     reference    2 P            full fine-tuning of a family with a reference; ZeRO-3: / G. With LoRA it is the policy
-    activations  2 L H t        inputs of L layers of width H for t tokens, gradient checkpointing
-                 + 34 H t       and one layer that is computed again (Korthikanti et al. 2022, without attention scores)
-                 34 L H t       without gradient checkpointing
+    activations  2 L H t + w t  gradient checkpointing: inputs of L layers of width H for t tokens, and one layer's
+                                working set, w bytes a token (`layer_bytes`)
+                 L w t          without gradient checkpointing
 
-t = prompts of one forward pass x responses of a prompt x `schedule.max_length`. Left out: buffers of communication, the
-fused LM head (it never holds all logits), fragmentation. These are estimates, not measurements.
+t = prompts of one forward pass x responses of a prompt x `schedule.max_length`. DeepSpeed's own estimators
+(`estimate_zero2_model_states_mem_needs`, `..zero3..`) hold gradients in fp32 while the optimizer steps (activations
+are freed): 4 T / G more in ZeRO-2, 2 T / G in ZeRO-3 (in place of those in bf16), there also 4 bytes x largest layer.
+Left out: these, buffers of communication, the tiles of the fused LM head, fragmentation. These are estimates, not
+measurements.
 """
 
+import json
 import warnings
 from pathlib import Path
 
@@ -71,10 +75,23 @@ def states(weights: int, trainable: int, gpus: int, stage: int, reference: bool)
     }
 
 
-def activations(layers: int, hidden: int, tokens: int, checkpointing: bool) -> float:
-    """Bytes of activations for the tokens of one forward pass; the factor 34 H is that of a layer in 16 bits."""
-    layer = 34.0 * hidden * tokens
-    return 2.0 * layers * hidden * tokens + layer if checkpointing else layers * layer
+def layer_bytes(config) -> int:
+    """Bytes a token that a Llama layer keeps for its backward pass when all its weights train: 16 H + 4 (A + K) + 8 I.
+
+    H width, A and K widths of the queries and of the keys, I of the MLP. 16 H: two RMSNorms, each its input in fp32,
+    its normalised input and its output in bf16; 4 A + 4 K: queries and output, keys and values of attention whose
+    scores are not stored (flash attention, sdpa); 8 I: gate, its SiLU, up, and their product. LoRA keeps less: the
+    inputs of frozen weights are not needed.
+    """
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = head * (config.num_attention_heads + config.num_key_value_heads)
+    return 16 * config.hidden_size + 4 * attention + 8 * config.intermediate_size
+
+
+def activations(config, tokens: int, checkpointing: bool) -> float:
+    """Bytes of activations for the tokens of one forward pass."""
+    layers, layer = config.num_hidden_layers, float(layer_bytes(config) * tokens)
+    return 2.0 * layers * config.hidden_size * tokens + layer if checkpointing else layers * layer
 
 
 def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
@@ -82,11 +99,15 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     config, source = _architecture(recipe)
     if config is None:
         return [f"memory: not estimated, {source}"]
-    weights, trainable = count_weights(config, recipe)
+    try:
+        weights, trainable = count_weights(config, recipe)
+    except ValueError as error:  # no causal language model; LoRA's target modules are not in it
+        return [f"memory: not estimated, {str(error).splitlines()[0]}"]
     responses, schedule = responses_per_prompt(recipe), recipe.schedule
     tokens = schedule.device_batch * responses * schedule.max_length
-    held = activations(config.num_hidden_layers, config.hidden_size, tokens, recipe.training.gradient_checkpointing)
+    held = activations(config.get_text_config(), tokens, recipe.training.gradient_checkpointing)
     reference = not recipe.lora.enabled and recipe.loss.family != "simpo"
+    chosen = deepspeed_stage(recipe)
     lines = [
         f"memory per GPU in bf16, by formulas, not measured (docs/memory.md): {weights:,} weights ({source}), "
         f"{trainable:,} train, {responses} responses of a prompt, {gpus} process(es)"
@@ -94,22 +115,37 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     for stage in (1, 2, 3):
         parts = {**states(weights, trainable, gpus, stage, reference), "activations": held}
         text = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items())
-        mine = Path(recipe.training.deepspeed or "").stem == f"zero{stage}"
-        mark = "  <- training.deepspeed" if mine else ""
+        mark = "  <- training.deepspeed" if stage == chosen else ""
         lines.append(f"memory ZeRO-{stage}: {text}; total {sum(parts.values()) / 1e9:.1f} GB{mark}")
     return lines
 
 
+def deepspeed_stage(recipe: Recipe) -> int | None:
+    """The ZeRO stage of the file that the recipe names."""
+    if not recipe.training.deepspeed:
+        return None
+    settings = json.loads(Path(recipe.training.deepspeed).read_text(encoding="utf-8"))
+    return settings.get("zero_optimization", {}).get("stage")
+
+
 def _architecture(recipe: Recipe):
     """The policy's configuration and where it is from, or None and why not. Nothing is asked of the network."""
+    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
     model = recipe.models.policy
+    source = f"config.json of {model.path}"
+    if Path(model.path).is_dir():
+        folder = Path(model.path)
+    # Not `from_pretrained(name, local_files_only=True)`: huggingface_hub 1 asks the hub for a list of user agents then.
+    elif isinstance(cached := try_to_load_from_cache(model.path, "config.json", revision=model.revision), str):
+        folder = Path(cached).parent
+    elif model.path in SHAPES:
+        folder = REPOSITORY / SHAPES[model.path]
+        source = f"taken from {SHAPES[model.path]}, the model itself is not on this machine"
+    else:
+        return None, f"{model.path} is not on this machine"
     try:
-        config = AutoConfig.from_pretrained(model.path, revision=model.revision, local_files_only=True)
-        return config, f"config.json of {model.path}"
-    except (OSError, ValueError):
-        if model.path not in SHAPES:
-            return None, f"{model.path} is not on this machine"
-    shape = SHAPES[model.path]
-    return AutoConfig.from_pretrained(REPOSITORY / shape), f"{shape}: the model is not on this machine"
+        return AutoConfig.from_pretrained(folder, local_files_only=True), source
+    except (OSError, ValueError) as error:
+        return None, str(error).splitlines()[0]

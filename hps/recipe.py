@@ -313,7 +313,7 @@ def _profile(raw: dict, overrides: list[str], place: "_Place") -> dict:
         if override.startswith("profile="):
             name, place.overridden["profile"] = override.partition("=")[2], override
     profiles = yaml.safe_load(PROFILES.read_text(encoding="utf-8"))
-    if name not in profiles:
+    if not isinstance(name, str) or name not in profiles:
         raise InputError(
             f"`profile` is `{name}`", where=place.of("profile"), remedy=f"use one of: {', '.join(profiles)}"
         )

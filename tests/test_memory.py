@@ -1,13 +1,70 @@
 """hps/memory.py: counts against real tensors, shares by hand."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hps.memory import activations, count_weights, memory_lines, responses_per_prompt, states
+from hps.memory import activations, count_weights, layer_bytes, memory_lines, responses_per_prompt, states
 from hps.recipe import REPOSITORY, load_recipe
 
 RECIPE = REPOSITORY / "configs" / "hh_rlhf.yaml"
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    """The cache of whoever runs this may hold the 8B model. The variable is read at import: the constant is set."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def kept_bytes(config, lora: bool) -> int:
+    """Bytes that autograd keeps of a real bf16 forward pass of 2 x 64 tokens, weights not counted."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel
+
+    model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"]), autocast_adapter_dtype=False)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    embedded = torch.randn(2, 64, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(inputs_embeds=embedded, use_cache=False)
+    assert output.last_hidden_state.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_a_layer_keeps_what_the_formula_says():
+    """One more layer of Llama-3's proportions keeps `layer_bytes` a token, 49 H, and some scalars; LoRA less."""
+    shape = REPOSITORY / "configs" / "shapes" / "llama-3-8b.json"
+    assert layer_bytes(AutoConfig.from_pretrained(shape)) == 49 * 4096
+    small = dict(hidden_size=256, intermediate_size=896, num_attention_heads=4, num_key_value_heads=1, vocab_size=8)
+    one, two = (AutoConfig.for_model("llama", num_hidden_layers=layers, **small) for layers in (1, 2))
+    found = (kept_bytes(two, lora=False) - kept_bytes(one, lora=False)) / 128
+    assert layer_bytes(one) == 49 * 256
+    assert layer_bytes(one) <= found < 1.01 * layer_bytes(one)
+    assert kept_bytes(two, lora=True) - kept_bytes(one, lora=True) < 128 * layer_bytes(one)
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_states_against_deepspeeds_estimators(gpus):
+    """They hold gradients in fp32 too (ZeRO-3: in place of those in bf16), in ZeRO-3 4 bytes x the largest layer."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    size, largest = 8_000_000, 1_000_000
+    _, second = estimate_zero2_model_states_mem_needs(size, gpus, cpu_offload=False)
+    _, third, _ = estimate_zero3_model_states_mem_needs(size, largest, gpus, cpu_offload=False)
+    assert sum(states(size, size, gpus, 2, False).values()) == second - 4 * size / gpus
+    assert sum(states(size, size, gpus, 3, False).values()) == third - 2 * size / gpus - 4 * largest
 
 
 def test_counts_are_those_of_the_real_model(tiny_model):
@@ -45,9 +102,33 @@ def test_stages_share_by_hand():
 
 
 def test_activations_by_hand():
-    """2 layers, width 8, 10 tokens: inputs 2 x 2 x 8 x 10 = 320, a layer 34 x 8 x 10 = 2720."""
-    assert activations(2, 8, 10, checkpointing=True) == 320 + 2720
-    assert activations(2, 8, 10, checkpointing=False) == 2 * 2720
+    """2 layers, width 8, 2 heads of 4, 1 of keys, MLP 16; a layer keeps 16 x 8 + 4 x (8 + 4) + 8 x 16 = 304 a token."""
+    config = AutoConfig.for_model(
+        "llama", num_hidden_layers=2, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16
+    )
+    assert activations(config, 10, checkpointing=True) == 2 * 2 * 8 * 10 + 3040
+    assert activations(config, 10, checkpointing=False) == 2 * 3040
+
+
+def test_lists_take_more(tiny_model):
+    """Activations of a whole list grow with n; those of a pair do not."""
+
+    def held(*overrides):
+        names = [f"models.policy.path={tiny_model}", "training.gradient_checkpointing=false", *overrides]
+        head, line, *_ = memory_lines(load_recipe(RECIPE, names), 2)
+        assert f"(config.json of {tiny_model})" in head
+        return float(line.partition("activations ")[2].partition(";")[0])
+
+    lists = [held("loss.estimator=exact", f"schedule.subsample={n}") for n in (5, 20, 100)]
+    assert lists[0] < lists[1] < lists[2] == pytest.approx(20 * lists[0], rel=0.1)  # printed to 0.01 GB
+    assert held("schedule.subsample=5") == held("schedule.subsample=100")
+
+
+def test_the_stage_is_the_files_not_its_names(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    lines = memory_lines(load_recipe(RECIPE, [f"training.deepspeed={path}"]), 8)
+    assert [line.endswith("<- training.deepspeed") for line in lines[1:]] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -69,19 +150,18 @@ def test_responses_of_a_prompt(overrides, expected):
 
 
 @pytest.mark.parametrize("name", ["hh_rlhf", "pku_safe"])
-def test_the_8b_recipes(name, monkeypatch, tmp_path):
+def test_the_8b_recipes(name):
     """8,030,261,248 weights of Llama-3-8B; LoRA of rank 8 on q and v: 32 x 8 x (4096 + 4096 + 4096 + 1024)."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     recipe = load_recipe(REPOSITORY / "configs" / f"{name}.yaml")
     head, *stages = memory_lines(recipe, 8)
-    assert f"{8_030_261_248 + 3_407_872:,} weights (configs/shapes/llama-3-8b.json" in head
+    assert f"{8_030_261_248 + 3_407_872:,} weights (taken from configs/shapes/llama-3-8b.json" in head
     assert "3,407,872 train" in head and "not measured" in head
     assert [line.endswith("<- training.deepspeed") for line in stages] == [False, True, False]
     assert stages[0].startswith("memory ZeRO-1: weights 16.07, gradients 0.01, optimizer 0.01, reference 0.00,")
     assert stages[2].startswith("memory ZeRO-3: weights 2.01,")
 
 
-def test_full_fine_tuning_holds_a_reference_unless_simpo(monkeypatch):
+def test_full_fine_tuning_holds_a_reference_unless_simpo():
     line = memory_lines(load_recipe(RECIPE, ["lora.enabled=false"]), 8)[3]
     assert "reference 2.01" in line
     line = memory_lines(load_recipe(RECIPE, ["lora.enabled=false", "loss.family=simpo"]), 8)[3]
@@ -91,3 +171,30 @@ def test_full_fine_tuning_holds_a_reference_unless_simpo(monkeypatch):
 def test_an_unknown_model_is_one_line():
     lines = memory_lines(load_recipe(RECIPE, ["models.policy.path=nobody/nothing"]), 8)
     assert lines == ["memory: not estimated, nobody/nothing is not on this machine"]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "t5"}'])
+def test_a_folder_of_no_language_model_is_one_line(text, tmp_path):
+    """Also with the reason: the folder is there, so it must not be said that it is not."""
+    (tmp_path / "config.json").write_text(text)
+    (line,) = memory_lines(load_recipe(RECIPE, [f"models.policy.path={tmp_path}"]), 8)
+    assert line.startswith("memory: not estimated, ") and "not on this machine" not in line
+
+
+def test_target_modules_that_the_policy_has_not_are_one_line():
+    (line,) = memory_lines(load_recipe(RECIPE, ["lora.target_modules=[nothing]"]), 8)
+    assert line.startswith("memory: not estimated, ") and "nothing" in line
+
+
+def test_the_cache_is_read_and_the_network_is_not_asked(monkeypatch, tmp_path, tiny_model):
+    """Also with the hub online: a hub client may ask for more than the file."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    recipe = load_recipe(RECIPE)
+    assert "taken from configs/shapes" in memory_lines(recipe, 8)[0]
+    snapshot = tmp_path / "hub" / "models--RLHFlow--Llama3-SFT-v2.0" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text((tiny_model / "config.json").read_text())
+    assert "(config.json of RLHFlow/Llama3-SFT-v2.0)" in memory_lines(recipe, 8)[0]

@@ -320,6 +320,12 @@ def test_a_recipe_wins_over_the_profile_and_an_override_over_both(load):
     assert load(text, "profile=paper").loss.label_smoothing == 0.0
 
 
+@pytest.mark.parametrize("value", ["[paper]", "{a: b}", "null", "best"])
+def test_profile_that_is_none_of_the_three(load, value):
+    text = refusal(load, RECIPE + f"profile: {value}\n")
+    assert ": `profile` is `" in text and "use one of: paper, released, recommended" in text
+
+
 def test_unknown_profile(load):
     expected = "command line, `profile=best`: `profile` is `best`; use one of: paper, released, recommended"
     assert refusal(load, RECIPE, "profile=best") == expected
