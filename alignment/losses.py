@@ -7,7 +7,7 @@ dispreferred responses; `q_i` their weights (Eq. 9). A family's *score* of a res
 
 Losses are per prompt, in nats, no reduction, nothing detached. Pair losses work elementwise on tensors of any one
 shape. List losses take (batch, n) scores, best response first, and a mask that is False on padding behind the list;
-what stands in the padding changes nothing, as long as it is finite. docs/methods.md has formulas, sources and defaults.
+what stands in the padding changes nothing, as long as its square is finite. docs/methods.md has formulas, sources and defaults.
 """
 
 import torch
@@ -238,7 +238,7 @@ def hps_loss(
     Args:
         loss: the recipe's section.
         best: (batch,), score of the preferred response.
-        others: (batch, n), scores; columns of weight 0 may hold anything finite, also `best` itself.
+        others: (batch, n), scores; columns of weight 0 may hold anything with a finite square, also `best`.
         log_weights: (batch, n), logarithms of the weights, -inf for weight 0; each row's weights sum to 1.
         dispreferred_count: (batch,), N >= 1.
 

@@ -15,7 +15,6 @@ from alignment.losses import (
     implicit_reward,
     ipo_list_loss,
     ipo_pair_loss,
-    list_loss,
     nca_list_loss,
     nca_pair_loss,
     pair_loss,
@@ -164,12 +163,17 @@ def test_pl_by_hand():
     torch.testing.assert_close(pl_loss(rewards, ones(1, 3)), double(math.log(3)))
 
 
-def test_pl_probabilities_of_all_orders_sum_to_one():
-    values = double(0.3, -1.2, 2.0, 0.7)
-    total = sum(
-        torch.exp(-pl_loss(values[list(order)][None], ones(1, 4))) for order in itertools.permutations(range(4))
-    )
-    torch.testing.assert_close(total, double(1.0))
+def test_pl_probabilities_of_all_orders():
+    """A product of draws without replacement, by exp(rho), for each of the 24 orders; the products sum to 1."""
+    values, total = (0.3, -1.2, 2.0, 0.7), 0.0
+    for order in itertools.permutations(values):
+        probability = 1.0
+        for place in range(4):
+            probability *= math.exp(order[place]) / sum(math.exp(x) for x in order[place:])
+        loss = pl_loss(double(*order)[None], ones(1, 4)).item()
+        assert loss == pytest.approx(-math.log(probability), rel=1e-12)
+        total += math.exp(-loss)
+    assert total == pytest.approx(1.0, rel=1e-12)
 
 
 def test_exo_list_by_hand():
@@ -218,70 +222,168 @@ def brute_force(loss: Loss, s: list[float], r: list[float]) -> float:
         pairs = [(s[i] - s[j] - 1 / (2 * loss.beta)) ** 2 for i in range(n) for j in range(i + 1, n)]
         return sum(pairs) / len(pairs)
     if loss.family == "sppo":
-        wins = [sum(r[i] > r[j] for j in range(n) if j != i) / (n - 1) for i in range(n)]
+        win = (lambda d: sigmoid(d)) if loss.sppo_win == "sigmoid" else (lambda d: float(d > 0))
+        wins = [sum(win(r[i] - r[j]) for j in range(n) if j != i) / (n - 1) for i in range(n)]
         return sum((x - (p - 0.5) / loss.beta) ** 2 for x, p in zip(s, wins, strict=True))
     return sum(-math.log(math.exp(s[j]) / sum(math.exp(x) for x in s[j:])) for j in range(n))
 
 
+def brute_force_pair(loss: Loss, w: float, l: float) -> float:  # noqa: E741
+    """The pair loss in plain Python, likewise."""
+    if loss.family == "exo":
+        p, e = sigmoid(w - l), loss.exo_epsilon
+        return p * math.log(p / (1 - e)) + (1 - p) * math.log((1 - p) / e)
+    if loss.family == "ipo":
+        return (w - l - 0.5 / loss.beta) ** 2
+    if loss.family == "sppo":
+        return (w - 0.5 / loss.beta) ** 2 + (l + 0.5 / loss.beta) ** 2
+    if loss.family == "nca":
+        return -math.log(sigmoid(w)) - 0.5 * math.log(sigmoid(-w)) - 0.5 * math.log(sigmoid(-l))
+    d, e = w - l - (loss.simpo_margin if loss.family == "simpo" else 0.0), loss.label_smoothing
+    return -(1 - e) * math.log(sigmoid(d)) - e * math.log(sigmoid(-d))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_uneven_lists_by_brute_force(family):
-    loss, batch = Loss(family=family, preference="pl", exo_beta_r=0.7, nca_alpha=1.3), batch_of()
+def test_pairs_by_brute_force(family):
+    loss = Loss(family=family, exo_epsilon=0.02, beta=0.3, label_smoothing=0.15, simpo_margin=0.8)
+    for best, worst in itertools.product((-2.0, -0.3, 0.0, 1.7), repeat=2):
+        value = pair_loss(loss, double(best), double(worst)).item()
+        assert value == pytest.approx(brute_force_pair(loss, best, worst), rel=1e-12)
+
+
+@pytest.mark.parametrize("sppo_win", ["hard", "sigmoid"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_uneven_lists_by_brute_force(family, sppo_win):
+    batch = batch_of()
+    loss = Loss(family=family, preference="pl", beta=0.3, exo_beta_r=0.7, nca_alpha=1.3, sppo_win=sppo_win)
     losses = preference_loss(loss, **batch)
     for place, size in enumerate(batch["mask"].sum(dim=1).tolist()):
         rows = (batch[name][place, :size].tolist() for name in ("scores", "annotated"))
         assert losses[place].item() == pytest.approx(brute_force(loss, *rows), rel=1e-12)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("factor_n", [False, True])
-def test_exact_hps_by_brute_force(family, factor_n):
+@pytest.mark.parametrize(
+    ("family", "factor_n", "smoothing"),
+    [
+        *itertools.product(("dpo", "simpo"), (False, True), (0.0, 0.2)),
+        *itertools.product(("exo", "ipo", "sppo", "nca"), (False,), (0.0,)),
+        ("exo", True, 0.0),
+    ],
+)
+def test_exact_hps_by_brute_force(family, factor_n, smoothing):
     """dpo and simpo: Eq. 8 and 10 as printed; the others: the q-weighted mean of pair losses."""
-    if factor_n and family in ("ipo", "sppo", "nca"):
-        factor_n = False
-    loss, batch = Loss(family=family, factor_n=factor_n), batch_of()
+    loss, batch = Loss(family=family, factor_n=factor_n, label_smoothing=smoothing), batch_of()
     losses = preference_loss(loss, **batch)
     for place, size in enumerate(batch["mask"].sum(dim=1).tolist()):
         best, *others = batch["scores"][place, :size].tolist()
         q = batch["log_weights"][place, 0, 1:size].exp().tolist()
         n = size - 1 if factor_n else 1
         if family in ("dpo", "simpo"):
-            mixture = sum(w * math.exp(x) for w, x in zip(q, others, strict=True))
-            expected = -math.log(math.exp(best) / (math.exp(best) + n * mixture))
+            mixture = n * sum(w * math.exp(x) for w, x in zip(q, others, strict=True))
+            right = math.exp(best) / (math.exp(best) + mixture)
+            expected = -(1 - smoothing) * math.log(right) - smoothing * math.log(1 - right)
         else:
-            shift = math.log(n) if family == "exo" else 0.0
-            expected = sum(
-                w * pair_loss(loss, double(best), double(x + shift)).item() for w, x in zip(q, others, strict=True)
-            )
+            pairs = [brute_force_pair(loss, best, x + math.log(n)) for x in others]
+            expected = sum(w * pair for w, pair in zip(q, pairs, strict=True))
         assert losses[place].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_hps_by_hand():
+    """exp(rho) = 3, 2, 1 and q = (1/4, 3/4): the mixture is 5/4, twice that with the factor.
+
+    Eq. 10 is -log(3 / (3 + 5/4)) = log 17/12, Eq. 8 -log(3 / (3 + 5/2)) = log 11/6; SimPO's margin log 3 makes 3 a 1:
+    log 9/4. One draw of y_2: log 5/3, with the factor log 7/3.
+    """
+    scores, log_weights = double(LOG_3, math.log(2), 0.0), double(0.0, 0.25, 0.75)[None].log()
+    assert hps(Loss(), scores, log_weights).item() == pytest.approx(math.log(17 / 12))
+    assert hps(Loss(factor_n=True), scores, log_weights).item() == pytest.approx(math.log(11 / 6))
+    with_margin = Loss(family="simpo", simpo_margin=LOG_3)
+    assert hps(with_margin, scores, log_weights).item() == pytest.approx(math.log(9 / 4))
+    assert hps(Loss(), scores, one_hot(3, 1)).item() == pytest.approx(math.log(5 / 3))
+    assert hps(Loss(factor_n=True), scores, one_hot(3, 1)).item() == pytest.approx(math.log(7 / 3))
+
+
+def test_label_smoothing_in_hps_by_hand():
+    """The mixture of `test_hps_by_hand` with the factor: -0.8 log(6/11) - 0.2 log(5/11)."""
+    loss = Loss(factor_n=True, label_smoothing=0.2)
+    value = hps(loss, double(LOG_3, math.log(2), 0.0), double(0.0, 0.25, 0.75)[None].log())
+    assert value.item() == pytest.approx(-0.8 * math.log(6 / 11) - 0.2 * math.log(5 / 11))
+
+
+def test_factor_in_exo_by_hand():
+    """Differences log 9 and log 3 with N = 3, one draw each: log 3 and 0 remain, against the label (0.9, 0.1)."""
+    loss = Loss(family="exo", exo_epsilon=0.1, factor_n=True)
+    scores = double(math.log(9), 0.0, LOG_3, -7.0)
+    expected = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
+    assert hps(loss, scores, one_hot(4, 1)).item() == pytest.approx(expected)
+    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert hps(loss, scores, one_hot(4, 2)).item() == pytest.approx(expected)
 
 
 # ---- theory ----
 
 
+def of_two(loss: Loss, scores: torch.Tensor, annotated: torch.Tensor, gamma: float) -> dict[str, torch.Tensor]:
+    """The losses of (batch, 2) scores under each preference model, the recipe's other settings alike.
+
+    `hps` is exact and sampled at once: the only draw is y_2, and its share is q_2 = 1.
+    """
+    q = torch.stack([weights_of(row, gamma) for row in annotated])
+    worst = torch.stack([one_hot(2, 1)] * len(scores))
+    assert torch.equal(q, worst)
+    count = torch.ones(len(scores), 1)
+    losses = {}
+    for preference in PREFERENCES:
+        fields = {**vars(loss), "preference": preference}
+        losses[preference] = preference_loss(Loss(**fields), scores, annotated, ones(*scores.shape), worst, count)
+    return losses
+
+
 @pytest.mark.parametrize("factor_n", [False, True])
 @pytest.mark.parametrize("family", ["dpo", "simpo", "ipo", "sppo"])
 def test_two_responses_make_pl_hps_and_bt_agree(family, factor_n):
-    """n = 2, N = 1: q is 1 and log N is 0."""
-    loss = Loss(family=family, factor_n=factor_n and family in ("dpo", "simpo"))
-    scores, annotated = double(0.4, -1.1), double(2.0, 1.0)
-    pair = pair_loss(loss, scores[0], scores[1])
-    torch.testing.assert_close(hps(loss, scores, weights_of(annotated, 3.0)), pair)
-    torch.testing.assert_close(list_loss(loss, scores[None], annotated[None], ones(1, 2))[0], pair)
+    """n = 2, N = 1: q is 1 and log N is 0; SPPO with hard labels has P = (1, 0)."""
+    batch = batch_of(1, (2,) * 16)
+    loss = Loss(family=family, factor_n=factor_n)
+    losses = of_two(loss, batch["scores"], batch["annotated"], 3.0)
+    pairs = [brute_force_pair(loss, *row) for row in batch["scores"].tolist()]
+    for preference in PREFERENCES:
+        torch.testing.assert_close(losses[preference], double(*pairs), rtol=1e-12, atol=1e-14)
 
 
-def test_two_responses_of_exo_and_nca_agree_where_their_targets_do():
-    """EXO: r_1 - r_2 = beta_r log((1 - eps) / eps). NCA: alpha to 0; at alpha = 0.01 the target is 1 to e^-100."""
-    scores = double(0.4, -1.1)
-    exo = Loss(family="exo", exo_epsilon=0.1, exo_beta_r=2.0)
-    annotated = double(2.0 * math.log(9), 0.0)
-    pair = pair_loss(exo, scores[0], scores[1])
-    torch.testing.assert_close(hps(exo, scores, weights_of(annotated, 1.0)), pair)
-    torch.testing.assert_close(list_loss(exo, scores[None], annotated[None], ones(1, 2))[0], pair)
-    nca = Loss(family="nca", nca_alpha=0.01)
-    pair = pair_loss(nca, scores[0], scores[1])
-    torch.testing.assert_close(list_loss(nca, scores[None], double(2.0, 1.0)[None], ones(1, 2))[0], pair)
-    warm = Loss(family="nca", nca_alpha=1.0)
-    assert abs(list_loss(warm, scores[None], double(2.0, 1.0)[None], ones(1, 2))[0] - pair) > 0.01
+def test_two_responses_of_sppo_with_sigmoid_labels_do_not_agree():
+    """r_1 - r_2 = log 3: P = (3/4, 1/4), targets +-1/2 at beta 1/2, for the pair +-1; s = (1, -1): 1/2, not 0."""
+    loss = Loss(family="sppo", beta=0.5, sppo_win="sigmoid")
+    losses = of_two(loss, double(1.0, -1.0)[None], double(LOG_3, 0.0)[None], 1.0)
+    torch.testing.assert_close(losses["pl"], double(0.5))
+    torch.testing.assert_close(losses["bt"], double(0.0))
+
+
+def test_two_responses_of_exo_agree_where_the_rewards_give_the_label():
+    """r_1 - r_2 = beta_r log((1 - eps) / eps) makes softmax(r / beta_r) the label [1 - eps, eps]; another gap not."""
+    loss = Loss(family="exo", exo_epsilon=0.1, exo_beta_r=2.0)
+    scores, gap = double(0.4, -1.1)[None], 2.0 * math.log(9)
+    losses = of_two(loss, scores, double(5.0 + gap, 5.0)[None], 1.0)
+    expected = double(brute_force_pair(loss, 0.4, -1.1))
+    for preference in PREFERENCES:
+        torch.testing.assert_close(losses[preference], expected)
+    elsewhere = of_two(loss, scores, double(gap + 1, 0.0)[None], 1.0)
+    assert abs(elsewhere["pl"] - expected).item() > 0.01
+    torch.testing.assert_close(elsewhere["hps"], expected)
+
+
+def test_two_responses_of_nca_agree_in_the_limit_of_small_alpha():
+    """softmax(r / alpha) tends to (1, 0).
+
+    Off the limit the target of y_2 is t = 1 / (1 + exp(1 / alpha)) at a reward gap of 1, and the list loss exceeds the
+    pair's by t (log sigmoid(rho_1) - log sigmoid(rho_2)) = t (log 3/4 - log 1/2) = t log 3/2 at rho = (log 3, 0).
+    """
+    scores, annotated = double(LOG_3, 0.0)[None], double(2.0, 1.0)[None]
+    pair = math.log(4 / 3) + 0.5 * math.log(4) + 0.5 * math.log(2)
+    for alpha in (1.0, 0.3, 0.1, 0.01):
+        losses = of_two(Loss(family="nca", nca_alpha=alpha), scores, annotated, 1.0)
+        assert losses["bt"].item() == losses["hps"].item() == pytest.approx(pair)
+        assert losses["pl"].item() - pair == pytest.approx(math.log(3 / 2) / (1 + math.exp(1 / alpha)), abs=1e-14)
 
 
 def test_gamma_zero_with_the_factor_is_equation_6():
@@ -291,21 +393,37 @@ def test_gamma_zero_with_the_factor_is_equation_6():
     torch.testing.assert_close(loss, -scores.log_softmax(0)[0])
 
 
-def test_large_gamma_is_the_pair_loss_against_the_highest_reward():
-    """Theorem 2, plus log N with the factor; and no supremum when another response has the larger implicit reward."""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_large_gamma_is_the_pair_loss_against_the_highest_reward(family):
+    """Theorem 2, plus log N with the factor; -gamma large is the worst response: bt (Eq. 15)."""
     scores, annotated = double(0.5, -1.0, 2.0, 0.3), double(3.0, 2.0, 1.0, 0.0)
-    limit = hps(Loss(), scores, weights_of(annotated, 1000.0))
-    torch.testing.assert_close(limit, bt_loss(scores[0], scores[1]))
-    with_factor = hps(Loss(factor_n=True), scores, weights_of(annotated, 1000.0))
-    torch.testing.assert_close(with_factor, bt_loss(scores[0], scores[1] + LOG_3))
-    # y_2 has the highest reward, but y_3 the highest implicit reward: all weight on it gives more.
-    supremum = hps(Loss(), scores, one_hot(4, 2))
-    torch.testing.assert_close(supremum, bt_loss(double(0.5)[0], double(2.0)[0]))
-    assert supremum > limit + 1
-    # Where both orders agree, the limit is the supremum.
-    agreeing = double(0.5, 2.0, 0.3, -1.0)
-    limit = hps(Loss(), agreeing, weights_of(annotated, 1000.0))
-    assert all(hps(Loss(), agreeing, one_hot(4, place)) <= limit for place in (1, 2, 3))
+    loss = Loss(family=family)
+    limit = hps(loss, scores, weights_of(annotated, 1000.0)).item()
+    assert limit == pytest.approx(brute_force_pair(loss, 0.5, -1.0), rel=1e-12)
+    near = abs(hps(loss, scores, weights_of(annotated, 5.0)).item() - limit)
+    assert 0 < near < abs(hps(loss, scores, weights_of(annotated, 2.0)).item() - limit)
+    worst = hps(loss, scores, weights_of(annotated, -1000.0)).item()
+    assert worst == pytest.approx(brute_force_pair(loss, 0.5, 0.3), rel=1e-12)
+    if family in ("dpo", "simpo", "exo"):
+        with_factor = hps(Loss(family=family, factor_n=True), scores, weights_of(annotated, 1000.0)).item()
+        assert with_factor == pytest.approx(brute_force_pair(loss, 0.5, -1.0 + LOG_3), rel=1e-12)
+
+
+def test_limit_of_gamma_is_no_supremum_unless_both_rewards_agree():
+    """y_2 has the largest annotated reward, y_3 the largest implicit one.
+
+    exp(rho) = 1, 1, 3: the limit is log 2, the supremum over distributions (all weight on y_3) log 4. With rho_2 and
+    rho_3 exchanged the limit is log 4, and no distribution gives more.
+    """
+    annotated, rng = double(3.0, 2.0, 1.0), np.random.default_rng(0)
+    against, along = double(0.0, 0.0, LOG_3), double(0.0, LOG_3, 0.0)
+    limits = [hps(Loss(), scores, weights_of(annotated, 1000.0)).item() for scores in (against, along)]
+    assert limits == [pytest.approx(math.log(2)), pytest.approx(math.log(4))]
+    assert hps(Loss(), against, one_hot(3, 2)).item() == pytest.approx(math.log(4))
+    for q in rng.dirichlet((0.5, 0.5), size=50):
+        log_weights = double(0.0, *q)[None].log()
+        for scores in (against, along):
+            assert hps(Loss(), scores, log_weights).item() <= math.log(4) + 1e-12
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -326,14 +444,26 @@ def test_mean_of_the_sampled_loss_is_its_enumeration_and_not_above_the_exact(fam
         torch.testing.assert_close(exact, mean)
 
 
-def test_jensen_gap_by_hand():
-    """rho_1 = 0, rho = (log 3, -log 3), q = 1/2 each: sampled (log 4 + log 4/3) / 2, exact log(1 + (3 + 1/3) / 2)."""
+@pytest.mark.parametrize("family", ["dpo", "simpo"])
+def test_jensen_gap_by_hand(family):
+    """rho_1 = 0, rho = (log 3, -log 3), q = 1/2 each: sampled (log 4 + log 4/3) / 2, exact log(1 + 5/3).
+
+    The gap is log 8/3 - log(16/3) / 2 = 0.144 nats. With the factor, N = 2: (log 7 + log 5/3) / 2 against
+    log(1 + 10/3). Equal implicit rewards leave no gap.
+    """
     scores, log_weights = double(0.0, LOG_3, -LOG_3), double(0.0, 0.5, 0.5)[None].log()
-    sampled = (hps(Loss(), scores, one_hot(3, 1)) + hps(Loss(), scores, one_hot(3, 2))) / 2
-    exact = hps(Loss(), scores, log_weights)
-    assert sampled.item() == pytest.approx((math.log(4) + math.log(4 / 3)) / 2)
-    assert exact.item() == pytest.approx(math.log(8 / 3))
-    assert (exact - sampled).item() == pytest.approx(math.log(8 / 3) - 0.5 * math.log(16 / 3))  # 0.144 nats
+
+    def sampled_and_exact(loss: Loss, scores: torch.Tensor) -> tuple[float, float]:
+        draws = [hps(loss, scores, one_hot(3, place)).item() for place in (1, 2)]
+        return sum(draws) / 2, hps(loss, scores, log_weights).item()
+
+    sampled, exact = sampled_and_exact(Loss(family=family), scores)
+    assert (sampled, exact) == (pytest.approx(math.log(16 / 3) / 2), pytest.approx(math.log(8 / 3)))
+    assert exact - sampled == pytest.approx(0.1438410362)
+    factored = sampled_and_exact(Loss(family=family, factor_n=True), scores)
+    assert factored == (pytest.approx(math.log(35 / 3) / 2), pytest.approx(math.log(13 / 3)))
+    level = sampled_and_exact(Loss(family=family), double(0.0, 0.4, 0.4))
+    assert level[0] == pytest.approx(level[1], rel=1e-12)
 
 
 def test_more_draws_close_the_jensen_gap():
@@ -354,7 +484,7 @@ def test_more_draws_close_the_jensen_gap():
 def test_appendix_e():
     """L_1 + lambda L_2: y_1 against (y_2, y_3, y_4), y_2 against (y_3, y_4); with lambda 0 it is HPS."""
     scores, annotated = double(0.5, 0.2, -0.4, 1.0), double(3.0, 2.0, 1.0, 0.0)
-    first = weights_of(annotated, 0.8)
+    first = weights_of(annotated, 0.8)  # the printed reading: y_2 is among the dispreferred of y_1
     second = torch.cat([torch.full((1, 1), -torch.inf, dtype=torch.float64), weights_of(annotated[1:], 0.8)], dim=1)
     terms = torch.stack([first, second], dim=1)
 
@@ -369,6 +499,22 @@ def test_appendix_e():
     with_factor = hps(Loss(factor_n=True), scores, first)
     with_factor = with_factor + hps(Loss(factor_n=True), scores[1:], weights_of(annotated[1:], 0.8))
     torch.testing.assert_close(total(1.0, factor_n=True), with_factor)
+
+
+def test_appendix_e_by_hand():
+    """exp(rho) = 3, 2, 1, uniform weights, lambda 1.
+
+    Printed: log(1 + 3/2 / 3) + log(1 + 1/2) = 2 log 3/2. Intended, y_1 against y_3 alone: log 4/3 + log 3/2 = log 2.
+    """
+    scores, none = double(LOG_3, math.log(2), 0.0)[None], -math.inf
+    half, loss = math.log(0.5), Loss(positives=2)
+    printed = double(none, half, half, none, none, 0.0).view(1, 2, 3)
+    intended = double(none, none, 0.0, none, none, 0.0).view(1, 2, 3)
+    annotated, mask = double(2.0, 1.0, 0.0)[None], ones(1, 3)
+    value = preference_loss(loss, scores, annotated, mask, printed, double(2.0, 1.0)[None])
+    torch.testing.assert_close(value, double(2 * math.log(3 / 2)))
+    value = preference_loss(loss, scores, annotated, mask, intended, double(1.0, 1.0)[None])
+    torch.testing.assert_close(value, double(math.log(2)))
 
 
 # ---- all methods ----
@@ -388,21 +534,34 @@ def test_gradients_match_finite_differences(family, preference):
 
 
 @pytest.mark.parametrize(("family", "preference"), METHODS)
-def test_padding_and_neighbours_change_nothing(family, preference):
-    loss, batch = loss_of(family, preference), batch_of()
-    other = {name: value.clone() for name, value in batch.items()}
-    for name in ("scores", "annotated"):
-        other[name][~batch["mask"]] = 1e6
-    gradients = []
-    for case in (batch, other):
-        scores = case.pop("scores").requires_grad_()
-        losses = preference_loss(loss, scores, **case)
+def test_padding_changes_nothing(family, preference):
+    """Neither value nor gradient, bit by bit; the padding itself has gradient 0."""
+    loss, results = loss_of(family, preference), []
+    for filler in (0.0, 1e6, -1e6):
+        batch = batch_of()
+        for name in ("scores", "annotated"):
+            batch[name][~batch["mask"]] = filler
+        scores = batch.pop("scores").requires_grad_()
+        losses = preference_loss(loss, scores, **batch)
         losses.sum().backward()
-        gradients.append((losses.detach(), scores.grad))
-    torch.testing.assert_close(gradients[0], gradients[1])
-    assert (gradients[1][1][~batch["mask"]] == 0).all()
-    single = {name: value[1:2, ..., :2] if value.shape[-1] > 1 else value[1:2] for name, value in batch.items()}
-    torch.testing.assert_close(preference_loss(loss, batch_of()["scores"][1:2, :2], **single), gradients[0][0][1:2])
+        results.append((losses.detach(), scores.grad))
+        assert (scores.grad[~batch["mask"]] == 0).all()
+        assert (scores.grad[batch["mask"]] != 0).any()
+    for losses, gradient in results[1:]:
+        assert torch.equal(losses, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize(("family", "preference"), METHODS)
+def test_neighbours_change_nothing(family, preference):
+    """A list of the batch has the loss that it has alone, without padding; no gradient crosses lists."""
+    loss, batch = loss_of(family, preference), batch_of()
+    batch["scores"].requires_grad_()
+    losses = preference_loss(loss, **batch)
+    for place, size in enumerate(batch["mask"].sum(dim=1).tolist()):
+        row = {name: value[place : place + 1, ..., :size] for name, value in batch.items()}
+        torch.testing.assert_close(preference_loss(loss, **row), losses[place : place + 1], rtol=1e-12, atol=1e-14)
+        (gradient,) = torch.autograd.grad(losses[place], batch["scores"], retain_graph=True)
+        assert (gradient[torch.arange(3) != place] == 0).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -434,11 +593,110 @@ def test_extreme_values_neither_overflow_nor_lose_the_gradient(family, preferenc
     assert logps.grad.abs().sum() > 0  # the wrong order is to be corrected
 
 
-@pytest.mark.parametrize("family", ["dpo", "simpo"])
+@pytest.mark.parametrize(("family", "preference"), METHODS)
+def test_extreme_values_are_the_same_in_single_and_double_precision(family, preference):
+    """Uneven lists, so that the padding (0 there, as the trainer leaves it) meets the extremes too."""
+    loss, results = loss_of(family, preference), []
+    annotated, mask = double(1000.0, -1000.0, 0.0, 1000.0, 999.0, -1000.0).view(2, 3), ones(2, 3)
+    mask[0, 2] = False
+    log_weights = torch.stack([torch.cat([weights_of(annotated[0, :2], 5.0), double(0.0)[None].log()], dim=1)] * 2)
+    log_weights[1] = weights_of(annotated[1], 5.0)
+    for dtype in (torch.float32, torch.float64):
+        scores = torch.tensor([[-50.0, 50.0, 0.0], [50.0, -50.0, 49.0]], dtype=dtype, requires_grad=True)
+        count = torch.tensor([[1.0], [2.0]], dtype=dtype)
+        losses = preference_loss(loss, scores, annotated.to(dtype), mask, log_weights.to(dtype), count)
+        losses.sum().backward()
+        results.append((losses.detach().double(), scores.grad.double()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def test_large_differences_by_hand():
+    """-log sigmoid(-1000) = 1000 with slope -1; -log sigmoid(1000) = 0 with slope 0; PL of 0, 1000 alike."""
+    best = torch.tensor([1000.0, -1000.0], requires_grad=True)
+    losses = bt_loss(best, torch.zeros(2))
+    losses.sum().backward()
+    assert losses.tolist() == [0.0, 1000.0]
+    assert best.grad.tolist() == [0.0, -1.0]
+    lists = torch.tensor([[1000.0, 0.0], [-1000.0, 0.0]])
+    assert pl_loss(lists, ones(2, 2)).tolist() == [0.0, 1000.0]
+
+
+@pytest.mark.parametrize(("family", "preference"), METHODS)
+def test_shapes_and_types_are_kept(family, preference):
+    batch = {name: value if name == "mask" else value.float() for name, value in batch_of().items()}
+    losses = preference_loss(loss_of(family, preference), **batch)
+    assert losses.shape == (3,) and losses.dtype == torch.float32
+
+
+# ---- directions, minima, gradients ----
+
+
+@pytest.mark.parametrize("family", ["dpo", "simpo", "exo"])
 def test_a_better_pair_gives_a_lower_loss(family):
-    best = torch.linspace(-20, 20, 401, dtype=torch.float64)
-    losses = pair_loss(Loss(family=family), best, torch.zeros_like(best))
-    assert (losses[1:] < losses[:-1]).all()
+    """In both responses; EXO as far as its minimum at d = log 999 = 6.9, and it rises beyond."""
+    better = torch.linspace(-20, 6.8 if family == "exo" else 20, 401, dtype=torch.float64)
+    loss, level = Loss(family=family), torch.zeros_like(better)
+    for losses in (pair_loss(loss, better, level), pair_loss(loss, level, -better)):
+        assert (losses[1:] < losses[:-1]).all()
+    beyond = torch.linspace(7.0, 20, 101, dtype=torch.float64)
+    losses = pair_loss(loss, beyond, torch.zeros_like(beyond))
+    assert ((losses[1:] > losses[:-1]) == (family == "exo")).all()
+
+
+def test_gradient_of_exo_by_hand():
+    """p (1 - p) (d - log((1 - eps) / eps)) at d = log 3, eps = 1/10: 3/16 (log 3 - log 9) = -3/16 log 3."""
+    expected = 3 / 16 * LOG_3
+    assert slope(Loss(family="exo", exo_epsilon=0.1), LOG_3, 0.0) == pytest.approx([-expected, expected])
+
+
+def slope(loss: Loss, *scores: float) -> list[float]:
+    """Gradient of the pair loss in (best, worst)."""
+    pair = [double(score, grad=True) for score in scores]
+    return [value.item() for value in torch.autograd.grad(pair_loss(loss, *pair).sum(), pair)]
+
+
+def test_minima_by_hand():
+    """IPO: s_w - s_l = 1 / (2 tau). SPPO: s = +-1 / (2 beta), one point. EXO: the label's log-odds, both value 0.
+
+    NCA: -(1 - sigmoid(rho_w)) + sigmoid(rho_w) / 2 vanishes at sigmoid = 2/3, rho_w = log 2; rho_l has no minimum,
+    the slope is sigmoid(rho_l) / 2.
+    """
+    for family, best, worst in (
+        ("ipo", 7.0, 5.0),
+        ("ipo", -1.0, -3.0),
+        ("sppo", 2.0, -2.0),
+        ("exo", math.log(19), 0.0),
+    ):
+        loss = Loss(family=family, beta=0.25, exo_epsilon=0.05)
+        assert pair_loss(loss, double(best), double(worst)).item() == pytest.approx(0.0, abs=1e-12)
+        assert slope(loss, best, worst) == pytest.approx([0.0, 0.0], abs=1e-12)
+        assert slope(loss, best + 0.1, worst)[0] > 0 > slope(loss, best - 0.1, worst)[0]
+    nca = Loss(family="nca")
+    assert slope(nca, math.log(2), 0.0) == pytest.approx([0.0, 0.25])
+    assert slope(nca, math.log(2) + 0.1, 0.0)[0] > 0 > slope(nca, math.log(2) - 0.1, 0.0)[0]
+
+
+def test_gradient_of_hps_by_hand():
+    """exp(rho) = 3, 2, 1, q = (1/4, 3/4): of 3 + 1/2 + 3/4 = 17/4 the shares 12/17, 2/17, 3/17; y_1 has 12/17 - 1."""
+    scores = double(LOG_3, math.log(2), 0.0, grad=True)
+    hps(Loss(), scores, double(0.0, 0.25, 0.75)[None].log()).backward()
+    torch.testing.assert_close(scores.grad, double(-5 / 17, 2 / 17, 3 / 17))
+
+
+def test_gradient_of_pl_by_hand():
+    """exp(rho) = 3, 2, 1: first draw (3, 2, 1) / 6 less y_1, second (2, 1) / 3 less y_2."""
+    rewards = double(LOG_3, math.log(2), 0.0, grad=True)
+    pl_loss(rewards[None], ones(1, 3)).sum().backward()
+    torch.testing.assert_close(rewards.grad, double(-1 / 2, 1 / 3 - 1 / 3, 1 / 6 + 1 / 3))
+
+
+def test_nothing_is_detached():
+    """A gradient reaches policy and reference, of opposite signs; who wants none from the reference detaches it."""
+    policy, reference = double(-10.0, -30.0, grad=True), double(-14.0, -24.0, grad=True)
+    scores = response_scores(Loss(), policy[None], reference[None], double(1.0, 1.0)[None])
+    hps(Loss(), scores[0], one_hot(2, 1)).backward()
+    assert (policy.grad != 0).all()
+    torch.testing.assert_close(policy.grad, -reference.grad)
 
 
 def test_gradient_by_hand():
