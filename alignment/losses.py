@@ -7,7 +7,8 @@ dispreferred responses; `q_i` their weights (Eq. 9). A family's *score* of a res
 
 Losses are per prompt, in nats, no reduction, nothing detached. Pair losses work elementwise on tensors of any one
 shape. List losses take (batch, n) scores, best response first, and a mask that is False on padding behind the list;
-what stands in the padding changes nothing, as long as its square is finite. docs/methods.md has formulas, sources and defaults.
+what stands in the padding changes nothing, as long as its square is finite. docs/methods.md has formulas, sources and
+defaults.
 """
 
 import torch
