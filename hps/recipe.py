@@ -470,6 +470,12 @@ def _meaningless(recipe: Recipe) -> list[tuple[bool, str, str, str]]:
             "use loss.samples=1, or loss.estimator=sampled",
         ),
         (
+            loss.positives == 2 and recipe.schedule.subsample == 2,
+            "schedule.subsample",
+            "`loss.positives: 2` needs a response below y_2",
+            "use schedule.subsample=3 or more, or loss.positives=1",
+        ),
+        (
             loss.factor_n and family in ("ipo", "sppo", "nca"),
             "loss.factor_n",
             f"N multiplies a mixture inside a logarithm, and the loss of {family} has none (docs/methods.md)",

@@ -334,6 +334,7 @@ def test_unknown_profile(load):
 # ---- combinations without a meaning ----
 
 MEANINGLESS = [
+    (["loss.preference=hps", "loss.positives=2", "schedule.subsample=2"], "needs a response below y_2"),
     (["loss.preference=bt", "loss.estimator=exact"], "`loss.estimator` is `exact`, but it belongs to hps"),
     (["loss.preference=pl", "loss.samples=2"], "`loss.samples` is `2`, but it belongs to hps"),
     (["loss.preference=bt", "loss.positives=2"], "`loss.positives` is `2`, but it belongs to hps"),
