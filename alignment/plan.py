@@ -142,7 +142,7 @@ def make_plan(records: list[dict], recipe: Recipe) -> tuple[list[dict], dict]:
         raise InputError(
             f"no prompt can be trained on: {left_out or 'the file is empty'}",
             where=str(recipe.ranked("train")),
-            remedy="check the rewards, or use `schedule.best=reward`",
+            remedy="check the rewards, and what leaves prompts out: `schedule.best`, `schedule.ties`, `loss.positives`",
         )
     rng = np.random.default_rng(recipe.seed)
     order, fill = training_order(len(kept), schedule, rng)

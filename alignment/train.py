@@ -267,9 +267,23 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     )
 
 
+def leave_out_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling a C++ extension when it starts on a CPU; its collectives are gloo's either way.
+
+    The extension (`deepspeed_shm_comm`) serves inference. It is compiled at the first start, for minutes and without a
+    word, and a process that is killed meanwhile leaves a lock in torch's cache at which every later start waits for
+    ever. Where DeepSpeed holds an extension for incompatible it does without; tests/test_distributed.py pins that.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def train(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     check_model(recipe.models.policy, "models.policy")
+    if recipe.training.deepspeed and not torch.cuda.is_available():
+        leave_out_shared_memory_op()
     folder = recipe.run_folder()
     state = PartialState(cpu=not torch.cuda.is_available())
     with hold(folder) if state.is_main_process else nullcontext():

@@ -23,6 +23,7 @@ import json
 import warnings
 from pathlib import Path
 
+from hps.errors import InputError
 from hps.recipe import REPOSITORY, Recipe
 
 GIVEN = 2  # written responses of a prompt in the paper's data sets
@@ -121,11 +122,25 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
 
 
 def deepspeed_stage(recipe: Recipe) -> int | None:
-    """The ZeRO stage of the file that the recipe names."""
-    if not recipe.training.deepspeed:
+    """The ZeRO stage of the file that the recipe names.
+
+    Raises:
+        InputError: the file is no JSON object, or its `zero_optimization` is none.
+    """
+    path, remedy = recipe.training.deepspeed, "see configs/deepspeed/"
+    if not path:
         return None
-    settings = json.loads(Path(recipe.training.deepspeed).read_text(encoding="utf-8"))
-    return settings.get("zero_optimization", {}).get("stage")
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"`training.deepspeed`: there is no file {path}", remedy=remedy) from None
+    except ValueError as error:
+        raise InputError(f"`training.deepspeed`: broken JSON ({error})", where=path, remedy=remedy) from None
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    if not isinstance(zero, dict):
+        what = "`zero_optimization` is no JSON object" if isinstance(settings, dict) else "the file is no JSON object"
+        raise InputError(f"`training.deepspeed`: {what}", where=path, remedy=remedy)
+    return zero.get("stage")
 
 
 def _architecture(recipe: Recipe):

@@ -15,7 +15,7 @@ from pathlib import Path
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model
-from hps.memory import memory_lines, responses_per_prompt
+from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.recipe import SPLITS, Model, Recipe, as_yaml
 from hps.records import read_prompts, read_ranked
 from hps.workers import accumulation_steps, process_count
@@ -124,9 +124,8 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
 
 def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What run.sh will do, a line each."""
-    schedule, deepspeed = recipe.schedule, recipe.training.deepspeed
-    if deepspeed and not Path(deepspeed).is_file():
-        raise InputError(f"`training.deepspeed`: there is no file {deepspeed}", remedy="see configs/deepspeed/")
+    schedule = recipe.schedule
+    deepspeed_stage(recipe)  # a missing or broken file is found here
     processes = process_count(recipe)
     accumulation = accumulation_steps(recipe, processes)
     lines = []

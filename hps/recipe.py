@@ -311,7 +311,7 @@ def _profile(raw: dict, overrides: list[str], place: "_Place") -> dict:
     name = raw.get("profile", Recipe.profile)
     for override in overrides:
         if override.startswith("profile="):
-            name, place.overridden["profile"] = override.partition("=")[2], override
+            name, place.overridden["profile"] = _plain(override.partition("=")[2]), override
     profiles = yaml.safe_load(PROFILES.read_text(encoding="utf-8"))
     if not isinstance(name, str) or name not in profiles:
         raise InputError(
@@ -319,6 +319,14 @@ def _profile(raw: dict, overrides: list[str], place: "_Place") -> dict:
         )
     place.profile, place.from_profile = name, set(_dotted(profiles[name]))
     return profiles[name]
+
+
+def _plain(text: str):
+    """A value of the command line as YAML reads it; text that is no YAML stays as it is."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _dotted(tree: dict, prefix: str = "") -> list[str]:
@@ -391,8 +399,11 @@ class _Place:
             self._walk(value, name + ".")
 
     def of(self, key: str) -> str:
-        if key in self.overridden:
-            return f"command line, `{self.overridden[key]}`"
+        section = key
+        while section:  # an override may give a whole section
+            if section in self.overridden:
+                return f"command line, `{self.overridden[section]}`"
+            section = section.rpartition(".")[0]
         if key in self.from_profile and key not in self.lines:
             return f"{self.path}: profile `{self.profile}`"
         known = key
@@ -452,17 +463,39 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
             raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy="give the name of a folder")
 
 
+# Settings of the loss that only one choice reads: (field of that choice, its value, settings).
+OWNERS: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("loss.preference", "hps", ("estimator", "samples", "factor_n", "positives")),
+    ("loss.preference", "pl", ("list_size",)),
+    ("loss.positives", 2, ("appendix_e_lambda", "appendix_e_reading")),
+    ("loss.family", "exo", ("exo_epsilon", "exo_beta_r")),
+    ("loss.family", "ipo", ("ipo_per_token",)),
+    ("loss.family", "sppo", ("sppo_win",)),
+    ("loss.family", "nca", ("nca_alpha",)),
+    ("loss.family", "simpo", ("simpo_beta", "simpo_margin")),
+]
+
+
+def _unread(loss: Loss) -> list[tuple[bool, str, str, str]]:
+    """Settings of the loss away from their default that the chosen method does not read."""
+    found = []
+    for choice, value, names in OWNERS:
+        chosen = getattr(loss, choice.removeprefix("loss."))
+        for name in names:
+            default = getattr(Loss, name)
+            reason = f"it belongs to `{choice}: {value}`, and that is {chosen}"
+            written = str(default).lower() if isinstance(default, bool) else default
+            found.append((chosen != value and getattr(loss, name) != default, f"loss.{name}", reason, written))
+    return [(wrong, key, reason, f"use {key}={default}") for wrong, key, reason, default in found]
+
+
 def _meaningless(recipe: Recipe) -> list[tuple[bool, str, str, str]]:
     """Settings of the loss that would do nothing, or contradict: (is so, field, reason, remedy)."""
     loss, best = recipe.loss, recipe.schedule.best
     family, preference = loss.family, loss.preference
     method = f"{family}-{preference}"
-    only_hps = f"it belongs to hps; `loss.preference` is {preference}"
     return [
-        (loss.estimator == "exact" and preference != "hps", "loss.estimator", only_hps, "use loss.estimator=sampled"),
-        (loss.samples > 1 and preference != "hps", "loss.samples", only_hps, "use loss.samples=1"),
-        (loss.positives > 1 and preference != "hps", "loss.positives", only_hps, "use loss.positives=1"),
-        (loss.factor_n and preference != "hps", "loss.factor_n", only_hps, "use loss.factor_n=false"),
+        *_unread(loss),
         (
             loss.samples > 1 and loss.estimator == "exact",
             "loss.samples",
@@ -488,7 +521,7 @@ def _meaningless(recipe: Recipe) -> list[tuple[bool, str, str, str]]:
             "use loss.label_smoothing=0" + (" (loss.exo_epsilon is EXO's own)" if family == "exo" else ""),
         ),
         (
-            loss.simpo_margin > 0 and family == "simpo" and preference == "pl",
+            loss.simpo_margin > 0 and preference == "pl",
             "loss.simpo_margin",
             "a margin belongs to a pair, and Plackett-Luce ranks a list",
             "use loss.simpo_margin=0",

@@ -6,7 +6,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hps.memory import activations, count_weights, layer_bytes, memory_lines, responses_per_prompt, states
+from hps.errors import InputError
+from hps.memory import (
+    activations,
+    count_weights,
+    deepspeed_stage,
+    layer_bytes,
+    memory_lines,
+    responses_per_prompt,
+    states,
+)
 from hps.recipe import REPOSITORY, load_recipe
 
 RECIPE = REPOSITORY / "configs" / "hh_rlhf.yaml"
@@ -198,3 +207,19 @@ def test_the_cache_is_read_and_the_network_is_not_asked(monkeypatch, tmp_path, t
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
     (snapshot / "config.json").write_text((tiny_model / "config.json").read_text())
     assert "(config.json of RLHFlow/Llama3-SFT-v2.0)" in memory_lines(recipe, 8)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    {
+        "{": "`training.deepspeed`: broken JSON (",
+        "[]": "`training.deepspeed`: the file is no JSON object; see configs/deepspeed/",
+        '{"zero_optimization": 2}': "`training.deepspeed`: `zero_optimization` is no JSON object",
+    }.items(),
+)
+def test_a_deepspeed_file_that_is_none(tmp_path, text, message):
+    path = tmp_path / "zero.json"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        deepspeed_stage(load_recipe(RECIPE, [f"training.deepspeed={path}"]))
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)

@@ -1,11 +1,14 @@
 """Recipes: what is refused, with file and line or the override named."""
 
+import re
+from dataclasses import fields
+
 import pytest
 import yaml
 from conftest import REPOSITORY
 
 from hps.errors import InputError
-from hps.recipe import BOUNDS, CHOICES, PROFILES, as_dict, as_yaml, load_recipe
+from hps.recipe import BOUNDS, CHOICES, OWNERS, PROFILES, Loss, as_dict, as_yaml, load_recipe
 
 RECIPE = """\
 output: runs/test
@@ -147,6 +150,7 @@ def test_errors_of_the_whole_file(load, tmp_path, text, message):
         "run=candidates": "`run` is `candidates`",
         "run=${nope}": "Interpolation key 'nope' not found",
         "output=''": "`output` is ``",
+        "loss={beta: -1}": "`loss.beta` is -1",
     }.items(),
 )
 def test_errors_of_the_command_line_name_the_override(load, override, message):
@@ -220,6 +224,39 @@ def test_other_choices_are_refused(load, key):
 )
 def test_impossible_combinations(load, overrides, message):
     assert message in refusal(load, RECIPE, *overrides)
+
+
+def test_every_setting_of_one_choice_alone_has_an_owner():
+    """A setting named after a family, or new in the section, cannot be read by nobody without a word."""
+    shared = {"family", "preference", "beta", "label_smoothing"}
+    owned = [name for _, _, names in OWNERS for name in names]
+    assert sorted([*owned, *shared]) == sorted(field.name for field in fields(Loss))
+
+
+def readme_table() -> dict[str, str]:
+    """Field to default from the table «The recipe»; `.name` and `_name` go on from the row's first field."""
+    table = {}
+    section = (REPOSITORY / "README.md").read_text().partition("## The recipe")[2].partition("\n## ")[0]
+    for line in section.splitlines():
+        if not line.startswith("| `"):
+            continue
+        first, _, default = (cell.strip() for cell in line.strip("|").split("|"))
+        names = [name for name in re.findall(r"`([^`]+)`", first)]
+        parent, stem = names[0].rpartition(".")[0], names[0].rpartition("_")[0]
+        full = [{".": parent + name, "_": stem + name}.get(name[0], name) for name in names]
+        defaults = re.split(r", (?![^\[]*\])", default)
+        table |= dict(zip(full, defaults if len(defaults) == len(full) else defaults * len(full), strict=False))
+    return table
+
+
+def test_the_readme_tells_every_field_and_its_default():
+    table = readme_table()
+    told = {name for name in table if name in PAPER}
+    grouped = tuple(name + "." for name in ("models.generator", "models.policy", "models.reward", "data.train"))
+    left = [key for key in PAPER if key not in told and not key.startswith((*grouped, "data.test.", "optimizer."))]
+    assert left == []
+    for name in told - {"output", "run"}:
+        assert yaml.safe_load(table[name]) == yaml.safe_load(str(PAPER[name]).replace("None", "null")), name
 
 
 def test_possible_combinations(load):
@@ -326,6 +363,10 @@ def test_profile_that_is_none_of_the_three(load, value):
     assert ": `profile` is `" in text and "use one of: paper, released, recommended" in text
 
 
+def test_profile_in_quotes(load):
+    assert load(RECIPE, 'profile="released"').loss.label_smoothing == 0.1
+
+
 def test_unknown_profile(load):
     expected = "command line, `profile=best`: `profile` is `best`; use one of: paper, released, recommended"
     assert refusal(load, RECIPE, "profile=best") == expected
@@ -335,10 +376,21 @@ def test_unknown_profile(load):
 
 MEANINGLESS = [
     (["loss.preference=hps", "loss.positives=2", "schedule.subsample=2"], "needs a response below y_2"),
-    (["loss.preference=bt", "loss.estimator=exact"], "`loss.estimator` is `exact`, but it belongs to hps"),
-    (["loss.preference=pl", "loss.samples=2"], "`loss.samples` is `2`, but it belongs to hps"),
-    (["loss.preference=bt", "loss.positives=2"], "`loss.positives` is `2`, but it belongs to hps"),
-    (["loss.preference=pl", "loss.factor_n=true"], "`loss.factor_n` is `True`, but it belongs to hps"),
+    (["loss.estimator=exact"], "`loss.estimator` is `exact`, but it belongs to `loss.preference: hps`, and that is bt"),
+    (["loss.preference=pl", "loss.samples=2"], "`loss.samples` is `2`, but it belongs to `loss.preference: hps`"),
+    (["loss.preference=bt", "loss.positives=2"], "but it belongs to `loss.preference: hps`, and that is bt"),
+    (["loss.preference=pl", "loss.factor_n=true"], "and that is pl; use loss.factor_n=false"),
+    (["loss.list_size=8"], "it belongs to `loss.preference: pl`, and that is bt; use loss.list_size=5"),
+    (["loss.list_size=null"], "`loss.list_size` is `None`, but it belongs to `loss.preference: pl`"),
+    (["loss.preference=hps", "loss.appendix_e_lambda=0.5"], "belongs to `loss.positives: 2`, and that is 1"),
+    (["loss.appendix_e_reading=intended"], "use loss.appendix_e_reading=printed"),
+    (["loss.exo_epsilon=0.01"], "it belongs to `loss.family: exo`, and that is dpo; use loss.exo_epsilon=0.001"),
+    (["loss.exo_beta_r=2"], "belongs to `loss.family: exo`"),
+    (["loss.ipo_per_token=true"], "use loss.ipo_per_token=false"),
+    (["loss.sppo_win=sigmoid"], "use loss.sppo_win=hard"),
+    (["loss.nca_alpha=2"], "use loss.nca_alpha=1.0"),
+    (["loss.simpo_beta=3"], "belongs to `loss.family: simpo`"),
+    (["loss.family=exo", "loss.simpo_margin=1"], "belongs to `loss.family: simpo`, and that is exo"),
     (["loss.preference=hps", "loss.estimator=exact", "loss.samples=2"], "sums over all dispreferred responses"),
     (["loss.preference=hps", "loss.family=ipo", "loss.factor_n=true"], "the loss of ipo has none"),
     (["loss.family=exo", "loss.label_smoothing=0.1"], "exo-bt is none; use loss.label_smoothing=0 (loss.exo_epsilon"),
