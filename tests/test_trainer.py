@@ -251,7 +251,8 @@ STOCK = {
 def test_bt_equals_the_parents_pair_loss(ranked_recipe, llama3_policy, family, lora, tmp_path):
     """Same rows, same seed: losses and logged figures of every step, and the weights at the end, to 1e-6.
 
-    The parent gets messages and templates them itself.
+    The parent gets messages and templates them itself. Implicit rewards are beta times the difference of two
+    log-probabilities of up to 190 nats, which fp32 has in steps of 1.5e-5: they are held to two such steps.
     """
     ours_only, theirs_only = STOCK[family]
     recipe = ranked_recipe(
@@ -287,7 +288,8 @@ def test_bt_equals_the_parents_pair_loss(ranked_recipe, llama3_policy, family, l
     names += ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
     for ours, theirs in zip(mine.state.log_history[:-1], stock.state.log_history[:-1], strict=True):
         for name in names:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), name
+            bound = 2 * recipe.loss.beta * 2**-16 if name.startswith("rewards/") else 1e-6
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=bound), name
     for (name, ours), theirs in zip(mine.model.named_parameters(), stock.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=name)
     assert any(not torch.equal(value, start[name]) for name, value in mine.model.named_parameters())
