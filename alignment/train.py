@@ -27,6 +27,8 @@ from trl import DPOConfig
 from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
 from alignment.plan import read_plan, run_settings
+from alignment.reference import add_reference
+from alignment.shared_prefix import why_separate
 from alignment.trainer import HPSTrainer, PlanCollator
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.cli import parse
@@ -131,9 +133,14 @@ def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
 
 
 def attention(recipe: Recipe) -> str:
-    """The attention implementation: as the recipe says; `auto` is flash attention where it is installed, else sdpa."""
+    """The attention implementation: as the recipe says.
+
+    `auto` is sdpa where prompts are shared, whose mask needs it, else flash attention where it is installed.
+    """
     if recipe.training.attention != "auto":
         return recipe.training.attention
+    if recipe.training.shared_prefix:
+        return "sdpa"
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
     return "flash_attention_2" if flash else "sdpa"
 
@@ -245,7 +252,7 @@ def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
 
 
 def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
-    """The trainer on the plan's rows."""
+    """The trainer on the plan's rows; without the reference's log-probabilities (`alignment.reference`)."""
     # `setdefault`: a user's own settings win. The id makes a continued run go on in the same record.
     os.environ.setdefault("WANDB_PROJECT", "hps")
     os.environ.setdefault("WANDB_RUN_ID", file_hash(recipe.run_folder() / "claim.json")[:16])
@@ -253,14 +260,19 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
     rows = token_rows(recipe, tokenizer)  # before a model loads: a bad row is found here
+    model = load_policy(recipe, trained=not recipe.lora.enabled)
+    shared = recipe.training.shared_prefix
+    if shared and (reason := why_separate(model, recipe.schedule.max_length)):
+        PartialState().print(f"training: prompts are computed once for each response, not shared: {reason}")
+        shared = False
     return HPSTrainer(
-        model=load_policy(recipe, trained=not recipe.lora.enabled),
+        model=model,
         # The parent would load the frozen copy by its name alone, without the revision.
         ref_model=None if recipe.lora.enabled else load_policy(recipe),
         args=config,
         loss=recipe.loss,
         train_dataset=Dataset.from_list(rows),
-        data_collator=PlanCollator(pad_token_id=tokenizer.pad_token_id),
+        data_collator=PlanCollator(tokenizer.pad_token_id, shared, recipe.training.row_tokens),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
         callbacks=[RunFiles(recipe.run_folder())],
@@ -298,6 +310,7 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
     tokenizer = load_tokenizer(recipe.models.policy.path, recipe.models.policy.revision)
     trainer = build_trainer(recipe, tokenizer, training_config(recipe, state.num_processes))
     _announce(recipe, trainer)
+    add_reference(recipe, trainer)
     with state.main_process_first():
         resume = last_checkpoint(folder / "steps")
     if resume:
@@ -326,7 +339,8 @@ def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     trainer.accelerator.print(
         f"training: {recipe.loss.family}-{recipe.loss.preference}, {state.num_processes} process(es), {how}, "
-        f"attention {attention(recipe)}, {trainable:,} weights train",
+        f"attention {attention(recipe)}, {'shared prompts' if trainer.data_collator.shared else 'separate rows'}, "
+        f"{trainable:,} weights train",
         flush=True,
     )
     limit = recipe.schedule.max_length

@@ -1,21 +1,25 @@
 """`HPSTrainer`: TRL's DPOTrainer with the preference losses of the paper. The one file that imports the parent.
 
-What changes, and nothing else: the loss (`_compute_loss`) and the data, which are lists of responses as token ids that
-the plan has chosen, so that the parent's tokenisation and its dropping of long examples are left out. The
-log-probabilities, the reference (the adapter switched off, or a frozen copy), the fused LM head, LoRA, DeepSpeed,
-saving and resuming are the parent's. tests/test_trainer.py pins what is relied upon of TRL 1.16.0.
+What changes: the loss (`_compute_loss`); the data, which are lists of responses as token ids that the plan has chosen,
+so that the parent's tokenisation and its dropping of long examples are left out; and how responses stand in the rows of
+a forward pass (alignment/shared_prefix.py), unless each is to have a row of its own as in the parent. The reference
+(the adapter switched off, or a frozen copy), the fused LM head of separate rows, LoRA, DeepSpeed, saving and resuming
+are the parent's. tests/test_trainer.py pins what is relied upon of TRL 1.16.0.
 """
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from alignment.losses import implicit_reward, preference_loss, response_scores, simpo_reward
+from alignment.shared_prefix import add_response_head, shared_log_probs, shared_rows
 from hps.recipe import Loss
 
-COLUMNS = ("prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma")
+COLUMNS = ("prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma", "reference")
 # Settings of the parent that this loss does not honour, with the only value that is accepted.
 NOT_HONOURED = {
     "loss_type": ["sigmoid"],
@@ -35,23 +39,22 @@ NOT_HONOURED = {
 class PlanCollator:
     """Lists of responses, of unequal lengths, as one batch.
 
-    The R responses of all lists are the rows of `input_ids`, `attention_mask`, `completion_mask`, (R, tokens), padded
-    at their right: first every list's first response, then every second one, and so on (with pairs that is the parent's
-    order). The others are tensors per list: `mask` (lists, n), False where a list is shorter; `lengths` and `rewards`
-    (lists, n), 1 and 0 there; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms); `gamma` (lists,).
+    Tensors per list: `mask` (lists, n), False where a list is shorter; `lengths` and `rewards` (lists, n), 1 and 0
+    there; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms); `gamma` (lists,); `tokens` (lists,), of
+    its responses, each with the prompt; `reference` (lists, n), log-probabilities in nats where the examples have them.
+
+    With `shared`, `rows` are those of `shared_rows`. Else the R responses of all lists are the rows of its `input_ids`,
+    `attention_mask`, `completion_mask`, (R, tokens), padded at their right: first every list's first response, then
+    every second one, and so on (with pairs that is the parent's order).
     """
 
     pad_token_id: int
+    shared: bool = False
+    row_tokens: int | None = None
 
     def __call__(self, examples: list[dict]) -> dict:
         sizes = torch.tensor([len(example["response_ids"]) for example in examples])
         mask = torch.arange(int(sizes.max())) < sizes[:, None]
-        rows = [
-            (example["prompt_ids"], example["response_ids"][place])
-            for place in range(mask.shape[1])
-            for example in examples
-            if place < len(example["response_ids"])
-        ]
         lengths = torch.ones(mask.shape).masked_scatter(
             mask, _flat(len(ids) for e in examples for ids in e["response_ids"])
         )
@@ -61,16 +64,38 @@ class PlanCollator:
         for place, example in enumerate(examples):
             for number, values in enumerate(example["weights"]):
                 weights[place, number, : len(values)] = torch.tensor(values, dtype=torch.float64)
-        return {
-            "input_ids": _padded([prompt + response for prompt, response in rows], self.pad_token_id),
-            "attention_mask": _padded([[1] * (len(prompt) + len(response)) for prompt, response in rows], 0),
-            "completion_mask": _padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows], 0),
+        batch = {
+            "rows": self.rows(examples),
+            "tokens": torch.tensor(
+                [len(e["prompt_ids"]) * len(e["response_ids"]) + sum(map(len, e["response_ids"])) for e in examples]
+            ),
             "mask": mask,
             "lengths": lengths,
             "rewards": torch.zeros(mask.shape).masked_scatter(mask, _flat(r for e in examples for r in e["rewards"])),
             "log_weights": weights.log().float(),
             "dispreferred_count": torch.tensor([e["dispreferred_count"] for e in examples], dtype=torch.float32),
             "gamma": torch.tensor([example["gamma"] for example in examples], dtype=torch.float32),
+        }
+        if examples[0].get("reference") is not None:
+            given = _flat(value for example in examples for value in example["reference"])
+            batch["reference"] = torch.zeros(mask.shape).masked_scatter(mask, given)
+        return batch
+
+    def rows(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        """The rows of a forward pass alone."""
+        if self.shared:
+            prompts, responses = ([example[name] for example in examples] for name in ("prompt_ids", "response_ids"))
+            return shared_rows(prompts, responses, self.pad_token_id, self.row_tokens)
+        rows = [
+            (example["prompt_ids"], example["response_ids"][place])
+            for place in range(max(len(example["response_ids"]) for example in examples))
+            for example in examples
+            if place < len(example["response_ids"])
+        ]
+        return {
+            "input_ids": _padded([prompt + response for prompt, response in rows], self.pad_token_id),
+            "attention_mask": _padded([[1] * (len(prompt) + len(response)) for prompt, response in rows], 0),
+            "completion_mask": _padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows], 0),
         }
 
 
@@ -105,6 +130,15 @@ class HPSTrainer(DPOTrainer):
         super().__init__(*args, **kwargs)
         if loss.family == "simpo":
             self.ref_model = None  # the parent made a frozen copy; SimPO compares with none
+        # Behind the parent's own head, which the arguments of separate rows still reach.
+        for model in (self.model.get_base_model() if self.is_adapted else self.model, self.ref_model):
+            if model is not None:
+                add_response_head(model)
+
+    @property
+    def is_adapted(self) -> bool:
+        """The policy is an adapter on the reference."""
+        return hasattr(self.model, "peft_config")
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """The plan's rows hold token ids already."""
@@ -115,58 +149,89 @@ class HPSTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         """Mean loss of the lists in the batch; log-probabilities are summed over the response's tokens."""
-        lists = {name: inputs[name] for name in ("mask", "lengths", "rewards", "log_weights", "dispreferred_count")}
-        gamma = inputs["gamma"]
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        policy = self._log_probs(model, inputs)
+        reference = inputs.get("reference")
+        if reference is None and self.loss.family != "simpo":
+            with self.as_reference():
+                reference = self._log_probs(self.ref_model or model, inputs)
+        losses = preference_loss(
+            self.loss,
+            response_scores(self.loss, policy, reference, inputs["lengths"]),
+            inputs["rewards"],
+            inputs["mask"],
+            inputs["log_weights"],
+            inputs["dispreferred_count"],
+        )
+        self._record(inputs, policy.detach(), reference)
+        loss = losses.mean()
+        return (loss, {"policy": policy}) if return_outputs else loss
+
+    def _log_probs(self, model, inputs) -> torch.Tensor:
+        """Log-probabilities of the responses under a model, (lists, n), 0 on padding, nats."""
+        rows, mask = inputs["rows"], inputs["mask"]
+        if "scored" in rows:  # list by list
+            flat = shared_log_probs(model, rows)
+            return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+        return self._by_list(self._separate_log_probs(model, rows), mask)
+
+    @staticmethod
+    def _separate_log_probs(model, rows) -> torch.Tensor:
+        labels = rows["input_ids"].masked_fill(rows["completion_mask"] == 0, -100)
         outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=rows["input_ids"],
+            attention_mask=rows["attention_mask"],
             use_cache=False,
             labels=labels,
             fused_lm_head=True,
         )
-        mask = lists["mask"]
-        policy = self._by_list(outputs.log_probs.sum(dim=1), mask)
-        reference = None
-        if self.loss.family != "simpo":
-            # The parent gives two halves of the flat batch.
-            flat = torch.cat(self.compute_ref_log_probs(self.ref_model or model, inputs))
-            reference = self._by_list(flat, mask)
-        losses = preference_loss(
-            self.loss,
-            response_scores(self.loss, policy, reference, lists["lengths"]),
-            lists["rewards"],
-            mask,
-            lists["log_weights"],
-            lists["dispreferred_count"],
-        )
-        self._record(inputs["attention_mask"], lists, gamma, policy.detach(), reference)
-        loss = losses.mean()
-        return (loss, outputs) if return_outputs else loss
+        return outputs.log_probs.sum(dim=1)
 
     @staticmethod
     def _by_list(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(R,) values in the collator's order to (lists, n), 0 on padding."""
+        """(R,) values in the order of separate rows to (lists, n), 0 on padding."""
         return torch.zeros(mask.T.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask.T, flat).T
 
-    def _record(self, attention_mask, lists, gamma, policy, reference) -> None:
+    @contextmanager
+    def as_reference(self):
+        """Inside it a forward pass of `ref_model`, or without one of the policy, is the reference's."""
+        adapter = self.accelerator.unwrap_model(self.model).disable_adapter() if self.is_adapted else nullcontext()
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
+            yield
+
+    def reference_log_probs(self, example: dict) -> list[float]:
+        """Log-probabilities of an example's responses under the reference, nats; before the training."""
+        model = (self.ref_model or self.model).to(self.accelerator.device).eval()
+        rows = self._prepare_inputs(self.data_collator.rows([example]))
+        with self.as_reference():
+            shared = "scored" in rows
+            return (shared_log_probs(model, rows) if shared else self._separate_log_probs(model, rows)).tolist()
+
+    def set_reference(self, log_probs: list[list[float]]) -> None:
+        """Give each row the log-probabilities of its responses under the reference, which is then let go."""
+        rows = self.train_dataset
+        if "reference" in rows.column_names:
+            rows = rows.remove_columns("reference")
+        self.train_dataset = rows.add_column("reference", log_probs)
+        self.ref_model = None
+
+    def _record(self, inputs, policy, reference) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.
 
         `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list of pl).
         """
         metrics = self._metrics["train" if self.model.training else "eval"]
-        lengths = lists["lengths"]
+        lengths = inputs["lengths"]
         if self.loss.family == "simpo":
             rewards = simpo_reward(policy, lengths, self.loss.simpo_beta)
         else:
             rewards = implicit_reward(policy, reference, self.loss.beta)
-        share = lists["log_weights"][:, 0].exp()
+        share = inputs["log_weights"][:, 0].exp()
         if self.loss.preference == "pl":
-            share = lists["mask"].float()
+            share = inputs["mask"].float()
             share[:, 0] = 0
             share = share / share.sum(dim=1, keepdim=True)
-        figures = {"gamma": gamma, "rewards/accuracies": (share * (rewards[:, :1] > rewards)).sum(dim=1)}
+        figures = {"gamma": inputs["gamma"], "rewards/accuracies": (share * (rewards[:, :1] > rewards)).sum(dim=1)}
         for name, values in (("rewards", rewards), ("logps", policy), ("lengths", lengths)):
             figures[f"{name}/chosen"] = values[:, 0]
             figures[f"{name}/rejected"] = (share * values).sum(dim=1)
@@ -175,7 +240,7 @@ class HPSTrainer(DPOTrainer):
         means = self.accelerator.gather(stacked.unsqueeze(0)).mean(dim=0)
         for name, value in zip(figures, means.tolist(), strict=True):
             metrics[name].append(value)
-        tokens = self.accelerator.gather(attention_mask.sum()).sum().item()
+        tokens = self.accelerator.gather(inputs["tokens"].sum()).sum().item()
         self._total_train_tokens += tokens
         metrics["num_tokens"] = [self._total_train_tokens]
 

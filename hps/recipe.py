@@ -156,12 +156,19 @@ class Optimizer:
 
 @dataclass
 class Training:
-    """How the steps are run. `processes: null` takes every GPU (one process on a CPU)."""
+    """How the steps are run. `processes: null` takes every GPU (one process on a CPU).
+
+    `shared_prefix` computes a prompt once for all its responses in a step, in rows of `row_tokens` for several prompts
+    (null: the longest prompt with its responses).
+    """
 
     processes: int | None = None
     deepspeed: str | None = None
     attention: str = "auto"
     gradient_checkpointing: bool = True
+    shared_prefix: bool = True
+    row_tokens: int | None = None
+    reference: str = "precomputed"
     save_steps: int = 50
     merge: bool = False
     wandb: bool = False
@@ -249,6 +256,7 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("optimizer.weight_decay", 0, None),
     ("optimizer.max_grad_norm", 1e-9, None),
     ("training.processes", 1, None),
+    ("training.row_tokens", 1, None),
     ("training.save_steps", 1, None),
     ("evaluation.bootstrap", 1, None),
     ("evaluation.answers", 0, None),
@@ -267,6 +275,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.best": ("reward", "human"),
     "schedule.ties": ("keep", "exclude"),
     "optimizer.scheduler": ("cosine", "linear", "constant"),
+    "training.reference": ("precomputed", "in_step"),
     "training.attention": ("auto", "sdpa", "flash_attention_2", "eager"),
 }
 

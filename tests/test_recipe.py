@@ -199,7 +199,7 @@ def test_every_number_has_bounds():
         REPOSITORY / "configs/quickstart.yaml",
         [
             "data.train.limit=1", "data.test.limit=1", "generation.workers=1", "annotation.workers=1",
-            "training.processes=1", "schedule.subsample=2",
+            "training.processes=1", "training.row_tokens=1", "schedule.subsample=2",
         ],
     )  # fmt: skip
     assert set(numbers(as_dict(recipe))) == {key for key, _, _ in BOUNDS}
@@ -317,7 +317,8 @@ PAPER = {
     "optimizer.learning_rate": 5e-7, "optimizer.scheduler": "cosine", "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 1.0,
     "training.processes": None, "training.deepspeed": None, "training.attention": "auto",
-    "training.gradient_checkpointing": True, "training.save_steps": 50, "training.merge": False,
+    "training.gradient_checkpointing": True, "training.shared_prefix": True, "training.row_tokens": None,
+    "training.reference": "precomputed", "training.save_steps": 50, "training.merge": False,
     "training.wandb": False, "training.tensorboard": False,
     "evaluation.bootstrap": 2000, "evaluation.answers": 3, "evaluation.answer_tokens": 256,
 }  # fmt: skip

@@ -89,18 +89,20 @@ def test_pairs_are_collated_as_by_the_parent():
     ]
     batch, parent = PlanCollator(pad_token_id=0)(pairs), DataCollatorForPreference(pad_token_id=0)(halves)
     for name, value in parent.items():
-        assert torch.equal(batch[name], value), name
-    assert set(parent) == {"input_ids", "attention_mask", "completion_mask"}
+        assert torch.equal(batch["rows"][name], value), name
+    assert set(parent) == set(batch["rows"]) == {"input_ids", "attention_mask", "completion_mask"}
 
 
 def test_collator_of_uneven_lists_by_hand():
     """First responses, second ones, then the third of the one list that has it."""
     batch = PlanCollator(pad_token_id=0)(LISTS)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 0]] + [
+    rows = batch["rows"]
+    assert rows["input_ids"].tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 0]] + [
         [7, 8, 12, 0, 0]
     ]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [5, 3, 4, 4, 3]
-    assert batch["completion_mask"].sum(dim=1).tolist() == [2, 1, 1, 2, 1]
+    assert rows["attention_mask"].sum(dim=1).tolist() == [5, 3, 4, 4, 3]
+    assert rows["completion_mask"].sum(dim=1).tolist() == [2, 1, 1, 2, 1]
+    assert batch["tokens"].tolist() == [9, 10] and "reference" not in batch
     assert batch["mask"].tolist() == [[True, True, False], [True, True, True]]
     assert batch["lengths"].tolist() == [[2, 1, 1], [1, 2, 1]]
     assert batch["rewards"].tolist() == [[2, -1, 0], [3, 1, 0.5]]
@@ -108,7 +110,7 @@ def test_collator_of_uneven_lists_by_hand():
     assert batch["dispreferred_count"].tolist() == [[4.0], [9.0]]
     assert batch["gamma"].tolist() == [-5.0, 2.5]
     # Back from the flat batch to the lists.
-    flat = batch["completion_mask"].sum(dim=1).float()
+    flat = rows["completion_mask"].sum(dim=1).float()
     assert HPSTrainer._by_list(flat, batch["mask"]).tolist() == [[2, 1, 0], [1, 2, 1]]
 
 
@@ -125,6 +127,7 @@ def test_columns_are_those_of_the_rows(ranked_recipe):
     trainer = trainer_of(ranked_recipe())
     trainer._set_signature_columns_if_needed()
     assert trainer._signature_columns == list(COLUMNS)
+    trainer.set_reference([[0.0] * len(row["response_ids"]) for row in trainer.train_dataset])
     assert set(trainer.train_dataset.column_names) == {*COLUMNS, "cut"}
 
 
@@ -182,11 +185,8 @@ def test_fused_head_gives_log_softmax(ranked_recipe):
     trainer = trainer_of(recipe)
     rows = token_rows(recipe, trainer.processing_class)[:3]
     batch = PlanCollator(pad_token_id=trainer.processing_class.pad_token_id)(rows)
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     with torch.no_grad():
-        fused = trainer.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
-        ).log_probs.sum(dim=1)
+        fused = trainer._separate_log_probs(trainer.model, batch["rows"])
     model = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path)
     expected = [
         log_probability_by_hand(model, row["prompt_ids"], row["response_ids"][place])
@@ -261,6 +261,7 @@ def test_bt_equals_the_parents_pair_loss(ranked_recipe, llama3_policy, family, l
         "loss.preference=bt",
         f"lora.enabled={str(lora).lower()}",
         f"optimizer.learning_rate={1e-3 if lora else 1e-4}",
+        "training.shared_prefix=false",
         *ours_only,
     )
     mine = trainer_of(recipe)

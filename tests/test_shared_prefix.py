@@ -1,0 +1,262 @@
+"""alignment/shared_prefix.py: rows that share a prompt give what rows of their own give."""
+
+import re
+
+import pytest
+import torch
+from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from alignment import shared_prefix
+from alignment.shared_prefix import (
+    add_response_head,
+    attention_mask,
+    fill_rows,
+    shared_log_probs,
+    shared_rows,
+    token_log_probs,
+    why_separate,
+)
+
+SHAPE = {
+    "vocab_size": 90,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+}
+ARCHITECTURES = {
+    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+}
+PROMPTS = [[3, 14, 15, 9, 26, 5], [35, 8], [9, 7, 9, 3]]
+RESPONSES = [[[2, 38], [46, 2, 6, 43, 3], [8]], [[32, 7]], [[9, 5, 1], [4, 4, 4, 4]]]
+
+
+def model_of(config, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
+    add_response_head(model)
+    return model
+
+
+def exact_norms(model) -> None:
+    """RMSNorm in the model's precision: the library's rounds to fp32, and in the backward pass of a shared prompt it
+    rounds the sum of the responses' gradients instead of each."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(child.weight.shape[0], child.variance_epsilon, dtype=child.weight.dtype)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+
+
+def by_hand(model, prompts, responses) -> torch.Tensor:
+    """Summed log-probabilities from the model's own logits, a row for each response."""
+    values = []
+    for prompt, each in zip(prompts, responses, strict=True):
+        for response in each:
+            logps = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].log_softmax(dim=-1)
+            picked = [logps[len(prompt) - 1 + place, token] for place, token in enumerate(response)]
+            values.append(torch.stack(picked).sum())
+    return torch.stack(values)
+
+
+def gradients(model, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a weighted sum, so that responses do not cancel."""
+    weights = torch.arange(1, len(values) + 1, dtype=values.dtype) * torch.tensor([1, -1] * len(values))[: len(values)]
+    model.zero_grad()
+    (weights * values).sum().backward()
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("budget", [None, 22, 1000], ids=["longest", "two prompts", "one row"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equal_to_rows_of_their_own_in_float64(name, lora, checkpointing, budget):
+    """Log-probabilities and the gradient of every weight to 1e-9."""
+    model = model_of(ARCHITECTURES[name])
+    exact_norms(model)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        modules = ["query_key_value"] if name == "gpt_neox" else ["q_proj", "v_proj"]
+        # B is 0 at first, and A would have no gradient.
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=modules, init_lora_weights=False)).double()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+    model.train()
+    shared = shared_log_probs(model, shared_rows(PROMPTS, RESPONSES, pad=0, budget=budget))
+    found = gradients(model, shared)
+    expected = by_hand(model, PROMPTS, RESPONSES)
+    assert_close(shared, expected, rtol=0, atol=1e-9)
+    wanted = gradients(model, expected)
+    assert found.keys() == wanted.keys() and all("lora_" in key for key in found) == lora
+    for key, value in wanted.items():
+        assert value.abs().max() > 0
+        assert_close(found[key], value, rtol=0, atol=1e-9 * max(1.0, float(value.abs().max())), msg=key)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equal_to_rows_of_their_own_in_float32(name):
+    """Values to 1e-5, the gradient's norm to 1e-4, both relative."""
+    model = model_of(ARCHITECTURES[name], torch.float32)
+    shared = shared_log_probs(model, shared_rows(PROMPTS, RESPONSES, pad=0))
+    found = gradients(model, shared)
+    expected = by_hand(model, PROMPTS, RESPONSES)
+    assert_close(shared, expected, rtol=1e-5, atol=0)
+    norms = [
+        torch.stack([value.norm() for value in each.values()]).norm() for each in (found, gradients(model, expected))
+    ]
+    assert_close(*norms, rtol=1e-4, atol=0)
+
+
+def test_neither_padding_nor_neighbours_count():
+    """Other tokens in the padding and in the other prompts and responses leave a response's value as it is."""
+    model = model_of(ARCHITECTURES["llama"])
+    rows = shared_rows(PROMPTS, RESPONSES, pad=0)
+    with torch.no_grad():
+        before = shared_log_probs(model, rows)
+        other = {**rows, "input_ids": rows["input_ids"].clone()}
+        mine = (rows["segments"] == torch.tensor([0, 0])).all(dim=-1) | (rows["segments"] == torch.tensor([0, 2])).all(
+            dim=-1
+        )
+        other["input_ids"][~mine] = 77
+        after = shared_log_probs(model, other)
+    assert_close(after[1], before[1], rtol=0, atol=1e-12)
+    assert (after[[0, 3, 4]] - before[[0, 3, 4]]).abs().min() > 1e-3
+
+
+def test_rows_by_hand():
+    """Prompt [1, 2] with [3, 4] and [5], prompt [6] with [7]: two in a row of five and padding, or one of seven."""
+    rows = shared_rows([[1, 2], [6]], [[[3, 4], [5]], [[7]]], pad=0)
+    assert rows["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
+    assert rows["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert rows["segments"][0].tolist() == [[0, 0], [0, 0], [0, 1], [0, 1], [0, 2]]
+    assert rows["segments"][1].tolist() == [[1, 0], [1, 1], [-1, 0], [-1, 0], [-1, 0]]
+    assert rows["scored"].tolist() == [1, 2, 1, 5]
+    assert rows["targets"].tolist() == [3, 4, 5, 7]
+    assert rows["sizes"].tolist() == [2, 1, 1]
+    assert attention_mask(rows["segments"])[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    one = shared_rows([[1, 2], [6]], [[[3, 4], [5]], [[7]]], pad=0, budget=7)
+    assert one["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert one["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert one["scored"].tolist() == [1, 2, 1, 5]
+    assert not attention_mask(one["segments"])[0, 0, 5:, :5].any()
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.none() | st.integers(1, 120))
+def test_rows_are_filled_within_the_budget(sizes, budget):
+    rows = fill_rows(sizes, budget)
+    assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
+    limit = max(budget or 0, max(sizes))
+    totals = [sum(sizes[index] for index in row) for row in rows]
+    assert max(totals) <= limit
+    # First fit leaves at most one row half empty.
+    assert sum(total <= limit / 2 for total in totals) <= 1
+
+
+def test_the_head_never_makes_more_logits_than_its_chunk(monkeypatch):
+    """70 tokens x 90 logits in chunks of 10 tokens: forward and backward as in one piece."""
+    monkeypatch.setattr(shared_prefix, "CHUNK_LOGITS", 900)
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(16, 90).double(), torch.randn(70, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(90, (70,))
+    sizes = []
+    head.register_forward_hook(lambda module, given, logits: sizes.append(logits.shape[0]))
+    values = token_log_probs(head, hidden, targets)
+    (grad,) = torch.autograd.grad(values.square().sum(), hidden)
+    assert sizes == [10] * 14  # forward, and again in the backward pass
+    whole = head(hidden).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+    assert_close(values, whole)
+    assert_close(grad, torch.autograd.grad(whole.square().sum(), hidden)[0])
+
+
+def test_without_its_arguments_the_forward_pass_is_the_models_own():
+    config = ARCHITECTURES["llama"]
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config).double()
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(plain(ids).logits, model_of(config)(ids).logits)
+
+
+# ---- which models can ----
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_that_share(name):
+    assert why_separate(model_of(ARCHITECTURES[name]), 2048) is None
+
+
+def test_our_tiny_model_shares(tokenizer):
+    assert why_separate(model_of(tiny_config(tokenizer), torch.float32), 384) is None
+
+
+CANNOT = {
+    "scaled logits": (CohereConfig(**SHAPE, num_key_value_heads=4), "log-probabilities of shared rows differ by"),
+    "a window": (
+        MistralConfig(**SHAPE, num_key_value_heads=4, sliding_window=1024),
+        r"sees 1024 tokens back \(`sliding_window`\), `schedule.max_length` is 2048",
+    ),
+    "rotary embedding of the row": (
+        LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "depends on the length of the whole row",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "reason"), CANNOT.values(), ids=CANNOT)
+def test_architectures_that_cannot(config, reason):
+    assert re.search(reason, why_separate(model_of(config), 2048))
+
+
+def test_window_longer_than_any_row_is_none():
+    config = MistralConfig(**SHAPE, num_key_value_heads=4, sliding_window=2048)
+    assert why_separate(model_of(config), 2048) is None
+
+
+def test_recurrent_layers_are_found_by_their_effect():
+    """Mamba's state runs on from one response into the next, whatever the mask says."""
+    config = MambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_config(config)
+    model.config._attn_implementation = "sdpa"  # what it has not: the trial is to decide
+    assert "differ by" in why_separate(model, 2048) or "cannot be tried" in why_separate(model, 2048)
+
+
+def test_the_trial_leaves_model_and_seed_alone():
+    model = model_of(ARCHITECTURES["llama"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    why_separate(model, 2048)
+    assert torch.equal(torch.rand(1), expected)
+    assert model.config.num_hidden_layers == 3 and model.config.vocab_size == 90
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_other_attention_keeps_separate_rows():
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"], attn_implementation="eager")
+    assert why_separate(model, 2048) == "its attention is eager, and the mask needs sdpa"
