@@ -146,10 +146,13 @@ def add_response_head(model) -> None:
 
 
 def token_log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the targets, the logits made in chunks and again in the backward pass.
+    """Log-probabilities of the targets, the logits made in chunks and not kept.
+
+    A head that trains makes its logits again in the backward pass. With a frozen one (LoRA) each token's derivative is
+    taken at once, while its logits exist: a matrix product less.
 
     Args:
-        head: the LM head, a module.
+        head: the LM head, a module that treats every token by itself.
         hidden: (tokens, hidden size).
         targets: (tokens,), token ids.
 
@@ -158,7 +161,30 @@ def token_log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.
     """
     chunk = max(1, CHUNK_LOGITS // head.weight.shape[0])
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    return torch.cat([checkpoint(_log_probs, head, *part, use_reentrant=False) for part in parts])
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        return torch.cat([_log_probs(head, *part) for part in parts])
+    if any(weight.requires_grad for weight in head.parameters()):
+        return torch.cat([checkpoint(_log_probs, head, *part, use_reentrant=False) for part in parts])
+    return torch.cat([_FrozenHead.apply(head, *part) for part in parts])
+
+
+class _FrozenHead(torch.autograd.Function):
+    """`_log_probs`, and its derivative with respect to the hidden states, from logits that exist once."""
+
+    @staticmethod
+    def forward(ctx, head, hidden, targets):
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            values = _log_probs(head, leaf, targets)
+            # A value depends on its own token's hidden state alone, so the sum's gradient has every derivative.
+            (derivative,) = torch.autograd.grad(values.sum(), leaf)
+        ctx.save_for_backward(derivative)
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (derivative,) = ctx.saved_tensors
+        return None, (grad.unsqueeze(1) * derivative).to(derivative.dtype), None
 
 
 def _log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -178,17 +178,19 @@ def test_rows_are_filled_within_the_budget(sizes, budget):
     assert sum(total <= limit / 2 for total in totals) <= 1
 
 
-def test_the_head_never_makes_more_logits_than_its_chunk(monkeypatch):
+@pytest.mark.parametrize(("trains", "calls"), [(True, 14), (False, 7)], ids=["trains", "frozen"])
+def test_the_head_never_makes_more_logits_than_its_chunk(monkeypatch, trains, calls):
     """70 tokens x 90 logits in chunks of 10 tokens: forward and backward as in one piece."""
     monkeypatch.setattr(shared_prefix, "CHUNK_LOGITS", 900)
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(16, 90).double(), torch.randn(70, 16, dtype=torch.float64, requires_grad=True)
+    head.requires_grad_(trains)
     targets = torch.randint(90, (70,))
     sizes = []
     head.register_forward_hook(lambda module, given, logits: sizes.append(logits.shape[0]))
     values = token_log_probs(head, hidden, targets)
     (grad,) = torch.autograd.grad(values.square().sum(), hidden)
-    assert sizes == [10] * 14  # forward, and again in the backward pass
+    assert sizes == [10] * calls  # a head that trains makes them again in the backward pass
     whole = head(hidden).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     assert_close(values, whole)
     assert_close(grad, torch.autograd.grad(whole.square().sum(), hidden)[0])

@@ -1,0 +1,316 @@
+"""Training steps of ours and of TRL's, side by side on the small model: pairs, lists, HPS against BT, PL by n.
+
+Run     .venv-train/bin/python benchmarks/training.py [pairs] [lists] [methods] [loop] [--times N] [--json FILE]
+
+Everything is compared in turns in one process: the same token ids, the same LoRA weights at first, the same settings of
+the optimiser; where two programs train the same, their losses must agree to 1e-4 in every step, or this ends with an
+error. Times are medians of at least five steps (collating, forward, backward, optimiser) behind one that is left out.
+"""
+
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from report import finish, machine, medians, options, show, timed
+from transformers import TrainerCallback
+from trl import DPOTrainer
+
+from alignment.reference import add_reference
+from alignment.shared_prefix import shared_rows
+from alignment.train import load_policy, lora_config, training_config
+from alignment.trainer import HPSTrainer, PlanCollator
+from hps.chat import load_tokenizer
+from hps.recipe import REPOSITORY, Recipe, load_recipe
+from hps.records import read_prompts
+
+SHAPES = [(170, 50), (60, 100)]  # tokens of the prompt, of each response
+PROMPTS = 2  # of a step
+SETTINGS = ["optimizer.learning_rate=1e-3", "optimizer.scheduler=constant", "schedule.max_length=2048"]
+
+
+def recipe_of(folder: str, *settings: str) -> Recipe:
+    given = [f"output={folder}", f"schedule.global_batch={PROMPTS}", f"schedule.device_batch={PROMPTS}", *SETTINGS]
+    return load_recipe(REPOSITORY / "configs/quickstart.yaml", [*given, *settings])
+
+
+def tokens_of() -> list[int]:
+    """The embedded prompts and answers as one stream of tokens: real text to cut prompts and responses from."""
+    tokenizer, texts = load_tokenizer(recipe_of("runs").models.policy.path), []
+    for _, record in read_prompts(REPOSITORY / "data/quickstart/safety_train.jsonl"):
+        texts += [record["prompt"][-1]["content"], *record["responses"]]
+    return tokenizer(" ".join(texts), add_special_tokens=False)["input_ids"]
+
+
+def examples_of(prompt: int, response: int, count: int, steps: int) -> list[dict]:
+    """`steps * PROMPTS` rows as `alignment.train.token_rows` makes them, every length exact."""
+    stream, rng, rows = tokens_of(), random.Random(0), []
+
+    def piece(size: int) -> list[int]:
+        start = rng.randrange(len(stream) - size)
+        return stream[start : start + size]
+
+    for _ in range(steps * PROMPTS):
+        rewards = sorted((rng.gauss(0, 1) for _ in range(count)), reverse=True)
+        rows.append(
+            {
+                "prompt_ids": piece(prompt),
+                "response_ids": [piece(response) for _ in range(count)],
+                "rewards": rewards,
+                "weights": [[0.0] * (count - 1) + [1.0]],
+                "dispreferred_count": [count - 1],
+                "gamma": 0.0,
+                "cut": 0,
+            }
+        )
+    return rows
+
+
+class Steps:
+    """One trainer and its next step."""
+
+    def __init__(self, trainer, examples: list[dict]):
+        torch.manual_seed(0)
+        for name, weight in trainer.model.named_parameters():
+            if "lora_A" in name:  # the same for all, whatever was drawn before
+                torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+        self.trainer, self.examples, self.losses = trainer, examples, []
+
+    def __call__(self) -> None:
+        start = len(self.losses) * PROMPTS
+        batch = self.trainer.data_collator(self.examples[start : start + PROMPTS])
+        loss = self.trainer.training_step(self.trainer.model, batch)
+        self.trainer.optimizer.step()
+        self.trainer.optimizer.zero_grad()
+        self.losses.append(loss.item())
+
+
+def ours(rows: list[dict], *settings: str) -> Steps:
+    """Our trainer as `alignment.train` builds it, on these rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(folder, *settings)
+        tokenizer = load_tokenizer(recipe.models.policy.path)
+        trainer = HPSTrainer(
+            model=load_policy(recipe),
+            args=training_config(recipe, 1),
+            loss=recipe.loss,
+            train_dataset=Dataset.from_list(rows),
+            data_collator=PlanCollator(tokenizer.pad_token_id, recipe.training.shared_prefix),
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe),
+        )
+        add_reference(recipe, trainer)
+        return Steps(trainer, trainer.train_dataset.to_list())
+
+
+class SmallHead(PlanCollator):
+    """Every response in a row of its own, and the LM head at its tokens alone: what the head alone saves."""
+
+    def rows(self, examples: list[dict]) -> dict:
+        pairs = [(example["prompt_ids"], response) for example in examples for response in example["response_ids"]]
+        return shared_rows([prompt for prompt, _ in pairs], [[response] for _, response in pairs], self.pad_token_id)
+
+
+def with_small_head(steps: Steps) -> Steps:
+    steps.trainer.data_collator = SmallHead(steps.trainer.data_collator.pad_token_id)
+    return steps
+
+
+class TokenDPO(DPOTrainer):
+    """The parent, given token ids."""
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset
+
+
+def trl(rows: list[dict], precomputed: bool) -> Steps:
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(folder, "loss.preference=bt")
+        config = training_config(recipe, 1)
+        config.beta, config.precompute_ref_log_probs = recipe.loss.beta, precomputed
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        pairs = [dict(zip(names, (row["prompt_ids"], *row["response_ids"]), strict=True)) for row in rows]
+        tokenizer = load_tokenizer(recipe.models.policy.path)
+        trainer = TokenDPO(
+            model=load_policy(recipe),
+            args=config,
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe),
+        )
+        return Steps(trainer, trainer.train_dataset.to_list())
+
+
+def compare_losses(tasks: dict[str, Steps]) -> None:
+    """All of these train the same: every step's loss to 1e-4."""
+    (first, expected), *others = ((name, task.losses) for name, task in tasks.items())
+    for name, losses in others:
+        worst = max(abs(a - b) for a, b in zip(expected, losses, strict=True))
+        if not worst <= 1e-4:
+            sys.exit(f"{name} does not train as {first}: losses differ by {worst:.1e}")
+
+
+def pairs(times: int) -> dict:
+    """TRL's pair loss and ours, the reference computed before and in step; what head and sharing save, apart."""
+    found = {}
+    for prompt, response in SHAPES:
+        rows = examples_of(prompt, response, 2, times + 1)
+        bt, separate, in_step = "loss.preference=bt", "training.shared_prefix=false", "training.reference=in_step"
+        tasks = {
+            "TRL, precomputed": trl(rows, True),
+            "ours, separate rows": ours(rows, bt, separate),
+            "ours, separate rows, small head": with_small_head(ours(rows, bt)),
+            "ours, precomputed": ours(rows, bt),
+            "TRL, in step": trl(rows, False),
+            "ours, in step": ours(rows, bt, in_step),
+        }
+        seconds = medians(timed(tasks, times))
+        compare_losses(tasks)
+        base = {name: seconds["TRL, in step" if "in step" in name else "TRL, precomputed"] for name in seconds}
+        table = [[name, value, base[name] / value] for name, value in seconds.items()]
+        show(
+            f"Pairs, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step",
+            ["", "s / step", "times TRL"],
+            table,
+        )
+        found[f"{prompt}/{response}"] = {name: {"seconds": s, "times_trl": ratio} for name, s, ratio in table}
+    return found
+
+
+def lists(times: int) -> dict:
+    """Lists of 8 in shared rows against rows of their own: time, and peak memory in processes of their own."""
+    prompt, response = SHAPES[0]
+    rows = examples_of(prompt, response, 8, times + 1)
+    settings = ["loss.preference=pl", "loss.list_size=8"]
+    tasks = {
+        "separate rows": ours(rows, *settings, "training.shared_prefix=false"),
+        "shared prompt": ours(rows, *settings),
+    }
+    seconds = medians(timed(tasks, times))
+    compare_losses(tasks)
+    memory = {name: peak_memory(name) for name in tasks}
+    table = [[name, seconds[name], seconds["separate rows"] / seconds[name], *memory[name]] for name in tasks]
+    header = ["", "s / step", "times separate", "peak of the process, GB", "of that the step, GB"]
+    show(f"Lists of 8, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step", header, table)
+    whole, step = ([memory[name][place] for name in ("shared prompt", "separate rows")] for place in (0, 1))
+    print(f"  memory, shared / separate: process {whole[0] / whole[1]:.2f}, step {step[0] / step[1]:.2f}")
+    return {
+        row[0]: dict(zip(("seconds", "times_separate", "peak_gb", "step_gb"), row[1:], strict=True)) for row in table
+    }
+
+
+def peak_memory(name: str) -> tuple[float, float]:
+    """Peak resident memory of a process that takes two steps on lists of 8, and what the steps added; GB."""
+    command = [sys.executable, __file__, "peak", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, peak = map(int, done.stdout.split()[-2:])
+    return peak / 1e6, (peak - before) / 1e6
+
+
+def print_peak(name: str) -> None:
+    """The child of `peak_memory`: resident kB before the steps, and at their peak."""
+    rows = examples_of(*SHAPES[0], 8, 2)
+    shared = f"training.shared_prefix={str(name == 'shared prompt').lower()}"
+    # SimPO computes no reference beforehand, whose peak would count; its step has the same forward and backward pass.
+    steps = ours(rows, "loss.family=simpo", "loss.preference=pl", "loss.list_size=8", shared)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = pages * resource.getpagesize() // 1024
+    for _ in range(2):
+        steps()
+    print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def methods(times: int) -> dict:
+    """HPS against BT on the same pairs, and PL over n against HPS."""
+    prompt, response = SHAPES[0]
+    rows = examples_of(prompt, response, 2, times + 1)
+    tasks = {name: ours(rows, f"loss.preference={name}") for name in ("bt", "hps")}
+    for n in (4, 8, 16, 32):
+        many = examples_of(prompt, response, n, times + 1)
+        tasks[f"pl, n = {n}"] = ours(many, "loss.preference=pl", f"loss.list_size={n}")
+    seconds = medians(timed(tasks, times))
+    table = [[name, value, value / seconds["hps"]] for name, value in seconds.items()]
+    show(
+        f"Methods, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step",
+        ["", "s / step", "times hps"],
+        table,
+    )
+    sizes = [4, 8, 16, 32]
+    slope, _ = statistics.linear_regression(sizes, [seconds[f"pl, n = {n}"] / seconds["hps"] for n in sizes])
+    print(f"  hps / bt {seconds['hps'] / seconds['bt']:.3f}; pl / hps grows by {slope:.3f} for each response more")
+    return {"seconds": seconds, "hps_over_bt": seconds["hps"] / seconds["bt"], "pl_over_hps_slope": slope}
+
+
+class Outside(TrainerCallback):
+    """Wall time of the steps of a real training, and of forward, backward and optimiser in them."""
+
+    def __init__(self):
+        self.steps, self.inside = [], []
+        self._last = None
+
+    def on_step_begin(self, *_, **__):
+        now = time.perf_counter()
+        if self._last is not None:
+            self.steps.append(now - self._last)
+        self._last = now
+        self.inside.append(0.0)
+
+    def watch(self, function):
+        def watched(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.inside[-1] += time.perf_counter() - start
+            return result
+
+        return watched
+
+
+def loop(times: int) -> dict:
+    """`trainer.train()` itself: the share of a step that is neither forward, backward nor optimiser."""
+    trainer = ours(examples_of(*SHAPES[0], 2, times + 2)).trainer
+    trainer.optimizer = None
+    outside = Outside()
+    trainer.add_callback(outside)
+    trainer._log_probs = outside.watch(trainer._log_probs)  # the forward pass
+    trainer.accelerator.backward = outside.watch(trainer.accelerator.backward)
+    trainer.create_optimizer()
+    trainer.optimizer.step = outside.watch(trainer.optimizer.step)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.args.output_dir, trainer.args.save_strategy = folder, "no"
+        trainer.train()
+    shares = [1 - inside / step for step, inside in zip(outside.steps, outside.inside, strict=False)][1:]
+    share = statistics.median(shares)
+    show("The training loop", ["", "share of a step"], [["outside forward, backward, optimiser", share]])
+    return {"share_outside": share, "steps": len(shares)}
+
+
+PARTS = {"pairs": pairs, "lists": lists, "methods": methods, "loop": loop}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["peak"]:
+        print_peak(sys.argv[2])
+        return
+    parser = options(__doc__)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--times", type=int, default=5, help="steps measured")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(unknown)}")
+    figures: dict = {"machine": machine()}
+    print(figures["machine"])
+    for name in arguments.parts:
+        figures[name] = PARTS[name](arguments.times)
+    finish(arguments, figures)
+
+
+if __name__ == "__main__":
+    main()
