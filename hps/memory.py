@@ -7,12 +7,14 @@ In bf16, with P weights of which T train, on G GPUs (docs/memory.md):
     weights      2 P            ZeRO-3: / G
     gradients    2 T            ZeRO-2, 3: / G
     optimizer   12 T / G        fp32 copy and the two moments of AdamW
-    reference    2 P            full fine-tuning of a family with a reference; ZeRO-3: / G. With LoRA it is the policy
+    reference    2 P            full fine-tuning with the reference in step; ZeRO-3, always in step: / G. With LoRA it
+                                is the policy, precomputed it is gone before the first step, SimPO has none
     activations  2 L H t + w t  gradient checkpointing: inputs of L layers of width H for t tokens, and one layer's
                                 working set, w bytes a token (`layer_bytes`)
                  L w t          without gradient checkpointing
 
-t = prompts of one forward pass x responses of a prompt x `schedule.max_length`. DeepSpeed's own estimators
+t = prompts of one forward pass x responses of a prompt x `schedule.max_length`; responses that share their prompt have
+fewer tokens than that. DeepSpeed's own estimators
 (`estimate_zero2_model_states_mem_needs`, `..zero3..`) hold gradients in fp32 while the optimizer steps (activations
 are freed): 4 T / G more in ZeRO-2, 2 T / G in ZeRO-3 (in place of those in bf16), there also 4 bytes x largest layer.
 Left out: these, buffers of communication, the tiles of the fused LM head, fragmentation. These are estimates, not
@@ -107,13 +109,14 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     responses, schedule = responses_per_prompt(recipe), recipe.schedule
     tokens = schedule.device_batch * responses * schedule.max_length
     held = activations(config.get_text_config(), tokens, recipe.training.gradient_checkpointing)
-    reference = not recipe.lora.enabled and recipe.loss.family != "simpo"
+    frozen_copy = not recipe.lora.enabled and recipe.loss.family != "simpo"
     chosen = deepspeed_stage(recipe)
     lines = [
         f"memory per GPU in bf16, by formulas, not measured (docs/memory.md): {weights:,} weights ({source}), "
         f"{trainable:,} train, {responses} responses of a prompt, {gpus} process(es)"
     ]
     for stage in (1, 2, 3):
+        reference = frozen_copy and (recipe.training.reference == "in_step" or stage == 3)
         parts = {**states(weights, trainable, gpus, stage, reference), "activations": held}
         text = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items())
         mark = "  <- training.deepspeed" if stage == chosen else ""

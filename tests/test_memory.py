@@ -170,11 +170,17 @@ def test_the_8b_recipes(name):
     assert stages[2].startswith("memory ZeRO-3: weights 2.01,")
 
 
-def test_full_fine_tuning_holds_a_reference_unless_simpo():
-    line = memory_lines(load_recipe(RECIPE, ["lora.enabled=false"]), 8)[3]
-    assert "reference 2.01" in line
-    line = memory_lines(load_recipe(RECIPE, ["lora.enabled=false", "loss.family=simpo"]), 8)[3]
-    assert "reference 0.00" in line
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], [0.0, 0.0, 2.01]),  # precomputed, and let go; under ZeRO-3 in step
+        (["training.reference=in_step"], [16.06, 16.06, 2.01]),
+        (["loss.family=simpo"], [0.0, 0.0, 0.0]),
+    ],
+)
+def test_full_fine_tuning_holds_a_reference_while_it_is_needed(overrides, expected):
+    lines = memory_lines(load_recipe(RECIPE, ["lora.enabled=false", *overrides]), 8)[1:]
+    assert [float(line.partition("reference ")[2].partition(",")[0]) for line in lines] == expected
 
 
 def test_an_unknown_model_is_one_line():

@@ -1,0 +1,92 @@
+"""The generation stage against the bare engine on the same requests.
+
+Run     .venv-infer/bin/python benchmarks/generation.py [--times N] [--json FILE]
+
+One vLLM engine, in turns: `generation.generate` whole (reading, hashing, queueing, writing every prompt to the disk,
+manifest), and the engine's own loop with all requests added at once. Samples differ from time to time, so what is
+compared is generated tokens a second; medians.
+"""
+
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+
+from report import finish, machine, options, show
+
+from generation import generate as stage
+from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
+from hps.recipe import REPOSITORY, load_recipe
+from hps.records import read_candidates, read_prompts
+
+SETTINGS = ["data.train.limit=24", "data.test.limit=4"]
+
+
+def stage_rate(settings: list[str], generator) -> float:
+    """Tokens a second of the stage, the engine's start left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = load_recipe(REPOSITORY / "configs/quickstart.yaml", [*settings, f"output={folder}"])
+        stage.Generator = lambda **_: generator  # the engine that stands already
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            stage.generate(recipe)
+        seconds = time.perf_counter() - start
+        records = [record for split in ("train", "test") for _, record in read_candidates(recipe.candidates(split))]
+    return sum(map(generated_tokens, records)) / seconds
+
+
+def generated_tokens(record: dict) -> int:
+    pairs = zip(record["sources"], record["token_counts"], record["truncated"], strict=True)
+    # The end-of-turn token is generated, and not counted in the record.
+    return sum(tokens + (not cut) for source, tokens, cut in pairs if source == "generated")
+
+
+def bare_rate(requests: list[tuple], engine) -> float:
+    """Tokens a second of vLLM's engine alone."""
+    start, tokens = time.perf_counter(), 0
+    for key, ids, count in requests:
+        engine._engine.add_request(key, {"prompt_token_ids": ids}, engine._sampling(key, count))
+    while engine._engine.has_unfinished_requests():
+        for output in engine._engine.step():
+            if output.finished:
+                tokens += sum(len(part.token_ids) for part in output.outputs)
+    return tokens / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--times", type=int, default=5, help="measurements of each")
+    arguments = parser.parse_args()
+    recipe = load_recipe(REPOSITORY / "configs/quickstart.yaml", [*SETTINGS, "output=runs/benchmark"])
+    tokenizer = load_tokenizer(recipe.models.generator.path)
+    requests = []
+    for split in ("train", "test"):
+        data = getattr(recipe.data, split)
+        for _, record in read_prompts(data.path, data.limit):
+            requests.append(
+                (f"{split}/{record['prompt_id']}", prompt_token_ids(tokenizer, record["prompt"]), data.responses)
+            )
+    generator = stage.Generator(
+        asdict(recipe.models.generator), asdict(recipe.generation), sorted(end_of_turn_ids(tokenizer)), recipe.seed
+    )
+    figures: dict = {"machine": machine()}
+    print(figures["machine"])
+    rates: dict[str, list[float]] = {"bare engine": [], "generation stage": []}
+    for turn in range(arguments.times + 1):
+        for name, rate in (
+            ("bare engine", bare_rate(requests, generator.engine)),
+            ("generation stage", stage_rate(SETTINGS, generator)),
+        ):
+            if turn:
+                rates[name].append(rate)
+    found = {name: statistics.median(values) for name, values in rates.items()}
+    table = [[name, value, value / found["bare engine"]] for name, value in found.items()]
+    samples = sum(count for _, _, count in requests)
+    show(f"Generation, {len(requests)} prompts, {samples} samples", ["", "tokens / s", "of the bare engine"], table)
+    finish(arguments, {**figures, "tokens_per_second": found, "ratio": table[1][2]})
+
+
+if __name__ == "__main__":
+    main()
