@@ -10,11 +10,15 @@ compared is generated tokens a second; medians.
 import contextlib
 import io
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import asdict
 
 from report import finish, machine, options, show
+
+sys.path.pop(0)  # this file's folder: there `generation` is this file, and the package is wanted
+
 
 from generation import generate as stage
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
