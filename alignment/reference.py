@@ -12,11 +12,15 @@ its name.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list, gather_object
+
 from alignment.trainer import HPSTrainer
 from hps.cli import progress
+from hps.errors import InputError
 from hps.manifest import model_hash
 from hps.recipe import Recipe
 from hps.records import Appender
@@ -29,7 +33,7 @@ def response_key(prompt: list[int], response: list[int]) -> str:
 
 def cache_folder(recipe: Recipe, trainer: HPSTrainer) -> Path:
     """The folder of this model; precision, attention, rows and device change the last bits and count as well."""
-    reference = trainer.ref_model or trainer.model
+    reference = trainer.accelerator.unwrap_model(trainer.ref_model or trainer.model)
     how = {
         "model": model_hash(recipe.models.policy),
         "dtype": str(reference.dtype),
@@ -42,11 +46,17 @@ def cache_folder(recipe: Recipe, trainer: HPSTrainer) -> Path:
 
 
 def known_values(folder: Path) -> dict[str, float]:
-    """Log-probability by `response_key`. What follows a file's last newline is unfinished and left out."""
+    """Log-probability by `response_key`. What follows a file's last newline is unfinished and left out.
+
+    Lines that are damaged are left out, too: what stood there is computed again.
+    """
     values: dict[str, float] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_bytes().split(b"\n")[:-1]:
-            values |= json.loads(line)["log_probs"]
+            try:
+                values |= json.loads(line)["log_probs"]
+            except (ValueError, KeyError, TypeError):
+                continue
     return values
 
 
@@ -96,7 +106,11 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
     """Give every row of the trainer its `reference`: read what is known, compute and write the rest.
 
     The processes share the prompts. A kill loses the forward pass that is running; the same command goes on. Parts of a
-    prompt are computed by themselves, so that this, too, ends with the same bits.
+    prompt are computed by themselves, so that this, too, ends with the same bits, if no other run fills the same folder
+    meanwhile: responses that are computed beside others differ in their last bits.
+
+    Raises:
+        InputError: a log-probability is not finite.
     """
     if recipe.loss.family == "simpo":
         return
@@ -105,27 +119,40 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
         say(f"training: the reference is computed in every step: {reason}")
         return
     rows, folder = trainer.train_dataset.to_list(), cache_folder(recipe, trainer)
-    todo = missing(rows, known_values(folder))
-    trainer.accelerator.wait_for_everyone()  # all have seen the same files before one of them grows
-    if todo:
-        _compute(recipe, trainer, rows, todo, folder)
-        trainer.accelerator.wait_for_everyone()
+    # One process reads, and values go from process to process: files may be another run's that grow meanwhile, on
+    # another node, or not yet visible there.
+    (known,) = broadcast_object_list([known_values(folder) if trainer.accelerator.is_main_process else None])
+    todo = missing(rows, known)
+    for values in gather_object([_compute(recipe, trainer, rows, todo, folder)]):
+        known |= values
     computed = sum(len(example["response_ids"]) for example in todo)
-    known = known_values(folder)
     keys = [[response_key(row["prompt_ids"], response) for response in row["response_ids"]] for row in rows]
     found = len({key for each in keys for key in each}) - computed
     say(f"training: reference of {computed} responses computed, of {found} found in {folder}")
     trainer.set_reference([[known[key] for key in each] for each in keys])
 
 
-def _compute(recipe: Recipe, trainer: HPSTrainer, rows: list[dict], todo: list[dict], folder: Path) -> None:
+def _compute(recipe: Recipe, trainer: HPSTrainer, rows: list[dict], todo: list[dict], folder: Path) -> dict[str, float]:
+    """This process's share of the missing values, each forward pass on the disk when it is done."""
     shared, state = trainer.data_collator.shared, trainer.accelerator
     budget = max(group_tokens(row, shared) for row in rows)  # what a step holds, with gradients
     mine = todo[state.process_index :: state.num_processes]
     if state.is_main_process:
         mine = progress(mine, len(mine), "reference", "prompt")
+    computed: dict[str, float] = {}
+    if not todo:
+        return computed
     with Appender(folder / f"{recipe.run}-{state.process_index}.jsonl") as file:
         for example in mine:
             for part in portions(example, budget, shared):
                 keys = [response_key(part["prompt_ids"], response) for response in part["response_ids"]]
-                file.append({"log_probs": dict(zip(keys, trainer.reference_log_probs(part), strict=True))})
+                values = dict(zip(keys, trainer.reference_log_probs(part), strict=True))
+                if not all(map(math.isfinite, values.values())):
+                    raise InputError(
+                        f"the policy gives a response the log-probability {[*values.values()]} before training",
+                        where=recipe.models.policy.path,
+                        remedy="check the model's weights",
+                    )
+                file.append({"log_probs": values})
+                computed |= values
+    return computed

@@ -21,8 +21,27 @@ from transformers.utils import ModelOutput
 
 # Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass holds a few such tensors.
 CHUNK_LOGITS = 2**24
+# A prompt's responses are split over rows of at most this many tokens, or of the budget where that is more.
+ROW_TOKENS = 2048
 # Of the trial in float64: unequal means another computation, not another rounding.
 TOLERANCE = 1e-9
+
+
+def split_group(prompt: int, responses: list[int], limit: int) -> list[list[int]]:
+    """Which of a prompt's responses share a row, in their order, so that a row has at most `limit` tokens.
+
+    Attention is computed over the whole row, so a long list is cheaper, and takes far less memory, in several rows with
+    the prompt in each. A response that is too long by itself has a row of its own.
+    """
+    parts: list[list[int]] = [[]]
+    used = prompt
+    for index, tokens in enumerate(responses):
+        if parts[-1] and used + tokens > limit:
+            parts.append([])
+            used = prompt
+        parts[-1].append(index)
+        used += tokens
+    return parts
 
 
 def fill_rows(sizes: list[int], budget: int | None) -> list[list[int]]:
@@ -66,7 +85,14 @@ def shared_rows(
         response, 0 in the prompt); and by response, in the order of `responses`: `scored`, places of the predicting
         tokens in the flattened rows, and `targets`, what they predict, one after the other; `sizes`, tokens of each.
     """
-    groups = [len(prompt) + sum(map(len, each)) for prompt, each in zip(prompts, responses, strict=True)]
+    limit = max(budget or 0, ROW_TOKENS)
+    split = [
+        (prompt, [each[index] for index in part])
+        for prompt, each in zip(prompts, responses, strict=True)
+        for part in split_group(len(prompt), list(map(len, each)), limit)
+    ]
+    prompts, responses = [prompt for prompt, _ in split], [each for _, each in split]
+    groups = [len(prompt) + sum(map(len, each)) for prompt, each in split]
     rows = fill_rows(groups, budget)
     width = max(sum(groups[index] for index in row) for row in rows)
     ids = torch.full((len(rows), width), pad)
@@ -159,11 +185,12 @@ def token_log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.
     Returns:
         (tokens,), nats; at least fp32.
     """
-    chunk = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    chunk = max(1, CHUNK_LOGITS // head.out_features)
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return torch.cat([_log_probs(head, *part) for part in parts])
-    if any(weight.requires_grad for weight in head.parameters()):
+    # ZeRO-3 (`ds_id`) has the weights of a module in the module's own passes only.
+    if any(weight.requires_grad or hasattr(weight, "ds_id") for weight in head.parameters()):
         return torch.cat([checkpoint(_log_probs, head, *part, use_reentrant=False) for part in parts])
     return torch.cat([_FrozenHead.apply(head, *part) for part in parts])
 
@@ -226,16 +253,18 @@ def why_separate(model, max_length: int) -> str | None:
         if window and window < max_length and getattr(config, "use_sliding_window", True):
             return f"its attention sees {window} tokens back (`{name}`), `schedule.max_length` is {max_length}"
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type") if isinstance(rope, dict) else None
-    if kind in ("dynamic", "longrope"):
-        return f"its rotary embedding (`{kind}`) depends on the length of the whole row"
+    for part in (rope, *rope.values()):  # of all layers, or by their kind
+        kind = part.get("rope_type") if isinstance(part, dict) else None
+        if kind in ("dynamic", "longrope"):
+            return f"its rotary embedding (`{kind}`) depends on the length of the whole row"
     if model.config._attn_implementation != "sdpa":
         return f"its attention is {model.config._attn_implementation}, and the mask needs sdpa"
     try:
         with torch.random.fork_rng(devices=[]):
             difference = _trial(type(model), model.config)
     except Exception as error:  # whatever a foreign architecture raises: it has not been shown to be able
-        return f"a small model of this class cannot be tried ({type(error).__name__}: {str(error).splitlines()[0]})"
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"a small model of this class cannot be tried ({text})"
     if not difference < TOLERANCE:
         return f"log-probabilities of shared rows differ by {difference:.1e} from those of rows of their own"
     return None

@@ -130,10 +130,11 @@ class HPSTrainer(DPOTrainer):
         super().__init__(*args, **kwargs)
         if loss.family == "simpo":
             self.ref_model = None  # the parent made a frozen copy; SimPO compares with none
-        # Behind the parent's own head, which the arguments of separate rows still reach.
-        for model in (self.model.get_base_model() if self.is_adapted else self.model, self.ref_model):
-            if model is not None:
-                add_response_head(model)
+        # Behind the parent's own head, which the arguments of separate rows still reach; the parent has wrapped the
+        # reference by DeepSpeed already.
+        add_response_head(self.model.get_base_model() if self.is_adapted else self.model)
+        if self.ref_model is not None:
+            add_response_head(self.accelerator.unwrap_model(self.ref_model))
 
     @property
     def is_adapted(self) -> bool:
@@ -201,7 +202,8 @@ class HPSTrainer(DPOTrainer):
 
     def reference_log_probs(self, example: dict) -> list[float]:
         """Log-probabilities of an example's responses under the reference, nats; before the training."""
-        model = (self.ref_model or self.model).to(self.accelerator.device).eval()
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        model.to(self.accelerator.device).eval()
         rows = self._prepare_inputs(self.data_collator.rows([example]))
         with self.as_reference():
             shared = "scored" in rows

@@ -38,7 +38,9 @@ def model_hash(model: Model) -> dict:
     if not folder.is_dir():
         return {"hub": model.path, "revision": _hub_commit(model)}
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    weights = [p for p in files if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json")]
+    weights = [
+        p for p in files if p.suffix in (".safetensors", ".bin") or p.name in ("config.json", "adapter_config.json")
+    ]
     return {
         "path": model.path,
         "weights": _combined(weights),

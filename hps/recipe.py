@@ -468,34 +468,42 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
         )
     for key in ("output", "run"):
         value = _get(recipe, key)
-        if not value or (key == "run" and ("/" in value or value in (".", "..", "candidates", "ranked"))):
+        if not value or (key == "run" and ("/" in value or value in (".", "..", "candidates", "ranked", "reference"))):
             raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy="give the name of a folder")
 
 
-# Settings of the loss that only one choice reads: (field of that choice, its value, settings).
-OWNERS: list[tuple[str, Any, tuple[str, ...]]] = [
-    ("loss.preference", "hps", ("estimator", "samples", "factor_n", "positives")),
-    ("loss.preference", "pl", ("list_size",)),
-    ("loss.positives", 2, ("appendix_e_lambda", "appendix_e_reading")),
-    ("loss.family", "exo", ("exo_epsilon", "exo_beta_r")),
-    ("loss.family", "ipo", ("ipo_per_token",)),
-    ("loss.family", "sppo", ("sppo_win",)),
-    ("loss.family", "nca", ("nca_alpha",)),
-    ("loss.family", "simpo", ("simpo_beta", "simpo_margin")),
-]
+# Settings of the loss that some methods alone read: the values of other settings under which they are read.
+_HPS, _PL, _PAIRS = {"preference": ("hps",)}, {"preference": ("pl",)}, {"preference": ("bt", "hps")}
+OWNERS: dict[str, dict[str, tuple]] = {
+    "estimator": _HPS,
+    "samples": _HPS,
+    "factor_n": _HPS,
+    "positives": _HPS,
+    "appendix_e_lambda": {"positives": (2,)},
+    "appendix_e_reading": {"positives": (2,)},
+    "list_size": _PL,
+    "exo_epsilon": {"family": ("exo",), **_PAIRS},
+    "exo_beta_r": {"family": ("exo",), **_PL},
+    "ipo_per_token": {"family": ("ipo",)},
+    "sppo_win": {"family": ("sppo",), **_PL},
+    "nca_alpha": {"family": ("nca",), **_PL},
+    "simpo_beta": {"family": ("simpo",)},
+    "simpo_margin": {"family": ("simpo",)},
+}
 
 
 def _unread(loss: Loss) -> list[tuple[bool, str, str, str]]:
-    """Settings of the loss away from their default that the chosen method does not read."""
+    """Settings of the loss away from their default that the chosen method does not read, as in `_meaningless`."""
     found = []
-    for choice, value, names in OWNERS:
-        chosen = getattr(loss, choice.removeprefix("loss."))
-        for name in names:
-            default = getattr(Loss, name)
-            reason = f"it belongs to `{choice}: {value}`, and that is {chosen}"
+    for name, conditions in OWNERS.items():
+        default = getattr(Loss, name)
+        for choice, allowed in conditions.items():
+            chosen = getattr(loss, choice)
+            unread = chosen not in allowed and getattr(loss, name) != default
+            reason = f"it belongs to `loss.{choice}: {' or '.join(map(str, allowed))}`, and that is {chosen}"
             written = str(default).lower() if isinstance(default, bool) else default
-            found.append((chosen != value and getattr(loss, name) != default, f"loss.{name}", reason, written))
-    return [(wrong, key, reason, f"use {key}={default}") for wrong, key, reason, default in found]
+            found.append((unread, f"loss.{name}", reason, f"use loss.{name}={written}"))
+    return found
 
 
 def _meaningless(recipe: Recipe) -> list[tuple[bool, str, str, str]]:

@@ -38,7 +38,8 @@ def uneven_lists(recipe) -> None:
 
 def results(recipe):
     lines = [line for _, line in read_jsonl(recipe.run_folder() / "log.jsonl")]
-    return lines, load_file(recipe.run_folder() / "checkpoint" / "adapter_model.safetensors")
+    (weights,) = (recipe.run_folder() / "checkpoint").glob("*.safetensors")
+    return lines, load_file(weights)
 
 
 def adapter_config(recipe) -> dict:
@@ -102,6 +103,27 @@ def test_two_processes_train_as_one(ranked_recipe, tiny_recipe, run_module, meth
             assert_close(adapter[parameter], value, rtol=0, atol=1e-4)
         assert adapter_config(recipe) == config
         check_shards(recipe.run_folder() / "steps" / "checkpoint-4", stage, sum(v.numel() for v in weights.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_all_weights_train_in_shards_as_in_one_process(ranked_recipe, tiny_recipe, run_module, stage):
+    """Full fine-tuning against a frozen copy; under ZeRO-3 no weight is kept whole between its uses."""
+    settings = ["lora.enabled=false", "optimizer.learning_rate=1e-4", "loss.preference=hps"]
+    alone = ranked_recipe(*SETTINGS, "schedule.device_batch=4", "run=alone", *settings)
+    plan(alone)
+    train(alone)
+    lines = results(alone)[0]
+    shutil.rmtree(Path(alone.output) / "reference")
+    config = json.loads((REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json").read_text())
+    if stage == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = tiny_recipe.parent / "zero.json"
+    path.write_text(json.dumps(config))
+    recipe, _ = launched(ranked_recipe, tiny_recipe, run_module, *settings, "run=shards", f"training.deepspeed={path}")
+    for ours, line in zip(lines, results(recipe)[0], strict=True):
+        assert line["loss"] == pytest.approx(ours["loss"], rel=1e-5), ours["step"]
+        assert line["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4), ours["step"]
 
 
 def check_shards(checkpoint, stage: int, trainable: int) -> None:

@@ -16,6 +16,7 @@ from alignment.reference import known_values, missing, portions, response_key
 from alignment.train import build_trainer, train, training_config
 from alignment.trainer import HPSTrainer
 from hps.chat import load_tokenizer
+from hps.errors import InputError
 from hps.records import read_jsonl
 
 SETTINGS = ("schedule.epochs=2", "optimizer.learning_rate=2e-3")
@@ -117,25 +118,24 @@ def test_values_are_the_untrained_models(ranked_recipe):
     assert values == pytest.approx(expected, rel=1e-5)
 
 
-def another_model(recipe, tmp_path):
-    """The policy with one weight changed, in another folder of the same recipe."""
-    folder = shutil.copytree(recipe.models.policy.path, tmp_path / "policy2")
-    weights = load_file(folder / "model.safetensors")
+def another_model(recipe):
+    """One weight changed, in the same folder."""
+    path = Path(recipe.models.policy.path) / "model.safetensors"
+    weights = load_file(path)
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return [f"models.policy.path={folder}"]
+    save_file(weights, path, {"format": "pt"})
+    return []
 
 
-def another_tokenizer(recipe, tmp_path):
-    """The same weights; a template that writes a line more."""
-    folder = shutil.copytree(recipe.models.policy.path, tmp_path / "policy3")
+def another_tokenizer(recipe):
+    """The same weights; a template that writes a token more, in the same folder."""
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
-    tokenizer.save_pretrained(folder)
-    return [f"models.policy.path={folder}"]
+    tokenizer.save_pretrained(recipe.models.policy.path)
+    return []
 
 
-def other_data(recipe, tmp_path):
+def other_data(recipe):
     path = recipe.ranked("train")
     records = ranked_records(8)
     for record in records:
@@ -144,7 +144,7 @@ def other_data(recipe, tmp_path):
     return []
 
 
-def other_lengths(recipe, tmp_path):
+def other_lengths(recipe):
     """Every row is cut, so that each response loses its end."""
     longest = max(len(row["prompt_ids"]) for row in rows_of(recipe))
     return [f"schedule.max_length={longest + 2}", "generation.max_prompt_tokens=16"]
@@ -158,10 +158,11 @@ def rows_of(recipe):
 @pytest.mark.parametrize("change", [another_model, another_tokenizer, other_data, other_lengths])
 def test_a_stale_value_is_never_used(ranked_recipe, tmp_path, capsys, change):
     """A run after a change trains as one that found no cache at all."""
-    settings = [*SETTINGS, "loss.preference=bt"]
+    copied = shutil.copytree(ranked_recipe().models.policy.path, tmp_path / "copied")
+    settings = [*SETTINGS, "loss.preference=bt", f"models.policy.path={copied}"]
     first = run(ranked_recipe(*settings))
     assert computed(capsys) == (16, 0)
-    changed = change(first, tmp_path)
+    changed = change(first)
     found = run(ranked_recipe(*settings, *changed, "run=found"))
     counts = computed(capsys)
     shutil.rmtree(Path(first.output) / "reference")
@@ -202,6 +203,29 @@ def test_killed_while_computing_it_ends_with_the_same_bits(ranked_recipe, monkey
     assert found > 0 and done + found == total
     for name, value in weights_of(recipe).items():
         assert torch.equal(value, expected[name])
+
+
+@pytest.mark.slow
+def test_damaged_lines_are_computed_again(ranked_recipe, capsys):
+    recipe = run(ranked_recipe("loss.preference=bt"))
+    assert computed(capsys) == (16, 0)
+    (path,) = (Path(recipe.output) / "reference").glob("*/*.jsonl")
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first[:20], *others]) + "\n")
+    run(ranked_recipe("loss.preference=bt", "run=again"))
+    assert computed(capsys) == (2, 14)
+
+
+@pytest.mark.slow
+def test_a_model_without_finite_values_is_one_line(ranked_recipe, monkeypatch):
+    recipe = ranked_recipe()
+    plan(recipe)
+    monkeypatch.setattr(HPSTrainer, "reference_log_probs", lambda *_: [float("nan"), 0.0, 0.0])
+    monkeypatch.setattr(
+        "alignment.reference.portions", lambda example, *_: [{**example, "response_ids": [[1], [2], [3]]}]
+    )
+    with pytest.raises(InputError, match="before training; check the model's weights"):
+        train(recipe)
 
 
 def test_missing_are_asked_for_once():

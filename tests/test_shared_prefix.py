@@ -12,8 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
-    MambaConfig,
     MistralConfig,
     Qwen2Config,
 )
@@ -166,6 +166,19 @@ def test_rows_by_hand():
     assert not attention_mask(one["segments"])[0, 0, 5:, :5].any()
 
 
+def test_a_long_list_is_split_over_rows(monkeypatch):
+    """At most 12 tokens: the first list as 6 + 2 and 6 + 5 + 1, and the second (2 + 2) fills up the former."""
+    monkeypatch.setattr(shared_prefix, "ROW_TOKENS", 12)
+    assert shared_prefix.split_group(6, [2, 5, 1], 12) == [[0], [1, 2]]
+    assert shared_prefix.split_group(6, [20, 1, 1], 12) == [[0], [1, 2]]
+    rows = shared_rows(PROMPTS, RESPONSES, pad=0)
+    assert rows["input_ids"].shape == (3, 12)
+    assert rows["sizes"].tolist() == [len(response) for each in RESPONSES for response in each]
+    model = model_of(ARCHITECTURES["llama"])
+    with torch.no_grad():
+        assert_close(shared_log_probs(model, rows), by_hand(model, PROMPTS, RESPONSES), rtol=0, atol=1e-9)
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.none() | st.integers(1, 120))
 def test_rows_are_filled_within_the_budget(sizes, budget):
@@ -239,12 +252,10 @@ def test_window_longer_than_any_row_is_none():
     assert why_separate(model_of(config), 2048) is None
 
 
-def test_recurrent_layers_are_found_by_their_effect():
-    """Mamba's state runs on from one response into the next, whatever the mask says."""
-    config = MambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2)
-    model = AutoModelForCausalLM.from_config(config)
-    model.config._attn_implementation = "sdpa"  # what it has not: the trial is to decide
-    assert "differ by" in why_separate(model, 2048) or "cannot be tried" in why_separate(model, 2048)
+def test_other_layers_than_attention_are_found_by_their_effect():
+    """LFM2's convolutions reach from one response into the next, whatever the mask says."""
+    config = Lfm2Config(**SHAPE, num_key_value_heads=4, layer_types=["full_attention", "full_attention", "conv"])
+    assert "log-probabilities of shared rows differ by" in why_separate(model_of(config), 2048)
 
 
 def test_the_trial_leaves_model_and_seed_alone():
