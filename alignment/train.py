@@ -44,7 +44,7 @@ def token_rows(recipe: Recipe, tokenizer) -> list[dict]:
     """The plan's rows as token ids, in training order.
 
     Raises:
-        InputError: a prompt leaves no room for a response within `schedule.max_length`.
+        InputError: a prompt leaves no room for a response within `schedule.max_length`, or a response is empty.
     """
     ranked = {record["prompt_id"]: (where, record) for where, record in read_ranked(recipe.ranked("train"))}
     limit = recipe.schedule.max_length
@@ -70,6 +70,10 @@ def token_rows(recipe: Recipe, tokenizer) -> list[dict]:
             ]
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+        if not all(responses):
+            raise InputError(
+                "a response has no tokens", where=where, remedy="take empty responses out of the ranked file"
+            )
         rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
         rows.append(
             {
@@ -149,8 +153,9 @@ def load_policy(recipe: Recipe, trained: bool = False):
     """The policy before training, bf16 on CUDA and fp32 on a CPU.
 
     Args:
-        trained: these very weights will be trained (full fine-tuning). Then they are fp32 on CUDA too, under bf16
-            autocast: a learning rate of 5e-7 moves few weights by as much as a bf16 rounds off.
+        trained: these very weights will be trained (full fine-tuning). Then they are loaded in fp32 on CUDA too: a
+            learning rate of 5e-7 moves few weights by as much as a bf16 rounds off. Under bf16 autocast they stay so;
+            DeepSpeed's bf16 keeps them as the optimizer's copy and trains in bf16.
     """
     model = recipe.models.policy
     return AutoModelForCausalLM.from_pretrained(

@@ -113,7 +113,7 @@ def test_all_weights_train_in_shards_as_in_one_process(ranked_recipe, tiny_recip
     alone = ranked_recipe(*SETTINGS, "schedule.device_batch=4", "run=alone", *settings)
     plan(alone)
     train(alone)
-    lines = results(alone)[0]
+    lines, weights = results(alone)
     shutil.rmtree(Path(alone.output) / "reference")
     config = json.loads((REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json").read_text())
     if stage == 3:
@@ -121,7 +121,12 @@ def test_all_weights_train_in_shards_as_in_one_process(ranked_recipe, tiny_recip
     path = tiny_recipe.parent / "zero.json"
     path.write_text(json.dumps(config))
     recipe, _ = launched(ranked_recipe, tiny_recipe, run_module, *settings, "run=shards", f"training.deepspeed={path}")
-    for ours, line in zip(lines, results(recipe)[0], strict=True):
+    theirs, trained = results(recipe)
+    assert trained.keys() == weights.keys()
+    for name, value in weights.items():
+        # AdamW moves a weight whose gradient is next to nothing by its sign: single ones may differ.
+        assert (trained[name] - value).abs().mean() < 1e-6, name
+    for ours, line in zip(lines, theirs, strict=True):
         assert line["loss"] == pytest.approx(ours["loss"], rel=1e-5), ours["step"]
         assert line["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4), ours["step"]
 

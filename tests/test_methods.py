@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alignment.plan import plan
+from alignment.reference import add_reference
 from alignment.train import build_trainer, training_config
 from hps.chat import load_tokenizer
 from hps.recipe import CHOICES
@@ -23,7 +24,7 @@ VARIANTS = {
     "SPPO sigmoid": ["loss.family=sppo", "loss.preference=pl", "loss.sppo_win=sigmoid"],
     "IPO per token": ["loss.family=ipo", "loss.preference=bt", "loss.ipo_per_token=true"],
     "SimPO margin": ["loss.family=simpo", "loss.preference=bt", "loss.simpo_margin=0.5"],
-    "released": ["profile=released", "lora.enabled=true"],
+    "released": ["profile=released", "optimizer.learning_rate=3e-4"],
 }
 
 
@@ -32,6 +33,7 @@ def train_tiny(recipe):
     plan(recipe)
     tokenizer = load_tokenizer(recipe.models.policy.path)
     trainer = build_trainer(recipe, tokenizer, training_config(recipe, 1))
+    add_reference(recipe, trainer)
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     return trainer, before
@@ -42,9 +44,9 @@ def check(recipe):
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert all(math.isfinite(loss) for loss in losses)
     # The same prompts come back in every epoch of two steps; draws and gamma are fixed by the settings.
-    assert sum(losses[-2:]) < sum(losses[:2]), losses
+    assert sum(losses[-2:]) < sum(losses[:2]) - 1e-3, losses
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
-    assert moved == {name for name in before if "lora_" in name}
+    assert moved == {name for name in before if "lora_" in name or not recipe.lora.enabled}
 
 
 STEADY = ("schedule.epochs=4", "schedule.gamma_start=0", "schedule.gamma_end=0", "optimizer.learning_rate=3e-3")
@@ -60,4 +62,4 @@ def test_every_method_trains(ranked_recipe, family, preference):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains(ranked_recipe, name):
-    check(ranked_recipe(*VARIANTS[name], *STEADY))
+    check(ranked_recipe(*STEADY, *VARIANTS[name]))
