@@ -99,18 +99,18 @@ def shared_rows(
     positions = torch.zeros(len(rows), width, dtype=torch.long)
     segments = torch.zeros(len(rows), width, 2, dtype=torch.long)
     segments[..., 0] = -1
+    parts = (ids, positions, segments)
     scored: dict[int, list[torch.Tensor]] = {}
     for number, row in enumerate(rows):
         end = 0
         for index in row:
             prompt = prompts[index]
             last = end + len(prompt) - 1
-            end = _write(number, end, prompt, 0, (index, 0), (ids, positions, segments))
+            end = _write(number, end, prompt, 0, (index, 0), parts)
             scored[index] = []
             for place, response in enumerate(responses[index]):
                 predicting = torch.tensor([last, *range(end, end + len(response) - 1)])
                 scored[index].append(number * width + predicting)
-                parts = (ids, positions, segments)
                 end = _write(number, end, response, len(prompt), (index, place + 1), parts)
     flat = [response for each in responses for response in each]
     return {
