@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 # Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass holds a few such tensors.
 CHUNK_LOGITS = 2**24
-# A prompt's responses are split over rows of at most this many tokens, or of the budget where that is more.
+# A prompt's responses are split over rows of at most this many tokens where no budget is given.
 ROW_TOKENS = 2048
 # Of the trial in float64: unequal means another computation, not another rounding.
 TOLERANCE = 1e-9
@@ -49,7 +49,7 @@ def fill_rows(sizes: list[int], budget: int | None) -> list[list[int]]:
 
     Args:
         sizes: tokens of each group.
-        budget: tokens of a row; never less than the longest group, and that where it is None. A longer row saves
+        budget: tokens of a row; the longest group's where that is more, or where it is None. A longer row saves
             padding and costs attention, which is computed over the whole row.
 
     Returns:
@@ -78,18 +78,18 @@ def shared_rows(
         prompts: token ids of each prompt, at least one.
         responses: token ids of each prompt's responses, none empty.
         pad: token that fills up rows.
-        budget: of `fill_rows`.
+        budget: tokens of a row, for `split_group` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
+            several prompts share a row where it is no longer than the longest.
 
     Returns:
         `input_ids`, `position_ids` and `segments` (rows, tokens, 2: number of the prompt, -1 on padding, and of the
         response, 0 in the prompt); and by response, in the order of `responses`: `scored`, places of the predicting
         tokens in the flattened rows, and `targets`, what they predict, one after the other; `sizes`, tokens of each.
     """
-    limit = max(budget or 0, ROW_TOKENS)
     split = [
         (prompt, [each[index] for index in part])
         for prompt, each in zip(prompts, responses, strict=True)
-        for part in split_group(len(prompt), list(map(len, each)), limit)
+        for part in split_group(len(prompt), list(map(len, each)), budget or ROW_TOKENS)
     ]
     prompts, responses = [prompt for prompt, _ in split], [each for _, each in split]
     groups = [len(prompt) + sum(map(len, each)) for prompt, each in split]

@@ -25,7 +25,7 @@ from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.recipe import REPOSITORY, load_recipe
 from hps.records import read_candidates, read_prompts
 
-SETTINGS = ["data.train.limit=24", "data.test.limit=4"]
+SETTINGS = ["data.train.limit=60", "data.test.limit=12"]
 
 
 def stage_rate(settings: list[str], generator) -> float:

@@ -2,22 +2,27 @@
 
 Reads   configs/quickstart.yaml; every run is `bash run.sh configs/quickstart.yaml loss.family=... loss.preference=...`
         on a small ranking of its own, which `bash gene.sh` makes first
-Writes  runs/methods/ (candidates, ranking, a run folder for each method); finished runs are not done again
-Run     .venv-train/bin/python benchmarks/methods.py
+Writes  runs/methods/ (candidates, ranking, a run folder for each method), anew; `--keep` goes on with what an earlier
+        call left, and shows the figures of what that had finished
+Run     .venv-train/bin/python benchmarks/methods.py [--keep] [--json FILE]
 
 Columns: steps; responses that pass the model for each prompt and step; loss and margin of the implicit rewards, first
 and last step; seconds a step (median), and its ratio to dpo-bt of the same call.
 """
 
+import shutil
 import statistics
 import subprocess
 import sys
+
+from report import finish, machine, options
 
 from hps.recipe import CHOICES, REPOSITORY, load_recipe
 from hps.records import read_jsonl
 
 RECIPE = "configs/quickstart.yaml"
-DATA = ["output=runs/methods", "data.train.limit=8", "data.test.limit=2"]
+FOLDER = "runs/methods"
+DATA = [f"output={FOLDER}", "data.train.limit=8", "data.test.limit=2"]
 STEPS = ["schedule.epochs=1", "schedule.global_batch=2", "schedule.device_batch=2", "evaluation.answers=0"]
 
 
@@ -51,6 +56,13 @@ def figures(settings: list[str]) -> dict:
 
 
 def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--keep", action="store_true", help="go on with what an earlier call left")
+    arguments = parser.parse_args()
+    if not arguments.keep:
+        shutil.rmtree(REPOSITORY / FOLDER, ignore_errors=True)
+    rows: dict = {"machine": machine()}
+    print(rows["machine"], flush=True)
     call("gene.sh", *DATA)
     methods = [(family, preference) for family in CHOICES["loss.family"] for preference in CHOICES["loss.preference"]]
     print(f"{'method':10s} steps  responses   loss first    last   margin first    last   s/step  ratio to dpo-bt")
@@ -60,12 +72,14 @@ def main() -> None:
         call("run.sh", *settings)
         found = figures(settings)
         base = base or found["seconds"]
+        rows[f"{family}-{preference}"] = found
         print(
             f"{family + '-' + preference:10s} {found['steps']:5d} {found['responses']:10.1f} "
             f"{found['loss'][0]:12.4f} {found['loss'][1]:7.4f} {found['margin'][0]:14.4f} {found['margin'][1]:7.4f} "
             f"{found['seconds']:8.2f} {found['seconds'] / base:10.2f}",
             flush=True,
         )
+    finish(arguments, rows)
 
 
 if __name__ == "__main__":

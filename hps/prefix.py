@@ -53,9 +53,10 @@ def tail_states(backbone: Any, prefix: DynamicCache, before: int, tails: list[li
     """
     copies = DynamicCache(config=backbone.config)
     if before:
-        for index, layer in enumerate(prefix.layers):
-            copies.update(layer.keys, layer.values, index)
-        copies.batch_repeat_interleave(len(tails))
+        for copied, layer in zip(copies.layers, prefix.layers, strict=True):
+            copied.update(layer.keys, layer.values)
+            # Views: the layer copies them as it puts the tails' own behind them, and not once more before.
+            copied.keys, copied.values = (part.expand(len(tails), -1, -1, -1) for part in (copied.keys, copied.values))
     mask = padded([[1] * (before + len(tail)) for tail in tails], 0, device)
     ids = padded(tails, pad, device)
     return backbone(ids, attention_mask=mask, past_key_values=copies, use_cache=True).last_hidden_state

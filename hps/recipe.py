@@ -158,8 +158,8 @@ class Optimizer:
 class Training:
     """How the steps are run. `processes: null` takes every GPU (one process on a CPU).
 
-    `shared_prefix` computes a prompt once for all its responses in a step, in rows of `row_tokens` for several prompts
-    (null: the longest prompt with its responses).
+    `shared_prefix` computes a prompt once for all its responses in a step, in rows of at most `row_tokens`: a longer
+    list is split over rows, shorter groups share one (null: split above 2,048, and share up to the longest group).
     """
 
     processes: int | None = None

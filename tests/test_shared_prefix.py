@@ -166,12 +166,13 @@ def test_rows_by_hand():
     assert not attention_mask(one["segments"])[0, 0, 5:, :5].any()
 
 
-def test_a_long_list_is_split_over_rows(monkeypatch):
+@pytest.mark.parametrize("budget", [None, 12], ids=["by default", "by the setting"])
+def test_a_long_list_is_split_over_rows(budget, monkeypatch):
     """At most 12 tokens: the first list as 6 + 2 and 6 + 5 + 1, and the second (2 + 2) fills up the former."""
-    monkeypatch.setattr(shared_prefix, "ROW_TOKENS", 12)
+    monkeypatch.setattr(shared_prefix, "ROW_TOKENS", 10**6 if budget else 12)
     assert shared_prefix.split_group(6, [2, 5, 1], 12) == [[0], [1, 2]]
     assert shared_prefix.split_group(6, [20, 1, 1], 12) == [[0], [1, 2]]
-    rows = shared_rows(PROMPTS, RESPONSES, pad=0)
+    rows = shared_rows(PROMPTS, RESPONSES, pad=0, budget=budget)
     assert rows["input_ids"].shape == (3, 12)
     assert rows["sizes"].tolist() == [len(response) for each in RESPONSES for response in each]
     model = model_of(ARCHITECTURES["llama"])
