@@ -1,8 +1,8 @@
 """Train the policy on the plan.
 
 Reads   `<output>/<run>/plan.jsonl`, `<output>/ranked/train.jsonl`
-Writes  `<output>/<run>/`: `steps/checkpoint-N` (to resume), `log.jsonl` and `curves.png`, `checkpoint/` (adapter or
-        weights, and tokenizer), `manifest.json` (last)
+Writes  `<output>/<run>/`: `steps/checkpoint-N` (to resume), `log.jsonl` and `curves.png`, `checkpoints/step-N` (for the
+        evaluation along the training), `checkpoint/` (adapter or weights, and tokenizer), `manifest.json` (last)
 Run     python -m alignment.train configs/quickstart.yaml                          # one process
         torchrun --nproc_per_node 8 -m alignment.train configs/hh_rlhf.yaml        # what run.sh does on 8 GPUs
 
@@ -217,6 +217,27 @@ class RunFiles(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
+class KeptCheckpoints(TrainerCallback):
+    """Keeps the policy at the points of `evaluation_steps`, in `<run>/checkpoints/step-N`."""
+
+    def __init__(self, recipe: Recipe, tokenizer):
+        self.folder, self.points, self.tokenizer = checkpoints_folder(recipe), recipe.evaluation.checkpoints, tokenizer
+        self.trainer: HPSTrainer | None = None  # known once it is built
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step in evaluation_steps(state.max_steps, self.points):
+            save(self.trainer, self.tokenizer, self.folder / f"step-{state.global_step}")
+
+
+def evaluation_steps(steps: int, points: int) -> list[int]:
+    """Steps, evenly spread and short of the last one, after which the policy is kept for the evaluation."""
+    return sorted({round(steps * point / (points + 1)) for point in range(1, points + 1)} - {0, steps})
+
+
+def checkpoints_folder(recipe: Recipe) -> Path:
+    return recipe.run_folder() / "checkpoints"
+
+
 def logged(path: Path, last: int) -> list[dict]:
     """The lines of `log.jsonl` up to a step, without one that a kill left half written (it has no newline)."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -243,8 +264,9 @@ def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
     """Save adapter (or weights) and tokenizer under a temporary name, then rename. Every process takes part."""
     partial = target.with_name(f".{target.name}.partial")
     state = PartialState()
-    if state.is_main_process and partial.exists():
-        shutil.rmtree(partial)
+    if state.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
     state.wait_for_everyone()
     trainer.save_model(str(partial))  # ZeRO-3 gathers the shards of all processes here
     state.wait_for_everyone()
@@ -270,7 +292,8 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     if shared and (reason := why_separate(model, recipe.schedule.max_length)):
         PartialState().print(f"training: prompts are computed once for each response, not shared: {reason}")
         shared = False
-    return HPSTrainer(
+    kept = KeptCheckpoints(recipe, tokenizer)
+    trainer = HPSTrainer(
         model=model,
         # The parent would load the frozen copy by its name alone, without the revision.
         ref_model=None if recipe.lora.enabled else load_policy(recipe),
@@ -280,8 +303,10 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         data_collator=PlanCollator(tokenizer.pad_token_id, shared, recipe.training.row_tokens),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
-        callbacks=[RunFiles(recipe.run_folder())],
+        callbacks=[RunFiles(recipe.run_folder()), kept],
     )
+    kept.trainer = trainer
+    return trainer
 
 
 def leave_out_shared_memory_op() -> None:

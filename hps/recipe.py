@@ -24,6 +24,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PROFILES = REPOSITORY / "configs" / "profiles.yaml"
 DEFAULT_RECIPE = "configs/quickstart.yaml"
 SPLITS = ("train", "test")
+SFT = "sft"  # the folder of the model before training, beside the runs
+RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are no run
 
 
 @dataclass
@@ -36,11 +38,17 @@ class Model:
 
 @dataclass
 class Models:
-    """`generator` writes the candidates, `policy` is aligned (and is the reference), `reward` ranks."""
+    """`generator` writes the candidates, `policy` is aligned (and is the reference), `reward` ranks.
+
+    `evaluator` is the reward model of the evaluation, another one than `reward`; `judge` is the chat model of the win
+    rate.
+    """
 
     generator: Model = field(default_factory=lambda: Model(path="RLHFlow/Llama3-v2-DPO"))
     policy: Model = field(default_factory=lambda: Model(path="RLHFlow/Llama3-SFT-v2.0"))
     reward: Model = field(default_factory=lambda: Model(path="Skywork/Skywork-Reward-Llama-3.1-8B"))
+    evaluator: Model = field(default_factory=lambda: Model(path="RLHFlow/ArmoRM-Llama3-8B-v0.1"))
+    judge: Model = field(default_factory=lambda: Model(path="Qwen/Qwen2.5-72B-Instruct"))
 
 
 @dataclass
@@ -177,11 +185,35 @@ class Training:
 
 @dataclass
 class Evaluation:
-    """Held-out figures: `bootstrap` resamples for the intervals, `answers` prompts shown before and after."""
+    """Held-out figures: `bootstrap` resamples for the intervals, `answers` prompts shown before and after.
+
+    `prompts` of the test split are evaluated, the first ones (null: all). `checkpoints` is the number of points before
+    the end of the training at which the policy is kept and its margins are taken. `samples` answers to a prompt are
+    what BLEU, reward and KL are taken on.
+    """
 
     bootstrap: int = 2000
     answers: int = 3
     answer_tokens: int = 256
+    prompts: int | None = None
+    checkpoints: int = 4
+    samples: int = 5
+
+
+@dataclass
+class Judge:
+    """Win rate by a chat model, which scores `answers` answers to a prompt, each `repeats` times.
+
+    `repeats` of 2 or more tell how far the judge agrees with itself.
+    """
+
+    enabled: bool = False
+    answers: int = 1
+    repeats: int = 1
+    max_new_tokens: int = 256
+    max_prompt_tokens: int = 6144
+    temperature: float = 0.0
+    tensor_parallel: int = 8
 
 
 @dataclass
@@ -202,6 +234,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    judge: Judge = field(default_factory=Judge)
 
     def candidates(self, split: str) -> Path:
         return Path(self.output) / "candidates" / f"{split}.jsonl"
@@ -211,6 +244,9 @@ class Recipe:
 
     def run_folder(self) -> Path:
         return Path(self.output) / self.run
+
+    def sft_folder(self) -> Path:
+        return Path(self.output) / SFT
 
 
 # (field, lowest, highest) for numbers; None is no bound on that side. NaN and infinity are refused everywhere.
@@ -261,6 +297,15 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("evaluation.bootstrap", 1, None),
     ("evaluation.answers", 0, None),
     ("evaluation.answer_tokens", 1, None),
+    ("evaluation.prompts", 1, None),
+    ("evaluation.checkpoints", 0, None),
+    ("evaluation.samples", 1, None),
+    ("judge.answers", 1, None),
+    ("judge.repeats", 1, None),
+    ("judge.max_new_tokens", 32, None),
+    ("judge.max_prompt_tokens", 1, None),
+    ("judge.temperature", 0, None),
+    ("judge.tensor_parallel", 1, None),
     ("seed", 0, 2**31 - 1),
 ]
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -468,7 +513,7 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
         )
     for key in ("output", "run"):
         value = _get(recipe, key)
-        if not value or (key == "run" and ("/" in value or value in (".", "..", "candidates", "ranked", "reference"))):
+        if not value or (key == "run" and ("/" in value or value in RESERVED)):
             raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy="give the name of a folder")
 
 
