@@ -218,10 +218,18 @@ class RunFiles(TrainerCallback):
 
 
 class KeptCheckpoints(TrainerCallback):
-    """Keeps the policy at the points of `evaluation_steps`, in `<run>/checkpoints/step-N`."""
+    """Keeps the adapter at the points of `evaluation_steps`, in `<run>/checkpoints/step-N`.
+
+    Not with full fine-tuning, where each would be a whole model.
+    """
 
     def __init__(self, recipe: Recipe, tokenizer):
-        self.folder, self.points, self.tokenizer = checkpoints_folder(recipe), recipe.evaluation.checkpoints, tokenizer
+        self.folder, self.points, self.tokenizer = (
+            recipe.run_folder() / "checkpoints",
+            recipe.evaluation.checkpoints,
+            tokenizer,
+        )
+        self.points = self.points if recipe.lora.enabled else 0
         self.trainer: HPSTrainer | None = None  # known once it is built
 
     def on_step_end(self, args, state, control, **_):
@@ -232,10 +240,6 @@ class KeptCheckpoints(TrainerCallback):
 def evaluation_steps(steps: int, points: int) -> list[int]:
     """Steps, evenly spread and short of the last one, after which the policy is kept for the evaluation."""
     return sorted({round(steps * point / (points + 1)) for point in range(1, points + 1)} - {0, steps})
-
-
-def checkpoints_folder(recipe: Recipe) -> Path:
-    return recipe.run_folder() / "checkpoints"
 
 
 def logged(path: Path, last: int) -> list[dict]:

@@ -37,7 +37,7 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
         "Where everything is",
         f"  candidates   {recipe.candidates('train').parent}      ranked   {recipe.ranked('train').parent}",
         f"  checkpoint   {run / 'checkpoint'}      plan     {run / 'plan.jsonl'}",
-        f"  figures      {run / 'evaluation' / 'metrics.json'}      curves   {run / 'curves.png'}",
+        f"  figures      {run / 'evaluation' / 'margins.json'}      curves   {run / 'curves.png'}",
         "",
         "Rewards of the candidates (means over prompts: best, mean, worst; standard deviation within a prompt)",
     ]
@@ -51,7 +51,7 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
             f"  {split:5s} {figures['prompts']:4d} prompts  {figures['best']:7.3f} {figures['mean']:7.3f} "
             f"{figures['worst']:7.3f}   {figures['standard_deviation']:.3f}"
         )
-    metrics = _read(run / "evaluation" / "metrics.json")
+    metrics = _read(run / "evaluation" / "margins.json")
     lines += ["", "Held-out figures (mean [95 % interval]; RM_DPO in nats)"]
     for name, figures in metrics["sets"].items():
         margin, before, after = (figures[key] for key in ("rm_dpo", "accuracy_before", "accuracy_after"))

@@ -1,17 +1,19 @@
-"""Print the trainings of the paper's tables as commands.
+"""The trainings of the paper's tables, and the same as commands.
 
-Reads   configs/matrix.yaml (grids) and the recipes that it names
-Run     python -m hps.matrix            # every training
-        python -m hps.matrix 2 8 | bash # run those of Tables 2 and 8
+Reads   configs/matrix.yaml (grids for each scale) and the recipes that it names
+Run     python -m hps.matrix            # every training at the paper's scale
+        python -m hps.matrix 2 8        # those of Tables 2 and 8
+        python -m hps.matrix ablation --scale quickstart
 
-A line is `bash run.sh RECIPE key=value ... run=NAME  # Table 2, 5: DPO-HPS`. The ranking of each recipe must stand:
-`bash gene.sh RECIPE`.
+A line is `bash run.sh RECIPE key=value ... run=NAME  # Table 2, 5: DPO-HPS`. `bash reproduce.sh` runs what a table needs,
+the ranking and the evaluation included.
 """
 
+import argparse
 import itertools
 import json
-import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
@@ -23,36 +25,73 @@ MATRIX = "configs/matrix.yaml"
 
 @dataclass
 class Run:
-    """One training: its recipe file, the overrides, and the tables that show it."""
+    """One training: its data set, recipe file, the overrides, and the tables that show it."""
 
+    data: str
     path: str
     overrides: list[str]
     recipe: Recipe
-    tables: set[int] = field(default_factory=set)
+    tables: set = field(default_factory=set)
+
+    @property
+    def method(self) -> str:
+        """As in the paper's tables, e.g. DPO-HPS."""
+        return f"{self.recipe.loss.family}-{self.recipe.loss.preference}".upper()
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}/{self.recipe.run}"
+
+    def arguments(self) -> list[str]:
+        """What follows the script's name on the command line."""
+        return [self.path, *self.overrides]
 
     def command(self) -> str:
-        tables = ", ".join(map(str, sorted(self.tables)))
-        method = f"{self.recipe.loss.family}-{self.recipe.loss.preference}".upper()
-        return f"bash run.sh {self.path} {' '.join(self.overrides)}  # Table {tables}: {method}"
+        tables = ", ".join(map(str, sorted(self.tables, key=str)))
+        return f"bash run.sh {' '.join(self.arguments())}  # Table {tables}: {self.method}"
+
+
+def load_matrix(scale: str) -> dict:
+    """The scale's `recipes` and `grids`. InputError: there is no such scale."""
+    matrix = yaml.safe_load((REPOSITORY / MATRIX).read_text(encoding="utf-8"))
+    if scale not in matrix:
+        raise InputError(f"there is no scale `{scale}`", where=MATRIX, remedy=f"use one of: {', '.join(matrix)}")
+    return matrix[scale]
 
 
 def expand(matrix: dict) -> list[Run]:
-    """The distinct trainings of the grids; two grid points that resolve to one recipe are one run.
+    """The distinct trainings of a scale's grids; two grid points that resolve to one recipe are one run.
 
     Raises:
         InputError: a grid that names an unknown field or an impossible value.
     """
     runs: dict[str, Run] = {}
     for grid in matrix["grids"]:
-        for path, point in itertools.product(grid["recipes"], itertools.product(*grid["values"].values())):
-            settings = dict(zip(grid["values"], point, strict=True))
-            run = _run(path, settings)
-            key = json.dumps(as_dict(run.recipe), sort_keys=True)
+        for data, point in itertools.product(grid["data"], itertools.product(*grid["values"].values())):
+            settings: dict[str, Any] = {}
+            for name, value in zip(grid["values"], point, strict=True):
+                settings |= value if isinstance(value, dict) else {name: value}
+            run = _run(data, matrix["recipes"][data], settings)
+            key = json.dumps([data, as_dict(run.recipe)], sort_keys=True)
             runs.setdefault(key, run).tables.update(grid["tables"])
     return list(runs.values())
 
 
-def _run(path: str, settings: dict) -> Run:
+def select(scale: str, tables: set) -> list[Run]:
+    """The trainings of these tables (numbers, `ablation`); of all for an empty set. InputError: an unknown table."""
+    matrix = load_matrix(scale)
+    known = {table for grid in matrix["grids"] for table in grid["tables"]}
+    unknown = sorted(map(str, tables - known))
+    if unknown:
+        raise InputError(
+            f"there is no table `{unknown[0]}`",
+            where="command line",
+            remedy=f"give some of {', '.join(sorted(map(str, known)))}, or none",
+        )
+    return [run for run in expand(matrix) if run.tables & (tables or known)]
+
+
+def _run(data: str, path: str, settings: dict) -> Run:
     """Only what differs from the recipe is named in `run` and given as an override (the method always)."""
     plain = load_recipe(REPOSITORY / path)
     method = {
@@ -64,33 +103,33 @@ def _run(path: str, settings: dict) -> Run:
         for key, value in settings.items()
         if key not in method and value is not None and value != _of(plain, key)
     }
-    names = [f"{key.rpartition('.')[2]}{value}" for key, value in others.items()]
+    names = [f"{key.rpartition('.')[2]}{_plain(value)}" for key, value in others.items()]
     name = "-".join([*method.values(), *names])
-    overrides = [f"{key}={value}" for key, value in {**method, **others}.items()] + [f"run={name}"]
+    overrides = [f"{key}={_plain(value)}" for key, value in {**method, **others}.items()] + [f"run={name}"]
     try:
-        return Run(path, overrides, load_recipe(REPOSITORY / path, overrides))
+        return Run(data, path, overrides, load_recipe(REPOSITORY / path, overrides))
     except InputError as error:
         raise InputError(f"{path}: {error}", where=MATRIX) from None
 
 
+def _plain(value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _of(recipe: Recipe, key: str):
-    section, _, name = key.partition(".")
-    return getattr(getattr(recipe, section, None), name, None)
+    value: Any = recipe
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def main() -> None:
-    matrix = yaml.safe_load((REPOSITORY / MATRIX).read_text(encoding="utf-8"))
-    known = {table for grid in matrix["grids"] for table in grid["tables"]}
-    unknown = [text for text in sys.argv[1:] if not text.isdigit() or int(text) not in known]
-    if unknown:
-        tables = ", ".join(map(str, sorted(known)))
-        raise InputError(
-            f"there is no table `{unknown[0]}`", where="command line", remedy=f"give numbers out of {tables}, or none"
-        )
-    wanted = set(map(int, sys.argv[1:])) or known
-    for run in expand(matrix):
-        if run.tables & wanted:
-            print(run.command())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", help="numbers of the paper, or `ablation`; none: all")
+    parser.add_argument("--scale", default="paper", help="default: %(default)s")
+    options = parser.parse_args()
+    for run in select(options.scale, {int(text) if text.isdigit() else text for text in options.tables}):
+        print(run.command())
 
 
 if __name__ == "__main__":

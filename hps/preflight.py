@@ -153,7 +153,7 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     if dry_run:
         lines += memory_lines(recipe, processes)
     run = recipe.run_folder()
-    outputs = [run / name for name in ("plan.jsonl", "log.jsonl", "checkpoint", "evaluation/metrics.json")]
+    outputs = [run / name for name in ("plan.jsonl", "log.jsonl", "checkpoint", "evaluation/margins.json")]
     return [*lines, f"outputs: {', '.join(map(str, outputs))}"]
 
 

@@ -71,7 +71,7 @@ def test_training_left_its_files(finished):
 
 def test_held_out_figures(finished):
     _, output = finished
-    metrics = json.loads((output / "dpo-hps" / "evaluation" / "metrics.json").read_text())
+    metrics = json.loads((output / "dpo-hps" / "evaluation" / "margins.json").read_text())
     for name, most in (("written", 4), ("ranked", 4)):
         figures = metrics["sets"][name]
         assert 1 <= figures["pairs"] <= most

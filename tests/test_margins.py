@@ -11,25 +11,31 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from evaluation import margins as stage
+from evaluation.statistics import bootstrap
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError, run_main
 from hps.records import read_jsonl, read_prompts
 
 PAIRS = [
-    {"tokens": [10, 30], "policy": [-10.0, -40.0], "reference": [-12.0, -38.0]},
-    {"tokens": [20, 20], "policy": [-30.0, -20.0], "reference": [-30.0, -22.0]},
-    {"tokens": [5, 2], "policy": [-5.5, -6.0], "reference": [-9.0, -5.0]},
+    {"tokens": [10, 30], "policy": [-10.0, -40.0], "reference": [-12.0, -38.0], "kl": [1.5, 9.0]},
+    {"tokens": [20, 20], "policy": [-30.0, -20.0], "reference": [-30.0, -22.0], "kl": [0.0, 9.0]},
+    {"tokens": [5, 2], "policy": [-5.5, -6.0], "reference": [-9.0, -5.0], "kl": [0.25, 9.0]},
 ]
+for pair, texts in zip(PAIRS, (["a" * 40, "b" * 140], ["a", "b"], ["a" * 300, "b"]), strict=True):
+    pair["responses"] = texts
 
 
 def test_margins_by_hand():
-    """s of the three pairs: (2, -2), (0, 2), (3.5, -1). RM_R-DPO takes 0.01 x (-20, 0, 3) off.
+    """s of the three pairs: (2, -2), (0, 2), (3.5, -1). RM_R-DPO takes 0.01 x (-20, 0, 3) off; in characters
+    0.01 x (-100, 0, 299).
 
     Per token before: -1.2 > -1.267, -1.5 < -1.1, -1.8 > -2.5; after: -1 > -1.333, -1.5 < -1, -1.1 > -3.
     """
     figures = stage.margins(PAIRS)
     np.testing.assert_allclose(figures.pop("rm_dpo"), [4.0, -2.0, 4.5])
     np.testing.assert_allclose(figures.pop("rm_r_dpo"), [4.2, -2.0, 4.47])
+    np.testing.assert_allclose(figures.pop("rm_r_dpo_characters"), [5.0, -2.0, 1.51])
+    np.testing.assert_allclose(figures.pop("kl"), [1.5, 0.0, 0.25])
     assert {name: values.tolist() for name, values in figures.items()} == {
         "rm_dpo_accuracy": [1, 0, 1],
         "accuracy_before": [1, 0, 0],
@@ -41,7 +47,7 @@ def test_margins_by_hand():
 
 def test_bootstrap_is_seeded_and_covers_the_mean():
     values = np.random.default_rng(1).exponential(size=50)
-    one, again, other = (stage.bootstrap(values, 500, seed) for seed in (3, 3, 4))
+    one, again, other = (bootstrap(values, 500, seed) for seed in (3, 3, 4))
     assert one == again and one["interval"] != other["interval"]
     low, high = one["interval"]
     assert one["mean"] == round(values.mean(), 4)
@@ -49,14 +55,14 @@ def test_bootstrap_is_seeded_and_covers_the_mean():
 
 
 def test_bootstrap_of_constant_data_has_no_width():
-    assert stage.bootstrap(np.full(20, 0.25), 100, 0) == {"mean": 0.25, "interval": [0.25, 0.25]}
+    assert bootstrap(np.full(20, 0.25), 100, 0) == {"mean": 0.25, "interval": [0.25, 0.25]}
 
 
 def test_bootstrap_is_close_to_the_normal_interval():
     """400 values of standard deviation 2: the mean has 2 / 20, so the 95 % interval is 2 x 1.96 x 0.1 wide."""
     values = np.random.default_rng(0).normal(size=400)
     values = 2 * (values - values.mean()) / values.std() + 7
-    low, high = stage.bootstrap(values, 4000, 0)["interval"]
+    low, high = bootstrap(values, 4000, 0)["interval"]
     assert high - low == pytest.approx(0.392, rel=0.06)
     assert (low + high) / 2 == pytest.approx(7.0, abs=0.02)
 
@@ -130,7 +136,7 @@ def test_prompts_that_leave_no_room_for_a_response_are_counted(finished):
     pairs, _ = stage.held_out_pairs(recipe)
     lengths = sorted(len(prompt_token_ids(held_out.tokenizer, pair["prompt"])) for pair in pairs)
     held_out.limit = lengths[-1]
-    fit, long = held_out.that_fit(pairs)
+    fit, long = stage.that_fit(pairs, held_out)
     assert sum(long.values()) == lengths.count(lengths[-1]) > 0
     assert len(fit) + sum(long.values()) == len(pairs)
 
@@ -150,7 +156,7 @@ def test_log_probabilities_equal_separate_rows(finished):
     base = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path).eval()
     pair = stage.held_out_pairs(recipe)[0][0]
     pair = {**pair, "responses": [pair["responses"][0], pair["responses"][1][:25]], "truncated": [False, True]}
-    figures = held_out.pair_figures(pair)
+    figures = stage.pair_figures(pair, held_out)
     prompt = prompt_token_ids(held_out.tokenizer, pair["prompt"])
     for index in (0, 1):
         response = held_out.tokenizer(pair["responses"][index]).input_ids
@@ -170,10 +176,10 @@ def test_responses_are_cut_where_training_cut_them(finished):
     pair = stage.held_out_pairs(recipe)[0][0]
     prompt = prompt_token_ids(held_out.tokenizer, pair["prompt"])
     held_out.limit = len(prompt) + 3
-    assert held_out.pair_figures(pair)["tokens"] == [3, 3]
+    assert stage.pair_figures(pair, held_out)["tokens"] == [3, 3]
     whole = response_token_ids(held_out.tokenizer, pair["prompt"], pair["responses"][0], False)
-    (expected,) = held_out.log_probs(held_out.policy, prompt, [whole[:3]])
-    assert held_out.pair_figures(pair)["policy"][0] == pytest.approx(expected, abs=1e-4)
+    expected = held_out.log_prob(held_out.policy, held_out.states(held_out.policy, prompt, [whole[:3]])[0], whole[:3])
+    assert stage.pair_figures(pair, held_out)["policy"][0] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("enabled", ["true", "false"], ids=["LoRA", "full"])
@@ -181,10 +187,11 @@ def test_before_training_all_margins_are_zero(finished, enabled):
     recipe = finished(f"lora.enabled={enabled}", trained=False)
     stage.evaluate(recipe)
     folder = recipe.run_folder() / "evaluation"
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "margins.json").read_text())
     assert {name: figures["pairs"] for name, figures in metrics["sets"].items()} == {"written": 4, "ranked": 4}
     for figures in metrics["sets"].values():
         assert figures["rm_dpo"] == {"mean": 0.0, "interval": [0.0, 0.0]}
+        assert figures["kl"]["mean"] == pytest.approx(0, abs=1e-4) and figures["along"] == []
         assert figures["accuracy_before"] == figures["accuracy_after"]
         assert figures["accuracy_per_token_before"] == figures["accuracy_per_token_after"]
     gaps = [pair["tokens"][0] - pair["tokens"][1] for pair in pairs_of(recipe) if pair["set"] == "written"]
@@ -212,10 +219,10 @@ def test_evaluation_continues_after_a_kill(finished, monkeypatch):
     lines = files[folder / "pairs.jsonl"].splitlines(keepends=True)
     (folder / "pairs.jsonl").write_text("".join(lines[:3]) + lines[3][:40])
     (folder / "manifest.json").unlink()
-    (folder / "metrics.json").unlink()
+    (folder / "margins.json").unlink()
     scored = []
-    score = stage.HeldOut.pair_figures
-    monkeypatch.setattr(stage.HeldOut, "pair_figures", lambda self, pair: scored.append(pair) or score(self, pair))
+    score = stage.pair_figures
+    monkeypatch.setattr(stage, "pair_figures", lambda pair, scorer: scored.append(pair) or score(pair, scorer))
     stage.evaluate(recipe)
     assert len(lines) == 8 and len(scored) == 5
     assert {path: path.read_text() for path in files} == files

@@ -31,7 +31,7 @@ def write_results(recipe) -> None:
         "accuracy_after": {"mean": 0.9, "interval": [0.8, 0.95]},
     }
     evaluation = recipe.run_folder() / "evaluation"
-    write_json(evaluation / "metrics.json", {"sets": {"written": metrics}})
+    write_json(evaluation / "margins.json", {"sets": {"written": metrics}})
     prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     answer = {"prompt": [*prompt, {"role": "user", "content": "word " * 50}], "before": "old " * 30, "after": "new"}
     (evaluation / "answers.jsonl").write_text(json.dumps(answer) + "\n")
@@ -64,7 +64,7 @@ def test_the_summary_fits_and_has_every_figure(recipe, width):
     assert max(map(len, answers)) <= width
 
 
-@pytest.mark.parametrize("missing", ["ranked/summary.json", "dpo-hps/evaluation/metrics.json"])
+@pytest.mark.parametrize("missing", ["ranked/summary.json", "dpo-hps/evaluation/margins.json"])
 def test_what_has_not_run_yet_is_named(recipe, missing):
     write_results(recipe)
     (recipe.run_folder().parent / missing).unlink()

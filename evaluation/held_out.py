@@ -1,0 +1,154 @@
+"""The models of the evaluation: the policy after training and along it, and the reference, on given texts.
+
+Log-probabilities and divergences in nats. A prompt is computed once for its responses.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
+from hps.prefix import compute_prefix, tail_states
+from hps.recipe import Model, Recipe
+
+HEAD_TOKENS = 256  # tokens whose logits over the vocabulary are in memory at a time
+FINAL = "final"  # the policy at the end of the training
+
+
+class HeldOut:
+    """The policies of a run and the reference, able to give log-probabilities, divergences and answers.
+
+    With LoRA one model serves: the reference is the model with its adapter switched off, and a policy along the
+    training is another adapter. Full fine-tuning keeps nothing along the training (alignment.train.KeptCheckpoints).
+    """
+
+    def __init__(self, recipe: Recipe):
+        run = recipe.run_folder()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.limit = recipe.schedule.max_length
+        self.tokenizer = load_tokenizer(str(run / "checkpoint"))
+        # Full fine-tuning at a small learning rate moves few weights by as much as a bf16 rounds off.
+        exact = self.device.type == "cpu" or not recipe.lora.enabled
+        dtype = torch.float32 if exact else torch.bfloat16
+        self.reference = _load(recipe.models.policy, self.device, dtype)
+        self.steps: list[int] = []
+        if recipe.lora.enabled:
+            from peft import PeftModel
+
+            self.reference = PeftModel.from_pretrained(self.reference, run / "checkpoint", adapter_name=FINAL).eval()
+            self.policy = self.reference
+            for step, folder in kept_checkpoints(recipe):
+                self.reference.load_adapter(folder, adapter_name=f"step-{step}")
+                self.steps.append(step)
+        else:
+            self.policy = _load(Model(path=str(run / "checkpoint")), self.device, dtype)
+
+    def as_reference(self):
+        """Inside it `self.reference` is the model before training."""
+        return self.reference.disable_adapter() if self.reference is self.policy else nullcontext()
+
+    def along(self) -> Iterator[int]:
+        """The steps at which the policy was kept; while one is yielded, `self.policy` is the policy of that step."""
+        for step in self.steps:
+            self.policy.set_adapter(f"step-{step}")
+            yield step
+        if self.steps:
+            self.policy.set_adapter(FINAL)
+
+    def token_ids(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> tuple[list[int], list]:
+        """Token ids of the prompt, and of the responses as the policy is trained on them, cut at the limit."""
+        prompt = prompt_token_ids(self.tokenizer, messages)
+        ids = [
+            response_token_ids(self.tokenizer, messages, text, cut)[: self.limit - len(prompt)]
+            for text, cut in zip(responses, truncated, strict=True)
+        ]
+        return prompt, ids
+
+    @torch.inference_mode()
+    def states(self, model: Any, prompt: list[int], responses: list[list[int]]) -> list[torch.Tensor]:
+        """For each response (tokens, hidden size): the states that predict its tokens."""
+        backbone = _causal(model).base_model
+        # The prompt's last token predicts the response's first, so it belongs to the tails.
+        prefix = compute_prefix(backbone, prompt[:-1], self.device)
+        tails = [prompt[-1:] + response for response in responses]
+        hidden = tail_states(backbone, prefix, len(prompt) - 1, tails, self.tokenizer.pad_token_id, self.device)
+        return [row[: len(response)] for row, response in zip(hidden, responses, strict=True)]
+
+    @torch.inference_mode()
+    def log_prob(self, model: Any, states: torch.Tensor, response: list[int]) -> float:
+        """Summed log-probability of a response's tokens."""
+        total = 0.0
+        for part, ids in zip(states.split(HEAD_TOKENS), _parts(response), strict=True):
+            logits = _causal(model).get_output_embeddings()(part).float()
+            targets = torch.tensor(ids, device=self.device)
+            total -= float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        return total
+
+    @torch.inference_mode()
+    def kl(self, policy: torch.Tensor, reference: torch.Tensor) -> float:
+        """Sum over the positions of KL(policy || reference) over the whole vocabulary; states as from `states`."""
+        total = 0.0
+        for ours, theirs in zip(policy.split(HEAD_TOKENS), reference.split(HEAD_TOKENS), strict=True):
+            heads = (_causal(model).get_output_embeddings() for model in (self.policy, self.reference))
+            p, q = (head(part).float().log_softmax(dim=-1) for head, part in zip(heads, (ours, theirs), strict=True))
+            total += float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
+        return max(total, 0.0)  # what rounding leaves of a divergence of nothing
+
+    def compare(self, prompt: list[int], responses: list[list[int]]) -> dict:
+        """`policy`, `reference`: log-probabilities; `kl`: of each response; `along`: the same at the kept steps."""
+        with self.as_reference():
+            before = self.states(self.reference, prompt, responses)
+            reference = [self.log_prob(self.reference, *pair) for pair in zip(before, responses, strict=True)]
+        along = [{"step": step, **self._policy(prompt, responses, before)} for step in self.along()]
+        return {"reference": reference, **self._policy(prompt, responses, before), "along": along}
+
+    def _policy(self, prompt: list[int], responses: list[list[int]], before: list[torch.Tensor]) -> dict:
+        after = self.states(self.policy, prompt, responses)
+        return {
+            "policy": [self.log_prob(self.policy, *pair) for pair in zip(after, responses, strict=True)],
+            "kl": [self.kl(*pair) for pair in zip(after, before, strict=True)],
+        }
+
+    @torch.inference_mode()
+    def answer(self, model: Any, messages: list[dict], tokens: int) -> str:
+        """The model's greedy answer."""
+        ids = torch.tensor([prompt_token_ids(self.tokenizer, messages)], device=self.device)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=sorted(end_of_turn_ids(self.tokenizer)),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+    def answers(self, messages: list[dict], tokens: int) -> dict:
+        """Answers of the model before and after training."""
+        after = self.answer(self.policy, messages, tokens)
+        with self.as_reference():
+            before = self.answer(self.reference, messages, tokens)
+        return {"before": before, "after": after}
+
+
+def kept_checkpoints(recipe: Recipe) -> list[tuple[int, Path]]:
+    """`(step, folder)` of what the training kept along the way, in order."""
+    folders = (recipe.run_folder() / "checkpoints").glob("step-*")
+    return sorted((int(folder.name.partition("-")[2]), folder) for folder in folders)
+
+
+def _load(model: Model, device: torch.device, dtype: torch.dtype):
+    loaded = AutoModelForCausalLM.from_pretrained(model.path, revision=model.revision, dtype=dtype)
+    return loaded.to(device).eval()
+
+
+def _causal(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _parts(ids: list[int]) -> list[list[int]]:
+    return [ids[start : start + HEAD_TOKENS] for start in range(0, len(ids), HEAD_TOKENS)]
