@@ -98,11 +98,16 @@ class HeldOut:
             total += float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
         return max(total, 0.0)  # what rounding leaves of a divergence of nothing
 
-    def compare(self, prompt: list[int], responses: list[list[int]]) -> dict:
-        """`policy`, `reference`: log-probabilities; `kl`: of each response; `along`: the same at the kept steps."""
+    def compare(self, prompt: list[int], responses: list[list[int]], diverging: int) -> dict:
+        """`policy`, `reference`: log-probabilities; `kl`: of the first responses; `along`: the same at the kept steps.
+
+        Args:
+            diverging: responses, from the first, whose divergence is taken.
+        """
         with self.as_reference():
             before = self.states(self.reference, prompt, responses)
             reference = [self.log_prob(self.reference, *pair) for pair in zip(before, responses, strict=True)]
+        before = before[:diverging]
         along = [{"step": step, **self._policy(prompt, responses, before)} for step in self.along()]
         return {"reference": reference, **self._policy(prompt, responses, before), "along": along}
 
@@ -110,7 +115,7 @@ class HeldOut:
         after = self.states(self.policy, prompt, responses)
         return {
             "policy": [self.log_prob(self.policy, *pair) for pair in zip(after, responses, strict=True)],
-            "kl": [self.kl(*pair) for pair in zip(after, before, strict=True)],
+            "kl": [self.kl(*pair) for pair in zip(after, before, strict=False)],
         }
 
     @torch.inference_mode()

@@ -89,11 +89,11 @@ def that_fit(pairs: list[dict], scorer: HeldOut) -> tuple[list[dict], Counter]:
 def pair_figures(pair: dict, scorer: HeldOut) -> dict:
     """`tokens`, and what `HeldOut.compare` gives for both responses."""
     prompt, responses = scorer.token_ids(pair["prompt"], pair["responses"], pair["truncated"])
-    return {"tokens": [len(response) for response in responses], **scorer.compare(prompt, responses)}
+    return {"tokens": [len(response) for response in responses], **scorer.compare(prompt, responses, diverging=1)}
 
 
 def margins(pairs: list[dict]) -> dict[str, np.ndarray]:
-    """Per-pair figures, each (pairs,), from `responses` and from `tokens`, `policy`, `reference`, `kl` of both."""
+    """Per-pair figures, each (pairs,), from `responses` and from `tokens`, `policy`, `reference` of both and `kl` of y_1."""
     tokens, policy, reference, kl = (
         np.array([pair[name] for pair in pairs]) for name in ("tokens", "policy", "reference", "kl")
     )

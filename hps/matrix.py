@@ -5,8 +5,8 @@ Run     python -m hps.matrix            # every training at the paper's scale
         python -m hps.matrix 2 8        # those of Tables 2 and 8
         python -m hps.matrix ablation --scale quickstart
 
-A line is `bash run.sh RECIPE key=value ... run=NAME  # Table 2, 5: DPO-HPS`. `bash reproduce.sh` runs what a table needs,
-the ranking and the evaluation included.
+A line is `bash run.sh RECIPE key=value ... run=NAME  # Table 2, 5: DPO-HPS`. `bash reproduce.sh` runs what a table
+needs, the ranking and the evaluation included.
 """
 
 import argparse

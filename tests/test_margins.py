@@ -17,9 +17,9 @@ from hps.errors import InputError, run_main
 from hps.records import read_jsonl, read_prompts
 
 PAIRS = [
-    {"tokens": [10, 30], "policy": [-10.0, -40.0], "reference": [-12.0, -38.0], "kl": [1.5, 9.0]},
-    {"tokens": [20, 20], "policy": [-30.0, -20.0], "reference": [-30.0, -22.0], "kl": [0.0, 9.0]},
-    {"tokens": [5, 2], "policy": [-5.5, -6.0], "reference": [-9.0, -5.0], "kl": [0.25, 9.0]},
+    {"tokens": [10, 30], "policy": [-10.0, -40.0], "reference": [-12.0, -38.0], "kl": [1.5]},
+    {"tokens": [20, 20], "policy": [-30.0, -20.0], "reference": [-30.0, -22.0], "kl": [0.0]},
+    {"tokens": [5, 2], "policy": [-5.5, -6.0], "reference": [-9.0, -5.0], "kl": [0.25]},
 ]
 for pair, texts in zip(PAIRS, (["a" * 40, "b" * 140], ["a", "b"], ["a" * 300, "b"]), strict=True):
     pair["responses"] = texts
