@@ -15,7 +15,6 @@ from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response
 from hps.prefix import compute_prefix, tail_states
 from hps.recipe import Model, Recipe
 
-HEAD_TOKENS = 256  # tokens whose logits over the vocabulary are in memory at a time
 FINAL = "final"  # the policy at the end of the training
 
 
@@ -79,44 +78,37 @@ class HeldOut:
         return [row[: len(response)] for row, response in zip(hidden, responses, strict=True)]
 
     @torch.inference_mode()
-    def log_prob(self, model: Any, states: torch.Tensor, response: list[int]) -> float:
-        """Summed log-probability of a response's tokens."""
-        total = 0.0
-        for part, ids in zip(states.split(HEAD_TOKENS), _parts(response), strict=True):
-            logits = _causal(model).get_output_embeddings()(part).float()
-            targets = torch.tensor(ids, device=self.device)
-            total -= float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        return total
-
-    @torch.inference_mode()
-    def kl(self, policy: torch.Tensor, reference: torch.Tensor) -> float:
-        """Sum over the positions of KL(policy || reference) over the whole vocabulary; states as from `states`."""
-        total = 0.0
-        for ours, theirs in zip(policy.split(HEAD_TOKENS), reference.split(HEAD_TOKENS), strict=True):
-            heads = (_causal(model).get_output_embeddings() for model in (self.policy, self.reference))
-            p, q = (head(part).float().log_softmax(dim=-1) for head, part in zip(heads, (ours, theirs), strict=True))
-            total += float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
-        return max(total, 0.0)  # what rounding leaves of a divergence of nothing
+    def log_softmax(self, model: Any, states: torch.Tensor) -> torch.Tensor:
+        """(tokens, vocabulary) log-probabilities, float32, from the states of a response."""
+        return _causal(model).get_output_embeddings()(states).float().log_softmax(dim=-1)
 
     def compare(self, prompt: list[int], responses: list[list[int]], diverging: int) -> dict:
-        """`policy`, `reference`: log-probabilities; `kl`: of the first responses; `along`: the same at the kept steps.
+        """What the policy and the reference say of the responses.
 
         Args:
             diverging: responses, from the first, whose divergence is taken.
+
+        Returns:
+            `reference`, `policy`: summed log-probability of each response; `kl`: for the first responses the sum over
+            their positions of KL(policy || reference) over the whole vocabulary; `along`: `policy` and `kl` at every
+            step at which the policy was kept.
         """
         with self.as_reference():
-            before = self.states(self.reference, prompt, responses)
-            reference = [self.log_prob(self.reference, *pair) for pair in zip(before, responses, strict=True)]
-        before = before[:diverging]
+            before = self._log_probs(self.reference, prompt, responses)
+            reference = [_picked(*pair) for pair in zip(before, responses, strict=True)]
+        del before[diverging:]
         along = [{"step": step, **self._policy(prompt, responses, before)} for step in self.along()]
         return {"reference": reference, **self._policy(prompt, responses, before), "along": along}
 
     def _policy(self, prompt: list[int], responses: list[list[int]], before: list[torch.Tensor]) -> dict:
-        after = self.states(self.policy, prompt, responses)
+        after = self._log_probs(self.policy, prompt, responses)
         return {
-            "policy": [self.log_prob(self.policy, *pair) for pair in zip(after, responses, strict=True)],
-            "kl": [self.kl(*pair) for pair in zip(after, before, strict=False)],
+            "policy": [_picked(*pair) for pair in zip(after, responses, strict=True)],
+            "kl": [divergence(*pair) for pair in zip(after, before, strict=False)],
         }
+
+    def _log_probs(self, model: Any, prompt: list[int], responses: list[list[int]]) -> list[torch.Tensor]:
+        return [self.log_softmax(model, states) for states in self.states(model, prompt, responses)]
 
     @torch.inference_mode()
     def answer(self, model: Any, messages: list[dict], tokens: int) -> str:
@@ -155,5 +147,12 @@ def _causal(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _parts(ids: list[int]) -> list[list[int]]:
-    return [ids[start : start + HEAD_TOKENS] for start in range(0, len(ids), HEAD_TOKENS)]
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Sum over the positions of KL(p || q), from (tokens, vocabulary) log-probabilities; nats."""
+    total = float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
+    return max(total, 0.0)  # what rounding leaves of no divergence
+
+
+def _picked(log_probs: torch.Tensor, response: list[int]) -> float:
+    targets = torch.tensor(response, device=log_probs.device)
+    return float(log_probs.gather(1, targets[:, None]).sum())

@@ -25,7 +25,7 @@ from hps.chat import prompt_token_ids
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import claim, file_hash, finish, hold, model_hash
-from hps.preflight import load_prompts
+from hps.preflight import evaluated_prompts
 from hps.recipe import Model, Recipe
 from hps.records import Appender, read_jsonl, read_prompts, read_ranked, write_json
 
@@ -59,13 +59,6 @@ def held_out_pairs(recipe: Recipe) -> tuple[list[dict], dict[str, int]]:
     return pairs, left_out
 
 
-def evaluated_prompts(recipe: Recipe) -> tuple[dict[str, dict], list[dict]]:
-    """The test prompts that are evaluated, by id, and ledger lines for repeated ones."""
-    prompts, repeated = load_prompts(recipe, "test")
-    names = list(prompts)[: recipe.evaluation.prompts]
-    return {name: prompts[name] for name in names}, repeated
-
-
 def _pair(record: dict, responses: list[str], truncated: list[bool]) -> dict:
     return {
         "prompt_id": record["prompt_id"],
@@ -93,7 +86,7 @@ def pair_figures(pair: dict, scorer: HeldOut) -> dict:
 
 
 def margins(pairs: list[dict]) -> dict[str, np.ndarray]:
-    """Per-pair figures, each (pairs,), from `responses` and from `tokens`, `policy`, `reference` of both and `kl` of y_1."""
+    """Per-pair figures, each (pairs,), from `responses`, `tokens`, `policy`, `reference` of both and `kl` of y_1."""
     tokens, policy, reference, kl = (
         np.array([pair[name] for pair in pairs]) for name in ("tokens", "policy", "reference", "kl")
     )

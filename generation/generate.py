@@ -32,8 +32,8 @@ class Generator:
     Items in: `key`, `ids` (token ids), `count`. Items out: `key`, `samples`.
     """
 
-    def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int):
-        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), seed)
+    def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int, adapter: str | None = None):
+        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), seed, adapter=adapter)
 
     def __call__(self, batch: dict) -> Iterator[dict]:
         items = map(json.loads, batch["item"])
@@ -188,7 +188,8 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
     ]
     done = sum(len(writer.done) for writer in writers.values())
     print(f"generation: {len(items)} prompts to do, {done} of {total} done before; loading the engine", flush=True)
-    for result in progress(_results(recipe, items, tokenizer), total, "generation", " prompts", done):
+    results = sample(recipe, recipe.models.generator, items, tokenizer)
+    for result in progress(results, total, "generation", " prompts", done):
         split, _, name = result["key"].partition("/")
         writers[split].write(name, [Sample(**sample) for sample in result["samples"]])
     for writer in writers.values():
@@ -201,18 +202,24 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
     finish(folder, recipe, settings, outputs)
 
 
-def _results(recipe: Recipe, items: list[dict], tokenizer) -> Iterator[dict]:
+def sample(recipe: Recipe, model: Model, items: list[dict], tokenizer, adapter: str | None = None) -> Iterator[dict]:
+    """What `Generator` makes of the items on all devices, with the recipe's `generation` settings.
+
+    Args:
+        adapter: folder of a LoRA adapter on the model.
+    """
     if not items:
         return iter(())
     arguments = {
-        "model": asdict(recipe.models.generator),
+        "model": asdict(model),
         "settings": asdict(recipe.generation),
         "stop_ids": sorted(end_of_turn_ids(tokenizer)),
         "seed": recipe.seed,
+        "adapter": adapter,
     }
     gpus = recipe.generation.tensor_parallel
     workers = count_devices(recipe.generation.workers, gpus)
-    most = max(getattr(recipe.data, split).responses for split in SPLITS)
+    most = max(item["count"] for item in items)
     # Enough for an actor's engine to be full most of the time that it works on a batch.
     batch = max(1, 4 * recipe.generation.max_sequences // most)
     return run_workers(Generator, arguments, items, workers, gpus, batch)

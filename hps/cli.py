@@ -8,12 +8,14 @@ from hps.errors import InputError
 from hps.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 
 
-def parse(description: str, dry_run: bool = True) -> tuple[Recipe, argparse.Namespace]:
-    """Read the command line of a stage and load its recipe."""
+def parse(description: str, dry_run: bool = True, **flags: str) -> tuple[Recipe, argparse.Namespace]:
+    """Read the command line of a stage and load its recipe; `flags` are its own `--name`s with their help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value", help=f"default: {DEFAULT_RECIPE}")
     if dry_run:
         parser.add_argument("--dry-run", action="store_true", help="print the resolved plan, run nothing")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     options = parser.parse_intermixed_args()
     path, overrides = split_arguments(options.arguments)
     return load_recipe(path, overrides), options

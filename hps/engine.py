@@ -5,9 +5,11 @@ that the caller can put it on disk, and no batch waits for its slowest member.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from hps.recipe import Generation, Model
 
@@ -20,6 +22,9 @@ _CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _CUDA_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 # KV cache on a CPU, in bytes. vLLM's own default takes a share of all memory, which a laptop also needs for the rest.
 CPU_KV_CACHE_BYTES = 2 * 2**30
+
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256)  # of those that vLLM takes
 
 
 @dataclass
@@ -41,9 +46,20 @@ class Engine:
         seed: seeds the engine. On CUDA every prompt has a seed of its own besides, so that its samples depend less
             on the prompts around it; on a CPU per-request seeds end vLLM 0.32's engine («CPU Generator does not use
             offset») when many sequences are scheduled.
+        adapter: folder of a LoRA adapter (PEFT) that the model samples with.
+        schema: JSON schema that every sample must follow.
     """
 
-    def __init__(self, model: Model, settings: Generation, stop_ids: frozenset[int], seed: int):
+    def __init__(
+        self,
+        model: Model,
+        settings: Generation,
+        stop_ids: frozenset[int],
+        seed: int,
+        *,
+        adapter: str | None = None,
+        schema: dict | None = None,
+    ):
         import torch
 
         self._cuda = torch.cuda.is_available()
@@ -52,9 +68,18 @@ class Engine:
         from vllm import LLM
 
         self._settings, self._stop_ids, self._seed = settings, sorted(stop_ids), seed
+        self._schema = schema
         extra = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if not self._cuda:
             extra = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+        self._adapter = None
+        if adapter:
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest("policy", 1, adapter)
+            extra |= {"enable_lora": True, "max_lora_rank": _rank_place(adapter)}
+        if schema:  # compact, because a weak model would fill its length with white space between the fields
+            extra["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
         self._engine = LLM(
             model=model.path,
             revision=model.revision,
@@ -87,7 +112,9 @@ class Engine:
                     exhausted = True
                     break
                 key, ids, count = item
-                self._engine.add_request(key, {"prompt_token_ids": ids}, self._sampling(key, count))
+                self._engine.add_request(
+                    key, {"prompt_token_ids": ids}, self._sampling(key, count), lora_request=self._adapter
+                )
                 waiting[key] = count
             if not waiting:
                 return
@@ -98,7 +125,7 @@ class Engine:
 
     def _sampling(self, key: str, count: int):
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         return SamplingParams(
             n=count,
@@ -108,7 +135,14 @@ class Engine:
             stop_token_ids=self._stop_ids,
             seed=_request_seed(self._seed, key) if self._cuda else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            structured_outputs=StructuredOutputsParams(json=self._schema) if self._schema else None,
         )
+
+
+def _rank_place(adapter: str) -> int:
+    """The room that vLLM makes for an adapter: the smallest of its sizes that holds the rank."""
+    rank = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    return next((size for size in LORA_RANKS if size >= rank), rank)
 
 
 def _request_seed(seed: int, key: str) -> int:

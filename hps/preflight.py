@@ -78,6 +78,13 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[dict[str, dict], list[dict
     return prompts, repeated
 
 
+def evaluated_prompts(recipe: Recipe) -> tuple[dict[str, dict], list[dict]]:
+    """The test prompts that are evaluated, by id, and ledger lines for repeated ones."""
+    prompts, repeated = load_prompts(recipe, "test")
+    names = list(prompts)[: recipe.evaluation.prompts]
+    return {name: prompts[name] for name in names}, repeated
+
+
 def _check_enough(record: dict, generated: int, keep_given: bool, where: str) -> None:
     given = len(record["responses"]) if keep_given else 0
     if given + generated < 2:

@@ -178,7 +178,7 @@ def test_responses_are_cut_where_training_cut_them(finished):
     held_out.limit = len(prompt) + 3
     assert stage.pair_figures(pair, held_out)["tokens"] == [3, 3]
     whole = response_token_ids(held_out.tokenizer, pair["prompt"], pair["responses"][0], False)
-    expected = held_out.log_prob(held_out.policy, held_out.states(held_out.policy, prompt, [whole[:3]])[0], whole[:3])
+    (expected,) = held_out.compare(prompt, [whole[:3]], diverging=0)["policy"]
     assert stage.pair_figures(pair, held_out)["policy"][0] == pytest.approx(expected, abs=1e-4)
 
 
