@@ -23,9 +23,12 @@ class HeldOut:
 
     With LoRA one model serves: the reference is the model with its adapter switched off, and a policy along the
     training is another adapter. Full fine-tuning keeps nothing along the training (alignment.train.KeptCheckpoints).
+
+    Args:
+        along: load the policies along the training, too.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, along: bool = True):
         run = recipe.run_folder()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.limit = recipe.schedule.max_length
@@ -40,7 +43,7 @@ class HeldOut:
 
             self.reference = PeftModel.from_pretrained(self.reference, run / "checkpoint", adapter_name=FINAL).eval()
             self.policy = self.reference
-            for step, folder in kept_checkpoints(recipe):
+            for step, folder in kept_checkpoints(recipe) if along else []:
                 self.reference.load_adapter(folder, adapter_name=f"step-{step}")
                 self.steps.append(step)
         else:

@@ -27,7 +27,7 @@ from hps.errors import InputError, run_main
 from hps.manifest import claim, file_hash, finish, hold, model_hash
 from hps.preflight import evaluated_prompts
 from hps.recipe import Model, Recipe
-from hps.records import Appender, read_jsonl, read_prompts, read_ranked, write_json
+from hps.records import Appender, read_jsonl, read_ranked, write_json
 
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
 SETS = ("written", "ranked")
@@ -47,7 +47,7 @@ def held_out_pairs(recipe: Recipe) -> tuple[list[dict], dict[str, int]]:
             left_out["written: fewer than two given responses"] += 1
         else:
             pairs.append({"set": "written", **_pair(record, responses, [False, False])})
-    for _, record in read_ranked(recipe.ranked("test")):
+    for _, record in read_ranked(recipe.tested().ranked("test")):
         if recipe.evaluation.prompts is not None and record["prompt_id"] not in prompts:
             continue
         if record["rewards"][0] == record["rewards"][-1]:
@@ -123,7 +123,7 @@ def evaluate(recipe: Recipe) -> None:
         raise InputError(
             "the run is not finished", where=str(recipe.run_folder()), remedy="run `bash run.sh` with this recipe"
         )
-    folder = recipe.run_folder() / "evaluation"
+    folder = recipe.evaluated_folder() / "evaluation"
     settings = evaluation_settings(recipe)
     with hold(folder):
         if claim(folder, settings):
@@ -171,7 +171,7 @@ def set_figures(pairs: list[dict], recipe: Recipe) -> dict:
 
 def evaluation_settings(recipe: Recipe) -> dict:
     """What decides the figures; a change of any of it needs another `run`, or the folder deleted."""
-    settings = ("bootstrap", "answers", "answer_tokens", "prompts")
+    settings, tested = ("bootstrap", "answers", "answer_tokens", "prompts"), recipe.tested()
     return {
         "evaluation": {name: getattr(recipe.evaluation, name) for name in settings},
         "steps": [step for step, _ in kept_checkpoints(recipe)],
@@ -179,8 +179,8 @@ def evaluation_settings(recipe: Recipe) -> dict:
         "seed": recipe.seed,
         "checkpoint": model_hash(Model(path=str(recipe.run_folder() / "checkpoint"))),
         "reference": model_hash(recipe.models.policy),
-        "data": {"limit": recipe.data.test.limit, "sha256": file_hash(recipe.data.test.path)},
-        "ranked": file_hash(recipe.ranked("test")),
+        "data": {"limit": tested.data.test.limit, "sha256": file_hash(tested.data.test.path)},
+        "ranked": file_hash(tested.ranked("test")),
     }
 
 
@@ -200,7 +200,7 @@ def _existing(path: Path):
 
 def _write_answers(recipe: Recipe, scorer: HeldOut, path: Path) -> None:
     settings = recipe.evaluation
-    prompts = [record for _, record in read_prompts(recipe.data.test.path, recipe.data.test.limit)][: settings.answers]
+    prompts = list(evaluated_prompts(recipe)[0].values())[: settings.answers]
     path.unlink(missing_ok=True)
     with Appender(path) as file:
         for record in progress(prompts, len(prompts), "answers before and after", " prompts"):

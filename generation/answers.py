@@ -22,11 +22,12 @@ from hps.records import Appender, done_ids
 
 
 def answers_folder(recipe: Recipe, sft: bool) -> Path:
-    return (recipe.sft_folder() if sft else recipe.run_folder()) / "answers"
+    return (recipe.tested().sft_folder() if sft else recipe.evaluated_folder()) / "answers"
 
 
 def stage_settings(recipe: Recipe, sft: bool) -> dict:
     """What decides the answers. Those of the model before training serve runs of every seed."""
+    tested = recipe.tested().data.test
     checkpoint = None if sft else model_hash(Model(path=str(recipe.run_folder() / "checkpoint")))
     sampling = ("temperature", "top_p", "max_prompt_tokens", "max_new_tokens", "dtype")
     return {
@@ -35,7 +36,7 @@ def stage_settings(recipe: Recipe, sft: bool) -> dict:
         "seed": None if sft else recipe.seed,
         "policy": model_hash(recipe.models.policy),
         "checkpoint": checkpoint,
-        "data": {"limit": recipe.data.test.limit, "sha256": file_hash(recipe.data.test.path)},
+        "data": {"limit": tested.limit, "sha256": file_hash(tested.path)},
     }
 
 

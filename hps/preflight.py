@@ -3,6 +3,7 @@
 Reads   the recipe, the data files, the models' `config.json`
 Run     python -m hps.preflight gene configs/quickstart.yaml --dry-run
         python -m hps.preflight run configs/hh_rlhf.yaml --dry-run
+        python -m hps.preflight evaluate configs/hh_rlhf.yaml --dry-run
 
 Bad input ends with one line and exit status 2. With `--dry-run` what does not exist yet is marked as missing and the
 plan is printed all the same.
@@ -20,7 +21,7 @@ from hps.recipe import SPLITS, Model, Recipe, as_yaml
 from hps.records import read_prompts, read_ranked
 from hps.workers import accumulation_steps, process_count
 
-STAGES = {"gene": ("generator", "reward"), "run": ("policy",)}
+STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}
 
 
 def check_labels(model: Model) -> None:
@@ -80,7 +81,7 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[dict[str, dict], list[dict
 
 def evaluated_prompts(recipe: Recipe) -> tuple[dict[str, dict], list[dict]]:
     """The test prompts that are evaluated, by id, and ledger lines for repeated ones."""
-    prompts, repeated = load_prompts(recipe, "test")
+    prompts, repeated = load_prompts(recipe.tested(), "test")
     names = list(prompts)[: recipe.evaluation.prompts]
     return {name: prompts[name] for name in names}, repeated
 
@@ -164,6 +165,31 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     return [*lines, f"outputs: {', '.join(map(str, outputs))}"]
 
 
+def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
+    """What evaluate.sh will do, a line each."""
+    run, settings = recipe.run_folder(), recipe.evaluation
+    lines = []
+    if not (run / "manifest.json").exists():
+        problem = InputError(
+            "there is no finished run", where=str(run), remedy="run `bash run.sh` with this recipe first"
+        )
+        if not dry_run:
+            raise problem
+        lines.append(f"run: MISSING: {problem}")
+    loaded, remark = attempt(evaluated_prompts, recipe, dry_run=dry_run)
+    if loaded is None:
+        lines.append(f"test: {remark}")
+    else:
+        answers = len(loaded[0]) * settings.samples
+        lines.append(
+            f"test: {recipe.tested().data.test.path}: {len(loaded[0])} prompts, {answers} answers of the run and "
+            f"{answers} of the model before training, at most {2 * answers * recipe.generation.max_new_tokens:,} tokens"
+        )
+    judge = recipe.models.judge.path if recipe.judge.enabled else "off (`judge.enabled`)"
+    outputs = [folder / "metrics.json" for folder in (recipe.evaluated_folder(), recipe.tested().sft_folder())]
+    return [*lines, f"judge: {judge}", f"outputs: {', '.join(map(str, outputs))}"]
+
+
 def count_ranked(recipe: Recipe, split: str) -> int:
     """Number of prompts of a ranked file; every line is checked."""
     if not recipe.ranked(split).exists():
@@ -188,7 +214,7 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
                 lines.append(f"{role}: its number of labels is not checked in a dry run, which asks the hub nothing")
             else:
                 check_labels(model)
-    lines += {"gene": gene_plan, "run": run_plan}[stage](recipe, dry_run)
+    lines += {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage](recipe, dry_run)
     if dry_run:
         print(as_yaml(recipe))
     for line in lines:
@@ -197,7 +223,7 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
-        raise InputError("the first argument must be gene or run", where="command line")
+        raise InputError(f"the first argument must be one of {', '.join(STAGES)}", where="command line")
     stage = sys.argv.pop(1)
     recipe, options = parse(__doc__)
     preflight(stage, recipe, options.dry_run)

@@ -10,7 +10,7 @@ field, value and remedy. Look at one:
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,8 @@ class Evaluation:
 
     `prompts` of the test split are evaluated, the first ones (null: all). `checkpoints` is the number of points before
     the end of the training at which the policy is kept and its margins are taken. `samples` answers to a prompt are
-    what BLEU, reward and KL are taken on.
+    what BLEU, reward and KL are taken on. `on` names another recipe whose test split and ranking are evaluated instead
+    (transfer, Tables 5 and 7).
     """
 
     bootstrap: int = 2000
@@ -198,6 +199,7 @@ class Evaluation:
     prompts: int | None = None
     checkpoints: int = 4
     samples: int = 5
+    on: str | None = None
 
 
 @dataclass
@@ -247,6 +249,19 @@ class Recipe:
 
     def sft_folder(self) -> Path:
         return Path(self.output) / SFT
+
+    def tested(self) -> "Recipe":
+        """The recipe whose test split is evaluated: this one, or that of `evaluation.on` with these settings."""
+        if self.evaluation.on is None:
+            return self
+        other = load_recipe(self.evaluation.on)
+        return replace(other, evaluation=replace(self.evaluation, on=None), generation=self.generation)
+
+    def evaluated_folder(self) -> Path:
+        """Where the evaluation of the run stands: in the run's folder, or in one for the other test split."""
+        if self.evaluation.on is None:
+            return self.run_folder()
+        return self.run_folder() / "on" / Path(self.tested().output).name
 
 
 # (field, lowest, highest) for numbers; None is no bound on that side. NaN and infinity are refused everywhere.

@@ -5,6 +5,7 @@ Formats (one JSON object a line, UTF-8):
 - prompts:    `prompt` (chat messages), optional `responses` (given ones, best first), optional `prompt_id`, `topic`
 - candidates: `prompt_id`, `prompt`, `responses`, `sources`, `token_counts`, `truncated` (parallel lists)
 - ranked:     a candidates line with `rewards`, all lists sorted by reward, best first
+- answers:    `prompt_id`, `prompt`, `responses`, `token_counts`, `truncated` (parallel lists): a model's answers
 - ledger:     `prompt_id`, `reason`, and what the reason needs: everything dropped, merged or refused
 
 `sources` says where a response comes from: `given_1`, `given_2`, ... in the order of the human preference, or
@@ -186,6 +187,18 @@ def check_rewards(record: dict, where: str) -> None:
             raise InputError(
                 f"`rewards[{index}]` is {shorten(reward)}", where=where, remedy="give a finite number; score it again"
             )
+
+
+def read_answers(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield validated answers records; equal and empty answers are answers too."""
+    for where, record in read_jsonl(path):
+        record = _named(record, where)
+        check_strings(record, "responses", where)
+        for field in ("token_counts", "truncated"):
+            check_parallel(record, field, where)
+        if not record["responses"]:
+            raise InputError("`responses` is empty", where=where, remedy="delete the file and answer again")
+        yield where, record
 
 
 def read_ranked(path: str | Path) -> Iterator[tuple[str, dict]]:

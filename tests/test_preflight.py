@@ -123,7 +123,7 @@ def test_bad_ranked_lines_of_run(recipe, rewards, message):
 
 
 def test_the_stage_must_be_named():
-    assert_refused(preflight("genes"), "the first argument must be gene or run")
+    assert_refused(preflight("genes"), "the first argument must be one of gene, run, evaluate")
 
 
 def test_good_input_prints_the_counts(recipe):

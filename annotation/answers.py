@@ -1,0 +1,118 @@
+"""Score the answers to the test prompts with the reward model of the evaluation.
+
+Reads   `<output>/<run>/answers/test.jsonl` (answers), or with --sft those under `<output>/sft/`; `data.test.path`
+Writes  `scores/scores.jsonl` beside the answers' folder, a line a prompt: `answers` and, with --sft, `given` (the given
+        responses of the prompt), for each `score` and what else the reward model gives; `manifest.json` (last)
+Run     python -m annotation.answers configs/quickstart.yaml [--sft]
+
+`models.evaluator` is another model than the one that ranked the candidates: a policy is not judged by the model that it
+was trained to please.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from annotation.canary import canary_folder, check_canaries
+from annotation.score import load_reward_model
+from hps.cli import parse, progress
+from hps.errors import InputError, run_main
+from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
+from hps.preflight import evaluated_prompts
+from hps.recipe import Model, Recipe
+from hps.records import Appender, done_ids, read_answers
+from hps.workers import count_devices, run_workers
+
+
+class AnswerScorer:
+    """The worker: a reward model of its own; items with `prompt`, `responses`, `truncated` in, `details` out."""
+
+    def __init__(self, model: dict, dtype: str, batch_tokens: int, canaries: str):
+        self.model = load_reward_model(Model(**model), dtype, batch_tokens)
+        check_canaries(self.model, Path(canaries), Model(**model))
+
+    def __call__(self, batch: dict) -> Iterator[dict]:
+        for item in map(json.loads, batch["item"]):
+            try:
+                details = self.model.score_details(item["prompt"], item["responses"], item["truncated"])
+                result = {"prompt_id": item["prompt_id"], "details": details}
+            except InputError as error:
+                result = {"error": f"{item['where']}: prompt {item['prompt_id']}: {error}"}
+            yield {"item": [json.dumps(result)]}
+
+
+def scores_path(recipe: Recipe, sft: bool) -> Path:
+    return (recipe.tested().sft_folder() if sft else recipe.evaluated_folder()) / "scores" / "scores.jsonl"
+
+
+def score(recipe: Recipe, sft: bool) -> None:
+    """Run the stage; see the module's docstring."""
+    check_model(recipe.models.evaluator, "models.evaluator")
+    path = scores_path(recipe, sft)
+    answers = path.parent.parent / "answers"
+    if not (answers / "manifest.json").exists():
+        raise InputError("the answers are not finished", where=str(answers), remedy="run `bash evaluate.sh`")
+    settings = {
+        "dtype": recipe.annotation.dtype,
+        "model": model_hash(recipe.models.evaluator),
+        "answers": file_hash(answers / "test.jsonl"),
+    }
+    with hold(path.parent):
+        if claim(path.parent, settings):
+            print(f"scores: finished before, {path}")
+        else:
+            _score(recipe, sft, answers / "test.jsonl", path)
+            finish(path.parent, recipe, settings, [path])
+
+
+def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
+    done = done_ids(path)
+    prompts, _ = evaluated_prompts(recipe)
+    items = [
+        {"where": where, **with_given(record, prompts[record["prompt_id"]] if sft else None)}
+        for where, record in read_answers(answers)
+        if record["prompt_id"] not in done
+    ]
+    counts = {item["prompt_id"]: item["answers"] for item in items}
+    print(f"scores: {len(items)} prompts to score, {len(done)} scored before; {path}", flush=True)
+    if not items:
+        return
+    arguments = {
+        "model": asdict(recipe.models.evaluator),
+        "dtype": recipe.annotation.dtype,
+        "batch_tokens": recipe.annotation.batch_tokens,
+        "canaries": str(canary_folder(recipe)),
+    }
+    results = run_workers(AnswerScorer, arguments, items, count_devices(recipe.annotation.workers))
+    with Appender(path) as file:
+        for result in progress(results, len(items) + len(done), "scores", " prompts", len(done)):
+            if "error" in result:
+                raise InputError(result["error"])
+            count = counts[result["prompt_id"]]
+            details = result["details"]
+            file.append({"prompt_id": result["prompt_id"], "answers": details[:count], "given": details[count:]})
+
+
+def with_given(record: dict, prompt: dict | None) -> dict:
+    """What the worker needs of an answers record, with the given responses of its prompt behind the answers.
+
+    `answers` is the number of answers among `responses`.
+    """
+    given = [text.strip() for text in prompt["responses"]] if prompt else []
+    return {
+        "prompt_id": record["prompt_id"],
+        "prompt": record["prompt"],
+        "responses": [*record["responses"], *given],
+        "truncated": [*record["truncated"], *[False] * len(given)],
+        "answers": len(record["responses"]),
+    }
+
+
+def main() -> None:
+    recipe, options = parse(__doc__, dry_run=False, sft="answers of the model before training")
+    score(recipe, options.sft)
+
+
+if __name__ == "__main__":
+    run_main(main)

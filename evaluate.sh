@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# A trained run to its metrics: answers to the test prompts, their rewards, BLEU, divergence, margins; win rate on request.
+#
+#   bash evaluate.sh [RECIPE] [key=value ...] [--dry-run]
+#
+# RECIPE defaults to configs/quickstart.yaml; `bash run.sh` with the same arguments comes first. The answers of the model
+# before training are made once for all runs of a recipe. Interrupted, the same command continues.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ---- settings ----
+INFER=.venv-infer/bin/python
+TRAIN=.venv-train/bin/python
+# Libraries announce to one another what they will rename; a user can do nothing about it.
+export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
+# ------------------
+
+case " $* " in *" -h "* | *" --help "*)
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' evaluate.sh
+    exit 0
+    ;;
+esac
+bash setup.sh infer
+bash setup.sh train
+"$INFER" -m hps.preflight evaluate "$@"
+case " $* " in *" --dry-run "*) exit 0 ;; esac
+for of in --sft ""; do # the model before training, then the run's
+    "$INFER" -m generation.answers "$@" ${of:+"$of"}
+    "$INFER" -m annotation.answers "$@" ${of:+"$of"}
+done
+"$TRAIN" -m evaluation.margins "$@"
+"$TRAIN" -m evaluation.divergence "$@"
+"$TRAIN" -m evaluation.metrics "$@" --sft
+"$TRAIN" -m evaluation.metrics "$@"
+"$INFER" -m evaluation.judge "$@"
+"$TRAIN" -m evaluation.win_rate "$@"

@@ -1,0 +1,79 @@
+"""How far the policy is from the reference on its own answers.
+
+Reads   `<output>/<run>/answers/test.jsonl` (answers), `<output>/<run>/checkpoint`
+Writes  `<output>/<run>/divergence/divergence.jsonl`, a line a prompt: for each answer `kl`, `log_ratio` (nats) and
+        `tokens`; `manifest.json` (last)
+Run     python -m evaluation.divergence configs/quickstart.yaml
+
+`kl` is the sum over the answer's tokens of KL(pi_theta || pi_ref) over the whole vocabulary: on samples of the policy,
+an estimate of the sequence's divergence with less variance than `log_ratio` = log pi_theta(y) - log pi_ref(y), whose
+mean estimates the same. The answers are sampled at `generation.temperature`, the divergence is that of the policy
+itself (temperature 1).
+"""
+
+from pathlib import Path
+
+from evaluation.held_out import HeldOut
+from hps.cli import parse, progress
+from hps.errors import InputError, run_main
+from hps.manifest import claim, file_hash, finish, hold, model_hash
+from hps.recipe import Model, Recipe
+from hps.records import Appender, done_ids, read_answers
+
+
+def divergence_path(recipe: Recipe) -> Path:
+    return recipe.evaluated_folder() / "divergence" / "divergence.jsonl"
+
+
+def measure(recipe: Recipe) -> None:
+    """Run the stage; see the module's docstring."""
+    path = divergence_path(recipe)
+    answers = recipe.evaluated_folder() / "answers"
+    if not (answers / "manifest.json").exists():
+        raise InputError("the answers are not finished", where=str(answers), remedy="run `bash evaluate.sh`")
+    settings = {
+        "answers": file_hash(answers / "test.jsonl"),
+        "checkpoint": model_hash(Model(path=str(recipe.run_folder() / "checkpoint"))),
+        "reference": model_hash(recipe.models.policy),
+        "max_length": recipe.schedule.max_length,
+    }
+    with hold(path.parent):
+        if claim(path.parent, settings):
+            print(f"divergence: finished before, {path}")
+        else:
+            _measure(recipe, answers / "test.jsonl", path)
+            finish(path.parent, recipe, settings, [path])
+
+
+def _measure(recipe: Recipe, answers: Path, path: Path) -> None:
+    done = done_ids(path)
+    records = [record for _, record in read_answers(answers)]
+    todo = [record for record in records if record["prompt_id"] not in done]
+    scorer = HeldOut(recipe, along=False)
+    with Appender(path) as file:
+        for record in progress(todo, len(records), "divergence", " prompts", len(done)):
+            file.append({"prompt_id": record["prompt_id"], **answer_figures(record, scorer)})
+
+
+def answer_figures(record: dict, scorer: HeldOut) -> dict:
+    """`kl`, `log_ratio`, `tokens` of each answer; an answer without tokens has none of either."""
+    prompt, answers = scorer.token_ids(record["prompt"], record["responses"], record["truncated"])
+    some = [answer for answer in answers if answer]
+    found = scorer.compare(prompt, some, diverging=len(some)) if some else {"policy": [], "reference": [], "kl": []}
+    ratios = [after - before for after, before in zip(found["policy"], found["reference"], strict=True)]
+    values = iter(zip(found["kl"], ratios, strict=True))
+    pairs = [next(values) if answer else (0.0, 0.0) for answer in answers]
+    return {
+        "kl": [kl for kl, _ in pairs],
+        "log_ratio": [ratio for _, ratio in pairs],
+        "tokens": [len(answer) for answer in answers],
+    }
+
+
+def main() -> None:
+    recipe, _ = parse(__doc__, dry_run=False)
+    measure(recipe)
+
+
+if __name__ == "__main__":
+    run_main(main)
