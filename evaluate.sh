@@ -24,10 +24,9 @@ bash setup.sh infer
 bash setup.sh train
 "$INFER" -m hps.preflight evaluate "$@"
 case " $* " in *" --dry-run "*) exit 0 ;; esac
-for of in --sft ""; do # the model before training, then the run's
-    "$INFER" -m generation.answers "$@" ${of:+"$of"}
-    "$INFER" -m annotation.answers "$@" ${of:+"$of"}
-done
+"$INFER" -m generation.answers "$@"
+"$INFER" -m annotation.answers "$@" --sft # of the model before training
+"$INFER" -m annotation.answers "$@"
 "$TRAIN" -m evaluation.margins "$@"
 "$TRAIN" -m evaluation.divergence "$@"
 "$TRAIN" -m evaluation.metrics "$@" --sft

@@ -1,89 +1,127 @@
-"""Answers to the test prompts, by a run's policy or, with --sft, by the model before training.
+"""Answers to the test prompts, by a run's policy and by the model before training.
 
 Reads   `data.test.path` (the first `evaluation.prompts`), `<output>/<run>/checkpoint`
 Writes  `<output>/<run>/answers/`: `test.jsonl` (answers: `prompt_id`, `prompt`, `responses`, `token_counts`,
-        `truncated`), `ledger.jsonl`, `manifest.json` (last); with --sft the same under `<output>/sft/`, for all runs
-Run     python -m generation.answers configs/quickstart.yaml [--sft]
+        `truncated`), `ledger.jsonl`, `manifest.json` (last); `<output>/sft/answers/` the same of the model before
+        training, once for all runs
+Run     python -m generation.answers configs/quickstart.yaml
+        python -m generation.answers --runs FILE     # many runs, with one engine: a line of FILE is a command line
 
 The engine and the sampling are those of the candidates (`generation.*`). Unlike there, equal and empty answers stay:
-they are what the policy answers.
+they are what the policy answers. Adapters on one model share an engine.
 """
 
+import argparse
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from generation.generate import sample
 from hps.chat import load_tokenizer, prompt_token_ids
-from hps.cli import parse, progress
+from hps.cli import progress, split_arguments
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import evaluated_prompts
-from hps.recipe import Model, Recipe
+from hps.recipe import Model, Recipe, load_recipe
 from hps.records import Appender, done_ids
 
 
-def answers_folder(recipe: Recipe, sft: bool) -> Path:
-    return (recipe.tested().sft_folder() if sft else recipe.evaluated_folder()) / "answers"
+@dataclass
+class Answering:
+    """One folder of answers to be filled: of a recipe's run, or of the model before training (`sft`)."""
+
+    recipe: Recipe
+    sft: bool
+
+    @property
+    def folder(self) -> Path:
+        recipe = self.recipe
+        return (recipe.tested().sft_folder() if self.sft else recipe.evaluated_folder()) / "answers"
+
+    @property
+    def checkpoint(self) -> str:
+        return str(self.recipe.run_folder() / "checkpoint")
+
+    @property
+    def adapter(self) -> str | None:
+        return None if self.sft or not self.recipe.lora.enabled else self.checkpoint
+
+    @property
+    def model(self) -> Model:
+        """The model to load; an adapter stands on the policy before training."""
+        whole = not self.sft and not self.recipe.lora.enabled
+        return Model(path=self.checkpoint) if whole else self.recipe.models.policy
+
+    def settings(self) -> dict:
+        """What decides the answers. Those of the model before training serve runs of every seed."""
+        recipe, tested = self.recipe, self.recipe.tested().data.test
+        sampling = ("temperature", "top_p", "max_prompt_tokens", "max_new_tokens", "dtype")
+        return {
+            "generation": {name: getattr(recipe.generation, name) for name in sampling},
+            "evaluation": {name: getattr(recipe.evaluation, name) for name in ("prompts", "samples")},
+            "seed": None if self.sft else recipe.seed,
+            "policy": model_hash(recipe.models.policy),
+            "checkpoint": None if self.sft else model_hash(Model(path=self.checkpoint)),
+            "data": {"limit": tested.limit, "sha256": file_hash(tested.path)},
+        }
 
 
-def stage_settings(recipe: Recipe, sft: bool) -> dict:
-    """What decides the answers. Those of the model before training serve runs of every seed."""
-    tested = recipe.tested().data.test
-    checkpoint = None if sft else model_hash(Model(path=str(recipe.run_folder() / "checkpoint")))
-    sampling = ("temperature", "top_p", "max_prompt_tokens", "max_new_tokens", "dtype")
-    return {
-        "generation": {name: getattr(recipe.generation, name) for name in sampling},
-        "evaluation": {name: getattr(recipe.evaluation, name) for name in ("prompts", "samples")},
-        "seed": None if sft else recipe.seed,
-        "policy": model_hash(recipe.models.policy),
-        "checkpoint": checkpoint,
-        "data": {"limit": tested.limit, "sha256": file_hash(tested.path)},
-    }
+def answer(recipes: list[Recipe]) -> None:
+    """Run the stage for these runs and what they start from; see the module's docstring."""
+    for recipe in recipes:
+        check_model(recipe.models.policy, "models.policy")
+        if not (recipe.run_folder() / "manifest.json").exists():
+            raise InputError(
+                "the run is not finished", where=str(recipe.run_folder()), remedy="run `bash run.sh` with this recipe"
+            )
+    wanted = {job.folder: job for recipe in recipes for job in (Answering(recipe, True), Answering(recipe, False))}
+    groups: dict[str, list[Answering]] = {}
+    with ExitStack() as held:
+        for folder, job in wanted.items():
+            held.enter_context(hold(folder))
+            if claim(folder, job.settings()):
+                print(f"answers: finished before, {folder}")
+            else:
+                engine = [asdict(job.model), asdict(job.recipe.generation)]
+                groups.setdefault(json.dumps(engine, sort_keys=True), []).append(job)
+        for jobs in groups.values():
+            _answer(jobs)
 
 
-def answer(recipe: Recipe, sft: bool) -> None:
-    """Run the stage; see the module's docstring."""
-    check_model(recipe.models.policy, "models.policy")
-    if not sft and not (recipe.run_folder() / "manifest.json").exists():
-        raise InputError(
-            "the run is not finished", where=str(recipe.run_folder()), remedy="run `bash run.sh` with this recipe"
-        )
-    folder = answers_folder(recipe, sft)
-    settings = stage_settings(recipe, sft)
-    with hold(folder):
-        if claim(folder, settings):
-            print(f"answers: finished before, {folder}")
-        else:
-            _answer(recipe, sft, folder)
-            finish(folder, recipe, settings, [folder / "test.jsonl", folder / "ledger.jsonl"])
+def _answer(jobs: list[Answering]) -> None:
+    """Answers by one model, with or without adapters."""
+    first = jobs[0]
+    tokenizer = load_tokenizer(first.model.path, first.model.revision)
+    prompts = [evaluated_prompts(job.recipe)[0] for job in jobs]
+    items = [item for number, job in enumerate(jobs) for item in pending(job, number, prompts[number], tokenizer)]
+    total = sum(map(len, prompts))
+    print(f"answers: {len(items)} of {total} prompts to do for {len(jobs)} model(s); loading the engine", flush=True)
+    with ExitStack() as opened:
+        files = [opened.enter_context(Appender(job.folder / "test.jsonl")) for job in jobs]
+        results = sample(first.recipe, first.model, items, tokenizer)
+        for result in progress(results, total, "answers", " prompts", total - len(items)):
+            number, _, name = result["key"].partition("/")
+            files[int(number)].append(answers_record(prompts[int(number)][name], result["samples"]))
+    for job in jobs:
+        finish(job.folder, job.recipe, job.settings(), [job.folder / name for name in ("test.jsonl", "ledger.jsonl")])
+        print(f"answers: {job.folder / 'test.jsonl'}")
 
 
-def _answer(recipe: Recipe, sft: bool, folder: Path) -> None:
-    prompts, _ = evaluated_prompts(recipe)
-    model, adapter = policy(recipe, sft)
-    tokenizer = load_tokenizer(model.path, model.revision)
-    done = done_ids(folder / "test.jsonl", folder / "ledger.jsonl")
-    with Appender(folder / "test.jsonl") as file, Appender(folder / "ledger.jsonl") as ledger:
-        items = []
+def pending(job: Answering, number: int, prompts: dict[str, dict], tokenizer) -> Iterator[dict]:
+    """Items of what a folder still needs; prompts that are too long go to its ledger here."""
+    recipe, ledger_path = job.recipe, job.folder / "ledger.jsonl"
+    with Appender(job.folder / "test.jsonl"), Appender(ledger_path) as ledger:  # cuts what a kill left half written
+        done = done_ids(job.folder / "test.jsonl", ledger_path)
         for name in (name for name in prompts if name not in done):
             ids = prompt_token_ids(tokenizer, prompts[name]["prompt"])
             if len(ids) > recipe.generation.max_prompt_tokens:
                 ledger.append({"prompt_id": name, "reason": "prompt too long", "tokens": len(ids)})
             else:
-                items.append({"key": name, "ids": ids, "count": recipe.evaluation.samples})
-        print(f"answers: {len(items)} prompts to do, {len(done)} done before; {folder}", flush=True)
-        results = sample(recipe, model, items, tokenizer, adapter)
-        for result in progress(results, len(prompts), "answers", " prompts", len(prompts) - len(items)):
-            file.append(answers_record(prompts[result["key"]], result["samples"]))
-
-
-def policy(recipe: Recipe, sft: bool) -> tuple[Model, str | None]:
-    """The model to load and the adapter on it, if any."""
-    checkpoint = str(recipe.run_folder() / "checkpoint")
-    if sft:
-        return recipe.models.policy, None
-    if recipe.lora.enabled:
-        return recipe.models.policy, checkpoint
-    return Model(path=checkpoint), None
+                item = {"key": f"{number}/{name}", "ids": ids, "count": recipe.evaluation.samples}
+                yield {**item, "adapter": job.adapter}
 
 
 def answers_record(prompt: dict, samples: list[dict]) -> dict:
@@ -97,9 +135,23 @@ def answers_record(prompt: dict, samples: list[dict]) -> dict:
     }
 
 
+def read_runs(path: Path) -> list[Recipe]:
+    """The recipes of a file of command lines, `RECIPE key=value ...`, one a line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read the file ({error.strerror})", where=str(path)) from None
+    return [load_recipe(*split_arguments(shlex.split(line))) for line in lines if line.strip()]
+
+
 def main() -> None:
-    recipe, options = parse(__doc__, dry_run=False, sft="answers of the model before training")
-    answer(recipe, options.sft)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value")
+    parser.add_argument("--runs", type=Path, metavar="FILE", help="answer for the runs of a file")
+    options = parser.parse_intermixed_args()
+    if options.runs and options.arguments:
+        raise InputError("give a recipe or --runs, not both", where="command line")
+    answer(read_runs(options.runs) if options.runs else [load_recipe(*split_arguments(options.arguments))])
 
 
 if __name__ == "__main__":

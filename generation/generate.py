@@ -11,7 +11,7 @@ command; prompts that are finished are not touched.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,15 +29,17 @@ from hps.workers import count_devices, run_workers
 class Generator:
     """The worker: an engine of its own; a batch of prompts in, their samples out as each is finished.
 
-    Items in: `key`, `ids` (token ids), `count`. Items out: `key`, `samples`.
+    Items in: `key`, `ids` (token ids), `count`, and `adapter` where one of the engine's adapters is to answer. Items
+    out: `key`, `samples`.
     """
 
-    def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int, adapter: str | None = None):
-        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), seed, adapter=adapter)
+    def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int, adapters: Sequence[str] = ()):
+        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), seed, adapters=adapters)
 
     def __call__(self, batch: dict) -> Iterator[dict]:
         items = map(json.loads, batch["item"])
-        for key, samples in self.engine.stream((item["key"], item["ids"], item["count"]) for item in items):
+        prompts = ((item["key"], item["ids"], item["count"], item.get("adapter")) for item in items)
+        for key, samples in self.engine.stream(prompts):
             yield {"item": [json.dumps({"key": key, "samples": [asdict(sample) for sample in samples]})]}
 
 
@@ -202,12 +204,8 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
     finish(folder, recipe, settings, outputs)
 
 
-def sample(recipe: Recipe, model: Model, items: list[dict], tokenizer, adapter: str | None = None) -> Iterator[dict]:
-    """What `Generator` makes of the items on all devices, with the recipe's `generation` settings.
-
-    Args:
-        adapter: folder of a LoRA adapter on the model.
-    """
+def sample(recipe: Recipe, model: Model, items: list[dict], tokenizer) -> Iterator[dict]:
+    """What `Generator` makes of the items on all devices, with the recipe's `generation` settings."""
     if not items:
         return iter(())
     arguments = {
@@ -215,7 +213,7 @@ def sample(recipe: Recipe, model: Model, items: list[dict], tokenizer, adapter: 
         "settings": asdict(recipe.generation),
         "stop_ids": sorted(end_of_turn_ids(tokenizer)),
         "seed": recipe.seed,
-        "adapter": adapter,
+        "adapters": sorted({item["adapter"] for item in items if item.get("adapter")}),
     }
     gpus = recipe.generation.tensor_parallel
     workers = count_devices(recipe.generation.workers, gpus)

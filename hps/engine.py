@@ -7,7 +7,7 @@ that the caller can put it on disk, and no batch waits for its slowest member.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ CPU_KV_CACHE_BYTES = 2 * 2**30
 
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256)  # of those that vLLM takes
+MOST_ADAPTERS = 4  # at work at a time; prompts come sorted by adapter, so that two or three overlap
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Engine:
         seed: seeds the engine. On CUDA every prompt has a seed of its own besides, so that its samples depend less
             on the prompts around it; on a CPU per-request seeds end vLLM 0.32's engine («CPU Generator does not use
             offset») when many sequences are scheduled.
-        adapter: folder of a LoRA adapter (PEFT) that the model samples with.
+        adapters: folders of the LoRA adapters (PEFT) that prompts may ask for.
         schema: JSON schema that every sample must follow.
     """
 
@@ -57,7 +58,7 @@ class Engine:
         stop_ids: frozenset[int],
         seed: int,
         *,
-        adapter: str | None = None,
+        adapters: Sequence[str] = (),
         schema: dict | None = None,
     ):
         import torch
@@ -72,12 +73,11 @@ class Engine:
         extra = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if not self._cuda:
             extra = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
-        self._adapter = None
-        if adapter:
-            from vllm.lora.request import LoRARequest
-
-            self._adapter = LoRARequest("policy", 1, adapter)
-            extra |= {"enable_lora": True, "max_lora_rank": _rank_place(adapter)}
+        # vLLM knows adapters by numbers from 1.
+        self._adapters = {path: number for number, path in enumerate(adapters, 1)}
+        if adapters:
+            extra |= {"enable_lora": True, "max_lora_rank": max(map(_rank_place, adapters))}
+            extra["max_loras"] = min(len(adapters), MOST_ADAPTERS)
         if schema:  # compact, because a weak model would fill its length with white space between the fields
             extra["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
         self._engine = LLM(
@@ -95,12 +95,15 @@ class Engine:
             **extra,
         ).llm_engine
 
-    def stream(self, prompts: Iterable[tuple[str, list[int], int]]) -> Iterator[tuple[str, list[Sample]]]:
+    def stream(
+        self, prompts: Iterable[tuple[str, list[int], int] | tuple[str, list[int], int, str | None]]
+    ) -> Iterator[tuple[str, list[Sample]]]:
         """Sample; yield `(key, samples)` in the order of finishing.
 
         Args:
-            prompts: `(key, token ids, number of samples)`; keys are unique. Read lazily: at most twice the number of
-                sequences that the engine runs at a time are waiting in it.
+            prompts: `(key, token ids, number of samples)` and, where one of `adapters` is to answer, its folder; keys
+                are unique. Read lazily: at most twice the number of sequences that the engine runs at a time are
+                waiting in it.
         """
         source = iter(prompts)
         waiting: dict[str, int] = {}
@@ -111,9 +114,9 @@ class Engine:
                 if item is None:
                     exhausted = True
                     break
-                key, ids, count = item
+                key, ids, count, *adapter = item
                 self._engine.add_request(
-                    key, {"prompt_token_ids": ids}, self._sampling(key, count), lora_request=self._adapter
+                    key, {"prompt_token_ids": ids}, self._sampling(key, count), lora_request=self._lora(*adapter)
                 )
                 waiting[key] = count
             if not waiting:
@@ -122,6 +125,11 @@ class Engine:
                 if output.finished:
                     del waiting[output.request_id]
                     yield output.request_id, [_sample(part) for part in output.outputs]
+
+    def _lora(self, adapter: str | None = None):
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(adapter, self._adapters[adapter], adapter) if adapter else None
 
     def _sampling(self, key: str, count: int):
         from vllm import SamplingParams
