@@ -1,0 +1,530 @@
+"""Turn the published data sets into the prompts files that the recipes of the paper read.
+
+Reads   data/sources.yaml; the files that it names, from the hub (or its cache), or from FOLDER/<repo>/<file>
+Writes  data/<name>/{train,test}.jsonl (prompts), data/<name>/rejected.jsonl (each row that is left out: file, line,
+        row, reason), data/<name>/prepare.json (last: counts, reasons, commits, hashes); `pin`: data/sources.yaml
+Run     .venv-train/bin/python data/prepare.py hh_rlhf pku_safe [--from FOLDER] [--preference better|safer]
+        .venv-train/bin/python data/prepare.py pin
+
+Training: the authors' curated files; the two responses of a row are taken as ranked by people, best first, the order in
+which the file has them. Test: the test files of the original sets; `--preference` says which of PKU-SafeRLHF's two
+rankings orders a pair. Texts lose the white space around them and carriage returns at line ends, nothing else.
+
+A test row whose prompt stands in training, or came before in the test files, is rejected (compared by all its
+messages, whatever their case and white space). Repeated prompts in training stay, as in the authors' file, and are
+counted; generation merges those that are equal to the letter.
+"""
+
+import argparse
+import copy
+import gzip
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from hps.errors import InputError, run_main
+from hps.manifest import file_hash
+from hps.pin import COMMIT, hub_error_types
+from hps.records import ROLES, canonical, prompt_id, shorten, write_atomic, write_json
+
+DATA = Path(__file__).resolve().parent
+SOURCES = DATA / "sources.yaml"
+SETS = ("hh_rlhf", "pku_safe")
+SPLITS = ("train", "test")
+PREFERENCES = ("better", "safer")
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+FORMAT = "the file has another format than data/README.md describes; correct it, or pin an older revision"
+
+Pair = tuple[list[dict], list[str]]  # chat messages; two responses, best first
+
+
+class Rejected(Exception):
+    """A row that cannot be used; `same_as` is the place of the row whose prompt it repeats."""
+
+    def __init__(self, reason: str, same_as: str | None = None):
+        super().__init__(reason)
+        self.reason, self.same_as = reason, same_as
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset repository of the hub, the revision asked for (None: newest), its files in the order of reading."""
+
+    repo: str
+    revision: str | None
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record and its place: `name` is <repo>/<file>, `path` the file here; `line` and `row` count from 1."""
+
+    name: str
+    path: Path
+    line: int
+    row: int
+    record: dict
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}:{self.line}: row {self.row}"
+
+    @property
+    def place(self) -> str:
+        return f"{self.name}:{self.line}: row {self.row}"
+
+
+@dataclass
+class Split:
+    """What became of a split's rows; `places`: where each written prompt stood first, by its comparison key."""
+
+    read: int = 0
+    repeated: int = 0
+    records: list[dict] = field(default_factory=list)
+    rejected: list[dict] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
+
+
+def load_sources(path: Path) -> dict[str, dict[str, Source]]:
+    """The sources by set and split; InputError names a field that is missing, unknown or mistyped."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"cannot read the sources ({problem})", where=str(path), remedy="restore the file") from None
+    _check_keys(found, SETS, "", path)
+    for name in SETS:
+        _check_keys(found[name], SPLITS, name, path)
+    return {name: {split: _source(found[name][split], f"{name}.{split}", path) for split in SPLITS} for name in SETS}
+
+
+def _check_keys(value, names: Iterable[str], place: str, path: Path) -> None:
+    """Refuse what is no mapping with exactly these keys."""
+    keys = list(value) if isinstance(value, dict) else None
+    if keys is None or set(keys) != set(names):
+        where = f"`{place}` has" if place else "the file has"
+        found = "no mapping" if keys is None else f"the fields {', '.join(map(str, keys))}"
+        raise InputError(f"{where} {found}", where=str(path), remedy=f"give it {', '.join(names)}, nothing else")
+
+
+def _source(value, place: str, path: Path) -> Source:
+    _check_keys(value, [known.name for known in fields(Source)], place, path)
+    source = Source(**value)
+    files = source.files
+    right = {
+        "repo": isinstance(source.repo, str) and source.repo.count("/") == 1,
+        "revision": source.revision is None or (isinstance(source.revision, str) and source.revision),
+        "files": isinstance(files, list) and bool(files) and all(isinstance(file, str) and file for file in files),
+    }
+    remedies = {
+        "repo": "give owner/name",
+        "revision": "give null, or a branch, tag or commit in quotes",
+        "files": "give a list of at least one file name",
+    }
+    for name, fits in right.items():
+        if not fits:
+            problem = f"`{place}.{name}` is {shorten(value[name])}"
+            raise InputError(problem, where=str(path), remedy=remedies[name])
+    return source
+
+
+def refusal(error: Exception, source: Source, file: str | None = None) -> InputError:
+    """The hub's refusal as one line. Call it with what `hub_error_types` names."""
+    from huggingface_hub import errors
+
+    where = f"dataset {source.repo}" + (f", file {file}" if file else "")
+    where += f", revision {source.revision}" if source.revision else ""
+    problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    remedy = "try again when the hub can be reached" + (", or give local files with --from FOLDER" if file else "")
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
+        problem = "the hub cannot be reached, or HF_HUB_OFFLINE is set"
+    elif isinstance(error, errors.GatedRepoError):
+        problem, remedy = "access is restricted", "ask for access on the dataset's page, then `hf auth login`"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        problem, remedy = "the hub has no such revision", "correct `revision` in data/sources.yaml, or set it to null"
+    elif isinstance(error, errors.EntryNotFoundError):
+        problem, remedy = "the repository has no such file", "correct `files` in data/sources.yaml"
+    elif isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+        problem, remedy = "the hub has no such dataset, or it is private", "correct `repo`, or `hf auth login`"
+    return InputError(problem, where=where, remedy=remedy)
+
+
+def fetch(source: Source) -> tuple[dict[str, Path], str]:
+    """The source's files in the hub's cache, downloaded where they are not there yet, and the commit they are of."""
+    from huggingface_hub import hf_hub_download
+
+    paths, revision = {}, source.revision
+    for file in source.files:
+        try:
+            path = Path(hf_hub_download(source.repo, file, repo_type="dataset", revision=revision))
+        except hub_error_types() as error:
+            raise refusal(error, source, file) from None
+        # The cache keeps a file as .../snapshots/<commit>/<file>. The next ones come from the same commit, whatever is
+        # uploaded meanwhile.
+        revision = path.parents[len(Path(file).parts) - 1].name
+        paths[file] = path
+    return paths, revision
+
+
+def locate(source: Source, folder: Path) -> dict[str, Path]:
+    """The source's files below a local folder, which must all be there."""
+    paths = {file: folder / source.repo / file for file in source.files}
+    for path in paths.values():
+        if not path.is_file():
+            remedy = "lay the folder out as FOLDER/<repo>/<file>, as data/README.md says, or leave --from out"
+            raise InputError("there is no such file", where=str(path), remedy=remedy)
+    return paths
+
+
+def read_text(path: Path) -> str:
+    """A file's text; `.gz` is unpacked. InputError for a file cut short, and for bytes that are not UTF-8."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        return data.decode("utf-8-sig")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        remedy = "download the file again"
+        raise InputError(f"broken gzip file ({error})", where=str(path), remedy=remedy) from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problem = "the line has bytes that are not UTF-8"
+        raise InputError(problem, where=f"{path}:{line}", remedy=FORMAT) from None
+    except OSError as error:
+        remedy = "check the file and its folder"
+        raise InputError(f"cannot read the file ({error.strerror})", where=str(path), remedy=remedy) from None
+
+
+def read_rows(path: Path, name: str) -> Iterator[Row]:
+    """Rows of a JSON array or of JSON Lines; blank lines are passed over.
+
+    Raises:
+        InputError: broken JSON (with its line), or a row that is no JSON object.
+    """
+    text = read_text(path)
+    places = _array(text, path) if text.lstrip().startswith("[") else _lines(text, path)
+    for number, (line, record) in enumerate(places, 1):
+        row = Row(name, path, line, number, record)
+        if not isinstance(record, dict):
+            raise InputError(f"expected a JSON object, found {shorten(record)}", where=row.where, remedy=FORMAT)
+        yield row
+
+
+def _lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
+    for line, part in enumerate(text.split("\n"), 1):  # not splitlines: texts may hold U+2028
+        if part.strip():
+            yield line, _parse(part, path, line)
+
+
+def _array(text: str, path: Path) -> Iterator[tuple[int, object]]:
+    """The elements with the lines on which they begin."""
+    _parse(text, path, 1)  # once as a whole: from here on each element is known to be sound
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    end, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
+    while True:
+        start = space.match(text, end).end()
+        if text[start] == "]":
+            return
+        line += text.count("\n", end, start)
+        value, end = decoder.raw_decode(text, start)
+        yield line, value
+        line += text.count("\n", start, end)
+
+
+def _parse(text: str, path: Path, line: int) -> object:
+    """A JSON value that begins on this line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        problem, line = f"broken JSON at column {error.colno} ({error.msg})", line + error.lineno - 1
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        problem = f"unreadable JSON ({error})"
+    raise InputError(problem, where=f"{path}:{line}", remedy="download the file again, or correct the line")
+
+
+def text_of(row: Row, name: str) -> str:
+    """A field that must be a text, tidied (see the module's docstring)."""
+    value = row.record.get(name)
+    if not isinstance(value, str):
+        raise InputError(f"`{name}` is {shorten(value)}", where=row.where, remedy=FORMAT)
+    return tidy(value)
+
+
+def tidy(text: str) -> str:
+    return text.replace("\r\n", "\n").strip()
+
+
+def two_responses(responses: list[str]) -> list[str]:
+    """The responses, if they are a preference: two texts that differ."""
+    if len(responses) != 2:
+        raise Rejected("not two responses")
+    if not all(responses):
+        raise Rejected("empty response")
+    if responses[0] == responses[1]:
+        raise Rejected("equal responses")
+    return responses
+
+
+def curated(row: Row) -> Pair:
+    """A row of the authors' files: `prompt`, chat messages; `responses`, two texts, taken as best first."""
+    messages, responses = row.record.get("prompt"), row.record.get("responses")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise InputError(f"`prompt` is {shorten(messages)}, no list of messages", where=row.where, remedy=FORMAT)
+    if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
+        raise InputError(f"`responses` is {shorten(responses)}, no list of texts", where=row.where, remedy=FORMAT)
+    messages = [{"role": message["role"], "content": tidy(message["content"])} for message in messages]
+    if any(message["role"] not in ROLES for message in messages):
+        raise Rejected(f"a role other than {', '.join(ROLES)}")
+    if not messages or messages[-1]["role"] != "user":
+        raise Rejected("prompt does not end with the user's turn")
+    if not all(message["content"] for message in messages):
+        raise Rejected("empty turn")
+    return messages, two_responses(list(map(tidy, responses)))
+
+
+def _is_message(value) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
+
+
+def turns(transcript: str) -> list[dict]:
+    """The chat messages of a transcript, from the first user's turn to the last answer."""
+    head, *parts = TURN.split(transcript.replace("\r\n", "\n"))  # text in front, then speaker and text by turns
+    speakers, contents = parts[::2], list(map(str.strip, parts[1::2]))
+    if head.strip() or not speakers or speakers[0] != "Human":
+        raise Rejected("transcript does not begin with a Human turn")
+    if speakers != (["Human", "Assistant"] * len(speakers))[: len(speakers)]:
+        raise Rejected("turns do not alternate")
+    if speakers[-1] != "Assistant" or not contents[-1]:
+        raise Rejected("transcript ends without an answer")
+    if not all(contents):
+        raise Rejected("empty turn")
+    roles = ["user" if speaker == "Human" else "assistant" for speaker in speakers]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+
+
+def transcripts(row: Row) -> Pair:
+    """A row of Anthropic/hh-rlhf: the transcripts `chosen` and `rejected`, which differ in their last answer."""
+    chosen, rejected = (turns(text_of(row, name)) for name in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise Rejected("transcripts do not share the prompt")
+    return chosen[:-1], two_responses([chosen[-1]["content"], rejected[-1]["content"]])
+
+
+def questions(row: Row, preference: str) -> Pair:
+    """A row of PKU-Alignment/PKU-SafeRLHF: `prompt`, `response_0`, `response_1`, the number of the preferred one."""
+    prompt, *responses = (text_of(row, name) for name in ("prompt", "response_0", "response_1"))
+    name = f"{preference}_response_id"
+    if name not in row.record:
+        raise InputError(f"`{name}` is missing", where=row.where, remedy=FORMAT)
+    best = row.record[name]
+    if isinstance(best, bool) or best not in (0, 1):
+        raise Rejected(f"`{name}` is neither 0 nor 1")
+    if not prompt:
+        raise Rejected("empty turn")
+    responses = two_responses(responses)
+    return [{"role": "user", "content": prompt}], responses if best == 0 else responses[::-1]
+
+
+def comparison_key(messages: list[dict]) -> str:
+    """Equal for prompts that differ in case and white space only."""
+    return prompt_id([{**message, "content": " ".join(message["content"].casefold().split())} for message in messages])
+
+
+def convert(rows: Iterable[Row], parse: Callable[[Row], Pair], training: dict[str, str] | None = None) -> Split:
+    """Prompts records of the rows, and what was rejected.
+
+    Args:
+        parse: gives the pair of a row, or raises `Rejected`.
+        training: of a test split: the places of the training prompts, by comparison key.
+    """
+    split = Split()
+    for row in rows:
+        split.read += 1
+        try:
+            messages, responses = parse(row)
+            check_encodable([messages, responses])
+            key = comparison_key(messages)
+            if training is not None and key in training:
+                raise Rejected("prompt in training", training[key])
+            if training is not None and key in split.places:
+                raise Rejected("repeated prompt", split.places[key])
+        except Rejected as error:
+            same = {"same_as": error.same_as} if error.same_as else {}
+            facts = {"file": row.name, "line": row.line, "row": row.row, "reason": error.reason}
+            split.rejected.append({**facts, **same})
+            continue
+        split.repeated += key in split.places
+        split.places.setdefault(key, row.place)
+        split.records.append({"prompt": messages, "responses": responses, "source": row.place})
+    return split
+
+
+def check_encodable(value) -> None:
+    """Reject half a surrogate pair, which an escape in JSON can spell and no UTF-8 file can hold."""
+    try:
+        canonical(value).encode("utf-8")
+    except UnicodeEncodeError:
+        raise Rejected("half a character") from None
+
+
+def counts(split: Split, name: str) -> dict:
+    """`read` = `written` + `rejected`, and the reasons; a test split always says how many prompts came twice."""
+    reasons = Counter({"prompt in training": 0, "repeated prompt": 0} if name == "test" else {})
+    reasons.update(line["reason"] for line in split.rejected)
+    numbers = {"read": split.read, "written": len(split.records), "rejected": len(split.rejected)}
+    kept = {"repeated_prompts_kept": split.repeated} if name == "train" else {}
+    return {**numbers, "reasons": dict(sorted(reasons.items())), **kept}
+
+
+def counted(facts: dict) -> str:
+    """Counts as one line of text."""
+    parts = [f"{reason}: {count}" for reason, count in facts["reasons"].items()] or ["nothing rejected"]
+    if "repeated_prompts_kept" in facts:
+        parts.append(f"repeated prompts kept: {facts['repeated_prompts_kept']}")
+    return f"{facts['read']} rows read = {facts['written']} written + {facts['rejected']} rejected; {', '.join(parts)}"
+
+
+def obtain(name: str, split: str, source: Source, folder: Path | None) -> tuple[dict[str, Path], str | None]:
+    """The files of a split and their commit (None: local files, of which that is not known); says which."""
+    title = f"prepare: {name}: {split}: {source.repo}"
+    if folder is not None:
+        paths = locate(source, folder)
+        print(f"{title}: local files, commit not known")
+        return paths, None
+    paths, commit = fetch(source)
+    remark = "" if source.revision == commit else f" ({source.revision or 'newest'}; `data/prepare.py pin` fixes it)"
+    print(f"{title}: commit {commit}{remark}")
+    return paths, commit
+
+
+def prepare(
+    name: str,
+    sources: dict[str, Source],
+    output: Path,
+    preference: str = PREFERENCES[0],
+    folder: Path | None = None,
+) -> dict:
+    """Prepare one set; return what prepare.json says. Nothing is written unless all rows could be read.
+
+    Args:
+        sources: of this set, by split.
+        output: the set's folder.
+        folder: where downloaded files are (see `locate`); None: the hub.
+    """
+    _refuse_foreign(output)
+    original = transcripts if name == "hh_rlhf" else partial(questions, preference=preference)
+    parsers = {"train": curated, "test": original}
+    results, facts, training = {}, {}, None
+    for split in SPLITS:
+        source = sources[split]
+        paths, commit = obtain(name, split, source, folder)
+        rows = (row for file, path in paths.items() for row in read_rows(path, f"{source.repo}/{file}"))
+        results[split] = convert(rows, parsers[split], training)
+        training = results[split].places
+        hashes = {file: file_hash(path) for file, path in paths.items()}
+        facts[split] = {**asdict(source), "commit": commit, "files": hashes, **counts(results[split], split)}
+        print(f"prepare: {name}: {split}: {counted(facts[split])}")
+        if not results[split].records:
+            problem = f"no row of {split} can be used ({counted(facts[split])})"
+            raise InputError(problem, where=f"dataset {source.repo}", remedy=FORMAT)
+    chosen = preference if name == "pku_safe" else None
+    return write(output, results, {"set": name, "preference": chosen, "splits": facts})
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Refuse to write over somebody's own prompts files: those of this command have a rejected.jsonl beside them."""
+    for split in SPLITS:
+        path = output / f"{split}.jsonl"
+        if path.exists() and not (output / "rejected.jsonl").exists():
+            problem = "there is a file that data/prepare.py did not write"
+            raise InputError(problem, where=str(path), remedy="move it away, or keep it and do not prepare this set")
+
+
+def write(output: Path, results: dict[str, Split], facts: dict) -> dict:
+    """Write the files of a set; prepare.json is taken away first and comes last, so it never speaks of other files."""
+    (output / "prepare.json").unlink(missing_ok=True)
+    rejected = [{"split": split, **line} for split, result in results.items() for line in result.rejected]
+    files = {"rejected.jsonl": rejected, **{f"{split}.jsonl": result.records for split, result in results.items()}}
+    for file, records in files.items():
+        write_atomic(output / file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in records))
+    facts = {**facts, "outputs": {file: file_hash(output / file) for file in files}}
+    write_json(output / "prepare.json", facts)
+    print(f"prepare: {facts['set']}: -> {output}")
+    return facts
+
+
+def resolve(source: Source) -> str:
+    """The full commit hash that a source's revision (or newest state) stands for."""
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(source.repo, revision=source.revision, timeout=30).sha
+    except hub_error_types() as error:
+        raise refusal(error, source) from None
+    if not commit or not COMMIT.fullmatch(commit):
+        raise InputError(f"the hub gave `{commit}` as its commit", where=f"dataset {source.repo}")
+    return commit
+
+
+def insert_revisions(text: str, commits: dict[tuple[str, str], str], path: Path) -> str:
+    """The text of the sources with `<set>.<split>.revision` set; every other byte stays.
+
+    Raises:
+        InputError: a way of writing that this cannot edit safely (the result is loaded again and compared).
+    """
+    expected, edits = copy.deepcopy(yaml.safe_load(text)), set()
+    for (name, split), commit in commits.items():
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        for key in (name, split, "revision"):
+            node = next((value for known, value in node.value if known.value == key), node)
+        start, end = node.start_mark.index, node.end_mark.index
+        edits.add((start, end, f'"{commit}"' if start < end else f' "{commit}"'))  # quoted: digits would be a number
+        expected[name][split]["revision"] = commit
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    try:
+        same = yaml.safe_load(text) == expected
+    except yaml.YAMLError:
+        same = False
+    if not same:
+        problem = "the file is written in a way that cannot be edited safely"
+        raise InputError(problem, where=str(path), remedy="write each `revision` on a line of its own, without aliases")
+    return text
+
+
+def pin(path: Path) -> None:
+    """Write the current commits into the sources; full commits that stand there are left alone."""
+    sources = {(name, split): source for name, splits in load_sources(path).items() for split, source in splits.items()}
+    commits = {key: resolve(source) for key, source in sources.items() if not COMMIT.fullmatch(source.revision or "")}
+    if commits:
+        # Bytes: line ends stay as they are.
+        write_atomic(path, insert_revisions(path.read_bytes().decode("utf-8"), commits, path))
+    for key, source in sources.items():
+        outcome = f"{source.revision or 'newest'} -> {commits[key]}" if key in commits else "pinned already"
+        print(f"pin: {'.'.join(key)}: {source.repo}: {outcome}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=[*SETS, "pin"], metavar="hh_rlhf | pku_safe | pin")
+    parser.add_argument("--from", dest="folder", type=Path, metavar="FOLDER", help="downloaded files; no network")
+    parser.add_argument("--preference", choices=PREFERENCES, default=PREFERENCES[0], help="pku_safe's; %(default)s")
+    options = parser.parse_args()
+    if options.names == ["pin"]:
+        return pin(SOURCES)
+    if "pin" in options.names:
+        raise InputError("`pin` stands alone", where="command line", remedy="run it first, then prepare")
+    sources = load_sources(SOURCES)
+    for name in dict.fromkeys(options.names):
+        prepare(name, sources[name], DATA / name, options.preference, options.folder)
+    return None
+
+
+if __name__ == "__main__":
+    run_main(main)
