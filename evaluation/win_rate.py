@@ -1,0 +1,357 @@
+"""Win rate of a run against other models, from the judge's verdicts, with what would expose a bad judge.
+
+Reads   `<output>/<run>/answers/test.jsonl`, `FOLDER/answers/test.jsonl`, `<output>/judge/` (of evaluation.judge)
+Writes  `<output>/<run>/win_rate.json`
+Run     python -m evaluation.win_rate configs/quickstart.yaml judge.enabled=true --against runs/quickstart/sft
+
+For each prompt the four scores are averaged over criteria, answers and repeats; the higher average wins, equal ones tie
+(the paper's Table 4). Intervals: percentile bootstrap over prompts. The diagnostics know three bad judges: one that
+gives everybody the same, one that gives points for length, and one that throws dice. Each flag says in words which
+figure is beyond which of the thresholds below; a flag is a reason to read some verdicts, no proof.
+"""
+
+import argparse
+import math
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluation.judge import CRITERIA, cache_path, judged_answers, read_verdicts, verdict_key
+from evaluation.statistics import LEVEL, bootstrap
+from hps.cli import split_arguments
+from hps.errors import InputError, run_main
+from hps.manifest import hold
+from hps.recipe import Judge, Recipe, load_recipe
+from hps.records import write_json
+
+SIDES = ("run", "against")
+NOT_JUDGED = "not judged"
+
+# Thresholds of the flags, and why.
+SIGNIFICANCE = 0.05  # what chance does more often than this is put down to chance
+MOST_COMMON = 0.5  # one verdict on half of all answers: the judge hardly looks at them
+TIES = 0.5  # of prompts with different answers: less than half would decide the comparison
+DISTINCT, ENOUGH = 5, 20  # average scores, of 41 that there are; fewer than 20 verdicts may not show more
+LENGTH_CORRELATION = 0.4  # length would explain a sixth of the variance of the ranks (0.4 squared)
+LONGER_WINS = 0.7  # or less than 0.3: length alone would foretell seven of ten decisions
+AGREEMENT = 0.5  # a test-retest correlation is the share of the scores' variance that is no noise: half
+
+
+class Graded(NamedTuple):
+    """A prompt's answers of one model: scores (answers, repeats, criteria), NaN where there is no verdict."""
+
+    texts: list[str]
+    tokens: float
+    scores: np.ndarray
+
+
+def graded(answers: list[dict], verdicts: dict[str, dict], judge: Judge) -> tuple[dict[str, Graded], Counter]:
+    """The judged answers of a model by prompt; how many verdicts are missing, by reason."""
+    found, missing = {}, Counter()
+    for record in answers:
+        texts = record["responses"][: judge.answers]
+        scores = np.full((len(texts), judge.repeats, len(CRITERIA)), np.nan)
+        for index in np.ndindex(scores.shape[:2]):
+            line = verdicts.get(verdict_key(record["prompt"], texts[index[0]], index[1]), {"error": NOT_JUDGED})
+            if "error" in line:
+                missing[line["error"]] += 1
+            else:
+                scores[index] = [line["scores"][name] for name in CRITERIA]
+        found[record["prompt_id"]] = Graded(texts, float(np.mean(record["token_counts"][: judge.answers])), scores)
+    return found, missing
+
+
+def compare(
+    run_answers: list[dict],
+    against_answers: list[dict],
+    verdicts: dict[str, dict],
+    judge: Judge,
+    samples: int,
+    seed: int,
+) -> dict:
+    """The comparison of two models.
+
+    Args:
+        run_answers: lines of answers/test.jsonl; wins are wins of this model.
+        verdicts: the judge's lines by key.
+        samples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        `prompts` compared; `left_out`, by reason; `win`, `lose`, `tie`: `count`, `percent`, `interval`; `difference` of
+        the average scores; `scores` of both; `judge`: diagnostics; `flags`: what is wrong with the judge, in words.
+
+    Raises:
+        InputError: no prompt has verdicts on both models.
+    """
+    sides, left_out = {}, Counter()
+    for side, answers in zip(SIDES, (run_answers, against_answers), strict=True):
+        sides[side], missing = graded(answers, verdicts, judge)
+        left_out.update({f"{side}, verdicts: {reason}": count for reason, count in missing.items()})
+    pairs = _pairs(sides, left_out)
+    if not pairs:
+        raise InputError(
+            f"no prompt has verdicts on both models ({dict(left_out)})", remedy="run `python -m evaluation.judge` first"
+        )
+    means = np.array([[np.nanmean(one.scores, axis=(0, 1)) for one in pair] for pair in pairs.values()])
+    # (prompts, sides, criteria); rounded, because averages of thirds that are equal differ in their last bits
+    difference = np.round(means[:, 0].mean(axis=1) - means[:, 1].mean(axis=1), 9)
+    facts = judge_facts(pairs, difference)
+    return {
+        "prompts": len(pairs),
+        "left_out": dict(left_out),
+        **_outcomes(difference, samples, seed),
+        "difference": bootstrap(difference, samples, seed),
+        "scores": {side: _scores(means[:, place], samples, seed) for place, side in enumerate(SIDES)},
+        "judge": facts,
+        "flags": flags(facts),
+    }
+
+
+def _pairs(sides: dict[str, dict[str, Graded]], left_out: Counter) -> dict[str, tuple[Graded, Graded]]:
+    """Both models' answers by prompt, where there is a verdict on each; counts the other prompts."""
+    ours, theirs = (sides[side] for side in SIDES)
+    left_out.update({"prompts: of one model alone": len(ours.keys() ^ theirs.keys())})
+    pairs = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
+    judged = {name: pair for name, pair in pairs.items() if not any(np.isnan(one.scores).all() for one in pair)}
+    left_out.update({"prompts: no verdict on a model": len(pairs) - len(judged)})
+    for reason in [reason for reason, count in left_out.items() if not count]:
+        del left_out[reason]
+    return judged
+
+
+def _outcomes(difference: np.ndarray, samples: int, seed: int) -> dict:
+    """Win, lose and tie as counts and percentages."""
+    outcomes = {"win": difference > 0, "lose": difference < 0, "tie": difference == 0}
+    figures = {}
+    for name, hits in outcomes.items():
+        share = bootstrap(100.0 * hits, samples, seed)
+        figures[name] = {"count": int(hits.sum()), "percent": share["mean"], "interval": share["interval"]}
+    return figures
+
+
+def _scores(means: np.ndarray, samples: int, seed: int) -> dict:
+    """Mean score of each criterion, and of their average, from (prompts, criteria)."""
+    columns = {**dict(zip(CRITERIA, means.T, strict=True)), "average": means.mean(axis=1)}
+    return {name: bootstrap(values, samples, seed) for name, values in columns.items()}
+
+
+# ---- the judge judged ----
+
+
+def judge_facts(pairs: dict[str, tuple[Graded, Graded]], difference: np.ndarray) -> dict:
+    """Diagnostics of the judge: is it constant, does it count words, does it throw dice."""
+    different = np.array([ours.texts != theirs.texts for ours, theirs in pairs.values()])
+    return {
+        **_spread(pairs),
+        "same_answers": int((~different).sum()),
+        "tie_rate": _round((difference[different] == 0).mean()) if different.any() else None,
+        **_length(np.array([ours.tokens - theirs.tokens for ours, theirs in pairs.values()]), difference),
+        **_agreement(pairs),
+        "sign_test": _round(sign_test(int((difference > 0).sum()), int((difference < 0).sum()))),
+    }
+
+
+def _answers(pairs: dict[str, tuple[Graded, Graded]]) -> np.ndarray:
+    """Scores of every answer once, (answers, repeats, criteria): an answer that both models gave was judged once."""
+    judged = {
+        (name, text): scores
+        for name, pair in pairs.items()
+        for one in pair
+        for text, scores in zip(one.texts, one.scores, strict=True)
+    }
+    return np.array(list(judged.values()))
+
+
+def _spread(pairs: dict[str, tuple[Graded, Graded]]) -> dict:
+    """How many verdicts, how many different averages, and the share of the most common four scores."""
+    verdicts = _answers(pairs).reshape(-1, len(CRITERIA))
+    verdicts = verdicts[~np.isnan(verdicts).any(axis=1)]
+    _, counts = np.unique(verdicts, axis=0, return_counts=True)
+    return {
+        "verdicts": len(verdicts),
+        "distinct_averages": len(np.unique(verdicts.mean(axis=1))),
+        "most_common": _round(counts.max() / len(verdicts)),
+    }
+
+
+def _length(longer: np.ndarray, difference: np.ndarray) -> dict:
+    """Rank correlation of the difference in score with the difference in length (tokens), and how the longer fares."""
+    rho = spearman(difference, longer)
+    decided = (difference != 0) & (longer != 0)
+    wins = int((difference * longer > 0)[decided].sum())
+    return {
+        "length_correlation": _round(rho),
+        # Without any relation the rank correlation of n pairs has variance 1 / (n - 1).
+        "length_correlation_p": None if rho is None else _round(_two_sided(rho * math.sqrt(len(longer) - 1))),
+        "longer_wins": _round(wins / decided.sum()) if decided.any() else None,
+        "longer_wins_p": _round(sign_test(wins, int(decided.sum()) - wins)),
+    }
+
+
+def _agreement(pairs: dict[str, tuple[Graded, Graded]]) -> dict:
+    """Two verdicts on one answer: correlation of their averages, share of equal ones. None without repeats."""
+    answers = _answers(pairs)
+    couples = [answers[:, list(couple)] for couple in combinations(range(answers.shape[1]), 2)]
+    both = np.concatenate(couples) if couples else answers[:0].reshape(0, 2, len(CRITERIA))
+    both = both[~np.isnan(both).any(axis=(1, 2))]
+    equal = (both[:, 0] == both[:, 1]).all(axis=1)
+    return {
+        "repeat_correlation": _round(correlation(*both.mean(axis=2).T)),
+        "repeat_equal": _round(equal.mean()) if len(both) else None,
+    }
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided: how probable so uneven a split is, or a more uneven one, when each decision is a toss of a coin."""
+    total = wins + losses
+    tail = term = 1  # of all 2^total outcomes, those with 0, 1, ... min(wins, losses) heads
+    for heads in range(min(wins, losses)):
+        term = term * (total - heads) // (heads + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**total)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Rank correlation, tied values at their mean rank; None where one side is constant."""
+    return correlation(_ranks(x), _ranks(y))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Pearson's; None for fewer than three pairs, or where one side is constant."""
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _two_sided(z: float) -> float:
+    return math.erfc(abs(z) / math.sqrt(2))
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(float(value), 4)
+
+
+def flags(facts: dict) -> list[str]:
+    """What in the diagnostics is beyond a threshold, in plain words."""
+    return [*_constant_flags(facts), *_length_flags(facts), *_random_flags(facts)]
+
+
+def _constant_flags(facts: dict) -> list[str]:
+    found = []
+    if facts["most_common"] > MOST_COMMON:
+        found.append(
+            f"constant judge? {facts['most_common']:.0%} of the verdicts are the same four scores "
+            f"(threshold {MOST_COMMON:.0%})"
+        )
+    if facts["tie_rate"] is not None and facts["tie_rate"] > TIES:
+        found.append(f"constant judge? {facts['tie_rate']:.0%} of different answers tie (threshold {TIES:.0%})")
+    if facts["verdicts"] >= ENOUGH and facts["distinct_averages"] < DISTINCT:
+        found.append(
+            f"constant judge? {facts['verdicts']} verdicts have {facts['distinct_averages']} different averages "
+            f"(threshold {DISTINCT})"
+        )
+    return found
+
+
+def _length_flags(facts: dict) -> list[str]:
+    found = []
+    rho, share = facts["length_correlation"], facts["longer_wins"]
+    if rho is not None and abs(rho) > LENGTH_CORRELATION and facts["length_correlation_p"] < SIGNIFICANCE:
+        found.append(
+            f"judge of length? score and length differ together, rank correlation {rho:.2f} "
+            f"(threshold {LENGTH_CORRELATION}): are {'longer' if rho > 0 else 'shorter'} answers better here?"
+        )
+    if share is not None and abs(share - 0.5) > LONGER_WINS - 0.5 and facts["longer_wins_p"] < SIGNIFICANCE:
+        found.append(
+            f"judge of length? the longer answer wins {share:.0%} of what is decided "
+            f"(thresholds {1 - LONGER_WINS:.0%} and {LONGER_WINS:.0%})"
+        )
+    return found
+
+
+def _random_flags(facts: dict) -> list[str]:
+    found = []
+    again = facts["repeat_correlation"]
+    if again is not None and again < AGREEMENT:
+        found.append(
+            f"random judge? its two verdicts on one answer correlate by {again:.2f} (threshold {AGREEMENT}), "
+            f"{facts['repeat_equal']:.0%} are equal"
+        )
+    if facts["sign_test"] > SIGNIFICANCE:
+        found.append(
+            f"wins and losses are as even as tosses of a coin (sign test, p = {facts['sign_test']:.2g}, threshold "
+            f"{SIGNIFICANCE}): the models are equally good, the prompts too few, or the judge is random"
+        )
+    return found
+
+
+# ---- the command ----
+
+
+def win_rates(recipe: Recipe, against: list[Path]) -> dict:
+    """The run of the recipe against each folder; written to `win_rate.json`."""
+    path, settings = cache_path(recipe), recipe.judge
+    if not path.exists():
+        raise InputError(
+            "there are no verdicts of this judge", where=str(path), remedy="run `python -m evaluation.judge` first"
+        )
+    answers = {folder: judged_answers(folder, settings.answers) for folder in [recipe.evaluated_folder(), *against]}
+    with hold(path.parent):
+        verdicts = read_verdicts(path)
+    ours = answers[recipe.evaluated_folder()]
+    options = (verdicts, settings, recipe.evaluation.bootstrap, recipe.seed)
+    figures = {
+        "run": recipe.run,
+        "verdicts": path.name,
+        "level": LEVEL,
+        "bootstrap": recipe.evaluation.bootstrap,
+        "against": {str(folder): compare(ours, answers[folder], *options) for folder in against},
+    }
+    write_json(recipe.evaluated_folder() / "win_rate.json", figures)
+    return figures
+
+
+def table(figures: dict) -> list[str]:
+    """The comparison as lines for the screen."""
+    lines = [f"Win rate of {figures['run']} (percent of prompts [{figures['level']:.0%} interval])"]
+    for folder, result in figures["against"].items():
+        outcomes = "  ".join(
+            "{} {:.1f} [{:.1f}, {:.1f}]".format(name, result[name]["percent"], *result[name]["interval"])
+            for name in ("win", "lose", "tie")
+        )
+        lines += [f"  against {folder}, {result['prompts']} prompts: {outcomes}"]
+        for name in (*CRITERIA, "average"):
+            ours, theirs = (result["scores"][side][name] for side in SIDES)
+            lines.append(
+                f"    {name:12s} {ours['mean']:5.2f} {ours['interval']}  {theirs['mean']:5.2f} {theirs['interval']}"
+            )
+        lines += [f"    left out: {count} {reason}" for reason, count in result["left_out"].items()]
+        if result["judge"]["repeat_equal"] is None:
+            lines.append("    how far the judge agrees with itself was not measured (judge.repeats: 1)")
+        lines += [f"    FLAG {flag}" for flag in result["flags"]]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value")
+    parser.add_argument("--against", nargs="+", type=Path, metavar="FOLDER", help="runs; default: the SFT model's")
+    options = parser.parse_intermixed_args()
+    recipe = load_recipe(*split_arguments(options.arguments))
+    if not recipe.judge.enabled:
+        print("win rate: off (`judge.enabled: false` in the recipe)")
+        return
+    print("\n".join(table(win_rates(recipe, options.against or [recipe.tested().sft_folder()]))))
+
+
+if __name__ == "__main__":
+    run_main(main)
