@@ -2,7 +2,7 @@
 
 Reads   `<output>/candidates/{train,test}.jsonl` (candidates)
 Writes  `<output>/ranked/{train,test}.jsonl` (ranked: candidates with `rewards`, sorted), `summary.json`,
-        `manifest.json` (last)
+        `manifest.json` (last); beside the output folder `canaries/` (annotation/canary.py)
 Run     python -m annotation.annotate configs/quickstart.yaml
 
 A run that was killed is continued by the same command. A score that is not finite stops the run and names the record;
@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from annotation.score import RewardModel
+from annotation.canary import canary_folder, check_canaries
+from annotation.score import load_reward_model
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
@@ -28,8 +29,9 @@ from hps.workers import count_devices, run_workers
 class Scorer:
     """The worker: a reward model of its own; candidates in, ranked records out. A bad score comes out as `error`."""
 
-    def __init__(self, model: dict, dtype: str, batch_tokens: int):
-        self.model = RewardModel(Model(**model), dtype, batch_tokens)
+    def __init__(self, model: dict, dtype: str, batch_tokens: int, canaries: str):
+        self.model = load_reward_model(Model(**model), dtype, batch_tokens)
+        check_canaries(self.model, Path(canaries), Model(**model))
 
     def __call__(self, batch: dict) -> Iterator[dict]:
         for text in batch["item"]:
@@ -122,6 +124,7 @@ def _score_all(recipe: Recipe, writers: dict[str, Appender]) -> None:
         "model": asdict(recipe.models.reward),
         "dtype": recipe.annotation.dtype,
         "batch_tokens": recipe.annotation.batch_tokens,
+        "canaries": str(canary_folder(recipe)),
     }
     results = run_workers(Scorer, arguments, items, count_devices(recipe.annotation.workers))
     for result in progress(results, len(items) + done, "annotation", " prompts", done):

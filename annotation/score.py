@@ -1,10 +1,13 @@
-"""The reward model: the one owner of its input and of its scores.
+"""The reward models: the one owner of their input and of their scores.
 
 Prompt and response are one conversation, templated once (`hps.chat.conversation_token_ids`). The released code
 templates the prompt with the assistant's header and templates the reply again: header and BOS stand twice.
 
 The responses of a prompt share the computation of the prompt: its keys and values are computed once and copied for the
 responses. Scores are float32.
+
+`load_reward_model` gives a `RewardModel` (a sequence classifier) or an `annotation.armorm.ArmoRM`; both are a
+`ConversationScorer`.
 """
 
 import math
@@ -16,38 +19,54 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hps.chat import conversation_token_ids, load_tokenizer
 from hps.errors import InputError
-from hps.prefix import chunks, common_prefix, compute_prefix, tail_states
+from hps.prefix import chunks, common_prefix, prefix_states, tail_states
+from hps.preflight import ARMORM
 from hps.recipe import Model
 
 # Shared-prefix and plain scores of the probe may differ by this share of the score's size (fp32: about 1e-6 seen).
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
-class RewardModel:
-    """A sequence classifier with one label.
+def load_reward_model(model: Model, dtype: str = "auto", batch_tokens: int = 16384) -> "ConversationScorer":
+    """The reward model of a folder or hub name, of the class that its `config.json` names."""
+    from annotation.armorm import ArmoRM  # it builds on this module
+
+    kind = ArmoRM if ARMORM in (load_config(model).architectures or []) else RewardModel
+    return kind(model, dtype, batch_tokens)
+
+
+def load_config(model: Model):
+    """A reward model's configuration. InputError when there is none."""
+    try:
+        return AutoConfig.from_pretrained(model.path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no model there ({str(error).splitlines()[0]})",
+            where=model.path,
+            remedy="check `models.reward.path` (or `models.evaluator.path`)",
+        ) from None
+
+
+class ConversationScorer:
+    """What every reward model here has in common: its input, the shared prompt, and that scores are finite.
+
+    A subclass sets `model`, a transformers model with a `base_model`, and gives `_details`.
 
     Args:
         model: folder or hub name, with revision.
         dtype: of the weights; `auto` is bfloat16 on CUDA and float32 on a CPU.
         batch_tokens: bound on (tokens of the prompt + tokens of the longest response) x responses in one forward pass.
-
-    Raises:
-        InputError: the model is missing or has more labels than one.
     """
+
+    model: Any
 
     def __init__(self, model: Model, dtype: str = "auto", batch_tokens: int = 16384):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_tokens = batch_tokens
         self.tokenizer = load_tokenizer(model.path, model.revision)
-        config = _config(model)
         if dtype == "auto":
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.model: Any = AutoModelForSequenceClassification.from_pretrained(
-            model.path, revision=model.revision, config=config, dtype=getattr(torch, dtype)
-        )
-        self.model.to(self.device).eval()
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.shares_prompt = self._probe()
+        self.dtype: torch.dtype = getattr(torch, dtype)
 
     def conversations(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> list[list[int]]:
         """Token ids of each response's conversation; a truncated response has no end-of-turn token."""
@@ -57,30 +76,77 @@ class RewardModel:
         ]
 
     def score(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> list[float]:
-        """Scores of the responses to one prompt, in their order.
+        """Scores of the responses to one prompt, in their order. InputError: as `score_details`."""
+        return [details["score"] for details in self.score_details(messages, responses, truncated)]
+
+    def score_details(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> list[dict]:
+        """For each response its `score`, and what else the model says of it.
 
         Raises:
             InputError: a score is not finite; the message gives the response's number.
         """
-        rows = self.conversations(messages, responses, truncated)
-        scores = self.score_rows(rows) if self.shares_prompt else self.score_rows_plain(rows)
-        for number, score in enumerate(scores, 1):
-            if not math.isfinite(score):
+        found = self._details(self.conversations(messages, responses, truncated))
+        for number, details in enumerate(found, 1):
+            if not math.isfinite(details["score"]):
                 raise InputError(
-                    f"the reward model's score of response {number} is {score}",
+                    f"the reward model's score of response {number} is {details['score']}",
                     remedy="check the reward model, or try `annotation.dtype=float32`",
                 )
-        return scores
+        return found
+
+    def _details(self, rows: list[list[int]]) -> list[dict]:
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def states(self, rows: list[list[int]], places: list[list[int]]) -> torch.Tensor:
+        """Hidden states of token rows that begin alike: the common beginning is computed once.
+
+        Args:
+            places: for each row the positions that are wanted, equally many.
+
+        Returns:
+            (rows, positions, hidden size), float32.
+        """
+        backbone, pad = self.model.base_model, self.tokenizer.pad_token_id
+        shared = common_prefix(rows)
+        prefix, before = prefix_states(backbone, rows[0][:shared], self.device)
+        wanted, found = iter(places), []
+        for chunk in chunks(rows, self.batch_tokens):
+            hidden = tail_states(backbone, prefix, shared, [row[shared:] for row in chunk], pad, self.device)
+            for tail, positions in zip(hidden, wanted, strict=False):  # the next chunk goes on in `wanted`
+                states = [before[place] if place < shared else tail[place - shared] for place in positions]
+                found.append(torch.stack(states).float())
+        return torch.stack(found)
+
+
+class RewardModel(ConversationScorer):
+    """A sequence classifier with one label; for the arguments see `ConversationScorer`.
+
+    Raises:
+        InputError: the model is missing or has more labels than one.
+    """
+
+    def __init__(self, model: Model, dtype: str = "auto", batch_tokens: int = 16384):
+        super().__init__(model, dtype, batch_tokens)
+        config = _one_label(load_config(model), model)
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            model.path, revision=model.revision, config=config, dtype=self.dtype
+        )
+        self.model.to(self.device).eval()
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.shares_prompt = self._probe()
+
+    def _details(self, rows: list[list[int]]) -> list[dict]:
+        scores = self.score_rows(rows) if self.shares_prompt else self.score_rows_plain(rows)
+        return [{"score": score} for score in scores]
 
     @torch.inference_mode()
     def score_rows(self, rows: list[list[int]]) -> list[float]:
         """Scores of token rows that begin alike: the common beginning is computed once."""
-        shared = common_prefix(rows)
-        prefix = compute_prefix(self.model.base_model, rows[0][:shared], self.device)
-        scores: list[float] = []
-        for chunk in chunks(rows, self.batch_tokens):
-            scores += self._score_tails(prefix, shared, [row[shared:] for row in chunk])
-        return scores
+        last = self.states(rows, [[len(row) - 1] for row in rows])[:, 0]
+        head = self.model.score
+        bias = None if head.bias is None else head.bias.float()
+        return linear(last, head.weight.float(), bias).squeeze(-1).tolist()
 
     @torch.inference_mode()
     def score_rows_plain(self, rows: list[list[int]]) -> list[float]:
@@ -95,14 +161,6 @@ class RewardModel:
         finally:
             self.model.config.pad_token_id = pad
 
-    def _score_tails(self, prefix, before: int, tails: list[list[int]]) -> list[float]:
-        pad = self.tokenizer.pad_token_id
-        hidden = tail_states(self.model.base_model, prefix, before, tails, pad, self.device)
-        last = hidden[torch.arange(len(tails)), torch.tensor([len(tail) - 1 for tail in tails])]
-        head = self.model.score
-        bias = None if head.bias is None else head.bias.float()
-        return linear(last.float(), head.weight.float(), bias).squeeze(-1).tolist()
-
     def _probe(self) -> bool:
         """Whether sharing the prompt gives the library's scores here: tried, not guessed from the architecture."""
         rows = self.conversations(
@@ -114,24 +172,18 @@ class RewardModel:
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             print(f"annotation: this reward model cannot share the prompt ({error}); one response at a time instead")
             return False
-        tolerance = PROBE_TOLERANCE[self.model.dtype]
+        tolerance = PROBE_TOLERANCE[self.dtype]
         same = all(abs(a - b) <= tolerance * max(1.0, abs(a)) for a, b in zip(plain, shared, strict=True))
         if not same:
             print(f"annotation: sharing the prompt changes this model's scores ({plain}, {shared}); not shared")
         return same
 
 
-def _config(model: Model):
-    try:
-        config = AutoConfig.from_pretrained(model.path, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no model there ({str(error).splitlines()[0]})", where=model.path, remedy="check `models.reward.path`"
-        ) from None
+def _one_label(config, model: Model):
     if config.num_labels != 1:
         raise InputError(
             f"the reward model has {config.num_labels} labels",
             where=model.path,
-            remedy="`models.reward` must be a sequence classifier with one label",
+            remedy="`models.reward` must be a sequence classifier with one label (or ArmoRM), as `models.evaluator`",
         )
     return config

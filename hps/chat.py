@@ -90,10 +90,21 @@ def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
 @cache  # asked for with every response
 def _template_ends(tokenizer: Any, template: str) -> frozenset[int]:
     ends = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    question = [{"role": "user", "content": "a"}]
-    probe = tokenizer.apply_chat_template(
-        [*question, {"role": "assistant", "content": "b"}], tokenize=True, return_dict=False
-    )
-    answer = probe[len(prompt_token_ids(tokenizer, question)) :]
+    question = {"role": "user", "content": "a"}
+    probes = [
+        tokenizer.apply_chat_template(
+            [question, {"role": "assistant", "content": answer}], tokenize=True, return_dict=False
+        )
+        for answer in "bc"
+    ]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return frozenset(ends | {token for token in answer if token in special})
+    # The first one alone: Llama-3's first template writes the next assistant's header behind every conversation.
+    return frozenset([*ends, *[token for token in common_end(*probes) if token in special][:1]])
+
+
+def common_end(first: list[int], second: list[int]) -> list[int]:
+    """The tokens with which both end: what a template writes behind texts that differ in their last letter."""
+    size = 0
+    while size < min(len(first), len(second)) and first[-size - 1] == second[-size - 1]:
+        size += 1
+    return first[len(first) - size :]

@@ -33,10 +33,16 @@ def padded(rows: list[list[int]], pad: int, device) -> torch.Tensor:
 
 def compute_prefix(backbone: Any, ids: list[int], device) -> DynamicCache:
     """Keys and values of a prompt; an empty cache for an empty prompt."""
+    return prefix_states(backbone, ids, device)[0]
+
+
+def prefix_states(backbone: Any, ids: list[int], device) -> tuple[DynamicCache, torch.Tensor]:
+    """Keys and values of a prompt, and its hidden states (tokens, hidden size); both empty for an empty prompt."""
     cache = DynamicCache(config=backbone.config)
-    if ids:
-        backbone(torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
-    return cache
+    if not ids:
+        return cache, torch.empty(0, backbone.config.hidden_size, device=device)
+    states = backbone(torch.tensor([ids], device=device), past_key_values=cache, use_cache=True).last_hidden_state
+    return cache, states[0]
 
 
 def tail_states(backbone: Any, prefix: DynamicCache, before: int, tails: list[list[int]], pad: int, device):

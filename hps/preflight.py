@@ -22,16 +22,21 @@ from hps.records import read_prompts, read_ranked
 from hps.workers import accumulation_steps, process_count
 
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}
+ARMORM = "LlamaForRewardModelWithGating"  # its labels are its objectives; annotation/armorm.py makes one score of them
 
 
 def check_labels(model: Model) -> None:
-    """Refuse a reward model with more labels than one; of a hub model only the configuration is fetched."""
+    """Refuse a reward model with more labels than one, unless it is an ArmoRM.
+
+    Of a hub model only the configuration is fetched.
+    """
     path = Path(model.path) / "config.json"
     if not Path(model.path).is_dir():
         from transformers import AutoConfig
 
         try:
-            labels = AutoConfig.from_pretrained(model.path, revision=model.revision).num_labels
+            config = AutoConfig.from_pretrained(model.path, revision=model.revision)
+            labels, architectures = config.num_labels, config.architectures
         except (OSError, ValueError) as error:
             raise InputError(
                 f"`models.reward`: there is no such model in reach ({str(error).splitlines()[0]})",
@@ -46,11 +51,12 @@ def check_labels(model: Model) -> None:
                 f"broken JSON ({error})", where=str(path), remedy="give the folder of a saved model"
             ) from None
         labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
-    if labels != 1:
+        architectures = config.get("architectures")
+    if labels != 1 and ARMORM not in (architectures or []):
         raise InputError(
             f"`models.reward`: the model has {labels} labels",
             where=str(path),
-            remedy="give a sequence classifier with one label",
+            remedy="give a sequence classifier with one label, or ArmoRM",
         )
 
 

@@ -106,6 +106,18 @@ def test_ends_of_turn(tokenizer, llama3_tokenizer):
     assert end_of_turn_ids(tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
+def test_a_template_that_always_opens_a_turn(llama3_tokenizer):
+    """Llama-3's first template. The header behind a conversation is no end of turn, and is no part of a response."""
+    always = copy.deepcopy(llama3_tokenizer)
+    always.chat_template = always.chat_template.replace("{% if add_generation_prompt %}", "{% if true %}")
+    assert end_of_turn_ids(always) == end_of_turn_ids(llama3_tokenizer)
+    cut, usual = (conversation_token_ids(each, MESSAGES, "12", truncated=True) for each in (always, llama3_tokenizer))
+    assert cut == usual
+    for truncated in (False, True):
+        found, usual = (response_token_ids(each, MESSAGES, "12", truncated) for each in (always, llama3_tokenizer))
+        assert found == usual
+
+
 def test_a_prompt_whose_tokens_change_is_refused(llama3_tokenizer):
     """A template that drops earlier answers once a new one is there (as reasoning models' do)."""
     forgetful = copy.deepcopy(llama3_tokenizer)

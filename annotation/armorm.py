@@ -1,0 +1,149 @@
+"""RLHFlow/ArmoRM-Llama3-8B-v0.1 (arXiv 2406.12845): 19 objectives, weighed by a gate that reads the prompt.
+
+The published code cannot be imported by current transformers, and code from the hub is never run here: this is a class
+of our own for the published weights. h is the last hidden state of a plain Llama (after the final norm):
+
+    r     = W h(last token of the conversation)               W = regression_layer.weight, 19 x hidden
+    g     = logit_scale * softmax(MLP(h(gate)) / temperature)  gating.layers.*, ReLU between the layers
+    score = sum_i r_i (g T^t)_i                                T = reward_transform_matrix, 19 x 19
+
+`gate` is the token that ends the turn before the last assistant's header: the published code looks for the last
+occurrence of 128009 128006 78191 128007 271 ("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n") and takes
+its first position. Here the pattern comes from the tokenizer's own template, and begins at the same token. With a
+template that opens a turn only when asked to, that is the end of the prompt for every response, truncated or not.
+
+What stands behind h is kept and computed in float32 in any `dtype` (regression_layer.weight is published so); the
+published example casts all to bfloat16.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
+
+from annotation.score import ConversationScorer, load_config
+from hps.chat import common_end, prompt_token_ids
+from hps.errors import InputError
+from hps.recipe import Model
+
+
+class Gate(nn.Module):
+    """The weights of the objectives for a prompt, from one hidden state."""
+
+    def __init__(self, config: LlamaConfig, objectives: int):
+        super().__init__()
+        hidden = [getattr(config, "gating_hidden_dim", 1024)] * getattr(config, "gating_n_hidden", 3)
+        widths = [config.hidden_size, *hidden, objectives]
+        self.layers = nn.ModuleList(nn.Linear(wide, narrow) for wide, narrow in pairwise(widths))
+        self.logit_scale = nn.Parameter(torch.ones(1))
+        self.temperature = getattr(config, "gating_temperature", 10)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            state = layer(state).relu()
+        return self.logit_scale * (self.layers[-1](state) / self.temperature).softmax(-1)
+
+
+class GatedLlama(LlamaPreTrainedModel):
+    """The modules, under the names of the published weights. What a config does not say has the published defaults."""
+
+    _keep_in_fp32_modules_strict = {"regression_layer", "reward_transform_matrix", "gating"}
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        objectives = getattr(config, "num_objectives", 19)
+        self.model = LlamaModel(config)
+        self.regression_layer = nn.Linear(config.hidden_size, objectives, bias=False)
+        self.reward_transform_matrix = nn.Parameter(torch.eye(objectives), requires_grad=False)
+        self.gating = Gate(config, objectives)
+        self.post_init()
+
+
+class ArmoRM(ConversationScorer):
+    """The gated score of a conversation, and its objectives; for the arguments see `ConversationScorer`.
+
+    Raises:
+        InputError: the model is missing, is no Llama, or its weights are not those of the class.
+    """
+
+    def __init__(self, model: Model, dtype: str = "auto", batch_tokens: int = 16384):
+        super().__init__(model, dtype, batch_tokens)
+        self.model = _load(model, self.dtype).to(self.device).eval()
+        self.header = _header(self.tokenizer)
+
+    @torch.inference_mode()
+    def _details(self, rows: list[list[int]]) -> list[dict]:
+        states = self.states(rows, [[self.gate_position(row), len(row) - 1] for row in rows])
+        gates = self.model.gating(states[:, 0])
+        objectives = self.model.regression_layer(states[:, 1])
+        scores = (objectives * (gates @ self.model.reward_transform_matrix.T)).sum(-1)
+        means = objectives.mean(-1)  # the reward of the released code of HPS
+        columns = (scores.tolist(), objectives.tolist(), means.tolist())
+        names = ("score", "objectives", "objectives_mean")
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    def gate_position(self, row: list[int]) -> int:
+        """Where the gate reads: the end of the turn before the last assistant's header (see the module's docstring)."""
+        size = len(self.header)
+        for start in range(len(row) - size, -1, -1):
+            if row[start : start + size] == self.header:
+                return start
+        raise InputError(
+            "the conversation has no assistant's header", remedy="check the chat template of the reward model"
+        )
+
+
+def _header(tokenizer) -> list[int]:
+    """The tokens between a user's text and the answer, short of the last one.
+
+    The last token is white space, which might join the white space that an answer begins with.
+    """
+    header = common_end(*(prompt_token_ids(tokenizer, [{"role": "user", "content": letter}]) for letter in "ab"))
+    if len(header) < 2:
+        raise InputError(
+            "the chat template writes nothing between the user's text and the answer",
+            where=str(tokenizer.name_or_path),
+            remedy="give the tokenizer that was published with the reward model",
+        )
+    return header[:-1]
+
+
+def _load(model: Model, dtype: torch.dtype) -> GatedLlama:
+    config = load_config(model)
+    if not isinstance(config, LlamaConfig):
+        raise InputError(
+            f"`model_type` is {config.model_type}", where=model.path, remedy="an ArmoRM must be a llama model"
+        )
+    try:
+        network, info = GatedLlama.from_pretrained(
+            model.path,
+            revision=model.revision,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,  # a pickle runs code when it is loaded
+            ignore_mismatched_sizes=True,  # reported below, with the rest
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise InputError(
+            f"no weights as safetensors there ({str(error).splitlines()[0]})",
+            where=model.path,
+            remedy="give a copy of the model with safetensors",
+        ) from None
+    _check_weights(info, model.path)
+    return network
+
+
+def _check_weights(info: dict, path: str) -> None:
+    """Refuse weights that are not exactly those of the class: what is missing would be random numbers."""
+    for fault in ("missing", "unexpected", "mismatched"):
+        keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{fault}_keys"])
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            name = "of another shape" if fault == "mismatched" else fault
+            raise InputError(
+                f"weights {name}: {', '.join(keys[:3])}{more}",
+                where=path,
+                remedy="the files must be those of an ArmoRM whose config.json stands beside them",
+            )

@@ -1,0 +1,151 @@
+"""generation/answers.py and annotation/answers.py without an engine: whose answers, what is kept, how they go on."""
+
+import json
+
+import pytest
+
+from annotation import answers as scoring
+from generation import answers as stage
+from hps.errors import InputError
+from hps.preflight import evaluated_prompts
+from hps.records import read_answers, read_jsonl
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """Replace the engine by samples that name who answers; return the items that it was asked for."""
+    asked = []
+
+    def sample(recipe, model, items, tokenizer):
+        asked.extend(items)
+        for item in reversed(items):
+            who = item["adapter"] or model.path
+            samples = [{"text": f" {who} {n} ", "tokens": n, "truncated": n == 0} for n in range(item["count"])]
+            yield {"key": item["key"], "samples": samples}
+
+    monkeypatch.setattr(stage, "sample", sample)
+    return asked
+
+
+@pytest.fixture
+def run(ranked_recipe, tiny_model):
+    """Make a finished run without training."""
+
+    def make(*overrides: str):
+        recipe = ranked_recipe(*overrides)
+        checkpoint = recipe.run_folder() / "checkpoint"
+        checkpoint.mkdir(parents=True)
+        for path in tiny_model.iterdir():
+            (checkpoint / path.name).write_bytes(path.read_bytes())
+        (recipe.run_folder() / "manifest.json").write_text("{}")
+        return recipe
+
+    return make
+
+
+def records(folder) -> list[dict]:
+    return [record for _, record in read_answers(folder / "answers" / "test.jsonl")]
+
+
+def test_adapters_and_the_model_before_training_share_one_engine(run, sampled, tiny_model):
+    recipes = [run("evaluation.samples=3"), run("evaluation.samples=3", "run=other", "seed=8")]
+    stage.answer(recipes)
+    assert len(sampled) == 12 and {item["count"] for item in sampled} == {3}
+    for recipe in recipes:
+        assert len(records(recipe.run_folder())) == 4
+        answer = records(recipe.run_folder())[0]
+        assert answer["responses"][2] == f"{recipe.run_folder() / 'checkpoint'} 2"
+        assert answer["token_counts"] == [0, 1, 2] and answer["truncated"] == [True, False, False]
+    assert records(recipes[0].sft_folder())[0]["responses"][0] == f"{tiny_model} 0"
+    stage.answer(recipes)  # finished: nobody is asked again
+    assert len(sampled) == 12
+
+
+def test_full_fine_tuning_answers_with_its_own_weights(run, sampled, tiny_model):
+    recipe = run("lora.enabled=false")
+    stage.answer([recipe])
+    assert {item["adapter"] for item in sampled} == {None}
+    assert records(recipe.run_folder())[0]["responses"][1] == f"{recipe.run_folder() / 'checkpoint'} 1"
+    assert records(recipe.sft_folder())[0]["responses"][1] == f"{tiny_model} 1"
+
+
+def test_answers_continue_after_a_kill(run, sampled):
+    recipe = run()
+    stage.answer([recipe])
+    path = recipe.run_folder() / "answers" / "test.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:30])
+    (path.parent / "manifest.json").unlink()
+    del sampled[:]
+    stage.answer([recipe])
+    assert len(sampled) == 2 and sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_prompts_that_are_too_long_are_in_the_ledger(run, sampled):
+    recipe = run("generation.max_prompt_tokens=50")
+    stage.answer([recipe])
+    ledger = [line for _, line in read_jsonl(recipe.run_folder() / "answers" / "ledger.jsonl")]
+    assert ledger and all(line["reason"] == "prompt too long" and line["tokens"] > 50 for line in ledger)
+    answered = {record["prompt_id"] for record in records(recipe.run_folder())}
+    assert answered | {line["prompt_id"] for line in ledger} == set(evaluated_prompts(recipe)[0])
+
+
+def test_the_first_prompts_are_evaluated(run, sampled):
+    recipe = run("evaluation.prompts=2")
+    stage.answer([recipe])
+    assert {record["prompt_id"] for record in records(recipe.run_folder())} == set(list(evaluated_prompts(recipe)[0]))
+    assert len(evaluated_prompts(recipe)[0]) == 2
+
+
+def test_an_unfinished_run_is_refused(ranked_recipe, sampled):
+    with pytest.raises(InputError, match="dpo-hps: the run is not finished; run `bash run.sh`"):
+        stage.answer([ranked_recipe()])
+
+
+def test_another_test_split_has_folders_of_its_own(run, sampled, tiny_recipe, tmp_path):
+    other = tmp_path / "other.yaml"
+    text = tiny_recipe.read_text().replace(str(tmp_path / "runs"), str(tmp_path / "elsewhere"))
+    other.write_text(text.replace("safety_test", "dialogue_test"))
+    recipe = run(f"evaluation.on={other}", "evaluation.samples=1")
+    stage.answer([recipe])
+    folder, base = recipe.run_folder() / "on" / "elsewhere", tmp_path / "elsewhere" / "sft"
+    names = [{record["prompt_id"] for record in records(each)} for each in (folder, base)]
+    assert names[0] == names[1] == set(evaluated_prompts(recipe)[0]) and len(names[0]) == 4
+    assert not (recipe.run_folder() / "answers").exists() and not recipe.sft_folder().exists()
+
+
+def test_runs_of_a_file(tiny_recipe, tmp_path):
+    path = tmp_path / "runs.txt"
+    path.write_text(f"{tiny_recipe} loss.preference=bt 'run=a b'\n\n{tiny_recipe}\n")
+    assert [recipe.run for recipe in stage.read_runs(path)] == ["a b", "dpo-hps"]
+
+
+# ---- their scores ----
+
+
+def test_scores_of_answers_and_of_the_given_responses(run, sampled, monkeypatch, tiny_reward):
+    """With a real, tiny evaluator: a line a prompt, the given ones scored beside the model's before training."""
+    from annotation.score import load_reward_model
+    from hps.recipe import Model
+
+    recipe = run("evaluation.samples=2", f"models.evaluator.path={tiny_reward}")
+    stage.answer([recipe])
+    for sft in (True, False):
+        scoring.score(recipe, sft)
+        found = [line for _, line in read_jsonl(scoring.scores_path(recipe, sft))]
+        assert [len(line["answers"]) for line in found] == [2] * 4
+        assert [len(line["given"]) for line in found] == [2 * sft] * 4
+    model = load_reward_model(Model(path=str(tiny_reward)), "float32")
+    record = records(recipe.run_folder())[0]
+    expected = model.score(record["prompt"], record["responses"], record["truncated"])
+    (line,) = (line for line in found if line["prompt_id"] == record["prompt_id"])
+    assert [answer["score"] for answer in line["answers"]] == pytest.approx(expected, abs=1e-4)
+    before = scoring.scores_path(recipe, False).read_bytes()
+    scoring.score(recipe, False)
+    assert scoring.scores_path(recipe, False).read_bytes() == before
+    assert json.loads((scoring.scores_path(recipe, False).parent / "manifest.json").read_text())["settings"]["model"]
+
+
+def test_answers_come_before_scores(run, tiny_reward):
+    with pytest.raises(InputError, match="answers: the answers are not finished; run `bash evaluate.sh`"):
+        scoring.score(run(f"models.evaluator.path={tiny_reward}"), False)
