@@ -52,9 +52,9 @@ class Bleu:
         return {"mean": round(score.score / 100, 4), "interval": [round(middle - half, 4), round(middle + half, 4)]}
 
     def signatures(self) -> dict:
-        """How the figures were computed; known once one of each was."""
+        """How the figures were computed, of those that were: sacrebleu writes the number of references, too."""
         names = {"sentence": self._sentence, "corpus": self._corpus, "characters": self._plain}
-        return {name: str(metric.get_signature()) for name, metric in names.items()}
+        return {name: str(metric.get_signature()) for name, metric in names.items() if hasattr(metric, "num_refs")}
 
 
 def _spelled(text: str) -> str:

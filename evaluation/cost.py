@@ -1,0 +1,88 @@
+"""Hours and disk of the runs that a table still needs, by formulas, for the dry run of reproduce.sh.
+
+The assumptions stand in configs/matrix.yaml, `cost` of each scale, and are printed with the result:
+
+    generation   new tokens / (tokens_per_second x devices)
+    a pass       2 x weights x tokens operations forward; training with LoRA 4 x (forward, and backward without the
+                 gradients of frozen weights), with all weights 6 x; / (operations_per_second x devices)
+    tokens       of a training row: prompt + responses of a step (`responses_per_prompt`) x response_tokens
+    start        start_seconds for each start of a script's stages
+    disk         an adapter for each kept checkpoint, 4 bytes a weight, or whole models; candidates and ranking, 5 bytes
+                 a token each
+"""
+
+from evaluation.results import Evaluated
+from hps.errors import InputError
+from hps.memory import responses_per_prompt
+from hps.preflight import load_prompts
+from hps.recipe import Recipe
+
+HOUR = 3600
+STARTS = 8  # Python processes of run.sh and evaluate.sh that load a model
+
+
+def prompt_count(recipe: Recipe, split: str, cost: dict) -> int:
+    """Prompts of a split, or the assumed number where the file is not there."""
+    try:
+        return len(load_prompts(recipe, split)[0])
+    except InputError:
+        return cost["prompts"][split]
+
+
+def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
+    """Seconds of training and evaluation of one run."""
+    speed = cost["operations_per_second"] * cost["devices"]
+    rows = prompt_count(recipe, "train", cost) * recipe.schedule.epochs
+    tested = recipe.evaluation.prompts or prompt_count(recipe.tested(), "test", cost)
+    response, prompt, weights = cost["response_tokens"], cost["prompt_tokens"], cost["weights"]
+    row = prompt + responses_per_prompt(recipe) * response
+    step = (4 if recipe.lora.enabled else 6) * weights * row
+    pair = 2 * weights * (prompt + 2 * response)
+    answers = recipe.evaluation.samples * response
+    return {
+        "training": rows * (step + pair) / speed,
+        "held-out pairs": 2 * tested * (2 + recipe.evaluation.checkpoints) * pair / speed,
+        "answers": tested * answers / (cost["tokens_per_second"] * cost["devices"]),
+        "their scores and divergence": tested * 3 * 2 * weights * (prompt + answers) / speed,
+        "starting": STARTS * cost["start_seconds"],
+    }
+
+
+def ranking_seconds(recipe: Recipe, cost: dict) -> float:
+    """Seconds of gene.sh: sampling, and one pass of a reward model of the policy's size."""
+    tokens = sum(
+        prompt_count(recipe, split, cost) * getattr(recipe.data, split).responses * cost["response_tokens"]
+        for split in ("train", "test")
+    )
+    speed = cost["operations_per_second"] * cost["devices"]
+    return tokens / (cost["tokens_per_second"] * cost["devices"]) + 2 * cost["weights"] * tokens / speed
+
+
+def disk_bytes(recipe: Recipe, cost: dict) -> float:
+    """Bytes that one run leaves."""
+    if recipe.lora.enabled:
+        return (
+            4 * cost["adapter_weights"] * (recipe.evaluation.checkpoints + 1 + 3 * 2)
+        )  # two to resume from, with AdamW
+    return 2 * cost["weights"] * (1 + 2 * 6)
+
+
+def estimate(todo: list[Evaluated], cost: dict) -> list[str]:
+    """The lines of the dry run."""
+    runs = {(e.data, e.recipe.run): e.recipe for e in todo if not e.sft}
+    rankings = {recipe.output: recipe for recipe in runs.values()}
+    parts: dict[str, float] = {}
+    for recipe in runs.values():
+        for name, seconds in run_seconds(recipe, cost).items():
+            parts[name] = parts.get(name, 0.0) + seconds
+    parts["candidates and ranking, unless they stand"] = sum(ranking_seconds(r, cost) for r in rankings.values())
+    texts = sum(
+        10 * prompt_count(recipe, "train", cost) * recipe.data.train.responses * cost["response_tokens"]
+        for recipe in rankings.values()
+    )
+    disk = texts + sum(disk_bytes(recipe, cost) for recipe in runs.values())
+    lines = [f"{len(runs)} runs to train and evaluate"]
+    lines += [f"{seconds / HOUR:8.2f} h  {name}" for name, seconds in parts.items()]
+    lines.append(f"{sum(parts.values()) / HOUR:8.2f} h  together, {disk / 2**30:.1f} GiB of disk")
+    assumed = ", ".join(f"{name} {value}" for name, value in cost.items())
+    return [*lines, f"assumed (configs/matrix.yaml, `cost`): {assumed}"]

@@ -1,0 +1,145 @@
+"""Result files: what a finished and evaluated run leaves in the repository, and how it is found again.
+
+Reads   `<output>/<run>/metrics.json`, `metrics.jsonl`, `evaluation/pairs.jsonl`, `manifest.json`
+Writes  `results/<scale>/runs/<data>/<run>.json`: `key` (the settings that decide the figures), `figures` and `sets`
+        (means with intervals), `prompts` and `pairs` (columns of per-prompt values), `seconds`, versions, commit
+
+A result counts for a recipe when its `key` is that of the recipe now: paths and revisions of the models, hashes of the
+data files, and every setting except devices and folders. So a clone with committed results runs nothing again, and a
+changed recipe does.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from evaluation.margins import SETS, at_step, margins
+from hps.manifest import file_hash, git_commit, versions
+from hps.recipe import REPOSITORY, SPLITS, Recipe
+from hps.records import read_jsonl, write_json
+
+FINAL = "final"
+PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
+# Settings that change no figure, or only how fast it comes.
+DEVICES = {
+    "generation": ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences", "enforce_eager"),
+    "annotation": ("batch_tokens", "workers"),
+    "evaluation": ("answers", "answer_tokens", "on"),
+}
+
+
+@dataclass
+class Evaluated:
+    """A run's evaluation that a table needs: the recipe, the data set it trained on and the one it is tested on."""
+
+    recipe: Recipe
+    data: str
+    on: str
+    sft: bool = False
+
+    @property
+    def name(self) -> str:
+        return "sft" if self.sft else self.recipe.run
+
+    def path(self, scale: str) -> Path:
+        """The result file."""
+        folder = self.on if self.sft or self.data == self.on else f"{self.data}-on-{self.on}"
+        return REPOSITORY / "results" / scale / "runs" / folder / f"{self.name}.json"
+
+    def folder(self) -> Path:
+        """Where evaluate.sh leaves it."""
+        return self.recipe.tested().sft_folder() if self.sft else self.recipe.evaluated_folder()
+
+
+def result_key(recipe: Recipe, sft: bool = False) -> dict:
+    """Everything that decides the figures; InputError when a data file is missing."""
+    tested = recipe.tested()
+    roles = ("policy", "evaluator") if sft else ("generator", "policy", "reward", "evaluator")
+    key = {
+        "models": {role: asdict(getattr(recipe.models, role)) for role in roles},
+        "test": _split(tested, "test", sft),
+        **{name: _without_devices(recipe, name) for name in ("generation", "evaluation")},
+    }
+    if sft:
+        return key
+    return {
+        **key,
+        "train": {split: _split(recipe, split) for split in SPLITS},
+        **{name: asdict(getattr(recipe, name)) for name in ("loss", "schedule", "lora", "optimizer")},
+        "annotation": _without_devices(recipe, "annotation"),
+        "seed": recipe.seed,
+    }
+
+
+def _split(recipe: Recipe, split: str, prompts_only: bool = False) -> dict:
+    settings = asdict(getattr(recipe.data, split))
+    settings["path"] = file_hash(settings["path"])
+    if prompts_only:
+        del settings["responses"]
+    return settings
+
+
+def _without_devices(recipe: Recipe, section: str) -> dict:
+    return {name: value for name, value in asdict(getattr(recipe, section)).items() if name not in DEVICES[section]}
+
+
+def find(run: Evaluated, scale: str) -> dict | None:
+    """The committed or earlier result of this very recipe, if there is one."""
+    path = run.path(scale)
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["key"] == json.loads(json.dumps(result_key(run.recipe, run.sft))) else None
+
+
+def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:
+    """Write the result file of an evaluation that is finished; `seconds` of the stages that ran for it."""
+    folder = run.folder()
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    records = [record for _, record in read_jsonl(folder / "metrics.jsonl")]
+    result = {
+        "run": run.name,
+        "method": "SFT" if run.sft else f"{run.recipe.loss.family}-{run.recipe.loss.preference}".upper(),
+        "data": run.data,
+        "on": run.on,
+        "seed": run.recipe.seed,
+        "key": result_key(run.recipe, run.sft),
+        "figures": metrics["figures"],
+        "bleu_signatures": metrics["bleu_signatures"],
+        "left_out": metrics["left_out"],
+        "prompts": columns(records),
+        "sets": metrics.get("sets", {}),
+        "pairs": {} if run.sft else pair_columns(folder / "evaluation" / "pairs.jsonl"),
+        "seconds": seconds,
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    write_json(run.path(scale), result)
+    return result
+
+
+def columns(records: list[dict]) -> dict[str, list]:
+    """Records as columns; a figure that a prompt does not have is null."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def pair_columns(path: Path) -> dict[str, dict]:
+    """For each set the `prompt_id`s and, by step and at the end, a column for each of `PAIR_FIGURES`."""
+    pairs = [pair for _, pair in read_jsonl(path)]
+    found: dict[str, dict] = {}
+    for name in SETS:
+        chosen = [pair for pair in pairs if pair["set"] == name]
+        if not chosen:
+            continue
+        steps = [figures["step"] for figures in chosen[0]["along"]]
+        curves = {str(step): margins([at_step(pair, step) for pair in chosen]) for step in steps}
+        curves[FINAL] = margins(chosen)
+        found[name] = {
+            "prompt_id": [pair["prompt_id"] for pair in chosen],
+            "points": {
+                point: {figure: [round(float(value), 5) for value in figures[figure]] for figure in PAIR_FIGURES}
+                for point, figures in curves.items()
+            },
+        }
+    return found

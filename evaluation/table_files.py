@@ -1,0 +1,200 @@
+"""A table of results as files: JSON with everything, Markdown and LaTeX to read, a picture of margins against KL.
+
+Writes  `results/<scale>/tableN.{json,md,tex,png}` (of the ablation `ablation.*`)
+
+Called by evaluation.reproduce; evaluation.tables has the figures.
+"""
+
+from pathlib import Path
+
+from evaluation.results import Evaluated
+from evaluation.tables import (
+    COLUMNS,
+    Cell,
+    cell_figures,
+    frontier,
+    latex,
+    length_term_flags,
+    load_paper,
+    markdown,
+    matched,
+    paper_rows,
+    percentage_flags,
+)
+from hps.recipe import REPOSITORY, Recipe
+from hps.records import write_atomic, write_json
+
+TITLES = {
+    "2": "Table 2: fine-tuning, fifteen methods",
+    "4": "Table 4: win rate of DPO-HPS",
+    "5": "Table 5: transfer to the data set that was not trained on",
+    "6": "Table 6: responses of a prompt",
+    "7": "Table 7: responses of a prompt, transfer",
+    "8": "Table 8: beta",
+    "ablation": "Ablation: the factor N and gamma (not in the paper)",
+}
+SETS = {"hh_rlhf": "HH-RLHF", "pku_safe": "PKU-SafeRLHF"}
+SMALL = {"hh_rlhf": "dialogue (in the place of HH-RLHF)", "pku_safe": "safety (in the place of PKU-SafeRLHF)"}
+PAPERS_DATA = {"6": "hh_rlhf", "7": "pku_safe", "8": "hh_rlhf"}  # where the paper shows one data set alone
+
+
+def label(table: str, recipe: Recipe) -> str:
+    """The row of a run; runs that differ in the seed alone share one."""
+    method = f"{recipe.loss.family}-{recipe.loss.preference}".upper()
+    if table in ("6", "7"):
+        return f"{method}, n = {recipe.schedule.subsample or 'all'}"
+    if table == "8":
+        return f"{method}, beta = {recipe.loss.beta:g}"
+    if table == "ablation":
+        start, end = recipe.schedule.gamma_start, recipe.schedule.gamma_end
+        gamma = f"{start:g}" if start == end else f"{start:g} to {end:g}"
+        return f"N {'on' if recipe.loss.factor_n else 'off'}, gamma {gamma}"
+    return method
+
+
+def cells_of(table: str, results: list[tuple[Evaluated, dict | None]], on: str) -> list[Cell]:
+    """The rows of one data set, in the order of the matrix; the model before training first."""
+    grouped: dict[str, list[dict]] = {}
+    for evaluation, result in results:
+        if result is not None and evaluation.on == on:
+            name = "SFT" if evaluation.sft else label(table, evaluation.recipe)
+            grouped.setdefault(name, []).append(result)
+    return [Cell(name, found) for name, found in grouped.items()]
+
+
+def give_paper(table: str, cells: list[Cell], rows: dict[str, dict]) -> None:
+    """Put the paper's row beside each of ours: by label, or for n, which a small scale cannot have, by place."""
+    for cell in cells:
+        cell.paper = rows.get(cell.label)
+    if table not in ("6", "7"):
+        return
+    for method in ("DPO-BT", "DPO-HPS"):
+        ours = [cell for cell in cells if cell.label.startswith(method)]
+        theirs = [name for name in rows if name.startswith(method)]
+        ours.sort(key=lambda cell: float(cell.label.rpartition(" ")[2].replace("all", "inf")))
+        for cell, name in zip(ours, theirs, strict=False):
+            cell.paper = rows[name]
+            cell.label = f"{cell.label} (paper: {name.rpartition(' ')[2]})"
+
+
+def part(table: str, scale: str, results: list[tuple[Evaluated, dict | None]], on: str) -> tuple[dict, list[str]]:
+    """One data set's rows with everything read from them, and the flags on the paper's."""
+    cells = cells_of(table, results, on)
+    data = PAPERS_DATA.get(table, on)
+    rows = paper_rows(table, data)
+    give_paper(table, cells, rows)
+    sft = next((cell.results[0] for cell in cells if cell.label == "SFT"), None)
+    trained = [cell for cell in cells if cell.label != "SFT"]
+    found = {
+        "data": on,
+        "title": SETS[on] if scale == "paper" else SMALL[on],
+        "columns": ["kl", *COLUMNS] if table in ("8", "ablation") else list(COLUMNS),
+        "rows": [{"label": cell.label, "figures": cell_figures(cell)} for cell in cells],
+        "matched": matched(trained, sft),
+        "frontier": {cell.label: frontier(cell) for cell in trained},
+    }
+    return found, length_term_flags(rows, f"Table {table}, {SETS[data]}")
+
+
+def remarks(table: str, scale: str) -> list[str]:
+    """What a reader must know before the figures."""
+    command = f"bash reproduce.sh {'table' if table.isdigit() else ''}{table} --scale {scale}"
+    lines = [
+        f"Written by `{command}`. Mean [95 % interval, bootstrap over prompts]; BLEU and reward: best of "
+        "the answers to a prompt; RM_DPO, RM_R-DPO, KL in nats; `_ranked`: best against worst candidate by the "
+        "training reward model, `_written`: the given pair; `accuracy`: share of pairs with RM_DPO above zero."
+    ]
+    if scale != "paper":
+        lines += [
+            "",
+            "**Another scale than the paper's:** another model, another evaluator, other data. The paper's figures "
+            "stand beside ours to compare signs and orders of methods, not values. " + PLACES.get(table, ""),
+        ]
+    return lines
+
+
+PLACES = {
+    "6": "The paper's rows are those of HH-RLHF with n of 5, 20, 50, 100, set beside ours in the order of n.",
+    "7": "The paper's rows have n of 5, 20, 50, 100, set beside ours in the order of n.",
+    "8": "The paper's rows are those of HH-RLHF.",
+}
+
+
+def write_table(
+    table: str,
+    scale: str,
+    results: list[tuple[Evaluated, dict | None]],
+    failed: dict[str, str],
+    judged: dict[str, dict] | None,
+) -> list[Path]:
+    """Write the files of a table; return their paths."""
+    missing = {e.name: "not run yet" for e, result in results if result is None}
+    found: dict = {
+        "title": TITLES[table],
+        "scale": scale,
+        "remarks": remarks(table, scale),
+        "parts": [],
+        "flags": [],
+        "failed": {**missing, **failed},
+    }
+    for on in dict.fromkeys(evaluation.on for evaluation, _ in results):
+        each, flags = part(table, scale, results, on)
+        found["parts"].append(each)
+        found["flags"] += flags
+    if judged is not None:
+        found["win_rates"] = win_rate_rows(judged)
+        for data, title in SETS.items():
+            found["flags"] += percentage_flags(paper_wins(data), f"Table 4, {title}")
+    stem = REPOSITORY / "results" / scale / (f"table{table}" if table.isdigit() else table)
+    write_json(stem.with_suffix(".json"), found)
+    write_atomic(stem.with_suffix(".md"), markdown(found))
+    write_atomic(stem.with_suffix(".tex"), latex(found))
+    draw_frontier(found, stem.with_suffix(".png"))
+    return [stem.with_suffix(suffix) for suffix in (".json", ".md", ".tex", ".png")]
+
+
+def paper_wins(data: str) -> dict[str, dict]:
+    return load_paper()["table4_win_rate_percent_of_DPO-HPS_against"][data]
+
+
+def win_rate_rows(judged: dict[str, dict]) -> list[dict]:
+    """Win, lose and tie of DPO-HPS against each model, ours and the paper's, in percent of the prompts."""
+    rows = []
+    for data, found in judged.items():
+        for folder, result in found["against"].items():
+            name = Path(folder).name.upper()
+            figures = {
+                outcome: {"mean": result[outcome]["percent"], "interval": result[outcome]["interval"]}
+                | {"paper": paper_wins(data).get(name, {}).get(outcome, "-")}
+                for outcome in ("win", "lose", "tie")
+            }
+            rows.append({"data": data, "label": name, "figures": figures, "flags": result["flags"]})
+    return rows
+
+
+def draw_frontier(table: dict, target: Path) -> None:
+    """Margins and accuracy against KL along the training, a line a row; nothing without points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    parts = [part for part in table["parts"] if any(points["ranked"] for points in part["frontier"].values())]
+    if not parts:
+        return
+    panels = (("ranked", "rm_dpo"), ("ranked", "rm_dpo_accuracy"), ("written", "rm_dpo"))
+    figure, axes = pyplot.subplots(len(parts), 3, figsize=(15, 5 * len(parts)), layout="constrained", squeeze=False)
+    for row, each in zip(axes, parts, strict=True):
+        for axis, (pairs, name) in zip(row, panels, strict=True):
+            for number, (title, points) in enumerate(each["frontier"].items()):
+                start = 0.5 if name == "rm_dpo_accuracy" else 0.0
+                x = [0.0, *(point["kl"] for point in points[pairs])]
+                y = [start, *(point[name] for point in points[pairs])]
+                style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+                axis.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=title, **style)
+            axis.set_title(f"{each['title']}: {name}, {pairs} pairs", fontsize=10)
+            axis.set_xlabel("KL on the preferred response (nats)")
+            axis.grid(alpha=0.3)
+        row[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,382 @@
+"""The paper's tables with ours beside them: figures with intervals, differences, and what to be wary of.
+
+Reads   `results/paper.json` (every figure of the paper's tables), the results of the runs (evaluation.results)
+Writes  `results/<scale>/tableN.{json,md,tex}`
+
+A cell is one method's runs over the seeds: values per prompt are averaged over the seeds, the interval is a bootstrap
+over prompts, and the spread over seeds stands beside it. A margin grows with how far a policy has moved, whatever the
+direction, so the cells are also read at one divergence (`matched`): margin, share of pairs in order and reward are
+interpolated between the points along the training at the largest KL that every cell reached.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluation.results import FINAL
+from evaluation.statistics import percentile_interval
+from hps.errors import InputError
+from hps.recipe import REPOSITORY
+
+PAPER = REPOSITORY / "results" / "paper.json"
+COLUMNS = ("bleu", "reward", "rm_dpo", "rm_r_dpo")
+# Of ours: where a column's values per prompt stand. `figures` are those of the answers, the others of a set of pairs.
+SOURCES = {
+    "bleu": ("figures", "bleu_best"),
+    "reward": ("figures", "reward_best"),
+    "rm_dpo": ("written", "rm_dpo"),
+    "rm_r_dpo": ("written", "rm_r_dpo"),
+    "kl": ("written", "kl"),
+    "bleu_mean": ("figures", "bleu_mean"),
+    "reward_mean": ("figures", "reward_mean"),
+    "kl_sampled": ("figures", "kl_sampled"),
+    "tokens_change": ("figures", "tokens_mean_change"),
+    "rm_dpo_ranked": ("ranked", "rm_dpo"),
+    "accuracy_written": ("written", "rm_dpo_accuracy"),
+    "accuracy_ranked": ("ranked", "rm_dpo_accuracy"),
+}
+EXTRA = ("kl", "rm_dpo_ranked", "accuracy_ranked", "accuracy_written", "reward_mean", "kl_sampled", "tokens_change")
+SAMPLES, SEED = 2000, 42  # of the bootstrap
+EQUAL = 0.0015  # the paper prints three decimals: a difference of two figures is known to that
+
+
+@dataclass
+class Cell:
+    """Results of one method (one for each seed) and its label in the table."""
+
+    label: str
+    results: list[dict]
+    paper: dict | None = None
+
+    def column(self, name: str) -> tuple[list[str], np.ndarray] | None:
+        """Prompt ids and (seeds, prompts) values of a column; None when the cell does not have it."""
+        place, figure = SOURCES[name]
+        if place == "figures":
+            tables = [result["prompts"] for result in self.results]
+            if any(figure not in table for table in tables):
+                return None
+            return _aligned([(table["prompt_id"], table[figure]) for table in tables])
+        return self.point(place, FINAL, figure)
+
+    def point(self, pairs: str, point: str, figure: str) -> tuple[list[str], np.ndarray] | None:
+        """Ids and (seeds, prompts) of a figure of a set of pairs at a point of the training."""
+        tables = [result["pairs"].get(pairs) for result in self.results]
+        if any(table is None or point not in table["points"] for table in tables):
+            return None
+        return _aligned([(table["prompt_id"], table["points"][point][figure]) for table in tables])
+
+    def points(self, pairs: str) -> list[str]:
+        """Points of the training that all seeds have, in order."""
+        names = [list(result["pairs"].get(pairs, {"points": {}})["points"]) for result in self.results]
+        return [name for name in names[0] if all(name in other for other in names)] if names else []
+
+
+def _aligned(tables: list[tuple[list[str], list]]) -> tuple[list[str], np.ndarray]:
+    """Ids that all seeds have a value for, and the values in that order."""
+    rows = [{name: value for name, value in zip(*table, strict=True) if value is not None} for table in tables]
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    return names, np.array([[row[name] for name in names] for row in rows], dtype=float)
+
+
+def summary(values: np.ndarray) -> dict:
+    """Mean, interval and spread of (seeds, prompts) values."""
+    mean = values.mean(axis=0)
+    picks = _resamples(len(mean))
+    found = {
+        "mean": round(float(mean.mean()), 4),
+        "interval": percentile_interval(mean[picks].mean(axis=1)),
+        "prompts": len(mean),
+        "seeds": len(values),
+    }
+    if len(values) > 1:
+        found["seed_standard_deviation"] = round(float(values.mean(axis=1).std(ddof=1)), 4)
+    return found
+
+
+def _resamples(count: int) -> np.ndarray:
+    return np.random.default_rng(SEED).integers(0, count, (SAMPLES, count))
+
+
+def cell_figures(cell: Cell) -> dict:
+    """Every column of a cell that it has; the paper's figure and the difference where the paper has one."""
+    figures: dict[str, dict] = {}
+    for name in dict.fromkeys((*COLUMNS, *SOURCES)):
+        found = cell.column(name)
+        if found is not None and found[1].size:
+            figures[name] = summary(found[1])
+        printed = (cell.paper or {}).get(name)
+        if printed is not None:
+            entry = figures.setdefault(name, {})
+            entry["paper"] = printed
+            if "mean" in entry:
+                entry["difference"] = round(entry["mean"] - printed, 4)
+    return figures
+
+
+# ---- at one divergence ----
+
+
+def curve(cell: Cell, pairs: str, figure: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(points, prompts) of KL and of a figure along the training, seeds averaged; the first point is the beginning.
+
+    There the policy is the reference: KL and margin are 0, and a pair in order is undecided, one half.
+    """
+    points = cell.points(pairs)
+    if not points:
+        return None
+    kl, values = (
+        np.stack([cell.point(pairs, point, name)[1].mean(axis=0) for point in points]) for name in ("kl", figure)
+    )
+    start = 0.5 if figure == "rm_dpo_accuracy" else 0.0
+    width = kl.shape[1]
+    return np.vstack([np.zeros((1, width)), kl]), np.vstack([np.full((1, width), start), values])
+
+
+def reward_curve(cell: Cell, sft: dict | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """As `curve`, of the mean reward of the answers: two points, before and after the training."""
+    after, kl = cell.column("reward_mean"), cell.column("kl")
+    if sft is None or after is None or kl is None:
+        return None
+    before = dict(zip(sft["prompts"]["prompt_id"], sft["prompts"]["reward_mean"], strict=True))
+    rewards, moved = (dict(zip(names, values.mean(axis=0), strict=True)) for names, values in (after, kl))
+    names = [name for name in rewards if name in moved and before.get(name) is not None]
+    zero = [0.0] * len(names)
+    return (
+        np.array([zero, [moved[name] for name in names]]),
+        np.array([[before[name] for name in names], [rewards[name] for name in names]]),
+    )
+
+
+def at_kl(kl: np.ndarray, values: np.ndarray, wanted: float) -> dict:
+    """The mean value where the mean KL is `wanted`, by interpolation between the points, with its interval.
+
+    Args:
+        kl, values: (points, prompts), from the beginning of the training to its end.
+        wanted: KL, nats; at most that of the last point.
+    """
+    picks = _resamples(kl.shape[1])
+
+    def read(kl_means: np.ndarray, value_means: np.ndarray) -> float:
+        return float(np.interp(wanted, np.maximum.accumulate(kl_means), value_means))
+
+    resampled = np.array([read(kl[:, pick].mean(axis=1), values[:, pick].mean(axis=1)) for pick in picks])
+    mean = read(kl.mean(axis=1), values.mean(axis=1))
+    return {"mean": round(mean, 4), "interval": percentile_interval(resampled)}
+
+
+MATCHED = {
+    "rm_dpo": ("written", "rm_dpo"),
+    "accuracy_written": ("written", "rm_dpo_accuracy"),
+    "rm_dpo_ranked": ("ranked", "rm_dpo"),
+    "accuracy_ranked": ("ranked", "rm_dpo_accuracy"),
+}
+
+
+def matched(cells: list[Cell], sft: dict | None) -> dict:
+    """Every cell at one KL: the largest that all reached, for each set of pairs, nats."""
+    cells = [cell for cell in cells if cell.points("written") and cell.points("ranked")]
+    if not cells:
+        return {}
+    wanted = {
+        pairs: min(curve(cell, pairs, "rm_dpo")[0].mean(axis=1).max() for cell in cells)
+        for pairs in ("written", "ranked")
+    }
+    rows = {}
+    for cell in cells:
+        row = {name: at_kl(*curve(cell, *place), wanted[place[0]]) for name, place in MATCHED.items()}
+        rewards = reward_curve(cell, sft)
+        if rewards is not None:
+            row["reward_mean"] = at_kl(*rewards, wanted["written"])
+        rows[cell.label] = row
+    return {"kl": {name: round(float(value), 4) for name, value in wanted.items()}, "cells": rows}
+
+
+def frontier(cell: Cell) -> dict:
+    """Means along the training: step, KL and what is read against it, for each set of pairs."""
+    found = {}
+    for pairs in ("written", "ranked"):
+        found[pairs] = [
+            {
+                "step": point,
+                **{
+                    name: round(float(cell.point(pairs, point, name)[1].mean()), 4)
+                    for name in ("kl", "rm_dpo", "rm_dpo_accuracy")
+                },
+            }
+            for point in cell.points(pairs)
+        ]
+    return found
+
+
+# ---- the paper's own figures ----
+
+
+def load_paper() -> dict:
+    return json.loads(PAPER.read_text(encoding="utf-8"))
+
+
+def paper_rows(number: str, data: str) -> dict[str, dict]:
+    """The rows of a table of the paper for one data set, by label; none for the ablation."""
+    paper = load_paper()
+    if number in ("2", "5"):
+        table = paper["table2_fine_tuning" if number == "2" else "table5_transfer"]
+        return {method: values[data] for method, values in table.items()}
+    names = {"6": "table6_responses_fine_tuning_hh_rlhf", "7": "table7_responses_transfer_hh_to_pku"}
+    names["8"] = "table8_beta_fine_tuning_hh_rlhf"
+    if number not in names:
+        return {}
+    what = "beta" if number == "8" else "responses"
+    return {
+        f"{method}, {'beta' if number == '8' else 'n'} = {row[what]}": row[method]
+        for row in paper[names[number]]
+        for method in ("DPO-BT", "DPO-HPS")
+    }
+
+
+def length_term_flags(rows: dict[str, dict], title: str) -> list[str]:
+    """Rows whose RM_R-DPO - RM_DPO is not the table's common one.
+
+    That difference is -0.01 times the difference of the test pairs' lengths, so with fixed test pairs it is the same
+    for every method.
+    """
+    gaps = {
+        label: round(row["rm_r_dpo"] - row["rm_dpo"], 3)
+        for label, row in rows.items()
+        if row.get("rm_dpo") is not None and row.get("rm_r_dpo") is not None
+    }
+    if not gaps:
+        return []
+    near = Counter({gap: sum(abs(gap - other) <= EQUAL for other in gaps.values()) for gap in gaps.values()})
+    common, count = near.most_common(1)[0]
+    if count < 3:
+        low, high = min(gaps.values()), max(gaps.values())
+        return [
+            f"{title}: RM_R-DPO - RM_DPO, which depends on the test pairs' lengths alone, has no common value in the "
+            f"paper ({low:.3f} to {high:.3f} over {len(gaps)} rows)"
+        ]
+    return [
+        f"{title}: {label}: RM_R-DPO - RM_DPO is {gap:.3f} in the paper, {common:.3f} in {count} of {len(gaps)} rows; "
+        f"it depends on the test pairs' lengths alone"
+        for label, gap in gaps.items()
+        if abs(gap - common) > EQUAL
+    ]
+
+
+def percentage_flags(rows: dict[str, dict], title: str) -> list[str]:
+    """Win, lose and tie that do not add up to 100 %."""
+    sums = {label: sum(row[name] for name in ("win", "lose", "tie")) for label, row in rows.items()}
+    return [
+        f"{title}: {label}: the paper's percentages add up to {total:.3f}"
+        for label, total in sums.items()
+        if abs(total - 100) > EQUAL
+    ]
+
+
+# ---- on paper ----
+
+
+def number(entry: dict, digits: int = 3) -> str:
+    """`mean [low, high]`, or a dash."""
+    if "mean" not in entry:
+        return "-"
+    low, high = entry["interval"]
+    return f"{entry['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def markdown(table: dict) -> str:
+    """The table as a Markdown page."""
+    lines = [f"# {table['title']}", "", *table["remarks"], ""]
+    for part in table["parts"]:
+        lines += _part_lines(part)
+    if table["flags"]:
+        lines += ["## Where the paper's own figures do not fit together", "", *[f"- {flag}" for flag in table["flags"]]]
+    if table["failed"]:
+        lines += ["", "## Not in this table", "", *[f"- {name}: {why}" for name, why in table["failed"].items()]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _part_lines(part: dict) -> list[str]:
+    names = [name for name in part["columns"] if any(name in row["figures"] for row in part["rows"])]
+    head = ["", *(text for name in names for text in (f"{name}, ours", "paper"))]
+    lines = [f"## {part['title']}", "", _row(head), _row(["---"] * len(head))]
+    for row in part["rows"]:
+        cells = [row["label"]]
+        for name in names:
+            entry = row["figures"].get(name, {})
+            cells += [number(entry), str(entry.get("paper", "-"))]
+        lines.append(_row(cells))
+    extra = [name for name in EXTRA if name not in part["columns"]]
+    extra = [name for name in extra if any("mean" in row["figures"].get(name, {}) for row in part["rows"])]
+    if extra:
+        lines += ["", "Ours alone:", "", _row(["", "seeds", *extra]), _row(["---"] * (len(extra) + 2))]
+        for row in part["rows"]:
+            seeds = max((entry.get("seeds", 0) for entry in row["figures"].values()), default=0)
+            lines.append(_row([row["label"], str(seeds), *(number(row["figures"].get(name, {})) for name in extra)]))
+    return [*lines, "", *_matched_lines(part["matched"])]
+
+
+def _matched_lines(found: dict) -> list[str]:
+    if not found:
+        return []
+    kl = found["kl"]
+    names = list(dict.fromkeys(name for row in found["cells"].values() for name in row))
+    lines = [
+        f"At one divergence (KL on the preferred response {kl['written']:.3f} nats on the written pairs, "
+        f"{kl['ranked']:.3f} on the ranked ones):",
+        "",
+        _row(["", *names]),
+        _row(["---"] * (len(names) + 1)),
+    ]
+    lines += [
+        _row([label, *(number(row[name]) if name in row else "-" for name in names)])
+        for label, row in found["cells"].items()
+    ]
+    return [*lines, ""]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def latex(table: dict) -> str:
+    """The table as a booktabs tabular for each part; ours with its interval, the paper's in brackets."""
+    lines = [f"% {table['title']}"]
+    for part in table["parts"]:
+        names = [name for name in part["columns"] if any(name in row["figures"] for row in part["rows"])]
+        lines += [
+            f"% {part['title']}",
+            rf"\begin{{tabular}}{{l{'r' * len(names)}}}",
+            r"\toprule",
+            " & ".join(["", *map(_tex, names)]) + r" \\",
+            r"\midrule",
+        ]
+        for row in part["rows"]:
+            cells = [_tex(row["label"])]
+            for name in names:
+                entry = row["figures"].get(name, {})
+                cells.append(f"{number(entry)} ({entry['paper']})" if "paper" in entry else number(entry))
+            lines.append(" & ".join(cells) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join(lines)
+
+
+def _tex(text: str) -> str:
+    return re.sub(r"([_%&#$])", r"\\\1", text)
+
+
+def check_columns(part_rows: list[dict]) -> None:
+    """Refuse results whose prompts differ between the rows: their figures could not be compared.
+
+    Raises:
+        InputError: two rows were evaluated on different numbers of prompts.
+    """
+    sizes = {
+        row["label"]: row["figures"]["rm_dpo"]["prompts"]
+        for row in part_rows
+        if "prompts" in row["figures"].get("rm_dpo", {})
+    }
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"rows were evaluated on different numbers of prompts: {sizes}", remedy="evaluate them again")

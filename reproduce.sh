@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# A table of the paper with ours beside it: runs what is missing, writes results/<scale>/tableN.{json,md,tex,png}.
+#
+#   bash reproduce.sh table2|table4|table5|table6|table7|table8|ablation [--scale quickstart|paper] [--dry-run]
+#
+# --scale quickstart (default): a 135M model on a CPU; paper: the paper's settings. Finished runs are found again by
+# their files in results/, a run that fails is listed and the others go on. Interrupted, the same command continues.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ---- settings ----
+PYTHON=.venv-train/bin/python
+# Libraries announce to one another what they will rename; a user can do nothing about it.
+export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
+# ------------------
+
+case " $* " in *" -h "* | *" --help "*)
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' reproduce.sh
+    exit 0
+    ;;
+esac
+bash setup.sh infer
+bash setup.sh train
+"$PYTHON" -m evaluation.reproduce "$@"

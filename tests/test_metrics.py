@@ -1,0 +1,160 @@
+"""evaluation/metrics.py: figures of answers by hand, from files to metrics.json."""
+
+import json
+
+import pytest
+
+from evaluation import metrics as stage
+from hps.errors import InputError
+from hps.records import read_jsonl, read_prompts, write_json
+
+CAT = "the cat is on the mat"
+
+
+@pytest.fixture(scope="module")
+def bleu():
+    return stage.Bleu()
+
+
+def test_sentence_bleu_by_hand(bleu):
+    """Precisions 5/6, 3/5, 1/4 and 0 of 3, which exponential smoothing counts as 1 of 2 x 3; equal lengths."""
+    expected = (5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** (1 / 4)
+    assert bleu.sentence("the cat sat on the mat", CAT) == pytest.approx(expected)
+    assert bleu.sentence(CAT, CAT) == pytest.approx(1)
+
+
+def test_bleu_of_a_short_answer_leaves_orders_out(bleu):
+    """Two words of six: precisions 1 and 1, brevity exp(1 - 6 / 2)."""
+    assert bleu.sentence("the cat", CAT) == pytest.approx(2.718281828 ** (1 - 3))
+
+
+def test_released_bleu_counts_characters(bleu):
+    """`ab cd` against `ab ce`: 4 of 5 characters, 3 of 4 pairs, 2 of 3 triples, 1 of 2 fours; the blank is one."""
+    assert bleu.characters("ab cd", "ab ce") == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4))
+    assert bleu.characters("abcd", "wxyz") == 0
+    assert bleu.characters("ab\ncd", "ab\ncd") == pytest.approx(1) and bleu.characters("ab\ncd", "ab cd") < 1
+
+
+def test_corpus_bleu_has_an_interval_around_it(bleu):
+    answers = [f"word{number} stands in line number {number % 7} of the page" for number in range(40)]
+    references = [text.replace("line", "row") if number % 3 else text for number, text in enumerate(answers)]
+    found = bleu.corpus(answers, references, 300)
+    low, high = found["interval"]
+    assert 0 < low < found["mean"] < high < 1
+    assert bleu.signatures()["corpus"].startswith("nrefs:1|bs:300|seed:12345|")
+
+
+def test_distinct_and_repetition_by_hand():
+    """`a b a b` and `b a`: words a b a b b a, 2 of 6; pairs ab ba ab, ba: 2 of 4."""
+    assert stage.distinct(["a b a b", "B a"], 1) == pytest.approx(2 / 6)
+    assert stage.distinct(["a b a b", "b a"], 2) == pytest.approx(2 / 4)
+    assert stage.distinct(["", ""], 2) == 1.0
+    assert stage.repetition("one two three four one two three four") == pytest.approx(1 - 4 / 5)
+    assert stage.repetition("too short") == 0.0
+
+
+def answers_of(*texts: str, tokens: list[int]) -> dict:
+    return {"responses": list(texts), "token_counts": tokens, "truncated": [False] * (len(texts) - 1) + [True]}
+
+
+def test_best_and_mean_of_the_answers():
+    figures = stage.answer_figures(
+        answers_of("a", "b", "c", tokens=[1, 2, 6]),
+        [{"score": 0.5, "objectives_mean": 0.2}, {"score": -1.0, "objectives_mean": 0.4}, {"score": 0.2}][:2]
+        + [{"score": 0.2, "objectives_mean": 0.3}],
+    )
+    assert figures["reward_best"] == 0.5 and figures["reward_mean"] == pytest.approx(-0.1)
+    assert figures["reward_objectives_best"] == 0.4 and figures["reward_objectives_mean"] == pytest.approx(0.3)
+    assert figures["tokens_mean"] == 3 and figures["truncated_share"] == pytest.approx(1 / 3)
+
+
+def test_released_bleu_takes_the_evaluators_choice_on_both_sides(bleu):
+    """The evaluator likes the second answer and the second given response: those two are compared, equal here."""
+    figures = stage.bleu_figures(
+        answers_of(CAT, "quite another text here", tokens=[6, 4]),
+        [{"score": 0.0}, {"score": 1.0}],
+        [CAT, "quite another text here"],
+        [{"score": 0.0}, {"score": 1.0}],
+        bleu,
+    )
+    assert figures["bleu_characters_released"] == pytest.approx(1)
+    assert figures["bleu_best"] == pytest.approx(1)
+    assert figures["bleu_mean"] == pytest.approx((1 + bleu.sentence("quite another text here", CAT)) / 2)
+
+
+# ---- from files ----
+
+
+def write_stage(folder, name: str, lines: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "manifest.json").write_text("{}")
+
+
+@pytest.fixture
+def evaluated(ranked_recipe):
+    """A recipe whose run has answers (the given ones, the preferred first), rewards and divergences, all made up."""
+    recipe = ranked_recipe()
+    prompts = [record for _, record in read_prompts(recipe.data.test.path, recipe.data.test.limit)]
+    for place, folder in enumerate((recipe.sft_folder(), recipe.run_folder())):
+        lines, scores, moved = [], [], []
+        for number, record in enumerate(prompts):
+            name = {"prompt_id": record["prompt_id"]}
+            texts = [*record["responses"][:2], "I do not know."]
+            counts = [10 + place, 20, 5]
+            lines.append({**name, "prompt": record["prompt"], **answers_of(*texts, tokens=counts)})
+            details = [{"score": value + place * number} for value in (0.0, 1.0, -1.0)]
+            scores.append({**name, "answers": details, "given": [{"score": 0.0}, {"score": 1.0}]})
+            moved.append({**name, "kl": [1.0, 2.0, 6.0], "log_ratio": [0.0, 1.0, 2.0], "tokens": counts})
+        write_stage(folder / "answers", "test.jsonl", lines)
+        write_stage(folder / "scores", "scores.jsonl", scores)
+        if place:
+            write_stage(folder / "divergence", "divergence.jsonl", moved)
+            (folder / "evaluation").mkdir()
+            (folder / "evaluation" / "manifest.json").write_text("{}")
+            write_json(folder / "evaluation" / "margins.json", {"sets": {"written": {"pairs": 4}}})
+    return recipe
+
+
+def test_metrics_of_a_run(evaluated):
+    """The run's rewards are the model's before training plus the prompt's number: change 0, 1, 2, 3."""
+    metrics = stage.evaluate(evaluated, sft=False)
+    assert metrics == json.loads((evaluated.run_folder() / "metrics.json").read_text())
+    records = [record for _, record in read_jsonl(evaluated.run_folder() / "metrics.jsonl")]
+    assert [record["reward_best_change"] for record in records] == [0, 1, 2, 3]
+    figures = metrics["figures"]
+    assert metrics["prompts"] == 4 and metrics["left_out"] == {}
+    assert figures["bleu_best"]["mean"] == 1 and figures["bleu_corpus_best"]["mean"] == 1
+    assert figures["kl_sampled"] == {"mean": 3.0, "interval": [3.0, 3.0], "prompts": 4}
+    assert figures["log_ratio_sampled"]["mean"] == 1.0
+    assert figures["tokens_mean_change"]["mean"] == pytest.approx(1 / 3, abs=1e-4)
+    assert figures["reward_best"]["mean"] == 1 + 1.5 and figures["reward_mean_change"]["mean"] == 1.5
+    assert metrics["sets"] == {"written": {"pairs": 4}}
+
+
+def test_metrics_of_the_model_before_training(evaluated):
+    metrics = stage.evaluate(evaluated, sft=True)
+    assert metrics["run"] == "sft" and "sets" not in metrics
+    assert "kl_sampled" not in metrics["figures"] and metrics["figures"]["reward_best"]["mean"] == 1
+
+
+def test_what_is_missing_is_counted(evaluated):
+    """A prompt without answers, and prompts without a given response, which have no BLEU."""
+    path = evaluated.run_folder() / "answers" / "test.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    evaluated.data.test.path = str(path.parent / "prompts.jsonl")
+    source = [record for _, record in read_jsonl(evaluated.sft_folder() / "answers" / "test.jsonl")]
+    with open(evaluated.data.test.path, "w") as file:
+        file.writelines(json.dumps({"prompt": record["prompt"]}) + "\n" for record in source)
+    metrics = stage.evaluate(evaluated, sft=False)
+    assert metrics["left_out"] == {
+        "prompt without answers (the ledger beside them says why)": 1,
+        "BLEU: prompt without a given response": 3,
+    }
+    assert not [name for name in metrics["figures"] if "bleu" in name]
+
+
+def test_unfinished_stages_are_named(evaluated):
+    (evaluated.run_folder() / "scores" / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"dpo-hps/scores: this is not finished; run `bash evaluate.sh`"):
+        stage.evaluate(evaluated, sft=False)
