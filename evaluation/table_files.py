@@ -12,6 +12,7 @@ from evaluation.tables import (
     COLUMNS,
     Cell,
     cell_figures,
+    check_columns,
     frontier,
     latex,
     length_term_flags,
@@ -139,6 +140,7 @@ def write_table(
     }
     for on in dict.fromkeys(evaluation.on for evaluation, _ in results):
         each, flags = part(table, scale, results, on)
+        check_columns(each["rows"])
         found["parts"].append(each)
         found["flags"] += flags
     if judged is not None:

@@ -230,7 +230,7 @@ def paper_rows(number: str, data: str) -> dict[str, dict]:
         return {}
     what = "beta" if number == "8" else "responses"
     return {
-        f"{method}, {'beta' if number == '8' else 'n'} = {row[what]}": row[method]
+        f"{method}, {'beta' if number == '8' else 'n'} = {row[what]:g}": row[method]
         for row in paper[names[number]]
         for method in ("DPO-BT", "DPO-HPS")
     }
@@ -249,8 +249,8 @@ def length_term_flags(rows: dict[str, dict], title: str) -> list[str]:
     }
     if not gaps:
         return []
-    near = Counter({gap: sum(abs(gap - other) <= EQUAL for other in gaps.values()) for gap in gaps.values()})
-    common, count = near.most_common(1)[0]
+    common = Counter(gaps.values()).most_common(1)[0][0]
+    count = sum(abs(gap - common) <= EQUAL for gap in gaps.values())
     if count < 3:
         low, high = min(gaps.values()), max(gaps.values())
         return [

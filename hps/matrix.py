@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import yaml
@@ -66,21 +67,27 @@ def expand(matrix: dict) -> list[Run]:
         InputError: a grid that names an unknown field or an impossible value.
     """
     runs: dict[str, Run] = {}
+    plain = {data: load_recipe(REPOSITORY / path) for data, path in matrix["recipes"].items()}
     for grid in matrix["grids"]:
         for data, point in itertools.product(grid["data"], itertools.product(*grid["values"].values())):
             settings: dict[str, Any] = {}
             for name, value in zip(grid["values"], point, strict=True):
                 settings |= value if isinstance(value, dict) else {name: value}
-            run = _run(data, matrix["recipes"][data], settings)
+            run = _run(data, matrix["recipes"][data], plain[data], settings)
             key = json.dumps([data, as_dict(run.recipe)], sort_keys=True)
             runs.setdefault(key, run).tables.update(grid["tables"])
     return list(runs.values())
 
 
+@cache  # reproduce.sh asks for one scale several times, and every recipe is loaded for it
+def all_runs(scale: str) -> list[Run]:
+    return expand(load_matrix(scale))
+
+
 def select(scale: str, tables: set) -> list[Run]:
     """The trainings of these tables (numbers, `ablation`); of all for an empty set. InputError: an unknown table."""
-    matrix = load_matrix(scale)
-    known = {table for grid in matrix["grids"] for table in grid["tables"]}
+    runs = all_runs(scale)
+    known = set().union(*(run.tables for run in runs))
     unknown = sorted(map(str, tables - known))
     if unknown:
         raise InputError(
@@ -88,12 +95,11 @@ def select(scale: str, tables: set) -> list[Run]:
             where="command line",
             remedy=f"give some of {', '.join(sorted(map(str, known)))}, or none",
         )
-    return [run for run in expand(matrix) if run.tables & (tables or known)]
+    return [run for run in runs if run.tables & (tables or known)]
 
 
-def _run(data: str, path: str, settings: dict) -> Run:
+def _run(data: str, path: str, plain: Recipe, settings: dict) -> Run:
     """Only what differs from the recipe is named in `run` and given as an override (the method always)."""
-    plain = load_recipe(REPOSITORY / path)
     method = {
         "loss.family": settings.get("loss.family", plain.loss.family),
         "loss.preference": settings.get("loss.preference", plain.loss.preference),

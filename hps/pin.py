@@ -1,6 +1,6 @@
 """Write the current commits of the hub models into a recipe, so that a later run reads the same weights.
 
-Reads   a recipe: `path` and `revision` of `models.generator`, `models.policy`, `models.reward`; the hub
+Reads   a recipe: `path` and `revision` of `models.*`; the hub
 Writes  the same file: `revision: "<commit>"` beside each hub name, with the profile's names where the recipe has no
         `models` section; every other byte stays as it was
 Run     python -m hps.pin configs/hh_rlhf.yaml
@@ -21,7 +21,7 @@ from hps.manifest import check_model
 from hps.recipe import DEFAULT_RECIPE, Model, Recipe, load_recipe
 from hps.records import write_atomic
 
-ROLES = ("generator", "policy", "reward")
+ROLES = ("generator", "policy", "reward", "evaluator", "judge")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

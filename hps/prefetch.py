@@ -1,6 +1,6 @@
 """Fill the hub cache with a recipe's models, for clusters whose machines have no network.
 
-Reads   a recipe: `models.generator`, `models.policy`, `models.reward`; the hub
+Reads   a recipe: `models.*`; the hub
 Writes  the hub's cache (`HF_HOME` says where): weights as safetensors, configuration, tokenizer; no pickles
 Run     python -m hps.prefetch configs/hh_rlhf.yaml [key=value ...]
 

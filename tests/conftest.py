@@ -155,6 +155,8 @@ def write_tiny_recipe(folder: Path, model: Path, reward: Path) -> Path:
         f"  generator: {{path: {model}}}",
         f"  policy: {{path: {model}}}",
         f"  reward: {{path: {reward}}}",
+        f"  evaluator: {{path: {reward}}}",
+        f"  judge: {{path: {model}}}",
         "data:",
         f"  train: {{path: {DATA / 'safety_train.jsonl'}, limit: 8, responses: 4}}",
         f"  test: {{path: {DATA / 'safety_test.jsonl'}, limit: 4, responses: 2}}",
@@ -165,7 +167,8 @@ def write_tiny_recipe(folder: Path, model: Path, reward: Path) -> Path:
         "lora: {r: 4, alpha: 8}",
         "optimizer: {learning_rate: 1.0e-2}",
         "training: {gradient_checkpointing: false, save_steps: 2}",
-        "evaluation: {bootstrap: 200, answers: 1, answer_tokens: 8}",
+        "evaluation: {bootstrap: 200, answers: 1, answer_tokens: 8, samples: 3, checkpoints: 1}",
+        "judge: {tensor_parallel: 1}",
     ]
     path = folder / "recipe.yaml"
     path.write_text("\n".join(lines) + "\n")

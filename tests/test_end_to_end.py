@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import REPOSITORY, write_tiny_recipe
 
-from hps.records import read_jsonl, read_ranked
+from hps.records import read_answers, read_jsonl, read_ranked
 
 pytestmark = [pytest.mark.slow, pytest.mark.train]
 
@@ -35,10 +35,10 @@ def script(name: str, *arguments) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model, tiny_reward):
-    """Recipe and output folder of one run of both scripts."""
+    """Recipe and output folder of one run of the three scripts."""
     folder = tmp_path_factory.mktemp("end-to-end")
     recipe = write_tiny_recipe(folder, tiny_model, tiny_reward)
-    for name in ("gene.sh", "run.sh"):
+    for name in ("gene.sh", "run.sh", "evaluate.sh"):
         done = script(name, recipe, "training.merge=true")
         assert done.returncode == 0, done.stdout + done.stderr
     return recipe, folder / "runs"
@@ -80,10 +80,28 @@ def test_held_out_figures(finished):
         assert 0 <= figures["accuracy_per_token_after"]["mean"] <= 1
 
 
+def test_evaluation(finished):
+    """Answers, rewards, divergence and margins of every test prompt, of the run and of the model before training."""
+    _, output = finished
+    metrics = json.loads((output / "dpo-hps" / "metrics.json").read_text())
+    before = json.loads((output / "sft" / "metrics.json").read_text())
+    assert metrics["prompts"] == before["prompts"] == 4 and metrics["samples"] == 3
+    figures = metrics["figures"]
+    assert figures["kl_sampled"]["mean"] > 1e-3 and "kl_sampled" not in before["figures"]
+    change = figures["reward_best"]["mean"] - before["figures"]["reward_best"]["mean"]
+    assert figures["reward_best_change"]["mean"] == pytest.approx(change, abs=1e-3)
+    assert figures["bleu_best"]["mean"] >= figures["bleu_mean"]["mean"] >= 0
+    assert [point["step"] for point in metrics["sets"]["written"]["along"]] == [2]
+    answers = [record for _, record in read_answers(output / "dpo-hps" / "answers" / "test.jsonl")]
+    assert len(answers) == 4 and {len(record["responses"]) for record in answers} == {3}
+
+
 def test_a_second_start_does_nothing_again(finished):
     recipe, output = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.jsonl")}
-    for name, words in (("gene.sh", "generation: finished before"), ("run.sh", "training: finished before")):
+    starts = {"gene.sh": "generation: finished before", "run.sh": "training: finished before"}
+    starts["evaluate.sh"] = "answers: finished before"
+    for name, words in starts.items():
         done = script(name, recipe, "training.merge=true")
         assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -144,15 +162,19 @@ def test_gene_killed_twice_has_every_prompt_once(tmp_path, tiny_model, tiny_rewa
             assert len(names) == len(set(names)) == prompts, (stage, split)
 
 
-@pytest.mark.parametrize("name", ["gene.sh", "run.sh", "quickstart.sh", "setup.sh", "test.sh"])
+@pytest.mark.parametrize(
+    "name", ["gene.sh", "run.sh", "evaluate.sh", "reproduce.sh", "quickstart.sh", "setup.sh", "test.sh"]
+)
 def test_help(name):
     done = script(name, "--help")
     assert done.returncode == 0 and f"bash {name}" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["gene.sh", "run.sh"])
+@pytest.mark.parametrize("name", ["gene.sh", "run.sh", "evaluate.sh"])
 def test_dry_run_of_the_paper_marks_what_is_missing(name):
     done = script(name, "configs/hh_rlhf.yaml", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "MISSING" in done.stdout
-    assert {"gene.sh": "outputs: ", "run.sh": "global batch 64"}[name] in done.stdout
+    assert {"gene.sh": "outputs: ", "run.sh": "global batch 64", "evaluate.sh": "there is no finished run"}[
+        name
+    ] in done.stdout

@@ -4,18 +4,15 @@ import copy
 import subprocess
 
 import pytest
-import yaml
 from conftest import REPOSITORY
 
 from hps.errors import InputError
-from hps.matrix import MATRIX, expand
+from hps.matrix import expand, load_matrix, select
 from hps.recipe import load_recipe
 
-GRIDS = yaml.safe_load((REPOSITORY / MATRIX).read_text())
 
-
-def runs_of(table: int):
-    return [run for run in expand(GRIDS) if table in run.tables]
+def runs_of(table, scale: str = "paper"):
+    return select(scale, {table})
 
 
 def test_tables_have_the_papers_rows():
@@ -33,10 +30,10 @@ def test_tables_have_the_papers_rows():
 
 
 def test_shared_trainings_are_one_run_and_names_are_unique():
-    """30 of Table 2, 6 more for n, 8 more for beta: DPO-BT and DPO-HPS on HH-RLHF stand in every table."""
-    runs = expand(GRIDS)
-    assert len(runs) == 44
-    assert sum(run.tables == {2, 5, 6, 7, 8} for run in runs) == 2
+    """30 of Table 2, 6 more for n, 8 for beta, 23 for the ablation; DPO-HPS on HH-RLHF stands in every table."""
+    runs = expand(load_matrix("paper"))
+    assert len(runs) == 30 + 6 + 8 + 23
+    assert [run.method for run in runs if run.tables == {2, 4, 5, 6, 7, 8, "ablation"}] == ["DPO-HPS"]
     folders = [run.recipe.run_folder() for run in runs]
     assert len(set(folders)) == len(folders)
 
@@ -56,17 +53,37 @@ def test_commands_are_what_was_resolved(run_module):
         assert load_recipe(REPOSITORY / words[2], [word for word in words[3:] if word]) == run.recipe
 
 
+def test_trainings_of_the_small_scale():
+    """Fifteen methods, two more seeds of three, four more betas and three sub-samples of two, 24 of the ablation less 3
+    that stand in Table 2."""
+    runs = expand(load_matrix("quickstart"))
+    assert len(runs) == 15 + 6 + 8 + 6 + 21
+    ablation = runs_of("ablation", "quickstart")
+    assert len(ablation) == 24
+    cells = {
+        (run.recipe.loss.factor_n, run.recipe.schedule.gamma_start, run.recipe.schedule.gamma_end) for run in ablation
+    }
+    gammas = {(-5.0, -5.0), (0.0, 0.0), (5.0, 5.0), (-5.0, 5.0)}
+    assert cells == {(factor, *gamma) for factor in (False, True) for gamma in gammas}
+    assert {run.recipe.output for run in runs} == {"runs/small_safety"}
+
+
+def test_unknown_scale_is_refused():
+    with pytest.raises(InputError, match="no scale `laptop`; use one of: paper, quickstart"):
+        load_matrix("laptop")
+
+
 @pytest.mark.parametrize("table", ["3", "two"])
 def test_unknown_table_is_one_line(run_module, table):
     result = run_module("hps.matrix", table)
     assert result.returncode == 2
     assert result.stderr == (
-        f"error: command line: there is no table `{table}`; give numbers out of 2, 5, 6, 7, 8, or none\n"
+        f"error: command line: there is no table `{table}`; give some of 2, 4, 5, 6, 7, 8, ablation, or none\n"
     )
 
 
 def test_a_typo_in_a_grid_is_refused():
-    grids = copy.deepcopy(GRIDS)
-    grids["grids"][2]["values"]["loss.betta"] = [0.1]
+    grids = copy.deepcopy(load_matrix("paper"))
+    grids["grids"][3]["values"]["loss.betta"] = [0.1]
     with pytest.raises(InputError, match=r"configs/matrix.yaml: configs/hh_rlhf.yaml: .*loss.betta"):
         expand(grids)

@@ -1,0 +1,191 @@
+"""evaluation/reproduce.py and results.py: what is found again, what is run, and what a failure leaves of the others.
+
+The scripts are replaced by one that writes what they write: their own tests are elsewhere.
+"""
+
+import json
+import subprocess
+
+import pytest
+
+from evaluation import reproduce, results, table_files
+from evaluation.results import Evaluated, find, result_key
+from hps.errors import InputError
+from hps.records import read_prompts, write_json
+
+FIGURES = {"reward_best": 1.0, "reward_mean": 0.5, "bleu_best": 0.2, "kl_sampled": 0.3, "tokens_mean_change": 1.0}
+
+
+def write_evaluation(recipe, folder, sft: bool) -> None:
+    """What evaluate.sh leaves of a run, with made up figures."""
+    prompts = list(read_prompts(recipe.tested().data.test.path))[: recipe.evaluation.prompts]
+    names = [record["prompt_id"] for _, record in prompts]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt_id": name, **FIGURES}) + "\n" for name in names]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    write_json(folder / "metrics.json", {"figures": {}, "bleu_signatures": {}, "left_out": {}, "sets": {}})
+    if sft:
+        return
+    figures = {"policy": [-1.0, -2.0], "kl": [0.5]}
+    pair = {"responses": ["a", "bc"], "tokens": [1, 2], "reference": [-2.0, -2.0], **figures}
+    pair["along"] = [{"step": 5, **figures}]
+    (folder / "evaluation").mkdir(exist_ok=True)
+    with (folder / "evaluation" / "pairs.jsonl").open("w") as file:
+        for kind in ("written", "ranked"):
+            file.writelines(json.dumps({"set": kind, "prompt_id": name, **pair}) + "\n" for name in names)
+
+
+class Scripts:
+    """In the place of `Driver.call`: remembers the calls, writes what evaluate.sh writes, fails where it is told to."""
+
+    def __init__(self):
+        self.calls: list[tuple[str, str]] = []
+        self.broken: set[tuple[str, str]] = set()
+
+    def __call__(self, driver, script, arguments, recipe, name):
+        self.calls.append((script, recipe.run))
+        log = reproduce.Path(recipe.output) / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("first line\nerror: it broke\n\n")
+        if (script, recipe.run) in self.broken:
+            raise subprocess.CalledProcessError(2, script)
+        if script == "evaluate.sh":
+            write_evaluation(recipe, recipe.evaluated_folder(), sft=False)
+            write_evaluation(recipe, recipe.tested().sft_folder(), sft=True)
+        return 1.5
+
+    def of(self, script: str) -> list[str]:
+        return [run for called, run in self.calls if called == script]
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """Reproduce Table 8 at the small scale into a folder of its own."""
+    replaced = Scripts()
+    (tmp_path / "results" / "quickstart").mkdir(parents=True)
+    for module in (reproduce, results, table_files):
+        monkeypatch.setattr(module, "REPOSITORY", tmp_path)
+    for name in ("configs", "data", "models"):
+        (tmp_path / name).symlink_to(reproduce.Path(__file__).resolve().parent.parent / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce.Driver, "call", lambda *arguments: replaced(*arguments))
+    return replaced
+
+
+def test_every_run_once_then_found_again(scripts, tmp_path):
+    assert reproduce.reproduce("8", "quickstart", None) == 0
+    assert len(scripts.of("run.sh")) == len(scripts.of("evaluate.sh")) == 10
+    assert len(scripts.of("gene.sh")) == 1
+    assert len(scripts.of(".venv-infer/bin/python -m generation.answers")) == 1
+    folder = tmp_path / "results" / "quickstart"
+    assert len(list((folder / "runs" / "pku_safe").glob("*.json"))) == 11  # with the model before training
+    table = json.loads((folder / "table8.json").read_text())
+    assert len(table["parts"][0]["rows"]) == 11 and table["failed"] == {}
+    seconds = json.loads((folder / "runs" / "pku_safe" / "dpo-bt.json").read_text())["seconds"]
+    assert seconds == {"run.sh": 1.5, "evaluate.sh": 1.5}
+    del scripts.calls[:]
+    assert reproduce.reproduce("8", "quickstart", None) == 0
+    assert scripts.calls == []
+    reproduce.reproduce("6", "quickstart", None)  # shares two trainings with Table 8
+    assert len(scripts.of("run.sh")) == 6
+
+
+def test_a_failed_run_is_listed_and_the_others_go_on(scripts, tmp_path, capsys):
+    scripts.broken = {("run.sh", "dpo-bt-beta0.5"), ("evaluate.sh", "dpo-hps")}
+    assert reproduce.reproduce("8", "quickstart", None) == 2
+    table = json.loads((tmp_path / "results" / "quickstart" / "table8.json").read_text())
+    assert set(table["failed"]) == {"dpo-bt-beta0.5", "dpo-hps"} and len(table["parts"][0]["rows"]) == 9
+    assert "run.sh ended with status 2, see " in table["failed"]["dpo-bt-beta0.5"]
+    assert table["failed"]["dpo-hps"].endswith("evaluate-dpo-hps.log: error: it broke")
+    assert "dpo-bt-beta0.5" not in scripts.of("evaluate.sh")
+    assert "FAILED dpo-hps: evaluate.sh ended with status 2" in capsys.readouterr().err
+    scripts.broken, scripts.calls[:] = set(), []
+    assert reproduce.reproduce("8", "quickstart", None) == 0  # the two that failed, alone
+    assert sorted(scripts.of("run.sh")) == ["dpo-bt-beta0.5", "dpo-hps"]
+
+
+def test_without_a_ranking_nothing_trains(scripts):
+    scripts.broken = {("gene.sh", "dpo-hps")}
+    assert reproduce.reproduce("8", "quickstart", None) == 11  # with the model before training
+    assert scripts.of("run.sh") == []
+
+
+def test_answers_with_one_engine_may_fail(scripts):
+    scripts.broken = {(".venv-infer/bin/python -m generation.answers", "dpo-bt")}
+    assert reproduce.reproduce("8", "quickstart", None) == 0
+
+
+def test_only_some_runs(scripts):
+    reproduce.reproduce("8", "quickstart", "beta0.5")
+    assert scripts.of("run.sh") == ["dpo-bt-beta0.5", "dpo-hps-beta0.5"]
+
+
+def test_transfer_is_evaluated_on_the_other_set(scripts, tmp_path):
+    """Table 7 trains on safety and is tested on dialogue: both need a ranking, results are kept apart."""
+    assert reproduce.reproduce("7", "quickstart", None) == 0
+    assert len(scripts.of("gene.sh")) == 2
+    folder = tmp_path / "results" / "quickstart" / "runs"
+    assert len(list((folder / "pku_safe-on-hh_rlhf").glob("*.json"))) == 8
+    assert [path.name for path in (folder / "hh_rlhf").glob("*.json")] == ["sft.json"]
+    assert (tmp_path / "runs" / "small_safety" / "dpo-bt" / "on" / "small_dialogue" / "metrics.json").exists()
+
+
+def test_dry_run_counts_what_is_missing(scripts):
+    before = reproduce.plan("8", "quickstart")
+    assert "10 runs to train and evaluate" in before and "pku_safe: dpo-bt: to do" in before
+    assert any(line.startswith("assumed (configs/matrix.yaml, `cost`): ") for line in before)
+    assert scripts.calls == []
+    reproduce.reproduce("8", "quickstart", "beta")
+    assert "2 runs to train and evaluate" in reproduce.plan("8", "quickstart")
+
+
+def test_dry_run_at_the_papers_scale_without_data(scripts):
+    lines = reproduce.plan("2", "paper")
+    assert "30 runs to train and evaluate" in lines
+    assert any("MISSING: " in line and "hh_rlhf/test.jsonl" in line for line in lines)
+
+
+# ---- what makes a result the recipe's ----
+
+
+def evaluation(*overrides: str) -> Evaluated:
+    from hps.recipe import load_recipe
+
+    return Evaluated(load_recipe("configs/small_safety.yaml", list(overrides)), "pku_safe", "pku_safe")
+
+
+CHANGES = [
+    *("loss.beta=0.2", "seed=1", "optimizer.learning_rate=1e-4"),
+    *("models.evaluator.revision=a", "evaluation.samples=4"),
+]
+
+
+@pytest.mark.parametrize("override", CHANGES)
+def test_a_changed_setting_is_another_result(scripts, override):
+    assert result_key(evaluation(override).recipe) != result_key(evaluation().recipe)
+
+
+@pytest.mark.parametrize("override", ["generation.workers=2", "run=dpo-hps", "training.processes=1", "output=x"])
+def test_devices_and_folders_are_not_part_of_a_result(scripts, override):
+    assert result_key(evaluation(override).recipe) == result_key(evaluation().recipe)
+
+
+def test_a_changed_data_file_is_another_result(scripts, tmp_path):
+    other = tmp_path / "train.jsonl"
+    other.write_text(reproduce.Path("data/quickstart/safety_train.jsonl").read_text() + "\n")
+    changed = evaluation(f"data.train.path={other}").recipe
+    assert result_key(changed)["train"] != result_key(evaluation().recipe)["train"]
+
+
+def test_a_result_of_other_settings_is_not_found(scripts):
+    reproduce.reproduce("8", "quickstart", "beta0.5")
+    (run,) = (e for e in reproduce.needed("8", "quickstart") if e.name == "dpo-bt-beta0.5")
+    assert find(run, "quickstart")["run"] == "dpo-bt-beta0.5"
+    run.recipe.seed = 7
+    assert find(run, "quickstart") is None
+
+
+def test_table_three_is_a_human_study(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["reproduce", "table3"])
+    with pytest.raises(InputError, match="there is no table `table3` to reproduce; give one of 2, 4, 5, 6, 7, 8"):
+        reproduce.main()
