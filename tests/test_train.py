@@ -234,6 +234,32 @@ def test_loss_of_every_step_follows_from_its_margin(ranked_recipe, settings):
 
 
 @pytest.mark.slow
+def test_evaluation_steps_are_evenly_spread_and_short_of_the_end():
+    assert stage.evaluation_steps(10, 2) == [3, 7]
+    assert stage.evaluation_steps(100, 4) == [20, 40, 60, 80]
+    assert stage.evaluation_steps(2, 4) == [1]  # fewer steps than points
+    assert stage.evaluation_steps(1, 4) == stage.evaluation_steps(100, 0) == []
+
+
+@pytest.mark.slow
+def test_the_adapter_is_kept_along_the_training(ranked_recipe):
+    """Of four steps one point is step 2: the weights there are those of the checkpoint to resume from."""
+    folder = run(ranked_recipe()).run_folder()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
+    kept, resumable, final = (
+        load_file(folder / name / "adapter_model.safetensors")
+        for name in ("checkpoints/step-2", "steps/checkpoint-2", "checkpoint")
+    )
+    assert all(torch.equal(kept[name], resumable[name]) for name in kept)
+    assert any(not torch.equal(kept[name], final[name]) for name in kept)
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_keeps_nothing_along_the_way(ranked_recipe):
+    recipe = run(ranked_recipe("lora.enabled=false"))
+    assert not (recipe.run_folder() / "checkpoints").exists()
+
+
 def test_rows_are_read_in_the_order_of_the_plan(ranked_recipe, monkeypatch):
     """A spy on the collator; two steps of two micro-batches an epoch."""
     seen = []
