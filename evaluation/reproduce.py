@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 from evaluation.cost import estimate
+from evaluation.judged import collect_judged, compared, find_judged
 from evaluation.results import Evaluated, collect, find, result_key
 from evaluation.table_files import write_table
-from evaluation.win_rate import win_rates
 from hps.errors import InputError, run_main
 from hps.manifest import hold
 from hps.matrix import Run, load_matrix, select
@@ -131,6 +131,14 @@ class Driver:
             if evaluation.on in waiting:
                 self._collect(waiting.pop(evaluation.on), {})
 
+    def judge(self, run: Evaluated) -> bool:
+        """Whether the run's answers, and those of the model before training, are judged now."""
+        arguments = [*self.arguments(run), "judge.enabled=true"]
+        problem = self._attempt("evaluate.sh", arguments, run.recipe, f"judge-{run.name}")
+        if problem:
+            self.failed[run.name] = problem
+        return problem is None
+
     def _collect(self, evaluation: Evaluated, seconds: dict[str, float]) -> None:
         collect(evaluation, self.scale, seconds)
         print(f"reproduce: {evaluation.path(self.scale).relative_to(REPOSITORY)}", flush=True)
@@ -167,34 +175,41 @@ def last_line(path: Path) -> str:
     return lines[-1] if lines else "no output"
 
 
-def judge_runs(driver: Driver, evaluations: list[Evaluated]) -> dict[str, dict]:
-    """Win rates of DPO-HPS against the others, by data set, as Table 4 shows them (first seed)."""
+def judge_all(driver: Driver, evaluations: list[Evaluated]) -> dict[str, dict]:
+    """Win rates of DPO-HPS against the others, by data set; of those where nothing failed."""
     found = {}
     for data in dict.fromkeys(evaluation.data for evaluation in evaluations):
-        runs = [e for e in evaluations if e.data == data and not e.sft and e.recipe.seed == evaluations[0].recipe.seed]
-        ours = next(e for e in runs if e.recipe.loss.preference == "hps")
-        for evaluation in runs:
-            arguments = [*driver.arguments(evaluation), "judge.enabled=true"]
-            problem = driver._attempt("evaluate.sh", arguments, evaluation.recipe, f"judge-{evaluation.name}")
-            if problem:
-                driver.failed[evaluation.name] = problem
-        if not any(evaluation.name in driver.failed for evaluation in runs):
-            against = [ours.recipe.sft_folder(), *(e.recipe.run_folder() for e in runs if e is not ours)]
-            found[data] = win_rates(ours.recipe, against)
+        runs = compared(evaluations, data)
+        judged = find_judged(runs, driver.scale)
+        if judged is None and all(driver.judge(run) for run in runs):
+            judged = collect_judged(runs, driver.scale)
+        if judged is not None:
+            found[data] = judged
     return found
+
+
+def missing(table: str, scale: str, evaluations: list[Evaluated]) -> list[Evaluated]:
+    """What has to be run: evaluations without a result, and for the judge those whose answers are not here."""
+    if table != JUDGED:
+        return [evaluation for evaluation in evaluations if find(evaluation, scale) is None]
+    groups = [compared(evaluations, data) for data in dict.fromkeys(evaluation.data for evaluation in evaluations)]
+    to_judge = [run for runs in groups if find_judged(runs, scale) is None for run in runs]
+    return [run for run in to_judge if not (run.folder() / "metrics.json").exists()]
 
 
 def reproduce(table: str, scale: str, only: str | None) -> int:
     """Run what is missing and write the table; the number of runs that failed."""
     matrix = load_matrix(scale)
     driver = Driver(scale, {run.name: run for run in select(scale, set())})
-    evaluations = [e for e in needed(table, scale) if only is None or e.sft or only in e.name]
+    evaluations = needed(table, scale)
     with hold(REPOSITORY / "results" / scale):
-        todo = with_a_run([evaluation for evaluation in evaluations if find(evaluation, scale) is None], evaluations)
-        print(f"reproduce: table {table}: {len(evaluations) - len(todo)} results found, {len(todo)} to do", flush=True)
+        todo = missing(table, scale, evaluations)
+        found = len(evaluations) - len(todo)
+        todo = with_a_run([e for e in todo if only is None or e.sft or only in e.name], evaluations)
+        print(f"reproduce: table {table}: {found} results found, {len(todo)} to do", flush=True)
         if todo:
             driver.work(driver.rank(todo, matrix))
-        judged = judge_runs(driver, evaluations) if table == JUDGED else None
+        judged = judge_all(driver, evaluations) if table == JUDGED else None
         results = [(evaluation, find(evaluation, scale)) for evaluation in evaluations]
         for path in write_table(table, scale, results, driver.failed, judged):
             print(f"reproduce: {path.relative_to(REPOSITORY)}")

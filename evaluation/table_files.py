@@ -138,13 +138,14 @@ def write_table(
         "flags": [],
         "failed": {**missing, **failed},
     }
-    for on in dict.fromkeys(evaluation.on for evaluation, _ in results):
-        each, flags = part(table, scale, results, on)
-        check_columns(each["rows"])
-        found["parts"].append(each)
-        found["flags"] += flags
-    if judged is not None:
-        found["win_rates"] = win_rate_rows(judged)
+    if judged is None:
+        for on in dict.fromkeys(evaluation.on for evaluation, _ in results):
+            each, flags = part(table, scale, results, on)
+            check_columns(each["rows"])
+            found["parts"].append(each)
+            found["flags"] += flags
+    else:
+        found["parts"] = [judged_part(scale, data, judged[data]) for data in judged]
         for data, title in SETS.items():
             found["flags"] += percentage_flags(paper_wins(data), f"Table 4, {title}")
     stem = REPOSITORY / "results" / scale / (f"table{table}" if table.isdigit() else table)
@@ -159,19 +160,25 @@ def paper_wins(data: str) -> dict[str, dict]:
     return load_paper()["table4_win_rate_percent_of_DPO-HPS_against"][data]
 
 
-def win_rate_rows(judged: dict[str, dict]) -> list[dict]:
+def judged_part(scale: str, data: str, judged: dict) -> dict:
     """Win, lose and tie of DPO-HPS against each model, ours and the paper's, in percent of the prompts."""
     rows = []
-    for data, found in judged.items():
-        for folder, result in found["against"].items():
-            name = Path(folder).name.upper()
-            figures = {
-                outcome: {"mean": result[outcome]["percent"], "interval": result[outcome]["interval"]}
-                | {"paper": paper_wins(data).get(name, {}).get(outcome, "-")}
-                for outcome in ("win", "lose", "tie")
-            }
-            rows.append({"data": data, "label": name, "figures": figures, "flags": result["flags"]})
-    return rows
+    for name, result in judged["against"].items():
+        figures = {}
+        for outcome in ("win", "lose", "tie"):
+            printed = paper_wins(data)[name][outcome]
+            ours = {"mean": result[outcome]["percent"], "interval": result[outcome]["interval"]}
+            figures[outcome] = {**ours, "paper": printed, "difference": round(ours["mean"] - printed, 3)}
+        rows.append({"label": f"against {name}", "figures": figures, "flags": result["flags"]})
+    title = SETS[data] if scale == "paper" else SMALL[data]
+    return {
+        "data": data,
+        "title": title,
+        "columns": ["win", "lose", "tie"],
+        "rows": rows,
+        "matched": {},
+        "frontier": {},
+    }
 
 
 def draw_frontier(table: dict, target: Path) -> None:

@@ -315,6 +315,7 @@ def _part_lines(part: dict) -> list[str]:
         for row in part["rows"]:
             seeds = max((entry.get("seeds", 0) for entry in row["figures"].values()), default=0)
             lines.append(_row([row["label"], str(seeds), *(number(row["figures"].get(name, {})) for name in extra)]))
+    lines += [f"- {row['label']}: {flag}" for row in part["rows"] for flag in row.get("flags", [])]
     return [*lines, "", *_matched_lines(part["matched"])]
 
 

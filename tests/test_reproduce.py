@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from evaluation import reproduce, results, table_files
+from evaluation import judged, reproduce, results, table_files
 from evaluation.results import Evaluated, find, result_key
 from hps.errors import InputError
 from hps.records import read_prompts, write_json
@@ -63,7 +63,7 @@ def scripts(tmp_path, monkeypatch):
     """Reproduce Table 8 at the small scale into a folder of its own."""
     replaced = Scripts()
     (tmp_path / "results" / "quickstart").mkdir(parents=True)
-    for module in (reproduce, results, table_files):
+    for module in (reproduce, results, table_files, judged):
         monkeypatch.setattr(module, "REPOSITORY", tmp_path)
     for name in ("configs", "data", "models"):
         (tmp_path / name).symlink_to(reproduce.Path(__file__).resolve().parent.parent / name)
@@ -143,6 +143,32 @@ def test_dry_run_at_the_papers_scale_without_data(scripts):
     lines = reproduce.plan("2", "paper")
     assert "30 runs to train and evaluate" in lines
     assert any("MISSING: " in line and "hh_rlhf/test.jsonl" in line for line in lines)
+
+
+def test_win_rates_are_found_again(scripts, tmp_path, monkeypatch):
+    """Table 4 judges three runs of the first seed, then finds the win rates; another judge judges again."""
+    outcome = {"percent": 40.0, "interval": [30.0, 50.0]}
+    rates = {"win": outcome, "lose": outcome, "tie": {"percent": 20.0, "interval": [10.0, 30.0]}, "flags": ["a flag"]}
+    asked = []
+
+    def win_rates(recipe, against):
+        asked.append([recipe.run, *(folder.name for folder in against)])
+        return {"against": {str(folder): rates for folder in against}}
+
+    monkeypatch.setattr(judged, "win_rates", win_rates)
+    assert reproduce.reproduce("4", "quickstart", None) == 0
+    assert asked == [["dpo-hps", "sft", "dpo-pl", "dpo-bt"]]
+    assert scripts.of("run.sh") == ["dpo-hps", "dpo-pl", "dpo-bt"]
+    table = json.loads((tmp_path / "results" / "quickstart" / "table4.json").read_text())
+    (part,) = table["parts"]
+    assert [row["label"] for row in part["rows"]] == ["against SFT", "against DPO-PL", "against DPO-BT"]
+    win = {"mean": 40.0, "interval": [30.0, 50.0], "paper": 67.1, "difference": -27.1}
+    assert part["rows"][0]["figures"]["win"] == win
+    text = (tmp_path / "results" / "quickstart" / "table4.md").read_text()
+    assert "| against SFT | 40.000 [30.000, 50.000] | 67.1 |" in text and "- against SFT: a flag" in text
+    del scripts.calls[:]
+    assert reproduce.reproduce("4", "quickstart", None) == 0
+    assert scripts.calls == [] and len(asked) == 1
 
 
 # ---- what makes a result the recipe's ----
