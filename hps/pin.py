@@ -21,13 +21,17 @@ from hps.manifest import check_model
 from hps.recipe import DEFAULT_RECIPE, Model, Recipe, load_recipe
 from hps.records import write_atomic
 
-ROLES = ("generator", "policy", "reward", "evaluator", "judge")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def roles(recipe: Recipe) -> tuple[str, ...]:
+    """The models that the recipe's scripts load; the judge, the largest, only where it is asked for."""
+    return ("generator", "policy", "reward", "evaluator", *(["judge"] if recipe.judge.enabled else []))
 
 
 def hub_models(recipe: Recipe) -> dict[str, Model]:
     """The recipe's models that are hub names, by role; InputError for a local path where nothing is."""
-    models = {role: getattr(recipe.models, role) for role in ROLES}
+    models = {role: getattr(recipe.models, role) for role in roles(recipe)}
     for role, model in models.items():
         check_model(model, f"models.{role}")
     return {role: model for role, model in models.items() if not Path(model.path).is_dir()}
@@ -75,7 +79,8 @@ def add_models(text: str, recipe: Recipe) -> str:
     if "models" in (yaml.safe_load(text) or {}):
         return text
     newline = "\r\n" if "\r\n" in text else "\n"
-    lines = ["", "models:", *(f"  {role}: {{path: {getattr(recipe.models, role).path}}}" for role in ROLES), ""]
+    models = (f"  {role}: {{path: {getattr(recipe.models, role).path}}}" for role in roles(recipe))
+    lines = ["", "models:", *models, ""]
     return text + ("" if text.endswith("\n") else newline) + newline.join(lines)
 
 
@@ -151,10 +156,10 @@ def check_edit(before: str, after: str, commits: dict[str, str], path: str) -> N
 def pin(path: str) -> None:
     """Pin a recipe; see the module's docstring."""
     recipe = load_recipe(path)
-    models = hub_models(recipe)
+    models, written = hub_models(recipe), written_roles(path, recipe)
     commits, known = {}, {}
     for role, model in models.items():
-        if not COMMIT.fullmatch(model.revision or ""):
+        if role in written and not COMMIT.fullmatch(model.revision or ""):
             key = (model.path, model.revision)
             known[key] = commits[role] = known.get(key) or resolve(role, model)
     if commits:
@@ -163,8 +168,17 @@ def pin(path: str) -> None:
         after = insert_revisions(before, commits, path)
         check_edit(before, after, commits, path)
         write_atomic(file, after)
-    for role in ROLES:
-        print(f"pin: {role}: {_outcome(models.get(role), commits.get(role))}")
+    for role in roles(recipe):
+        if role in written:
+            print(f"pin: {role}: {_outcome(models.get(role), commits.get(role))}")
+        else:
+            print(f"pin: {role}: {getattr(recipe.models, role).path}, a default; write it into the recipe to pin it")
+
+
+def written_roles(path: str, recipe: Recipe) -> tuple[str, ...]:
+    """The models that the recipe's own `models` section names; without one all, because they are written into it."""
+    models = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("models")
+    return tuple(role for role in roles(recipe) if models is None or role in models)
 
 
 def _outcome(model: Model | None, commit: str | None) -> str:

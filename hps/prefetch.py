@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.pin import ROLES, hub_error, hub_error_types, hub_models
+from hps.pin import hub_error, hub_error_types, hub_models, roles
 from hps.recipe import Model, Recipe
 
 # A pickle runs code when it is loaded: .bin, .pt and .pth stay on the hub.
@@ -45,7 +45,7 @@ def prefetch(recipe: Recipe, path: str) -> None:
     """Fetch every hub model of a recipe; see the module's docstring."""
     models = hub_models(recipe)
     fetched: dict[tuple, Path] = {}
-    for role in ROLES:
+    for role in roles(recipe):
         model = models.get(role)
         if model is None:
             print(f"prefetch: {role}: {getattr(recipe.models, role).path} is a local folder")
@@ -61,7 +61,7 @@ def prefetch(recipe: Recipe, path: str) -> None:
         folder = fetched[key]
         print(f"prefetch: {role}: {model.path}: {size(folder) / 1e9:.2f} GB in {folder}", flush=True)
     if models:
-        print("prefetch: done; where there is no network, set HF_HUB_OFFLINE=1 for gene.sh and run.sh")
+        print("prefetch: done; where there is no network, set HF_HUB_OFFLINE=1 for the scripts")
 
 
 def main() -> None:

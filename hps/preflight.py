@@ -25,7 +25,7 @@ STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("pol
 ARMORM = "LlamaForRewardModelWithGating"  # its labels are its objectives; annotation/armorm.py makes one score of them
 
 
-def check_labels(model: Model) -> None:
+def check_labels(model: Model, role: str = "reward") -> None:
     """Refuse a reward model with more labels than one, unless it is an ArmoRM.
 
     Of a hub model only the configuration is fetched.
@@ -39,7 +39,7 @@ def check_labels(model: Model) -> None:
             labels, architectures = config.num_labels, config.architectures
         except (OSError, ValueError) as error:
             raise InputError(
-                f"`models.reward`: there is no such model in reach ({str(error).splitlines()[0]})",
+                f"`models.{role}`: there is no such model in reach ({str(error).splitlines()[0]})",
                 where=model.path,
                 remedy="check name and network, or fill the cache with `python -m hps.prefetch`",
             ) from None
@@ -54,7 +54,7 @@ def check_labels(model: Model) -> None:
         architectures = config.get("architectures")
     if labels != 1 and ARMORM not in (architectures or []):
         raise InputError(
-            f"`models.reward`: the model has {labels} labels",
+            f"`models.{role}`: the model has {labels} labels",
             where=str(path),
             remedy="give a sequence classifier with one label, or ArmoRM",
         )
@@ -210,16 +210,16 @@ def count_ranked(recipe: Recipe, split: str) -> int:
 def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     """Check one driver's inputs; print the plan, and with `dry_run` the whole resolved recipe."""
     lines = []
-    for role in STAGES[stage]:
+    for role in (*STAGES[stage], *(["judge"] if stage == "evaluate" and recipe.judge.enabled else [])):
         model: Model = getattr(recipe.models, role)
         _, remark = attempt(check_model, model, f"models.{role}", dry_run=dry_run)
         kind = remark or ("local folder" if Path(model.path).is_dir() else f"hub, revision {model.revision or 'open'}")
         lines.append(f"{role}: {model.path}: {kind}")
-        if role == "reward" and not remark:
+        if role in ("reward", "evaluator") and not remark:
             if dry_run and not Path(model.path).is_dir():
                 lines.append(f"{role}: its number of labels is not checked in a dry run, which asks the hub nothing")
             else:
-                check_labels(model)
+                check_labels(model, role)
     lines += {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage](recipe, dry_run)
     if dry_run:
         print(as_yaml(recipe))

@@ -141,7 +141,7 @@ def test_only_the_revisions_change(before, after, hub, recipe_file, capsys):
 def test_models_of_the_profile_are_written_out(hub, tmp_path, monkeypatch):
     """A recipe without `models`: the section is added at its end, and everything before it stays."""
     names = {"RLHFlow/Llama3-v2-DPO": "1" * 40, "RLHFlow/Llama3-SFT-v2.0": "2" * 40}
-    names["Skywork/Skywork-Reward-Llama-3.1-8B"] = "3" * 40
+    names |= {"Skywork/Skywork-Reward-Llama-3.1-8B": "3" * 40, "RLHFlow/ArmoRM-Llama3-8B-v0.1": "4" * 40}
     for name, commit in names.items():
         monkeypatch.setitem(HUB, (name, None), commit)
     path = tmp_path / "recipe.yaml"
@@ -151,7 +151,7 @@ def test_models_of_the_profile_are_written_out(hub, tmp_path, monkeypatch):
     pin.pin(str(path))
     assert path.read_text().startswith(text + "\n")
     models = load_recipe(path).models
-    for role in pin.ROLES:
+    for role in ("generator", "policy", "reward", "evaluator"):
         model = getattr(models, role)
         assert model.path == getattr(before.models, role).path
         assert model.revision == names[model.path]
@@ -283,9 +283,10 @@ def snapshots(monkeypatch, tmp_path):
 
 def test_prefetch_takes_pinned_revisions_and_no_pickles(snapshots, recipe_file, tmp_path, capsys):
     text = f"output: x\nmodels:\n  generator: {{path: org/gen, revision: {A}}}\n  policy: {{path: org/pol}}\n"
+    text += f"  evaluator: {{path: org/gen, revision: {A}}}\n"
     recipe = load_recipe(recipe_file(text + f"  reward: {{path: org/gen, revision: {A}}}\n"))
     prefetch.prefetch(recipe, "recipe.yaml")
-    assert snapshots == [("org/gen", A), ("org/pol", None)]  # one model in two roles is fetched once
+    assert snapshots == [("org/gen", A), ("org/pol", None)]  # one model in three roles is fetched once
     fetched = {path.name for folder in tmp_path.glob("org--*") for path in folder.iterdir()}
     assert fetched == {"model.safetensors", "config.json", "tokenizer.model", "merges.txt", "chat_template.jinja"}
     assert prefetch.size(tmp_path / "org--gen") == 4000
@@ -304,9 +305,21 @@ def test_prefetch_refuses_a_model_without_safetensors(snapshots, recipe_file):
 
 
 def test_prefetch_reports_local_folders(snapshots, recipe_file, tiny_model, capsys):
-    models = ", ".join(f"{role}: {{path: {tiny_model}}}" for role in pin.ROLES)
-    prefetch.prefetch(load_recipe(recipe_file(f"output: x\nmodels: {{{models}}}\n")), "recipe.yaml")
-    assert snapshots == [] and capsys.readouterr().out.count("is a local folder") == 3
+    roles = ("generator", "policy", "reward", "evaluator", "judge")
+    models = ", ".join(f"{role}: {{path: {tiny_model}}}" for role in roles)
+    path = recipe_file(f"output: x\nmodels: {{{models}}}\n")
+    prefetch.prefetch(load_recipe(path), "recipe.yaml")
+    assert snapshots == [] and capsys.readouterr().out.count("is a local folder") == 4
+    prefetch.prefetch(load_recipe(path, ["judge.enabled=true"]), "recipe.yaml")  # the judge only where it is asked for
+    assert snapshots == [] and capsys.readouterr().out.count("is a local folder") == 5
+
+
+def test_a_default_that_the_recipe_does_not_name_is_left_open(hub, recipe_file, capsys):
+    """FLOW names three models: the evaluator stays the default, and pin says so."""
+    path = recipe_file(FLOW)
+    pin.pin(str(path))
+    assert path.read_text().startswith(FLOW_PINNED)
+    assert "pin: evaluator: RLHFlow/ArmoRM-Llama3-8B-v0.1, a default; write it" in capsys.readouterr().out
 
 
 def test_check_edit_finds_a_change_elsewhere():

@@ -201,6 +201,7 @@ def test_every_number_has_bounds():
         [
             "data.train.limit=1", "data.test.limit=1", "generation.workers=1", "annotation.workers=1",
             "training.processes=1", "training.row_tokens=1", "schedule.subsample=2",
+            "evaluation.prompts=1",
         ],
     )  # fmt: skip
     assert set(numbers(as_dict(recipe))) == {key for key, _, _ in BOUNDS}
@@ -296,6 +297,8 @@ PAPER = {
     "models.generator.path": "RLHFlow/Llama3-v2-DPO", "models.generator.revision": None,
     "models.policy.path": "RLHFlow/Llama3-SFT-v2.0", "models.policy.revision": None,
     "models.reward.path": "Skywork/Skywork-Reward-Llama-3.1-8B", "models.reward.revision": None,
+    "models.evaluator.path": "RLHFlow/ArmoRM-Llama3-8B-v0.1", "models.evaluator.revision": None,
+    "models.judge.path": "Qwen/Qwen2.5-72B-Instruct", "models.judge.revision": None,
     "data.train.path": "a.jsonl", "data.train.limit": None, "data.train.responses": 100,
     "data.test.path": "b.jsonl", "data.test.limit": None, "data.test.responses": 5,
     "generation.temperature": 0.9, "generation.top_p": 1.0, "generation.max_prompt_tokens": 1024,
@@ -321,6 +324,9 @@ PAPER = {
     "training.reference": "precomputed", "training.save_steps": 50, "training.merge": False,
     "training.wandb": False, "training.tensorboard": False,
     "evaluation.bootstrap": 2000, "evaluation.answers": 3, "evaluation.answer_tokens": 256,
+    "evaluation.prompts": None, "evaluation.checkpoints": 4, "evaluation.samples": 5, "evaluation.on": None,
+    "judge.enabled": False, "judge.answers": 1, "judge.repeats": 1, "judge.max_new_tokens": 256,
+    "judge.max_prompt_tokens": 6144, "judge.temperature": 0.0, "judge.tensor_parallel": 8,
 }  # fmt: skip
 
 
