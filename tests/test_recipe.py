@@ -253,7 +253,8 @@ def readme_table() -> dict[str, str]:
 def test_the_readme_tells_every_field_and_its_default():
     table = readme_table()
     told = {name for name in table if name in PAPER}
-    grouped = tuple(name + "." for name in ("models.generator", "models.policy", "models.reward", "data.train"))
+    roles = ("generator", "policy", "reward", "evaluator", "judge")
+    grouped = (*(f"models.{role}." for role in roles), "data.train.")
     left = [key for key in PAPER if key not in told and not key.startswith((*grouped, "data.test.", "optimizer."))]
     assert left == []
     for name in told - {"output", "run"}:
