@@ -1,23 +1,23 @@
-"""A table of results as files: JSON with everything, Markdown and LaTeX to read, a picture of margins against KL.
+"""A table of results: its rows put together and written as files.
 
 Writes  `results/<scale>/tableN.{json,md,tex,png}` (of the ablation `ablation.*`)
 
-Called by evaluation.reproduce; evaluation.tables has the figures.
+Called by evaluation.reproduce; evaluation.tables has the figures, evaluation.render how they look.
 """
 
 from pathlib import Path
 
+from evaluation.render import draw_frontier, latex, markdown
 from evaluation.results import Evaluated
 from evaluation.tables import (
     COLUMNS,
     Cell,
+    against_baselines,
     cell_figures,
     check_columns,
     frontier,
-    latex,
     length_term_flags,
     load_paper,
-    markdown,
     matched,
     paper_rows,
     percentage_flags,
@@ -91,6 +91,7 @@ def part(table: str, scale: str, results: list[tuple[Evaluated, dict | None]], o
         "title": SETS[on] if scale == "paper" else SMALL[on],
         "columns": ["kl", *COLUMNS] if table in ("8", "ablation") else list(COLUMNS),
         "rows": [{"label": cell.label, "figures": cell_figures(cell)} for cell in cells],
+        "paired": against_baselines(trained),
         "matched": matched(trained, sft),
         "frontier": {cell.label: frontier(cell) for cell in trained},
     }
@@ -176,34 +177,7 @@ def judged_part(scale: str, data: str, judged: dict) -> dict:
         "title": title,
         "columns": ["win", "lose", "tie"],
         "rows": rows,
+        "paired": [],
         "matched": {},
         "frontier": {},
     }
-
-
-def draw_frontier(table: dict, target: Path) -> None:
-    """Margins and accuracy against KL along the training, a line a row; nothing without points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    parts = [part for part in table["parts"] if any(points["ranked"] for points in part["frontier"].values())]
-    if not parts:
-        return
-    panels = (("ranked", "rm_dpo"), ("ranked", "rm_dpo_accuracy"), ("written", "rm_dpo"))
-    figure, axes = pyplot.subplots(len(parts), 3, figsize=(15, 5 * len(parts)), layout="constrained", squeeze=False)
-    for row, each in zip(axes, parts, strict=True):
-        for axis, (pairs, name) in zip(row, panels, strict=True):
-            for number, (title, points) in enumerate(each["frontier"].items()):
-                start = 0.5 if name == "rm_dpo_accuracy" else 0.0
-                x = [0.0, *(point["kl"] for point in points[pairs])]
-                y = [start, *(point[name] for point in points[pairs])]
-                style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
-                axis.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=title, **style)
-            axis.set_title(f"{each['title']}: {name}, {pairs} pairs", fontsize=10)
-            axis.set_xlabel("KL on the preferred response (nats)")
-            axis.grid(alpha=0.3)
-        row[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(target, dpi=110)
-    pyplot.close(figure)

@@ -10,7 +10,6 @@ interpolated between the points along the training at the largest KL that every 
 """
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -114,6 +113,33 @@ def cell_figures(cell: Cell) -> dict:
             if "mean" in entry:
                 entry["difference"] = round(entry["mean"] - printed, 4)
     return figures
+
+
+PAIRED = ("rm_dpo", "rm_dpo_ranked", "reward_mean", "bleu_mean", "kl")
+
+
+def against_baselines(cells: list[Cell]) -> list[dict]:
+    """HPS less BT and less PL of the same family and setting: differences paired over the prompts."""
+    by_label = {cell.label: cell for cell in cells}
+    rows = []
+    for cell in cells:
+        for other in ("BT", "PL"):
+            baseline = by_label.get(cell.label.replace("-HPS", f"-{other}"))
+            if "-HPS" in cell.label and baseline is not None:
+                figures = {name: paired(cell, baseline, name) for name in PAIRED}
+                rows.append({"label": f"{cell.label} less {other}", "figures": {k: v for k, v in figures.items() if v}})
+    return rows
+
+
+def paired(one: Cell, other: Cell, name: str) -> dict | None:
+    """The mean difference of a column over the prompts that both have, each averaged over its seeds."""
+    columns = [cell.column(name) for cell in (one, other)]
+    if any(column is None or not column[1].size for column in columns):
+        return None
+    values = [dict(zip(names, seeds.mean(axis=0), strict=True)) for names, seeds in columns]
+    names = [prompt for prompt in values[0] if prompt in values[1]]
+    found = summary(np.array([[values[0][prompt] - values[1][prompt] for prompt in names]]))
+    return {key: found[key] for key in ("mean", "interval", "prompts")}
 
 
 # ---- at one divergence ----
@@ -273,99 +299,6 @@ def percentage_flags(rows: dict[str, dict], title: str) -> list[str]:
         for label, total in sums.items()
         if abs(total - 100) > EQUAL
     ]
-
-
-# ---- on paper ----
-
-
-def number(entry: dict, digits: int = 3) -> str:
-    """`mean [low, high]`, or a dash."""
-    if "mean" not in entry:
-        return "-"
-    low, high = entry["interval"]
-    return f"{entry['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def markdown(table: dict) -> str:
-    """The table as a Markdown page."""
-    lines = [f"# {table['title']}", "", *table["remarks"], ""]
-    for part in table["parts"]:
-        lines += _part_lines(part)
-    if table["flags"]:
-        lines += ["## Where the paper's own figures do not fit together", "", *[f"- {flag}" for flag in table["flags"]]]
-    if table["failed"]:
-        lines += ["", "## Not in this table", "", *[f"- {name}: {why}" for name, why in table["failed"].items()]]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _part_lines(part: dict) -> list[str]:
-    names = [name for name in part["columns"] if any(name in row["figures"] for row in part["rows"])]
-    head = ["", *(text for name in names for text in (f"{name}, ours", "paper"))]
-    lines = [f"## {part['title']}", "", _row(head), _row(["---"] * len(head))]
-    for row in part["rows"]:
-        cells = [row["label"]]
-        for name in names:
-            entry = row["figures"].get(name, {})
-            cells += [number(entry), str(entry.get("paper", "-"))]
-        lines.append(_row(cells))
-    extra = [name for name in EXTRA if name not in part["columns"]]
-    extra = [name for name in extra if any("mean" in row["figures"].get(name, {}) for row in part["rows"])]
-    if extra:
-        lines += ["", "Ours alone:", "", _row(["", "seeds", *extra]), _row(["---"] * (len(extra) + 2))]
-        for row in part["rows"]:
-            seeds = max((entry.get("seeds", 0) for entry in row["figures"].values()), default=0)
-            lines.append(_row([row["label"], str(seeds), *(number(row["figures"].get(name, {})) for name in extra)]))
-    lines += [f"- {row['label']}: {flag}" for row in part["rows"] for flag in row.get("flags", [])]
-    return [*lines, "", *_matched_lines(part["matched"])]
-
-
-def _matched_lines(found: dict) -> list[str]:
-    if not found:
-        return []
-    kl = found["kl"]
-    names = list(dict.fromkeys(name for row in found["cells"].values() for name in row))
-    lines = [
-        f"At one divergence (KL on the preferred response {kl['written']:.3f} nats on the written pairs, "
-        f"{kl['ranked']:.3f} on the ranked ones):",
-        "",
-        _row(["", *names]),
-        _row(["---"] * (len(names) + 1)),
-    ]
-    lines += [
-        _row([label, *(number(row[name]) if name in row else "-" for name in names)])
-        for label, row in found["cells"].items()
-    ]
-    return [*lines, ""]
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def latex(table: dict) -> str:
-    """The table as a booktabs tabular for each part; ours with its interval, the paper's in brackets."""
-    lines = [f"% {table['title']}"]
-    for part in table["parts"]:
-        names = [name for name in part["columns"] if any(name in row["figures"] for row in part["rows"])]
-        lines += [
-            f"% {part['title']}",
-            rf"\begin{{tabular}}{{l{'r' * len(names)}}}",
-            r"\toprule",
-            " & ".join(["", *map(_tex, names)]) + r" \\",
-            r"\midrule",
-        ]
-        for row in part["rows"]:
-            cells = [_tex(row["label"])]
-            for name in names:
-                entry = row["figures"].get(name, {})
-                cells.append(f"{number(entry)} ({entry['paper']})" if "paper" in entry else number(entry))
-            lines.append(" & ".join(cells) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}", ""]
-    return "\n".join(lines)
-
-
-def _tex(text: str) -> str:
-    return re.sub(r"([_%&#$])", r"\\\1", text)
 
 
 def check_columns(part_rows: list[dict]) -> None:

@@ -165,7 +165,7 @@ def test_win_rates_are_found_again(scripts, tmp_path, monkeypatch):
     win = {"mean": 40.0, "interval": [30.0, 50.0], "paper": 67.1, "difference": -27.1}
     assert part["rows"][0]["figures"]["win"] == win
     text = (tmp_path / "results" / "quickstart" / "table4.md").read_text()
-    assert "| against SFT | 40.000 [30.000, 50.000] | 67.1 |" in text and "- against SFT: a flag" in text
+    assert "| against SFT | 40.000 [30.000, 50.000] | 67.1 | -27.100 |" in text and "- against SFT: a flag" in text
     del scripts.calls[:]
     assert reproduce.reproduce("4", "quickstart", None) == 0
     assert scripts.calls == [] and len(asked) == 1

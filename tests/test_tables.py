@@ -57,6 +57,16 @@ def test_prompts_that_a_seed_lacks_are_left_out_of_the_mean():
     assert names == ["a", "c", "d"] and values.tolist() == [[1, 3, 4], [1, 3, 8]]
 
 
+def test_hps_is_paired_with_the_baselines_of_its_family_and_setting():
+    """HPS has margins 2 above BT's at every prompt: the difference is 2 without any width, though margins vary."""
+    cells = [tables.Cell("DPO-BT, n = 4", [result()]), tables.Cell("DPO-HPS, n = 4", [result(shift=2.0)])]
+    cells += [tables.Cell("DPO-BT, n = 8", [result()]), tables.Cell("EXO-HPS, n = 4", [result()])]
+    (row,) = tables.against_baselines(cells)
+    assert row["label"] == "DPO-HPS, n = 4 less BT"
+    assert row["figures"]["rm_dpo"] == {"mean": 2.0, "interval": [2.0, 2.0], "prompts": 4}
+    assert "kl_sampled" not in row["figures"] and "bleu_mean" not in row["figures"]
+
+
 def test_reading_at_one_divergence_by_hand():
     """KL 0, 1, 2 and margins 0, 1, 3: at 1.5 it is 2; accuracy begins at one half."""
     cell = tables.Cell("x", [result()])
@@ -173,7 +183,7 @@ def test_files_of_a_table(results_folder):
     assert len(part["rows"]) == 10 and part["rows"][1]["figures"]["rm_dpo"]["paper"] == 0.349
     assert table["failed"] == {"dpo-hps-beta1.0": "not run yet", "dpo-bt": "run.sh ended with status 2"}
     text = paths[1].read_text()
-    assert "| DPO-BT, beta = 0.1 | 2.000 [2.000, 2.000] | 8.463 |" in text
+    assert "| DPO-BT, beta = 0.1 | 2.000 [2.000, 2.000] | 8.463 | -6.463 |" in text
     assert "Another scale than the paper's" in text and "Table 8, HH-RLHF: " in text
     assert r"DPO-BT, beta = 0.1 & 2.000 [2.000, 2.000] (8.463)" in paths[2].read_text()
 
