@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 from annotation.canary import canary_folder, check_canaries
-from annotation.score import load_reward_model
+from annotation.reward_models import load_reward_model
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash

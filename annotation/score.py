@@ -6,8 +6,8 @@ templates the prompt with the assistant's header and templates the reply again: 
 The responses of a prompt share the computation of the prompt: its keys and values are computed once and copied for the
 responses. Scores are float32.
 
-`load_reward_model` gives a `RewardModel` (a sequence classifier) or an `annotation.armorm.ArmoRM`; both are a
-`ConversationScorer`.
+`RewardModel` (a sequence classifier) and `annotation.armorm.ArmoRM` are a `ConversationScorer`;
+annotation.reward_models loads either.
 """
 
 import math
@@ -20,19 +20,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from hps.chat import conversation_token_ids, load_tokenizer
 from hps.errors import InputError
 from hps.prefix import chunks, common_prefix, prefix_states, tail_states
-from hps.preflight import ARMORM
 from hps.recipe import Model
 
 # Shared-prefix and plain scores of the probe may differ by this share of the score's size (fp32: about 1e-6 seen).
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-
-
-def load_reward_model(model: Model, dtype: str = "auto", batch_tokens: int = 16384) -> "ConversationScorer":
-    """The reward model of a folder or hub name, of the class that its `config.json` names."""
-    from annotation.armorm import ArmoRM  # it builds on this module
-
-    kind = ArmoRM if ARMORM in (load_config(model).architectures or []) else RewardModel
-    return kind(model, dtype, batch_tokens)
 
 
 def load_config(model: Model):

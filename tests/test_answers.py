@@ -125,7 +125,7 @@ def test_runs_of_a_file(tiny_recipe, tmp_path):
 
 def test_scores_of_answers_and_of_the_given_responses(run, sampled, monkeypatch, tiny_reward):
     """With a real, tiny evaluator: a line a prompt, the given ones scored beside the model's before training."""
-    from annotation.score import load_reward_model
+    from annotation.reward_models import load_reward_model
     from hps.recipe import Model
 
     recipe = run("evaluation.samples=2", f"models.evaluator.path={tiny_reward}")

@@ -10,7 +10,8 @@ from transformers import LlamaModel
 
 from annotation.annotate import Scorer
 from annotation.armorm import ArmoRM
-from annotation.score import RewardModel, load_reward_model
+from annotation.reward_models import load_reward_model
+from annotation.score import RewardModel
 from hps.errors import InputError
 from hps.preflight import check_labels
 from hps.recipe import Model
