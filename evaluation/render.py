@@ -7,7 +7,8 @@ The argument of each is what evaluation.table_files writes as JSON: `title`, `re
 import re
 from pathlib import Path
 
-from evaluation.tables import EXTRA, PAIRED
+from evaluation.matched import MATCHED, PAIRED
+from evaluation.tables import EXTRA
 
 
 def number(entry: dict, digits: int = 3) -> str:
@@ -73,15 +74,17 @@ def _matched_lines(found: dict) -> list[str]:
 def _paired_lines(rows: list[dict]) -> list[str]:
     if not rows:
         return []
-    head = _row(["", *PAIRED])
-    lines = [
-        "Difference of HPS from the baseline, paired over the prompts:",
-        "",
-        head,
-        _row(["---"] * (len(PAIRED) + 1)),
-    ]
+    lines = ["Difference of HPS from the baseline, paired over the prompts, at the end of the training:", ""]
+    lines += [_row(["", *PAIRED]), _row(["---"] * (len(PAIRED) + 1))]
     for row in rows:
         lines.append(_row([row["label"], *(number(row["figures"].get(name, {})) for name in PAIRED)]))
+    names = [*MATCHED, "reward_mean"]
+    lines += ["", "The same at the largest KL that both reached:", ""]
+    lines += [_row(["", "KL", *names]), _row(["---"] * (len(names) + 2))]
+    for row in rows:
+        found = row["matched"]
+        kl = f"{found['rm_dpo']['at_kl']:.3f}" if "rm_dpo" in found else "-"
+        lines.append(_row([row["label"], kl, *(number(found.get(name, {})) for name in names)]))
     return [*lines, ""]
 
 

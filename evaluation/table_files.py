@@ -7,18 +7,16 @@ Called by evaluation.reproduce; evaluation.tables has the figures, evaluation.re
 
 from pathlib import Path
 
+from evaluation.matched import against_baselines, frontier, matched
 from evaluation.render import draw_frontier, latex, markdown
 from evaluation.results import Evaluated
 from evaluation.tables import (
     COLUMNS,
     Cell,
-    against_baselines,
     cell_figures,
     check_columns,
-    frontier,
     length_term_flags,
     load_paper,
-    matched,
     paper_rows,
     percentage_flags,
 )
@@ -91,7 +89,7 @@ def part(table: str, scale: str, results: list[tuple[Evaluated, dict | None]], o
         "title": SETS[on] if scale == "paper" else SMALL[on],
         "columns": ["kl", *COLUMNS] if table in ("8", "ablation") else list(COLUMNS),
         "rows": [{"label": cell.label, "figures": cell_figures(cell)} for cell in cells],
-        "paired": against_baselines(trained),
+        "paired": against_baselines(trained, sft),
         "matched": matched(trained, sft),
         "frontier": {cell.label: frontier(cell) for cell in trained},
     }

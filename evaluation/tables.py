@@ -4,9 +4,7 @@ Reads   `results/paper.json` (every figure of the paper's tables), the results o
 Writes  `results/<scale>/tableN.{json,md,tex}`
 
 A cell is one method's runs over the seeds: values per prompt are averaged over the seeds, the interval is a bootstrap
-over prompts, and the spread over seeds stands beside it. A margin grows with how far a policy has moved, whatever the
-direction, so the cells are also read at one divergence (`matched`): margin, share of pairs in order and reward are
-interpolated between the points along the training at the largest KL that every cell reached.
+over prompts, and the spread over seeds stands beside it. evaluation.matched reads the cells at one divergence.
 """
 
 import json
@@ -83,7 +81,7 @@ def _aligned(tables: list[tuple[list[str], list]]) -> tuple[list[str], np.ndarra
 def summary(values: np.ndarray) -> dict:
     """Mean, interval and spread of (seeds, prompts) values."""
     mean = values.mean(axis=0)
-    picks = _resamples(len(mean))
+    picks = resamples(len(mean))
     found = {
         "mean": round(float(mean.mean()), 4),
         "interval": percentile_interval(mean[picks].mean(axis=1)),
@@ -95,7 +93,8 @@ def summary(values: np.ndarray) -> dict:
     return found
 
 
-def _resamples(count: int) -> np.ndarray:
+def resamples(count: int) -> np.ndarray:
+    """(SAMPLES, count) indices of a bootstrap over so many prompts; the same for every figure, so that pairs stay."""
     return np.random.default_rng(SEED).integers(0, count, (SAMPLES, count))
 
 
@@ -113,128 +112,6 @@ def cell_figures(cell: Cell) -> dict:
             if "mean" in entry:
                 entry["difference"] = round(entry["mean"] - printed, 4)
     return figures
-
-
-PAIRED = ("rm_dpo", "rm_dpo_ranked", "reward_mean", "bleu_mean", "kl")
-
-
-def against_baselines(cells: list[Cell]) -> list[dict]:
-    """HPS less BT and less PL of the same family and setting: differences paired over the prompts."""
-    by_label = {cell.label: cell for cell in cells}
-    rows = []
-    for cell in cells:
-        for other in ("BT", "PL"):
-            baseline = by_label.get(cell.label.replace("-HPS", f"-{other}"))
-            if "-HPS" in cell.label and baseline is not None:
-                figures = {name: paired(cell, baseline, name) for name in PAIRED}
-                rows.append({"label": f"{cell.label} less {other}", "figures": {k: v for k, v in figures.items() if v}})
-    return rows
-
-
-def paired(one: Cell, other: Cell, name: str) -> dict | None:
-    """The mean difference of a column over the prompts that both have, each averaged over its seeds."""
-    columns = [cell.column(name) for cell in (one, other)]
-    if any(column is None or not column[1].size for column in columns):
-        return None
-    values = [dict(zip(names, seeds.mean(axis=0), strict=True)) for names, seeds in columns]
-    names = [prompt for prompt in values[0] if prompt in values[1]]
-    found = summary(np.array([[values[0][prompt] - values[1][prompt] for prompt in names]]))
-    return {key: found[key] for key in ("mean", "interval", "prompts")}
-
-
-# ---- at one divergence ----
-
-
-def curve(cell: Cell, pairs: str, figure: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(points, prompts) of KL and of a figure along the training, seeds averaged; the first point is the beginning.
-
-    There the policy is the reference: KL and margin are 0, and a pair in order is undecided, one half.
-    """
-    points = cell.points(pairs)
-    if not points:
-        return None
-    kl, values = (
-        np.stack([cell.point(pairs, point, name)[1].mean(axis=0) for point in points]) for name in ("kl", figure)
-    )
-    start = 0.5 if figure == "rm_dpo_accuracy" else 0.0
-    width = kl.shape[1]
-    return np.vstack([np.zeros((1, width)), kl]), np.vstack([np.full((1, width), start), values])
-
-
-def reward_curve(cell: Cell, sft: dict | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """As `curve`, of the mean reward of the answers: two points, before and after the training."""
-    after, kl = cell.column("reward_mean"), cell.column("kl")
-    if sft is None or after is None or kl is None:
-        return None
-    before = dict(zip(sft["prompts"]["prompt_id"], sft["prompts"]["reward_mean"], strict=True))
-    rewards, moved = (dict(zip(names, values.mean(axis=0), strict=True)) for names, values in (after, kl))
-    names = [name for name in rewards if name in moved and before.get(name) is not None]
-    zero = [0.0] * len(names)
-    return (
-        np.array([zero, [moved[name] for name in names]]),
-        np.array([[before[name] for name in names], [rewards[name] for name in names]]),
-    )
-
-
-def at_kl(kl: np.ndarray, values: np.ndarray, wanted: float) -> dict:
-    """The mean value where the mean KL is `wanted`, by interpolation between the points, with its interval.
-
-    Args:
-        kl, values: (points, prompts), from the beginning of the training to its end.
-        wanted: KL, nats; at most that of the last point.
-    """
-    picks = _resamples(kl.shape[1])
-
-    def read(kl_means: np.ndarray, value_means: np.ndarray) -> float:
-        return float(np.interp(wanted, np.maximum.accumulate(kl_means), value_means))
-
-    resampled = np.array([read(kl[:, pick].mean(axis=1), values[:, pick].mean(axis=1)) for pick in picks])
-    mean = read(kl.mean(axis=1), values.mean(axis=1))
-    return {"mean": round(mean, 4), "interval": percentile_interval(resampled)}
-
-
-MATCHED = {
-    "rm_dpo": ("written", "rm_dpo"),
-    "accuracy_written": ("written", "rm_dpo_accuracy"),
-    "rm_dpo_ranked": ("ranked", "rm_dpo"),
-    "accuracy_ranked": ("ranked", "rm_dpo_accuracy"),
-}
-
-
-def matched(cells: list[Cell], sft: dict | None) -> dict:
-    """Every cell at one KL: the largest that all reached, for each set of pairs, nats."""
-    cells = [cell for cell in cells if cell.points("written") and cell.points("ranked")]
-    if not cells:
-        return {}
-    wanted = {
-        pairs: min(curve(cell, pairs, "rm_dpo")[0].mean(axis=1).max() for cell in cells)
-        for pairs in ("written", "ranked")
-    }
-    rows = {}
-    for cell in cells:
-        row = {name: at_kl(*curve(cell, *place), wanted[place[0]]) for name, place in MATCHED.items()}
-        rewards = reward_curve(cell, sft)
-        if rewards is not None:
-            row["reward_mean"] = at_kl(*rewards, wanted["written"])
-        rows[cell.label] = row
-    return {"kl": {name: round(float(value), 4) for name, value in wanted.items()}, "cells": rows}
-
-
-def frontier(cell: Cell) -> dict:
-    """Means along the training: step, KL and what is read against it, for each set of pairs."""
-    found = {}
-    for pairs in ("written", "ranked"):
-        found[pairs] = [
-            {
-                "step": point,
-                **{
-                    name: round(float(cell.point(pairs, point, name)[1].mean()), 4)
-                    for name in ("kl", "rm_dpo", "rm_dpo_accuracy")
-                },
-            }
-            for point in cell.points(pairs)
-        ]
-    return found
 
 
 # ---- the paper's own figures ----

@@ -3,10 +3,9 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 
-from evaluation import table_files, tables
+from evaluation import matched, table_files, tables
 from evaluation.results import Evaluated
 from hps.errors import InputError
 from hps.matrix import load_matrix, select
@@ -61,41 +60,57 @@ def test_hps_is_paired_with_the_baselines_of_its_family_and_setting():
     """HPS has margins 2 above BT's at every prompt: the difference is 2 without any width, though margins vary."""
     cells = [tables.Cell("DPO-BT, n = 4", [result()]), tables.Cell("DPO-HPS, n = 4", [result(shift=2.0)])]
     cells += [tables.Cell("DPO-BT, n = 8", [result()]), tables.Cell("EXO-HPS, n = 4", [result()])]
-    (row,) = tables.against_baselines(cells)
+    (row,) = matched.against_baselines(cells, None)
     assert row["label"] == "DPO-HPS, n = 4 less BT"
     assert row["figures"]["rm_dpo"] == {"mean": 2.0, "interval": [2.0, 2.0], "prompts": 4}
     assert "kl_sampled" not in row["figures"] and "bleu_mean" not in row["figures"]
 
 
 def test_reading_at_one_divergence_by_hand():
-    """KL 0, 1, 2 and margins 0, 1, 3: at 1.5 it is 2; accuracy begins at one half."""
-    cell = tables.Cell("x", [result()])
-    kl, margins = tables.curve(cell, "written", "rm_dpo")
-    assert kl.mean(axis=1).tolist() == [0, 1, 2] and margins.mean(axis=1).tolist() == [0, 1, 3]
-    assert tables.at_kl(kl, margins, 1.5)["mean"] == 2.0
-    assert tables.at_kl(kl, margins, 0.5)["mean"] == 0.5
-    kl, accuracy = tables.curve(cell, "written", "rm_dpo_accuracy")
-    assert tables.at_kl(kl, accuracy, 0.5)["mean"] == pytest.approx((0.5 + 0.75) / 2)
+    """KL 0, 1, 4 and margins 0, 1, 3: linear in the root of KL, so at KL 2.25 half way from 1 to 3."""
+    found = result()
+    found["pairs"]["written"]["points"]["final"]["kl"] = [4.0] * 4
+    kl, margins = matched.curve(tables.Cell("x", [found]), "written", "rm_dpo")
+    assert kl.mean(axis=1).tolist() == [0, 1, 4] and margins.mean(axis=1).tolist() == [0, 1, 3]
+    assert matched.at_kl((kl, margins), 2.25)["mean"] == 2.0
+    assert matched.at_kl((kl, margins), 0.25)["mean"] == 0.5
 
 
-def test_a_divergence_that_falls_again_does_not_break_the_reading():
-    kl, values = np.array([[0.0], [2.0], [1.5]]), np.array([[0.0], [4.0], [5.0]])
-    assert tables.at_kl(kl, values, 1.0)["mean"] == 2.0
+def test_the_share_in_order_has_no_value_before_the_first_point():
+    kl, shares = matched.curve(tables.Cell("x", [result()]), "written", "rm_dpo_accuracy")
+    assert kl.mean(axis=1).tolist() == [1, 2]
+    assert matched.at_kl((kl, shares), 0.1)["mean"] == 0.75
+
+
+def test_a_policy_that_comes_back_is_read_on_its_way_out():
+    found = result()
+    found["pairs"]["written"]["points"]["final"]["kl"] = [0.5] * 4
+    kl, margins = matched.curve(tables.Cell("x", [found]), "written", "rm_dpo")
+    assert kl.mean(axis=1).tolist() == [0, 1] and margins.mean(axis=1).tolist() == [0, 1]
+
+
+def test_a_difference_at_one_divergence_is_paired():
+    """At KL 1, all that the second reached: 1 less 1 + 4; margins vary over the prompts, their difference does not."""
+    far, near = tables.Cell("far", [result()]), tables.Cell("near", [result(shift=4.0)])
+    near.results[0]["pairs"]["written"]["points"].pop("final")
+    found = matched.difference_at_kl(*(matched.curve(cell, "written", "rm_dpo") for cell in (far, near)))
+    assert found == {"mean": -4.0, "interval": [-4.0, -4.0], "at_kl": 1.0}
 
 
 def test_matched_is_what_every_cell_reached():
-    """The second cell stops at KL 1: the first is read there too, and has margin 1; rewards go from 0 to 1 in KL 2."""
+    """The second cell stops at KL 1: the first is read there too, and has margin 1; its rewards go
+    from 0 to 1 in KL 2, so that they are at the root of one half."""
     far, near = tables.Cell("far", [result()]), tables.Cell("near", [result(shift=4.0)])
     for pairs in near.results[0]["pairs"].values():
         pairs["points"]["final"]["kl"] = [1.0] * 4
         pairs["points"].pop("3")
     sft = {"prompts": {"prompt_id": NAMES, "reward_mean": [0.0] * 4}}
-    found = tables.matched([far, near], sft)
+    found = matched.matched([far, near], sft)
     assert found["kl"] == {"written": 1.0, "ranked": 1.0}
     assert found["cells"]["far"]["rm_dpo"]["mean"] == 1.0 and found["cells"]["near"]["rm_dpo"]["mean"] == 7.0
-    assert found["cells"]["far"]["reward_mean"]["mean"] == 0.5
+    assert found["cells"]["far"]["reward_mean"]["mean"] == pytest.approx(0.5**0.5, abs=1e-4)
     assert found["cells"]["near"]["reward_mean"]["mean"] == 1.0
-    assert tables.matched([], None) == {}
+    assert matched.matched([], None) == {}
 
 
 # ---- the paper ----
