@@ -7,8 +7,6 @@ its square. A margin begins at 0; the share of pairs in order has no value befor
 point that point's counts. Rewards have two points, before and after the training.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from evaluation.statistics import percentile_interval
@@ -54,32 +52,30 @@ def reward_curve(cell: Cell, sft: dict | None) -> Curve | None:
     )
 
 
-def reading(found: Curve, wanted: float, prompts: np.ndarray | slice = slice(None)) -> float:
-    """The mean value over some prompts where their mean KL is `wanted`, nats."""
-    kl, values = (table[:, prompts].mean(axis=1) for table in found)
-    return float(np.interp(wanted**0.5, np.maximum.accumulate(kl) ** 0.5, values))
+def resampled(table: np.ndarray) -> np.ndarray:
+    """(points, 1 + samples) means of (points, prompts) values: over all prompts, then over each resample of them."""
+    count = table.shape[1]
+    return np.hstack([table.mean(axis=1, keepdims=True), table[:, resamples(count)].mean(axis=2)])
 
 
-def at_kl(found: Curve, wanted: float) -> dict:
-    """`reading` over all prompts, and its bootstrap interval."""
-    return _with_interval(lambda prompts: reading(found, wanted, prompts), found[0].shape[1])
+def reached(curves: list[Curve]) -> np.ndarray:
+    """(1 + samples,) the largest mean KL that all curves reach, nats; of all prompts, then of each resample.
 
-
-def difference_at_kl(one: Curve, other: Curve) -> dict:
-    """The first less the second at the largest KL that both reached, paired over the prompts; and that KL.
-
-    Both must have the same prompts in the same order, as the runs of a table do.
+    It is found anew in each resample: where one policy moves less on the drawn prompts, the others are read there too.
     """
-    wanted = float(min(table.mean(axis=1).max() for table, _ in (one, other)))
-    found = _with_interval(
-        lambda prompts: reading(one, wanted, prompts) - reading(other, wanted, prompts), one[0].shape[1]
-    )
-    return {**found, "at_kl": round(wanted, 4)}
+    return np.min([resampled(kl).max(axis=0) for kl, _ in curves], axis=0)
 
 
-def _with_interval(statistic: Callable, count: int) -> dict:
-    resampled = np.array([statistic(prompts) for prompts in resamples(count)])
-    return {"mean": round(statistic(slice(None)), 4), "interval": percentile_interval(resampled)}
+def readings(found: Curve, wanted: np.ndarray) -> np.ndarray:
+    """(1 + samples,) mean values where the mean KL is `wanted`."""
+    kl, values = (resampled(table) for table in found)
+    kl = np.maximum.accumulate(kl, axis=0)
+    return np.array([np.interp(w**0.5, x**0.5, y) for w, x, y in zip(wanted, kl.T, values.T, strict=True)])
+
+
+def with_interval(values: np.ndarray) -> dict:
+    """The first of `readings`, and the interval that the others give."""
+    return {"mean": round(float(values[0]), 4), "interval": percentile_interval(values[1:])}
 
 
 def matched(cells: list[Cell], sft: dict | None) -> dict:
@@ -87,18 +83,25 @@ def matched(cells: list[Cell], sft: dict | None) -> dict:
     cells = [cell for cell in cells if cell.points("written") and cell.points("ranked")]
     if not cells:
         return {}
-    wanted = {
-        pairs: float(min(curve(cell, pairs, "rm_dpo")[0].mean(axis=1).max() for cell in cells))
-        for pairs in ("written", "ranked")
-    }
+    wanted = {pairs: reached([curve(cell, pairs, "rm_dpo") for cell in cells]) for pairs in ("written", "ranked")}
     rows = {}
     for cell in cells:
-        row = {name: at_kl(curve(cell, *place), wanted[place[0]]) for name, place in MATCHED.items()}
+        row = {name: readings(curve(cell, *place), wanted[place[0]]) for name, place in MATCHED.items()}
         rewards = reward_curve(cell, sft)
         if rewards is not None:
-            row["reward_mean"] = at_kl(rewards, wanted["written"])
-        rows[cell.label] = row
-    return {"kl": {name: round(value, 4) for name, value in wanted.items()}, "cells": rows}
+            row["reward_mean"] = readings(rewards, wanted["written"])
+        rows[cell.label] = {name: with_interval(values) for name, values in row.items()}
+    return {"kl": {name: round(float(value[0]), 4) for name, value in wanted.items()}, "cells": rows}
+
+
+def difference_at_kl(one: Curve, other: Curve) -> dict:
+    """The first less the second at the largest KL that both reached, paired over the prompts; and that KL.
+
+    Both must have the same prompts in the same order, as the runs of a table do.
+    """
+    wanted = reached([one, other])
+    found = with_interval(readings(one, wanted) - readings(other, wanted))
+    return {**found, "at_kl": round(float(wanted[0]), 4)}
 
 
 def against_baselines(cells: list[Cell], sft: dict | None) -> list[dict]:

@@ -66,20 +66,25 @@ def test_hps_is_paired_with_the_baselines_of_its_family_and_setting():
     assert "kl_sampled" not in row["figures"] and "bleu_mean" not in row["figures"]
 
 
+def read(curve, kl: float) -> float:
+    """The value at a KL, over all prompts."""
+    return float(matched.readings(curve, np.full(1 + tables.SAMPLES, kl))[0])
+
+
 def test_reading_at_one_divergence_by_hand():
     """KL 0, 1, 4 and margins 0, 1, 3: linear in the root of KL, so at KL 2.25 half way from 1 to 3."""
     found = result()
     found["pairs"]["written"]["points"]["final"]["kl"] = [4.0] * 4
     kl, margins = matched.curve(tables.Cell("x", [found]), "written", "rm_dpo")
     assert kl.mean(axis=1).tolist() == [0, 1, 4] and margins.mean(axis=1).tolist() == [0, 1, 3]
-    assert matched.at_kl((kl, margins), 2.25)["mean"] == 2.0
-    assert matched.at_kl((kl, margins), 0.25)["mean"] == 0.5
+    assert read((kl, margins), 2.25) == 2.0
+    assert read((kl, margins), 0.25) == 0.5
 
 
 def test_the_share_in_order_has_no_value_before_the_first_point():
     kl, shares = matched.curve(tables.Cell("x", [result()]), "written", "rm_dpo_accuracy")
     assert kl.mean(axis=1).tolist() == [1, 2]
-    assert matched.at_kl((kl, shares), 0.1)["mean"] == 0.75
+    assert read((kl, shares), 0.1) == 0.75
 
 
 def test_a_policy_that_comes_back_is_read_on_its_way_out():
