@@ -137,9 +137,10 @@ def draw_frontier(table: dict, target: Path) -> None:
     for row, each in zip(axes, parts, strict=True):
         for axis, (pairs, name) in zip(row, panels, strict=True):
             for number, (title, points) in enumerate(each["frontier"].items()):
-                start = 0.5 if name == "rm_dpo_accuracy" else 0.0
-                x = [0.0, *(point["kl"] for point in points[pairs])]
-                y = [start, *(point[name] for point in points[pairs])]
+                # The share of pairs in order has no value before the first step.
+                start = [] if name == "rm_dpo_accuracy" else [0.0]
+                x = [*start, *(point["kl"] for point in points[pairs])]
+                y = [*start, *(point[name] for point in points[pairs])]
                 style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
                 axis.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=title, **style)
             axis.set_title(f"{each['title']}: {name}, {pairs} pairs", fontsize=10)
