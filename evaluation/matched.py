@@ -118,6 +118,7 @@ def against_baselines(cells: list[Cell], sft: dict | None) -> list[dict]:
                         "label": f"{cell.label} less {other}",
                         "figures": {name: value for name, value in figures.items() if value},
                         "matched": matched_differences(cell, baseline, sft),
+                        "by_seed": by_seed(cell, baseline, sft),
                     }
                 )
     return rows
@@ -128,6 +129,22 @@ def matched_differences(one: Cell, other: Cell, sft: dict | None) -> dict[str, d
     curves = {name: [curve(cell, *place) for cell in (one, other)] for name, place in MATCHED.items()}
     curves["reward_mean"] = [reward_curve(cell, sft) for cell in (one, other)]
     return {name: difference_at_kl(*pair) for name, pair in curves.items() if all(found is not None for found in pair)}
+
+
+def by_seed(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict[str, float]]:
+    """Means of `matched_differences` of each seed that both cells have, where there are several.
+
+    The intervals are over prompts; whether a difference survives another seed stands here.
+    """
+    ours, theirs = ({result["seed"]: result for result in cell.results} for cell in (one, other))
+    seeds = [seed for seed in ours if seed in theirs]
+    if len(seeds) < 2:
+        return {}
+    cells = {seed: (Cell(one.label, [ours[seed]]), Cell(other.label, [theirs[seed]])) for seed in seeds}
+    return {
+        str(seed): {name: found["mean"] for name, found in matched_differences(*pair, sft).items()}
+        for seed, pair in cells.items()
+    }
 
 
 def paired(one: Cell, other: Cell, name: str) -> dict | None:

@@ -85,6 +85,13 @@ def _paired_lines(rows: list[dict]) -> list[str]:
         found = row["matched"]
         kl = f"{found['rm_dpo']['at_kl']:.3f}" if "rm_dpo" in found else "-"
         lines.append(_row([row["label"], kl, *(number(found.get(name, {})) for name in names)]))
+    seeded = [row for row in rows if row["by_seed"]]
+    if seeded:
+        lines += ["", "And by seed, which the intervals over prompts leave out:", ""]
+        lines += [_row(["", "seed", *names]), _row(["---"] * (len(names) + 2))]
+    for row in seeded:
+        for seed, found in row["by_seed"].items():
+            lines.append(_row([row["label"], seed, *(_signed(found.get(name)) for name in names)]))
     return [*lines, ""]
 
 

@@ -62,9 +62,17 @@ def test_hps_is_paired_with_the_baselines_of_its_family_and_setting():
     cells = [tables.Cell("DPO-BT, n = 4", [result()]), tables.Cell("DPO-HPS, n = 4", [result(shift=2.0)])]
     cells += [tables.Cell("DPO-BT, n = 8", [result()]), tables.Cell("EXO-HPS, n = 4", [result()])]
     (row,) = matched.against_baselines(cells, None)
-    assert row["label"] == "DPO-HPS, n = 4 less BT"
+    assert row["label"] == "DPO-HPS, n = 4 less BT" and row["by_seed"] == {}
     assert row["figures"]["rm_dpo"] == {"mean": 2.0, "interval": [2.0, 2.0], "prompts": 4}
     assert "kl_sampled" not in row["figures"] and "bleu_mean" not in row["figures"]
+
+
+def test_differences_by_seed():
+    """Seed 42: 2 above the baseline, seed 43: 1 below; seed 44 has no baseline."""
+    ours = tables.Cell("DPO-HPS", [result(shift=2.0), result(43, shift=-1.0), result(44)])
+    theirs = tables.Cell("DPO-BT", [result(), result(43)])
+    (row,) = matched.against_baselines([ours, theirs], None)
+    assert {seed: found["rm_dpo"] for seed, found in row["by_seed"].items()} == {"42": 2.0, "43": -1.0}
 
 
 def read(curve, kl: float) -> float:
