@@ -98,13 +98,16 @@ def test_evaluation(finished):
 
 def test_a_second_start_does_nothing_again(finished):
     recipe, output = finished
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.jsonl")}
+    # The metrics are computed anew from the files at each call, and must come out equal.
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.jsonl") if path.name != "metrics.jsonl"}
+    metrics = {path: path.read_bytes() for path in output.rglob("metrics.json*")}
     starts = {"gene.sh": "generation: finished before", "run.sh": "training: finished before"}
     starts["evaluate.sh"] = "answers: finished before"
     for name, words in starts.items():
         done = script(name, recipe, "training.merge=true")
         assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len(metrics) == 4 and metrics == {path: path.read_bytes() for path in metrics}
 
 
 def test_checkpoint_loads_in_vllm(finished, tiny_model):
