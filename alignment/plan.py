@@ -271,6 +271,7 @@ def run_settings(recipe: Recipe) -> dict:
     return {
         **{name: asdict(getattr(recipe, name)) for name in sections},
         "seed": recipe.seed,
+        "kept_checkpoints": recipe.evaluation.checkpoints if recipe.lora.enabled else 0,
         "policy": model_hash(recipe.models.policy),
         "ranked": file_hash(recipe.ranked("train")),
     }

@@ -7,6 +7,8 @@ The assumptions stand in configs/matrix.yaml, `cost` of each scale, and are prin
                  gradients of frozen weights), with all weights 6 x; / (operations_per_second x devices)
     tokens       of a training row: prompt + responses of a step (`responses_per_prompt`) x response_tokens
     start        start_seconds for each start of a script's stages
+    judge        a verdict: one pass of judge_weights over rubric_tokens + prompt + response, and verdict_tokens new ones
+                 at judge_tokens_per_second of a device; verdicts: test prompts x models x answers x repeats
     disk         an adapter for each kept checkpoint, 4 bytes a weight, or whole models; candidates and ranking, 5 bytes
                  a token each
 """
@@ -58,17 +60,29 @@ def ranking_seconds(recipe: Recipe, cost: dict) -> float:
     return tokens / (cost["tokens_per_second"] * cost["devices"]) + 2 * cost["weights"] * tokens / speed
 
 
+def judge_seconds(judged: list[Evaluated], cost: dict) -> float:
+    """Seconds of the judge for the answers of these runs and, for each data set, of the model before training."""
+    models = [*judged, *{evaluation.data: evaluation for evaluation in judged}.values()]
+    tokens = cost["rubric_tokens"] + cost["prompt_tokens"] + cost["response_tokens"]
+    verdict = 2 * cost["judge_weights"] * tokens / cost["operations_per_second"]
+    verdict += cost["verdict_tokens"] / cost["judge_tokens_per_second"]
+    verdicts = 0
+    for recipe in (evaluation.recipe for evaluation in models):
+        tested = recipe.evaluation.prompts or prompt_count(recipe.tested(), "test", cost)
+        verdicts += tested * recipe.judge.answers * recipe.judge.repeats
+    return verdicts * verdict / cost["devices"]
+
+
 def disk_bytes(recipe: Recipe, cost: dict) -> float:
     """Bytes that one run leaves."""
     if recipe.lora.enabled:
-        return (
-            4 * cost["adapter_weights"] * (recipe.evaluation.checkpoints + 1 + 3 * 2)
-        )  # two to resume from, with AdamW
+        # Two to resume from hold AdamW's two moments as well.
+        return 4 * cost["adapter_weights"] * (recipe.evaluation.checkpoints + 1 + 3 * 2)
     return 2 * cost["weights"] * (1 + 2 * 6)
 
 
-def estimate(todo: list[Evaluated], cost: dict) -> list[str]:
-    """The lines of the dry run."""
+def estimate(todo: list[Evaluated], judged: list[Evaluated], cost: dict) -> list[str]:
+    """The lines of the dry run: for evaluations to be made, and runs whose answers are to be judged."""
     runs = {(e.data, e.recipe.run): e.recipe for e in todo if not e.sft}
     rankings = {recipe.output: recipe for recipe in runs.values()}
     parts: dict[str, float] = {}
@@ -76,6 +90,8 @@ def estimate(todo: list[Evaluated], cost: dict) -> list[str]:
         for name, seconds in run_seconds(recipe, cost).items():
             parts[name] = parts.get(name, 0.0) + seconds
     parts["candidates and ranking, unless they stand"] = sum(ranking_seconds(r, cost) for r in rankings.values())
+    if judged:
+        parts["judging"] = judge_seconds(judged, cost)
     texts = sum(
         10 * prompt_count(recipe, "train", cost) * recipe.data.train.responses * cost["response_tokens"]
         for recipe in rankings.values()

@@ -14,7 +14,6 @@ continued by the same command. evaluation.win_rate makes the comparison.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -29,7 +28,7 @@ from hps.errors import InputError, run_main
 from hps.manifest import check_model, hold, model_hash
 from hps.recipe import Generation, Model, Recipe
 from hps.records import Appender, canonical, read_answers, read_jsonl, write_json
-from hps.workers import count_devices, run_workers
+from hps.workers import check_gpus, count_devices, run_workers
 
 CRITERIA = ("correctness", "helpfulness", "safety", "clarity")
 GRID = [half / 2 if half % 2 else half // 2 for half in range(11)]  # 0, 0.5, 1, ... 5
@@ -186,7 +185,7 @@ def judge(recipe: Recipe) -> None:
     if not recipe.judge.enabled:
         print("judge: off (`judge.enabled: false` in the recipe)")
         return
-    _check(recipe)
+    check_model(recipe.models.judge, "models.judge")
     wanted = wanted_verdicts(recipe)
     settings = judge_settings(recipe)  # once: it reads all weights of a local judge
     path = _cache(recipe, settings)
@@ -202,32 +201,8 @@ def judge(recipe: Recipe) -> None:
     print(f"judge: {len(wanted)} verdicts in {path}, left out: {dict(errors) or 'none'}")
 
 
-def _check(recipe: Recipe) -> None:
-    settings = recipe.judge
-    check_model(recipe.models.judge, "models.judge")
-    if settings.repeats > 1 and settings.temperature == 0:
-        raise InputError(
-            f"`judge.repeats` is {settings.repeats} and `judge.temperature` is 0: all repeats would be the same",
-            where="recipe",
-            remedy="raise the temperature, or use judge.repeats=1",
-        )
-
-
-def _check_devices(tensor_parallel: int) -> None:
-    """Refuse more GPUs for an engine than there are; before vLLM does, which takes a page to say it."""
-    import torch
-
-    devices = max(1, torch.cuda.device_count())
-    if tensor_parallel > devices and not os.environ.get("RAY_ADDRESS"):
-        raise InputError(
-            f"`judge.tensor_parallel` is {tensor_parallel}, this machine has {torch.cuda.device_count()} GPUs",
-            where="recipe",
-            remedy=f"use judge.tensor_parallel={devices} and a judge that fits",
-        )
-
-
 def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
-    _check_devices(recipe.judge.tensor_parallel)
+    check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
     tokenizer = load_tokenizer(recipe.models.judge.path, recipe.models.judge.revision)
     special = special_tokens(tokenizer)
     with Appender(path) as file:

@@ -4,11 +4,10 @@ Writes  `results/<scale>/win_rate/<data>.json`: `key` (the runs' settings, the j
         for each other model, found again as the results of runs are (evaluation.results)
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
-from evaluation.results import Evaluated, result_key
+from evaluation.results import Evaluated, read_result, result_key
 from evaluation.win_rate import win_rates
 from hps.recipe import REPOSITORY
 from hps.records import write_json
@@ -39,11 +38,7 @@ def judged_path(scale: str, data: str) -> Path:
 
 def find_judged(runs: list[Evaluated], scale: str) -> dict | None:
     """The win rates of these very runs by this very judge, if they stand."""
-    path = judged_path(scale, runs[0].data)
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["key"] == json.loads(json.dumps(judged_key(runs))) else None
+    return read_result(judged_path(scale, runs[0].data), judged_key(runs))
 
 
 def collect_judged(runs: list[Evaluated], scale: str) -> dict:

@@ -3,8 +3,9 @@
 A margin grows with how far a policy has moved, whatever the direction, and methods move unequally in the same steps. So
 figures are read where the mean KL from the reference is the same: between the points that were measured along the
 training, linearly in the square root of KL, because a small move changes margins in proportion to its size and KL to
-its square. A margin begins at 0; the share of pairs in order has no value before the first step, and below the first
-point that point's counts. Rewards have two points, before and after the training.
+its square. A margin begins at 0, and what is read below the first point that was measured is marked
+(`before_first_point`); the share of pairs in order has no value there. Rewards have two points, before and after the
+training.
 """
 
 import numpy as np
@@ -27,14 +28,17 @@ def curve(cell: Cell, pairs: str, figure: str) -> Curve | None:
     points = cell.points(pairs)
     if not points:
         return None
-    kl, values = (
-        np.stack([cell.point(pairs, point, name)[1].mean(axis=0) for point in points]) for name in ("kl", figure)
-    )
+    kl, values = (np.stack([_by_name(*cell.point(pairs, point, name)) for point in points]) for name in ("kl", figure))
     if figure != "rm_dpo_accuracy":
         start = np.zeros((1, kl.shape[1]))
         kl, values = np.vstack([start, kl]), np.vstack([start, values])
     last = int(kl.mean(axis=1).argmax()) + 1  # a policy that comes back is read on its way out
     return kl[:last], values[:last]
+
+
+def _by_name(names: list[str], values: np.ndarray) -> np.ndarray:
+    """(prompts,) means over the seeds, in the order of the prompts' ids: one order for all cells."""
+    return values.mean(axis=0)[np.argsort(names)]
 
 
 def reward_curve(cell: Cell, sft: dict | None) -> Curve | None:
@@ -44,7 +48,7 @@ def reward_curve(cell: Cell, sft: dict | None) -> Curve | None:
         return None
     before = dict(zip(sft["prompts"]["prompt_id"], sft["prompts"]["reward_mean"], strict=True))
     rewards, moved = (dict(zip(names, values.mean(axis=0), strict=True)) for names, values in (after, kl))
-    names = [name for name in rewards if name in moved and before.get(name) is not None]
+    names = sorted(name for name in rewards if name in moved and before.get(name) is not None)
     zero = [0.0] * len(names)
     return (
         np.array([zero, [moved[name] for name in names]]),
@@ -78,6 +82,29 @@ def with_interval(values: np.ndarray) -> dict:
     return {"mean": round(float(values[0]), 4), "interval": percentile_interval(values[1:])}
 
 
+def read_at(found: Curve, wanted: np.ndarray, first: float | None = None) -> dict:
+    """A figure at a KL with its interval.
+
+    Args:
+        wanted: (1 + samples,) KLs, as `reached` gives them.
+        first: the mean KL of the first point that was measured; None where both ends were.
+
+    Returns:
+        `mean`, `interval`; `before_first_point` where the figure is the straight line from 0 to that point; `at_kl`
+        where the curve ends before the KL that was asked for.
+    """
+    entry = with_interval(readings(found, wanted))
+    if first is not None and wanted[0] < first:
+        entry["before_first_point"] = True
+    end = float(resampled(found[0])[:, 0].max())
+    return {**entry, "at_kl": round(end, 4)} if end < wanted[0] else entry
+
+
+def first_kl(cell: Cell, pairs: str) -> float:
+    """The mean KL of the first point that was measured, nats."""
+    return float(cell.point(pairs, cell.points(pairs)[0], "kl")[1].mean())
+
+
 def matched(cells: list[Cell], sft: dict | None) -> dict:
     """Every cell at one KL: the largest that all reached, for each set of pairs, nats."""
     cells = [cell for cell in cells if cell.points("written") and cell.points("ranked")]
@@ -86,49 +113,86 @@ def matched(cells: list[Cell], sft: dict | None) -> dict:
     wanted = {pairs: reached([curve(cell, pairs, "rm_dpo") for cell in cells]) for pairs in ("written", "ranked")}
     rows = {}
     for cell in cells:
-        row = {name: readings(curve(cell, *place), wanted[place[0]]) for name, place in MATCHED.items()}
+        row = {}
+        for name, (pairs, figure) in MATCHED.items():
+            entry = read_at(curve(cell, pairs, figure), wanted[pairs], first_kl(cell, pairs))
+            if not (figure == "rm_dpo_accuracy" and "before_first_point" in entry):
+                row[name] = entry
         rewards = reward_curve(cell, sft)
         if rewards is not None:
-            row["reward_mean"] = readings(rewards, wanted["written"])
-        rows[cell.label] = {name: with_interval(values) for name, values in row.items()}
+            row["reward_mean"] = read_at(rewards, wanted["written"])
+        rows[cell.label] = row
     return {"kl": {name: round(float(value[0]), 4) for name, value in wanted.items()}, "cells": rows}
 
 
 def difference_at_kl(one: Curve, other: Curve) -> dict:
     """The first less the second at the largest KL that both reached, paired over the prompts; and that KL.
 
-    Both must have the same prompts in the same order, as the runs of a table do.
+    Both must have the same prompts, as the rows of a table have (`evaluation.tables.same_prompts`).
     """
     wanted = reached([one, other])
     found = with_interval(readings(one, wanted) - readings(other, wanted))
     return {**found, "at_kl": round(float(wanted[0]), 4)}
 
 
-def against_baselines(cells: list[Cell], sft: dict | None) -> list[dict]:
-    """HPS less BT and less PL of the same family and setting: at the end, and at one divergence."""
+def against_baselines(cells: list[Cell]) -> list[tuple[str, Cell, Cell]]:
+    """HPS and BT, HPS and PL of the same family and setting, with a label for their difference."""
     by_label = {cell.label: cell for cell in cells}
+    return [
+        (f"{cell.label} less {other}", cell, by_label[baseline])
+        for cell in cells
+        for other in ("BT", "PL")
+        if "-HPS" in cell.label and (baseline := cell.label.replace("-HPS", f"-{other}")) in by_label
+    ]
+
+
+def within_ablation(cells: list[Cell]) -> list[tuple[str, Cell, Cell]]:
+    """N on and off for each gamma, and the scheduled gamma and each fixed one, with a label for their difference."""
+    by_label = {cell.label: cell for cell in cells}
+    found = []
+    for name, cell in by_label.items():
+        factor, gamma = name.split(", gamma ")
+        if factor == "N on" and (other := f"N off, gamma {gamma}") in by_label:
+            found.append((f"N on less off, gamma {gamma}", cell, by_label[other]))
+    for name, cell in by_label.items():
+        factor, gamma = name.split(", gamma ")
+        scheduled = next((key for key in by_label if key.startswith(factor) and " to " in key), None)
+        if scheduled and scheduled != name:
+            found.append((f"{scheduled} less {gamma}", by_label[scheduled], cell))
+    return found
+
+
+def differences(pairs: list[tuple[str, Cell, Cell]], sft: dict | None) -> list[dict]:
+    """The first less the second of each pair: at the end, at one divergence, and by seed."""
     rows = []
-    for cell in cells:
-        for other in ("BT", "PL"):
-            baseline = by_label.get(cell.label.replace("-HPS", f"-{other}"))
-            if "-HPS" in cell.label and baseline is not None:
-                figures = {name: paired(cell, baseline, name) for name in PAIRED}
-                rows.append(
-                    {
-                        "label": f"{cell.label} less {other}",
-                        "figures": {name: value for name, value in figures.items() if value},
-                        "matched": matched_differences(cell, baseline, sft),
-                        "by_seed": by_seed(cell, baseline, sft),
-                    }
-                )
+    for label, one, other in pairs:
+        figures = {name: paired(one, other, name) for name in PAIRED}
+        rows.append(
+            {
+                "label": label,
+                "figures": {name: value for name, value in figures.items() if value},
+                "matched": matched_differences(one, other, sft),
+                "by_seed": by_seed(one, other, sft),
+            }
+        )
     return rows
 
 
 def matched_differences(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict]:
     """`difference_at_kl` of every figure that both cells have."""
-    curves = {name: [curve(cell, *place) for cell in (one, other)] for name, place in MATCHED.items()}
-    curves["reward_mean"] = [reward_curve(cell, sft) for cell in (one, other)]
-    return {name: difference_at_kl(*pair) for name, pair in curves.items() if all(found is not None for found in pair)}
+    found = {}
+    for name, (pairs, figure) in MATCHED.items():
+        if not (one.points(pairs) and other.points(pairs)):
+            continue
+        entry = difference_at_kl(curve(one, pairs, figure), curve(other, pairs, figure))
+        if entry["at_kl"] < max(first_kl(one, pairs), first_kl(other, pairs)):
+            entry["before_first_point"] = True
+        if not (figure == "rm_dpo_accuracy" and "before_first_point" in entry):
+            found[name] = entry
+    rewards = [reward_curve(cell, sft) for cell in (one, other)]
+    if rewards[0] is not None and rewards[1] is not None:
+        found["reward_mean"] = difference_at_kl(*rewards)
+    return found
 
 
 def by_seed(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict[str, float]]:

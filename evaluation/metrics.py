@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from sacrebleu.metrics import BLEU
 
-from evaluation.statistics import LEVEL, bootstrap
+from evaluation.statistics import LEVEL, bootstrap, percentile_interval
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.preflight import evaluated_prompts
@@ -45,12 +45,32 @@ class Bleu:
         # As a corpus of one: `sentence_score` would advise, at each call, the setting that the released code has not.
         return self._plain.corpus_score([_spelled(answer)], [[_spelled(reference)]]).score / 100
 
-    def corpus(self, answers: list[str], references: list[str], samples: int) -> dict:
-        """Corpus BLEU with sacrebleu's bootstrap interval over the answers."""
-        score = self._corpus.corpus_score(answers, [references], n_bootstrap=samples)
-        # The release that is pinned keeps the bootstrap's result in these two; tests/test_metrics.py holds it to that.
-        middle, half = score._mean / 100, score._ci / 100
-        return {"mean": round(score.score / 100, 4), "interval": [round(middle - half, 4), round(middle + half, 4)]}
+    def corpus(self, prompts: list[list[tuple[str, str]]], samples: int, seed: int) -> dict:
+        """Corpus BLEU of all pairs of answer and reference, with a bootstrap interval over the prompts.
+
+        Args:
+            prompts: for each prompt its pairs. The answers to a prompt are drawn together: they are not independent.
+        """
+        counts = np.array([np.sum([self._counts(*pair) for pair in pairs], axis=0) for pairs in prompts])
+        rng = np.random.default_rng(seed)
+        drawn = [counts[rng.integers(0, len(counts), len(counts))].sum(axis=0) for _ in range(samples)]
+        mean = self._score(counts.sum(axis=0))
+        return {
+            "mean": round(mean, 4),
+            "interval": percentile_interval(np.array([self._score(each) for each in drawn])),
+        }
+
+    def _counts(self, answer: str, reference: str) -> list[int]:
+        """What corpus BLEU adds up: matches and n-grams of each order, lengths."""
+        found = self._corpus.corpus_score([answer], [[reference]])
+        return [*found.counts, *found.totals, found.sys_len, found.ref_len]
+
+    def _score(self, counts: np.ndarray) -> float:
+        orders = (len(counts) - 2) // 2
+        matches, totals = counts[:orders].tolist(), counts[orders : 2 * orders].tolist()
+        lengths = {"sys_len": int(counts[-2]), "ref_len": int(counts[-1])}
+        smoothing = {"smooth_method": self._corpus.smooth_method, "smooth_value": self._corpus.smooth_value}
+        return BLEU.compute_bleu(matches, totals, **lengths, **smoothing).score / 100
 
     def signatures(self) -> dict:
         """How the figures were computed, of those that were: sacrebleu writes the number of references, too."""
@@ -63,10 +83,10 @@ def _spelled(text: str) -> str:
     return " ".join(f"U+{ord(letter):04X}" if letter.isspace() else letter for letter in text)
 
 
-def distinct(answers: list[str], size: int) -> float:
-    """Distinct n-grams of words as a share of all, over the answers to a prompt (Li et al. 2016); 1 without any."""
+def distinct(answers: list[str], size: int) -> float | None:
+    """Distinct n-grams of words as a share of all, over the answers to a prompt (Li et al. 2016); None without any."""
     grams = [gram for answer in answers for gram in _grams(answer, size)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def repetition(answer: str) -> float:
@@ -88,12 +108,12 @@ def answer_figures(answers: dict, rewards: list[dict]) -> dict[str, float]:
         if key in rewards[0]:
             values = [reward[key] for reward in rewards]
             figures |= {f"{name}_best": max(values), f"{name}_mean": statistics.mean(values)}
+    diversity = {f"distinct_{size}": distinct(texts, size) for size in (1, 2)}
     return {
         **figures,
         "tokens_mean": statistics.mean(answers["token_counts"]),
         "truncated_share": statistics.mean(answers["truncated"]),
-        "distinct_1": distinct(texts, 1),
-        "distinct_2": distinct(texts, 2),
+        **{name: share for name, share in diversity.items() if share is not None},
         "repetition": statistics.mean(map(repetition, texts)),
     }
 
@@ -173,14 +193,14 @@ def corpus_bleu(recipe: Recipe, sft: bool, bleu: Bleu) -> dict:
         given = prompts[record["prompt_id"]]["responses"]
         if given and given[0].strip():
             pairs = [(text, given[0].strip()) for text in record["responses"]]
-            best.append(max(pairs, key=lambda pair: bleu.sentence(*pair)))
-            every += pairs
+            best.append([max(pairs, key=lambda pair: bleu.sentence(*pair))])
+            every.append(pairs)
     if not best:
         return {}
-    samples = recipe.evaluation.bootstrap
+    samples, seed = recipe.evaluation.bootstrap, recipe.seed
     return {
-        "bleu_corpus_best": bleu.corpus(*map(list, zip(*best, strict=True)), samples),
-        "bleu_corpus_all": bleu.corpus(*map(list, zip(*every, strict=True)), samples),
+        "bleu_corpus_best": bleu.corpus(best, samples, seed),
+        "bleu_corpus_all": bleu.corpus(every, samples, seed),
     }
 
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from evaluation.matched import MATCHED, PAIRED
 from evaluation.tables import EXTRA
 
+MARK = "†"
+MARKED = f"{MARK} below the KL of the first point that was measured: on the straight line from 0 to that point."
+
 
 def number(entry: dict, digits: int = 3) -> str:
-    """`mean [low, high]`, or a dash."""
+    """`mean [low, high]`, or a dash; marked where it was read before the first point, or at another KL."""
     if "mean" not in entry:
         return "-"
     low, high = entry["interval"]
-    return f"{entry['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    mark = MARK if entry.get("before_first_point") else ""
+    return f"{entry['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{mark}"
 
 
 def markdown(table: dict) -> str:
@@ -33,13 +37,16 @@ def markdown(table: dict) -> str:
 
 def _part_lines(part: dict) -> list[str]:
     names = [name for name in part["columns"] if any(name in row["figures"] for row in part["rows"])]
-    head = ["", *(text for name in names for text in (f"{name}, ours", "paper", "difference"))]
+    printed = any("paper" in entry for row in part["rows"] for entry in row["figures"].values())
+    head = ["", *(text for name in names for text in ([f"{name}, ours", "paper", "difference"] if printed else [name]))]
     lines = [f"## {part['title']}", "", _row(head), _row(["---"] * len(head))]
     for row in part["rows"]:
         cells = [row["label"]]
         for name in names:
             entry = row["figures"].get(name, {})
-            cells += [number(entry), str(entry.get("paper", "-")), _signed(entry.get("difference"))]
+            cells.append(number(entry))
+            if printed:
+                cells += [str(entry.get("paper", "-")), _signed(entry.get("difference"))]
         lines.append(_row(cells))
     extra = [name for name in EXTRA if name not in part["columns"]]
     extra = [name for name in extra if any("mean" in row["figures"].get(name, {}) for row in part["rows"])]
@@ -64,27 +71,42 @@ def _matched_lines(found: dict) -> list[str]:
         _row(["", *names]),
         _row(["---"] * (len(names) + 1)),
     ]
-    lines += [
-        _row([label, *(number(row[name]) if name in row else "-" for name in names)])
-        for label, row in found["cells"].items()
-    ]
-    return [*lines, ""]
+    for label, row in found["cells"].items():
+        cells = [number(row.get(name, {})) for name in names]
+        cells = [
+            f"{c} (at {row[n]['at_kl']:.3f})" if "at_kl" in row.get(n, {}) else c
+            for n, c in zip(names, cells, strict=True)
+        ]
+        lines.append(_row([label, *cells]))
+    return [*lines, *_explained(found["cells"].values()), ""]
+
+
+def _explained(rows) -> list[str]:
+    """The footnote of the mark, where it stands."""
+    marked = any(entry.get("before_first_point") for row in rows for entry in row.values())
+    return ["", MARKED] if marked else []
 
 
 def _paired_lines(rows: list[dict]) -> list[str]:
     if not rows:
         return []
-    lines = ["Difference of HPS from the baseline, paired over the prompts, at the end of the training:", ""]
+    lines = ["Differences, paired over the prompts, at the end of the training:", ""]
     lines += [_row(["", *PAIRED]), _row(["---"] * (len(PAIRED) + 1))]
     for row in rows:
         lines.append(_row([row["label"], *(number(row["figures"].get(name, {})) for name in PAIRED)]))
     names = [*MATCHED, "reward_mean"]
-    lines += ["", "The same at the largest KL that both reached:", ""]
+    lines += [
+        "",
+        "The same at the largest KL that both reached (on written pairs, on ranked ones, for the reward):",
+        "",
+    ]
     lines += [_row(["", "KL", *names]), _row(["---"] * (len(names) + 2))]
     for row in rows:
         found = row["matched"]
-        kl = f"{found['rm_dpo']['at_kl']:.3f}" if "rm_dpo" in found else "-"
-        lines.append(_row([row["label"], kl, *(number(found.get(name, {})) for name in names)]))
+        kls = [found[name]["at_kl"] for name in ("rm_dpo", "rm_dpo_ranked", "reward_mean") if name in found]
+        cells = [number(found.get(name, {})) for name in names]
+        lines.append(_row([row["label"], ", ".join(f"{kl:.3f}" for kl in kls) or "-", *cells]))
+    lines += _explained(row["matched"] for row in rows)
     seeded = [row for row in rows if row["by_seed"]]
     if seeded:
         lines += ["", "And by seed, which the intervals over prompts leave out:", ""]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from evaluation.cost import estimate
 from evaluation.judged import collect_judged, compared, find_judged
-from evaluation.results import Evaluated, collect, find, result_key
+from evaluation.results import Evaluated, collect, find
 from evaluation.table_files import write_table
 from hps.errors import InputError, run_main
 from hps.manifest import hold
@@ -66,9 +66,9 @@ def with_a_run(todo: list[Evaluated], evaluations: list[Evaluated]) -> list[Eval
 class Driver:
     """Runs the scripts for one scale, each stage's output in a log, and remembers what failed."""
 
-    def __init__(self, scale: str, runs: dict[str, Run]):
-        self.scale, self.runs = scale, runs
-        self.failed: dict[str, str] = {}
+    def __init__(self, scale: str, runs: dict[str, Run], lock: int):
+        self.scale, self.runs, self.lock = scale, runs, lock
+        self.failed: dict[str, str] = {}  # by `Evaluated.title`
 
     def arguments(self, evaluation: Evaluated) -> list[str]:
         """The command line of an evaluation's recipe."""
@@ -84,7 +84,16 @@ class Driver:
         print(f"reproduce: {' '.join([*command, *arguments])}  > {log}", flush=True)
         started = time.monotonic()
         with log.open("a", encoding="utf-8") as file:
-            subprocess.run([*command, *arguments], cwd=REPOSITORY, stdout=file, stderr=file, check=True)
+            # The script inherits the lock: when this process is killed alone, a new one waits for what still runs.
+            subprocess.run(
+                [*command, *arguments],
+                cwd=REPOSITORY,
+                stdout=file,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                check=True,
+                pass_fds=[self.lock],
+            )
         return round(time.monotonic() - started, 1)
 
     def rank(self, todo: list[Evaluated], matrix: dict) -> list[Evaluated]:
@@ -99,7 +108,7 @@ class Driver:
         for evaluation in todo:
             problems = [states[data] for data in (evaluation.data, evaluation.on) if states[data]]
             if problems:
-                self.failed[evaluation.name] = problems[0]
+                self.failed[evaluation.title] = problems[0]
             else:
                 ready.append(evaluation)
         return ready
@@ -121,8 +130,8 @@ class Driver:
         # The model before training is evaluated with the first run that is.
         waiting = {evaluation.on: evaluation for evaluation in todo if evaluation.sft}
         for evaluation in trained:
-            name = evaluation.name
-            problem = self._attempt("evaluate.sh", self.arguments(evaluation), evaluation.recipe, f"evaluate-{name}")
+            name, log = evaluation.title, f"evaluate-{evaluation.name}"
+            problem = self._attempt("evaluate.sh", self.arguments(evaluation), evaluation.recipe, log)
             if problem:
                 self.failed[name] = problem
                 continue
@@ -136,7 +145,7 @@ class Driver:
         arguments = [*self.arguments(run), "judge.enabled=true"]
         problem = self._attempt("evaluate.sh", arguments, run.recipe, f"judge-{run.name}")
         if problem:
-            self.failed[run.name] = problem
+            self.failed[run.title] = problem
         return problem is None
 
     def _collect(self, evaluation: Evaluated, seconds: dict[str, float]) -> None:
@@ -149,9 +158,9 @@ class Driver:
         arguments = self.runs[f"{evaluation.data}/{name}"].arguments()
         problem = self._attempt("run.sh", arguments, evaluation.recipe, f"run-{name}")
         if problem:
-            self.failed[name] = problem
+            self.failed[evaluation.title] = problem
             return False
-        seconds[name] = {"run.sh": self.seconds}
+        seconds[evaluation.title] = {"run.sh": self.seconds}
         return True
 
     def _answer(self, trained: list[Evaluated]) -> None:
@@ -198,11 +207,18 @@ def missing(table: str, scale: str, evaluations: list[Evaluated]) -> list[Evalua
 
 
 def reproduce(table: str, scale: str, only: str | None) -> int:
-    """Run what is missing and write the table; the number of runs that failed."""
+    """Run what is missing and write the table; the number of runs that failed.
+
+    Raises:
+        InputError: no run's name contains `only`.
+    """
     matrix = load_matrix(scale)
-    driver = Driver(scale, {run.name: run for run in select(scale, set())})
     evaluations = needed(table, scale)
-    with hold(REPOSITORY / "results" / scale):
+    if only is not None and not any(only in evaluation.name for evaluation in evaluations):
+        names = ", ".join(dict.fromkeys(evaluation.name for evaluation in evaluations))
+        raise InputError(f"no run's name contains `{only}`", where="--only", remedy=f"the runs are {names}")
+    with hold(REPOSITORY / "results" / scale) as lock:
+        driver = Driver(scale, {run.name: run for run in select(scale, set())}, lock)
         todo = missing(table, scale, evaluations)
         found = len(evaluations) - len(todo)
         todo = with_a_run([e for e in todo if only is None or e.sft or only in e.name], evaluations)
@@ -221,18 +237,24 @@ def reproduce(table: str, scale: str, only: str | None) -> int:
 def plan(table: str, scale: str) -> list[str]:
     """What `reproduce` would do: the runs, hours, disk; a line each."""
     matrix = load_matrix(scale)
-    lines, todo = [], []
-    for evaluation in needed(table, scale):
+    evaluations = needed(table, scale)
+    groups = [[evaluation] for evaluation in evaluations]
+    if table == JUDGED:
+        groups = [compared(evaluations, data) for data in dict.fromkeys(e.data for e in evaluations)]
+    lines, todo, judged = [], [], []
+    for group in groups:
         try:
-            state = "result found" if find(evaluation, scale) else "to do"
-            result_key(evaluation.recipe, evaluation.sft)
+            remaining, remark = missing(table, scale, group), ""
+            to_judge = table == JUDGED and find_judged(group, scale) is None
         except InputError as error:
-            state = f"to do; MISSING: {error}"
-        if state != "result found":
-            todo.append(evaluation)
-        on = f" on {evaluation.on}" if evaluation.on != evaluation.data else ""
-        lines.append(f"{evaluation.data}{on}: {evaluation.name}: {state}")
-    return [*lines, *estimate(todo, matrix["cost"])]
+            remaining, remark, to_judge = group, f"; MISSING: {error}", table == JUDGED
+        todo += remaining
+        judged += group if to_judge else []
+        for evaluation in group:
+            on = f" on {evaluation.on}" if evaluation.on != evaluation.data else ""
+            state = f"to do{remark}" if evaluation in remaining else "to judge" if to_judge else "result found"
+            lines.append(f"{evaluation.data}{on}: {evaluation.name}: {state}")
+    return [*lines, *estimate(todo, judged, matrix["cost"])]
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from evaluation.margins import SETS, at_step, margins
+from hps.errors import InputError
 from hps.manifest import file_hash, git_commit, versions
 from hps.recipe import REPOSITORY, SPLITS, Recipe
 from hps.records import read_jsonl, write_json
@@ -41,10 +42,15 @@ class Evaluated:
     def name(self) -> str:
         return "sft" if self.sft else self.recipe.run
 
+    @property
+    def title(self) -> str:
+        """Names it among all evaluations of a table: what it trained and is tested on, and its run."""
+        folder = self.on if self.sft or self.data == self.on else f"{self.data}-on-{self.on}"
+        return f"{folder}/{self.name}"
+
     def path(self, scale: str) -> Path:
         """The result file."""
-        folder = self.on if self.sft or self.data == self.on else f"{self.data}-on-{self.on}"
-        return REPOSITORY / "results" / scale / "runs" / folder / f"{self.name}.json"
+        return REPOSITORY / "results" / scale / "runs" / f"{self.title}.json"
 
     def folder(self) -> Path:
         """Where evaluate.sh leaves it."""
@@ -85,11 +91,26 @@ def _without_devices(recipe: Recipe, section: str) -> dict:
 
 def find(run: Evaluated, scale: str) -> dict | None:
     """The committed or earlier result of this very recipe, if there is one."""
-    path = run.path(scale)
+    return read_result(run.path(scale), result_key(run.recipe, run.sft))
+
+
+def read_result(path: Path, key: dict) -> dict | None:
+    """The result in a file if its `key` is this one; None when it is another, or there is no file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     if not path.exists():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["key"] == json.loads(json.dumps(result_key(run.recipe, run.sft))) else None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if result["key"] == json.loads(json.dumps(key)) else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"this is no result ({type(error).__name__}: {error})",
+            where=str(path),
+            remedy="take it from git again, or delete it: the run is then done again",
+        ) from None
 
 
 def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:

@@ -7,18 +7,18 @@ Called by evaluation.reproduce; evaluation.tables has the figures, evaluation.re
 
 from pathlib import Path
 
-from evaluation.matched import against_baselines, frontier, matched
+from evaluation.matched import against_baselines, differences, frontier, matched, within_ablation
 from evaluation.render import draw_frontier, latex, markdown
 from evaluation.results import Evaluated
 from evaluation.tables import (
     COLUMNS,
     Cell,
     cell_figures,
-    check_columns,
     length_term_flags,
     load_paper,
     paper_rows,
     percentage_flags,
+    same_prompts,
 )
 from hps.recipe import REPOSITORY, Recipe
 from hps.records import write_atomic, write_json
@@ -67,18 +67,26 @@ def give_paper(table: str, cells: list[Cell], rows: dict[str, dict]) -> None:
         cell.paper = rows.get(cell.label)
     if table not in ("6", "7"):
         return
+    cells.sort(key=_method_and_size)
     for method in ("DPO-BT", "DPO-HPS"):
         ours = [cell for cell in cells if cell.label.startswith(method)]
         theirs = [name for name in rows if name.startswith(method)]
-        ours.sort(key=lambda cell: float(cell.label.rpartition(" ")[2].replace("all", "inf")))
         for cell, name in zip(ours, theirs, strict=False):
             cell.paper = rows[name]
             cell.label = f"{cell.label} (paper: {name.rpartition(' ')[2]})"
 
 
-def part(table: str, scale: str, results: list[tuple[Evaluated, dict | None]], on: str) -> tuple[dict, list[str]]:
-    """One data set's rows with everything read from them, and the flags on the paper's."""
-    cells = cells_of(table, results, on)
+def _method_and_size(cell: Cell) -> tuple[bool, str, float]:
+    """The model before training, then a method's rows in the order of n."""
+    method, _, size = cell.label.partition(", n = ")
+    return method != "SFT", method, float((size or "0").replace("all", "inf"))
+
+
+def part(
+    table: str, scale: str, results: list[tuple[Evaluated, dict | None]], on: str
+) -> tuple[dict, list[str], dict[str, str]]:
+    """One data set's rows with everything read from them, the flags on the paper's, and rows that do not fit."""
+    cells, odd = same_prompts(cells_of(table, results, on))
     data = PAPERS_DATA.get(table, on)
     rows = paper_rows(table, data)
     give_paper(table, cells, rows)
@@ -89,11 +97,12 @@ def part(table: str, scale: str, results: list[tuple[Evaluated, dict | None]], o
         "title": SETS[on] if scale == "paper" else SMALL[on],
         "columns": ["kl", *COLUMNS] if table in ("8", "ablation") else list(COLUMNS),
         "rows": [{"label": cell.label, "figures": cell_figures(cell)} for cell in cells],
-        "paired": against_baselines(trained, sft),
-        "matched": matched(trained, sft),
+        "paired": differences(within_ablation(trained) if table == "ablation" else against_baselines(trained), sft),
+        # The ablation's rows end at KLs that have no point in common: they are read in pairs alone.
+        "matched": {} if table == "ablation" else matched(trained, sft),
         "frontier": {cell.label: frontier(cell) for cell in trained},
     }
-    return found, length_term_flags(rows, f"Table {table}, {SETS[data]}")
+    return found, length_term_flags(rows, f"Table {table}, {SETS[data]}"), odd
 
 
 def remarks(table: str, scale: str) -> list[str]:
@@ -128,7 +137,7 @@ def write_table(
     judged: dict[str, dict] | None,
 ) -> list[Path]:
     """Write the files of a table; return their paths."""
-    missing = {e.name: "not run yet" for e, result in results if result is None}
+    missing = {e.title: "not run yet" for e, result in results if result is None}
     found: dict = {
         "title": TITLES[table],
         "scale": scale,
@@ -139,10 +148,10 @@ def write_table(
     }
     if judged is None:
         for on in dict.fromkeys(evaluation.on for evaluation, _ in results):
-            each, flags = part(table, scale, results, on)
-            check_columns(each["rows"])
+            each, flags, odd = part(table, scale, results, on)
             found["parts"].append(each)
             found["flags"] += flags
+            found["failed"] |= {f"{on}: {name}": why for name, why in odd.items()}
     else:
         found["parts"] = [judged_part(scale, data, judged[data]) for data in judged]
         for data, title in SETS.items():

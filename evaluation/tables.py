@@ -15,7 +15,6 @@ import numpy as np
 
 from evaluation.results import FINAL
 from evaluation.statistics import percentile_interval
-from hps.errors import InputError
 from hps.recipe import REPOSITORY
 
 PAPER = REPOSITORY / "results" / "paper.json"
@@ -178,16 +177,26 @@ def percentage_flags(rows: dict[str, dict], title: str) -> list[str]:
     ]
 
 
-def check_columns(part_rows: list[dict]) -> None:
-    """Refuse results whose prompts differ between the rows: their figures could not be compared.
+def same_prompts(cells: list[Cell]) -> tuple[list[Cell], dict[str, str]]:
+    """The cells whose runs were evaluated on the prompts of the first one, and why others were not kept, by label.
 
-    Raises:
-        InputError: two rows were evaluated on different numbers of prompts.
+    Figures on different prompts cannot be compared, and would be paired wrongly.
     """
-    sizes = {
-        row["label"]: row["figures"]["rm_dpo"]["prompts"]
-        for row in part_rows
-        if "prompts" in row["figures"].get("rm_dpo", {})
-    }
-    if len(set(sizes.values())) > 1:
-        raise InputError(f"rows were evaluated on different numbers of prompts: {sizes}", remedy="evaluate them again")
+    wanted: dict[str, set[str]] = {}
+    kept, odd = [], {}
+    for cell in cells:
+        problem = None
+        for result in cell.results:
+            for pairs, table in result["pairs"].items():
+                names = set(table["prompt_id"])
+                others = names ^ wanted.setdefault(pairs, names)
+                if others:
+                    problem = (
+                        f"its {pairs} pairs differ from the first row's in {len(others)} prompts, e.g. "
+                        f"{sorted(others)[0]}; delete its result file and run it again"
+                    )
+        if problem:
+            odd[cell.label] = problem
+        else:
+            kept.append(cell)
+    return kept, odd

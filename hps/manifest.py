@@ -134,8 +134,10 @@ def claim(folder: Path, settings: dict) -> bool:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path) -> Iterator[int]:
     """Keep other processes out of a folder inside the block; a process that ends, however it ends, lets go.
+
+    Yields the lock's file descriptor: a child process that inherits it keeps the lock as well.
 
     Raises:
         InputError: another run works in it.
@@ -151,7 +153,7 @@ def hold(folder: Path) -> Iterator[None]:
                 where=str(folder),
                 remedy="wait for it, or give another `output`",
             ) from None
-        yield
+        yield handle
     finally:
         os.close(handle)
 

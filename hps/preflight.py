@@ -19,7 +19,7 @@ from hps.manifest import check_model
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.recipe import SPLITS, Model, Recipe, as_yaml
 from hps.records import read_prompts, read_ranked
-from hps.workers import accumulation_steps, process_count
+from hps.workers import accumulation_steps, check_gpus, process_count
 
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}
 ARMORM = "LlamaForRewardModelWithGating"  # its labels are its objectives; annotation/armorm.py makes one score of them
@@ -116,6 +116,8 @@ def attempt(check, *arguments, dry_run: bool):
 
 def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What gene.sh will do, a line each."""
+    if not dry_run:
+        check_gpus("generation.tensor_parallel", recipe.generation.tensor_parallel)
     lines = []
     for split in SPLITS:
         settings = getattr(recipe.data, split)
@@ -175,6 +177,8 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What evaluate.sh will do, a line each."""
     run, settings = recipe.run_folder(), recipe.evaluation
     lines = []
+    if recipe.judge.enabled and not dry_run:
+        check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
     if not (run / "manifest.json").exists():
         problem = InputError(
             "there is no finished run", where=str(run), remedy="run `bash run.sh` with this recipe first"

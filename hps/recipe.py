@@ -519,6 +519,8 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
                 where=place.of("generation.temperature"),
                 remedy="raise the temperature, or ask for one response",
             )
+    if recipe.judge.enabled:
+        _check_judge(recipe, place)
     for meaningless, key, reason, remedy in _meaningless(recipe):
         if meaningless:
             raise InputError(f"`{key}` is `{_get(recipe, key)}`, but {reason}", where=place.of(key), remedy=remedy)
@@ -530,6 +532,22 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
         value = _get(recipe, key)
         if not value or (key == "run" and ("/" in value or value in RESERVED)):
             raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy="give the name of a folder")
+
+
+def _check_judge(recipe: Recipe, place: _Place) -> None:
+    settings = recipe.judge
+    if settings.repeats > 1 and settings.temperature == 0:
+        raise InputError(
+            f"`judge.repeats` is {settings.repeats} and `judge.temperature` is 0: all repeats would be the same",
+            where=place.of("judge.repeats"),
+            remedy="raise the temperature, or use judge.repeats=1",
+        )
+    if settings.answers > recipe.evaluation.samples:
+        raise InputError(
+            f"`judge.answers` is {settings.answers}, `evaluation.samples` is {recipe.evaluation.samples}",
+            where=place.of("judge.answers"),
+            remedy="lower the first or raise the second",
+        )
 
 
 # Settings of the loss that some methods alone read: the values of other settings under which they are read.

@@ -28,6 +28,22 @@ def count_devices(requested: int | None, gpus_each: int = 1) -> int:
     return max(1, torch.cuda.device_count() // gpus_each)
 
 
+def check_gpus(field: str, wanted: int) -> None:
+    """Refuse more GPUs for one engine than this machine has; before vLLM does, which takes a page to say it.
+
+    A cluster's machines (`RAY_ADDRESS`) are not asked.
+    """
+    import torch
+
+    found = torch.cuda.device_count()
+    if wanted > max(1, found) and not os.environ.get("RAY_ADDRESS"):
+        raise InputError(
+            f"`{field}` is {wanted}, this machine has {found} GPUs",
+            where="recipe",
+            remedy=f"use {field}={max(1, found)} and a model that fits",
+        )
+
+
 def process_count(recipe: Recipe) -> int:
     """Processes that train: as the recipe says, else one for every GPU, else one."""
     if recipe.training.processes is not None:

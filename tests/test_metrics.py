@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from sacrebleu import corpus_bleu
 
 from evaluation import metrics as stage
 from hps.errors import InputError
@@ -38,17 +39,26 @@ def test_released_bleu_counts_characters(bleu):
 def test_corpus_bleu_has_an_interval_around_it(bleu):
     answers = [f"word{number} stands in line number {number % 7} of the page" for number in range(40)]
     references = [text.replace("line", "row") if number % 3 else text for number, text in enumerate(answers)]
-    found = bleu.corpus(answers, references, 300)
+    found = bleu.corpus([[pair] for pair in zip(answers, references, strict=True)], 300, 0)
     low, high = found["interval"]
     assert 0 < low < found["mean"] < high < 1
-    assert bleu.signatures()["corpus"].startswith("nrefs:1|bs:300|seed:12345|")
+    assert found["mean"] == pytest.approx(corpus_bleu(answers, [references]).score / 100, abs=5e-5)
+    assert bleu.signatures()["corpus"].startswith("nrefs:1|")
+
+
+def test_the_answers_to_a_prompt_are_drawn_together(bleu):
+    """Five equal answers to each prompt say no more than one: the same interval."""
+    answers = [f"word{number} stands in line number {number % 7} of the page" for number in range(40)]
+    pairs = [(text, text.replace("line", "row") if number % 3 else text) for number, text in enumerate(answers)]
+    once, often = (bleu.corpus([[pair] * count for pair in pairs], 300, 0) for count in (1, 5))
+    assert once == often
 
 
 def test_distinct_and_repetition_by_hand():
     """`a b a b` and `b a`: words a b a b b a, 2 of 6; pairs ab ba ab, ba: 2 of 4."""
     assert stage.distinct(["a b a b", "B a"], 1) == pytest.approx(2 / 6)
     assert stage.distinct(["a b a b", "b a"], 2) == pytest.approx(2 / 4)
-    assert stage.distinct(["", ""], 2) == 1.0
+    assert stage.distinct(["", ""], 2) is None  # no words are not diverse ones
     assert stage.repetition("one two three four one two three four") == pytest.approx(1 - 4 / 5)
     assert stage.repetition("too short") == 0.0
 

@@ -4,13 +4,20 @@ The scripts are replaced by one that writes what they write: their own tests are
 """
 
 import json
+import os
+import signal
 import subprocess
+import time
 
 import pytest
 
 from evaluation import judged, reproduce, results, table_files
+from evaluation.cost import judge_seconds
 from evaluation.results import Evaluated, find, result_key
+from hps import matrix
 from hps.errors import InputError
+from hps.manifest import hold
+from hps.matrix import load_matrix
 from hps.records import read_prompts, write_json
 
 FIGURES = {"reward_best": 1.0, "reward_mean": 0.5, "bleu_best": 0.2, "kl_sampled": 0.3, "tokens_mean_change": 1.0}
@@ -41,12 +48,15 @@ class Scripts:
     def __init__(self):
         self.calls: list[tuple[str, str]] = []
         self.broken: set[tuple[str, str]] = set()
+        self.kill_at: tuple[str, str] | None = None
 
     def __call__(self, driver, script, arguments, recipe, name):
         self.calls.append((script, recipe.run))
         log = reproduce.Path(recipe.output) / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("first line\nerror: it broke\n\n")
+        if (script, recipe.run) == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         if (script, recipe.run) in self.broken:
             raise subprocess.CalledProcessError(2, script)
         if script == "evaluate.sh":
@@ -94,11 +104,13 @@ def test_a_failed_run_is_listed_and_the_others_go_on(scripts, tmp_path, capsys):
     scripts.broken = {("run.sh", "dpo-bt-beta0.5"), ("evaluate.sh", "dpo-hps")}
     assert reproduce.reproduce("8", "quickstart", None) == 2
     table = json.loads((tmp_path / "results" / "quickstart" / "table8.json").read_text())
-    assert set(table["failed"]) == {"dpo-bt-beta0.5", "dpo-hps"} and len(table["parts"][0]["rows"]) == 9
-    assert "run.sh ended with status 2, see " in table["failed"]["dpo-bt-beta0.5"]
-    assert table["failed"]["dpo-hps"].endswith("evaluate-dpo-hps.log: error: it broke")
+    assert (
+        set(table["failed"]) == {"pku_safe/dpo-bt-beta0.5", "pku_safe/dpo-hps"} and len(table["parts"][0]["rows"]) == 9
+    )
+    assert "run.sh ended with status 2, see " in table["failed"]["pku_safe/dpo-bt-beta0.5"]
+    assert table["failed"]["pku_safe/dpo-hps"].endswith("evaluate-dpo-hps.log: error: it broke")
     assert "dpo-bt-beta0.5" not in scripts.of("evaluate.sh")
-    assert "FAILED dpo-hps: evaluate.sh ended with status 2" in capsys.readouterr().err
+    assert "FAILED pku_safe/dpo-hps: evaluate.sh ended with status 2" in capsys.readouterr().err
     scripts.broken, scripts.calls[:] = set(), []
     assert reproduce.reproduce("8", "quickstart", None) == 0  # the two that failed, alone
     assert sorted(scripts.of("run.sh")) == ["dpo-bt-beta0.5", "dpo-hps"]
@@ -137,6 +149,97 @@ def test_dry_run_counts_what_is_missing(scripts):
     assert scripts.calls == []
     reproduce.reproduce("8", "quickstart", "beta")
     assert "2 runs to train and evaluate" in reproduce.plan("8", "quickstart")
+
+
+def test_dry_run_of_the_judged_table(scripts):
+    """What runs, and no other: DPO of the first seed; judged, though results of the runs may stand."""
+    lines = reproduce.plan("4", "quickstart")
+    assert [line for line in lines if line.endswith("to do")] == [
+        f"pku_safe: {n}: to do" for n in ("dpo-hps", "dpo-pl", "dpo-bt")
+    ]
+    assert any(line.endswith(" h  judging") for line in lines)
+
+
+def test_hours_by_hand():
+    """One verdict: 2 x 100 weights x (10 + 20 + 30) tokens at 1000 operations a second are 12 s, and 5 tokens at 10 a
+    second 0.5 s; 24 prompts of two models on 2 devices."""
+    cost = {
+        **{"judge_weights": 100, "rubric_tokens": 10, "prompt_tokens": 20, "response_tokens": 30, "verdict_tokens": 5},
+        **{"operations_per_second": 1000, "judge_tokens_per_second": 10, "devices": 2},
+    }
+    assert judge_seconds([evaluation()], cost) == pytest.approx(24 * 2 * 12.5 / 2)
+
+
+def test_two_data_sets_do_not_hide_each_other(scripts, monkeypatch):
+    """The same method fails on both sets: two failures, and every run has its own seconds."""
+    both = load_matrix("quickstart")
+    both["grids"] = [{"tables": [2], "data": list(both["recipes"]), "values": {"loss.preference": ["bt", "hps"]}}]
+    monkeypatch.setattr(reproduce, "load_matrix", lambda scale: both)
+    monkeypatch.setattr(matrix, "all_runs", lambda scale: matrix.expand(both))
+    scripts.broken = {("run.sh", "dpo-bt")}
+    assert reproduce.reproduce("2", "quickstart", None) == 2
+    table = json.loads((reproduce.REPOSITORY / "results" / "quickstart" / "table2.json").read_text())
+    assert set(table["failed"]) == {"hh_rlhf/dpo-bt", "pku_safe/dpo-bt"}
+
+
+def test_only_what_no_run_is_called(scripts):
+    with pytest.raises(InputError, match="no run's name contains `beta7`; the runs are sft, dpo-bt"):
+        reproduce.reproduce("8", "quickstart", "beta7")
+
+
+@pytest.mark.parametrize("text", ['{"run": "x"}', '{"run": "x", "ke', "[]"])
+def test_a_damaged_result_is_named(scripts, text):
+    reproduce.reproduce("8", "quickstart", "beta0.5")
+    (run,) = (e for e in reproduce.needed("8", "quickstart") if e.name == "dpo-bt-beta0.5")
+    run.path("quickstart").write_text(text)
+    with pytest.raises(InputError, match="dpo-bt-beta0.5.json: this is no result .*; take it from git again"):
+        find(run, "quickstart")
+
+
+@pytest.mark.parametrize("at", [("run.sh", "dpo-hps"), ("evaluate.sh", "dpo-bt-beta0.5")])
+def test_killed_it_continues(scripts, at):
+    """SIGKILL in a training and in an evaluation: what has its result is not touched again, the table is whole."""
+    child = os.fork()
+    if child == 0:
+        scripts.kill_at = at
+        reproduce.reproduce("8", "quickstart", None)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    folder = reproduce.REPOSITORY / "results" / "quickstart"
+    finished = {path: path.stat().st_mtime_ns for path in (folder / "runs" / "pku_safe").glob("*.json")}
+    assert bool(finished) == (at[0] == "evaluate.sh") and not (folder / "table8.json").exists()
+    assert reproduce.reproduce("8", "quickstart", None) == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert len(scripts.of("evaluate.sh")) == 10 - len([path for path in finished if path.stem != "sft"])
+    assert len(json.loads((folder / "table8.json").read_text())["parts"][0]["rows"]) == 11
+
+
+def test_a_script_that_outlives_its_driver_keeps_the_lock(tmp_path, monkeypatch):
+    """The driver alone is killed: its script still works in the run's folder, and a new driver says so."""
+    monkeypatch.setattr(reproduce, "REPOSITORY", tmp_path)
+    script, started = tmp_path / "long.sh", tmp_path / "started"
+    script.write_text(f"touch {started}; read -r -t 30 < {tmp_path / 'go'}\n")
+    os.mkfifo(tmp_path / "go")
+    child = os.fork()
+    if child == 0:
+        with hold(tmp_path / "results") as lock:
+            recipe = evaluation(f"output={tmp_path / 'runs'}").recipe
+            reproduce.Driver("quickstart", {}, lock).call(str(script), [], recipe, "x")
+        os._exit(0)
+    while not started.exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with pytest.raises(InputError, match="another run is working"), hold(tmp_path / "results"):
+        pass
+    (tmp_path / "go").write_text("\n")  # the script ends, and with it the lock
+    for _ in range(500):
+        try:
+            with hold(tmp_path / "results"):
+                return
+        except InputError:
+            time.sleep(0.01)
+    pytest.fail("the lock outlived the script")
 
 
 def test_dry_run_at_the_papers_scale_without_data(scripts):

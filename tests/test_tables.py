@@ -8,7 +8,6 @@ import pytest
 
 from evaluation import matched, render, table_files, tables
 from evaluation.results import Evaluated
-from hps.errors import InputError
 from hps.matrix import load_matrix, select
 from hps.recipe import REPOSITORY, load_recipe
 
@@ -61,7 +60,7 @@ def test_hps_is_paired_with_the_baselines_of_its_family_and_setting():
     """HPS has margins 2 above BT's at every prompt: the difference is 2 without any width, though margins vary."""
     cells = [tables.Cell("DPO-BT, n = 4", [result()]), tables.Cell("DPO-HPS, n = 4", [result(shift=2.0)])]
     cells += [tables.Cell("DPO-BT, n = 8", [result()]), tables.Cell("EXO-HPS, n = 4", [result()])]
-    (row,) = matched.against_baselines(cells, None)
+    (row,) = matched.differences(matched.against_baselines(cells), None)
     assert row["label"] == "DPO-HPS, n = 4 less BT" and row["by_seed"] == {}
     assert row["figures"]["rm_dpo"] == {"mean": 2.0, "interval": [2.0, 2.0], "prompts": 4}
     assert "kl_sampled" not in row["figures"] and "bleu_mean" not in row["figures"]
@@ -71,8 +70,56 @@ def test_differences_by_seed():
     """Seed 42: 2 above the baseline, seed 43: 1 below; seed 44 has no baseline."""
     ours = tables.Cell("DPO-HPS", [result(shift=2.0), result(43, shift=-1.0), result(44)])
     theirs = tables.Cell("DPO-BT", [result(), result(43)])
-    (row,) = matched.against_baselines([ours, theirs], None)
+    (row,) = matched.differences(matched.against_baselines([ours, theirs]), None)
     assert {seed: found["rm_dpo"] for seed, found in row["by_seed"].items()} == {"42": 2.0, "43": -1.0}
+
+
+def test_the_ablation_is_read_in_pairs():
+    """N on and off at each gamma that both have, and the scheduled gamma and each fixed one of the same N."""
+    labels = ["N off, gamma -5 to 5", "N off, gamma -5", "N off, gamma 0", "N on, gamma -5"]
+    cells = [tables.Cell(label, [result(shift=place)]) for place, label in enumerate(labels)]
+    rows = {
+        row["label"]: row["figures"]["rm_dpo"]["mean"]
+        for row in matched.differences(matched.within_ablation(cells), None)
+    }
+    assert rows == {
+        "N on less off, gamma -5": 2.0,
+        "N off, gamma -5 to 5 less -5": -1.0,
+        "N off, gamma -5 to 5 less 0": -2.0,
+    }
+
+
+def test_what_lies_below_the_first_point_is_marked():
+    """Both are read at KL 0.25, one was first measured at 1: half its margin of 1, no share in order."""
+    far, near = tables.Cell("far", [result()]), tables.Cell("near", [result()])
+    for pairs in near.results[0]["pairs"].values():
+        pairs["points"] = {"final": {**pairs["points"]["final"], "kl": [0.25] * 4}}
+    found = matched.matched([far, near], None)["cells"]
+    assert found["far"]["rm_dpo"]["mean"] == 0.5 and found["far"]["rm_dpo"]["before_first_point"]
+    assert "accuracy_written" not in found["far"] and found["near"]["accuracy_written"]["mean"] == 0.75
+    assert "before_first_point" not in found["near"]["rm_dpo"]
+    assert render.number(found["far"]["rm_dpo"]) == "0.500 [0.125, 0.875]†"
+    difference = matched.matched_differences(far, near, None)
+    assert difference["rm_dpo"]["before_first_point"] and "accuracy_ranked" not in difference
+
+
+def test_pairs_are_those_of_one_prompt_whatever_their_order():
+    """The second cell has its prompts the other way round: the difference is still 0 at each."""
+    turned = result()
+    for pairs in turned["pairs"].values():
+        pairs["prompt_id"] = NAMES[::-1]
+        for figures in pairs["points"].values():
+            for values in figures.values():
+                values.reverse()
+    cells = [tables.Cell("a", [result()]), tables.Cell("b", [turned])]
+    found = matched.difference_at_kl(*(matched.curve(cell, "ranked", "rm_dpo") for cell in cells))
+    assert found["mean"] == 0.0 and found["interval"] == [0.0, 0.0]
+
+
+def test_a_reward_beyond_the_end_of_its_curve_says_where_it_was_read():
+    curve = (np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[0.0, 0.0], [2.0, 2.0]]))
+    entry = matched.read_at(curve, np.full(1 + tables.SAMPLES, 4.0))
+    assert entry["mean"] == 2.0 and entry["at_kl"] == 1.0
 
 
 def read(curve, kl: float) -> float:
@@ -174,6 +221,7 @@ def test_sub_samples_stand_beside_the_papers_in_order():
     cells = [tables.Cell(f"{method}, n = {n}", []) for method in ("DPO-BT", "DPO-HPS") for n in sizes]
     table_files.give_paper("6", cells, tables.paper_rows("6", "hh_rlhf"))
     found = {cell.label: cell.paper["rm_dpo"] for cell in cells if cell.label.startswith("DPO-HPS")}
+    assert [cell.label.partition(" (")[0] for cell in cells[:2]] == ["DPO-BT, n = 2", "DPO-BT, n = 4"]
     assert found == {
         "DPO-HPS, n = 2 (paper: 5)": 0.6,
         "DPO-HPS, n = 4 (paper: 20)": 0.822,
@@ -210,14 +258,14 @@ def test_files_of_a_table(results_folder):
     table = json.loads(paths[0].read_text())
     (part,) = table["parts"]
     assert len(part["rows"]) == 10 and part["rows"][1]["figures"]["rm_dpo"]["paper"] == 0.349
-    assert table["failed"] == {"dpo-hps-beta1.0": "not run yet", "dpo-bt": "run.sh ended with status 2"}
+    assert table["failed"] == {"pku_safe/dpo-hps-beta1.0": "not run yet", "dpo-bt": "run.sh ended with status 2"}
     text = paths[1].read_text()
     assert "| DPO-BT, beta = 0.1 | 2.000 [2.000, 2.000] | 8.463 | -6.463 |" in text
     assert "Another scale than the paper's" in text and "Table 8, HH-RLHF: " in text
     assert r"DPO-BT, beta = 0.1 & 2.000 [2.000, 2.000] (8.463)" in paths[2].read_text()
 
 
-def test_rows_on_different_prompts_are_refused(results_folder):
+def test_rows_on_different_prompts_are_left_out(results_folder):
     runs = evaluations(8)
     short = result()
     for pairs in short["pairs"].values():
@@ -225,8 +273,11 @@ def test_rows_on_different_prompts_are_refused(results_folder):
         for figures in pairs["points"].values():
             for name, values in figures.items():
                 figures[name] = values[:3]
-    with pytest.raises(InputError, match="different numbers of prompts"):
-        table_files.write_table("8", "quickstart", [(runs[0], result()), (runs[1], short)], {}, None)
+    paths = table_files.write_table("8", "quickstart", [(runs[0], result()), (runs[1], short)], {}, None)
+    table = json.loads(paths[0].read_text())
+    assert [row["label"] for row in table["parts"][0]["rows"]] == ["DPO-BT, beta = 0.1"]
+    problem = table["failed"]["pku_safe: DPO-HPS, beta = 0.1"]
+    assert problem.startswith("its written pairs differ from the first row's in 1 prompts, e.g. d; delete")
 
 
 def test_recipes_of_both_scales_load():
