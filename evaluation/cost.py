@@ -7,8 +7,8 @@ The assumptions stand in configs/matrix.yaml, `cost` of each scale, and are prin
                  gradients of frozen weights), with all weights 6 x; / (operations_per_second x devices)
     tokens       of a training row: prompt + responses of a step (`responses_per_prompt`) x response_tokens
     start        start_seconds for each start of a script's stages
-    judge        a verdict: one pass of judge_weights over rubric_tokens + prompt + response, and verdict_tokens new ones
-                 at judge_tokens_per_second of a device; verdicts: test prompts x models x answers x repeats
+    judge        a verdict: one pass of judge_weights over rubric_tokens + prompt + response, verdict_tokens new ones at
+                 judge_tokens_per_second of a device; verdicts: test prompts x models x answers x repeats
     disk         an adapter for each kept checkpoint, 4 bytes a weight, or whole models; candidates and ranking, 5 bytes
                  a token each
 """

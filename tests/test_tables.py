@@ -277,7 +277,7 @@ def test_rows_on_different_prompts_are_left_out(results_folder):
     table = json.loads(paths[0].read_text())
     assert [row["label"] for row in table["parts"][0]["rows"]] == ["DPO-BT, beta = 0.1"]
     problem = table["failed"]["pku_safe: DPO-HPS, beta = 0.1"]
-    assert problem.startswith("its written pairs differ from the first row's in 1 prompts, e.g. d; delete")
+    assert problem.startswith("its ranked pairs differ from the first row's in 1 prompts, e.g. d; delete")
 
 
 def test_recipes_of_both_scales_load():
