@@ -1,8 +1,8 @@
 """Score every candidate with the reward model and rank.
 
 Reads   `<output>/candidates/{train,test}.jsonl` (candidates)
-Writes  `<output>/ranked/{train,test}.jsonl` (ranked: candidates with `rewards`, sorted), `summary.json`,
-        `manifest.json` (last); beside the output folder `canaries/` (annotation/canary.py)
+Writes  `<output>/ranked/{train,test}.jsonl` (ranked: candidates with `rewards`, sorted), `{train,test}.ledger.jsonl`,
+        `summary.json`, `manifest.json` (last); beside the output folder `canaries/` (annotation/canary.py)
 Run     python -m annotation.annotate configs/quickstart.yaml
 
 A run that was killed is continued by the same command. A score that is not finite stops the run and names the record;
@@ -12,6 +12,7 @@ what was scored before stays.
 import json
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -33,16 +34,15 @@ class Scorer:
         self.model = load_reward_model(Model(**model), dtype, batch_tokens)
         check_canaries(self.model, Path(canaries), Model(**model))
 
-    def __call__(self, batch: dict) -> Iterator[dict]:
-        for text in batch["item"]:
-            item = json.loads(text)
+    def stream(self, items: Iterator[dict]) -> Iterator[dict]:
+        for item in items:
             record = item["record"]
             try:
                 rewards = self.model.score(record["prompt"], record["responses"], record["truncated"])
-                result = {"split": item["split"], "record": rank(record, rewards)}
+                result = {"record": rank(record, rewards)}
             except InputError as error:
                 result = {"error": f"{item['where']}: prompt {record['prompt_id']}: {error}"}
-            yield {"item": [json.dumps(result)]}
+            yield {"key": item["key"], **result}
 
 
 def rank(record: dict, rewards: list[float]) -> dict:
@@ -100,23 +100,34 @@ def annotate(recipe: Recipe) -> None:
 
 
 def _annotate(recipe: Recipe, folder: Path, settings: dict) -> None:
-    with Appender(recipe.ranked("train")) as train, Appender(recipe.ranked("test")) as test:
-        _score_all(recipe, {"train": train, "test": test})
+    with ExitStack() as opened:
+        files = {
+            split: [opened.enter_context(Appender(path)) for path in (recipe.ranked(split), ledger_path(recipe, split))]
+            for split in SPLITS
+        }
+        _score_all(recipe, files)
     summary = {split: summarize(recipe.ranked(split)) for split in SPLITS}
     write_json(folder / "summary.json", summary)
     for split, figures in summary.items():
         print(f"annotation: {split}: {json.dumps(figures)}")
-    finish(folder, recipe, settings, [recipe.ranked(split) for split in SPLITS])
+    outputs = [path for split in SPLITS for path in (recipe.ranked(split), ledger_path(recipe, split))]
+    finish(folder, recipe, settings, outputs)
 
 
-def _score_all(recipe: Recipe, writers: dict[str, Appender]) -> None:
+def ledger_path(recipe: Recipe, split: str) -> Path:
+    """Where prompts are noted that have no ranking."""
+    return recipe.ranked(split).with_name(f"{split}.ledger.jsonl")
+
+
+def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
+    """Score what is not scored; `files` are the ranked file and the ledger of each split."""
     items, done = [], 0
     for split in SPLITS:
-        finished = done_ids(recipe.ranked(split))
+        finished = done_ids(recipe.ranked(split), ledger_path(recipe, split))
         done += len(finished)
         for where, record in read_candidates(recipe.candidates(split)):
             if record["prompt_id"] not in finished:
-                items.append({"split": split, "where": where, "record": record})
+                items.append({"key": f"{split}/{record['prompt_id']}", "where": where, "record": record})
     print(f"annotation: {len(items)} prompts to score, {done} scored before", flush=True)
     if not items:
         return
@@ -130,7 +141,12 @@ def _score_all(recipe: Recipe, writers: dict[str, Appender]) -> None:
     for result in progress(results, len(items) + done, "annotation", " prompts", done):
         if "error" in result:
             raise InputError(result["error"])
-        writers[result["split"]].append(result["record"])
+        split, _, name = result["key"].partition("/")
+        ranked, ledger = files[split]
+        if "lost" in result:
+            ledger.append({"prompt_id": name, "reason": "its worker died twice", "cause": result["lost"]})
+        else:
+            ranked.append(result["record"])
 
 
 def main() -> None:

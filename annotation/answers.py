@@ -9,7 +9,6 @@ Run     python -m annotation.answers configs/quickstart.yaml [--sft]
 was trained to please.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -32,14 +31,14 @@ class AnswerScorer:
         self.model = load_reward_model(Model(**model), dtype, batch_tokens)
         check_canaries(self.model, Path(canaries), Model(**model))
 
-    def __call__(self, batch: dict) -> Iterator[dict]:
-        for item in map(json.loads, batch["item"]):
+    def stream(self, items: Iterator[dict]) -> Iterator[dict]:
+        for item in items:
             try:
                 details = self.model.score_details(item["prompt"], item["responses"], item["truncated"])
-                result = {"prompt_id": item["prompt_id"], "details": details}
+                result = {"details": details}
             except InputError as error:
-                result = {"error": f"{item['where']}: prompt {item['prompt_id']}: {error}"}
-            yield {"item": [json.dumps(result)]}
+                result = {"error": f"{item['where']}: prompt {item['key']}: {error}"}
+            yield {"key": item["key"], **result}
 
 
 def scores_path(recipe: Recipe, sft: bool) -> Path:
@@ -74,7 +73,7 @@ def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
         for where, record in read_answers(answers)
         if record["prompt_id"] not in done
     ]
-    counts = {item["prompt_id"]: item["answers"] for item in items}
+    counts = {item["key"]: item["answers"] for item in items}
     print(f"scores: {len(items)} prompts to score, {len(done)} scored before; {path}", flush=True)
     if not items:
         return
@@ -89,9 +88,15 @@ def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
         for result in progress(results, len(items) + len(done), "scores", " prompts", len(done)):
             if "error" in result:
                 raise InputError(result["error"])
-            count = counts[result["prompt_id"]]
+            if "lost" in result:  # a figure without it would be one over other prompts
+                raise InputError(
+                    f"prompt {result['key']} ended its reward model twice: {result['lost']}",
+                    where=str(answers),
+                    remedy="lower `annotation.batch_tokens`; the same command continues",
+                )
+            count = counts[result["key"]]
             details = result["details"]
-            file.append({"prompt_id": result["prompt_id"], "answers": details[:count], "given": details[count:]})
+            file.append({"prompt_id": result["key"], "answers": details[:count], "given": details[count:]})
 
 
 def with_given(record: dict, prompt: dict | None) -> dict:
@@ -101,7 +106,7 @@ def with_given(record: dict, prompt: dict | None) -> dict:
     """
     given = [text.strip() for text in prompt["responses"]] if prompt else []
     return {
-        "prompt_id": record["prompt_id"],
+        "key": record["prompt_id"],
         "prompt": record["prompt"],
         "responses": [*record["responses"], *given],
         "truncated": [*record["truncated"], *[False] * len(given)],

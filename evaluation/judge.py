@@ -57,6 +57,7 @@ SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
 TOO_LONG = "prompt longer than judge.max_prompt_tokens"
 CUT = "output cut by judge.max_new_tokens"
 NO_SCORES = "no scores in the output"
+LOST = "the engine died twice"
 
 
 class Scorer(Generator):
@@ -213,11 +214,11 @@ def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
                 file.append({"key": key, "error": TOO_LONG, "tokens": len(ids)})
             else:
                 items.append({"key": key, "ids": ids, "count": 1})
-        given = set()
         for result in progress(_results(recipe, items, tokenizer), len(items), "judge", " verdicts"):
-            if result["key"] not in given:  # an actor that was started again hands its batch in again
-                given.add(result["key"])
-                file.append({"key": result["key"], **read_scores(result["samples"][0])})
+            verdict = (
+                {"error": LOST, "output": result["lost"]} if "lost" in result else read_scores(result["samples"][0])
+            )
+            file.append({"key": result["key"], **verdict})
 
 
 def _results(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict]:
@@ -232,7 +233,7 @@ def _results(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict
         "seed": recipe.seed,
     }
     workers = count_devices(None, settings.tensor_parallel)
-    return run_workers(Scorer, arguments, items, workers, settings.tensor_parallel, 4 * settings.max_sequences)
+    return run_workers(Scorer, arguments, items, workers, settings.tensor_parallel, 3 * settings.max_sequences)
 
 
 def main() -> None:

@@ -100,11 +100,18 @@ def _answer(jobs: list[Answering]) -> None:
     total = sum(map(len, prompts))
     print(f"answers: {len(items)} of {total} prompts to do for {len(jobs)} model(s); loading the engine", flush=True)
     with ExitStack() as opened:
-        files = [opened.enter_context(Appender(job.folder / "test.jsonl")) for job in jobs]
+        files, ledgers = (
+            [opened.enter_context(Appender(job.folder / name)) for job in jobs]
+            for name in ("test.jsonl", "ledger.jsonl")
+        )
         results = sample(first.recipe, first.model, items, tokenizer)
         for result in progress(results, total, "answers", " prompts", total - len(items)):
             number, _, name = result["key"].partition("/")
-            files[int(number)].append(answers_record(prompts[int(number)][name], result["samples"]))
+            if "lost" in result:
+                line = {"prompt_id": name, "reason": "its engine died twice", "cause": result["lost"]}
+                ledgers[int(number)].append(line)
+            else:
+                files[int(number)].append(answers_record(prompts[int(number)][name], result["samples"]))
     for job in jobs:
         finish(job.folder, job.recipe, job.settings(), [job.folder / name for name in ("test.jsonl", "ledger.jsonl")])
         print(f"answers: {job.folder / 'test.jsonl'}")

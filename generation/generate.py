@@ -27,7 +27,7 @@ from hps.workers import count_devices, run_workers
 
 
 class Generator:
-    """The worker: an engine of its own; a batch of prompts in, their samples out as each is finished.
+    """The worker: an engine of its own; prompts in, their samples out as each is finished.
 
     Items in: `key`, `ids` (token ids), `count`, and `adapter` where one of the engine's adapters is to answer. Items
     out: `key`, `samples`.
@@ -36,11 +36,10 @@ class Generator:
     def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int, adapters: Sequence[str] = ()):
         self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), seed, adapters=adapters)
 
-    def __call__(self, batch: dict) -> Iterator[dict]:
-        items = map(json.loads, batch["item"])
-        prompts = ((item["key"], item["ids"], item["count"], item.get("adapter")) for item in items)
+    def stream(self, items: Iterator[dict | None]) -> Iterator[dict]:
+        prompts = (item and (item["key"], item["ids"], item["count"], item.get("adapter")) for item in items)
         for key, samples in self.engine.stream(prompts):
-            yield {"item": [json.dumps({"key": key, "samples": [asdict(sample) for sample in samples]})]}
+            yield {"key": key, "samples": [asdict(sample) for sample in samples]}
 
 
 def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tuple[dict, list[dict]]:
@@ -98,7 +97,7 @@ class SplitWriter:
                 continue
             ids = prompt_token_ids(self._tokenizer, record["prompt"])
             if len(ids) > self._settings.max_prompt_tokens:
-                self._refuse(name, "prompt too long", tokens=len(ids), limit=self._settings.max_prompt_tokens)
+                self.refuse(name, "prompt too long", tokens=len(ids), limit=self._settings.max_prompt_tokens)
             elif self.count == 0:
                 self.write(name, [])
             else:
@@ -106,8 +105,6 @@ class SplitWriter:
 
     def write(self, name: str, samples: list[Sample]) -> None:
         """Put a finished prompt on disk, the ledger first: a kill in between repeats the prompt, never loses it."""
-        if name in self.done:  # an actor that was started again hands its batch in again
-            return
         # White space around a response would merge with the template's tokens; generated text is stripped as well.
         given = [text.strip() for text in self.prompts[name]["responses"]] if self._settings.keep_given else []
         record = {**self.prompts[name], "responses": given}
@@ -116,12 +113,13 @@ class SplitWriter:
         for line in ledger:
             self._ledger.append(line)
         if len(candidates["responses"]) < 2:
-            self._refuse(name, "fewer than two distinct responses", responses=candidates["responses"])
+            self.refuse(name, "fewer than two distinct responses", responses=candidates["responses"])
         else:
             self._candidates.append(candidates)
             self.done.add(name)
 
-    def _refuse(self, name: str, reason: str, **facts) -> None:
+    def refuse(self, name: str, reason: str, **facts) -> None:
+        """Put a prompt into the ledger: it has no candidates and is done."""
         self._ledger.append({"prompt_id": name, "reason": reason, "refused": True, **facts})
         self.done.add(name)
 
@@ -193,7 +191,10 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
     results = sample(recipe, recipe.models.generator, items, tokenizer)
     for result in progress(results, total, "generation", " prompts", done):
         split, _, name = result["key"].partition("/")
-        writers[split].write(name, [Sample(**sample) for sample in result["samples"]])
+        if "lost" in result:
+            writers[split].refuse(name, "its engine died twice", cause=result["lost"])
+        else:
+            writers[split].write(name, [Sample(**sample) for sample in result["samples"]])
     for writer in writers.values():
         writer.close()
     summary = {split: summarize(writer.path, writer.ledger_path) for split, writer in writers.items()}
@@ -218,9 +219,9 @@ def sample(recipe: Recipe, model: Model, items: list[dict], tokenizer) -> Iterat
     gpus = recipe.generation.tensor_parallel
     workers = count_devices(recipe.generation.workers, gpus)
     most = max(item["count"] for item in items)
-    # Enough for an actor's engine to be full most of the time that it works on a batch.
-    batch = max(1, 4 * recipe.generation.max_sequences // most)
-    return run_workers(Generator, arguments, items, workers, gpus, batch)
+    # More than the engine keeps waiting for itself, so that it never waits for us.
+    window = 1 + 3 * recipe.generation.max_sequences // max(1, most)
+    return run_workers(Generator, arguments, items, min(workers, len(items)), gpus, window)
 
 
 def main() -> None:

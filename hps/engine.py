@@ -24,6 +24,7 @@ _CUDA_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 CPU_KV_CACHE_BYTES = 2 * 2**30
 
 
+END = object()
 LORA_RANKS = (8, 16, 32, 64, 128, 256)  # of those that vLLM takes
 MOST_ADAPTERS = 4  # at work at a time; prompts come sorted by adapter, so that two or three overlap
 
@@ -96,23 +97,24 @@ class Engine:
         ).llm_engine
 
     def stream(
-        self, prompts: Iterable[tuple[str, list[int], int] | tuple[str, list[int], int, str | None]]
+        self, prompts: Iterable[tuple[str, list[int], int] | tuple[str, list[int], int, str | None] | None]
     ) -> Iterator[tuple[str, list[Sample]]]:
         """Sample; yield `(key, samples)` in the order of finishing.
 
         Args:
             prompts: `(key, token ids, number of samples)` and, where one of `adapters` is to answer, its folder; keys
                 are unique. Read lazily: at most twice the number of sequences that the engine runs at a time are
-                waiting in it.
+                waiting in it. None: there is no more at the moment.
         """
         source = iter(prompts)
         waiting: dict[str, int] = {}
         exhausted = False
         while True:
             while not exhausted and sum(waiting.values()) < 2 * self._settings.max_sequences:
-                item = next(source, None)
-                if item is None:
+                item = next(source, END)
+                if item is END:
                     exhausted = True
+                if item is END or item is None:
                     break
                 key, ids, count, *adapter = item
                 self._engine.add_request(
@@ -120,7 +122,9 @@ class Engine:
                 )
                 waiting[key] = count
             if not waiting:
-                return
+                if exhausted:
+                    return
+                continue
             for output in self._engine.step():
                 if output.finished:
                     del waiting[output.request_id]

@@ -1,12 +1,10 @@
-"""Devices: how many there are, and one worker class on one or many, in process or as actors of Ray Data.
+"""Devices: how many there are, and one worker class on one or many, in process or as actors of Ray.
 
-A worker is a class whose instances are called with a batch and yield batches: `{"item": [json, ...]}` in, the same
-out. Items are JSON texts, so that nothing between us and the actor changes a type. The class runs unchanged in process
-(one device) and as Ray Data actors (several devices of this machine, or of the cluster that `RAY_ADDRESS` names); a
+A worker is a class whose `stream` takes items and yields results. The class runs unchanged in process (one device) and
+as supervised actors of Ray (hps.actors: several devices of this machine, or of the cluster that `RAY_ADDRESS` names); a
 single writer, the caller, takes what comes out.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 
@@ -19,13 +17,16 @@ def count_devices(requested: int | None, gpus_each: int = 1) -> int:
     if requested is not None:
         return requested
     if os.environ.get("RAY_ADDRESS"):
-        import ray
+        from hps.actors import connect, places
 
-        _connect(ray)
-        return max(1, int(ray.cluster_resources().get("GPU", 0)) // gpus_each)
+        return max(1, sum(places(node, gpus_each) for node in connect().nodes() if node["Alive"] and _gpus(node)))
     import torch
 
     return max(1, torch.cuda.device_count() // gpus_each)
+
+
+def _gpus(node: dict) -> int:
+    return int(node["Resources"].get("GPU", 0))
 
 
 def check_gpus(field: str, wanted: int) -> None:
@@ -71,54 +72,25 @@ def accumulation_steps(recipe: Recipe, processes: int) -> int:
 
 
 def run_workers(
-    worker: type, arguments: dict, items: Iterable[dict], workers: int, gpus_each: int = 1, batch: int = 16
+    worker: type, arguments: dict, items: Iterable[dict], workers: int, gpus_each: int = 1, window: int = 4
 ) -> Iterator[dict]:
     """What `worker(**arguments)` makes of the items, in no particular order.
 
     In process the worker is made before this returns, so that a progress bar begins with the work.
 
     Args:
-        worker: the class; its `__call__` takes and yields `{"item": [json, ...]}`.
-        items: JSON-able dicts.
+        worker: the class. Its `stream` takes an iterator of items and yields a result for each, in any order, with the
+            item's `key`. On actors the iterator also gives None: nothing more at the moment, go on with what you have.
+        items: JSON-able dicts with a unique `key`, read as there is room for them.
         workers: number of instances; 1 runs in this process unless `RAY_ADDRESS` is set.
         gpus_each: GPUs reserved for an instance where there are GPUs.
-        batch: items handed to an actor at a time. What it makes of them comes back when all are done, so this is also
-            what a kill can lose for each actor.
+        window: items that are with an actor at a time.
+
+    Yields:
+        Results; from actors `{"key": ..., "lost": why}` of an item that ended two of them (hps.actors).
     """
-    texts = [json.dumps(item) for item in items]
     if workers == 1 and not os.environ.get("RAY_ADDRESS"):
-        return _in_process(worker(**arguments), texts)
-    return _on_ray(worker, arguments, texts, workers, gpus_each, batch)
+        return worker(**arguments).stream(iter(items))
+    from hps.actors import run_actors
 
-
-def _in_process(instance, texts: list[str]) -> Iterator[dict]:
-    for batch in instance({"item": texts}):
-        yield from map(json.loads, batch["item"])
-
-
-def _on_ray(
-    worker: type, arguments: dict, texts: list[str], workers: int, gpus_each: int, batch: int
-) -> Iterator[dict]:
-    import ray
-
-    _connect(ray)
-    gpus = ray.cluster_resources().get("GPU", 0)
-    # A block is one task of an actor: small ones go to whoever is free.
-    blocks = min(len(texts), max(workers, -(-len(texts) // batch)))
-    dataset = ray.data.from_items([{"item": text} for text in texts], override_num_blocks=blocks)
-    done = dataset.map_batches(
-        worker,
-        fn_constructor_kwargs=arguments,
-        batch_size=batch,
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=1,
-        num_gpus=gpus_each if gpus else 0,
-    )
-    for row in done.iter_rows():
-        yield json.loads(row["item"])
-
-
-def _connect(ray) -> None:
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    return run_actors(worker, arguments, items, workers, gpus_each, window)

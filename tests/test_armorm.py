@@ -372,9 +372,8 @@ def test_an_armorm_ranks(folders, tmp_path):
     responses = RESPONSES[:3]
     record = {"prompt_id": "p", "prompt": MESSAGES, "responses": responses, "truncated": TRUNCATED[:3]}
     record |= {"sources": ["generated"] * 3, "token_counts": [1, 2, 3]}
-    item = json.dumps({"split": "train", "where": "here", "record": record})
-    ((text,),) = [batch["item"] for batch in scorer({"item": [item]})]
-    ranked = json.loads(text)["record"]
+    (result,) = scorer.stream(iter([{"key": "train/p", "where": "here", "record": record}]))
+    ranked = result["record"]
     wanted = ArmoRM(model, "float32").score(MESSAGES, responses, TRUNCATED[:3])
     assert ranked["rewards"] == sorted(wanted, reverse=True)
     assert ranked["responses"] == [text for _, text in sorted(zip(wanted, responses, strict=True), reverse=True)]

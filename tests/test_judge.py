@@ -49,13 +49,13 @@ class Replay:
     def __init__(self, **arguments):
         self.arguments = arguments
 
-    def __call__(self, batch: dict):
-        for number, text in enumerate(batch["item"]):
+    def stream(self, items):
+        for number, item in enumerate(items):
             if number == self.most:
                 raise KeyboardInterrupt
-            Replay.asked.append({**json.loads(text), "arguments": self.arguments})
+            Replay.asked.append({**item, "arguments": self.arguments})
             sample = {"text": json.dumps(dict.fromkeys(CRITERIA, 2.5)), "tokens": 9, "truncated": False}
-            yield {"item": [json.dumps({"key": json.loads(text)["key"], "samples": [sample]})]}
+            yield {"key": item["key"], "samples": [sample]}
 
 
 @pytest.fixture

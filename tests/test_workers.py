@@ -1,37 +1,52 @@
 """One worker class, in process or as actors of Ray: the same results, and errors come through."""
 
-import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from hps.recipe import load_recipe
+from hps.errors import InputError
+from hps.recipe import REPOSITORY, load_recipe
 from hps.records import read_candidates, read_jsonl
 from hps.workers import count_devices, run_workers
 
-ITEMS = [{"number": number, "text": "größer\n"} for number in range(40)]
+ITEMS = [{"key": str(number), "number": number, "text": "größer\n"} for number in range(40)]
 
 
 class Doubler:
-    """A worker as small as one can be: doubles, one item at a time; 13 is beyond it where it is told so."""
+    """A worker as small as one can be: doubles, one item at a time. What happens at the number 13 is the argument."""
 
-    def __init__(self, factor: int, unlucky: bool = False):
-        self.factor, self.unlucky = factor, unlucky
+    def __init__(self, factor: int, at_13: str = ""):
+        self.factor, self.at_13 = factor, at_13
 
-    def __call__(self, batch: dict):
-        for text in batch["item"]:
-            item = json.loads(text)
-            if self.unlucky and item["number"] == 13:
-                raise ValueError("13 is beyond me")
-            yield {"item": [json.dumps({**item, "number": item["number"] * self.factor})]}
+    def stream(self, items):
+        for item in items:
+            if item["number"] == 13 or self.at_13 == "always dies":
+                self.meet_13()
+            yield {**item, "number": item["number"] * self.factor}
+
+    def meet_13(self):
+        if self.at_13 == "raises":
+            raise ValueError("13 is beyond me")
+        if self.at_13 == "refuses":
+            raise InputError("13 is no number", where="here", remedy="take 12")
+        once = self.at_13.startswith("/") and not Path(self.at_13).exists()
+        if once:
+            Path(self.at_13).touch()
+        if once or self.at_13 in ("dies", "always dies"):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(workers: int, items=ITEMS, **arguments) -> list[dict]:
     results = list(run_workers(Doubler, {"factor": 2, **arguments}, items, workers))
-    return sorted(results, key=lambda item: item["number"])
+    return sorted(results, key=lambda item: item.get("number", -1))
 
 
-DOUBLED = [{"number": 2 * number, "text": "größer\n"} for number in range(40)]
+DOUBLED = [{**item, "number": 2 * item["number"]} for item in ITEMS]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +71,7 @@ def test_in_process():
 
 def test_in_process_results_come_one_by_one():
     """The first result is there before the item that fails is touched."""
-    results = run_workers(Doubler, {"factor": 2, "unlucky": True}, ITEMS, 1)
+    results = run_workers(Doubler, {"factor": 2, "at_13": "raises"}, ITEMS, 1)
     assert [next(results)["number"] for _ in range(13)] == list(range(0, 26, 2))
     with pytest.raises(ValueError, match="13 is beyond me"):
         next(results)
@@ -85,9 +100,84 @@ def test_actors_give_what_one_process_gives(ray):
 
 @pytest.mark.slow
 @pytest.mark.infer
-def test_an_error_in_an_actor_comes_through(ray):
-    with pytest.raises(Exception, match="13 is beyond me"):
-        run(2, unlucky=True)
+@pytest.mark.parametrize(("at_13", "why"), [("dies", "died"), ("raises", "ValueError: 13 is beyond me")])
+def test_an_item_that_ends_two_actors_is_given_up(ray, at_13, why):
+    """All the others come back, once each, also those that were with the actor when it died."""
+    lost, *results = run(2, at_13=at_13)
+    assert lost["key"] == "13" and why in lost["lost"]
+    assert results == [item for item in DOUBLED if item["key"] != "13"]
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_an_actor_that_dies_once_is_replaced(ray, tmp_path):
+    assert run(2, at_13=str(tmp_path / "died")) == DOUBLED
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_bad_input_ends_the_run_as_it_is(ray):
+    with pytest.raises(InputError, match="here: 13 is no number; take 12"):
+        run(2, at_13="refuses")
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_actors_that_die_whatever_they_get_end_the_run(ray):
+    with pytest.raises(InputError, match="5 workers died in a row and none finished anything"):
+        run(2, at_13="always dies")
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_items_are_taken_as_there_is_room(ray):
+    """Back-pressure: never more than a window for each actor beyond what came back."""
+    taken = []
+
+    def source():
+        for item in ITEMS:
+            taken.append(item)
+            yield item
+
+    for back, _ in enumerate(run_workers(Doubler, {"factor": 2}, source(), 2, window=3), 1):
+        assert len(taken) <= back + 2 * 3
+    assert back == len(ITEMS)
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_more_workers_than_there_is_room_for(ray):
+    with pytest.raises(InputError, match="3 workers of one CPU core each do not fit: there is room for 2"):
+        run(3)
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_on_the_cluster_that_is_named(tmp_path):
+    """A cluster started as `ray start` does it, and RAY_ADDRESS: one worker is an actor there, too, and is replaced."""
+    script = f"from tests.test_workers import *; print(run(1, at_13={str(tmp_path / 'died')!r}) == DOUBLED)"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    environment = {**os.environ, **token, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "ray.scripts.scripts"]
+    # The path of a socket must be short.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        start = [
+            "start",
+            "--head",
+            "--node-ip-address=127.0.0.1",
+            "--port=6399",
+            "--num-cpus=2",
+            f"--temp-dir={folder}",
+        ]
+        try:
+            begun = subprocess.run([*command, *start], env=environment, capture_output=True, text=True)
+            assert begun.returncode == 0, begun.stdout + begun.stderr
+            environment["RAY_ADDRESS"] = "127.0.0.1:6399"
+            done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+            assert done.stdout.splitlines()[-1:] == ["True"], done.stdout + done.stderr
+            assert "a worker died" in done.stdout
+        finally:
+            subprocess.run([*command, "stop", "--force"], env=environment, capture_output=True)
 
 
 @pytest.mark.slow
