@@ -94,7 +94,7 @@ def versions() -> dict:
 
 
 def git_commit() -> str | None:
-    """The repository's commit, with `+changes` when the work tree differs from it; `results/`, outputs, do not count."""
+    """The repository's commit, with `+changes` when the work tree differs; `results/`, outputs, do not count."""
     try:
         commit = _git("rev-parse", "HEAD")
         return commit + (
