@@ -94,10 +94,12 @@ def versions() -> dict:
 
 
 def git_commit() -> str | None:
-    """The repository's commit, with `+changes` when the work tree differs from it."""
+    """The repository's commit, with `+changes` when the work tree differs; `results/`, outputs, do not count."""
     try:
         commit = _git("rev-parse", "HEAD")
-        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return commit + (
+            "+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
