@@ -3,7 +3,7 @@
 #
 #   bash setup.sh infer|train [cpu|cuda]
 #
-#   infer   .venv-infer: vLLM, Ray Data        requirements-infer.txt, on the CPU requirements-infer-cpu.txt
+#   infer   .venv-infer: vLLM, Ray             requirements-infer.txt, on the CPU requirements-infer-cpu.txt
 #   train   .venv-train: TRL, DeepSpeed        requirements-train.txt, on the CPU requirements-train-cpu.txt
 #
 # Left out, the second argument is the one of the first time, at first cuda where nvidia-smi runs, else cpu. On the CPU

@@ -11,6 +11,7 @@ what was scored before stays.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -54,21 +55,23 @@ def rank(record: dict, rewards: list[float]) -> dict:
 
 def summarize(path: Path) -> dict:
     """Rewards of a ranked file: means over prompts of best, mean and worst reward, spread; ties and lengths."""
-    best, average, worst, spread, lengths, ties, sources, prompts = [], [], [], [], [], 0, {}, 0
+    sums: Counter = Counter()
+    prompts, responses, ties, sources = 0, 0, 0, Counter()
     for _, record in read_ranked(path):
         rewards = record["rewards"]
+        middle = mean(rewards)
         prompts += 1
-        best.append(rewards[0])
-        average.append(mean(rewards))
-        worst.append(rewards[-1])
-        spread.append(math.sqrt(mean((reward - average[-1]) ** 2 for reward in rewards)))
+        responses += len(rewards)
+        sums["best"] += rewards[0]
+        sums["mean"] += middle
+        sums["worst"] += rewards[-1]
+        sums["standard_deviation"] += math.sqrt(mean((reward - middle) ** 2 for reward in rewards))
+        sums["tokens"] += sum(record["token_counts"])
         ties += len(rewards) - len(set(rewards))
-        lengths += record["token_counts"]
-        sources[record["sources"][0]] = sources.get(record["sources"][0], 0) + 1
+        sources[record["sources"][0]] += 1
     if not prompts:
         return {"prompts": 0}
-    columns = {"best": best, "mean": average, "worst": worst, "standard_deviation": spread, "tokens": lengths}
-    means = {name: round(mean(values), 4) for name, values in columns.items()}
+    means = {name: round(total / (responses if name == "tokens" else prompts), 4) for name, total in sums.items()}
     return {"prompts": prompts, **means, "tied_responses": ties, "source_of_best": dict(sorted(sources.items()))}
 
 
@@ -121,24 +124,27 @@ def ledger_path(recipe: Recipe, split: str) -> Path:
 
 def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
     """Score what is not scored; `files` are the ranked file and the ledger of each split."""
-    items, done = [], 0
-    for split in SPLITS:
-        finished = done_ids(recipe.ranked(split), ledger_path(recipe, split))
-        done += len(finished)
-        for where, record in read_candidates(recipe.candidates(split)):
-            if record["prompt_id"] not in finished:
-                items.append({"key": f"{split}/{record['prompt_id']}", "where": where, "record": record})
-    print(f"annotation: {len(items)} prompts to score, {done} scored before", flush=True)
-    if not items:
+    total = sum(1 for split in SPLITS for _ in read_candidates(recipe.candidates(split)))  # checks every line
+    finished = {split: done_ids(recipe.ranked(split), ledger_path(recipe, split)) for split in SPLITS}
+    done = sum(map(len, finished.values()))
+    print(f"annotation: {total - done} prompts to score, {done} scored before", flush=True)
+    if total == done:
         return
+    items = (  # read as there is room
+        {"key": f"{split}/{record['prompt_id']}", "where": where, "record": record}
+        for split in SPLITS
+        for where, record in read_candidates(recipe.candidates(split))
+        if record["prompt_id"] not in finished[split]
+    )
+    workers = min(count_devices(recipe.annotation.workers), total - done)
     arguments = {
         "model": asdict(recipe.models.reward),
         "dtype": recipe.annotation.dtype,
         "batch_tokens": recipe.annotation.batch_tokens,
         "canaries": str(canary_folder(recipe)),
     }
-    results = run_workers(Scorer, arguments, items, count_devices(recipe.annotation.workers))
-    for result in progress(results, len(items) + done, "annotation", " prompts", done):
+    results = run_workers(Scorer, arguments, items, workers)
+    for result in progress(results, total, "annotation", " prompts", done):
         if "error" in result:
             raise InputError(result["error"])
         split, _, name = result["key"].partition("/")

@@ -98,13 +98,15 @@ def _answer(jobs: list[Answering]) -> None:
     prompts = [evaluated_prompts(job.recipe)[0] for job in jobs]
     items = [item for number, job in enumerate(jobs) for item in pending(job, number, prompts[number], tokenizer)]
     total = sum(map(len, prompts))
-    print(f"answers: {len(items)} of {total} prompts to do for {len(jobs)} model(s); loading the engine", flush=True)
+    print(f"answers: {len(items)} of {total} prompts to do for {len(jobs)} model(s)", flush=True)
     with ExitStack() as opened:
         files, ledgers = (
             [opened.enter_context(Appender(job.folder / name)) for job in jobs]
             for name in ("test.jsonl", "ledger.jsonl")
         )
-        results = sample(first.recipe, first.model, items, tokenizer)
+        adapters = {job.adapter for job in jobs if job.adapter}
+        most = max(job.recipe.evaluation.samples for job in jobs)
+        results = sample(first.recipe, first.model, items, tokenizer, len(items), most, sorted(adapters))
         for result in progress(results, total, "answers", " prompts", total - len(items)):
             number, _, name = result["key"].partition("/")
             if "lost" in result:

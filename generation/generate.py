@@ -11,8 +11,9 @@ command; prompts that are finished are not touched.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
@@ -22,7 +23,7 @@ from hps.errors import run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import load_prompts
 from hps.recipe import SPLITS, Generation, Model, Recipe
-from hps.records import Appender, done_ids, read_candidates, read_jsonl, write_atomic, write_json
+from hps.records import Appender, done_ids, read_candidates, read_jsonl, write_json, write_lines
 from hps.workers import count_devices, run_workers
 
 
@@ -78,7 +79,7 @@ def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tu
 class SplitWriter:
     """The one writer of a split: candidates and ledger, continued where an earlier run was stopped."""
 
-    def __init__(self, recipe: Recipe, split: str, prompts: dict[str, dict], repeated: list[dict], tokenizer):
+    def __init__(self, recipe: Recipe, split: str, prompts: Mapping[str, dict], repeated: list[dict], tokenizer):
         self.path = recipe.candidates(split)
         self.ledger_path = self.path.with_name(f"{split}.ledger.jsonl")
         self.prompts = prompts
@@ -92,10 +93,10 @@ class SplitWriter:
 
     def pending(self) -> Iterator[tuple[str, list[int]]]:
         """Yield `(prompt_id, token ids)` of what remains; too long prompts go to the ledger here."""
-        for name, record in self.prompts.items():
+        for name in self.prompts:
             if name in self.done:
                 continue
-            ids = prompt_token_ids(self._tokenizer, record["prompt"])
+            ids = prompt_token_ids(self._tokenizer, self.prompts[name]["prompt"])
             if len(ids) > self._settings.max_prompt_tokens:
                 self.refuse(name, "prompt too long", tokens=len(ids), limit=self._settings.max_prompt_tokens)
             elif self.count == 0:
@@ -133,8 +134,8 @@ def _settle(path: Path, done: set[str], repeated: list[dict]) -> None:
 
     A prompt that a kill stopped between its ledger lines and its own line is done again and writes new ones.
     """
-    lines = [line for _, line in read_jsonl(path) if line["prompt_id"] in done and line["reason"] != "repeated prompt"]
-    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*repeated, *lines]))
+    lines = (line for _, line in read_jsonl(path) if line["prompt_id"] in done and line["reason"] != "repeated prompt")
+    write_lines(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in chain(repeated, lines)))
 
 
 def summarize(path: Path, ledger_path: Path) -> dict:
@@ -181,14 +182,15 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
     tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
     writers = {split: SplitWriter(recipe, split, *prompts[split], tokenizer) for split in SPLITS}
     total = sum(len(writer.prompts) for writer in writers.values())
-    items = [
+    done = sum(len(writer.done) for writer in writers.values())
+    print(f"generation: {total - done} prompts to do, {done} of {total} done before", flush=True)
+    items = (  # read as the engine has room
         {"key": f"{split}/{name}", "ids": ids, "count": writer.count}
         for split, writer in writers.items()
         for name, ids in writer.pending()
-    ]
-    done = sum(len(writer.done) for writer in writers.values())
-    print(f"generation: {len(items)} prompts to do, {done} of {total} done before; loading the engine", flush=True)
-    results = sample(recipe, recipe.models.generator, items, tokenizer)
+    )
+    most = max(writer.count for writer in writers.values())
+    results = sample(recipe, recipe.models.generator, items, tokenizer, total - done, most)
     for result in progress(results, total, "generation", " prompts", done):
         split, _, name = result["key"].partition("/")
         if "lost" in result:
@@ -205,23 +207,40 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
     finish(folder, recipe, settings, outputs)
 
 
-def sample(recipe: Recipe, model: Model, items: list[dict], tokenizer) -> Iterator[dict]:
-    """What `Generator` makes of the items on all devices, with the recipe's `generation` settings."""
-    if not items:
+def sample(
+    recipe: Recipe,
+    model: Model,
+    items: Iterable[dict],
+    tokenizer,
+    count: int,
+    most: int,
+    adapters: Sequence[str] = (),
+) -> Iterator[dict]:
+    """What `Generator` makes of the items on all devices, with the recipe's `generation` settings.
+
+    Args:
+        items: read as there is room for them; no engine starts when there are none.
+        count: how many items there are at most.
+        most: the largest number of samples of an item.
+        adapters: what items may ask for.
+    """
+    items = iter(items)
+    first = next(items, None)
+    if first is None:
         return iter(())
+    print("loading the engine", flush=True)
     arguments = {
         "model": asdict(model),
         "settings": asdict(recipe.generation),
         "stop_ids": sorted(end_of_turn_ids(tokenizer)),
         "seed": recipe.seed,
-        "adapters": sorted({item["adapter"] for item in items if item.get("adapter")}),
+        "adapters": sorted(adapters),
     }
     gpus = recipe.generation.tensor_parallel
     workers = count_devices(recipe.generation.workers, gpus)
-    most = max(item["count"] for item in items)
     # More than the engine keeps waiting for itself, so that it never waits for us.
     window = 1 + 3 * recipe.generation.max_sequences // max(1, most)
-    return run_workers(Generator, arguments, items, min(workers, len(items)), gpus, window)
+    return run_workers(Generator, arguments, chain([first], items), min(workers, count), gpus, window)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ plan is printed all the same.
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from hps.cli import parse
@@ -18,7 +19,7 @@ from hps.errors import InputError, run_main
 from hps.manifest import check_model
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.recipe import SPLITS, Model, Recipe, as_yaml
-from hps.records import read_prompts, read_ranked
+from hps.records import Indexed, check_prompt, read_ranked
 from hps.workers import accumulation_steps, check_gpus, process_count
 
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}
@@ -60,32 +61,27 @@ def check_labels(model: Model, role: str = "reward") -> None:
         )
 
 
-def load_prompts(recipe: Recipe, split: str) -> tuple[dict[str, dict], list[dict]]:
-    """Read a split; return the prompts by id, and ledger lines for repeated ones.
+def load_prompts(recipe: Recipe, split: str) -> tuple[Mapping[str, dict], list[dict]]:
+    """Check a split; return the prompts by id, and ledger lines for repeated ones.
 
-    A prompt that stands twice with the same given responses is one prompt. The same `prompt_id` on different
+    A prompt that stands twice is one prompt, with the given responses of the first. The same `prompt_id` on different
     conversations is an error.
     """
     settings = getattr(recipe.data, split)
-    prompts: dict[str, dict] = {}
-    repeated = []
-    for where, record in read_prompts(settings.path, settings.limit):
-        name = record["prompt_id"]
-        if name not in prompts:
-            prompts[name] = record
-            _check_enough(record, settings.responses, recipe.generation.keep_given, where)
-        elif prompts[name]["prompt"] == record["prompt"]:
-            repeated.append({"prompt_id": name, "reason": "repeated prompt", "place": where})
-        else:
-            raise InputError(
-                f"`prompt_id` `{name}` stands on two different prompts", where=where, remedy="make the ids unique"
-            )
+
+    def check(record: dict, where: str) -> dict:
+        record = check_prompt(record, where)
+        _check_enough(record, settings.responses, recipe.generation.keep_given, where)
+        return record
+
+    prompts = Indexed(settings.path, check, settings.limit)
     if not prompts:
         raise InputError("the file has no prompts", where=settings.path, remedy=f"correct `data.{split}.path`")
+    repeated = [{"prompt_id": n, "reason": "repeated prompt", "place": place} for place, n in prompts.repeated]
     return prompts, repeated
 
 
-def evaluated_prompts(recipe: Recipe) -> tuple[dict[str, dict], list[dict]]:
+def evaluated_prompts(recipe: Recipe) -> tuple[Mapping[str, dict], list[dict]]:
     """The test prompts that are evaluated, by id, and ledger lines for repeated ones."""
     prompts, repeated = load_prompts(recipe.tested(), "test")
     names = list(prompts)[: recipe.evaluation.prompts]

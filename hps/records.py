@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -43,6 +43,13 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
 
     Raises InputError for a missing file, bytes that are not UTF-8, broken JSON, or a line that is no JSON object.
     """
+    for number, _, raw in _lines(path):
+        where = f"{path}:{number}"
+        yield where, _parse(raw, where)
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number, place in the file (bytes) and bytes of every line that is not blank."""
     path = Path(path)
     try:
         file = path.open("rb")
@@ -51,10 +58,11 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
             f"cannot read the file ({error.strerror})", where=str(path), remedy="check the path in the recipe"
         ) from None
     with file:
+        place = 0
         for number, raw in enumerate(file, 1):
             if raw.strip():
-                where = f"{path}:{number}"
-                yield where, _parse(raw, where)
+                yield number, place, raw
+            place += len(raw)
 
 
 def _parse(raw: bytes, where: str) -> dict:
@@ -139,9 +147,66 @@ def _named(record: dict, where: str) -> dict:
 def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[str, dict]]:
     """Yield validated prompts with `prompt_id` and `responses` (possibly empty) filled in; `limit` counts lines."""
     for where, record in islice(read_jsonl(path), limit):
-        record = _named({"responses": [], **record}, where)
-        check_strings(record, "responses", where)
-        yield where, record
+        yield where, check_prompt(record, where)
+
+
+def check_prompt(record: dict, where: str) -> dict:
+    """Return the record with `prompt_id` and `responses` filled in; InputError as the checks it calls."""
+    record = _named({"responses": [], **record}, where)
+    check_strings(record, "responses", where)
+    return record
+
+
+class Indexed(Mapping[str, dict]):
+    """Records of a JSON Lines file by `prompt_id`: of each only its place is kept, it is read when it is asked for.
+
+    Args:
+        path: the file; it must not change meanwhile.
+        check: validates a record and names it (`check_prompt`, `check_ranked`, ...).
+        limit: lines that are read.
+
+    `repeated` are the `("path:line", prompt_id)` of lines whose prompt stood before.
+
+    Raises:
+        InputError: a line is invalid, or one `prompt_id` stands on two different prompts.
+    """
+
+    def __init__(self, path: str | Path, check: Callable[[dict, str], dict], limit: int | None = None):
+        self.path, self._check = Path(path), check
+        self._places: dict[str, tuple[int, int]] = {}
+        self.repeated: list[tuple[str, str]] = []
+        for number, place, raw in islice(_lines(path), limit):
+            where = f"{path}:{number}"
+            record = check(_parse(raw, where), where)
+            name = record["prompt_id"]
+            if name not in self._places:
+                self._places[name] = (number, place)
+            elif self[name]["prompt"] == record["prompt"]:
+                self.repeated.append((where, name))
+            else:
+                raise InputError(
+                    f"`prompt_id` `{name}` stands on two different prompts", where=where, remedy="make the ids unique"
+                )
+
+    def where(self, name: str) -> str:
+        """`path:line` of a record."""
+        return f"{self.path}:{self._places[name][0]}"
+
+    def __getitem__(self, name: str) -> dict:
+        _, place = self._places[name]
+        with self.path.open("rb") as file:
+            file.seek(place)
+            raw = file.readline()
+        return self._check(_parse(raw, self.where(name)), self.where(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def read_candidates(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -286,11 +351,16 @@ def done_ids(*paths: str | Path) -> set[str]:
 
 def write_atomic(path: str | Path, text: str) -> None:
     """Write a file under a temporary name, then rename: a reader sees the old file or the whole new one."""
+    write_lines(path, [text])
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """As `write_atomic`, of texts that are written as they come."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -11,6 +11,7 @@ import torch
 from conftest import REPOSITORY
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from annotation import annotate as stage
 from annotation.annotate import annotate, rank, summarize
 from hps.errors import InputError
 from hps.recipe import load_recipe
@@ -126,7 +127,9 @@ def test_every_prompt_is_ranked_once(recipe, capsys):
             assert rows[0] == rows[1]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary == {split: summarize(recipe.ranked(split)) for split in SPLITS}
-    assert set(json.loads((folder / "manifest.json").read_text())["outputs"]) == {"train.jsonl", "test.jsonl"}
+    assert set(json.loads((folder / "manifest.json").read_text())["outputs"]) == {
+        f"{split}{suffix}" for split in SPLITS for suffix in (".jsonl", ".ledger.jsonl")
+    }
     capsys.readouterr()
     annotate(recipe)
     assert capsys.readouterr().out == f"annotation: finished before, {folder}\n"
@@ -215,3 +218,18 @@ def test_killed_and_run_again(tiny_recipe, run_module, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert path.read_bytes().startswith(left)
     assert ids(path) == [record["prompt_id"] for record in records]
+
+
+def test_a_prompt_that_ends_its_worker_twice_is_in_the_ledger(recipe, monkeypatch):
+    def workers(worker, arguments, items, *_):
+        for number, item in enumerate(items):
+            rewards = [1.0 / (place + 1) for place in range(len(item["record"]["responses"]))]
+            found = {"lost": "ActorDiedError: killed"} if number == 1 else {"record": rank(item["record"], rewards)}
+            yield {"key": item["key"], **found}
+
+    monkeypatch.setattr(stage, "run_workers", workers)
+    annotate(recipe)
+    ((_, line),) = read_jsonl(recipe.ranked("train").with_name("train.ledger.jsonl"))
+    assert line == {"prompt_id": "p1", "reason": "its worker died twice", "cause": "ActorDiedError: killed"}
+    assert "p1" not in [record["prompt_id"] for _, record in read_ranked(recipe.ranked("train"))]
+    annotate(recipe)  # finished: nothing is scored again

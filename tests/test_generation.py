@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from generation import generate as stage
 from generation.generate import SplitWriter, assemble, generate, stage_settings, summarize
 from hps.engine import Sample
 from hps.errors import InputError, run_main
@@ -321,3 +322,26 @@ def test_a_run_without_pending_prompts_needs_no_engine(tiny_recipe, capsys):
     capsys.readouterr()
     generate(recipe)
     assert capsys.readouterr().out.startswith("generation: finished before")
+
+
+def test_a_prompt_that_ends_its_engine_twice_is_in_the_ledger(tiny_recipe, monkeypatch):
+    """The others have candidates, and the stage is finished: the next start does nothing."""
+    recipe = load_recipe(tiny_recipe)
+
+    def workers(worker, arguments, items, *_):
+        for number, item in enumerate(items):
+            if number == 2:
+                yield {"key": item["key"], "lost": "ActorDiedError: out of memory"}
+            else:
+                texts = [{"text": f"answer {place}", "tokens": 2, "truncated": False} for place in range(item["count"])]
+                yield {"key": item["key"], "samples": texts}
+
+    monkeypatch.setattr(stage, "run_workers", workers)
+    stage.generate(recipe)
+    ledger = [line for _, line in read_jsonl(recipe.candidates("train").with_name("train.ledger.jsonl"))]
+    (line,) = [line for line in ledger if line["reason"] == "its engine died twice"]
+    assert line["refused"] and line["cause"] == "ActorDiedError: out of memory"
+    names = [record["prompt_id"] for _, record in read_candidates(recipe.candidates("train"))]
+    assert len(names) == 7 and line["prompt_id"] not in names
+    monkeypatch.setattr(stage, "run_workers", None)
+    stage.generate(recipe)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from hps.errors import InputError
 from hps.records import (
     Appender,
+    Indexed,
     check_candidates,
+    check_prompt,
     check_ranked,
     done_ids,
     prompt_id,
@@ -259,3 +262,42 @@ def test_write_atomic_leaves_the_old_file_when_the_writer_dies(tmp_path, step, f
     assert path.read_text() == "old"
     write_atomic(path, "new")
     assert path.read_text() == "new"
+
+
+# ---- records by their names ----
+
+
+def prompt_of(number: int, text: str = "") -> dict:
+    return {"prompt": [{"role": "user", "content": f"größer {number}"}], "prompt_id": f"p{number}", "topic": text}
+
+
+def test_records_are_read_from_their_places(write_lines):
+    """Blank lines and letters of several bytes between them; in the order of the file."""
+    path = write_lines([prompt_of(1), "", prompt_of(2, "ß" * 1000), prompt_of(3)])
+    found = Indexed(path, check_prompt)
+    assert list(found) == ["p1", "p2", "p3"] and len(found) == 3 and "p4" not in found
+    assert found["p3"]["prompt"] == prompt_of(3)["prompt"] and found["p2"]["topic"] == "ß" * 1000
+    assert found.where("p3") == f"{path}:4" and found["p1"]["responses"] == []
+    assert list(Indexed(path, check_prompt, limit=2)) == ["p1", "p2"]
+
+
+def test_a_repeated_record_is_the_first_one(write_lines):
+    path = write_lines([prompt_of(1, "first"), prompt_of(1, "second")])
+    found = Indexed(path, check_prompt)
+    assert found["p1"]["topic"] == "first" and found.repeated == [(f"{path}:2", "p1")]
+
+
+def test_one_name_on_two_prompts(write_lines):
+    path = write_lines([prompt_of(1), {**prompt_of(2), "prompt_id": "p1"}])
+    with pytest.raises(InputError, match=":2: `prompt_id` `p1` stands on two different prompts; make the ids unique"):
+        Indexed(path, check_prompt)
+
+
+def test_memory_does_not_grow_with_the_texts(write_lines):
+    """Of 2,000 records of 10 kB the index keeps less than 1 MB."""
+    path = write_lines([prompt_of(number, "x" * 10_000) for number in range(2000)])
+    tracemalloc.start()
+    found = Indexed(path, check_prompt)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == 2000 and kept < 1e6
