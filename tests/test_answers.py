@@ -16,7 +16,8 @@ def sampled(monkeypatch):
     """Replace the engine by samples that name who answers; return the items that it was asked for."""
     asked = []
 
-    def sample(recipe, model, items, tokenizer):
+    def sample(recipe, model, items, tokenizer, count, most, adapters):
+        assert count == len(items) and set(adapters) == {item["adapter"] for item in items} - {None}
         asked.extend(items)
         for item in reversed(items):
             who = item["adapter"] or model.path

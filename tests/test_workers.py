@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -155,38 +156,58 @@ def test_more_workers_than_there_is_room_for(ray):
 @pytest.mark.infer
 def test_on_the_cluster_that_is_named(tmp_path):
     """A cluster started as `ray start` does it, and RAY_ADDRESS: one worker is an actor there, too, and is replaced."""
-    script = f"from tests.test_workers import *; print(run(1, at_13={str(tmp_path / 'died')!r}) == DOUBLED)"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     environment = {**os.environ, **token, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "ray.scripts.scripts"]
     # The path of a socket must be short.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        start = [
-            "start",
-            "--head",
-            "--node-ip-address=127.0.0.1",
-            "--port=6399",
-            "--num-cpus=2",
-            f"--temp-dir={folder}",
-        ]
+        start = ["start", "--head", "--block", "--port=6399", "--num-cpus=2", f"--temp-dir={folder}"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", *start, "--include-dashboard=false"]
+        cluster = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
-            begun = subprocess.run([*command, *start], env=environment, capture_output=True, text=True)
-            assert begun.returncode == 0, begun.stdout + begun.stderr
+            script = f"from tests.test_workers import *; print(run(1, at_13={str(tmp_path / 'died')!r}) == DOUBLED)"
             environment["RAY_ADDRESS"] = "127.0.0.1:6399"
             done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
             assert done.stdout.splitlines()[-1:] == ["True"], done.stdout + done.stderr
             assert "a worker died" in done.stdout
-        finally:
-            subprocess.run([*command, "stop", "--force"], env=environment, capture_output=True)
+        finally:  # this cluster alone: `ray stop` would end every one on the machine
+            cluster.terminate()
+            cluster.wait(30)
+
+
+def started(command: list[str], folder: Path, lines: int) -> subprocess.Popen:
+    """The command, running, when that many candidates are there."""
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    limit = time.monotonic() + 300
+    while sum(path.read_bytes().count(b"\n") for path in folder.glob("t*n.jsonl")) < lines:
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()[0]
+        time.sleep(0.01)
+    return process
 
 
 @pytest.mark.slow
 @pytest.mark.infer
-def test_two_engines_give_every_prompt_once(tiny_recipe, run_module):
-    """The whole stage on two actors of the real engine, started as gene.sh starts it."""
-    overrides = ["generation.workers=2", "data.train.limit=20", "data.test.limit=2", "generation.max_new_tokens=8"]
-    done = run_module("generation.generate", tiny_recipe, *overrides)
-    assert done.returncode == 0, done.stderr
+def test_two_engines_interrupted_and_one_of_them_killed(tiny_recipe, tmp_path):
+    """Two actors of the real engine, started as gene.sh starts them: Ctrl-C ends them within seconds; continued, one is
+    killed and replaced; every prompt ends up once, and what was finished stays as it was."""
+    import psutil
+
+    overrides = ["generation.workers=2", "data.train.limit=40", "data.test.limit=2", "generation.max_sequences=4"]
+    command = [sys.executable, "-m", "generation.generate", str(tiny_recipe), *overrides]
+    folder = tmp_path / "runs" / "candidates"
+    process = started(command, folder, 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and "the same command continues it" in output, output
+    finished = (folder / "train.jsonl").read_bytes()
+    assert finished.endswith(b"\n") and finished.count(b"\n") >= 3
+
+    process = started(command, folder, finished.count(b"\n") + 3)
+    engines = [other for other in psutil.process_iter() if "".join(other.cmdline()[:1]).startswith("ray::Actor")]
+    assert len(engines) == 2
+    engines[0].kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "a worker died (ActorDiedError" in output, output
+    assert (folder / "train.jsonl").read_bytes().startswith(finished)
     recipe = load_recipe(tiny_recipe)
     names = []
     for split, sampled in (("train", 4), ("test", 2)):
@@ -196,4 +217,4 @@ def test_two_engines_give_every_prompt_once(tiny_recipe, run_module):
             assert 1 <= record["sources"].count("generated") <= sampled
         ledger = recipe.candidates(split).with_name(f"{split}.ledger.jsonl")
         assert not [line for _, line in read_jsonl(ledger) if line.get("refused")]
-    assert len(names) == len(set(names)) == 22
+    assert len(names) == len(set(names)) == 42
