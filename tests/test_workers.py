@@ -191,7 +191,8 @@ def test_two_engines_interrupted_and_one_of_them_killed(tiny_recipe, tmp_path):
     killed and replaced; every prompt ends up once, and what was finished stays as it was."""
     import psutil
 
-    overrides = ["generation.workers=2", "data.train.limit=40", "data.test.limit=2", "generation.max_sequences=4"]
+    overrides = ["generation.workers=2", "data.train.limit=40", "data.test.limit=2", "generation.max_new_tokens=160"]
+    overrides += ["generation.max_sequences=4"]  # slow enough to be met at work
     command = [sys.executable, "-m", "generation.generate", str(tiny_recipe), *overrides]
     folder = tmp_path / "runs" / "candidates"
     process = started(command, folder, 3)
