@@ -13,8 +13,11 @@ change them: training reads the plan from top to bottom.
 
 import hashlib
 import json
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, hold, model_hash
 from hps.recipe import Loss, Recipe, Schedule
-from hps.records import read_jsonl, read_ranked, write_atomic, write_json
+from hps.records import Indexed, Lines, check_ranked, write_json, write_lines
 
 
 def hardness_weights(rewards: np.ndarray, gamma: float) -> np.ndarray:
@@ -105,67 +108,81 @@ def without_ties(others: list[int], positive: int, record: dict, schedule: Sched
     return [index for index in others if schedule.ties == "keep" or rewards[index] != rewards[positive]]
 
 
-def usable(records: list[dict], recipe: Recipe) -> tuple[list[dict], dict]:
-    """Records that can be trained on, sorted by prompt_id, and how many were left out, by reason."""
+def usable(records: Mapping[str, dict], recipe: Recipe) -> tuple[list[str], dict]:
+    """Prompts that can be trained on, sorted by prompt_id, and how many were left out, by reason."""
     kept, left_out = [], Counter()
-    for record in sorted(records, key=lambda record: record["prompt_id"]):
-        _, reason = training_list(record, recipe)
+    for name in sorted(records):
+        _, reason = training_list(records[name], recipe)
         if reason:
             left_out[reason] += 1
         else:
-            kept.append(record)
+            kept.append(name)
     return kept, dict(left_out)
 
 
-def training_order(count: int, schedule: Schedule, rng: np.random.Generator) -> tuple[list[tuple[int, int]], int]:
-    """`(epoch, record index)` in training order, whole steps; and how many rows fill up the last step.
+def training_order(count: int, schedule: Schedule, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """(rows, 2), epoch and prompt index in training order, whole steps; and how many rows fill up the last step.
 
     Each epoch is a fresh shuffle. The last step is filled up with the first prompts of one more shuffle, so that no
     prompt is dropped and every step has the same batch.
     """
-    rows = [(epoch, int(i)) for epoch in range(schedule.epochs) for i in rng.permutation(count)]
-    fill = -len(rows) % schedule.global_batch
-    while fill > len(rows) - count * schedule.epochs:
-        rows += [(schedule.epochs, int(i)) for i in rng.permutation(count)]
-    return rows[: count * schedule.epochs + fill], fill
+    epochs = [rng.permutation(count) for _ in range(schedule.epochs)]
+    fill = -count * schedule.epochs % schedule.global_batch
+    epochs += [rng.permutation(count) for _ in range(-(-fill // count))]
+    numbers = np.repeat([*range(schedule.epochs), *[schedule.epochs] * (len(epochs) - schedule.epochs)], count)
+    return np.stack([numbers, np.concatenate(epochs)], axis=1)[: count * schedule.epochs + fill], fill
 
 
-def make_plan(records: list[dict], recipe: Recipe) -> tuple[list[dict], dict]:
-    """The plan's rows and its facts (counts and diagnostics).
+class Plan:
+    """The plan's rows, made as they are asked for, and once they are all made its facts (counts and diagnostics).
+
+    Args:
+        records: ranked records by `prompt_id`; of each, one at a time is held.
 
     Raises:
         InputError: no record carries a preference.
     """
-    schedule = recipe.schedule
-    kept, left_out = usable(records, recipe)
-    if not kept:
-        raise InputError(
-            f"no prompt can be trained on: {left_out or 'the file is empty'}",
-            where=str(recipe.ranked("train")),
-            remedy="check the rewards, and what leaves prompts out: `schedule.best`, `schedule.ties`, `loss.positives`",
-        )
-    rng = np.random.default_rng(recipe.seed)
-    order, fill = training_order(len(kept), schedule, rng)
-    steps = len(order) // schedule.global_batch
-    gammas = gamma_stages(schedule)
-    rows, diagnostics = [], []
-    for number, (epoch, index) in enumerate(order):
-        step = number // schedule.global_batch
-        stage = stage_of(step, steps, schedule.gamma_stages)
-        row, figures = draw(kept[index], recipe, gammas[stage], rng)
-        rows.append({"step": step, "epoch": epoch, **row})
-        diagnostics.append({"stage": stage, **figures})
-    facts = {
-        "prompts": len(records),
-        "left_out": left_out,
-        "rows": len(rows),
-        "rows_to_fill_the_last_step": fill,
-        "steps": steps,
-        "global_batch": schedule.global_batch,
-        "gamma": gammas if recipe.loss.preference == "hps" else None,
-        "stages": stage_table(diagnostics, gammas, recipe.loss.preference),
-    }
-    return rows, facts
+
+    def __init__(self, records: Mapping[str, dict], recipe: Recipe):
+        self.records, self.recipe = records, recipe
+        self.prompts, self.left_out = usable(records, recipe)
+        if not self.prompts:
+            raise InputError(
+                f"no prompt can be trained on: {self.left_out or 'the file is empty'}",
+                where=str(recipe.ranked("train")),
+                remedy="check the rewards, and what leaves prompts out: `schedule.best`, `schedule.ties`, "
+                "`loss.positives`",
+            )
+        self.gammas = gamma_stages(recipe.schedule)
+        self._figures: dict[int, dict[str, array]] = {}
+
+    def rows(self) -> Iterator[dict]:
+        """Every row in training order; order and draws come from one generator of the recipe's seed."""
+        schedule, rng = self.recipe.schedule, np.random.default_rng(self.recipe.seed)
+        order, self._fill = training_order(len(self.prompts), schedule, rng)
+        self._rows, self._steps = len(order), len(order) // schedule.global_batch
+        self._figures = defaultdict(lambda: defaultdict(lambda: array("d")))
+        for number, (epoch, index) in enumerate(order):
+            step = number // schedule.global_batch
+            stage = stage_of(step, self._steps, schedule.gamma_stages)
+            row, figures = draw(self.records[self.prompts[index]], self.recipe, self.gammas[stage], rng)
+            for name, value in figures.items():
+                self._figures[stage][name].append(value)
+            yield {"step": step, "epoch": int(epoch), **row}
+
+    def facts(self) -> dict:
+        """Counts, and diagnostics of each gamma stage; of the rows made last."""
+        loss = self.recipe.loss
+        return {
+            "prompts": len(self.records),
+            "left_out": self.left_out,
+            "rows": self._rows,
+            "rows_to_fill_the_last_step": self._fill,
+            "steps": self._steps,
+            "global_batch": self.recipe.schedule.global_batch,
+            "gamma": self.gammas if loss.preference == "hps" else None,
+            "stages": stage_table(self._figures, self.gammas, loss.preference),
+        }
 
 
 def draw(record: dict, recipe: Recipe, gamma: float, rng: np.random.Generator) -> tuple[dict, dict]:
@@ -238,14 +255,13 @@ def term(
     return fields, q
 
 
-def stage_table(diagnostics: list[dict], gammas: list[float], preference: str) -> list[dict]:
+def stage_table(figures: dict[int, dict[str, array]], gammas: list[float], preference: str) -> list[dict]:
     """Means per gamma stage: effective sample size of q, rank of the drawn (1: hardest), reward and length gap."""
     table = []
-    for stage in sorted({line["stage"] for line in diagnostics}):
-        lines = [line for line in diagnostics if line["stage"] == stage]
-        names = ("effective_sample_size", "rank", "reward_gap", "length_gap")
-        means = {name: round(float(np.mean([line[name] for line in lines])), 3) for name in names}
-        table.append({"gamma": gammas[stage] if preference == "hps" else None, "rows": len(lines), **means})
+    for stage in sorted(figures):
+        means = {name: round(float(np.mean(values)), 3) for name, values in figures[stage].items()}
+        rows = len(figures[stage]["rank"])
+        table.append({"gamma": gammas[stage] if preference == "hps" else None, "rows": rows, **means})
     return table
 
 
@@ -290,32 +306,49 @@ def plan(recipe: Recipe) -> None:
     # A ranked file that was put there by hand has neither claim nor manifest.
     if (ranking / "claim.json").exists() and not (ranking / "manifest.json").exists():
         raise InputError("the ranking is not finished", where=str(ranking), remedy="run `bash gene.sh` again")
-    records = [record for _, record in read_ranked(recipe.ranked("train"))]
+    records = ranked_prompts(recipe)
     folder = recipe.run_folder()
     with hold(folder):
         claim(folder, run_settings(recipe))
-        rows, facts = make_plan(records, recipe)
-        _write_once(folder / "plan.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        made = Plan(records, recipe)
+        _write_once(folder / "plan.jsonl", (json.dumps(row) + "\n" for row in made.rows()))
+        facts = made.facts()
         write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
     print_plan(facts, folder / "plan.jsonl")
 
 
-def _write_once(path: Path, text: str) -> None:
+def ranked_prompts(recipe: Recipe) -> Indexed:
+    """The ranked training prompts by id. InputError: a line is invalid, or a prompt stands twice."""
+    records = Indexed(recipe.ranked("train"), check_ranked)
+    for where, name in records.repeated:
+        raise InputError(
+            f"the prompt `{name}` stands here and at line {records.where(name).rpartition(':')[2]}",
+            where=where,
+            remedy="leave one of the two lines",
+        )
+    return records
+
+
+def _write_once(path: Path, lines: Iterator[str]) -> None:
     """Write the plan, or check that it is the one that stands there: training may be half way through that one."""
     if not path.exists():
-        write_atomic(path, text)
-    elif path.read_text(encoding="utf-8") != text:
+        write_lines(path, lines)
+        return
+    with path.open(encoding="utf-8") as stands:
+        # All lines are made, whatever differs: the facts are of the whole plan.
+        differ = sum(made != line for made, line in zip_longest(lines, stands))
+    if differ:
         raise InputError(
-            "the plan made now differs from the one that stands here",
+            f"the plan made now differs from the one that stands here in {differ} rows",
             where=str(path),
             remedy="another version of the code made it: give another `run`, or go back to that version",
         )
 
 
-def read_plan(recipe: Recipe) -> list[dict]:
+def read_plan(recipe: Recipe) -> Lines:
     """The plan's rows, checked against the ranked file that it was made from."""
     path = recipe.run_folder() / "plan.jsonl"
-    rows = [row for _, row in read_jsonl(path)]
+    rows = Lines(path)
     facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     if facts["ranked_sha256"] != file_hash(recipe.ranked("train")):
         raise InputError(

@@ -13,9 +13,11 @@ its name.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 
 from alignment.trainer import HPSTrainer
@@ -45,35 +47,94 @@ def cache_folder(recipe: Recipe, trainer: HPSTrainer) -> Path:
     return Path(recipe.output) / "reference" / key
 
 
-def known_values(folder: Path) -> dict[str, float]:
-    """Log-probability by `response_key`. What follows a file's last newline is unfinished and left out.
+def known_values(folder: Path) -> Iterator[tuple[str, float]]:
+    """`(response_key, log-probability)`. What follows a file's last newline is unfinished and left out.
 
     Lines that are damaged are left out, too: what stood there is computed again.
     """
-    values: dict[str, float] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            try:
-                values |= json.loads(line)["log_probs"]
-            except (ValueError, KeyError, TypeError):
-                continue
-    return values
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    values = [(key, float(value)) for key, value in _log_probs(line) if _half(key)]
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue
+                yield from values
 
 
-def missing(rows: list[dict], known: dict[str, float]) -> list[dict]:
-    """For each prompt of the rows, in order of appearance, its responses without a value, each once."""
-    wanted: dict[tuple[int, ...], dict[str, list[int]]] = {}
-    for row in rows:
-        responses = wanted.setdefault(tuple(row["prompt_ids"]), {})
-        for response in row["response_ids"]:
-            key = response_key(row["prompt_ids"], response)
-            if key not in known:
-                responses[key] = response
-    return [
-        {"prompt_ids": list(prompt), "response_ids": list(responses.values())}
-        for prompt, responses in wanted.items()
-        if responses
-    ]
+def _log_probs(line: bytes):
+    if not line.endswith(b"\n"):
+        raise ValueError("unfinished")
+    return json.loads(line)["log_probs"].items()
+
+
+class Values:
+    """The log-probabilities that the plan's rows need, NaN where they are not known yet.
+
+    Of a response 24 bytes are held (half of its key, its value) and of each place in a row 8, so that a plan of
+    millions of responses fits: `keys` (responses,) sorted, `values` (responses,) nats, and for the rows `_slots`, the
+    places of all their responses one after another, `_starts` where each row's begin. `largest` is the most tokens that
+    a row is in a forward pass, `first` for each prompt, in order of appearance, the rows it stands in.
+
+    Args:
+        rows: `prompt_ids`, `response_ids` (`alignment.train.TokenRows`).
+        shared: a prompt passes the model once for its responses.
+    """
+
+    def __init__(self, rows: Sequence[dict], shared: bool):
+        self.rows, self.largest, starts = rows, 0, [0]
+        keys, self._prompts = bytearray(), {}
+        for number, row in enumerate(rows):
+            self._prompts.setdefault(_half(response_key(row["prompt_ids"], [])), []).append(number)
+            self.largest = max(self.largest, group_tokens(row, shared))
+            for response in row["response_ids"]:
+                keys += _half(response_key(row["prompt_ids"], response))
+            starts.append(starts[-1] + len(row["response_ids"]))
+        self.keys, self._slots = np.unique(np.frombuffer(bytes(keys), dtype="S16"), return_inverse=True)
+        self._starts = np.array(starts)
+        self.values = np.full(len(self.keys), np.nan)
+
+    def place(self, key: str) -> int | None:
+        """Where the value of a `response_key` stands; None when no row needs it."""
+        place = int(np.searchsorted(self.keys, _half(key)))
+        # numpy takes trailing zero bytes for padding, on both sides alike.
+        return place if place < len(self.keys) and self.keys[place] == _half(key).rstrip(b"\0") else None
+
+    def add(self, known: Iterable[tuple[str, float]]) -> None:
+        """Take the values that are needed."""
+        for key, value in known:
+            if (place := self.place(key)) is not None:
+                self.values[place] = value
+
+    def missing(self) -> list[list[int]]:
+        """The rows of each prompt, in order of its appearance, where a response has no value."""
+        wanting = ([number for number in rows if np.isnan(self[number]).any()] for rows in self._prompts.values())
+        return [rows for rows in wanting if rows]
+
+    def example(self, numbers: list[int]) -> dict:
+        """`prompt_ids` of rows of one prompt, and `response_ids` of their responses without a value, each once."""
+        responses: dict[int, list[int]] = {}
+        for number in numbers:
+            row = self.rows[number]
+            for place, response in zip(self._places(number).tolist(), row["response_ids"], strict=True):
+                if np.isnan(self.values[place]):
+                    responses[place] = response
+        return {"prompt_ids": row["prompt_ids"], "response_ids": list(responses.values())}
+
+    def _places(self, number: int) -> np.ndarray:
+        return self._slots[self._starts[number] : self._starts[number + 1]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> list[float]:
+        """The values of a row's responses, nats."""
+        return self.values[self._places(number)].tolist()
+
+
+def _half(key: str) -> bytes:
+    """128 bits of a hash are enough to tell a few million responses apart."""
+    return bytes.fromhex(key[:32])
 
 
 def group_tokens(row: dict, shared: bool) -> int:
@@ -118,41 +179,41 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
     if reason := why_in_step(recipe, trainer):
         say(f"training: the reference is computed in every step: {reason}")
         return
-    rows, folder = trainer.train_dataset.to_list(), cache_folder(recipe, trainer)
+    values, folder = Values(trainer.rows, trainer.data_collator.shared), cache_folder(recipe, trainer)
     # One process reads, and values go from process to process: files may be another run's that grow meanwhile, on
     # another node, or not yet visible there.
-    (known,) = broadcast_object_list([known_values(folder) if trainer.accelerator.is_main_process else None])
-    todo = missing(rows, known)
-    for values in gather_object([_compute(recipe, trainer, rows, todo, folder)]):
-        known |= values
-    computed = sum(len(example["response_ids"]) for example in todo)
-    keys = [[response_key(row["prompt_ids"], response) for response in row["response_ids"]] for row in rows]
-    found = len({key for each in keys for key in each}) - computed
-    say(f"training: reference of {computed} responses computed, of {found} found in {folder}")
-    trainer.set_reference([[known[key] for key in each] for each in keys])
+    if trainer.accelerator.is_main_process:
+        values.add(known_values(folder))
+    (values.values,) = broadcast_object_list([values.values])
+    found = int(np.isfinite(values.values).sum())
+    for places, computed in gather_object([_compute(recipe, trainer, values, folder)]):
+        values.values[places] = computed
+    say(f"training: reference of {len(values.values) - found} responses computed, of {found} found in {folder}")
+    trainer.set_reference(values)
 
 
-def _compute(recipe: Recipe, trainer: HPSTrainer, rows: list[dict], todo: list[dict], folder: Path) -> dict[str, float]:
-    """This process's share of the missing values, each forward pass on the disk when it is done."""
+def _compute(recipe: Recipe, trainer: HPSTrainer, values: Values, folder: Path) -> tuple[array, array]:
+    """This process's share of the missing values, each forward pass on the disk when it is done: places, nats."""
     shared, state = trainer.data_collator.shared, trainer.accelerator
-    budget = max(group_tokens(row, shared) for row in rows)  # what a step holds, with gradients
+    todo = values.missing()
     mine = todo[state.process_index :: state.num_processes]
     if state.is_main_process:
         mine = progress(mine, len(mine), "reference", "prompt")
-    computed: dict[str, float] = {}
+    places, computed = array("q"), array("d")
     if not todo:
-        return computed
+        return places, computed
     with Appender(folder / f"{recipe.run}-{state.process_index}.jsonl") as file:
-        for example in mine:
-            for part in portions(example, budget, shared):
+        for numbers in mine:
+            for part in portions(values.example(numbers), values.largest, shared):  # what a step holds, with gradients
                 keys = [response_key(part["prompt_ids"], response) for response in part["response_ids"]]
-                values = dict(zip(keys, trainer.reference_log_probs(part), strict=True))
-                if not all(map(math.isfinite, values.values())):
+                log_probs = trainer.reference_log_probs(part)
+                if not all(map(math.isfinite, log_probs)):
                     raise InputError(
-                        f"the policy gives a response the log-probability {[*values.values()]} before training",
+                        f"the policy gives a response the log-probability {log_probs} before training",
                         where=recipe.models.policy.path,
                         remedy="check the model's weights",
                     )
-                file.append({"log_probs": values})
-                computed |= values
-    return computed
+                file.append({"log_probs": dict(zip(keys, log_probs, strict=True))})
+                places.extend(map(values.place, keys))
+                computed.extend(log_probs)
+    return places, computed

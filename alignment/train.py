@@ -15,18 +15,18 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig
 
 from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
-from alignment.plan import read_plan, run_settings
+from alignment.plan import ranked_prompts, read_plan, run_settings
 from alignment.reference import add_reference
 from alignment.shared_prefix import why_separate
 from alignment.trainer import HPSTrainer, PlanCollator
@@ -35,26 +35,38 @@ from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
 from hps.recipe import Recipe
-from hps.records import read_ranked, write_atomic
+from hps.records import write_atomic
 
 COMPLETE = "complete"  # a checkpoint's last file
 
 
-def token_rows(recipe: Recipe, tokenizer) -> list[dict]:
-    """The plan's rows as token ids, in training order.
+class TokenRows(Sequence[dict]):
+    """The plan's rows as token ids, in training order, each made when it is asked for.
+
+    Every row is made once at the beginning, so that a bad one is found before a model loads. `cut` are the responses of
+    the plan that lose their end to `schedule.max_length`.
 
     Raises:
         InputError: a prompt leaves no room for a response within `schedule.max_length`, or a response is empty.
     """
-    ranked = {record["prompt_id"]: (where, record) for where, record in read_ranked(recipe.ranked("train"))}
-    limit = recipe.schedule.max_length
-    rows = []
-    for row in read_plan(recipe):
-        where, record = ranked[row["prompt_id"]]
-        prompt = prompt_token_ids(tokenizer, record["prompt"])
-        if len(prompt) >= limit:
+
+    def __init__(self, recipe: Recipe, tokenizer):
+        self._plan, self._ranked = read_plan(recipe), ranked_prompts(recipe)
+        self._tokenizer, self._limit = tokenizer, recipe.schedule.max_length
+        self.cut = sum(row["cut"] for row in self)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self._plan[index]
+        record, where = self._ranked[row["prompt_id"]], self._ranked.where(row["prompt_id"])
+        prompt = prompt_token_ids(self._tokenizer, record["prompt"])
+        room = self._limit - len(prompt)
+        if room <= 0:
             raise InputError(
-                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {limit}: nothing of a response is left",
+                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: nothing of a response "
+                "is left",
                 where=where,
                 remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
             )
@@ -63,30 +75,29 @@ def token_rows(recipe: Recipe, tokenizer) -> list[dict]:
         # y_1, with Appendix E y_2, then whatever else a term holds, by reward: each response passes the model once.
         first = [term["preferred"] for term in terms]
         members = [*first, *sorted({index for term in terms for index in term["dispreferred"]} - set(first))]
+        responses = self._responses(record, members, where)
+        rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
+        return {
+            "prompt_ids": prompt,
+            "response_ids": [ids[:room] for ids in responses],
+            "rewards": [rewards.get(index, 0.0) for index in members],
+            "weights": [weights_of(term, members) for term in terms],
+            "dispreferred_count": [term["dispreferred_count"] for term in terms],
+            "cut": sum(len(ids) > room for ids in responses),
+            "gamma": row["gamma"] or 0.0,
+        }
+
+    def _responses(self, record: dict, members: list[int], where: str) -> list[list[int]]:
+        prompt, texts, truncated = (record[name] for name in ("prompt", "responses", "truncated"))
         try:
-            responses = [
-                response_token_ids(tokenizer, record["prompt"], record["responses"][index], record["truncated"][index])
-                for index in members
-            ]
+            ids = [response_token_ids(self._tokenizer, prompt, texts[index], truncated[index]) for index in members]
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        if not all(responses):
+        if not all(ids):
             raise InputError(
                 "a response has no tokens", where=where, remedy="take empty responses out of the ranked file"
             )
-        rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
-        rows.append(
-            {
-                "prompt_ids": prompt,
-                "response_ids": [ids[: limit - len(prompt)] for ids in responses],
-                "rewards": [rewards.get(index, 0.0) for index in members],
-                "weights": [weights_of(term, members) for term in terms],
-                "dispreferred_count": [term["dispreferred_count"] for term in terms],
-                "cut": sum(len(ids) > limit - len(prompt) for ids in responses),
-                "gamma": row["gamma"] or 0.0,
-            }
-        )
-    return rows
+        return ids
 
 
 def weights_of(term: dict, members: list[int]) -> list[float]:
@@ -290,7 +301,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
-    rows = token_rows(recipe, tokenizer)  # before a model loads: a bad row is found here
+    rows = TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
     model = load_policy(recipe, trained=not recipe.lora.enabled)
     shared = recipe.training.shared_prefix
     if shared and (reason := why_separate(model, recipe.schedule.max_length)):
@@ -303,7 +314,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         ref_model=None if recipe.lora.enabled else load_policy(recipe),
         args=config,
         loss=recipe.loss,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=rows,
         data_collator=PlanCollator(tokenizer.pad_token_id, shared, recipe.training.row_tokens),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
@@ -358,7 +369,7 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
         outputs = [folder / name for name in ("plan.jsonl", "log.jsonl")]
         weights = sorted((folder / "checkpoint").glob("*.safetensors"))
         seconds = round(result.metrics["train_runtime"], 1)
-        facts = {"seconds_of_last_start": seconds, "cut_responses": cut_responses(trainer)}
+        facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut}
         finish(folder, recipe, run_settings(recipe), outputs + weights, **facts)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
 
@@ -378,12 +389,7 @@ def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:
         flush=True,
     )
     limit = recipe.schedule.max_length
-    trainer.accelerator.print(f"training: {cut_responses(trainer)} responses are cut at schedule.max_length={limit}")
-
-
-def cut_responses(trainer: HPSTrainer) -> int:
-    """Responses of the plan that lose their end to `schedule.max_length`."""
-    return sum(trainer.train_dataset["cut"])
+    trainer.accelerator.print(f"training: {trainer.rows.cut} responses are cut at schedule.max_length={limit}")
 
 
 def main() -> None:

@@ -7,10 +7,12 @@ a forward pass (alignment/shared_prefix.py), unless each is to have a row of its
 are the parent's. tests/test_trainer.py pins what is relied upon of TRL 1.16.0.
 """
 
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -107,13 +109,28 @@ def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
+@dataclass
+class RowsWithReference(Sequence[dict]):
+    """Rows, each with the log-probabilities of its responses under the reference, nats."""
+
+    rows: Sequence[dict]
+    log_probs: Sequence[Sequence[float]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.rows[index], "reference": list(self.log_probs[index])}
+
+
 class HPSTrainer(DPOTrainer):
     """Any family under BT, PL or HPS, trained in the order of the plan.
 
     Args:
         loss: the recipe's `loss` section; the only home of beta and label smoothing.
         args: a DPOConfig with `train_sampling_strategy="sequential"`, because the plan is the order.
-        train_dataset: rows of `COLUMNS` (`alignment.train.token_rows`).
+        train_dataset: a sequence of rows of `COLUMNS` (`alignment.train.TokenRows`); they may be made when they are
+            asked for. It stays in `rows`.
         others: as for DPOTrainer.
 
     Raises:
@@ -122,12 +139,14 @@ class HPSTrainer(DPOTrainer):
 
     _tag_names = ["trl", "hps"]
 
-    def __init__(self, *args, loss: Loss, **kwargs):
+    def __init__(self, *args, loss: Loss, train_dataset: Sequence[dict] = (), **kwargs):
         config = kwargs["args"]
         _refuse_unsupported(config)
         config.beta = loss.beta
-        self.loss = loss
-        super().__init__(*args, **kwargs)
+        self.loss, self.rows = loss, train_dataset
+        # The parent takes no other kind of sequence; it gets the rows themselves back from `_prepare_dataset`.
+        numbers = Dataset.from_dict({"row": range(len(train_dataset))})
+        super().__init__(*args, train_dataset=numbers, **kwargs)
         if loss.family == "simpo":
             self.ref_model = None  # the parent made a frozen copy; SimPO compares with none
         # Behind the parent's own head, which the arguments of separate rows still reach; the parent has wrapped the
@@ -143,7 +162,7 @@ class HPSTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """The plan's rows hold token ids already."""
-        return dataset
+        return self.rows
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = list(COLUMNS)
@@ -209,12 +228,9 @@ class HPSTrainer(DPOTrainer):
             shared = "scored" in rows
             return (shared_log_probs(model, rows) if shared else self._separate_log_probs(model, rows)).tolist()
 
-    def set_reference(self, log_probs: list[list[float]]) -> None:
+    def set_reference(self, log_probs: Sequence[Sequence[float]]) -> None:
         """Give each row the log-probabilities of its responses under the reference, which is then let go."""
-        rows = self.train_dataset
-        if "reference" in rows.column_names:
-            rows = rows.remove_columns("reference")
-        self.train_dataset = rows.add_column("reference", log_probs)
+        self.train_dataset = RowsWithReference(self.rows, log_probs)
         self.ref_model = None
 
     def _record(self, inputs, policy, reference) -> None:

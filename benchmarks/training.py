@@ -49,7 +49,7 @@ def tokens_of() -> list[int]:
 
 
 def examples_of(prompt: int, response: int, count: int, steps: int) -> list[dict]:
-    """`steps * PROMPTS` rows as `alignment.train.token_rows` makes them, every length exact."""
+    """`steps * PROMPTS` rows as `alignment.train.TokenRows` makes them, every length exact."""
     stream, rng, rows = tokens_of(), random.Random(0), []
 
     def piece(size: int) -> list[int]:
@@ -102,13 +102,13 @@ def ours(rows: list[dict], *settings: str) -> Steps:
             model=load_policy(recipe),
             args=training_config(recipe, 1),
             loss=recipe.loss,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=rows,
             data_collator=PlanCollator(tokenizer.pad_token_id, recipe.training.shared_prefix),
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
         )
         add_reference(recipe, trainer)
-        return Steps(trainer, trainer.train_dataset.to_list())
+        return Steps(trainer, list(trainer.train_dataset))
 
 
 class SmallHead(PlanCollator):

@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -157,6 +158,38 @@ def check_prompt(record: dict, where: str) -> dict:
     return record
 
 
+class Lines(Sequence[dict]):
+    """Records of a JSON Lines file in its order: of each only its place is kept, it is read when it is asked for.
+
+    Args:
+        path: the file; it must not change meanwhile.
+        limit: lines that are read.
+
+    Raises:
+        InputError: the file cannot be read; for a record that is asked for, its line is no JSON object.
+    """
+
+    def __init__(self, path: str | Path, limit: int | None = None):
+        self.path = Path(path)
+        self._numbers, self._places = array("Q"), array("Q")
+        for number, place, _ in islice(_lines(path), limit):
+            self._numbers.append(number)
+            self._places.append(place)
+
+    def where(self, index: int) -> str:
+        """`path:line` of a record."""
+        return f"{self.path}:{self._numbers[index]}"
+
+    def __getitem__(self, index: int) -> dict:
+        with self.path.open("rb") as file:
+            file.seek(self._places[index])
+            raw = file.readline()
+        return _parse(raw, self.where(index))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 class Indexed(Mapping[str, dict]):
     """Records of a JSON Lines file by `prompt_id`: of each only its place is kept, it is read when it is asked for.
 
@@ -172,15 +205,15 @@ class Indexed(Mapping[str, dict]):
     """
 
     def __init__(self, path: str | Path, check: Callable[[dict, str], dict], limit: int | None = None):
-        self.path, self._check = Path(path), check
-        self._places: dict[str, tuple[int, int]] = {}
+        self._lines, self._check = Lines(path, limit), check
+        self._index: dict[str, int] = {}
         self.repeated: list[tuple[str, str]] = []
-        for number, place, raw in islice(_lines(path), limit):
-            where = f"{path}:{number}"
-            record = check(_parse(raw, where), where)
+        for index, raw in enumerate(self._lines):
+            where = self._lines.where(index)
+            record = check(raw, where)
             name = record["prompt_id"]
-            if name not in self._places:
-                self._places[name] = (number, place)
+            if name not in self._index:
+                self._index[name] = index
             elif self[name]["prompt"] == record["prompt"]:
                 self.repeated.append((where, name))
             else:
@@ -190,23 +223,19 @@ class Indexed(Mapping[str, dict]):
 
     def where(self, name: str) -> str:
         """`path:line` of a record."""
-        return f"{self.path}:{self._places[name][0]}"
+        return self._lines.where(self._index[name])
 
     def __getitem__(self, name: str) -> dict:
-        _, place = self._places[name]
-        with self.path.open("rb") as file:
-            file.seek(place)
-            raw = file.readline()
-        return self._check(_parse(raw, self.where(name)), self.where(name))
+        return self._check(self._lines[self._index[name]], self.where(name))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._index
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._index)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._index)
 
 
 def read_candidates(path: str | Path) -> Iterator[tuple[str, dict]]:

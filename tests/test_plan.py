@@ -9,9 +9,9 @@ import pytest
 from conftest import ranked_records
 
 from alignment.plan import (
+    Plan,
     gamma_stages,
     hardness_weights,
-    make_plan,
     plan,
     preferred_index,
     read_plan,
@@ -19,8 +19,8 @@ from alignment.plan import (
     standardize,
     training_list,
     training_order,
-    usable,
 )
+from alignment.plan import usable as usable_of
 from hps.errors import InputError
 from hps.manifest import claim
 from hps.recipe import Loss, Recipe, Schedule, load_recipe
@@ -36,6 +36,21 @@ def recipe_of(preference: str = "hps", seed: int = 7, loss: dict | None = None, 
 def constant(gamma: float) -> dict:
     """Settings of a schedule that keeps gamma; also log 2, which makes weights fractions, and 0."""
     return {"gamma_start": gamma, "gamma_end": gamma}
+
+
+def make_plan(records: list[dict], recipe: Recipe) -> tuple[list[dict], dict]:
+    made = Plan(by_name(records), recipe)
+    return list(made.rows()), made.facts()
+
+
+def usable(records: list[dict], recipe: Recipe) -> tuple[list[str], dict]:
+    return usable_of(by_name(records), recipe)
+
+
+def by_name(records: list[dict]) -> dict[str, dict]:
+    named = {record["prompt_id"]: record for record in records}
+    assert len(named) == len(records)
+    return named
 
 
 EXACT = {"estimator": "exact"}
@@ -344,7 +359,7 @@ def test_what_is_left_out_is_counted():
     assert facts["left_out"] == {"all rewards tie": 1, "no preferred human response": 1}
     assert facts["prompts"] == 3
     kept, left_out = usable(records, recipe_of(best="reward"))
-    assert [record["prompt_id"] for record in kept] == ["human", "stranger"]
+    assert kept == ["human", "stranger"]
     assert left_out == {"all rewards tie": 1}
 
 
@@ -504,7 +519,7 @@ def test_sub_samples_without_a_preference_are_counted(ties):
     assert 0 < len(last) < 40
     tied = [record_of([1.0, 1.0, 1.0, 1.0, 0.0], name=name) for name in names]
     kept, left_out = usable([*tied, record_of([1.0, 1.0], name="same")], recipe)
-    assert {record["prompt_id"] for record in kept} == last
+    assert set(kept) == last
     assert left_out == {"all rewards of the sub-sample tie": 40 - len(last), "all rewards tie": 1}
     rows, facts = make_plan(tied, recipe)
     assert facts["left_out"] == {"all rewards of the sub-sample tie": 40 - len(last)} and facts["prompts"] == 40
@@ -633,7 +648,7 @@ def test_appendix_e_needs_something_below_y_2():
         assert facts["left_out"] == {reason: 1} and facts["prompts"] == 3
         assert {row["prompt_id"] for row in rows} == {"triple", "tail"}
         kept, left_out = usable([pair, triple, tail], recipe_of(loss=loss, ties="exclude"))
-        assert [record["prompt_id"] for record in kept] == ["triple"] and left_out == {reason: 2}
+        assert kept == ["triple"] and left_out == {reason: 2}
         assert usable([triple], recipe_of(loss=loss, subsample=2)) == ([], {reason: 1})
     with pytest.raises(InputError, match=reason):
         make_plan([pair], recipe_of(loss={"positives": 2}))
@@ -819,7 +834,7 @@ def test_plan_is_written_and_read_back(light_recipe, ranked, run_module):
     result = run_module("alignment.plan", light_recipe)
     assert result.returncode == 0, result.stderr
     recipe = load_recipe(light_recipe)
-    rows = read_plan(recipe)
+    rows = list(read_plan(recipe))
     expected, facts = make_plan(ranked_records(6), recipe)
     assert rows == expected
     stored = json.loads((recipe.run_folder() / "plan.json").read_text())
@@ -843,9 +858,30 @@ def test_every_kind_of_row_is_read_back_as_it_was_made(light_recipe, ranked, ove
     ranked(ranked_records(6))
     recipe = load_recipe(light_recipe, overrides)
     plan(recipe)
-    assert read_plan(recipe) == make_plan(ranked_records(6), recipe)[0]
+    assert list(read_plan(recipe)) == make_plan(ranked_records(6), recipe)[0]
     assert "plan: 6 prompts, left out: none; 12 rows in 3 steps of 4" in capsys.readouterr().out
     plan(recipe)  # the plan that stands is the one made again
+
+
+def test_a_plan_that_another_code_made_is_not_replaced(light_recipe, ranked):
+    """One row changed, one row less: training may be half way through it."""
+    ranked(ranked_records(4))
+    recipe = load_recipe(light_recipe)
+    plan(recipe)
+    path = recipe.run_folder() / "plan.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for damaged in ([lines[1], *lines[1:]], lines[:-1]):
+        path.write_text("".join(damaged))
+        with pytest.raises(InputError, match="the plan made now differs from the one that stands here in 1 rows"):
+            plan(recipe)
+        assert path.read_text() == "".join(damaged)
+
+
+def test_a_prompt_that_stands_twice_is_refused(light_recipe, ranked, run_module):
+    """Two rankings of one prompt: nobody said which holds."""
+    path = ranked([*ranked_records(3), ranked_records(2)[1]])
+    result = run_module("alignment.plan", light_recipe)
+    assert_one_error(result, f"error: {path}:4: the prompt `", "stands here and at line 2; leave one of the two lines")
 
 
 def test_a_run_folder_does_not_mix_settings(light_recipe, ranked):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from alignment import train as stage
 from alignment.plan import plan
-from alignment.reference import known_values, missing, portions, response_key
+from alignment.reference import Values, known_values, portions, response_key
 from alignment.train import build_trainer, train, training_config
 from alignment.trainer import HPSTrainer
 from hps.chat import load_tokenizer
@@ -103,11 +103,11 @@ def test_values_are_the_untrained_models(ranked_recipe):
     """Against plain logits of the model's folder, for each response of the plan."""
     recipe = run(ranked_recipe("loss.preference=pl", "loss.list_size=null"))
     (folder,) = (Path(recipe.output) / "reference").iterdir()
-    values = known_values(folder)
+    values = dict(known_values(folder))
     model = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path).double()
     tokenizer = load_tokenizer(recipe.models.policy.path)
     expected = {}
-    for row in stage.token_rows(recipe, tokenizer):
+    for row in stage.TokenRows(recipe, tokenizer):
         prompt = row["prompt_ids"]
         for response in row["response_ids"]:
             with torch.no_grad():
@@ -151,7 +151,7 @@ def other_lengths(recipe):
 
 
 def rows_of(recipe):
-    return stage.token_rows(recipe, load_tokenizer(recipe.models.policy.path))
+    return stage.TokenRows(recipe, load_tokenizer(recipe.models.policy.path))
 
 
 @pytest.mark.slow
@@ -234,11 +234,16 @@ def test_missing_are_asked_for_once():
         {"prompt_ids": [4], "response_ids": [[2]]},
         {"prompt_ids": [1], "response_ids": [[3], [5, 6]]},
     ]
-    known = {response_key([1], [2]): -1.0}
-    assert missing(rows, known) == [
+    values = Values(rows, shared=True)
+    values.add([(response_key([1], [2]), -1.0), (response_key([9], [9]), -2.0)])
+    assert values.missing() == [[0, 2], [1]]
+    assert [values.example(numbers) for numbers in values.missing()] == [
         {"prompt_ids": [1], "response_ids": [[3], [5, 6]]},
         {"prompt_ids": [4], "response_ids": [[2]]},
     ]
+    values.add([(response_key([1], [3]), -3.0), (response_key([1], [5, 6]), -4.0)])
+    assert values.missing() == [[1]] and values[0] == [-1.0, -3.0] and values[2] == [-3.0, -4.0]
+    assert values.place(response_key([9], [9])) is None and len(values) == 3 and values.largest == 4
     assert response_key([1, 2], [3]) != response_key([1], [2, 3])
 
 

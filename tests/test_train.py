@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import alignment.train as stage
 from alignment.merge import merge
 from alignment.plan import plan, read_plan
-from alignment.train import last_checkpoint, token_rows, train
+from alignment.train import TokenRows, last_checkpoint, train
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.errors import InputError
 from hps.recipe import Recipe
@@ -70,7 +70,7 @@ def test_rows_are_the_plan_as_token_ids(ranked_recipe, tokenizer):
     recipe = ranked_recipe()
     plan(recipe)
     records = {record["prompt_id"]: record for _, record in read_ranked(recipe.ranked("train"))}
-    rows, planned = token_rows(recipe, tokenizer), read_plan(recipe)
+    rows, planned = TokenRows(recipe, tokenizer), read_plan(recipe)
     assert len(rows) == len(planned)
     cut = 0
     for row, entry in zip(rows, planned, strict=True):
@@ -92,7 +92,7 @@ def test_rows_of_both_terms_of_appendix_e(ranked_recipe, tokenizer):
     recipe = ranked_recipe("loss.positives=2", "loss.samples=3")
     plan(recipe)
     shared = 0
-    for row, entry in zip(token_rows(recipe, tokenizer), read_plan(recipe), strict=True):
+    for row, entry in zip(TokenRows(recipe, tokenizer), read_plan(recipe), strict=True):
         second = entry["second"]
         drawn = {*entry["dispreferred"], *second["dispreferred"]}
         members = [entry["preferred"], second["preferred"]]
@@ -110,11 +110,11 @@ def test_rows_of_both_terms_of_appendix_e(ranked_recipe, tokenizer):
 def test_rows_are_cut_at_the_longest_length(ranked_recipe, tokenizer):
     recipe = ranked_recipe()
     plan(recipe)
-    whole = token_rows(recipe, tokenizer)
+    whole = TokenRows(recipe, tokenizer)
     limit = max(len(row["prompt_ids"]) for row in whole) + 4
     short = ranked_recipe(f"schedule.max_length={limit}", f"generation.max_prompt_tokens={limit - 1}", "run=short")
     plan(short)
-    for row, full in zip(token_rows(short, tokenizer), whole, strict=True):
+    for row, full in zip(TokenRows(short, tokenizer), whole, strict=True):
         room = limit - len(full["prompt_ids"])
         assert row["prompt_ids"] == full["prompt_ids"]
         assert row["response_ids"] == [ids[:room] for ids in full["response_ids"]]
@@ -132,7 +132,7 @@ def test_prompt_longer_than_the_limit_is_refused_by_name(ranked_recipe, tokenize
     recipe = ranked_recipe(f"schedule.max_length={limit}", f"generation.max_prompt_tokens={limit - 1}")
     plan(recipe)
     with pytest.raises(InputError) as error:
-        token_rows(recipe, tokenizer)
+        TokenRows(recipe, tokenizer)
     assert str(error.value).startswith(f"{longest}: the prompt has {limit} tokens, `schedule.max_length`")
 
 
@@ -150,7 +150,7 @@ def test_no_second_bos(ranked_recipe, llama3_policy):
     plan(recipe)
     tokenizer = load_tokenizer(str(llama3_policy))
     bos, header = tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<|start_header_id|>")
-    for row in token_rows(recipe, tokenizer):
+    for row in TokenRows(recipe, tokenizer):
         assert row["prompt_ids"][0] == bos
         for ids in (row["prompt_ids"] + response for response in row["response_ids"]):
             assert ids.count(bos) == 1
@@ -197,7 +197,7 @@ def test_log_curves_and_loss(ranked_recipe):
     names = {"loss", "grad_norm", "learning_rate", "gamma", "num_tokens", "tokens_per_second"}
     names |= {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
     names |= {f"{kind}/{name}" for kind in ("logps", "lengths") for name in ("chosen", "rejected")}
-    rows = token_rows(recipe, load_tokenizer(recipe.models.policy.path))
+    rows = list(TokenRows(recipe, load_tokenizer(recipe.models.policy.path)))
     tokens = 0
     for number, line in enumerate(lines):
         assert names <= line.keys()
@@ -271,7 +271,7 @@ def test_rows_are_read_in_the_order_of_the_plan(ranked_recipe, monkeypatch):
 
     monkeypatch.setattr(stage, "PlanCollator", Spy)
     recipe = run(ranked_recipe())
-    rows = token_rows(recipe, load_tokenizer(recipe.models.policy.path))
+    rows = TokenRows(recipe, load_tokenizer(recipe.models.policy.path))
     assert all(len(row.pop("reference")) == 2 for row in seen)
     assert seen == [{name: value for name, value in row.items() if name != "cut"} for row in rows]
 
@@ -502,4 +502,4 @@ def test_a_response_without_tokens_is_refused_with_its_line(ranked_recipe):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     plan(recipe)
     with pytest.raises(InputError, match=r"train\.jsonl:4: a response has no tokens; take empty responses out"):
-        token_rows(recipe, load_tokenizer(recipe.models.policy.path))
+        TokenRows(recipe, load_tokenizer(recipe.models.policy.path))

@@ -20,7 +20,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from alignment.losses import pair_loss, response_scores
 from alignment.plan import plan, read_plan
-from alignment.train import build_trainer, load_policy, lora_config, token_rows, training_config
+from alignment.train import TokenRows, build_trainer, load_policy, lora_config, training_config
 from alignment.trainer import COLUMNS, NOT_HONOURED, HPSTrainer, PlanCollator
 from hps.chat import load_tokenizer
 from hps.recipe import Loss
@@ -128,7 +128,7 @@ def test_columns_are_those_of_the_rows(ranked_recipe):
     trainer._set_signature_columns_if_needed()
     assert trainer._signature_columns == list(COLUMNS)
     trainer.set_reference([[0.0] * len(row["response_ids"]) for row in trainer.train_dataset])
-    assert set(trainer.train_dataset.column_names) == {*COLUMNS, "cut"}
+    assert set(trainer.train_dataset[0]) == {*COLUMNS, "cut"}
 
 
 UNSUPPORTED = {
@@ -183,7 +183,7 @@ def test_fused_head_gives_log_softmax(ranked_recipe):
     """The parent's fused LM head against a separate model and rows without padding."""
     recipe = ranked_recipe()
     trainer = trainer_of(recipe)
-    rows = token_rows(recipe, trainer.processing_class)[:3]
+    rows = list(TokenRows(recipe, trainer.processing_class))[:3]
     batch = PlanCollator(pad_token_id=trainer.processing_class.pad_token_id)(rows)
     with torch.no_grad():
         fused = trainer._separate_log_probs(trainer.model, batch["rows"])
