@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 
-from report import finish, machine, options
+from measure import finish, machine, options
 
 from hps.recipe import CHOICES, REPOSITORY, load_recipe
 from hps.records import read_jsonl

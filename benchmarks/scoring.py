@@ -10,7 +10,7 @@ computed: what the ratio of times would be if every token cost the same.
 import random
 import sys
 
-from report import finish, machine, medians, options, show, timed
+from measure import finish, machine, medians, options, show, timed
 from training import tokens_of
 
 from annotation.score import RewardModel

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from report import finish, machine, medians, options, show, timed
+from measure import finish, machine, medians, options, show, timed
 from transformers import TrainerCallback
 from trl import DPOTrainer
 

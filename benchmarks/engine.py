@@ -1,6 +1,6 @@
 """The generation stage against the bare engine on the same requests.
 
-Run     .venv-infer/bin/python benchmarks/generation.py [--times N] [--json FILE]
+Run     .venv-infer/bin/python benchmarks/engine.py [--times N] [--json FILE]
 
 One vLLM engine, in turns: `generation.generate` whole (reading, hashing, queueing, writing every prompt to the disk,
 manifest), and the engine's own loop with all requests added at once. Samples differ from time to time, so what is
@@ -10,15 +10,11 @@ compared is generated tokens a second; medians.
 import contextlib
 import io
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict
 
-from report import finish, machine, options, show
-
-sys.path.pop(0)  # this file's folder: there `generation` is this file, and the package is wanted
-
+from measure import finish, machine, options, show
 
 from generation import generate as stage
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
