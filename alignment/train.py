@@ -366,11 +366,11 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
     save(trainer, tokenizer, folder / "checkpoint")
     if state.is_main_process:
         draw_curves(folder / "log.jsonl", folder / "curves.png")
-        outputs = [folder / name for name in ("plan.jsonl", "log.jsonl")]
-        weights = sorted((folder / "checkpoint").glob("*.safetensors"))
+        outputs = [folder / name for name in ("plan.jsonl", "plan.json", "log.jsonl")]
+        outputs += sorted(path for path in (folder / "checkpoint").iterdir() if path.is_file())
         seconds = round(result.metrics["train_runtime"], 1)
         facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut}
-        finish(folder, recipe, run_settings(recipe), outputs + weights, **facts)
+        finish(folder, recipe, run_settings(recipe), outputs, [recipe.ranked("train")], **facts)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
 
 

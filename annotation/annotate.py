@@ -114,7 +114,8 @@ def _annotate(recipe: Recipe, folder: Path, settings: dict) -> None:
     for split, figures in summary.items():
         print(f"annotation: {split}: {json.dumps(figures)}")
     outputs = [path for split in SPLITS for path in (recipe.ranked(split), ledger_path(recipe, split))]
-    finish(folder, recipe, settings, outputs)
+    inputs = [recipe.candidates(split) for split in SPLITS]
+    finish(folder, recipe, settings, [*outputs, folder / "summary.json"], inputs)
 
 
 def ledger_path(recipe: Recipe, split: str) -> Path:

@@ -62,7 +62,7 @@ def score(recipe: Recipe, sft: bool) -> None:
             print(f"scores: finished before, {path}")
         else:
             _score(recipe, sft, answers / "test.jsonl", path)
-            finish(path.parent, recipe, settings, [path])
+            finish(path.parent, recipe, settings, [path], [answers / "test.jsonl"])
 
 
 def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:

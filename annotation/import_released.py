@@ -226,7 +226,8 @@ def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, t
         if not counts["written"]:
             raise InputError(f"no row can be used ({_counted(counts)})", where=file, remedy="check the file")
         claim(target.parent, settings)
-    outputs = [recipe.ranked(name) for name in SPLITS if recipe.ranked(name).exists()]
+    written = [recipe.ranked(name) for name in SPLITS if recipe.ranked(name).exists()]
+    outputs = [path for ranked in written for path in (ranked, ranked.with_suffix(".ledger.jsonl"))]
     facts = {"file": file, "sha256": file_hash(file), **counts}
     finish(target.parent, recipe, settings, outputs, imported={**before, split: facts})
     print(f"import: {file}: {_counted(counts)} -> {target}")

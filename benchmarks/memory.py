@@ -5,8 +5,8 @@ Run     .venv-train/bin/python benchmarks/memory.py [--prompts 1000 20000] [--re
 Each stage is a process of its own that runs the stage as it is, with real tokenizers and files, and stand-ins for the
 models alone: a generator that answers with synthetic text, fixed scores, fixed log-probabilities. `training` is what
 training holds beside the model: the plan's rows, the reference's values, and one pass over the batches. Peak is the
-kernel's VmHWM, which counts the interpreter and the libraries as well; `growth` is peak at the most prompts over peak at
-the fewest, and the program ends with an error when it is above 1.15.
+kernel's VmHWM, which counts the interpreter and the libraries as well; `growth` is the peak with many prompts over that
+with few, and the program ends with an error when it is above 1.15.
 """
 
 import json
@@ -25,28 +25,7 @@ from hps.recipe import REPOSITORY, Recipe, load_recipe
 from hps.records import write_lines
 
 MOST_GROWTH = 1.15
-WORDS = [
-    "it",
-    "is",
-    "safe",
-    "to",
-    "keep",
-    "a",
-    "plant",
-    "near",
-    "an",
-    "open",
-    "window",
-    "when",
-    "the",
-    "sun",
-    "is",
-    "low",
-    "and",
-    "the",
-    "air",
-    "moves",
-]
+WORDS = ["it", "is", "safe", "to", "keep", "a", "plant", "near", "the", "open", "window"]
 TEST_PROMPTS = 2
 
 

@@ -42,7 +42,7 @@ def measure(recipe: Recipe) -> None:
             print(f"divergence: finished before, {path}")
         else:
             _measure(recipe, answers / "test.jsonl", path)
-            finish(path.parent, recipe, settings, [path])
+            finish(path.parent, recipe, settings, [path], [answers / "test.jsonl"])
 
 
 def _measure(recipe: Recipe, answers: Path, path: Path) -> None:

@@ -152,7 +152,8 @@ def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
     write_json(folder / "margins.json", metrics)
     print_metrics(metrics, folder)
     outputs = [folder / name for name in ("pairs.jsonl", "answers.jsonl", "margins.json")]
-    finish(folder, recipe, settings, outputs)
+    inputs = [recipe.tested().data.test.path, recipe.tested().ranked("test")]
+    finish(folder, recipe, settings, outputs, inputs)
 
 
 def set_figures(pairs: list[dict], recipe: Recipe) -> dict:

@@ -115,7 +115,8 @@ def _answer(jobs: list[Answering]) -> None:
             else:
                 files[int(number)].append(answers_record(prompts[int(number)][name], result["samples"]))
     for job in jobs:
-        finish(job.folder, job.recipe, job.settings(), [job.folder / name for name in ("test.jsonl", "ledger.jsonl")])
+        outputs = [job.folder / name for name in ("test.jsonl", "ledger.jsonl")]
+        finish(job.folder, job.recipe, job.settings(), outputs, [job.recipe.tested().data.test.path])
         print(f"answers: {job.folder / 'test.jsonl'}")
 
 

@@ -204,7 +204,8 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
     for split, counts in summary.items():
         print(f"generation: {split}: {json.dumps(counts)}")
     outputs = [path for writer in writers.values() for path in (writer.path, writer.ledger_path)]
-    finish(folder, recipe, settings, outputs)
+    inputs = [getattr(recipe.data, split).path for split in SPLITS]
+    finish(folder, recipe, settings, [*outputs, folder / "summary.json"], inputs)
 
 
 def sample(

@@ -66,7 +66,7 @@ def test_training_left_its_files(finished):
     assert [line["gamma"] for line in log] == [-5.0, -5.0, 5.0, 5.0]
     assert len(plan) == 16 and {row["step"] for row in plan} == {0, 1, 2, 3}
     manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["recipe"]["seed"] == 7 and "adapter_model.safetensors" in manifest["outputs"]
+    assert manifest["recipe"]["seed"] == 7 and "checkpoint/adapter_model.safetensors" in manifest["outputs"]
 
 
 def test_held_out_figures(finished):

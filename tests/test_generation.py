@@ -318,7 +318,13 @@ def test_a_run_without_pending_prompts_needs_no_engine(tiny_recipe, capsys):
     records = [record for _, record in read_candidates(recipe.candidates("train"))]
     assert [record["sources"] for record in records] == [["given_1", "given_2"]] * 8
     manifest = json.loads((recipe.candidates("train").parent / "manifest.json").read_text())
-    assert set(manifest["outputs"]) == {"train.jsonl", "train.ledger.jsonl", "test.jsonl", "test.ledger.jsonl"}
+    assert set(manifest["outputs"]) == {
+        "train.jsonl",
+        "train.ledger.jsonl",
+        "test.jsonl",
+        "test.ledger.jsonl",
+        "summary.json",
+    }
     capsys.readouterr()
     generate(recipe)
     assert capsys.readouterr().out.startswith("generation: finished before")

@@ -125,7 +125,10 @@ def test_import_writes_ranked_records_and_counts_every_row(form, recipe, tmp_pat
     place = "row 3" if form == "list" else ":3"
     assert ledger[4]["place"].endswith(place)
     manifest = json.loads((recipe.ranked("train").parent / "manifest.json").read_text())
-    assert manifest["imported"]["train"]["read"] == 5 and set(manifest["outputs"]) == {"train.jsonl"}
+    assert manifest["imported"]["train"]["read"] == 5 and set(manifest["outputs"]) == {
+        "train.jsonl",
+        "train.ledger.jsonl",
+    }
 
 
 def test_both_splits_can_be_imported_and_nothing_is_overwritten(recipe, write_lines):

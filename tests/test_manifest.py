@@ -25,7 +25,8 @@ def test_a_folder_is_claimed_continued_and_finished(tmp_path, tiny_recipe):
     manifest = json.loads((folder / "manifest.json").read_text())
     # printf abc | sha256sum
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert manifest["outputs"] == {"data.jsonl": abc}
+    # 97 + 98 + 99; 97 + 2 * 98 + 3 * 99
+    assert manifest["outputs"] == {"data.jsonl": {"sha256": abc, "bytes": 3, "sums": [294, 590]}}
     assert manifest["settings"] == SETTINGS
     assert manifest["recipe"]["seed"] == 7
     assert manifest["versions"] == versions()
