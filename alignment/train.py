@@ -36,6 +36,7 @@ from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
 from hps.recipe import Recipe
 from hps.records import write_atomic
+from hps.weights import load_weights
 
 COMPLETE = "complete"  # a checkpoint's last file
 
@@ -168,10 +169,9 @@ def load_policy(recipe: Recipe, trained: bool = False):
             learning rate of 5e-7 moves few weights by as much as a bf16 rounds off. Under bf16 autocast they stay so;
             DeepSpeed's bf16 keeps them as the optimizer's copy and trains in bf16.
     """
-    model = recipe.models.policy
-    return AutoModelForCausalLM.from_pretrained(
-        model.path,
-        revision=model.revision,
+    return load_weights(
+        AutoModelForCausalLM,
+        recipe.models.policy,
         dtype=torch.bfloat16 if torch.cuda.is_available() and not trained else torch.float32,
         attn_implementation=attention(recipe),
     )

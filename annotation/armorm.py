@@ -22,10 +22,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 
-from annotation.score import ConversationScorer, load_config
+from annotation.score import ConversationScorer
 from hps.chat import common_end, prompt_token_ids
 from hps.errors import InputError
 from hps.recipe import Model
+from hps.weights import load_config, load_weights
 
 
 class Gate(nn.Module):
@@ -115,22 +116,14 @@ def _load(model: Model, dtype: torch.dtype) -> GatedLlama:
         raise InputError(
             f"`model_type` is {config.model_type}", where=model.path, remedy="an ArmoRM must be a llama model"
         )
-    try:
-        network, info = GatedLlama.from_pretrained(
-            model.path,
-            revision=model.revision,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,  # a pickle runs code when it is loaded
-            ignore_mismatched_sizes=True,  # reported below, with the rest
-            output_loading_info=True,
-        )
-    except OSError as error:
-        raise InputError(
-            f"no weights as safetensors there ({str(error).splitlines()[0]})",
-            where=model.path,
-            remedy="give a copy of the model with safetensors",
-        ) from None
+    network, info = load_weights(
+        GatedLlama,
+        model,
+        config=config,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,  # reported below, with the rest
+        output_loading_info=True,
+    )
     _check_weights(info, model.path)
     return network
 

@@ -1,9 +1,10 @@
 """Load a reward model, of whichever class its configuration names."""
 
 from annotation.armorm import ArmoRM
-from annotation.score import ConversationScorer, RewardModel, load_config
+from annotation.score import ConversationScorer, RewardModel
 from hps.preflight import ARMORM
 from hps.recipe import Model
+from hps.weights import load_config
 
 
 def load_reward_model(model: Model, dtype: str = "auto", batch_tokens: int = 16384) -> ConversationScorer:

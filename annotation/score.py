@@ -15,27 +15,16 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from hps.chat import conversation_token_ids, load_tokenizer
 from hps.errors import InputError
 from hps.prefix import chunks, common_prefix, prefix_states, tail_states
 from hps.recipe import Model
+from hps.weights import load_config, load_weights
 
 # Shared-prefix and plain scores of the probe may differ by this share of the score's size (fp32: about 1e-6 seen).
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-
-
-def load_config(model: Model):
-    """A reward model's configuration. InputError when there is none."""
-    try:
-        return AutoConfig.from_pretrained(model.path, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no model there ({str(error).splitlines()[0]})",
-            where=model.path,
-            remedy="check `models.reward.path` (or `models.evaluator.path`)",
-        ) from None
 
 
 class ConversationScorer:
@@ -120,9 +109,7 @@ class RewardModel(ConversationScorer):
     def __init__(self, model: Model, dtype: str = "auto", batch_tokens: int = 16384):
         super().__init__(model, dtype, batch_tokens)
         config = _one_label(load_config(model), model)
-        self.model = AutoModelForSequenceClassification.from_pretrained(
-            model.path, revision=model.revision, config=config, dtype=self.dtype
-        )
+        self.model = load_weights(AutoModelForSequenceClassification, model, config=config, dtype=self.dtype)
         self.model.to(self.device).eval()
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.shares_prompt = self._probe()

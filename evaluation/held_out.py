@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
 from hps.prefix import compute_prefix, tail_states
 from hps.recipe import Model, Recipe
+from hps.weights import load_weights, refuse_pickles
 
 FINAL = "final"  # the policy at the end of the training
 
@@ -41,6 +42,7 @@ class HeldOut:
         if recipe.lora.enabled:
             from peft import PeftModel
 
+            refuse_pickles(run / "checkpoint", "checkpoint")
             self.reference = PeftModel.from_pretrained(self.reference, run / "checkpoint", adapter_name=FINAL).eval()
             self.policy = self.reference
             for step, folder in kept_checkpoints(recipe) if along else []:
@@ -142,8 +144,7 @@ def kept_checkpoints(recipe: Recipe) -> list[tuple[int, Path]]:
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype):
-    loaded = AutoModelForCausalLM.from_pretrained(model.path, revision=model.revision, dtype=dtype)
-    return loaded.to(device).eval()
+    return load_weights(AutoModelForCausalLM, model, dtype=dtype).to(device).eval()
 
 
 def _causal(model: Any) -> Any:

@@ -73,6 +73,7 @@ def result_key(recipe: Recipe, sft: bool = False) -> dict:
         "train": {split: _split(recipe, split) for split in SPLITS},
         **{name: asdict(getattr(recipe, name)) for name in ("loss", "schedule", "lora", "optimizer")},
         "annotation": _without_devices(recipe, "annotation"),
+        **({} if recipe.data.special_tokens == "neutralize" else {"special_tokens": recipe.data.special_tokens}),
         "seed": recipe.seed,
     }
 

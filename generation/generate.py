@@ -11,12 +11,12 @@ command; prompts that are finished are not touched.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
+from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, special_tokens_in
 from hps.cli import parse, progress
 from hps.engine import Engine, Sample
 from hps.errors import run_main
@@ -43,7 +43,9 @@ class Generator:
             yield {"key": key, "samples": [asdict(sample) for sample in samples]}
 
 
-def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tuple[dict, list[dict]]:
+def assemble(
+    record: dict, samples: list[Sample], given_counts: list[int], refused: Callable[[str], list[str]] = lambda text: []
+) -> tuple[dict, list[dict]]:
     """One candidates record of given and sampled responses, and ledger lines for what was dropped or merged.
 
     Given responses come first and keep their place in the human order as source. Empty responses are dropped; of exact
@@ -53,6 +55,7 @@ def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tu
         record: the prompts record (its `responses` are the given ones).
         samples: the engine's samples.
         given_counts: tokens of the given responses.
+        refused: the special tokens for which a response is dropped.
     """
     given = [
         (text, f"given_{place}", count, False)
@@ -65,6 +68,9 @@ def assemble(record: dict, samples: list[Sample], given_counts: list[int]) -> tu
         text, source = entry[:2]
         if not text.strip():
             ledger.append({"prompt_id": record["prompt_id"], "reason": "empty response", "source": source})
+        elif tokens := refused(text):
+            line = {"prompt_id": record["prompt_id"], "reason": "special tokens in a response", "source": source}
+            ledger.append({**line, "tokens": tokens, "text": text})
         elif text in kept:
             line = {"prompt_id": record["prompt_id"], "reason": "duplicate response", "source": source}
             ledger.append({**line, "kept": kept[text][1], "text": text})
@@ -85,6 +91,7 @@ class SplitWriter:
         self.prompts = prompts
         self.count = getattr(recipe.data, split).responses
         self._settings, self._tokenizer = recipe.generation, tokenizer
+        self._refuse_special = recipe.data.special_tokens == "refuse"
         self._candidates, self.done = Appender(self.path), done_ids(self.path)
         Appender(self.ledger_path).close()  # cuts off what a kill left of the last line
         self.done |= {line["prompt_id"] for _, line in read_jsonl(self.ledger_path) if line.get("refused")}
@@ -96,8 +103,11 @@ class SplitWriter:
         for name in self.prompts:
             if name in self.done:
                 continue
-            ids = prompt_token_ids(self._tokenizer, self.prompts[name]["prompt"])
-            if len(ids) > self._settings.max_prompt_tokens:
+            prompt = self.prompts[name]["prompt"]
+            ids = prompt_token_ids(self._tokenizer, prompt)
+            if self._refuse_special and (tokens := self._special(*(message["content"] for message in prompt))):
+                self.refuse(name, "special tokens in the prompt", tokens=tokens)
+            elif len(ids) > self._settings.max_prompt_tokens:
                 self.refuse(name, "prompt too long", tokens=len(ids), limit=self._settings.max_prompt_tokens)
             elif self.count == 0:
                 self.write(name, [])
@@ -110,7 +120,8 @@ class SplitWriter:
         given = [text.strip() for text in self.prompts[name]["responses"]] if self._settings.keep_given else []
         record = {**self.prompts[name], "responses": given}
         counts = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in given]
-        candidates, ledger = assemble(record, samples, counts)
+        refused = self._special if self._refuse_special else lambda text: []
+        candidates, ledger = assemble(record, samples, counts, refused)
         for line in ledger:
             self._ledger.append(line)
         if len(candidates["responses"]) < 2:
@@ -118,6 +129,9 @@ class SplitWriter:
         else:
             self._candidates.append(candidates)
             self.done.add(name)
+
+    def _special(self, *texts: str) -> list[str]:
+        return [token for text in texts for token in special_tokens_in(self._tokenizer, text)]
 
     def refuse(self, name: str, reason: str, **facts) -> None:
         """Put a prompt into the ledger: it has no candidates and is done."""
@@ -138,15 +152,21 @@ def _settle(path: Path, done: set[str], repeated: list[dict]) -> None:
     write_lines(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in chain(repeated, lines)))
 
 
-def summarize(path: Path, ledger_path: Path) -> dict:
-    """Counts of one split: prompts, responses by source, truncated ones, and the ledger by reason."""
-    prompts, sources, truncated = 0, Counter(), 0
+def summarize(path: Path, ledger_path: Path, tokenizer) -> dict:
+    """Counts of one split: prompts, responses by source, truncated ones, and the ledger by reason.
+
+    `special_tokens`: prompts and responses that spell out a special token of the generator.
+    """
+    prompts, sources, truncated, special = 0, Counter(), 0, {"prompts": 0, "responses": 0}
     for _, record in read_candidates(path):
+        special["prompts"] += any(special_tokens_in(tokenizer, message["content"]) for message in record["prompt"])
+        special["responses"] += sum(bool(special_tokens_in(tokenizer, text)) for text in record["responses"])
         prompts += 1
         sources.update(source.partition("_")[0] for source in record["sources"])
         truncated += sum(record["truncated"])
     reasons = Counter(line["reason"] for _, line in read_jsonl(ledger_path))
-    return {"prompts": prompts, "responses": dict(sources), "truncated": truncated, "ledger": dict(reasons)}
+    counts = {"prompts": prompts, "responses": dict(sources), "truncated": truncated, "special_tokens": special}
+    return {**counts, "ledger": dict(reasons)}
 
 
 def stage_settings(recipe: Recipe) -> dict:
@@ -155,13 +175,14 @@ def stage_settings(recipe: Recipe) -> dict:
     # How many devices work and how much memory they take changes no distribution.
     for name in ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences"):
         del settings[name]
+    data = {s: {**asdict(getattr(recipe.data, s)), "sha256": file_hash(getattr(recipe.data, s).path)} for s in SPLITS}
+    if recipe.data.special_tokens != "neutralize":  # what does not differ from earlier versions is not claimed
+        data["special_tokens"] = recipe.data.special_tokens
     return {
         "generation": settings,
         "seed": recipe.seed,
         "model": model_hash(recipe.models.generator),
-        "data": {
-            s: {**asdict(getattr(recipe.data, s)), "sha256": file_hash(getattr(recipe.data, s).path)} for s in SPLITS
-        },
+        "data": data,
     }
 
 
@@ -199,7 +220,7 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
             writers[split].write(name, [Sample(**sample) for sample in result["samples"]])
     for writer in writers.values():
         writer.close()
-    summary = {split: summarize(writer.path, writer.ledger_path) for split, writer in writers.items()}
+    summary = {split: summarize(writer.path, writer.ledger_path, tokenizer) for split, writer in writers.items()}
     write_json(folder / "summary.json", summary)
     for split, counts in summary.items():
         print(f"generation: {split}: {json.dumps(counts)}")

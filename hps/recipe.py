@@ -9,6 +9,7 @@ field, value and remedy. Look at one:
 """
 
 import math
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,8 +63,15 @@ class Split:
 
 @dataclass
 class Data:
+    """`special_tokens`: what becomes of prompts and responses that spell out a special token of the generator.
+
+    `neutralize`: they are counted, and at every model call such a token is ordinary text (hps/chat.py). `refuse`: they
+    go to the ledger.
+    """
+
     train: Split = field(default_factory=Split)
     test: Split = field(default_factory=lambda: Split(responses=5))
+    special_tokens: str = "neutralize"
 
 
 @dataclass
@@ -324,6 +332,7 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("seed", 0, 2**31 - 1),
 ]
 CHOICES: dict[str, tuple[str, ...]] = {
+    "data.special_tokens": ("neutralize", "refuse"),
     "generation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "annotation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "loss.family": ("dpo", "exo", "ipo", "sppo", "nca", "simpo"),
@@ -363,6 +372,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
                 f"`{override}` is no override", where="command line", remedy="write key=value, e.g. loss.beta=0.25"
             )
         place.overridden[key] = override
+        _refuse_resolver(override, "command line", key)
         _merge(recipe, lambda override=override: OmegaConf.from_dotlist([override]), place, key)
     try:
         typed: Any = OmegaConf.to_object(recipe)
@@ -404,6 +414,14 @@ def _dotted(tree: dict, prefix: str = "") -> list[str]:
     for name, value in tree.items():
         names += _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
     return names
+
+
+def _refuse_resolver(text: str, where: str, key: str) -> None:
+    """OmegaConf's resolvers read the environment, and with it secrets that a manifest would then show."""
+    if re.search(r"\$\{[^}]*:", text):
+        raise InputError(
+            f"`{key}` asks for a resolver: {text}", where=where, remedy="write the value itself, or ${another.field}"
+        )
 
 
 def _merge(recipe, make, place: "_Place", name: str) -> None:
@@ -465,6 +483,8 @@ class _Place:
         for key, value in node.value:
             name = f"{prefix}{key.value}"
             self.lines[name] = key.start_mark.line + 1
+            if isinstance(value, yaml.ScalarNode):
+                _refuse_resolver(value.value, f"{self.path}:{self.lines[name]}", name)
             self._walk(value, name + ".")
 
     def of(self, key: str) -> str:

@@ -131,10 +131,11 @@ def test_a_split_from_prompts_to_files(make_writer, tokenizer):
     assert ledger[1]["limit"] == 256
     assert ledger[1]["tokens"] > 256
     assert ledger[4]["responses"] == ["same"]
-    assert summarize(writer.path, writer.ledger_path) == {
+    assert summarize(writer.path, writer.ledger_path, tokenizer) == {
         "prompts": 1,
         "responses": {"given": 2, "generated": 1},
         "truncated": 0,
+        "special_tokens": {"prompts": 0, "responses": 0},
         "ledger": {
             "repeated prompt": 1,
             "prompt too long": 1,
