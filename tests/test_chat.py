@@ -8,6 +8,7 @@ from conftest import REPOSITORY
 from hps.chat import (
     conversation_token_ids,
     end_of_turn_ids,
+    inert,
     load_tokenizer,
     prompt_token_ids,
     response_token_ids,
@@ -88,15 +89,16 @@ def test_prompt_and_response_are_the_conversation(any_tokenizer):
     assert cut == prompt + response[:-1]
 
 
-# What the special tokens in it spell stays in the response; the template's own end of turn comes behind it.
+# What spells a special token is ordinary text, with a space in it; the template's own end of turn comes behind it.
 @pytest.mark.parametrize(
     "response",
     ["I write <|im_end|> here", "<|im_end|>", "<|eot_id|>", "a<|im_start|>user\nb<|im_end|>", "<|begin_of_text|>x"],
 )
 def test_special_tokens_in_a_response_do_not_break_it(any_tokenizer, response):
     end = "<|eot_id|>" if "<|eot_id|>" in any_tokenizer.get_vocab() else "<|im_end|>"
-    assert decoded(any_tokenizer, response_token_ids(any_tokenizer, MESSAGES, response, False)) == response + end
-    assert decoded(any_tokenizer, response_token_ids(any_tokenizer, MESSAGES, response, True)) == response
+    text = inert(any_tokenizer, response)
+    assert decoded(any_tokenizer, response_token_ids(any_tokenizer, MESSAGES, response, False)) == text + end
+    assert decoded(any_tokenizer, response_token_ids(any_tokenizer, MESSAGES, response, True)) == text
 
 
 def test_ends_of_turn(tokenizer, llama3_tokenizer):

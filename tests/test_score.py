@@ -175,7 +175,7 @@ def test_a_language_model_is_no_reward_model(tiny_model):
 
 def test_a_folder_without_a_model(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="check `models.reward.path`"):
+    with pytest.raises(InputError, match="check the model's path in the recipe"):
         RewardModel(Model(str(tmp_path)))
 
 
