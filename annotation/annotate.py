@@ -144,7 +144,8 @@ def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
         "batch_tokens": recipe.annotation.batch_tokens,
         "canaries": str(canary_folder(recipe)),
     }
-    results = run_workers(Scorer, arguments, items, workers)
+    supervised = recipe.annotation.workers is not None
+    results = run_workers(Scorer, arguments, items, workers, supervised=supervised)
     for result in progress(results, total, "annotation", " prompts", done):
         if "error" in result:
             raise InputError(result["error"])

@@ -88,7 +88,7 @@ def annotation(recipe: Recipe) -> None:
         def score(self, prompt, responses, truncated) -> list[float]:
             return [random.Random(response).gauss(0, 1) for response in responses]
 
-    annotate.run_workers = lambda worker, arguments, items, workers: FixedScores().stream(items)
+    annotate.run_workers = lambda worker, arguments, items, *_, **__: FixedScores().stream(items)
     annotate.annotate(recipe)
 
 

@@ -262,7 +262,8 @@ def sample(
     workers = count_devices(recipe.generation.workers, gpus)
     # More than the engine keeps waiting for itself, so that it never waits for us.
     window = 1 + 3 * recipe.generation.max_sequences // max(1, most)
-    return run_workers(Generator, arguments, chain([first], items), min(workers, count), gpus, window)
+    supervised = recipe.generation.workers is not None
+    return run_workers(Generator, arguments, chain([first], items), min(workers, count), gpus, window, supervised)
 
 
 def main() -> None:

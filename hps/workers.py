@@ -72,7 +72,13 @@ def accumulation_steps(recipe: Recipe, processes: int) -> int:
 
 
 def run_workers(
-    worker: type, arguments: dict, items: Iterable[dict], workers: int, gpus_each: int = 1, window: int = 4
+    worker: type,
+    arguments: dict,
+    items: Iterable[dict],
+    workers: int,
+    gpus_each: int = 1,
+    window: int = 4,
+    supervised: bool = False,
 ) -> Iterator[dict]:
     """What `worker(**arguments)` makes of the items, in no particular order.
 
@@ -82,14 +88,15 @@ def run_workers(
         worker: the class. Its `stream` takes an iterator of items and yields a result for each, in any order, with the
             item's `key`. On actors the iterator also gives None: nothing more at the moment, go on with what you have.
         items: JSON-able dicts with a unique `key`, read as there is room for them.
-        workers: number of instances; 1 runs in this process unless `RAY_ADDRESS` is set.
+        workers: number of instances; 1 runs in this process unless `RAY_ADDRESS` is set or it is `supervised`.
         gpus_each: GPUs reserved for an instance where there are GPUs.
         window: items that are with an actor at a time.
+        supervised: use actors for one instance, too: one that dies is replaced, and an item that ended two is `lost`.
 
     Yields:
         Results; from actors `{"key": ..., "lost": why}` of an item that ended two of them (hps.actors).
     """
-    if workers == 1 and not os.environ.get("RAY_ADDRESS"):
+    if workers == 1 and not supervised and not os.environ.get("RAY_ADDRESS"):
         return worker(**arguments).stream(iter(items))
     from hps.actors import run_actors
 

@@ -335,7 +335,7 @@ def test_a_prompt_that_ends_its_engine_twice_is_in_the_ledger(tiny_recipe, monke
     """The others have candidates, and the stage is finished: the next start does nothing."""
     recipe = load_recipe(tiny_recipe)
 
-    def workers(worker, arguments, items, *_):
+    def workers(worker, arguments, items, *_, **__):
         for number, item in enumerate(items):
             if number == 2:
                 yield {"key": item["key"], "lost": "ActorDiedError: out of memory"}

@@ -42,8 +42,8 @@ class Doubler:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(workers: int, items=ITEMS, **arguments) -> list[dict]:
-    results = list(run_workers(Doubler, {"factor": 2, **arguments}, items, workers))
+def run(workers: int, items=ITEMS, supervised=False, **arguments) -> list[dict]:
+    results = list(run_workers(Doubler, {"factor": 2, **arguments}, items, workers, supervised=supervised))
     return sorted(results, key=lambda item: item.get("number", -1))
 
 
@@ -113,6 +113,14 @@ def test_an_item_that_ends_two_actors_is_given_up(ray, at_13, why):
 @pytest.mark.infer
 def test_an_actor_that_dies_once_is_replaced(ray, tmp_path):
     assert run(2, at_13=str(tmp_path / "died")) == DOUBLED
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_one_supervised_worker_survives_a_deadly_item(ray):
+    """One device, and its number asked for: the run goes on without the item."""
+    lost, *results = run(1, at_13="dies", supervised=True)
+    assert lost["key"] == "13" and results == [item for item in DOUBLED if item["key"] != "13"]
 
 
 @pytest.mark.slow
