@@ -1,7 +1,11 @@
 """The one error for bad input, and the wrapper that turns it into one line and exit status 2."""
 
+import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+# What libraries say instead of an OSError: safetensors the system's words, torch its own.
+FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
 
 
 class InputError(Exception):
@@ -15,12 +19,36 @@ class InputError(Exception):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; an `InputError` becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Run a stage's `main`; bad input and a full disk become one line on stderr, exit status 2; Ctrl-C status 130."""
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        name = next((each.filename for each in _chain(error) if getattr(each, "filename", None)), None)
+        print(
+            f"error: {f'{name}: ' if name else ''}the disk is full; make room and run the same command again, what is "
+            "finished is on disk",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; finished work is on disk, the same command continues it", file=sys.stderr)
         sys.exit(130)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is a disk (or a quota) without room."""
+    return any(
+        getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(each) for words in FULL)
+        for each in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
