@@ -1,5 +1,6 @@
 """Properties of record reading, plan and losses for arbitrary input, and the program that fuzzes record files."""
 
+import itertools
 import json
 import math
 import random
@@ -146,11 +147,12 @@ def test_any_bytes_are_indexed_or_give_the_error_of_the_stream(path, data):
 @given(record=ranked(), ascii_only=st.booleans(), read=st.sampled_from([read_candidates, read_ranked, read_answers]))
 def test_valid_records_of_any_text_are_read_back_equal(path, record, ascii_only, read):
     """Prompts too; blank lines and carriage returns between them change nothing."""
-    line = dumped(record, ascii_only)
-    path.write_bytes(line + b"\r\n\n \n" + line)
-    assert list(read(path)) == [(f"{path}:1", record), (f"{path}:4", record)]
-    assert [found for _, found in read_prompts(path)] == [record] * 2
-    assert Indexed(path, check_prompt)[record["prompt_id"]] == record
+    other = {**record, "prompt_id": record["prompt_id"] + "2"}
+    path.write_bytes(dumped(record, ascii_only) + b"\r\n\n \n" + dumped(other, ascii_only))
+    assert list(read(path)) == [(f"{path}:1", record), (f"{path}:4", other)]
+    assert [found for _, found in read_prompts(path)] == [record, other]
+    found = Indexed(path, check_prompt)
+    assert dict(found) == {record["prompt_id"]: record, other["prompt_id"]: other}
 
 
 @examples(100)
@@ -286,7 +288,8 @@ def test_rows_of_the_release_whose_name_is_null_are_no_repeated_prompt():
 
 
 def test_rewards_and_counts_are_numbers_that_training_can_hold():
-    """Beyond single precision weights were NaN; a count of 400 digits ended the plan's diagnostics."""
+    """Beyond single precision weights were NaN; a count of 400 digits ended the plan's diagnostics. Of rewards that
+    differ by too little the standard deviation is 0."""
     record = {
         "prompt": USER,
         "responses": ["a", "b"],
@@ -295,10 +298,10 @@ def test_rewards_and_counts_are_numbers_that_training_can_hold():
         "token_counts": [1, 1],
         "truncated": [False] * 2,
     }
-    for standardized in (False, True):
+    for rewards, standardized in itertools.product(([MOST, -MOST], [5e-324, 0]), (False, True)):
         schedule = Schedule(epochs=1, global_batch=1, standardize_rewards=standardized)
         recipe = Recipe(output="nowhere", loss=Loss(estimator="exact"), schedule=schedule)
-        rows, facts = make_plan([check_ranked(record, "f:1")], recipe)
+        rows, facts = make_plan([check_ranked({**record, "rewards": rewards}, "f:1")], recipe)
         json.dumps([rows, facts], allow_nan=False)
     with pytest.raises(InputError, match=r"f:1: `rewards\[0\]` is 1e\+39; give a finite number that single precision"):
         check_ranked({**record, "rewards": [1e39, 0]}, "f:1")
