@@ -29,12 +29,13 @@ from hps.errors import InputError, run_main
 from hps.manifest import claim, file_hash, finish, hold, model_hash
 from hps.recipe import SPLITS, Model, Recipe, load_recipe
 from hps.records import (
-    check_messages,
     check_parallel,
+    check_prompt,
     check_ranked,
     check_rewards,
+    check_storable,
     check_strings,
-    prompt_id,
+    parse_json,
     read_jsonl,
     shorten,
 )
@@ -94,17 +95,13 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     if not _is_list(path):
         yield from read_jsonl(path)
         return
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise InputError("the file is not UTF-8", where=str(path), remedy="save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        place = f"{path}:{error.lineno}"
-        raise InputError(f"broken JSON at column {error.colno} ({error.msg})", where=place) from None
+    rows = parse_json(path.read_bytes(), path)
+    assert isinstance(rows, list)  # by its first character
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
+        check_storable(row, where)
         if not isinstance(row, dict):
-            raise InputError(f"expected a JSON object, found {shorten(row)}", where=where)
+            raise InputError(f"expected a JSON object, found {shorten(row)}", where=where, remedy="one object a row")
         yield where, row
 
 
@@ -126,12 +123,13 @@ def check_row(row: dict, where: str) -> dict:
     """
     prompt = row.get("prompt")
     prompt = parse_prompt(prompt, where) if isinstance(prompt, str) else prompt
-    check_messages(prompt, where)
-    check_strings(row, "responses", where)
-    row = {**row, "sources": row.get("sources") or ["generated"] * len(row["responses"])}
+    named = {"prompt": prompt, "responses": row.get("responses"), "prompt_id": row.get("prompt_id")}
+    name = check_prompt(named, where)["prompt_id"]
+    sources = row.get("sources")
+    row = {**row, "sources": ["generated"] * len(row["responses"]) if sources is None else sources}
     check_rewards(row, where)
+    check_strings(row, "sources", where)
     check_parallel(row, "sources", where)
-    name = row.get("prompt_id", prompt_id(prompt))
     # White space around a response would merge with the template's tokens, as in generation.
     responses = [text.strip() for text in row["responses"]]
     columns = {"responses": responses, "rewards": row["rewards"], "sources": row["sources"]}

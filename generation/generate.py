@@ -23,7 +23,7 @@ from hps.errors import run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import load_prompts
 from hps.recipe import SPLITS, Generation, Model, Recipe
-from hps.records import Appender, done_ids, read_candidates, read_jsonl, write_json, write_lines
+from hps.records import Appender, done_ids, read_candidates, read_ledger, write_json, write_lines
 from hps.workers import count_devices, run_workers
 
 
@@ -94,7 +94,7 @@ class SplitWriter:
         self._refuse_special = recipe.data.special_tokens == "refuse"
         self._candidates, self.done = Appender(self.path), done_ids(self.path)
         Appender(self.ledger_path).close()  # cuts off what a kill left of the last line
-        self.done |= {line["prompt_id"] for _, line in read_jsonl(self.ledger_path) if line.get("refused")}
+        self.done |= {line["prompt_id"] for _, line in read_ledger(self.ledger_path) if line.get("refused")}
         _settle(self.ledger_path, self.done, repeated)
         self._ledger = Appender(self.ledger_path)
 
@@ -148,7 +148,7 @@ def _settle(path: Path, done: set[str], repeated: list[dict]) -> None:
 
     A prompt that a kill stopped between its ledger lines and its own line is done again and writes new ones.
     """
-    lines = (line for _, line in read_jsonl(path) if line["prompt_id"] in done and line["reason"] != "repeated prompt")
+    lines = (line for _, line in read_ledger(path) if line["prompt_id"] in done and line["reason"] != "repeated prompt")
     write_lines(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in chain(repeated, lines)))
 
 
@@ -164,7 +164,7 @@ def summarize(path: Path, ledger_path: Path, tokenizer) -> dict:
         prompts += 1
         sources.update(source.partition("_")[0] for source in record["sources"])
         truncated += sum(record["truncated"])
-    reasons = Counter(line["reason"] for _, line in read_jsonl(ledger_path))
+    reasons = Counter(line["reason"] for _, line in read_ledger(ledger_path))
     counts = {"prompts": prompts, "responses": dict(sources), "truncated": truncated, "special_tokens": special}
     return {**counts, "ledger": dict(reasons)}
 

@@ -14,8 +14,8 @@ Formats (one JSON object a line, UTF-8):
 
 import hashlib
 import json
+import math
 import os
-import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -23,7 +23,9 @@ from pathlib import Path
 
 from hps.errors import InputError
 
-MOST = sys.float_info.max  # a JSON integer may be larger, then it is no finite number either
+MOST = 3.4028234663852886e38  # the largest number in single precision, in which training holds rewards
+DEEPEST = 100  # brackets in brackets; near 1,000 Python's stack ends, for reading and for writing at different depths
+AGAIN = "remove the line, so that its prompt is done again"
 ROLES = ("system", "user", "assistant")
 PARALLEL = ("responses", "sources", "token_counts", "truncated")
 
@@ -45,8 +47,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     Raises InputError for a missing file, bytes that are not UTF-8, broken JSON, or a line that is no JSON object.
     """
     for number, _, raw in _lines(path):
-        where = f"{path}:{number}"
-        yield where, _parse(raw, where)
+        yield f"{path}:{number}", _parse(raw, path, number)
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
@@ -66,28 +67,54 @@ def _lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
             place += len(raw)
 
 
-def _parse(raw: bytes, where: str) -> dict:
+def parse_json(raw: bytes, path: str | Path, line: int = 1) -> object:
+    """The JSON value that begins on this line of a file.
+
+    Raises:
+        InputError: bytes that are not UTF-8, broken JSON, or a number or a nesting that Python does not read.
+    """
     try:
-        text = raw.decode("utf-8")
-        record = json.loads(text)
+        return json.loads(raw.rstrip(b"\r\n").decode("utf-8"))  # an error at the end is on the last line
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"byte {error.start + 1} of the line is not UTF-8", where=where, remedy="save the file as UTF-8"
-        ) from None
+        line += raw.count(b"\n", 0, error.start)
+        column = error.start - raw.rfind(b"\n", 0, error.start)
+        problem, remedy = f"byte {column} of the line is not UTF-8", "save the file as UTF-8"
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"broken JSON at column {error.colno} ({error.msg})",
-            where=where,
-            remedy="each line must be one complete JSON object",
-        ) from None
+        line += error.lineno - 1
+        problem = f"broken JSON at column {error.colno} ({error.msg})"
+        remedy = "each record must be one complete JSON object"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        raise InputError(f"unreadable JSON ({error})", where=where, remedy="correct the line") from None
-    if "\\ud" in text.lower():  # the only spelling of half a surrogate pair, which no later file could hold
-        try:
-            canonical(record).encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            raise InputError(f"{half} is half a character", where=where, remedy="correct the escape") from None
+        problem, remedy = f"unreadable JSON ({error})", "correct the line"
+    raise InputError(problem, where=f"{path}:{line}", remedy=remedy)
+
+
+def check_storable(value: object, where: str) -> None:
+    """Refuse what no later file could hold: nesting beyond `DEEPEST`, half a surrogate pair."""
+    if any(depth > DEEPEST for depth, _ in _walk(value)):
+        raise InputError(f"values are nested more than {DEEPEST} deep", where=where, remedy="flatten them")
+    try:
+        canonical(value).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise InputError(f"{half} is half a character", where=where, remedy="correct the escape") from None
+
+
+def _walk(value: object) -> Iterator[tuple[int, object]]:
+    """Depth and value of everything in a JSON value, without recursion."""
+    left = [(0, value)]
+    while left:
+        depth, value = left.pop()
+        yield depth, value
+        if isinstance(value, (list, dict)):
+            left += [(depth + 1, inner) for inner in (value.values() if isinstance(value, dict) else value)]
+
+
+def _parse(raw: bytes, path: str | Path, number: int) -> dict:
+    where = f"{path}:{number}"
+    record = parse_json(raw, path, number)
+    # Half a surrogate pair has no other spelling than an escape.
+    if b"\\ud" in raw.lower() or raw.count(b"[") + raw.count(b"{") > DEEPEST:
+        check_storable(record, where)
     if not isinstance(record, dict):
         raise InputError(f"expected a JSON object, found {shorten(record)}", where=where, remedy="one object a line")
     return record
@@ -135,14 +162,27 @@ def check_strings(record: dict, field: str, where: str) -> None:
 
 def _named(record: dict, where: str) -> dict:
     check_messages(record.get("prompt"), where)
-    given = record.get("prompt_id")
-    if given is None:
+    check_finite(record, where)
+    if record.get("prompt_id") is None:
         return {**record, "prompt_id": prompt_id(record["prompt"])}
-    if not isinstance(given, str) or not given:
-        raise InputError(
-            f"`prompt_id` is {shorten(given)}", where=where, remedy="give a non-empty string, or leave it out"
-        )
+    return check_name(record, where)
+
+
+def check_name(record: dict, where: str, remedy: str = "give a non-empty string, or leave it out") -> dict:
+    """Return the record; InputError: its `prompt_id` is no string, or empty."""
+    name = record.get("prompt_id")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"`prompt_id` is {shorten(name)}", where=where, remedy=remedy)
     return record
+
+
+def check_finite(record: dict, where: str) -> None:
+    """Refuse NaN and infinities in any field: they are no JSON, and the next stage could not write them."""
+    for field, value in record.items():
+        for _, inner in _walk(value):
+            if isinstance(inner, float) and not math.isfinite(inner):
+                problem = f"`{field}` holds {shorten(inner)}"
+                raise InputError(problem, where=where, remedy="give finite numbers, or remove the field")
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[str, dict]]:
@@ -184,7 +224,7 @@ class Lines(Sequence[dict]):
         with self.path.open("rb") as file:
             file.seek(self._places[index])
             raw = file.readline()
-        return _parse(raw, self.where(index))
+        return _parse(raw, self.path, self._numbers[index])
 
     def __len__(self) -> int:
         return len(self._places)
@@ -249,15 +289,21 @@ def check_candidates(record: dict, where: str) -> dict:
     record = _named(record, where)
     for field in ("responses", "sources"):
         check_strings(record, field, where)
-    for field in PARALLEL[1:]:
+    check_parallel(record, "sources", where)
+    _check_counts(record, where)
+    return record
+
+
+def _check_counts(record: dict, where: str) -> None:
+    """Refuse `token_counts` and `truncated` that are not one whole number and one truth value for each response."""
+    for field in PARALLEL[2:]:
         check_parallel(record, field, where)
     for count in record["token_counts"]:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MOST:
             raise InputError(f"`token_counts` has {shorten(count)}", where=where, remedy="give whole numbers >= 0")
     for flag in record["truncated"]:
         if not isinstance(flag, bool):
             raise InputError(f"`truncated` has {shorten(flag)}", where=where, remedy="give true or false")
-    return record
 
 
 def check_parallel(record: dict, field: str, where: str) -> None:
@@ -279,7 +325,9 @@ def check_rewards(record: dict, where: str) -> None:
     for index, reward in enumerate(record["rewards"]):
         if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not abs(reward) <= MOST:
             raise InputError(
-                f"`rewards[{index}]` is {shorten(reward)}", where=where, remedy="give a finite number; score it again"
+                f"`rewards[{index}]` is {shorten(reward)}",
+                where=where,
+                remedy="give a finite number that single precision holds; score it again",
             )
 
 
@@ -288,8 +336,7 @@ def read_answers(path: str | Path) -> Iterator[tuple[str, dict]]:
     for where, record in read_jsonl(path):
         record = _named(record, where)
         check_strings(record, "responses", where)
-        for field in ("token_counts", "truncated"):
-            check_parallel(record, field, where)
+        _check_counts(record, where)
         if not record["responses"]:
             raise InputError("`responses` is empty", where=where, remedy="delete the file and answer again")
         yield where, record
@@ -367,13 +414,26 @@ class Appender:
         self.close()
 
 
+def read_ledger(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield the lines of a ledger; InputError: one has no `prompt_id`, no `reason`, or a number that is not finite."""
+    for where, line in read_jsonl(path):
+        check_name(line, where, AGAIN)
+        check_finite(line, where)
+        if not isinstance(line.get("reason"), str):
+            raise InputError(f"`reason` is {shorten(line.get('reason'))}", where=where, remedy=AGAIN)
+        yield where, line
+
+
 def done_ids(*paths: str | Path) -> set[str]:
-    """The `prompt_id`s that stand in these files already (missing files count as empty)."""
+    """The `prompt_id`s that stand in these files already (missing files count as empty).
+
+    Raises InputError as `read_jsonl`, and for a `prompt_id` that is no name.
+    """
     return {
-        record["prompt_id"]
+        check_name(record, where, AGAIN)["prompt_id"]
         for path in paths
         if Path(path).exists()
-        for _, record in read_jsonl(path)
+        for where, record in read_jsonl(path)
         if "prompt_id" in record
     }
 

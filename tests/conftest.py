@@ -242,3 +242,13 @@ def ranked_recipe(tiny_recipe, monkeypatch):
         return recipe
 
     return load
+
+
+def make_plan(records: list[dict], recipe) -> tuple[list[dict], dict]:
+    """All rows of a plan and its facts."""
+    from alignment.plan import Plan
+
+    named = {record["prompt_id"]: record for record in records}
+    assert len(named) == len(records)
+    made = Plan(named, recipe)
+    return list(made.rows()), made.facts()

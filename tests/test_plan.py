@@ -6,10 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ranked_records
+from conftest import make_plan, ranked_records
 
 from alignment.plan import (
-    Plan,
     gamma_stages,
     hardness_weights,
     plan,
@@ -38,19 +37,8 @@ def constant(gamma: float) -> dict:
     return {"gamma_start": gamma, "gamma_end": gamma}
 
 
-def make_plan(records: list[dict], recipe: Recipe) -> tuple[list[dict], dict]:
-    made = Plan(by_name(records), recipe)
-    return list(made.rows()), made.facts()
-
-
 def usable(records: list[dict], recipe: Recipe) -> tuple[list[str], dict]:
-    return usable_of(by_name(records), recipe)
-
-
-def by_name(records: list[dict]) -> dict[str, dict]:
-    named = {record["prompt_id"]: record for record in records}
-    assert len(named) == len(records)
-    return named
+    return usable_of({record["prompt_id"]: record for record in records}, recipe)
 
 
 EXACT = {"estimator": "exact"}
