@@ -27,7 +27,7 @@ bash setup.sh infer
 bash setup.sh train
 "$TRAIN" -m ruff check .
 "$TRAIN" -m ruff format --check .
-.venv-train/bin/shellcheck ./*.sh .ci/run
+.venv-train/bin/shellcheck ./*.sh cluster/*.sbatch .ci/run
 # The tests of training hold on a CPU (bit-equality, fp32), also where there are GPUs.
 CUDA_VISIBLE_DEVICES="" "$TRAIN" -m pytest -m "not infer$also" "$@"
 # Every test of the inference environment starts an engine or Ray: none of them is quick.

@@ -1,6 +1,7 @@
-"""Start training on the devices of this machine.
+"""Start training on the devices of this machine, alone or together with other machines.
 
-Reads   the recipe's `training.processes` and `training.deepspeed`
+Reads   the recipe's `training.processes` (of each machine) and `training.deepspeed`; torchrun's `PET_NNODES`,
+        `PET_RDZV_ENDPOINT`, `PET_RDZV_ID` of the environment, on every machine the same (cluster/train.sbatch)
 Run     python -m alignment.launch configs/hh_rlhf.yaml
 
 One process without DeepSpeed runs as it is; everything else is started by torchrun. (`accelerate launch` on a CPU
@@ -8,11 +9,13 @@ applies no DeepSpeed settings and trains with plain DDP.)
 """
 
 import os
+import socket
 import sys
 
 from hps.cli import parse
-from hps.errors import run_main
-from hps.workers import accumulation_steps, process_count
+from hps.errors import InputError, run_main
+from hps.recipe import Recipe
+from hps.workers import accumulation_steps, node_count, process_count
 
 
 def torchrun(arguments: list[str]) -> None:
@@ -39,7 +42,22 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, *training])
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    torchrun(["--standalone", "--nproc_per_node", str(processes), *training])
+    nodes = node_count()
+    if nodes > 1:  # the rest of the rendezvous torchrun takes from the environment
+        _check_shared(recipe)
+        os.environ.setdefault("PET_RDZV_BACKEND", "c10d")
+    meeting = [] if nodes > 1 else ["--standalone"]
+    torchrun([*meeting, "--nproc_per_node", str(processes // nodes), *training])
+
+
+def _check_shared(recipe: Recipe) -> None:
+    plan = recipe.run_folder() / "plan.jsonl"
+    if not plan.exists():
+        raise InputError(
+            f"this node ({socket.gethostname()}) does not see the plan",
+            where=str(plan),
+            remedy="make it first (`python -m alignment.plan`, on one node) on a file system that all nodes share",
+        )
 
 
 if __name__ == "__main__":

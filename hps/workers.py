@@ -45,13 +45,31 @@ def check_gpus(field: str, wanted: int) -> None:
         )
 
 
+def node_count() -> int:
+    """Machines that train together: torchrun's `PET_NNODES`, else one.
+
+    Raises:
+        InputError: it is no number (with a range, `2:4`, the batch would change), or nobody says where they meet.
+    """
+    text = os.environ.get("PET_NNODES", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"`PET_NNODES` is `{text}`", where="environment", remedy="give the number of nodes")
+    if int(text) > 1 and not os.environ.get("PET_RDZV_ENDPOINT"):
+        raise InputError(
+            f"`PET_NNODES` is {text}, and `PET_RDZV_ENDPOINT` is not set",
+            where="environment",
+            remedy="set it to HOST:PORT of one of the nodes, the same on all (cluster/train.sbatch does)",
+        )
+    return int(text)
+
+
 def process_count(recipe: Recipe) -> int:
-    """Processes that train: as the recipe says, else one for every GPU, else one."""
+    """Processes that train, on all nodes: of each as the recipe says, else one for every GPU, else one."""
     if recipe.training.processes is not None:
-        return recipe.training.processes
+        return recipe.training.processes * node_count()
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return max(1, torch.cuda.device_count()) * node_count()
 
 
 def accumulation_steps(recipe: Recipe, processes: int) -> int:

@@ -252,3 +252,14 @@ def make_plan(records: list[dict], recipe) -> tuple[list[dict], dict]:
     assert len(named) == len(records)
     made = Plan(named, recipe)
     return list(made.rows()), made.facts()
+
+
+def results(recipe) -> tuple[list[dict], dict]:
+    """Lines of the log and weights of the checkpoint of a finished training."""
+    from safetensors.torch import load_file
+
+    from hps.records import read_jsonl
+
+    lines = [line for _, line in read_jsonl(recipe.run_folder() / "log.jsonl")]
+    (weights,) = (recipe.run_folder() / "checkpoint").glob("*.safetensors")
+    return lines, load_file(weights)

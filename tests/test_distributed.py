@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, ranked_records
-from safetensors.torch import load_file
+from conftest import REPOSITORY, ranked_records, results
 from torch.testing import assert_close
 
 from alignment.plan import plan
 from alignment.train import train
-from hps.records import read_jsonl
 
 SETTINGS = ("schedule.device_batch=1", "optimizer.learning_rate=2e-3", "optimizer.scheduler=constant")
 # A drawn pair; whole lists of three, four and five responses, so that ranks and accumulation steps differ in size.
@@ -34,12 +32,6 @@ def uneven_lists(recipe) -> None:
     for number, record in enumerate(ranked_records(8)):
         lines.append({**record, **{name: record[name][: 3 + number % 3] for name in names}})
     recipe.ranked("train").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def results(recipe):
-    lines = [line for _, line in read_jsonl(recipe.run_folder() / "log.jsonl")]
-    (weights,) = (recipe.run_folder() / "checkpoint").glob("*.safetensors")
-    return lines, load_file(weights)
 
 
 def adapter_config(recipe) -> dict:

@@ -10,6 +10,7 @@ the adapter must be, bit for bit, that of a training with room. Ends with status
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def attempt(module: str, python: str, disk: Path, room: int, settings: list[str]
     with ballast(disk, room):
         done = stage(module, python, output, settings)
     after = whole_lines(output)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    said = re.findall("error: .*", done.stderr)  # it may stand behind a progress bar
     if done.returncode == 0:
         print(f"{module:24s} {room // KB:5d} kB: had room enough", flush=True)
         return wrong

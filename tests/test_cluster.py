@@ -1,0 +1,210 @@
+"""Training over nodes: two launches in one rendezvous, as two nodes start them; the Slurm script with stand-ins.
+
+Every «node» is a group of processes on this machine with a launcher of its own; they meet at a port, as on a cluster.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPOSITORY, results
+from torch.testing import assert_close
+
+from alignment.plan import plan
+from alignment.train import train
+from hps.errors import InputError
+from hps.workers import node_count
+
+SETTINGS = ["schedule.device_batch=1", "optimizer.learning_rate=2e-3", "optimizer.scheduler=constant"]
+ZERO2 = f"training.deepspeed={REPOSITORY / 'configs' / 'deepspeed' / 'zero2.json'}"
+NODES = [*SETTINGS, "training.processes=1", ZERO2, "run=nodes"]
+
+
+@pytest.fixture
+def alone(ranked_recipe):
+    """Losses and weights of one process."""
+    recipe = ranked_recipe(*SETTINGS, "schedule.device_batch=4", "run=alone")
+    plan(recipe)
+    train(recipe)
+    shutil.rmtree(os.path.join(recipe.output, "reference"))
+    return results(recipe)
+
+
+def same(recipe, alone) -> None:
+    (lines, weights), (theirs, adapter) = alone, results(recipe)
+    assert [line["step"] for line in theirs] == [line["step"] for line in lines] == [1, 2, 3, 4]
+    for ours, line in zip(lines, theirs, strict=True):
+        assert line["loss"] == pytest.approx(ours["loss"], rel=1e-5), ours["step"]
+        assert line["num_tokens"] == ours["num_tokens"]
+    for name, value in weights.items():
+        assert_close(adapter[name], value, rtol=0, atol=1e-4)
+
+
+def rendezvous() -> dict:
+    """The environment of two nodes that meet at a port of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"127.0.0.1:{port}", "PET_RDZV_ID": "test"}
+    return environment | {"PET_LOCAL_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def launch(tiny_recipe, environment: dict) -> subprocess.Popen:
+    command = [sys.executable, "-m", "alignment.launch", str(tiny_recipe), *NODES]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, start_new_session=True, **pipes)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process(ranked_recipe, tiny_recipe, alone):
+    """ZeRO-2; each node is a launch with one process."""
+    recipe = ranked_recipe(*NODES)
+    plan(recipe)
+    environment = rendezvous()
+    nodes = [launch(tiny_recipe, environment) for _ in range(2)]
+    printed = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed[0][-2000:] + printed[1][-2000:]
+    assert [text.count("2 process(es), DeepSpeed ZeRO-2") for text in printed] == [1, 1]
+    same(recipe, alone)
+
+
+@pytest.mark.slow
+def test_a_lost_node_ends_the_other_and_both_go_on(ranked_recipe, tiny_recipe, alone):
+    """SIGKILL for one group in the middle of the training; the other ends by itself; the same commands continue."""
+    recipe = ranked_recipe(*NODES)
+    plan(recipe)
+    environment = rendezvous()
+    nodes = [launch(tiny_recipe, environment) for _ in range(2)]
+    complete = recipe.run_folder() / "steps" / "checkpoint-2" / "complete"
+    limit = time.monotonic() + 240
+    while not complete.exists():
+        assert time.monotonic() < limit and all(node.poll() is None for node in nodes)
+        time.sleep(0.01)
+    for process in with_children(nodes[1].pid):
+        process.kill()
+    lost = time.monotonic()
+    printed, _ = nodes[0].communicate(timeout=120)
+    nodes[1].communicate()
+    assert nodes[0].returncode != 0 and time.monotonic() - lost < 90, printed[-2000:]
+    assert not (recipe.run_folder() / "manifest.json").exists()
+    environment = rendezvous()
+    nodes = [launch(tiny_recipe, environment) for _ in range(2)]
+    printed = "".join(node.communicate(timeout=300)[0] for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], printed[-3000:]
+    assert "continued from" in printed
+    same(recipe, alone)
+
+
+def with_children(pid: int) -> list:
+    """A launcher and its processes, which torchrun starts in groups of their own."""
+    import psutil
+
+    launcher = psutil.Process(pid)
+    return [launcher, *launcher.children(recursive=True)]
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """An environment in which scontrol and srun stand for two nodes that are this machine."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    srun = """#!/usr/bin/env bash
+nodes=2
+while [[ "$1" == --* ]]; do [[ "$1" == --nodes=1 ]] && nodes=1; shift; done
+echo "srun on $nodes: $*" >>"$SRUN_LOG"
+[[ "$nodes" == 1 ]] && exec "$@"
+"$@" & one=$!
+"$@" & two=$!
+wait "$one"; status=$?
+wait "$two" || status=$?
+exit "$status"
+"""
+    for name, text in {"scontrol": '#!/usr/bin/env bash\nprintf "127.0.0.1\\n127.0.0.2\\n"\n', "srun": srun}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    environment = {name: value for name, value in rendezvous().items() if not name.startswith("PET_NNODES")}
+    port = environment.pop("PET_RDZV_ENDPOINT").rpartition(":")[2]
+    environment |= {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    environment |= {
+        "SLURM_JOB_ID": "7",
+        "PORT": port,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+    }
+    return environment | {"SRUN_LOG": str(tmp_path / "srun.log")}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains(ranked_recipe, tiny_recipe, run_module, slurm, alone, tmp_path):
+    """Preflight, plan, merge and margins once; the launch on both."""
+    settings = ["data.train.responses=0", "data.test.responses=0"]
+    recipe = ranked_recipe(*NODES)
+    ranking = recipe.ranked("test")
+    shutil.copy(recipe.ranked("train"), ranking)
+    words = ["bash", REPOSITORY / "cluster" / "train.sbatch", tiny_recipe, *NODES, *settings]
+    done = subprocess.run(words, env=slurm, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "global batch 4: 2 process(es) x 1 prompt(s) at a time x 2" in done.stdout
+    calls = [line.split(f" {sys.executable} -m ") for line in (tmp_path / "srun.log").read_text().splitlines()]
+    modules = [(how, rest.split()[0]) for how, rest in calls]
+    assert modules == [
+        ("srun on 1:", "hps.preflight"),
+        ("srun on 1:", "alignment.plan"),
+        ("srun on 2:", "alignment.launch"),
+        ("srun on 1:", "alignment.merge"),
+        ("srun on 1:", "evaluation.margins"),
+    ]
+    same(recipe, alone)
+    assert json.loads((recipe.run_folder() / "evaluation" / "margins.json").read_text())["sets"]
+
+
+def test_the_slurm_script_stops_at_the_first_failure(tiny_recipe, slurm, tmp_path):
+    """There is no ranked file: nothing is launched, and the job has failed."""
+    words = ["bash", REPOSITORY / "cluster" / "train.sbatch", tiny_recipe, *NODES]
+    done = subprocess.run(words, env=slurm, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "there is no ranked file" in done.stderr
+    assert "alignment.launch" not in (tmp_path / "srun.log").read_text()
+
+
+def test_the_ray_script_runs_gene_on_the_first_node(slurm, tmp_path):
+    """What srun is asked to run on every node; Ray's own command decides which is the first."""
+    folder = tmp_path / "copy"
+    (folder / ".venv-infer" / "bin").mkdir(parents=True)
+    ray = folder / ".venv-infer" / "bin" / "ray"
+    ray.write_text('#!/usr/bin/env bash\necho "$RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} $*"\n')
+    ray.chmod(0o755)
+    words = ["bash", REPOSITORY / "cluster" / "generate.sbatch", "configs/hh_rlhf.yaml", "generation.tensor_parallel=2"]
+    environment = {**slurm, "SLURM_SUBMIT_DIR": str(folder), "PORT": "6379"}
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    expected = (
+        "token 64 symmetric-run --address 127.0.0.1:6379 --min-nodes 2 -- env RAY_ADDRESS=127.0.0.1:6379 "
+        "bash gene.sh configs/hh_rlhf.yaml generation.tensor_parallel=2"
+    )
+    assert done.stdout.splitlines() == [expected] * 2, done.stderr
+
+
+def test_nodes_of_the_environment(monkeypatch):
+    monkeypatch.delenv("PET_NNODES", raising=False)
+    assert node_count() == 1
+    monkeypatch.setenv("PET_NNODES", "3")
+    monkeypatch.delenv("PET_RDZV_ENDPOINT", raising=False)
+    with pytest.raises(InputError, match="`PET_NNODES` is 3, and `PET_RDZV_ENDPOINT` is not set"):
+        node_count()
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "host:1")
+    assert node_count() == 3
+    for text in ("1:4", "0", "two", ""):
+        monkeypatch.setenv("PET_NNODES", text)
+        with pytest.raises(InputError, match=f"`PET_NNODES` is `{text}`; give the number of nodes|environment"):
+            node_count()
+
+
+def test_a_node_that_does_not_see_the_plan(ranked_recipe, tiny_recipe, run_module):
+    environment = rendezvous()
+    result = run_module("alignment.launch", tiny_recipe, *NODES, env=environment)
+    assert result.returncode == 2 and "does not see the plan; make it first" in result.stderr
