@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ranked_records
+from conftest import REPOSITORY, ranked_records
 from test_report import HOSTILE, evaluated, finished_training
 
 from alignment.plan import hardness_weights, plan
 from report.explore import explorer
 from report.run import report
 from report.study import build, import_ratings
+from report.table import page as page_of_table
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
@@ -168,6 +169,15 @@ def test_answers_are_filtered_sorted_and_searched(open_page, run_page):
     assert page.locator("article").count() == 2
 
 
+def test_rows_of_a_table_are_filtered(open_page, tmp_path):
+    path = tmp_path / "table.html"
+    path.write_text(page_of_table(REPOSITORY / "results" / "quickstart" / "table2.json"), encoding="utf-8")
+    page = open_page(path)
+    page.fill("#search", "dpo-hps")
+    shown = [row.inner_text() for row in page.locator("tr.row th").all() if row.is_visible()]
+    assert shown and all("DPO-HPS" in text for text in shown)
+
+
 def rate(page, value: str) -> None:
     for place in range(2):
         for criterion in CRITERIA:
@@ -223,7 +233,9 @@ def test_axe_finds_nothing_and_nothing_overflows(open_page, run_page, explore_pa
     """WCAG A and AA, headings and landmarks, contrast, on a phone and on a desktop, light and dark."""
     from axe_playwright_python.sync_playwright import Axe
 
-    for path in (run_page, explore_page, study / "rater-1.html"):
+    table_page = explore_page.with_name("table.html")
+    table_page.write_text(page_of_table(REPOSITORY / "results" / "quickstart" / "table2.json"), encoding="utf-8")
+    for path in (run_page, explore_page, table_page, study / "rater-1.html"):
         page = open_page(path, size, scheme, bypass_csp=True)  # the checker is a script, which the page refuses
         found = Axe().run(page).response["violations"]
         assert [(each["id"], each["nodes"][0]["html"]) for each in found] == [], path.name

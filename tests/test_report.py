@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ranked_records
+from conftest import REPOSITORY, ranked_records
 
 from alignment.plan import plan
 from hps.errors import InputError
@@ -14,6 +14,7 @@ from report.explore import explorer
 from report.figures import curve, histogram, picture
 from report.page import render, script_json
 from report.run import answers, drawn_places, report
+from report.table import page
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;"
 
@@ -131,6 +132,32 @@ def test_answers_stand_side_by_side_with_scores(trained, monkeypatch):
     assert "<script>alert" not in page and "<img src=x" not in page
     monkeypatch.setattr("report.run.MOST_ANSWERS", 1)
     assert answers(trained)[1] == 1 and "1 more are left out of this page" in report(trained)
+
+
+TABLES = sorted((REPOSITORY / "results" / "quickstart").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_committed_table_has_a_page(path):
+    """Each row, ours and the paper's figure as the Markdown has them."""
+    text = page(path)
+    table = json.loads(path.read_text())
+    assert text.count("<img src=") >= 2 * len(table["parts"])
+    for part in table["parts"]:
+        for row in part["rows"]:
+            assert f'<th scope="row">{row["label"]}</th>' in text
+            for entry in row["figures"].values():
+                if "paper" in entry and "mean" in entry:
+                    assert f"paper {entry['paper']:g} ({entry['difference']:+.3f})" in text
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot read the file"), ("{", "no table"), ("{}", "no table")])
+def test_what_is_no_table(tmp_path, content, said):
+    path = tmp_path / "table.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=said):
+        page(path)
 
 
 def test_the_explorer_holds_what_it_says(write_lines):
