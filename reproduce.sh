@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A table of the paper with ours beside it: runs what is missing, writes results/<scale>/tableN.{json,md,tex,png}.
+# A table of the paper with ours beside it: runs what is missing, writes results/<scale>/tableN.{json,md,tex,png,html}.
 #
 #   bash reproduce.sh table2|table4|table5|table6|table7|table8|ablation [--scale quickstart|paper] [--dry-run]
 #

@@ -56,10 +56,14 @@ def check_canaries(reward_model: ConversationScorer, folder: Path, model: Model)
         model: path and revision of the reward model.
 
     Raises:
-        InputError: a score or the token ids differ from the record, or the record cannot be read or written.
+        InputError: a score is not finite, a score or the token ids differ from the record, or the record cannot be
+            read or written.
     """
     path = record_path(reward_model, folder, model)
-    present = measure(reward_model)
+    try:
+        present = measure(reward_model)
+    except InputError as error:
+        raise InputError(f"on a canary: {error}", where=model.path) from None
     if not path.exists():
         facts = {"path": model.path, "revision": model.revision, **_setting(reward_model)}
         _write(path, {"model": facts, "hash": model_hash(model), "versions": versions(), "canaries": present})

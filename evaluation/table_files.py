@@ -22,6 +22,7 @@ from evaluation.tables import (
 )
 from hps.recipe import REPOSITORY, Recipe
 from hps.records import write_atomic, write_json
+from report.table import page
 
 TITLES = {
     "2": "Table 2: fine-tuning, fifteen methods",
@@ -161,7 +162,8 @@ def write_table(
     write_atomic(stem.with_suffix(".md"), markdown(found))
     write_atomic(stem.with_suffix(".tex"), latex(found))
     draw_frontier(found, stem.with_suffix(".png"))
-    return [stem.with_suffix(suffix) for suffix in (".json", ".md", ".tex", ".png")]
+    write_atomic(stem.with_suffix(".html"), page(stem.with_suffix(".json")))
+    return [stem.with_suffix(suffix) for suffix in (".json", ".md", ".tex", ".png", ".html")]
 
 
 def paper_wins(data: str) -> dict[str, dict]:

@@ -79,6 +79,8 @@ class Engine:
         if adapters:
             extra |= {"enable_lora": True, "max_lora_rank": max(map(_rank_place, adapters))}
             extra["max_loras"] = min(len(adapters), MOST_ADAPTERS)
+        if settings.tensor_parallel > 1:  # all GPUs of an engine are on one node, in a Ray actor too
+            extra["distributed_executor_backend"] = "mp"
         if schema:  # compact, because a weak model would fill its length with white space between the fields
             extra["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
         self._engine = LLM(

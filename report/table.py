@@ -1,7 +1,7 @@
 """The page of a table of the paper with ours beside it.
 
 Reads   `results/<scale>/<table>.json` (what `bash reproduce.sh` writes)
-Writes  `results/<scale>/<table>.html` (not kept in git)
+Writes  `results/<scale>/<table>.html` (not kept in git; reproduce.sh writes it with the table's other files)
 Run     python -m report.table results/quickstart/table2.json
 """
 

@@ -254,7 +254,9 @@ def test_files_of_a_table(results_folder):
     ]
     found[-1] = (found[-1][0], None)
     paths = table_files.write_table("8", "quickstart", found, {"dpo-bt": "run.sh ended with status 2"}, None)
-    assert [path.suffix for path in paths] == [".json", ".md", ".tex", ".png"] and all(p.stat().st_size for p in paths)
+    assert [path.suffix for path in paths] == [".json", ".md", ".tex", ".png", ".html"] and all(
+        p.stat().st_size for p in paths
+    )
     table = json.loads(paths[0].read_text())
     (part,) = table["parts"]
     assert len(part["rows"]) == 10 and part["rows"][1]["figures"]["rm_dpo"]["paper"] == 0.349

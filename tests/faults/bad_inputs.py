@@ -199,7 +199,7 @@ def all_scripts(case: Case) -> str:
 
 
 def nan_scores(case: Case) -> str:
-    """A reward model whose weights hold one NaN, on the second of its runs: what was scored before stays."""
+    """A reward model whose weights hold one NaN: nothing is ranked."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -209,7 +209,11 @@ def nan_scores(case: Case) -> str:
     weights = load_file(model / "model.safetensors")
     weights["score.weight"][0, 0] = torch.nan
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    said = case.refused("annotation.annotate", f"models.reward.path={model}", says="score")
+    said = case.refused(
+        "annotation.annotate",
+        f"models.reward.path={model}",
+        says="/reward: on a canary: the reward model's score of response 1 is nan",
+    )
     assert case.lines("ranked/train.jsonl") == []
     return said
 
