@@ -83,7 +83,8 @@ def test_wrong_argument_is_one_line_and_exit_2(arguments, named):
     run = setup(ROOT, *arguments)
     assert run.returncode == 2
     assert run.stdout == ""
-    assert re.fullmatch(r"error: setup\.sh: .*usage: bash setup\.sh infer\|train \[cpu\|cuda\](, bash setup\.sh browser)?\n", run.stderr)
+    usage = r"bash setup\.sh infer\|train \[cpu\|cuda\](, bash setup\.sh browser)?"
+    assert re.fullmatch(rf"error: setup\.sh: .*usage: {usage}\n", run.stderr)
     assert named in run.stderr
 
 
