@@ -279,7 +279,7 @@ def test_a_secret_of_the_environment_is_written_nowhere(tiny_recipe, tokenizer, 
     environment = {**os.environ, **secrets, "CUDA_VISIBLE_DEVICES": ""}
     make_reward_model(tmp_path / "two", tokenizer, labels=2)
     printed, stages = [], ["generation.generate", "annotation.annotate", "alignment.plan", "alignment.train"]
-    for stage in (*stages, "evaluation.margins"):
+    for stage in (*stages, "evaluation.margins", "report.run"):
         done = run_module(stage, tiny_recipe, *GIVEN, env=environment)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout + done.stderr)
