@@ -33,3 +33,4 @@ case " $* " in *" --dry-run "*) exit 0 ;; esac
 "$TRAIN" -m evaluation.metrics "$@"
 "$INFER" -m evaluation.judge "$@"
 "$TRAIN" -m evaluation.win_rate "$@"
+"$TRAIN" -m report.run "$@"

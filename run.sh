@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ranked candidates to an aligned model: the plan, the training, the held-out figures.
+# Ranked candidates to an aligned model: the plan, the training, the held-out figures, a page that shows them.
 #
 #   bash run.sh [RECIPE] [key=value ...] [--dry-run]
 #
@@ -26,3 +26,4 @@ case " $* " in *" --dry-run "*) exit 0 ;; esac
 "$PYTHON" -m alignment.launch "$@"
 "$PYTHON" -m alignment.merge "$@"
 "$PYTHON" -m evaluation.margins "$@"
+"$PYTHON" -m report.run "$@"

@@ -2,9 +2,11 @@
 # Builds one of the two environments and the embedded models; returns at once when both stand.
 #
 #   bash setup.sh infer|train [cpu|cuda]
+#   bash setup.sh browser
 #
 #   infer   .venv-infer: vLLM, Ray             requirements-infer.txt, on the CPU requirements-infer-cpu.txt
 #   train   .venv-train: TRL, DeepSpeed        requirements-train.txt, on the CPU requirements-train-cpu.txt
+#   browser finds Chromium or Chrome for the tests of the pages, or installs Debian's where that can be done
 #
 # Left out, the second argument is the one of the first time, at first cuda where nvidia-smi runs, else cpu. On the CPU
 # the environments take 4 GB and 2 GB and, from a fast network, three to five minutes each. An environment is built anew
@@ -45,11 +47,31 @@ main() {
     "$VENV/bin/python" -m hps.embedded
 }
 
+find_browser() { # the tests of the pages are skipped without one: no reason to fail
+    local name
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        if command -v "$name" >/dev/null; then
+            say "browser for the tests of the pages: $(command -v "$name")"
+            return
+        fi
+    done
+    mkdir -p models
+    if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
+        say "installing Debian's chromium for the tests of the pages (log: models/browser.log)"
+        if { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y chromium; } >models/browser.log 2>&1; then
+            say "installed $(command -v chromium)"
+            return
+        fi
+    fi
+    say "no Chromium or Chrome on the PATH: the tests of the pages are skipped (Debian: apt install chromium)"
+}
+
 parse_arguments() {
     case "${1:-}" in
         -h | --help) usage && exit 0 ;;
+        browser) [[ $# == 1 ]] && find_browser && exit 0 ;;&
         infer | train) VENV=".venv-$1" ;;
-        *) die 2 "setup.sh: '${1:-}' is no environment; usage: bash setup.sh infer|train [cpu|cuda]" ;;
+        *) die 2 "setup.sh: '${1:-}' is no environment; usage: bash setup.sh infer|train [cpu|cuda], bash setup.sh browser" ;;
     esac
     [[ $# -le 2 ]] || die 2 "setup.sh: '$3' is one argument too many; usage: bash setup.sh infer|train [cpu|cuda]"
     DEVICE="${2:-}"

@@ -25,6 +25,7 @@ if [[ "${1:-}" == fast ]]; then
 fi
 bash setup.sh infer
 bash setup.sh train
+[[ -n "$also" ]] || bash setup.sh browser
 "$TRAIN" -m ruff check .
 "$TRAIN" -m ruff format --check .
 .venv-train/bin/shellcheck ./*.sh cluster/*.sbatch .ci/run

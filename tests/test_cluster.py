@@ -158,6 +158,7 @@ def test_the_slurm_script_trains(ranked_recipe, tiny_recipe, run_module, slurm, 
         ("srun on 2:", "alignment.launch"),
         ("srun on 1:", "alignment.merge"),
         ("srun on 1:", "evaluation.margins"),
+        ("srun on 1:", "report.run"),
     ]
     same(recipe, alone)
     assert json.loads((recipe.run_folder() / "evaluation" / "margins.json").read_text())["sets"]
