@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hps.errors import InputError
+from hps.errors import InputError, is_full_disk
 from hps.recipe import REPOSITORY, Model, Recipe, as_dict
 from hps.records import canonical, write_json
 from hps.weights import refuse_pickles
@@ -146,7 +146,7 @@ def hold(folder: Path) -> Iterator[int]:
     Yields the lock's file descriptor: a child process that inherits it keeps the lock as well.
 
     Raises:
-        InputError: another run works in it.
+        InputError: another run works in it; or the disk got full inside the block, whatever library met it.
     """
     _make(folder)
     handle = os.open(folder, os.O_RDONLY)
@@ -159,7 +159,16 @@ def hold(folder: Path) -> Iterator[int]:
                 where=str(folder),
                 remedy="wait for it, or give another `output`",
             ) from None
-        yield handle
+        try:
+            yield handle
+        except Exception as error:
+            if isinstance(error, InputError) or not is_full_disk(error):
+                raise
+            raise InputError(  # a failed write does not know its file: the folder says which disk it is
+                "the disk is full",
+                where=str(folder),
+                remedy="make room and run the same command again, what is finished is on disk",
+            ) from error
     finally:
         os.close(handle)
 

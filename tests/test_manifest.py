@@ -1,6 +1,8 @@
 """What stands beside outputs: a folder belongs to one set of settings, models are known by their bytes."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -118,6 +120,27 @@ def test_a_second_run_on_a_folder_is_refused(tmp_path):
         pass
     with hold(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed writing file data/0"),
+    ],
+    ids=["disk", "quota", "torch"],
+)
+def test_a_full_disk_is_one_line_with_the_folder(tmp_path, error):
+    with pytest.raises(InputError, match=f"^{tmp_path}: the disk is full; make room"), hold(tmp_path):
+        raise error
+
+
+def test_other_errors_leave_a_held_folder_as_they_are(tmp_path):
+    for error in (OSError(errno.EIO, "Input/output error"), ValueError("no"), InputError("no", where="here")):
+        with pytest.raises(type(error)) as raised, hold(tmp_path):
+            raise error
+        assert raised.value is error
 
 
 def test_local_models_must_be_there(tiny_model, tmp_path):
