@@ -3,11 +3,12 @@
 Run     .venv-train/bin/python -m tests.faults.kill gene|run [--kills 20] [--seed 0] [key=value ...]
 
 The script runs once undisturbed. Then it runs into other folders and is killed, with every process that it started, at
-a moment drawn uniformly from the undisturbed duration, and started again, until it was killed as often as asked for; a
-folder in which it finished is checked and another one is begun. A line a kill: the stage it met, how many finished
-lines stood there at the start and at the kill, the newest complete checkpoint. What was finished must still stand, byte
-by byte: lines of candidates, ranking, plan, reference and held-out pairs, of the log those that the newest complete
-checkpoint covers, and that checkpoint. A finished folder must hold
+a moment drawn uniformly from the undisturbed duration (the shortest that was seen: other work may have disturbed the
+first), and started again, until it was killed as often as asked for; a folder in which it finished is checked and
+another one is begun.
+A line a kill: the stage it met, how many finished lines stood there at the start and at the kill, the newest complete
+checkpoint. What was finished must still stand, byte by byte: lines of candidates, ranking, plan, reference and held-out
+pairs, of the log those that the newest complete checkpoint covers, and that checkpoint. A finished folder must hold
 
 - gene: every prompt once; rewards equal to 1e-5 to those of an annotation that nothing disturbed, of the same texts
 - run: the plan, the adapter and the loss of every step bit for bit as undisturbed; margins equal to 1e-6
@@ -252,8 +253,8 @@ def begin(script: str, whole: Path, output: Path) -> None:
 class Folders:
     """Folders in which a script is killed, one after another, and what was found wrong in them."""
 
-    def __init__(self, script: str, whole: Path, settings: list[str]):
-        self.script, self.whole, self.settings = script, whole, settings
+    def __init__(self, script: str, whole: Path, settings: list[str], seconds: float):
+        self.script, self.whole, self.settings, self.seconds = script, whole, settings, seconds
         self.problems: list[str] = []
         self.number = self.kills = self.lost = self.continued = 0
         self._begin()
@@ -262,13 +263,13 @@ class Folders:
         self.number += 1
         self.output = FOLDER / f"killed-{self.number}"
         begin(self.script, self.whole, self.output)
-        self.finished = False
+        self.finished, self.fresh = False, True
 
     def start(self, moment: float) -> None:
         """Start the script, kill it after `moment` seconds, look at what is left; a finished folder is checked."""
         if self.finished:
             self._begin()
-        before, kept = finished(self.output), checkpoint(self.output)
+        before, kept, clock = finished(self.output), checkpoint(self.output), time.monotonic()
         stage = killed_at(command(self.script, self.output, self.settings), moment)
         after, newest = finished(self.output), checkpoint(self.output)
         gone = lost(before, after)
@@ -278,6 +279,9 @@ class Folders:
             self.problems.append(f"folder {self.number}: {gone} finished lines lost")
         if lost_checkpoint(kept, newest):
             self.problems.append(f"folder {self.number}: the checkpoint of step {kept[0]} is lost")
+        if stage is None and self.fresh:
+            self.seconds = min(self.seconds, time.monotonic() - clock)
+        self.fresh = False
         if stage is None:
             self.finished = True
             print(f"folder {self.number}: finished, {count(before)} -> {count(after)} lines", flush=True)
@@ -307,9 +311,9 @@ def main() -> None:
     if arguments.script == "run":
         seconds = run(command("run", whole, settings))
     print(f"{arguments.script}.sh undisturbed: {seconds:.1f} s", flush=True)
-    folders, rng = Folders(arguments.script, whole, settings), random.Random(arguments.seed)
+    folders, rng = Folders(arguments.script, whole, settings, seconds), random.Random(arguments.seed)
     while folders.kills < arguments.kills:
-        folders.start(rng.uniform(0, seconds))
+        folders.start(rng.uniform(0, folders.seconds))
     if not folders.finished:  # it was killed as often as asked for: it may finish
         folders.start(10 * seconds + 600)
     print(
