@@ -6,6 +6,7 @@ The script runs once undisturbed. Then it runs into other folders and is killed,
 a moment drawn uniformly from the undisturbed duration (the shortest that was seen: other work may have disturbed the
 first), and started again, until it was killed as often as asked for; a folder in which it finished is checked and
 another one is begun.
+
 A line a kill: the stage it met, how many finished lines stood there at the start and at the kill, the newest complete
 checkpoint. What was finished must still stand, byte by byte: lines of candidates, ranking, plan, reference and held-out
 pairs, of the log those that the newest complete checkpoint covers, and that checkpoint. A finished folder must hold
