@@ -4,11 +4,13 @@ The programs themselves take minutes; docs/reliability.md has their figures.
 """
 
 import subprocess
+import sys
+import time
 
 import pytest
 from conftest import ranked_records
 from faults.bad_inputs import Case, line
-from faults.kill import finished, lost, rewards, same_run
+from faults.kill import checkpoint, finished, kill_all, lost, lost_checkpoint, rewards, same_run, started_by
 
 
 def test_lines_that_are_gone_or_changed_are_lost(tmp_path):
@@ -25,6 +27,59 @@ def test_lines_that_are_gone_or_changed_are_lost(tmp_path):
     ):
         path.write_bytes(content)
         assert lost(before, finished(tmp_path)) == gone
+
+
+@pytest.mark.parametrize("name", ["run/plan.jsonl", "reference/0f/run-0.jsonl", "run/evaluation/pairs.jsonl"])
+def test_what_run_sh_finishes_is_watched(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'{"a": 1}\n{"b": 2}\n')
+    before = finished(tmp_path)
+    path.write_bytes(b'{"a": 1}\n')
+    assert lost(before, finished(tmp_path)) == 2
+    path.unlink()
+    assert lost(before, finished(tmp_path)) == 2
+
+
+def write_checkpoint(folder, step: int, weights: str):
+    (folder / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+    (folder / f"checkpoint-{step}" / "adapter_model.safetensors").write_text(weights)
+    (folder / f"checkpoint-{step}" / "complete").touch()
+
+
+def test_a_checkpoint_that_is_gone_or_changed_is_found(tmp_path):
+    """One without its last file is none; a newer one may take its place; log lines behind it are no finished ones."""
+    assert checkpoint(tmp_path) == (0, "")
+    steps, log = tmp_path / "run" / "steps", tmp_path / "run" / "log.jsonl"
+    write_checkpoint(steps, 2, "two")
+    (steps / "checkpoint-3").mkdir()
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    before, lines = checkpoint(tmp_path), finished(tmp_path)
+    assert before[0] == 2 and lines["run/log.jsonl"] == b'{"step": 1}\n{"step": 2}\n'
+    assert not lost_checkpoint(before, before)
+    log.write_text('{"step": 1}\n')
+    assert lost(lines, finished(tmp_path)) == 2
+    write_checkpoint(steps, 2, "other")
+    assert lost_checkpoint(before, checkpoint(tmp_path))
+    (steps / "checkpoint-2" / "complete").unlink()
+    assert lost_checkpoint(before, checkpoint(tmp_path))
+    write_checkpoint(steps, 10, "ten")
+    assert checkpoint(tmp_path)[0] == 10 and not lost_checkpoint(before, checkpoint(tmp_path))
+
+
+def test_a_process_that_lost_its_parent_is_killed_too():
+    """The script's shell ends, what it started in the background goes on: no child of it, but of its session."""
+    words = ["bash", "-c", f"{sys.executable} -c 'import time; time.sleep(60)' & sleep 60"]
+    process = subprocess.Popen(words, start_new_session=True)
+    limit = time.monotonic() + 10
+    while len(started_by(process.pid)) < 3:
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert len(started_by(process.pid)) == 2
+    kill_all(process.pid)
+    assert started_by(process.pid) == []
 
 
 def test_rewards_are_told_by_prompt_and_text(write_lines):

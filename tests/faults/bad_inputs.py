@@ -1,10 +1,11 @@
 """Bad and unusual prompts files, folders and scores through the real stages: what a user sees, what is on disk.
 
-Run     .venv-train/bin/python tests/faults/bad_inputs.py [NAME ...]
+Run     .venv-train/bin/python -m tests.faults.bad_inputs [NAME ...]
 
 Every case is a file of prompts (or a state of the output folder) and what must come of it. Cases that need no model run
 generation with the given responses alone; the ones with unusual texts are also answered by the real engine, scored by
-the quickstart's reward model and planned. Prints a line a case, and ends with status 1 when one is not as it must be.
+the quickstart's reward model, planned, trained on and compared in held-out pairs. Prints a line a case, and ends with
+status 1 when one is not as it must be.
 """
 
 import argparse
@@ -47,11 +48,14 @@ class Case:
         content = lines if isinstance(lines, bytes) else "".join(lines).encode()
         (self.folder / f"{split}.jsonl").write_bytes(content)
 
-    def run(self, module: str, *settings: str, python: str = TRAIN) -> subprocess.CompletedProcess:
+    def words(self, module: str, *settings: str, python: str = TRAIN) -> list[str]:
         paths = [f"data.{split}.{name}" for split in ("train", "test") for name in ("path", "limit")]
         values = [self.folder / "train.jsonl", "null", self.folder / "test.jsonl", "null"]
         given = [f"{path}={value}" for path, value in zip(paths, values, strict=True)]
-        words = [python, "-m", module, RECIPE, f"output={self.output}", *given, *settings]
+        return [python, "-m", module, RECIPE, f"output={self.output}", *given, *settings]
+
+    def run(self, module: str, *settings: str, python: str = TRAIN) -> subprocess.CompletedProcess:
+        words = self.words(module, *settings, python=python)
         environment = {**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning"}
         return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
 
@@ -128,19 +132,18 @@ def changed_input(case: Case) -> str:
 
 
 def two_runs(case: Case) -> str:
-    """The second starts while another process holds the folder, as every stage does."""
+    """The second starts while the first, with the real engine, is at work; the first does not notice."""
     case.write("train", prompts(5))
-    code = (
-        "import pathlib, sys\nfrom hps.manifest import hold\n"
-        "with hold(pathlib.Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()"
-    )
-    words = [TRAIN, "-c", code, case.output / "candidates"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(words, cwd=REPOSITORY, **pipes) as holder:
-        holder.stdout.readline()
-        said = case.refused("generation.generate", *GIVEN, says="another run is working in this folder")
-        holder.stdin.close()
-    case.passes("generation.generate", *GIVEN)
+    words = case.words("generation.generate", *GENERATED, python=INFER)
+    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        limit = time.monotonic() + 120
+        while not (case.output / "candidates" / "claim.json").exists():
+            assert first.poll() is None and time.monotonic() < limit, "the first run did not begin"
+            time.sleep(0.05)
+        said = case.refused("generation.generate", *GENERATED, says="another run is working in this folder")
+        assert first.poll() is None, "the first run was over before the second was refused"
+        assert first.wait() == 0
+    assert len(case.lines("candidates/train.jsonl")) == 5
     return said
 
 
@@ -186,7 +189,8 @@ def all_scripts(case: Case) -> str:
         "e\u0301 and é, \u2028 a line separator, \ufeff a mark, \x00 a null",
         "猫にユリは安全ですか。",
     ]
-    case.write("train", [line(text, f"{text} Yes.", f"{text} No.") for text in texts])
+    for split in ("train", "test"):
+        case.write(split, [line(text, f"{text} Yes.", f"{text} No.") for text in texts])
     case.passes("generation.generate", *GENERATED, python=INFER)
     case.passes("annotation.annotate", *GENERATED, python=INFER)
     case.passes("alignment.plan", *GENERATED)
@@ -195,7 +199,13 @@ def all_scripts(case: Case) -> str:
     for record in ranked:
         given = {f"{record['prompt'][0]['content']} {word}" for word in ("Yes.", "No.")}
         assert given <= set(record["responses"])
-    return f"{len(texts)} prompts and their given responses come out of the ranking character by character"
+    for module in ("alignment.train", "evaluation.margins"):
+        case.passes(module, *GENERATED)
+    (path,) = case.output.glob("*/evaluation/pairs.jsonl")
+    pairs = [pair for pair in case.lines(path.relative_to(case.output).as_posix()) if pair["set"] == "written"]
+    found = {pair["prompt"][0]["content"]: pair["responses"] for pair in pairs}
+    assert found == {text: [f"{text} Yes.", f"{text} No."] for text in texts}
+    return f"{len(texts)} prompts and their given responses go through all stages character by character"
 
 
 def nan_scores(case: Case) -> str:

@@ -1,11 +1,12 @@
 """A disk that fills up in each stage: one clear line, nothing finished is lost, and with room the command goes on.
 
-Run     .venv-train/bin/python tests/faults/disk_full.py [key=value ...]     (as root: it mounts a small file system)
+Run     .venv-train/bin/python -m tests.faults.disk_full [key=value ...]     (as root: it mounts a small file system)
 
 The quickstart with few prompts writes onto a tmpfs. Before each stage a file of ballast leaves the stage too little
-room; it must end with status 2 and one line, without a traceback. Then the ballast goes, and the same command must
-finish, with the lines that stood there before unchanged; after the last stage `hps.verify` must find nothing wrong and
-the adapter must be, bit for bit, that of a training with room. Ends with status 1 when something differs.
+room; it must end with status 2 and one line that says where, without a traceback. Then the ballast goes, and the same
+command must finish, with the lines that stood there before unchanged; after the last stage `hps.verify` must find
+nothing wrong and the adapter must be, bit for bit, that of a training with room. Ends with status 1 when something
+differs.
 """
 
 import argparse
@@ -94,12 +95,13 @@ def attempt(module: str, python: str, disk: Path, room: int, settings: list[str]
         wrong.append(f"{module} with {room} bytes: status {done.returncode}:\n{done.stderr[-2500:]}")
     elif not any(text in said[0] for text in ("the disk is full", "No space left")):
         wrong.append(f"{module} with {room} bytes: {said[0]}")
+    elif str(output) not in said[0]:
+        wrong.append(f"{module} with {room} bytes does not say where: {said[0]}")
     if any(not after.get(path, b"").startswith(content) for path, content in before.items()):
         wrong.append(f"{module} with {room} bytes: finished lines are gone")
     new = sum(content.count(b"\n") for content in after.values()) - sum(c.count(b"\n") for c in before.values())
-    print(
-        f"{module:24s} {room // KB:5d} kB: {new:3d} lines finished; {said[0] if said else 'said nothing'}", flush=True
-    )
+    shown = said[0].replace(str(disk), "...") if said else "said nothing"
+    print(f"{module:24s} {room // KB:5d} kB: {new:3d} lines finished; {shown}", flush=True)
     return wrong
 
 

@@ -1,11 +1,15 @@
 """SIGKILL at random moments of gene.sh or run.sh: nothing finished is lost, and what comes out in the end is right.
 
-Run     .venv-train/bin/python tests/faults/kill.py gene|run [--kills 20] [--seed 0] [key=value ...]
+Run     .venv-train/bin/python -m tests.faults.kill gene|run [--kills 20] [--seed 0] [key=value ...]
 
 The script runs once undisturbed. Then it runs into other folders and is killed, with every process that it started, at
-a moment drawn uniformly from the undisturbed duration, and started again, until it was killed as often as asked for; a
-folder in which it finished is checked and another one is begun. After every kill the finished lines on disk must still
-stand, byte by byte. A finished folder must hold
+a moment drawn uniformly from the undisturbed duration (the shortest that was seen: other work may have disturbed the
+first), and started again, until it was killed as often as asked for; a folder in which it finished is checked and
+another one is begun.
+
+A line a kill: the stage it met, how many finished lines stood there at the start and at the kill, the newest complete
+checkpoint. What was finished must still stand, byte by byte: lines of candidates, ranking, plan, reference and held-out
+pairs, of the log those that the newest complete checkpoint covers, and that checkpoint. A finished folder must hold
 
 - gene: every prompt once; rewards equal to 1e-5 to those of an annotation that nothing disturbed, of the same texts
 - run: the plan, the adapter and the loss of every step bit for bit as undisturbed; margins equal to 1e-6
@@ -15,8 +19,10 @@ something is lost or differs.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -32,9 +38,13 @@ from hps.records import read_jsonl, read_ranked
 
 RECIPE = "configs/quickstart.yaml"
 SETTINGS = ["data.train.limit=12", "data.test.limit=4", "schedule.global_batch=4", "schedule.device_batch=4"]
+SETTINGS += ["training.save_steps=1"]  # six steps: kills are to meet trainings that have a checkpoint to go on from
 FOLDER = REPOSITORY / "runs" / "faults"
-# Files that only ever grow by whole lines while their stage works.
-GROWING = ("candidates/train.jsonl", "candidates/test.jsonl", "ranked/train.jsonl", "ranked/test.jsonl")
+# Files that only ever grow by whole lines while their stage works. (`evaluation/answers.jsonl` is made anew.)
+GROWING = (
+    *("candidates/train.jsonl", "candidates/test.jsonl", "ranked/train.jsonl", "ranked/test.jsonl"),
+    *("*/plan.jsonl", "reference/*/*.jsonl", "*/evaluation/pairs.jsonl"),
+)
 SPLITS = ("train", "test")
 
 
@@ -51,8 +61,8 @@ def run(words: list[str]) -> float:
     return time.monotonic() - start
 
 
-def killed_at(words: list[str], moment: float) -> bool:
-    """Start a command and kill it with all its descendants after `moment` seconds; False when it ended before.
+def killed_at(words: list[str], moment: float) -> str | None:
+    """Start a command and kill all that it started after `moment` seconds; the stage at work, None when it had ended.
 
     Raises:
         SystemExit: it failed by itself.
@@ -62,43 +72,101 @@ def killed_at(words: list[str], moment: float) -> bool:
     try:
         status = process.wait(timeout=moment)
     except subprocess.TimeoutExpired:
-        processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for each in processes:
-            _kill(each)
-        psutil.wait_procs(processes, timeout=30)
+        stage = at_work(process.pid)
+        kill_all(process.pid)
         process.wait()
-        return True
+        return stage
     if status:
         sys.exit(f"{' '.join(words)} ended with {status} by itself; its output is in {FOLDER / 'killed.log'}")
-    return False
+    return None
 
 
-def _kill(process: psutil.Process) -> None:
+def started_by(pid: int) -> list[psutil.Process]:
+    """A process, its descendants, and whatever else is in its session, as what lost its parent is."""
+    found = {}
     try:
-        process.send_signal(signal.SIGKILL)
+        root = psutil.Process(pid)
+        found = {each.pid: each for each in [root, *root.children(recursive=True)]}
     except psutil.NoSuchProcess:
-        return
+        pass
+    for each in psutil.process_iter():
+        try:
+            if os.getsid(each.pid) == pid:
+                found[each.pid] = each
+        except OSError:  # it ended meanwhile
+            continue
+    return [each for each in found.values() if _status(each) not in (None, psutil.STATUS_ZOMBIE)]
+
+
+def _status(process: psutil.Process) -> str | None:
+    try:
+        return process.status()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL to all that a process started, until nothing is left: one may start another while it is looked for."""
+    deadline = time.monotonic() + 30
+    while processes := started_by(pid):
+        if time.monotonic() > deadline:
+            sys.exit(f"processes that SIGKILL does not end: {processes}")
+        for each in processes:
+            try:
+                each.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(processes, timeout=5)
+
+
+def at_work(pid: int) -> str:
+    """The stage that a script is in: what stands behind `-m`, else its own words."""
+    for process in started_by(pid):
+        try:
+            words = process.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if "-m" in words[:-1]:
+            return words[words.index("-m") + 1]
+    return "between stages"
 
 
 def finished(output: Path) -> dict[str, bytes]:
-    """The whole lines of every growing file."""
+    """The whole lines of every growing file; of the log those that the newest complete checkpoint covers."""
     found = {}
-    for name in GROWING:
-        content = (output / name).read_bytes() if (output / name).exists() else b""
-        found[name] = content[: content.rfind(b"\n") + 1]
+    for path in sorted(path for name in GROWING for path in output.glob(name)):
+        content = path.read_bytes()
+        found[path.relative_to(output).as_posix()] = content[: content.rfind(b"\n") + 1]
+    step, _ = checkpoint(output)
+    for path in output.glob("*/log.jsonl"):
+        lines = path.read_bytes().splitlines(keepends=True)
+        found[path.relative_to(output).as_posix()] = b"".join(lines[:step])
     return found
 
 
-def steps(output: Path) -> list[str]:
-    """The complete checkpoints."""
-    return sorted(path.parent.name for path in output.glob("*/steps/checkpoint-*/complete"))
+def count(lines: dict[str, bytes]) -> int:
+    return sum(content.count(b"\n") for content in lines.values())
+
+
+def checkpoint(output: Path) -> tuple[int, str]:
+    """Step of the newest complete checkpoint, and a hash of its files; 0 when there is none."""
+    complete = {int(path.parent.name.partition("-")[2]): path.parent for path in output.glob("*/steps/*/complete")}
+    if not complete:
+        return 0, ""
+    digest = hashlib.sha256()
+    for path in sorted(complete[max(complete)].iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return max(complete), digest.hexdigest()
 
 
 def lost(before: dict[str, bytes], after: dict[str, bytes]) -> int:
     """Finished lines that are gone or changed."""
-    return sum(
-        content.count(b"\n") for name, content in before.items() if not after[name].startswith(content) and content
-    )
+    return sum(content.count(b"\n") for name, content in before.items() if not after.get(name, b"").startswith(content))
+
+
+def lost_checkpoint(before: tuple[int, str], after: tuple[int, str]) -> bool:
+    """Whether the newest complete checkpoint is gone, or is another one under the same step."""
+    return after[0] < before[0] or (after[0] == before[0] and after[1] != before[1])
 
 
 def same_candidates(output: Path, settings: list[str]) -> list[str]:
@@ -183,6 +251,52 @@ def begin(script: str, whole: Path, output: Path) -> None:
             shutil.copytree(whole / name, output / name)
 
 
+class Folders:
+    """Folders in which a script is killed, one after another, and what was found wrong in them."""
+
+    def __init__(self, script: str, whole: Path, settings: list[str], seconds: float):
+        self.script, self.whole, self.settings, self.seconds = script, whole, settings, seconds
+        self.problems: list[str] = []
+        self.number = self.kills = self.lost = self.continued = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.number += 1
+        self.output = FOLDER / f"killed-{self.number}"
+        begin(self.script, self.whole, self.output)
+        self.finished, self.fresh = False, True
+
+    def start(self, moment: float) -> None:
+        """Start the script, kill it after `moment` seconds, look at what is left; a finished folder is checked."""
+        if self.finished:
+            self._begin()
+        before, kept, clock = finished(self.output), checkpoint(self.output), time.monotonic()
+        stage = killed_at(command(self.script, self.output, self.settings), moment)
+        after, newest = finished(self.output), checkpoint(self.output)
+        gone = lost(before, after)
+        self.lost += gone
+        self.continued += count(before) > 0 and after != before
+        if gone:
+            self.problems.append(f"folder {self.number}: {gone} finished lines lost")
+        if lost_checkpoint(kept, newest):
+            self.problems.append(f"folder {self.number}: the checkpoint of step {kept[0]} is lost")
+        if stage is None and self.fresh:
+            self.seconds = min(self.seconds, time.monotonic() - clock)
+        self.fresh = False
+        if stage is None:
+            self.finished = True
+            print(f"folder {self.number}: finished, {count(before)} -> {count(after)} lines", flush=True)
+            found = check(self.script, self.output, self.whole, self.settings)
+            self.problems += [f"folder {self.number}: {line}" for line in found]
+            return
+        self.kills += 1
+        print(
+            f"kill {self.kills:2d}, folder {self.number}, after {moment:5.1f} s in {stage:20s}: lines "
+            f"{count(before):3d} -> {count(after):3d}, checkpoint {kept[0]} -> {newest[0]}, {gone} lines lost",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=("gene", "run"))
@@ -198,35 +312,17 @@ def main() -> None:
     if arguments.script == "run":
         seconds = run(command("run", whole, settings))
     print(f"{arguments.script}.sh undisturbed: {seconds:.1f} s", flush=True)
-    problems, kills, folders, rng = [], 0, 0, random.Random(arguments.seed)
-    done = True  # what was begun
-    while kills < arguments.kills or not done:
-        if done:
-            folders += 1
-            output = FOLDER / f"killed-{folders}"
-            begin(arguments.script, whole, output)
-            words = command(arguments.script, output, settings)
-        before, moment = finished(output), rng.uniform(0, seconds)
-        # Once it was killed as often as asked for, it may finish.
-        done = not killed_at(words, moment if kills < arguments.kills else 10 * seconds + 600)
-        after = finished(output)
-        gone = lost(before, after)
-        if gone:
-            problems.append(f"folder {folders}: {gone} finished lines lost")
-        if done:
-            print(f"folder {folders}: finished", flush=True)
-            problems += [f"folder {folders}: {line}" for line in check(arguments.script, output, whole, settings)]
-        else:
-            kills += 1
-            count = sum(content.count(b"\n") for content in after.values())
-            print(
-                f"kill {kills:2d} in folder {folders} after {moment:5.1f} s: {count} finished lines, "
-                f"checkpoints {', '.join(steps(output)) or 'none'}, {gone} lines lost",
-                flush=True,
-            )
-    print(f"{kills} kills in {folders} folders, {len(problems)} problems")
-    if problems:
-        sys.exit("\n".join(problems))
+    folders, rng = Folders(arguments.script, whole, settings, seconds), random.Random(arguments.seed)
+    while folders.kills < arguments.kills:
+        folders.start(rng.uniform(0, folders.seconds))
+    if not folders.finished:  # it was killed as often as asked for: it may finish
+        folders.start(10 * seconds + 600)
+    print(
+        f"{folders.kills} kills in {folders.number} folders, {folders.continued} starts went on with finished work, "
+        f"{folders.lost} lines lost, {len(folders.problems)} problems: {'failed' if folders.problems else 'passed'}"
+    )
+    if folders.problems:
+        sys.exit("\n".join(folders.problems))
     shutil.rmtree(FOLDER)
 
 
