@@ -33,14 +33,14 @@ def _source(text: str) -> str:
 
 
 def render(template: str, title: str, data: Any, **context) -> str:
-    """A page from `templates/<template>.html`, with `static/page.css`, `static/<template>.js` and `data` inside.
+    """A page from `templates/<template>.html`, with `data`, `static/page.css`, `common.js` and `<template>.js` inside.
 
     Args:
         data: for the script, JSON-able; the script finds it in the element `data`.
         context: for the template.
     """
     style = (HERE / "static" / "page.css").read_text(encoding="utf-8")
-    script = (HERE / "static" / f"{template}.js").read_text(encoding="utf-8")
+    script = "\n".join((HERE / "static" / f"{name}.js").read_text(encoding="utf-8") for name in ("common", template))
     policy = f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}"
     environment = Environment(
         loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,

@@ -1,14 +1,3 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const by = (id) => document.getElementById(id);
-
-function element(name, text, className) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  if (className) made.className = className;
-  return made;
-}
-
 // q of Eq. 9 over the dispreferred rewards; the largest exponent is subtracted, so that none overflows.
 function hardnessWeights(rewards, gamma) {
   const exponents = rewards.map((reward) => gamma * reward);

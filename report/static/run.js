@@ -1,14 +1,3 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const by = (id) => document.getElementById(id);
-
-function element(name, text, className) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  if (className) made.className = className;
-  return made;
-}
-
 const best = (answers) => answers[0].score;
 const gain = (entry) => best(entry.after) - best(entry.before);
 

@@ -1,15 +1,5 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const by = (id) => document.getElementById(id);
 const KEPT = `hps-study-${data.study}-${data.rater}`;
 const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
-
-function element(name, text, className) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  if (className) made.className = className;
-  return made;
-}
 
 // "item/answer/criterion" to a number. A page that is opened again goes on with what was kept.
 let ratings = {};

@@ -1,4 +1,3 @@
-"use strict";
 const search = document.getElementById("search");
 const rows = [...document.querySelectorAll("tr.row")];
 
