@@ -54,8 +54,8 @@ def rendezvous() -> dict:
     return environment | {"PET_LOCAL_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-def launch(tiny_recipe, environment: dict) -> subprocess.Popen:
-    command = [sys.executable, "-m", "alignment.launch", str(tiny_recipe), *NODES]
+def launch(tiny_recipe, environment: dict, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "alignment.launch", str(tiny_recipe), *NODES, *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, start_new_session=True, **pipes)
 
@@ -235,3 +235,24 @@ def test_a_node_that_does_not_see_the_plan(ranked_recipe, tiny_recipe, run_modul
     environment = rendezvous()
     result = run_module("alignment.launch", tiny_recipe, *NODES, env=environment)
     assert result.returncode == 2 and "does not see the plan; make it first" in result.stderr
+
+
+@pytest.mark.slow
+def test_nodes_with_folders_of_their_own_are_refused(ranked_recipe, tiny_recipe, tmp_path):
+    """Each has a plan, so that only a look at the other's folder tells: two outputs stand for two disks.
+
+    They would train, and each keep its own half of DeepSpeed's shards: no checkpoint could be continued.
+    """
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        plan(ranked_recipe(*NODES, f"output={folder}"))
+    planned = sorted(tmp_path.glob("*/nodes/*"))
+    environment = rendezvous()
+    nodes = [launch(tiny_recipe, environment, f"output={folder}") for folder in folders]
+    printed = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], printed[0][-2000:] + printed[1][-2000:]
+    for text in printed:
+        assert f"do not see the folder of the first node ({socket.gethostname()})" in text
+        assert "use a file system that all nodes share" in text and "Traceback" not in text
+    # Nothing of a training, and no trace of the look; glob finds hidden files, too.
+    assert sorted(tmp_path.glob("*/nodes/*")) == planned
