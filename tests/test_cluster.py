@@ -188,6 +188,18 @@ def test_the_slurm_script_stops_at_the_first_failure(tiny_recipe, slurm, tmp_pat
     assert "alignment.launch" not in (tmp_path / "srun.log").read_text()
 
 
+@pytest.mark.parametrize("script", ["train", "generate"])
+def test_the_slurm_scripts_end_where_the_nodes_are_not_known(slurm, script, tmp_path):
+    """scontrol's exit status counts: nothing is started."""
+    (tmp_path / "slurm" / "scontrol").write_text("#!/usr/bin/env bash\nexit 4\n")
+    path = f"{os.path.dirname(sys.executable)}:{slurm['PATH']}"
+    words = ["bash", REPOSITORY / "cluster" / f"{script}.sbatch", "recipe.yaml"]
+    environment = {**slurm, "PATH": f"{tmp_path / 'slurm'}:{path}"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4, done.stderr
+    assert not (tmp_path / "srun.log").exists()
+
+
 def test_the_ray_script_runs_gene_on_the_first_node(slurm, tmp_path):
     """What srun is asked to run on every node; Ray's own command decides which is the first."""
     folder = tmp_path / "copy"
