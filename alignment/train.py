@@ -14,13 +14,16 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig
 
@@ -336,6 +339,34 @@ def leave_out_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def check_shared(folder: Path, state: PartialState) -> None:
+    """Refuse a folder that is not one and the same for all processes.
+
+    Nodes with a plan each, on disks of their own, would train; but every node would keep its own processes' shards of a
+    checkpoint, and none could be continued.
+
+    Raises:
+        InputError: some do not see what the first process writes; by every process, so that none waits for another.
+    """
+    if state.num_processes == 1:
+        return
+    host = socket.gethostname()
+    # A name that nobody asked for before: a network file system may remember that a file was not there.
+    said = [host, f".shared-{uuid.uuid4().hex}"]
+    if state.is_main_process:
+        (folder / said[1]).touch()
+    first, name = broadcast_object_list(said)
+    blind = gather_object([] if (folder / name).exists() else [f"{host}, process {state.process_index}"])
+    if state.is_main_process:  # all have looked
+        (folder / name).unlink()
+    if blind:
+        raise InputError(
+            f"these do not see the folder of the first node ({first}): {'; '.join(blind)}",
+            where=str(folder),
+            remedy="use a file system that all nodes share, under the same path",
+        )
+
+
 def train(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     check_model(recipe.models.policy, "models.policy")
@@ -344,6 +375,7 @@ def train(recipe: Recipe) -> None:
     folder = recipe.run_folder()
     state = PartialState(cpu=not torch.cuda.is_available())
     with hold(folder) if state.is_main_process else nullcontext():
+        check_shared(folder, state)
         # By every process: all find the same, and none waits for one that failed.
         if claim(folder, run_settings(recipe)):
             state.print(f"training: finished before, {folder}")

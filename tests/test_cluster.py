@@ -54,8 +54,8 @@ def rendezvous() -> dict:
     return environment | {"PET_LOCAL_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-def launch(tiny_recipe, environment: dict) -> subprocess.Popen:
-    command = [sys.executable, "-m", "alignment.launch", str(tiny_recipe), *NODES]
+def launch(tiny_recipe, environment: dict, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "alignment.launch", str(tiny_recipe), *NODES, *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, start_new_session=True, **pipes)
 
@@ -188,6 +188,18 @@ def test_the_slurm_script_stops_at_the_first_failure(tiny_recipe, slurm, tmp_pat
     assert "alignment.launch" not in (tmp_path / "srun.log").read_text()
 
 
+@pytest.mark.parametrize("script", ["train", "generate"])
+def test_the_slurm_scripts_end_where_the_nodes_are_not_known(slurm, script, tmp_path):
+    """scontrol's exit status counts: nothing is started."""
+    (tmp_path / "slurm" / "scontrol").write_text("#!/usr/bin/env bash\nexit 4\n")
+    path = f"{os.path.dirname(sys.executable)}:{slurm['PATH']}"
+    words = ["bash", REPOSITORY / "cluster" / f"{script}.sbatch", "recipe.yaml"]
+    environment = {**slurm, "PATH": f"{tmp_path / 'slurm'}:{path}"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4, done.stderr
+    assert not (tmp_path / "srun.log").exists()
+
+
 def test_the_ray_script_runs_gene_on_the_first_node(slurm, tmp_path):
     """What srun is asked to run on every node; Ray's own command decides which is the first."""
     folder = tmp_path / "copy"
@@ -235,3 +247,27 @@ def test_a_node_that_does_not_see_the_plan(ranked_recipe, tiny_recipe, run_modul
     environment = rendezvous()
     result = run_module("alignment.launch", tiny_recipe, *NODES, env=environment)
     assert result.returncode == 2 and "does not see the plan; make it first" in result.stderr
+
+
+@pytest.mark.slow
+def test_nodes_with_folders_of_their_own_are_refused(ranked_recipe, tiny_recipe, tmp_path):
+    """Each has a plan, so that only a look at the other's folder tells: two outputs stand for two disks.
+
+    They would train, and each keep its own half of DeepSpeed's shards: no checkpoint could be continued.
+    """
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        plan(ranked_recipe(*NODES, f"output={folder}"))
+    planned = sorted(tmp_path.glob("*/nodes/*"))
+    environment = rendezvous()
+    nodes = [launch(tiny_recipe, environment, f"output={folder}") for folder in folders]
+    printed = [node.communicate(timeout=300)[0] for node in nodes]
+    # The launcher that keeps the rendezvous ends with its process's status. The other may notice first that the
+    # rendezvous is gone, and end with 1; srun's status is the highest.
+    ended = [node.returncode for node in nodes]
+    assert max(ended) == 2 and min(ended) > 0, printed[0][-2000:] + printed[1][-2000:]
+    text = printed[ended.index(2)]
+    assert f"do not see the folder of the first node ({socket.gethostname()})" in text
+    assert "process 1; use a file system that all nodes share" in text
+    # Nothing of a training, and no trace of the look; glob finds hidden files, too.
+    assert sorted(tmp_path.glob("*/nodes/*")) == planned
