@@ -13,7 +13,9 @@ over the tokens of y_1 of KL(pi_theta || pi_ref) over the vocabulary, nats (Tabl
 over prompts.
 """
 
+from array import array
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,11 @@ LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
 SETS = ("written", "ranked")
 
 
-def held_out_pairs(recipe: Recipe) -> tuple[list[dict], dict[str, int]]:
-    """Pairs in the order of preference, and how many prompts were left out, by reason.
+def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
+    """Pairs in the order of preference, read as they are asked for; prompts without one are counted by reason.
 
     `written`: the first two given responses. `ranked`: best and worst by reward. Of the first `evaluation.prompts`.
     """
-    pairs, left_out = [], Counter()
     prompts, repeated = evaluated_prompts(recipe)
     left_out["written: repeated prompt"] += len(repeated)
     for record in prompts.values():
@@ -46,7 +47,7 @@ def held_out_pairs(recipe: Recipe) -> tuple[list[dict], dict[str, int]]:
         if len([text for text in responses if text]) < 2:
             left_out["written: fewer than two given responses"] += 1
         else:
-            pairs.append({"set": "written", **_pair(record, responses, [False, False])})
+            yield {"set": "written", **_pair(record, responses, [False, False])}
     for _, record in read_ranked(recipe.tested().ranked("test")):
         if recipe.evaluation.prompts is not None and record["prompt_id"] not in prompts:
             continue
@@ -55,8 +56,7 @@ def held_out_pairs(recipe: Recipe) -> tuple[list[dict], dict[str, int]]:
             continue
         ends = {name: [record[name][index] for index in (0, -1)] for name in ("rewards", "sources")}
         responses, truncated = ([record[name][index] for index in (0, -1)] for name in ("responses", "truncated"))
-        pairs.append({"set": "ranked", **_pair(record, responses, truncated), **ends})
-    return pairs, left_out
+        yield {"set": "ranked", **_pair(record, responses, truncated), **ends}
 
 
 def _pair(record: dict, responses: list[str], truncated: list[bool]) -> dict:
@@ -68,15 +68,13 @@ def _pair(record: dict, responses: list[str], truncated: list[bool]) -> dict:
     }
 
 
-def that_fit(pairs: list[dict], scorer: HeldOut) -> tuple[list[dict], Counter]:
-    """The pairs whose prompt leaves room for a response, and how many do not."""
-    fit, long = [], Counter()
+def that_fit(pairs: Iterable[dict], scorer: HeldOut, long: Counter) -> Iterator[dict]:
+    """The pairs whose prompt leaves room for a response; the others are counted."""
     for pair in pairs:
         if len(prompt_token_ids(scorer.tokenizer, pair["prompt"])) < scorer.limit:
-            fit.append(pair)
+            yield pair
         else:
             long[f"{pair['set']}: prompt fills schedule.max_length"] += 1
-    return fit, long
 
 
 def pair_figures(pair: dict, scorer: HeldOut) -> dict:
@@ -85,12 +83,56 @@ def pair_figures(pair: dict, scorer: HeldOut) -> dict:
     return {"tokens": [len(response) for response in responses], **scorer.compare(prompt, responses, diverging=1)}
 
 
-def margins(pairs: list[dict]) -> dict[str, np.ndarray]:
-    """Per-pair figures, each (pairs,), from `responses`, `tokens`, `policy`, `reference` of both and `kl` of y_1."""
-    tokens, policy, reference, kl = (
-        np.array([pair[name] for pair in pairs]) for name in ("tokens", "policy", "reference", "kl")
-    )
-    characters = np.array([[len(text) for text in pair["responses"]] for pair in pairs])
+class Columns:
+    """The numbers of a set's pairs, without the texts: 8 bytes each, so that a file of any length fits.
+
+    `by_step` has the columns of the policy (`MOVING`), by the step at which it was kept, None at the end.
+    """
+
+    FIXED, MOVING = ("tokens", "characters", "reference"), ("policy", "kl")
+
+    def __init__(self):
+        self.fixed = {name: array("d") for name in self.FIXED}
+        self.by_step: dict[int | None, dict[str, array]] = {}
+
+    def add(self, pair: dict) -> None:
+        """Take a line of `pairs.jsonl`."""
+        characters = [len(text) for text in pair["responses"]]
+        _extend(self.fixed, {**pair, "characters": characters})
+        for step, figures in (*((kept["step"], kept) for kept in pair.get("along", [])), (None, pair)):
+            columns = self.by_step.setdefault(step, {name: array("d") for name in self.MOVING})
+            _extend(columns, figures)
+
+    @property
+    def steps(self) -> list[int]:
+        """At which the policy was kept, in order."""
+        return [step for step in self.by_step if step is not None]
+
+    def at(self, step: int | None) -> dict[str, np.ndarray]:
+        """All columns: `tokens`, `characters`, `reference`, `policy` (pairs, 2), `kl` of y_1 (pairs,)."""
+        columns = {**self.fixed, **self.by_step[step]}
+        return {name: np.array(values).reshape((-1,) if name == "kl" else (-1, 2)) for name, values in columns.items()}
+
+    def __len__(self) -> int:
+        return len(self.fixed["tokens"]) // 2
+
+
+def _extend(columns: dict[str, array], figures: dict) -> None:
+    for name, values in columns.items():
+        values.extend(figures[name])
+
+
+def read_columns(pairs: Iterable[dict]) -> dict[str, Columns]:
+    """The numbers of each set that has pairs."""
+    found = {name: Columns() for name in SETS}
+    for pair in pairs:
+        found[pair["set"]].add(pair)
+    return {name: columns for name, columns in found.items() if len(columns)}
+
+
+def margins(columns: Columns, step: int | None = None) -> dict[str, np.ndarray]:
+    """Per-pair figures, each (pairs,), of the policy that was kept at a step, or at the end."""
+    tokens, characters, reference, policy, kl = columns.at(step).values()
     ratios = policy - reference
     margin = ratios[:, 0] - ratios[:, 1]
     figures = {
@@ -98,7 +140,7 @@ def margins(pairs: list[dict]) -> dict[str, np.ndarray]:
         "rm_r_dpo": margin - LENGTH_PENALTY * (tokens[:, 0] - tokens[:, 1]),
         "rm_r_dpo_characters": margin - LENGTH_PENALTY * (characters[:, 0] - characters[:, 1]),
         "rm_dpo_accuracy": _right(ratios[:, 0], ratios[:, 1]),
-        "kl": kl[:, 0],
+        "kl": kl,
     }
     for when, logps in (("before", reference), ("after", policy)):
         figures[f"accuracy_{when}"] = _right(logps[:, 0], logps[:, 1])
@@ -109,12 +151,6 @@ def margins(pairs: list[dict]) -> dict[str, np.ndarray]:
 
 def _right(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
     return (better > worse).astype(float)
-
-
-def at_step(pair: dict, step: int) -> dict:
-    """The pair with the figures of the policy that was kept after `step`."""
-    (kept,) = (figures for figures in pair["along"] if figures["step"] == step)
-    return {**pair, **kept}
 
 
 def evaluate(recipe: Recipe) -> None:
@@ -133,22 +169,19 @@ def evaluate(recipe: Recipe) -> None:
 
 
 def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
-    wanted, left_out = held_out_pairs(recipe)
-    scorer = HeldOut(recipe)
-    pairs, long = that_fit(wanted, scorer)
-    left_out.update(long)
-    pairs = _scored_pairs(pairs, scorer, folder / "pairs.jsonl")
+    scorer, left_out, long = HeldOut(recipe), Counter(), Counter()
+    # Read once to be counted and once to be scored: what is held meanwhile is one pair.
+    count = sum(1 for _ in that_fit(held_out_pairs(recipe, left_out), scorer, long))
+    pairs = that_fit(held_out_pairs(recipe, Counter()), scorer, Counter())
+    _score_pairs(pairs, count, scorer, folder / "pairs.jsonl")
     _write_answers(recipe, scorer, folder / "answers.jsonl")
+    sets = read_columns(pair for _, pair in read_jsonl(folder / "pairs.jsonl"))
     metrics: dict[str, Any] = {
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,
-        "left_out": +left_out,
-        "sets": {},
+        "left_out": {**+left_out, **long},
+        "sets": {name: set_figures(columns, recipe) for name, columns in sets.items()},
     }
-    for name in SETS:
-        chosen = [pair for pair in pairs if pair["set"] == name]
-        if chosen:
-            metrics["sets"][name] = set_figures(chosen, recipe)
     write_json(folder / "margins.json", metrics)
     print_metrics(metrics, folder)
     outputs = [folder / name for name in ("pairs.jsonl", "answers.jsonl", "margins.json")]
@@ -156,18 +189,17 @@ def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
     finish(folder, recipe, settings, outputs, inputs)
 
 
-def set_figures(pairs: list[dict], recipe: Recipe) -> dict:
+def set_figures(columns: Columns, recipe: Recipe) -> dict:
     """Means with intervals of one set of pairs, and `along`: the same at each step at which the policy was kept."""
 
-    def means(of: list[dict]) -> dict:
+    def means(step: int | None) -> dict:
         return {
             figure: bootstrap(values, recipe.evaluation.bootstrap, recipe.seed)
-            for figure, values in margins(of).items()
+            for figure, values in margins(columns, step).items()
         }
 
-    steps = [figures["step"] for figures in pairs[0]["along"]]
-    along = [{"step": step, **means([at_step(pair, step) for pair in pairs])} for step in steps]
-    return {"pairs": len(pairs), **means(pairs), "along": along}
+    along = [{"step": step, **means(step)} for step in columns.steps]
+    return {"pairs": len(columns), **means(None), "along": along}
 
 
 def evaluation_settings(recipe: Recipe) -> dict:
@@ -185,26 +217,20 @@ def evaluation_settings(recipe: Recipe) -> dict:
     }
 
 
-def _scored_pairs(wanted: list[dict], scorer: HeldOut, path: Path) -> list[dict]:
-    done = {(line["set"], line["prompt_id"]): line for _, line in _existing(path)}
-    todo = [pair for pair in wanted if (pair["set"], pair["prompt_id"]) not in done]
-    with Appender(path) as file:
-        for pair in progress(todo, len(wanted), "held-out pairs", " pairs", len(wanted) - len(todo)):
+def _score_pairs(pairs: Iterable[dict], count: int, scorer: HeldOut, path: Path) -> None:
+    with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
+        done = {(line["set"], line["prompt_id"]) for _, line in read_jsonl(path)}
+        todo = (pair for pair in pairs if (pair["set"], pair["prompt_id"]) not in done)
+        for pair in progress(todo, count, "held-out pairs", " pairs", len(done)):
             file.append({**pair, **pair_figures(pair, scorer)})
-    return [line for _, line in read_jsonl(path)]
-
-
-def _existing(path: Path):
-    Appender(path).close()  # cuts off what a kill left half written
-    return read_jsonl(path)
 
 
 def _write_answers(recipe: Recipe, scorer: HeldOut, path: Path) -> None:
     settings = recipe.evaluation
-    prompts = list(evaluated_prompts(recipe)[0].values())[: settings.answers]
+    prompts = evaluated_prompts(recipe)[0].first(settings.answers)
     path.unlink(missing_ok=True)
     with Appender(path) as file:
-        for record in progress(prompts, len(prompts), "answers before and after", " prompts"):
+        for record in progress(prompts.values(), len(prompts), "answers before and after", " prompts"):
             answers = scorer.answers(record["prompt"], settings.answer_tokens)
             file.append({"prompt_id": record["prompt_id"], "prompt": record["prompt"], **answers})
 
@@ -212,7 +238,7 @@ def _write_answers(recipe: Recipe, scorer: HeldOut, path: Path) -> None:
 def print_metrics(metrics: dict, folder: Path) -> None:
     """The figures on the screen, a line each."""
     if metrics["left_out"]:
-        print(f"held-out, left out: {dict(metrics['left_out'])}")
+        print(f"held-out, left out: {metrics['left_out']}")
     for name, figures in metrics["sets"].items():
         title = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}[name]
         print(f"held-out, {title}: {figures['pairs']} pairs; mean [95 % interval] -> {folder / 'margins.json'}")

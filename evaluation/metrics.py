@@ -12,7 +12,9 @@ every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes s
 
 import json
 import statistics
+from array import array
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.preflight import evaluated_prompts
 from hps.recipe import SFT, Recipe
-from hps.records import read_answers, read_jsonl, write_atomic, write_json
+from hps.records import Indexed, check_answers, check_name, read_answers, write_json, write_lines
 
 REPEATED = 4  # words of a sequence that counts as repeated
 
@@ -45,13 +47,15 @@ class Bleu:
         # As a corpus of one: `sentence_score` would advise, at each call, the setting that the released code has not.
         return self._plain.corpus_score([_spelled(answer)], [[_spelled(reference)]]).score / 100
 
-    def corpus(self, prompts: list[list[tuple[str, str]]], samples: int, seed: int) -> dict:
-        """Corpus BLEU of all pairs of answer and reference, with a bootstrap interval over the prompts.
+    def counts(self, prompts: Iterable[list[tuple[str, str]]]) -> np.ndarray:
+        """What corpus BLEU adds up, (prompts, numbers), from the pairs of answer and reference of each prompt."""
+        return np.array([np.sum([self._counts(*pair) for pair in pairs], axis=0) for pairs in prompts])
 
-        Args:
-            prompts: for each prompt its pairs. The answers to a prompt are drawn together: they are not independent.
+    def corpus(self, counts: np.ndarray, samples: int, seed: int) -> dict:
+        """Corpus BLEU with a bootstrap interval over the prompts.
+
+        The answers to a prompt are drawn together: they are not independent.
         """
-        counts = np.array([np.sum([self._counts(*pair) for pair in pairs], axis=0) for pairs in prompts])
         rng = np.random.default_rng(seed)
         drawn = [counts[rng.integers(0, len(counts), len(counts))].sum(axis=0) for _ in range(samples)]
         mean = self._score(counts.sum(axis=0))
@@ -61,7 +65,7 @@ class Bleu:
         }
 
     def _counts(self, answer: str, reference: str) -> list[int]:
-        """What corpus BLEU adds up: matches and n-grams of each order, lengths."""
+        """Of one answer: matches and n-grams of each order, lengths."""
         found = self._corpus.corpus_score([answer], [[reference]])
         return [*found.counts, *found.totals, found.sys_len, found.ref_len]
 
@@ -132,32 +136,37 @@ def bleu_figures(answers: dict, rewards: list[dict], given: list[str], given_rew
     }
 
 
-def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu) -> tuple[list[dict], dict]:
-    """A record of figures for each prompt, and what was left out of which figure, by reason."""
+def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu, left_out: Counter) -> Iterator[dict]:
+    """A record of figures for each prompt, as it is asked for; what was left out of which figure is counted."""
     base = _folder_figures(evaluated(recipe, sft=True))
     folder = evaluated(recipe, sft)
-    mine = base if sft else _folder_figures(folder)
+    mine, given_scores = base if sft else _folder_figures(folder), base[1]
     moved = {} if sft else _by_prompt(folder / "divergence" / "divergence.jsonl")
-    records, left_out = [], Counter()
     for name, prompt in evaluated_prompts(recipe)[0].items():
-        if name not in mine:
+        if name not in mine[0]:
             left_out["prompt without answers (the ledger beside them says why)"] += 1
             continue
-        answers, scores = mine[name]
+        answers, scores = (found[name] for found in mine)
         figures = answer_figures(answers, scores["answers"])
         given = [text.strip() for text in prompt["responses"]]
         if given and given[0]:
-            figures |= bleu_figures(answers, scores["answers"], given, base[name][1]["given"], bleu)
+            figures |= bleu_figures(answers, scores["answers"], given, given_scores[name]["given"], bleu)
         else:
             left_out["BLEU: prompt without a given response"] += 1
         if not sft:
-            before = answer_figures(base[name][0], base[name][1]["answers"])
-            for change in ("reward_best", "reward_mean", "tokens_mean"):
-                figures[f"{change}_change"] = figures[change] - before[change]
-            figures["kl_sampled"] = statistics.mean(moved[name]["kl"])
-            figures["log_ratio_sampled"] = statistics.mean(moved[name]["log_ratio"])
-        records.append({"prompt_id": name, **{key: round(value, 6) for key, value in figures.items()}})
-    return records, left_out
+            answers_before, scores_before = (found[name] for found in base)
+            figures |= change_figures(figures, answer_figures(answers_before, scores_before["answers"]), moved[name])
+        yield {"prompt_id": name, **{key: round(value, 6) for key, value in figures.items()}}
+
+
+def change_figures(after: dict, before: dict, moved: dict) -> dict[str, float]:
+    """What training changed for one prompt, from figures of the answers and a line of the divergence."""
+    changes = {f"{name}_change": after[name] - before[name] for name in ("reward_best", "reward_mean", "tokens_mean")}
+    return {
+        **changes,
+        "kl_sampled": statistics.mean(moved["kl"]),
+        "log_ratio_sampled": statistics.mean(moved["log_ratio"]),
+    }
 
 
 def evaluated(recipe: Recipe, sft: bool) -> Path:
@@ -165,13 +174,10 @@ def evaluated(recipe: Recipe, sft: bool) -> Path:
     return recipe.tested().sft_folder() if sft else recipe.evaluated_folder()
 
 
-def _folder_figures(folder: Path) -> dict[str, tuple[dict, dict]]:
+def _folder_figures(folder: Path) -> tuple[Indexed, Indexed]:
     """Answers and their scores, by prompt."""
     _finished(folder / "answers")
-    _finished(folder / "scores")
-    scores = _by_prompt(folder / "scores" / "scores.jsonl")
-    answers = (record for _, record in read_answers(folder / "answers" / "test.jsonl"))
-    return {record["prompt_id"]: (record, scores[record["prompt_id"]]) for record in answers}
+    return Indexed(folder / "answers" / "test.jsonl", check_answers), _by_prompt(folder / "scores" / "scores.jsonl")
 
 
 def _finished(folder: Path) -> None:
@@ -179,24 +185,17 @@ def _finished(folder: Path) -> None:
         raise InputError("this is not finished", where=str(folder), remedy="run `bash evaluate.sh` with this recipe")
 
 
-def _by_prompt(path: Path) -> dict[str, dict]:
+def _by_prompt(path: Path) -> Indexed:
     _finished(path.parent)
-    return {record["prompt_id"]: record for _, record in read_jsonl(path)}
+    return Indexed(path, check_name)
 
 
 def corpus_bleu(recipe: Recipe, sft: bool, bleu: Bleu) -> dict:
     """Corpus BLEU of the answers that are best by sentence BLEU, and of all answers."""
-    folder = evaluated(recipe, sft)
-    prompts, _ = evaluated_prompts(recipe)
-    best, every = [], []
-    for _, record in read_answers(folder / "answers" / "test.jsonl"):
-        given = prompts[record["prompt_id"]]["responses"]
-        if given and given[0].strip():
-            pairs = [(text, given[0].strip()) for text in record["responses"]]
-            best.append([max(pairs, key=lambda pair: bleu.sentence(*pair))])
-            every.append(pairs)
-    if not best:
+    every = bleu.counts(_with_reference(recipe, sft))
+    if not len(every):
         return {}
+    best = bleu.counts([max(pairs, key=lambda pair: bleu.sentence(*pair))] for pairs in _with_reference(recipe, sft))
     samples, seed = recipe.evaluation.bootstrap, recipe.seed
     return {
         "bleu_corpus_best": bleu.corpus(best, samples, seed),
@@ -204,14 +203,34 @@ def corpus_bleu(recipe: Recipe, sft: bool, bleu: Bleu) -> dict:
     }
 
 
-def aggregate(records: list[dict], recipe: Recipe) -> dict:
-    """Means with intervals of every figure, over the prompts that have it."""
-    names = dict.fromkeys(name for record in records for name in record if name != "prompt_id")
-    columns = {name: np.array([record[name] for record in records if name in record]) for name in names}
-    return {
-        name: {**bootstrap(values, recipe.evaluation.bootstrap, recipe.seed), "prompts": len(values)}
-        for name, values in columns.items()
-    }
+def _with_reference(recipe: Recipe, sft: bool) -> Iterator[list[tuple[str, str]]]:
+    """The pairs of answer and preferred response, of each prompt that has one."""
+    prompts, _ = evaluated_prompts(recipe)
+    for _, record in read_answers(evaluated(recipe, sft) / "answers" / "test.jsonl"):
+        given = prompts[record["prompt_id"]]["responses"]
+        if given and given[0].strip():
+            yield [(text, given[0].strip()) for text in record["responses"]]
+
+
+class Figures:
+    """Columns of the prompts' figures: 8 bytes each."""
+
+    def __init__(self):
+        self.prompts = 0
+        self.columns: dict[str, array] = {}
+
+    def add(self, record: dict) -> None:
+        self.prompts += 1
+        for name, value in record.items():
+            if name != "prompt_id":
+                self.columns.setdefault(name, array("d")).append(value)
+
+    def aggregate(self, recipe: Recipe) -> dict:
+        """Means with intervals of every figure, over the prompts that have it."""
+        return {
+            name: {**bootstrap(np.array(values), recipe.evaluation.bootstrap, recipe.seed), "prompts": len(values)}
+            for name, values in self.columns.items()
+        }
 
 
 def evaluate(recipe: Recipe, sft: bool) -> dict:
@@ -219,25 +238,30 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
     folder = evaluated(recipe, sft)
     if not sft:
         _finished(folder / "evaluation")
-    bleu = Bleu()
-    records, left_out = prompt_figures(recipe, sft, bleu)
-    if not records:
-        raise InputError("no prompt has answers", where=str(folder), remedy="see answers/ledger.jsonl in it")
+    bleu, left_out, figures = Bleu(), Counter(), Figures()
+
+    def lines() -> Iterator[str]:
+        for record in prompt_figures(recipe, sft, bleu, left_out):
+            figures.add(record)
+            yield json.dumps(record) + "\n"
+        if not figures.prompts:
+            raise InputError("no prompt has answers", where=str(folder), remedy="see answers/ledger.jsonl in it")
+
+    write_lines(folder / "metrics.jsonl", lines())
     metrics = {
         "run": SFT if sft else recipe.run,
-        "prompts": len(records),
+        "prompts": figures.prompts,
         "samples": recipe.evaluation.samples,
         "temperature": recipe.generation.temperature,
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,
         "left_out": left_out,
-        "figures": {**aggregate(records, recipe), **corpus_bleu(recipe, sft, bleu)},
+        "figures": {**figures.aggregate(recipe), **corpus_bleu(recipe, sft, bleu)},
         "bleu_signatures": bleu.signatures(),
     }
     if not sft:
         margins = folder / "evaluation" / "margins.json"
         metrics["sets"] = json.loads(margins.read_text(encoding="utf-8"))["sets"]
-    write_atomic(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     write_json(folder / "metrics.json", metrics)
     return metrics
 

@@ -10,10 +10,11 @@ changed recipe does.
 """
 
 import json
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from evaluation.margins import SETS, at_step, margins
+from evaluation.margins import Columns, margins, read_columns
 from hps.errors import InputError
 from hps.manifest import file_hash, git_commit, versions
 from hps.recipe import REPOSITORY, SPLITS, Recipe
@@ -148,20 +149,16 @@ def columns(records: list[dict]) -> dict[str, list]:
 
 def pair_columns(path: Path) -> dict[str, dict]:
     """For each set the `prompt_id`s and, by step and at the end, a column for each of `PAIR_FIGURES`."""
-    pairs = [pair for _, pair in read_jsonl(path)]
-    found: dict[str, dict] = {}
-    for name in SETS:
-        chosen = [pair for pair in pairs if pair["set"] == name]
-        if not chosen:
-            continue
-        steps = [figures["step"] for figures in chosen[0]["along"]]
-        curves = {str(step): margins([at_step(pair, step) for pair in chosen]) for step in steps}
-        curves[FINAL] = margins(chosen)
-        found[name] = {
-            "prompt_id": [pair["prompt_id"] for pair in chosen],
-            "points": {
-                point: {figure: [round(float(value), 5) for value in figures[figure]] for figure in PAIR_FIGURES}
-                for point, figures in curves.items()
-            },
-        }
-    return found
+    names: dict[str, list[str]] = defaultdict(list)
+    for _, pair in read_jsonl(path):
+        names[pair["set"]].append(pair["prompt_id"])
+    sets = read_columns(pair for _, pair in read_jsonl(path))
+    return {name: {"prompt_id": names[name], "points": _points(columns)} for name, columns in sets.items()}
+
+
+def _points(columns: Columns) -> dict[str, dict[str, list[float]]]:
+    figures = {str(step): margins(columns, step) for step in columns.steps} | {FINAL: margins(columns)}
+    return {
+        point: {name: [round(float(value), 5) for value in found[name]] for name in PAIR_FIGURES}
+        for point, found in figures.items()
+    }

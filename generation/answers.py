@@ -26,7 +26,7 @@ from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import evaluated_prompts
 from hps.recipe import Model, Recipe, load_recipe
-from hps.records import Appender, done_ids
+from hps.records import Appender, Indexed, done_ids
 
 
 @dataclass
@@ -96,18 +96,23 @@ def _answer(jobs: list[Answering]) -> None:
     first = jobs[0]
     tokenizer = load_tokenizer(first.model.path, first.model.revision)
     prompts = [evaluated_prompts(job.recipe)[0] for job in jobs]
-    items = [item for number, job in enumerate(jobs) for item in pending(job, number, prompts[number], tokenizer)]
-    total = sum(map(len, prompts))
-    print(f"answers: {len(items)} of {total} prompts to do for {len(jobs)} model(s)", flush=True)
     with ExitStack() as opened:
-        files, ledgers = (
+        files, ledgers = (  # first of all: opening cuts off what a kill left of a line, which is not done
             [opened.enter_context(Appender(job.folder / name)) for job in jobs]
             for name in ("test.jsonl", "ledger.jsonl")
         )
+        done = [done_ids(job.folder / "test.jsonl", job.folder / "ledger.jsonl") for job in jobs]
+        total, finished = sum(map(len, prompts)), sum(map(len, done))
+        print(f"answers: {total - finished} of {total} prompts to do for {len(jobs)} model(s)", flush=True)
+        items = (  # read as the engine has room
+            {**item, "key": f"{number}/{item['key']}"}
+            for number, job in enumerate(jobs)
+            for item in pending(job, prompts[number], done[number], ledgers[number], tokenizer)
+        )
         adapters = {job.adapter for job in jobs if job.adapter}
         most = max(job.recipe.evaluation.samples for job in jobs)
-        results = sample(first.recipe, first.model, items, tokenizer, len(items), most, sorted(adapters))
-        for result in progress(results, total, "answers", " prompts", total - len(items)):
+        results = sample(first.recipe, first.model, items, tokenizer, total - finished, most, sorted(adapters))
+        for result in progress(results, total, "answers", " prompts", finished):
             number, _, name = result["key"].partition("/")
             if "lost" in result:
                 line = {"prompt_id": name, "reason": "its engine died twice", "cause": result["lost"]}
@@ -120,18 +125,15 @@ def _answer(jobs: list[Answering]) -> None:
         print(f"answers: {job.folder / 'test.jsonl'}")
 
 
-def pending(job: Answering, number: int, prompts: dict[str, dict], tokenizer) -> Iterator[dict]:
+def pending(job: Answering, prompts: Indexed, done: set[str], ledger: Appender, tokenizer) -> Iterator[dict]:
     """Items of what a folder still needs; prompts that are too long go to its ledger here."""
-    recipe, ledger_path = job.recipe, job.folder / "ledger.jsonl"
-    with Appender(job.folder / "test.jsonl"), Appender(ledger_path) as ledger:  # cuts what a kill left half written
-        done = done_ids(job.folder / "test.jsonl", ledger_path)
-        for name in (name for name in prompts if name not in done):
-            ids = prompt_token_ids(tokenizer, prompts[name]["prompt"])
-            if len(ids) > recipe.generation.max_prompt_tokens:
-                ledger.append({"prompt_id": name, "reason": "prompt too long", "tokens": len(ids)})
-            else:
-                item = {"key": f"{number}/{name}", "ids": ids, "count": recipe.evaluation.samples}
-                yield {**item, "adapter": job.adapter}
+    recipe = job.recipe
+    for name in (name for name in prompts if name not in done):
+        ids = prompt_token_ids(tokenizer, prompts[name]["prompt"])
+        if len(ids) > recipe.generation.max_prompt_tokens:
+            ledger.append({"prompt_id": name, "reason": "prompt too long", "tokens": len(ids)})
+        else:
+            yield {"key": name, "ids": ids, "count": recipe.evaluation.samples, "adapter": job.adapter}
 
 
 def answers_record(prompt: dict, samples: list[dict]) -> dict:

@@ -11,7 +11,6 @@ plan is printed all the same.
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from hps.cli import parse
@@ -53,7 +52,7 @@ def check_labels(model: Model, role: str = "reward") -> None:
         )
 
 
-def load_prompts(recipe: Recipe, split: str) -> tuple[Mapping[str, dict], list[dict]]:
+def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed, list[dict]]:
     """Check a split; return the prompts by id, and ledger lines for repeated ones.
 
     A prompt that stands twice is one prompt, with the given responses of the first. The same `prompt_id` on different
@@ -73,11 +72,10 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[Mapping[str, dict], list[d
     return prompts, repeated
 
 
-def evaluated_prompts(recipe: Recipe) -> tuple[Mapping[str, dict], list[dict]]:
+def evaluated_prompts(recipe: Recipe) -> tuple[Indexed, list[dict]]:
     """The test prompts that are evaluated, by id, and ledger lines for repeated ones."""
     prompts, repeated = load_prompts(recipe.tested(), "test")
-    names = list(prompts)[: recipe.evaluation.prompts]
-    return {name: prompts[name] for name in names}, repeated
+    return prompts.first(recipe.evaluation.prompts), repeated
 
 
 def _check_enough(record: dict, generated: int, keep_given: bool, where: str) -> None:

@@ -18,6 +18,7 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import islice
 from pathlib import Path
 
@@ -254,12 +255,18 @@ class Indexed(Mapping[str, dict]):
             name = record["prompt_id"]
             if name not in self._index:
                 self._index[name] = index
-            elif self[name]["prompt"] == record["prompt"]:
+            elif self[name].get("prompt") == record.get("prompt"):  # lines of figures have none
                 self.repeated.append((where, name))
             else:
                 raise InputError(
                     f"`prompt_id` `{name}` stands on two different prompts", where=where, remedy="make the ids unique"
                 )
+
+    def first(self, count: int | None) -> "Indexed":
+        """The file with its first `count` prompts alone; with all when it is None."""
+        few = copy(self)
+        few._index = dict(islice(self._index.items(), count))
+        return few
 
     def where(self, name: str) -> str:
         """`path:line` of a record."""
@@ -334,12 +341,17 @@ def check_rewards(record: dict, where: str) -> None:
 def read_answers(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yield validated answers records; equal and empty answers are answers too."""
     for where, record in read_jsonl(path):
-        record = _named(record, where)
-        check_strings(record, "responses", where)
-        _check_counts(record, where)
-        if not record["responses"]:
-            raise InputError("`responses` is empty", where=where, remedy="delete the file and answer again")
-        yield where, record
+        yield where, check_answers(record, where)
+
+
+def check_answers(record: dict, where: str) -> dict:
+    """Return the record, named; InputError: a field is missing or mistyped, the lists differ in length or are empty."""
+    record = _named(record, where)
+    check_strings(record, "responses", where)
+    _check_counts(record, where)
+    if not record["responses"]:
+        raise InputError("`responses` is empty", where=where, remedy="delete the file and answer again")
+    return record
 
 
 def read_ranked(path: str | Path) -> Iterator[tuple[str, dict]]:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -25,13 +26,17 @@ for pair, texts in zip(PAIRS, (["a" * 40, "b" * 140], ["a", "b"], ["a" * 300, "b
     pair["responses"] = texts
 
 
+def columns_of(pairs: list[dict]) -> stage.Columns:
+    return stage.read_columns({"set": "written", **pair} for pair in pairs)["written"]
+
+
 def test_margins_by_hand():
     """s of the three pairs: (2, -2), (0, 2), (3.5, -1). RM_R-DPO takes 0.01 x (-20, 0, 3) off; in characters
     0.01 x (-100, 0, 299).
 
     Per token before: -1.2 > -1.267, -1.5 < -1.1, -1.8 > -2.5; after: -1 > -1.333, -1.5 < -1, -1.1 > -3.
     """
-    figures = stage.margins(PAIRS)
+    figures = stage.margins(columns_of(PAIRS))
     np.testing.assert_allclose(figures.pop("rm_dpo"), [4.0, -2.0, 4.5])
     np.testing.assert_allclose(figures.pop("rm_r_dpo"), [4.2, -2.0, 4.47])
     np.testing.assert_allclose(figures.pop("rm_r_dpo_characters"), [5.0, -2.0, 1.51])
@@ -43,6 +48,16 @@ def test_margins_by_hand():
         "accuracy_per_token_before": [1, 0, 1],
         "accuracy_per_token_after": [1, 0, 1],
     }
+
+
+def test_margins_along_the_training():
+    """At step 4 the policy gave y_1 and y_2 of the first pair -11 and -39: s is (1, -1)."""
+    along = [{"step": step, "policy": [-11.0, -39.0], "kl": [step / 8]} for step in (4, 6)]
+    columns = columns_of([{**PAIRS[0], "along": along}])
+    assert len(columns) == 1 and columns.steps == [4, 6]
+    figures = stage.margins(columns, 4)
+    assert [figures[name].tolist() for name in ("rm_dpo", "kl")] == [[2.0], [0.5]]
+    assert stage.margins(columns)["rm_dpo"].tolist() == [4.0]
 
 
 def test_bootstrap_is_seeded_and_covers_the_mean():
@@ -101,7 +116,7 @@ def pairs_of(recipe) -> list[dict]:
 
 def test_pairs_are_the_given_responses_and_the_ends_of_the_ranking(ranked_recipe):
     recipe = ranked_recipe()
-    pairs = stage.held_out_pairs(recipe)[0]
+    pairs = list(stage.held_out_pairs(recipe, Counter()))
     prompts = [record for _, record in read_prompts(recipe.data.test.path, recipe.data.test.limit)]
     written = [pair for pair in pairs if pair["set"] == "written"]
     assert [pair["responses"] for pair in written] == [record["responses"][:2] for record in prompts]
@@ -125,7 +140,8 @@ def test_pairs_without_a_preference_are_passed_over(ranked_recipe):
     recipe.data.test.path = str(recipe.ranked("test").with_name("prompts.jsonl"))
     with open(recipe.data.test.path, "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in prompts)
-    pairs, left_out = stage.held_out_pairs(recipe)
+    left_out = Counter()
+    pairs = list(stage.held_out_pairs(recipe, left_out))
     assert [pair["set"] for pair in pairs] == ["ranked"] * 3
     assert +left_out == {"written: fewer than two given responses": 2, "ranked: all rewards tie": 1}
 
@@ -133,10 +149,10 @@ def test_pairs_without_a_preference_are_passed_over(ranked_recipe):
 def test_prompts_that_leave_no_room_for_a_response_are_counted(finished):
     recipe = finished(trained=False)
     held_out = stage.HeldOut(recipe)
-    pairs, _ = stage.held_out_pairs(recipe)
+    pairs, long = list(stage.held_out_pairs(recipe, Counter())), Counter()
     lengths = sorted(len(prompt_token_ids(held_out.tokenizer, pair["prompt"])) for pair in pairs)
     held_out.limit = lengths[-1]
-    fit, long = stage.that_fit(pairs, held_out)
+    fit = list(stage.that_fit(pairs, held_out, long))
     assert sum(long.values()) == lengths.count(lengths[-1]) > 0
     assert len(fit) + sum(long.values()) == len(pairs)
 
@@ -154,7 +170,7 @@ def test_log_probabilities_equal_separate_rows(finished):
     recipe = finished(trained=True)
     held_out = stage.HeldOut(recipe)
     base = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path).eval()
-    pair = stage.held_out_pairs(recipe)[0][0]
+    pair = next(stage.held_out_pairs(recipe, Counter()))
     pair = {**pair, "responses": [pair["responses"][0], pair["responses"][1][:25]], "truncated": [False, True]}
     figures = stage.pair_figures(pair, held_out)
     prompt = prompt_token_ids(held_out.tokenizer, pair["prompt"])
@@ -173,7 +189,7 @@ def test_log_probabilities_equal_separate_rows(finished):
 def test_responses_are_cut_where_training_cut_them(finished):
     recipe = finished(trained=False)
     held_out = stage.HeldOut(recipe)
-    pair = stage.held_out_pairs(recipe)[0][0]
+    pair = next(stage.held_out_pairs(recipe, Counter()))
     prompt = prompt_token_ids(held_out.tokenizer, pair["prompt"])
     held_out.limit = len(prompt) + 3
     assert stage.pair_figures(pair, held_out)["tokens"] == [3, 3]
@@ -206,7 +222,8 @@ def test_changed_weights_show_in_the_figures(finished):
     stage.evaluate(recipe)
     pairs = pairs_of(recipe)
     assert all(math.isfinite(value) for pair in pairs for value in pair["policy"] + pair["reference"])
-    assert np.abs(stage.margins(pairs)["rm_dpo"]).min() > 1e-4
+    for columns in stage.read_columns(pairs).values():
+        assert np.abs(stage.margins(columns)["rm_dpo"]).min() > 1e-4
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_released_bleu_counts_characters(bleu):
 def test_corpus_bleu_has_an_interval_around_it(bleu):
     answers = [f"word{number} stands in line number {number % 7} of the page" for number in range(40)]
     references = [text.replace("line", "row") if number % 3 else text for number, text in enumerate(answers)]
-    found = bleu.corpus([[pair] for pair in zip(answers, references, strict=True)], 300, 0)
+    found = bleu.corpus(bleu.counts([pair] for pair in zip(answers, references, strict=True)), 300, 0)
     low, high = found["interval"]
     assert 0 < low < found["mean"] < high < 1
     assert found["mean"] == pytest.approx(corpus_bleu(answers, [references]).score / 100, abs=5e-5)
@@ -50,7 +50,7 @@ def test_the_answers_to_a_prompt_are_drawn_together(bleu):
     """Five equal answers to each prompt say no more than one: the same interval."""
     answers = [f"word{number} stands in line number {number % 7} of the page" for number in range(40)]
     pairs = [(text, text.replace("line", "row") if number % 3 else text) for number, text in enumerate(answers)]
-    once, often = (bleu.corpus([[pair] * count for pair in pairs], 300, 0) for count in (1, 5))
+    once, often = (bleu.corpus(bleu.counts([pair] * count for pair in pairs), 300, 0) for count in (1, 5))
     assert once == often
 
 
