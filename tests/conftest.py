@@ -18,6 +18,7 @@ if importlib.util.find_spec("trl") is None:
         "test_cluster.py",
         "test_pages_browser.py",
         "test_report.py",
+        "test_study_browser.py",
         "test_reproduce.py",
         "test_tables.py",
         "test_methods.py",
@@ -268,3 +269,27 @@ def results(recipe) -> tuple[list[dict], dict]:
     lines = [line for _, line in read_jsonl(recipe.run_folder() / "log.jsonl")]
     (weights,) = (recipe.run_folder() / "checkpoint").glob("*.safetensors")
     return lines, load_file(weights)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from browser import launched
+
+    with launched() as found:
+        yield found
+
+
+@pytest.fixture
+def open_page(browser):
+    """Open a page; after the test nothing may have been said on its console, asked for or thrown."""
+    from browser import Opened
+
+    opened = []
+
+    def open_it(path: Path, *arguments, **context):
+        opened.append(Opened(browser, path, *arguments, **context))
+        return opened[-1].page
+
+    yield open_it
+    for each in opened:
+        each.close()

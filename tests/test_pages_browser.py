@@ -1,77 +1,19 @@
-"""The pages in a real browser: filter, slider, rating, export; hostile text; accessibility by axe.
+"""The pages of runs, rankings and tables in a real browser: filter, slider; hostile text; accessibility by axe."""
 
-Chromium or Chrome from the PATH, headless (`bash setup.sh browser` finds or installs it); without one they are skipped.
-"""
-
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import SIZES, Opened, overflow, violations
 from conftest import REPOSITORY, ranked_records
 from test_report import HOSTILE, evaluated, finished_training
 
 from alignment.plan import hardness_weights, plan
 from report.explore import explorer
 from report.run import report
-from report.study import build, import_ratings
 from report.table import page as page_of_table
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
-CRITERIA = ("correctness", "helpfulness", "safety", "clarity")
-
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is on the PATH; bash setup.sh browser installs one")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
-class Opened:
-    """A page in a context of its own, and everything that it said or did which it should not."""
-
-    def __init__(self, browser, path: Path, size: str = "desktop", scheme: str = "light", **context):
-        width, height = SIZES[size]
-        self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, **context)
-        self.page = self.context.new_page()
-        self.trouble: list[str] = []
-        self.page.on("console", lambda message: self.trouble.append(message.text))
-        self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.trouble.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        self.page.on("request", self._request)
-        self.page.goto(path.resolve().as_uri())
-
-    def _request(self, request) -> None:
-        if not request.url.startswith(("file:", "data:", "blob:")):
-            self.trouble.append(f"asked for {request.url}")
-
-    def close(self) -> None:
-        self.context.close()
-        assert self.trouble == []
-
-
-@pytest.fixture
-def open_page(browser):
-    opened = []
-
-    def open_it(path: Path, *arguments, **context):
-        opened.append(Opened(browser, path, *arguments, **context))
-        return opened[-1].page
-
-    yield open_it
-    for each in opened:
-        each.close()
 
 
 @pytest.fixture
@@ -93,20 +35,6 @@ def explore_page(write_lines, tmp_path) -> Path:
     path = tmp_path / "explorer.html"
     path.write_text(explorer(write_lines(records, "run/ranked/train.jsonl"), 10, 3), encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def study(write_lines, tmp_path) -> Path:
-    named = []
-    for name in ("alpha", "beta"):
-        records = [
-            {"prompt_id": f"p{number}", "prompt": [{"role": "user", "content": f"Question {number} {HOSTILE}"}]}
-            | {"responses": [f"{name} {number} {HOSTILE}"], "token_counts": [2], "truncated": [False]}
-            for number in range(2)
-        ]
-        named.append(f"{name}={write_lines(records, f'{name}.jsonl')}")
-    build(tmp_path / "study", named, raters=1, seed=1, prompts=None)
-    return tmp_path / "study"
 
 
 def weights_shown(page) -> list[float]:
@@ -178,75 +106,22 @@ def test_rows_of_a_table_are_filtered(open_page, tmp_path):
     assert shown and all("DPO-HPS" in text for text in shown)
 
 
-def rate(page, value: str) -> None:
-    for place in range(2):
-        for criterion in CRITERIA:
-            page.fill(f"#mark-{place}-{criterion}", value)
-
-
-def test_rate_reload_export_import(open_page, study):
-    """Marks survive a reload; what is exported is imported with its models' names."""
-    page = open_page(study / "rater-1.html", accept_downloads=True)
-    rate(page, "4.25")
-    page.fill("#mark-0-safety", "7")
-    assert "from 1.00 to 5.00" in page.inner_text("#said") and "7 of 16 marks" in page.inner_text("#progress-text")
-    page.fill("#mark-0-safety", "4.25")
-    page.reload()
-    assert page.input_value("#mark-1-clarity") == "4.25" and "8 of 16 marks" in page.inner_text("#progress-text")
-    page.click("#missing")
-    assert "prompt 2 of 2" in page.inner_text("#progress-text")
-    assert page.evaluate("document.activeElement.id") == "mark-0-correctness"
-    rate(page, "3.5")
-    with page.expect_download() as download:
-        page.click("#export")
-    assert "all marks are there" in page.inner_text("#said")
-    path = study / download.value.suggested_filename
-    download.value.save_as(path)
-    result = import_ratings(study / "key.json", [path])
-    assert path.name == "ratings-1.json"
-    assert result["means"]["alpha"]["average"]["mean"] == result["means"]["beta"]["average"]["mean"] == 3.875
-
-
-def test_rating_by_keyboard_alone(open_page, study):
-    """Tab reaches every control; marks are typed, raised by an arrow, and the next prompt is a key away."""
-    page = open_page(study / "rater-1.html")
-    reached = []
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        name = page.evaluate("document.activeElement.id || document.activeElement.tagName")
-        if name in ("BODY", "HTML"):
-            break
-        reached.append(name)
-        if name.startswith("mark-"):
-            page.keyboard.type("3.5")
-            page.keyboard.press("ArrowUp")
-    assert {f"mark-{place}-{criterion}" for place in range(2) for criterion in CRITERIA} <= set(reached)
-    assert {"next", "missing", "export"} <= set(reached)
-    assert page.input_value("#mark-0-safety") == "3.51" and "8 of 16 marks" in page.inner_text("#progress-text")
-    page.keyboard.press("Alt+n")
-    assert "prompt 2 of 2" in page.inner_text("#progress-text")
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_and_nothing_overflows(open_page, run_page, explore_page, study, size, scheme):
+def test_axe_finds_nothing_and_nothing_overflows(open_page, run_page, explore_page, size, scheme):
     """WCAG A and AA, headings and landmarks, contrast, on a phone and on a desktop, light and dark."""
-    from axe_playwright_python.sync_playwright import Axe
-
     table_page = explore_page.with_name("table.html")
     table_page.write_text(page_of_table(REPOSITORY / "results" / "quickstart" / "table2.json"), encoding="utf-8")
-    for path in (run_page, explore_page, table_page, study / "rater-1.html"):
+    for path in (run_page, explore_page, table_page):
         page = open_page(path, size, scheme, bypass_csp=True)  # the checker is a script, which the page refuses
-        found = Axe().run(page).response["violations"]
-        assert [(each["id"], each["nodes"][0]["html"]) for each in found] == [], path.name
-        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, path.name
+        assert violations(page) == [], path.name
+        assert overflow(page) == 0, path.name
 
 
-@pytest.mark.parametrize("name", ["run_page", "explore_page", "study"])
+@pytest.mark.parametrize("name", ["run_page", "explore_page"])
 def test_hostile_text_stays_text(open_page, request, name):
     """No element of a model's making, and none that runs: the page's own script is the only one."""
-    path = request.getfixturevalue(name)
-    page = open_page(path / "rater-1.html" if name == "study" else path)
+    page = open_page(request.getfixturevalue(name))
     if name == "explore_page":
         page.select_option("#prompt", "1")
     assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in page.inner_text("body")
@@ -261,10 +136,3 @@ def test_a_script_that_came_through_would_not_run(browser, explore_page):
     assert opened.page.title() != "broken in"
     assert any("Content Security Policy" in said for said in opened.trouble)
     opened.context.close()
-
-
-def test_a_page_holds_its_data(study):
-    """The rater's page alone is enough: it names no file and no address."""
-    page = (study / "rater-1.html").read_text()
-    assert json.loads(page.split('id="data">')[1].split("</script>")[0])["rater"] == 1
-    assert "://" not in page.partition('id="data"')[0]
