@@ -2,8 +2,8 @@
 
 Reads   `<output>/<run>/`: `answers/test.jsonl`, `scores/scores.jsonl`, `divergence/divergence.jsonl`,
         `evaluation/margins.json`; `<output>/sft/`: answers and scores of the model before training; `data.test.path`
-Writes  `<output>/<run>/metrics.jsonl` (a line a prompt) and `metrics.json` (means with intervals); with --sft the same
-        under `<output>/sft/`, of the model before training
+Writes  `<output>/<run>/metrics.jsonl` (a line a prompt), `metrics.json` (means with intervals), `metrics.manifest.json`
+        (last); with --sft the same under `<output>/sft/`, of the model before training
 Run     python -m evaluation.metrics configs/quickstart.yaml [--sft]
 
 A figure is the best of a prompt's answers (`_best`, the paper's) or their mean (`_mean`). docs/evaluation.md describes
@@ -23,10 +23,12 @@ from sacrebleu.metrics import BLEU
 from evaluation.statistics import LEVEL, bootstrap, percentile_interval
 from hps.cli import parse
 from hps.errors import InputError, run_main
+from hps.manifest import fingerprint, write_manifest
 from hps.preflight import evaluated_prompts
 from hps.recipe import SFT, Recipe
 from hps.records import Indexed, check_answers, check_name, read_answers, write_json, write_lines
 
+MANIFEST = "metrics.manifest.json"
 REPEATED = 4  # words of a sequence that counts as repeated
 
 
@@ -247,6 +249,7 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
         if not figures.prompts:
             raise InputError("no prompt has answers", where=str(folder), remedy="see answers/ledger.jsonl in it")
 
+    (folder / MANIFEST).unlink(missing_ok=True)  # that of earlier figures
     write_lines(folder / "metrics.jsonl", lines())
     metrics = {
         "run": SFT if sft else recipe.run,
@@ -263,7 +266,18 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
         margins = folder / "evaluation" / "margins.json"
         metrics["sets"] = json.loads(margins.read_text(encoding="utf-8"))["sets"]
     write_json(folder / "metrics.json", metrics)
+    outputs = [folder / name for name in ("metrics.jsonl", "metrics.json")]
+    write_manifest(folder / MANIFEST, recipe, {"seed": recipe.seed}, outputs, _inputs(recipe, sft))
     return metrics
+
+
+def _inputs(recipe: Recipe, sft: bool) -> dict[str, dict]:
+    """Fingerprints of the files that the figures are made of."""
+    base, folder = evaluated(recipe, sft=True), evaluated(recipe, sft)
+    paths = [each / name for each in {base, folder} for name in ("answers/test.jsonl", "scores/scores.jsonl")]
+    if not sft:
+        paths += [folder / name for name in ("divergence/divergence.jsonl", "evaluation/margins.json")]
+    return {str(path): fingerprint(path) for path in [recipe.tested().data.test.path, *sorted(paths)]}
 
 
 def print_metrics(metrics: dict, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Win rate of a run against other models, from the judge's verdicts, with what would expose a bad judge.
 
 Reads   `<output>/<run>/answers/test.jsonl`, `FOLDER/answers/test.jsonl`, `<output>/judge/` (of evaluation.judge)
-Writes  `<output>/<run>/win_rate.json`
+Writes  `<output>/<run>/win_rate.json`, `win_rate.manifest.json` (last)
 Run     python -m evaluation.win_rate configs/quickstart.yaml judge.enabled=true --against runs/quickstart/sft
 
 For each prompt the four scores are averaged over criteria, answers and repeats; the higher average wins, equal ones tie
@@ -13,6 +13,7 @@ figure is beyond which of the thresholds below; a flag is a reason to read some 
 import argparse
 import math
 from collections import Counter
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from evaluation.judge import CRITERIA, cache_path, judged_answers, read_verdicts
 from evaluation.statistics import LEVEL, bootstrap
 from hps.cli import split_arguments
 from hps.errors import InputError, run_main
-from hps.manifest import hold
+from hps.manifest import fingerprint, hold, write_manifest
 from hps.recipe import Judge, Recipe, load_recipe
 from hps.records import write_json
 
@@ -298,7 +299,7 @@ def _random_flags(facts: dict) -> list[str]:
 
 
 def win_rates(recipe: Recipe, against: list[Path]) -> dict:
-    """The run of the recipe against each folder; written to `win_rate.json`."""
+    """The run of the recipe against each folder; written to `win_rate.json`, its manifest last."""
     path, settings = cache_path(recipe), recipe.judge
     if not path.exists():
         raise InputError(
@@ -316,7 +317,15 @@ def win_rates(recipe: Recipe, against: list[Path]) -> dict:
         "bootstrap": recipe.evaluation.bootstrap,
         "against": {str(folder): compare(ours, answers[folder], *options) for folder in against},
     }
-    write_json(recipe.evaluated_folder() / "win_rate.json", figures)
+    written = recipe.evaluated_folder() / "win_rate.json"
+    manifest = written.with_suffix(".manifest.json")
+    manifest.unlink(missing_ok=True)  # that of earlier figures
+    write_json(written, figures)
+    # The verdicts are no input here: their file grows with every run that is judged.
+    inputs = [str(folder / "answers" / "test.jsonl") for folder in answers]
+    write_manifest(
+        manifest, recipe, {"judge": asdict(settings)}, [written], {name: fingerprint(name) for name in inputs}
+    )
     return figures
 
 

@@ -212,16 +212,26 @@ def finish(
                 where=path,
                 remedy=f"delete {folder} and run the stage again, or put the old file back",
             )
+    write_manifest(folder / "manifest.json", recipe, settings, outputs, found, **facts)
+
+
+def write_manifest(
+    path: Path, recipe: Recipe, settings: dict, outputs: list[Path], inputs: dict[str, dict], **facts
+) -> None:
+    """Write what `hps.verify` checks: fingerprints of outputs, by their path below the folder, and of inputs.
+
+    A stage that shares its folder with others, or is done anew at each call, names its own: `NAME.manifest.json`.
+    """
     manifest = {
         "recipe": as_dict(recipe),
         "settings": settings,
         "versions": versions(),
         "git_commit": git_commit(),
-        "inputs": found,
-        "outputs": {path.relative_to(folder).as_posix(): fingerprint(path) for path in outputs},
+        "inputs": inputs,
+        "outputs": {output.relative_to(path.parent).as_posix(): fingerprint(output) for output in outputs},
         **facts,
     }
-    write_json(folder / "manifest.json", {**manifest, "sha256": text_hash(manifest)})
+    write_json(path, {**manifest, "sha256": text_hash(manifest)})
 
 
 def fingerprint(path: str | Path) -> dict:

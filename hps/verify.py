@@ -1,6 +1,6 @@
 """Check what finished stages left: every file that a manifest names, the recipe in it, the inputs and the models.
 
-Reads   every `manifest.json` and `claim.json` below a folder
+Reads   every `manifest.json`, `NAME.manifest.json` and `claim.json` below a folder
 Run     python -m hps.verify runs/quickstart
 
 A line for each stage. Of a file with one flipped byte the byte is named, with its line and what it was; of a file with
@@ -18,6 +18,8 @@ from pathlib import Path
 from hps.errors import InputError, run_main
 from hps.manifest import fingerprint, model_hash, text_hash
 from hps.recipe import Model
+
+MANIFEST = "manifest.json"
 
 
 def flipped_byte(path: Path, expected: dict, found: dict) -> str | None:
@@ -104,7 +106,8 @@ def check_stage(path: Path) -> tuple[list[str], list[str], int]:
         return [str(error)], [], 1
     wrong, open_, checked = [], [], 1
     claim = path.with_name("claim.json")
-    if not claim.exists() or not _holds(claim, manifest["settings"]):
+    # A manifest with a name of its own is one of figures that are made anew at each call: nobody claims them.
+    if path.name == MANIFEST and not (claim.exists() and _holds(claim, manifest["settings"])):
         wrong.append(f"{claim}: is not what the manifest says")
     for name, expected in manifest["outputs"].items():
         output, checked = path.parent / name, checked + 1
@@ -140,16 +143,16 @@ def _holds(path: Path, value: dict) -> bool:
 
 def verify(folder: Path) -> int:
     """Check every stage below a folder; print a line each and what is wrong. The number of things that are wrong."""
-    claims = {path.parent for path in folder.rglob("claim.json")}
-    manifests = {path.parent for path in folder.rglob("manifest.json")}
-    if not claims | manifests:
+    manifests = {path: path.parent for path in folder.rglob(MANIFEST)}
+    manifests |= {path: Path(str(path).removesuffix(f".{MANIFEST}")) for path in folder.rglob(f"*.{MANIFEST}")}
+    begun = {path.parent for path in folder.rglob("claim.json")} - {*manifests.values()}
+    if not begun and not manifests:
         raise InputError("there is no claim.json or manifest.json below the folder", where=str(folder))
+    for stage in sorted(begun):
+        print(f"{stage}: not finished; the same command continues it")
     problems = 0
-    for stage in sorted(claims | manifests):
-        if stage not in manifests:
-            print(f"{stage}: not finished; the same command continues it")
-            continue
-        wrong, open_, checked = check_stage(stage / "manifest.json")
+    for path, stage in sorted(manifests.items(), key=lambda found: found[1]):
+        wrong, open_, checked = check_stage(path)
         print(f"{stage}: {checked} checked, {len(wrong)} wrong")
         for line in wrong:
             print(f"  WRONG  {line}")

@@ -8,6 +8,7 @@ from sacrebleu import corpus_bleu
 from evaluation import metrics as stage
 from hps.errors import InputError
 from hps.records import read_jsonl, read_prompts, write_json
+from hps.verify import check_stage
 
 CAT = "the cat is on the mat"
 
@@ -140,6 +141,19 @@ def test_metrics_of_a_run(evaluated):
     assert figures["tokens_mean_change"]["mean"] == pytest.approx(1 / 3, abs=1e-4)
     assert figures["reward_best"]["mean"] == 1 + 1.5 and figures["reward_mean_change"]["mean"] == 1.5
     assert metrics["sets"] == {"written": {"pairs": 4}}
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl", "scores/scores.jsonl"])
+@pytest.mark.parametrize("sft", [True, False])
+def test_a_flipped_byte_of_the_figures_or_of_what_they_are_made_of_is_named(evaluated, sft, name):
+    stage.evaluate(evaluated, sft)
+    folder = stage.evaluated(evaluated, sft)
+    assert check_stage(folder / "metrics.manifest.json")[0] == []
+    content = bytearray((folder / name).read_bytes())
+    content[5] ^= 1
+    (folder / name).write_bytes(content)
+    (wrong,) = check_stage(folder / "metrics.manifest.json")[0]
+    assert wrong.startswith(f"{folder / name}: ") and "byte 6 (line " in wrong
 
 
 def test_metrics_of_the_model_before_training(evaluated):

@@ -12,6 +12,7 @@ from evaluation.win_rate import compare, flags, sign_test, spearman
 from hps.errors import InputError, run_main
 from hps.recipe import Judge, load_recipe
 from hps.records import Appender
+from hps.verify import check_stage
 
 
 def answers_of(model: str, lengths, samples: int = 1) -> list[dict]:
@@ -298,6 +299,19 @@ def test_the_command_prints_and_writes(judged_run, monkeypatch, capsys):
     assert "how far the judge agrees with itself was not measured" in text
     figures = json.loads((recipe.run_folder() / "win_rate.json").read_text())
     assert figures["against"][str(recipe.sft_folder())]["win"]["count"] == 3
+
+
+@pytest.mark.parametrize("name", ["win_rate.json", "answers/test.jsonl"])
+def test_a_flipped_byte_of_the_figures_or_of_the_answers_is_named(judged_run, monkeypatch, capsys, name):
+    path, overrides, recipe = judged_run
+    run(monkeypatch, path, *overrides)
+    manifest, changed = recipe.run_folder() / "win_rate.manifest.json", recipe.run_folder() / name
+    assert check_stage(manifest)[0] == []
+    content = bytearray(changed.read_bytes())
+    content[5] ^= 1
+    changed.write_bytes(content)
+    (wrong,) = check_stage(manifest)[0]
+    assert wrong.startswith(f"{changed}: ") and "byte 6 (line " in wrong
 
 
 def test_against_several_folders(judged_run, monkeypatch, capsys):
