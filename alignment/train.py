@@ -399,7 +399,8 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
     if state.is_main_process:
         draw_curves(folder / "log.jsonl", folder / "curves.png")
         outputs = [folder / name for name in ("plan.jsonl", "plan.json", "log.jsonl")]
-        outputs += sorted(path for path in (folder / "checkpoint").iterdir() if path.is_file())
+        for saved in ("checkpoint", "checkpoints/step-*"):
+            outputs += sorted(path for path in folder.glob(f"{saved}/*") if path.is_file())
         seconds = round(result.metrics["train_runtime"], 1)
         facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut}
         finish(folder, recipe, run_settings(recipe), outputs, [recipe.ranked("train")], **facts)

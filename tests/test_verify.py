@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from hps.errors import InputError
-from hps.manifest import claim, file_hash, fingerprint, finish, model_hash
+from hps.manifest import claim, file_hash, fingerprint, finish, hold, model_hash, write_manifest
 from hps.recipe import Model, load_recipe
 from hps.verify import difference, verify
 
@@ -160,6 +160,84 @@ def test_an_input_that_changed_meanwhile_ends_the_stage(tmp_path, tiny_recipe):
     with pytest.raises(InputError, match=r"given\.jsonl: the file changed while this stage worked on it"):
         finish(folder, load_recipe(tiny_recipe), {"data": file_hash(given)}, [], [given])
     assert not (folder / "manifest.json").exists()
+
+
+def assert_every_flip_is_named(stage, files: list[str], capsys) -> None:
+    """Flip the tenth byte of each file below a folder, look, and put it back."""
+    for name in files:
+        path = stage / name
+        whole = path.read_bytes()
+        flip(path, 9)
+        assert verify(stage) == 1, name
+        assert f"WRONG  {path}: byte 10 (line " in capsys.readouterr().out
+        path.write_bytes(whole)
+    assert verify(stage) == 0
+
+
+@pytest.fixture
+def trained(ranked_recipe):
+    """A finished training of a tiny model with a kept checkpoint and merged weights."""
+    pytest.importorskip("trl")
+    from alignment.merge import merge
+    from alignment.plan import plan
+    from alignment.train import train
+
+    recipe = ranked_recipe("training.merge=true", "schedule.epochs=1")
+    for stage in (plan, train, merge):
+        stage(recipe)
+    return recipe
+
+
+@pytest.mark.slow
+def test_kept_checkpoints_and_merged_weights(trained, capsys):
+    (kept,) = (trained.run_folder() / "checkpoints").iterdir()
+    files = ["checkpoint/adapter_model.safetensors", f"checkpoints/{kept.name}/adapter_model.safetensors", "log.jsonl"]
+    merged = [f"merged/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")]
+    assert_every_flip_is_named(trained.run_folder(), [*files[1:], *merged], capsys)
+    flip(trained.run_folder() / files[0], 9)  # it is an input of the merged weights, too
+    assert verify(trained.run_folder()) == 2
+    assert "checkpoint: a model, weights differ" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_merged_weights_are_written_once(trained, capsys):
+    """Another process at work is refused; what stands is looked at, and what an earlier version left is made again."""
+    from alignment.merge import merge
+
+    target = trained.run_folder() / "merged"
+    written = (target / "model.safetensors").stat().st_mtime_ns
+    with hold(trained.run_folder()), pytest.raises(InputError, match="another run is working in this folder"):
+        merge(trained)
+    merge(trained)
+    assert "finished before" in capsys.readouterr().out
+    assert (target / "model.safetensors").stat().st_mtime_ns == written
+    (target / "manifest.json").unlink()
+    (trained.run_folder() / ".merged.partial").mkdir()
+    merge(trained)
+    assert (target / "model.safetensors").stat().st_mtime_ns > written
+    assert not (trained.run_folder() / ".merged.partial").exists() and verify(target) == 0
+    flip(trained.run_folder() / "checkpoint" / "adapter_model.safetensors", -1)
+    with pytest.raises(InputError, match=r"merged: the folder holds results of other settings: checkpoint\.weights"):
+        merge(trained)
+
+
+@pytest.mark.slow
+def test_held_out_figures(trained, capsys):
+    from evaluation.margins import evaluate
+
+    evaluate(trained)
+    folder = trained.run_folder() / "evaluation"
+    assert_every_flip_is_named(folder, ["pairs.jsonl", "answers.jsonl", "margins.json"], capsys)
+
+
+def test_a_manifest_of_its_own_needs_no_claim(finished, tiny_recipe, capsys):
+    """Figures that are made anew at each call stand in a folder with others."""
+    path = finished / "figures.json"
+    path.write_bytes(TEXT)
+    write_manifest(finished / "figures.manifest.json", load_recipe(tiny_recipe), {}, [path], {})
+    assert verify(finished) == 0
+    assert f"{finished / 'figures'}: 2 checked, 0 wrong" in capsys.readouterr().out
+    assert_every_flip_is_named(finished, ["figures.json"], capsys)
 
 
 def test_the_program(finished, run_module):
