@@ -19,7 +19,12 @@ from hps.workers import accumulation_steps, node_count, process_count
 
 
 def torchrun(arguments: list[str]) -> None:
-    """Run torchrun here; a failed child ends this process with its exit status (2 for bad input), not with 1."""
+    """Run torchrun here; a failed child ends this process with its exit status (2 for bad input), not with 1.
+
+    Ctrl-C, and the SIGTERM with which a cluster takes its nodes back, reach the processes through torchrun; they are
+    no error of the program.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as run
 
@@ -28,6 +33,9 @@ def torchrun(arguments: list[str]) -> None:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except SignalException as stopped:
+        print("interrupted; the same command continues from the last complete checkpoint", file=sys.stderr)
+        sys.exit(128 + stopped.sigval)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.recipe import SPLITS, Model, Recipe
 from hps.records import PARALLEL, Appender, done_ids, read_candidates, read_ranked, write_json
-from hps.workers import count_devices, run_workers
+from hps.workers import run_workers
 
 
 class Scorer:
@@ -137,15 +137,13 @@ def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
         for where, record in read_candidates(recipe.candidates(split))
         if record["prompt_id"] not in finished[split]
     )
-    workers = min(count_devices(recipe.annotation.workers), total - done)
     arguments = {
         "model": asdict(recipe.models.reward),
         "dtype": recipe.annotation.dtype,
         "batch_tokens": recipe.annotation.batch_tokens,
         "canaries": str(canary_folder(recipe)),
     }
-    supervised = recipe.annotation.workers is not None
-    results = run_workers(Scorer, arguments, items, workers, supervised=supervised)
+    results = run_workers(Scorer, arguments, items, recipe.annotation.workers, total - done)
     for result in progress(results, total, "annotation", " prompts", done):
         if "error" in result:
             raise InputError(result["error"])

@@ -21,7 +21,7 @@ from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import evaluated_prompts
 from hps.recipe import Model, Recipe
 from hps.records import Appender, done_ids, read_answers
-from hps.workers import count_devices, run_workers
+from hps.workers import run_workers
 
 
 class AnswerScorer:
@@ -66,26 +66,17 @@ def score(recipe: Recipe, sft: bool) -> None:
 
 
 def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
-    done = done_ids(path)
-    prompts, _ = evaluated_prompts(recipe)
-    items = [
-        {"where": where, **with_given(record, prompts[record["prompt_id"]] if sft else None)}
-        for where, record in read_answers(answers)
-        if record["prompt_id"] not in done
-    ]
-    counts = {item["key"]: item["answers"] for item in items}
-    print(f"scores: {len(items)} prompts to score, {len(done)} scored before; {path}", flush=True)
-    if not items:
-        return
-    arguments = {
-        "model": asdict(recipe.models.evaluator),
-        "dtype": recipe.annotation.dtype,
-        "batch_tokens": recipe.annotation.batch_tokens,
-        "canaries": str(canary_folder(recipe)),
-    }
-    results = run_workers(AnswerScorer, arguments, items, count_devices(recipe.annotation.workers))
-    with Appender(path) as file:
-        for result in progress(results, len(items) + len(done), "scores", " prompts", len(done)):
+    with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
+        done = done_ids(path)
+        prompts, _ = evaluated_prompts(recipe)
+        items = [
+            {"where": where, **with_given(record, prompts[record["prompt_id"]] if sft else None)}
+            for where, record in read_answers(answers)
+            if record["prompt_id"] not in done
+        ]
+        counts = {item["key"]: item["answers"] for item in items}
+        print(f"scores: {len(items)} prompts to score, {len(done)} scored before; {path}", flush=True)
+        for result in progress(_scored(recipe, items), len(items) + len(done), "scores", " prompts", len(done)):
             if "error" in result:
                 raise InputError(result["error"])
             if "lost" in result:  # a figure without it would be one over other prompts
@@ -97,6 +88,19 @@ def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
             count = counts[result["key"]]
             details = result["details"]
             file.append({"prompt_id": result["key"], "answers": details[:count], "given": details[count:]})
+
+
+def _scored(recipe: Recipe, items: list[dict]) -> Iterator[dict]:
+    """What `AnswerScorer` makes of the items on all devices; no model is loaded where there are none."""
+    if not items:
+        return iter(())
+    arguments = {
+        "model": asdict(recipe.models.evaluator),
+        "dtype": recipe.annotation.dtype,
+        "batch_tokens": recipe.annotation.batch_tokens,
+        "canaries": str(canary_folder(recipe)),
+    }
+    return run_workers(AnswerScorer, arguments, items, recipe.annotation.workers, len(items))
 
 
 def with_given(record: dict, prompt: dict | None) -> dict:

@@ -46,11 +46,11 @@ def measure(recipe: Recipe) -> None:
 
 
 def _measure(recipe: Recipe, answers: Path, path: Path) -> None:
-    done = done_ids(path)
-    records = [record for _, record in read_answers(answers)]
-    todo = [record for record in records if record["prompt_id"] not in done]
-    scorer = HeldOut(recipe, along=False)
-    with Appender(path) as file:
+    with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
+        done = done_ids(path)
+        records = [record for _, record in read_answers(answers)]
+        todo = [record for record in records if record["prompt_id"] not in done]
+        scorer = HeldOut(recipe, along=False)
         for record in progress(todo, len(records), "divergence", " prompts", len(done)):
             file.append({"prompt_id": record["prompt_id"], **answer_figures(record, scorer)})
 

@@ -24,7 +24,8 @@ from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import load_prompts
 from hps.recipe import SPLITS, Generation, Model, Recipe
 from hps.records import Appender, done_ids, read_candidates, read_ledger, write_json, write_lines
-from hps.workers import count_devices, run_workers
+from hps.weights import ADAPTER, load_config, refuse_pickles
+from hps.workers import run_workers
 
 
 class Generator:
@@ -250,6 +251,9 @@ def sample(
     first = next(items, None)
     if first is None:
         return iter(())
+    load_config(model)  # a model that needs code of its own is one line here, and a page of vLLM's there
+    for folder in adapters:  # vLLM loads a pickled one
+        refuse_pickles(Path(folder), None, ADAPTER)
     print("loading the engine", flush=True)
     arguments = {
         "model": asdict(model),
@@ -258,12 +262,11 @@ def sample(
         "seed": recipe.seed,
         "adapters": sorted(adapters),
     }
-    gpus = recipe.generation.tensor_parallel
-    workers = count_devices(recipe.generation.workers, gpus)
     # More than the engine keeps waiting for itself, so that it never waits for us.
     window = 1 + 3 * recipe.generation.max_sequences // max(1, most)
-    supervised = recipe.generation.workers is not None
-    return run_workers(Generator, arguments, chain([first], items), min(workers, count), gpus, window, supervised)
+    settings = recipe.generation
+    items = chain([first], items)
+    return run_workers(Generator, arguments, items, settings.workers, count, settings.tensor_parallel, window)
 
 
 def main() -> None:

@@ -12,16 +12,48 @@ actor.
 
 import os
 import queue
+import signal
+import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from hps.errors import InputError
 
-MOST_DEATHS = 5  # in a row, without a result in between: the cause is no single item
+# In a row, without a result in between, and two for each worker besides: the cause is no single item, and no lost node.
+MOST_DEATHS = 5
 READY = {"ready": True}
+LOOK = 0.5  # seconds between two looks at whether Ctrl-C was pressed
+DRAIN = 2.0  # seconds at most for results that are there already when it was
+
+
+@contextmanager
+def held_interrupts() -> Iterator[Callable[[], bool]]:
+    """Inside the block a first Ctrl-C is only noted; what is yielded says whether there was one. A second one raises.
+
+    KeyboardInterrupt comes up wherever Python happens to be: in a destructor or a callback of Ray it is printed and
+    lost, and in the middle of `ray.init` it leaves processes behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    noted = False
+
+    def note(number, frame) -> None:
+        nonlocal noted
+        if noted:
+            raise KeyboardInterrupt
+        noted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Actor:
@@ -56,12 +88,13 @@ class Actor:
             yield item
 
 
-@dataclass
+@dataclass(eq=False)
 class Hired:
     """An actor as the driver sees it: its handle, its stream of results, and what is with it."""
 
     actor: Any
     results: Any
+    sent: Any = None  # the last call of `put`
     ready: bool = False
     items: dict[str, dict] = field(default_factory=dict)  # by key
     alone: bool = False  # with a suspect: nothing else is given to it
@@ -80,7 +113,9 @@ class Supervisor:
         self._job = (worker, arguments)
         self._suspects: deque[dict] = deque()
         self._strikes: dict[str, int] = {}
-        self._deaths = 0
+        # Items that ended two actors, given up once another item has a result: else the cause may be elsewhere.
+        self._lost: list[dict] = []
+        self._deaths, self._most_deaths = 0, MOST_DEATHS + 2 * workers
         self._exhausted = False
         self._hired = [self._hire() for _ in range(workers)]
 
@@ -93,22 +128,57 @@ class Supervisor:
 
         Raises:
             InputError: a worker raised it; or the actors die whatever they are given.
+            KeyboardInterrupt: Ctrl-C, behind the results that were there by then.
         """
-        try:
-            self._feed_all(items)
-            while not self._exhausted or self._suspects or any(hired.items for hired in self._hired):
-                for hired in self._waiting():
-                    yield from self._receive(hired)
+        with held_interrupts() as interrupted:
+            try:
                 self._feed_all(items)
-        finally:
-            for hired in self._hired:
-                self._ray.kill(hired.actor)
+                while not self._exhausted or self._suspects or any(hired.items for hired in self._hired):
+                    for hired in self._waiting(LOOK):
+                        yield from self._receive(hired)
+                    if interrupted():
+                        yield from self._drain()
+                        raise KeyboardInterrupt
+                    self._check_sent()
+                    self._feed_all(items)
+                yield from self._given_up()
+            finally:
+                for hired in self._hired:
+                    self._ray.kill(hired.actor)
 
-    def _waiting(self) -> list[Hired]:
-        """Those who have something to say, at least one."""
+    def _waiting(self, seconds: float) -> list[Hired]:
+        """Those who have something to say; none when that takes longer."""
         streams = {hired.results: hired for hired in self._hired}
-        found, _ = self._ray.wait(list(streams), num_returns=1, fetch_local=False)
-        return [streams[stream] for stream in found]
+        ready, _ = self._ray.wait(list(streams), num_returns=1, timeout=seconds, fetch_local=False)
+        found = [streams[stream] for stream in ready]
+        # Of several that are ready Ray takes the first: whoever was heard goes to the end.
+        self._hired = [hired for hired in self._hired if hired not in found] + found
+        return found
+
+    def _drain(self) -> Iterator[dict]:
+        """What has arrived and waits to be taken: it is finished work. Nobody is replaced any more."""
+        limit = time.monotonic() + DRAIN
+        while self._hired and time.monotonic() < limit and (found := self._waiting(0)):
+            for hired in found:
+                try:
+                    result = self._ray.get(next(hired.results))
+                except (self._ray.exceptions.RayError, StopIteration):
+                    self._ray.kill(hired.actor)
+                    self._hired.remove(hired)
+                    continue
+                if result != READY:
+                    yield result
+
+    def _check_sent(self) -> None:
+        """An actor that lives, but did not get what was sent to it, would be waited for in vain."""
+        for hired in [hired for hired in self._hired if hired.sent is not None]:
+            done, _ = self._ray.wait([hired.sent], timeout=0)
+            if done:
+                hired.sent = None
+                try:
+                    self._ray.get(done[0])
+                except self._ray.exceptions.RayError as error:
+                    self._bury(hired, _told(error))
 
     def _receive(self, hired: Hired) -> Iterator[dict]:
         try:
@@ -117,7 +187,7 @@ class Supervisor:
             cause = getattr(error, "cause", None)
             if isinstance(cause, InputError):
                 raise cause from None
-            yield from self._bury(hired, _told(cause or error))
+            self._bury(hired, _told(cause or error))
             return
         if result == READY:
             hired.ready = True
@@ -126,25 +196,32 @@ class Supervisor:
         del hired.items[result["key"]]
         self._strikes.pop(result["key"], None)
         hired.alone = hired.alone and bool(hired.items)
+        yield from self._given_up()
         yield result
 
-    def _bury(self, hired: Hired, why: str) -> Iterator[dict]:
+    def _given_up(self) -> Iterator[dict]:
+        while self._lost:
+            yield self._lost.pop()
+
+    def _bury(self, hired: Hired, why: str) -> None:
         """Replace a dead actor; what was with it is tried again alone, or given up."""
         self._deaths += 1
-        if self._deaths >= MOST_DEATHS:
+        self._ray.kill(hired.actor)
+        again = []
+        for key, item in hired.items.items():
+            self._strikes[key] = self._strikes.get(key, 0) + 1
+            if self._strikes[key] >= 2:
+                self._lost.append({"key": key, "lost": why})
+            else:
+                again.append(item)
+        if self._deaths >= self._most_deaths:
             raise InputError(
                 f"{self._deaths} workers died in a row and none finished anything; the last: {why}",
                 remedy="see what the machine says of memory and devices; the same command continues",
             )
-        print(f"a worker died ({why}); {len(hired.items)} prompts are done again, one at a time", flush=True)
-        self._ray.kill(hired.actor)
+        print(f"a worker died ({why}); {len(again)} prompts are done again, one at a time", flush=True)
+        self._suspects += again
         self._hired[self._hired.index(hired)] = self._hire()
-        for key, item in hired.items.items():
-            self._strikes[key] = self._strikes.get(key, 0) + 1
-            if self._strikes[key] >= 2:
-                yield {"key": key, "lost": why}
-            else:
-                self._suspects.append(item)
 
     def _feed_all(self, items: Iterator[dict]) -> None:
         """Fill every actor's window: suspects to whoever has nothing, one each; the others take new items."""
@@ -160,7 +237,7 @@ class Supervisor:
                 self._exhausted |= len(given) < room
             if given:
                 hired.items |= {item["key"]: item for item in given}
-                hired.actor.put.remote(given)
+                hired.sent = hired.actor.put.remote(given)
 
 
 def _told(error: BaseException) -> str:
@@ -200,7 +277,10 @@ def connect(workers: int = 1):
         address = os.environ.get("RAY_ADDRESS")
         cores = {} if address else {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False}
         try:
-            ray.init(address=address, log_to_driver=False, **cores)
+            with held_interrupts() as interrupted:
+                ray.init(address=address, log_to_driver=False, **cores)
+            if interrupted():
+                raise KeyboardInterrupt
         except ConnectionError as error:
             raise InputError(
                 f"no Ray cluster can be reached ({error})",

@@ -93,29 +93,38 @@ def run_workers(
     worker: type,
     arguments: dict,
     items: Iterable[dict],
-    workers: int,
+    workers: int | None,
+    most: int | None = None,
     gpus_each: int = 1,
     window: int = 4,
-    supervised: bool = False,
 ) -> Iterator[dict]:
     """What `worker(**arguments)` makes of the items, in no particular order.
 
-    In process the worker is made before this returns, so that a progress bar begins with the work.
+    Where there are several devices, GPUs or a cluster (`RAY_ADDRESS`), or the number of workers is given, they are
+    supervised actors of Ray: one that dies is replaced, and an item that ended two is `lost`. A single worker on a CPU
+    runs in process, because a laptop is better off without a cluster of its own; it is made before this returns, so
+    that a progress bar begins with the work.
 
     Args:
         worker: the class. Its `stream` takes an iterator of items and yields a result for each, in any order, with the
             item's `key`. On actors the iterator also gives None: nothing more at the moment, go on with what you have.
         items: JSON-able dicts with a unique `key`, read as there is room for them.
-        workers: number of instances; 1 runs in this process unless `RAY_ADDRESS` is set or it is `supervised`.
+        workers: number of instances; None: one for each device.
+        most: how many items there are at most: no more instances than these, and a share of them for each.
         gpus_each: GPUs reserved for an instance where there are GPUs.
         window: items that are with an actor at a time.
-        supervised: use actors for one instance, too: one that dies is replaced, and an item that ended two is `lost`.
 
     Yields:
         Results; from actors `{"key": ..., "lost": why}` of an item that ended two of them (hps.actors).
     """
-    if workers == 1 and not supervised and not os.environ.get("RAY_ADDRESS"):
+    import torch
+
+    count = count_devices(workers, gpus_each)
+    if most is not None:
+        count = max(1, min(count, most))
+        window = min(window, -(-most // count))  # a short job is everybody's, not the first one's
+    if count == 1 and workers is None and not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
         return worker(**arguments).stream(iter(items))
     from hps.actors import run_actors
 
-    return run_actors(worker, arguments, items, workers, gpus_each, window)
+    return run_actors(worker, arguments, items, count, gpus_each, max(1, window))
