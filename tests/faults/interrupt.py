@@ -5,7 +5,7 @@ Run     .venv-train/bin/python -m tests.faults.interrupt [key=value ...]
 SIGINT goes to the script's whole process group, as a terminal sends it: gene.sh with two engines (actors of Ray),
 run.sh with two processes (torchrun). A line a state: the seconds until the script and every process that it started
 were gone. Each must end with status 130 and without a traceback, what was finished must still stand; in the end both
-scripts finish, every prompt once, and `hps.verify` finds nothing wrong. Ends with status 1 when something of that fails.
+scripts finish, every prompt once, and `hps.verify` finds nothing wrong. Ends with status 1 when something fails.
 """
 
 import argparse
