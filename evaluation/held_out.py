@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
 from hps.prefix import compute_prefix, tail_states
 from hps.recipe import Model, Recipe
-from hps.weights import load_weights, refuse_pickles
+from hps.weights import ADAPTER, load_adapter, load_weights, refuse_pickles
 
 FINAL = "final"  # the policy at the end of the training
 
@@ -40,12 +40,10 @@ class HeldOut:
         self.reference = _load(recipe.models.policy, self.device, dtype)
         self.steps: list[int] = []
         if recipe.lora.enabled:
-            from peft import PeftModel
-
-            refuse_pickles(run / "checkpoint", "checkpoint")
-            self.reference = PeftModel.from_pretrained(self.reference, run / "checkpoint", adapter_name=FINAL).eval()
+            self.reference = load_adapter(self.reference, run / "checkpoint", FINAL).eval()
             self.policy = self.reference
             for step, folder in kept_checkpoints(recipe) if along else []:
+                refuse_pickles(folder, None, ADAPTER)
                 self.reference.load_adapter(folder, adapter_name=f"step-{step}")
                 self.steps.append(step)
         else:

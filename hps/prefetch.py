@@ -14,6 +14,7 @@ from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.pin import hub_error, hub_error_types, hub_models, roles
 from hps.recipe import Model, Recipe
+from hps.weights import INDEX, check_index
 
 # A pickle runs code when it is loaded: .bin, .pt and .pth stay on the hub.
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -33,6 +34,8 @@ def fetch(role: str, model: Model) -> Path:
             where=f"`models.{role}` ({model.path})",
             remedy="use a revision or a copy of the model with safetensors",
         )
+    if (folder / INDEX).exists():
+        check_index(folder / INDEX)
     return folder
 
 

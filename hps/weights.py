@@ -4,6 +4,8 @@ A pickle (`.bin`, `.pt`) can run code when it is loaded, and so can a model that
 from anywhere, whatever a recipe says.
 """
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,65 +13,145 @@ from hps.errors import InputError
 from hps.recipe import Model
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"  # what transformers and PEFT look for first
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[^/\\]+\.safetensors")  # a file of the folder itself
+_SAVE = "give a copy of the model with safetensors (`save_pretrained` of transformers writes it)"
 
 
-def refuse_pickles(folder: Path, field: str) -> None:
-    """Refuse a folder whose weights are there, but not as safetensors.
+def refuse_pickles(folder: Path, field: str | None, weights: str = MODEL) -> None:
+    """Refuse a folder from which a library could load something else than its own safetensors.
+
+    The names must be exact: beside any other `.safetensors` the libraries still take a pickle.
+
+    Args:
+        field: the model's place in the recipe, for the message; None where it is not known.
+        weights: MODEL or ADAPTER.
 
     Raises:
-        InputError: there are files of PICKLES and no safetensors.
+        InputError: there are files of PICKLES and not `weights` (nor an index of shards); the index names something
+            else than safetensors of the folder; a folder of a model holds an adapter as well, which would be loaded
+            with it, from whatever its `adapter_config.json` names.
     """
+    named = f"`{field}.path`: " if field else ""
+    index = folder / INDEX if weights == MODEL else None
+    if index and index.exists():
+        check_index(index)
+    if weights == MODEL and (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{named}there is an adapter in the model's folder, and it would be loaded with the model",
+            where=str(folder / "adapter_config.json"),
+            remedy="give the folder of a whole model (`training.merge=true` writes one)",
+        )
     names = sorted(
         path.name for path in folder.iterdir() if path.suffix in PICKLES and path.name != "training_args.bin"
     )
-    if names and not any(folder.glob("*.safetensors")):
+    if names and not (folder / weights).exists() and not (index and index.exists()):
         raise InputError(
-            f"`{field}.path`: the weights ({names[0]}) are pickled, and a pickle can run code when it is loaded",
+            f"{named}the weights ({names[0]}) are pickled, and a pickle can run code when it is loaded",
             where=str(folder),
-            remedy="give a copy of the model with safetensors (`save_pretrained` of transformers writes it)",
+            remedy=_SAVE,
         )
 
 
+def check_index(path: Path) -> None:
+    """Refuse an index of shards that names something else than safetensors beside it.
+
+    transformers loads whatever stands there, a pickle or a file of another folder too.
+    """
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"no index of weights ({type(error).__name__})", where=str(path), remedy=_SAVE) from None
+    for shard in shards:
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise InputError(
+                f"`weight_map` names {json.dumps(shard)[:60]}, which is no safetensors file of the folder",
+                where=str(path),
+                remedy=_SAVE,
+            )
+
+
 def load_config(model: Model) -> Any:
-    """The configuration of a folder or hub name. InputError when there is none, or it needs code of its own."""
+    """The configuration of a folder or hub name.
+
+    Raises:
+        InputError: there is none, it needs code of its own, or it names a file of weights by itself.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise _refusal(model, error) from None
+        raise refusal(model.path, error) from None
+    if (
+        getattr(config, "transformers_weights", None) is not None
+    ):  # it may name a pickle, or an index that we do not see
+        raise InputError(
+            "`transformers_weights` in config.json names the file of the weights", where=model.path, remedy=_SAVE
+        )
+    return config
 
 
 def load_weights(kind: type, model: Model, **settings) -> Any:
     """`kind.from_pretrained` of a folder or hub name, with its revision.
 
     Raises:
-        InputError: there are no weights as safetensors, or the model needs code of its own.
+        InputError: there are no weights as safetensors, they are not where `refuse_pickles` wants them, or the model
+            needs code of its own.
     """
+    load_config(model)
     try:
+        _check_files(model)
         return kind.from_pretrained(
             model.path, revision=model.revision, use_safetensors=True, trust_remote_code=False, **settings
         )
     except (OSError, ValueError) as error:
-        raise _refusal(model, error) from None
+        raise refusal(model.path, error) from None
 
 
-def _refusal(model: Model, error: Exception) -> InputError:
+def _check_files(model: Model) -> None:
+    """`refuse_pickles` of a folder; of a hub model what decides it, the index and an adapter, is fetched first."""
+    from transformers.utils import cached_file
+
+    if Path(model.path).is_dir():
+        refuse_pickles(Path(model.path), None)
+        return
+    index, adapter = (
+        cached_file(model.path, name, revision=model.revision, _raise_exceptions_for_missing_entries=False)
+        for name in (INDEX, "adapter_config.json")
+    )
+    if index:
+        check_index(Path(index))
+    if adapter:
+        raise InputError("the repository holds an adapter", where=model.path, remedy="give a whole model")
+
+
+def load_adapter(base: Any, folder: Path, name: str = "default") -> Any:
+    """A model with the LoRA adapter of a folder on it. InputError when that is no safetensors."""
+    from peft import PeftModel
+
+    refuse_pickles(folder, None, ADAPTER)
+    return PeftModel.from_pretrained(base, folder, adapter_name=name)
+
+
+def refusal(path: str, error: Exception, what: str = "model") -> InputError:
+    """What transformers says when it cannot load something (`what`), as one line."""
     text = str(error).strip().splitlines()[0]
     if "trust_remote_code" in str(error):
         return InputError(
-            "the model brings Python code of its own, which is never run",
-            where=model.path,
-            remedy="use a model that transformers knows",
+            f"the {what} brings Python code of its own, which is never run",
+            where=path,
+            remedy="use a model that transformers knows, or a copy converted to a class of transformers",
         )
     if "safetensors" in str(error):
         return InputError(
             f"no weights as safetensors there ({text})",
-            where=model.path,
+            where=path,
             remedy="give a copy of the model with safetensors",
         )
     return InputError(
-        f"no model there ({text})",
-        where=model.path,
+        f"no {what} there ({text})",
+        where=path,
         remedy="check the model's path in the recipe; fill the hub's cache with `python -m hps.prefetch`",
     )
