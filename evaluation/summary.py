@@ -9,7 +9,7 @@ import shutil
 import textwrap
 
 from hps.cli import parse
-from hps.errors import InputError, run_main
+from hps.errors import InputError, printable, run_main
 from hps.recipe import SPLITS, Recipe
 from hps.records import read_jsonl
 
@@ -17,7 +17,7 @@ from hps.records import read_jsonl
 def columns(left: str, right: str, width: int) -> list[str]:
     """Two texts side by side, each wrapped to half of the width."""
     half = (width - 3) // 2
-    sides = [textwrap.wrap(text, half) or [""] for text in (left, right)]
+    sides = [textwrap.wrap(printable(text), half) or [""] for text in (left, right)]
     height = max(map(len, sides))
     rows = zip(*(side + [""] * (height - len(side)) for side in sides), strict=True)
     return [f"{a:<{half}} | {b}" for a, b in rows]
@@ -62,7 +62,7 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
         )
     lines += ["", "Answers to test prompts: before | after"]
     for _, answer in read_jsonl(run / "evaluation" / "answers.jsonl"):
-        question = textwrap.shorten(answer["prompt"][-1]["content"], width - 4, placeholder=" ...")
+        question = textwrap.shorten(printable(answer["prompt"][-1]["content"]), width - 4, placeholder=" ...")
         lines += [f"> {question}", *columns(answer["before"], answer["after"], width), ""]
     return lines
 

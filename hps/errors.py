@@ -1,21 +1,35 @@
 """The one error for bad input, and the wrapper that turns it into one line and exit status 2."""
 
 import errno
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
 # What libraries say instead of an OSError: safetensors the system's words, torch its own.
 FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
+# What a terminal obeys instead of showing: control characters but newline and tab, and those that turn the direction.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Name and password in a URL, of a hub's endpoint or a proxy; a password may hold an @.
+_USERINFO = re.compile(r"://[^/\s?#]*@")
+
+
+def printable(text: str) -> str:
+    """A text of the data for the terminal: escape sequences and changes of direction are spelled out (`\\x1b[2J`)."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class InputError(Exception):
-    """Something the user gave is wrong. The message names file, line, field, value and remedy, in one line."""
+    """Something the user gave is wrong. The message names file, line, field, value and remedy, in one line.
+
+    It is safe to print: `printable`, and without the names and passwords of URLs.
+    """
 
     def __init__(self, problem: str, *, where: str | None = None, remedy: str | None = None):
         text = f"{where}: {problem}" if where else problem
         if remedy:
             text += f"; {remedy}"
-        super().__init__(" ".join(text.split()))
+        super().__init__(printable(" ".join(_USERINFO.sub("://", text).split())))
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -36,6 +50,7 @@ def run_main(main: Callable[[], None]) -> None:
         )
         sys.exit(2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one must not break the clean-up of libraries
         print("interrupted; finished work is on disk, the same command continues it", file=sys.stderr)
         sys.exit(130)
 
