@@ -27,8 +27,9 @@ from hps.engine import Engine
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, hold, model_hash
 from hps.recipe import Generation, Model, Recipe
-from hps.records import Appender, canonical, read_answers, read_jsonl, write_json
-from hps.workers import check_gpus, count_devices, run_workers
+from hps.records import Appender, canonical, read_answers, read_jsonl, shorten, write_json
+from hps.weights import load_config
+from hps.workers import check_gpus, run_workers
 
 CRITERIA = ("correctness", "helpfulness", "safety", "clarity")
 GRID = [half / 2 if half % 2 else half // 2 for half in range(11)]  # 0, 0.5, 1, ... 5
@@ -95,37 +96,24 @@ def _hash(value) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def judge_message(messages: list[dict], answer: str, special: list[str]) -> list[dict]:
+def judge_message(messages: list[dict], answer: str) -> list[dict]:
     """The request: rubric, conversation and answer in one user message.
 
-    The lines around the texts bear a hash of them, which no answer can know: it cannot close its own part.
-
-    Args:
-        special: what the judge's tokenizer would read as special tokens; such text gets a space and stays text.
+    The lines around the texts bear a hash of them, which no answer can know: it cannot close its own part. The whole
+    hash: of a few digits one could be searched until the answer holds its own. That no text opens a turn of the judge's
+    template is hps.chat's work.
     """
-    mark = verdict_key(messages, answer, 0)[:8]
+    mark = verdict_key(messages, answer, 0)
     turns = "\n\n".join(f"{SPEAKERS[message['role']]}: {message['content']}" for message in messages)
     parts = [
         RUBRIC,
         f"--- conversation {mark} ---",
-        _as_text(turns, special),
+        turns,
         f"--- answer {mark} ---",
-        _as_text(answer, special),
+        answer,
         f"--- end {mark} ---",
     ]
     return [{"role": "user", "content": "\n".join(parts)}]
-
-
-def _as_text(text: str, special: list[str]) -> str:
-    for token in special:
-        text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
-
-
-def special_tokens(tokenizer: Any) -> list[str]:
-    """Texts that the tokenizer reads as special tokens, the longest first."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted((token for token in added | set(tokenizer.all_special_tokens) if len(token) > 1), key=len)[::-1]
 
 
 def read_scores(sample: dict) -> dict:
@@ -134,7 +122,7 @@ def read_scores(sample: dict) -> dict:
         scores = json.loads(sample["text"])
     except ValueError:
         return {"error": CUT if sample["truncated"] else NO_SCORES, "output": sample["text"]}
-    if not isinstance(scores, dict) or not all(scores.get(name) in GRID for name in CRITERIA):
+    if not isinstance(scores, dict) or not all(_on_grid(scores.get(name)) for name in CRITERIA):
         return {"error": NO_SCORES, "output": sample["text"]}
     return {"scores": {name: scores[name] for name in CRITERIA}}
 
@@ -176,9 +164,30 @@ def _cache(recipe: Recipe, settings: dict) -> Path:
 
 
 def read_verdicts(path: Path) -> dict[str, dict]:
-    """All verdicts by key. The caller holds the folder: what a kill left of the last line is cut off."""
+    """All verdicts by key. The caller holds the folder: what a kill left of the last line is cut off.
+
+    Raises:
+        InputError: a line is no verdict.
+    """
     Appender(path).close()
-    return {line["key"]: line for _, line in read_jsonl(path)}
+    return {check_verdict(line, where)["key"]: line for where, line in read_jsonl(path)}
+
+
+def check_verdict(line: dict, where: str) -> dict:
+    """Return the line; InputError: it has no `key`, or neither `scores` of all criteria on the grid nor an `error`."""
+    again = "remove the line, so that its answer is judged again"
+    if not isinstance(line.get("key"), str):
+        raise InputError(f"`key` is {shorten(line.get('key'))}", where=where, remedy=again)
+    scores = line.get("scores")
+    graded = isinstance(scores, dict) and set(scores) == set(CRITERIA) and all(map(_on_grid, scores.values()))
+    if not (isinstance(line.get("error"), str) if "error" in line else graded):
+        field = "error" if "error" in line else "scores"
+        raise InputError(f"`{field}` is {shorten(line.get(field))}", where=where, remedy=again)
+    return line
+
+
+def _on_grid(score: object) -> bool:
+    return isinstance(score, (int, float)) and not isinstance(score, bool) and score in GRID
 
 
 def judge(recipe: Recipe) -> None:
@@ -205,11 +214,10 @@ def judge(recipe: Recipe) -> None:
 def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
     check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
     tokenizer = load_tokenizer(recipe.models.judge.path, recipe.models.judge.revision)
-    special = special_tokens(tokenizer)
     with Appender(path) as file:
         items = []
         for key, (messages, answer) in todo.items():
-            ids = prompt_token_ids(tokenizer, judge_message(messages, answer, special))
+            ids = prompt_token_ids(tokenizer, judge_message(messages, answer))
             if len(ids) > recipe.judge.max_prompt_tokens:
                 file.append({"key": key, "error": TOO_LONG, "tokens": len(ids)})
             else:
@@ -224,6 +232,7 @@ def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
 def _results(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict]:
     if not items:
         return iter(())
+    load_config(recipe.models.judge)  # a model that needs code of its own is one line here, and a page of vLLM's there
     names = ("temperature", "max_prompt_tokens", "max_new_tokens", "tensor_parallel")
     settings = replace(recipe.generation, top_p=1.0, **{name: getattr(recipe.judge, name) for name in names})
     arguments = {
@@ -232,8 +241,8 @@ def _results(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict
         "stop_ids": sorted(end_of_turn_ids(tokenizer)),
         "seed": recipe.seed,
     }
-    workers = count_devices(None, settings.tensor_parallel)
-    return run_workers(Scorer, arguments, items, workers, settings.tensor_parallel, 3 * settings.max_sequences)
+    window = 3 * settings.max_sequences
+    return run_workers(Scorer, arguments, items, None, len(items), settings.tensor_parallel, window)
 
 
 def main() -> None:
