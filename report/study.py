@@ -1,9 +1,11 @@
 """A human study, as Table 3 of the paper: pages for the raters, and figures from what they send back.
 
-Reads   answers files of several models (`prompt_id`, `prompt`, `responses`: the first is shown); the raters' files
-Writes  build: `<to>/rater-N.html`, one self-contained page a rater, and `<to>/key.json`, which un-blinds them and stays
-        with you; import: `<to>/study.json`, `<to>/study.md`
-Run     python -m report.study build --to runs/study --raters 20 --seed 0 sft=FILE dpo-bt=FILE dpo-hps=FILE
+Reads   answers files of several models (`prompt_id`, `prompt`, `responses`: the first is shown), of each model one file
+        a data set; the raters' files
+Writes  build: `<to>/pages/rater-N.html`, one self-contained page a rater, and `<to>/key.json`, which un-blinds them and
+        stays with you; import: `study.json`, `study.md` and `study.html` beside the key
+Run     python -m report.study build --to runs/study --raters 20 --prompts 15 --sets hh_rlhf,pku_safe \\
+            SFT=FILE,FILE DPO-BT=FILE,FILE DPO-HPS=FILE,FILE
         python -m report.study import --key runs/study/key.json ratings-*.json
 
 Each rater sees every prompt, in an order of its own, with the answers of all models in an order of its own and without
@@ -12,60 +14,128 @@ names, and gives every answer four criteria from 1.00 to 5.00 (paper, section 6 
 
 import argparse
 import hashlib
-import json
 import random
-import re
+import secrets
 from pathlib import Path
 
 import numpy as np
 
 from evaluation.judge import CRITERIA
-from evaluation.statistics import bootstrap
 from hps.errors import InputError, run_main
 from hps.manifest import file_hash
-from hps.recipe import REPOSITORY
-from hps.records import canonical, read_answers, write_atomic, write_json
+from hps.records import canonical, check_storable, parse_json, read_answers, shorten, write_atomic, write_json
 from report.page import render
+from report.study_figures import figures, results_page, table
 
-PAPER = REPOSITORY / "results" / "paper.json"
 LOWEST, HIGHEST = 1.0, 5.0
-RESAMPLES = 10_000
+MOST_MODELS = 26  # the page names the answers A to Z
+
+Lines = dict[str, tuple[str, dict]]  # place and record of a file by `prompt_id`
 
 
-def read_models(named: list[str], prompts: int | None) -> tuple[list[str], dict[str, dict]]:
-    """Names of the models, and by prompt its messages and the first answer of each model.
+def read_named(named: list[str]) -> dict[str, list[str]]:
+    """The answers files of each model, one a data set, from `NAME=FILE,FILE`.
 
     Raises:
-        InputError: fewer than two models, a name twice, a prompt that not all models have answered.
+        InputError: fewer than two models or more than there are letters, a name twice, another number of files.
     """
-    answers: dict[str, dict[str, dict]] = {}
+    files: dict[str, list[str]] = {}
     for text in named:
-        name, equals, path = text.partition("=")
-        if not equals or not name or not path:
-            raise InputError(f"`{text}` is no model", where="command line", remedy="write NAME=answers file")
-        if name in answers:
-            raise InputError(f"the model `{name}` is given twice", where="command line", remedy="give each a name")
-        answers[name] = {record["prompt_id"]: record for _, record in read_answers(path)}
-    if len(answers) < 2:
-        raise InputError(
-            "a study compares at least two models", where="command line", remedy="write NAME=FILE for each"
-        )
-    first, *others = answers
-    for other in others:
-        if alone := answers[first].keys() ^ answers[other].keys():
+        name, _, paths = text.partition("=")
+        if not name or not all(paths.split(",")):
             raise InputError(
-                f"prompt `{min(alone)}` is answered by one of `{first}` and `{other}` alone, as {len(alone)} are",
+                f"`{text}` is no model",
                 where="command line",
+                remedy="write NAME=FILE, or NAME=FILE,FILE for two data sets",
+            )
+        if name in files:
+            raise InputError(f"the model `{name}` is given twice", where="command line", remedy="give each a name")
+        files[name] = paths.split(",")
+    if not 2 <= len(files) <= MOST_MODELS:
+        raise InputError(
+            f"a study compares at least two models and at most {MOST_MODELS}, here are {len(files)}",
+            where="command line",
+            remedy="write NAME=FILE for each",
+        )
+    first = next(iter(files))
+    for name, paths in files.items():
+        if len(paths) != len(files[first]):
+            raise InputError(
+                f"`{name}` has {len(paths)} files, `{first}` has {len(files[first])}",
+                where="command line",
+                remedy="give of every model a file for each data set, in the same order",
+            )
+    return files
+
+
+def read_lines(path: str) -> Lines:
+    """A model's answers to a data set. InputError: there are none, or a prompt stands twice."""
+    found: Lines = {}
+    for where, record in read_answers(path):
+        name = record["prompt_id"]
+        if name in found:
+            raise InputError(
+                f"`prompt_id` {shorten(name)} stands twice, first in {found[name][0]}",
+                where=where,
+                remedy="leave one of the lines",
+            )
+        found[name] = (where, record)
+    if not found:
+        raise InputError("the file holds no answers", where=path, remedy="run `bash evaluate.sh` again")
+    return found
+
+
+def read_set(files: dict[str, str]) -> dict[str, dict]:
+    """Of a data set: by prompt its messages, and the first answer of each model.
+
+    Raises:
+        InputError: as `read_lines`; the models have not answered the same prompts.
+    """
+    lines = {model: read_lines(path) for model, path in files.items()}
+    first, *others = lines
+    for other in others:
+        _check_same_prompts(first, lines[first], other, lines[other])
+    return {
+        name: {
+            "prompt": record["prompt"],
+            "answers": [lines[model][name][1]["responses"][0] for model in lines],
+        }
+        for name, (_, record) in lines[first].items()
+    }
+
+
+def _check_same_prompts(first: str, lines: Lines, other: str, others: Lines) -> None:
+    if alone := lines.keys() ^ others.keys():
+        name = min(alone)
+        raise InputError(
+            f"prompt {shorten(name)} is answered by one of `{first}` and `{other}` alone, as {len(alone)} are",
+            where=(lines.get(name) or others[name])[0],
+            remedy="answer the same prompts with every model",
+        )
+    for name, (where, record) in others.items():
+        if _spoken(record) != _spoken(lines[name][1]):
+            raise InputError(
+                f"`prompt` of {shorten(name)} is another one than in {lines[name][0]}",
+                where=where,
                 remedy="answer the same prompts with every model",
             )
-    names = list(answers[first])[:prompts]
-    return list(answers), {
-        name: {
-            "prompt": answers[first][name]["prompt"],
-            "answers": [answers[model][name]["responses"][0] for model in answers],
-        }
-        for name in names
-    }
+
+
+def _spoken(record: dict) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in record["prompt"]]
+
+
+def choose(texts: dict[str, dict], count: int | None, seed: str, where: str) -> dict[str, dict]:
+    """So many prompts of a data set, drawn by seed whatever the order in the file; all where `count` is None."""
+    if count is None:
+        return texts
+    if count > len(texts):
+        raise InputError(
+            f"`--prompts` is {count}, the file holds {len(texts)}",
+            where=where,
+            remedy=f"give at most {len(texts)}, or answer more prompts",
+        )
+    return {name: texts[name] for name in random.Random(seed).sample(sorted(texts), count)}
 
 
 def order_of(seed: int, rater: int, prompts: list[str], models: int) -> list[tuple[str, list[int]]]:
@@ -75,111 +145,213 @@ def order_of(seed: int, rater: int, prompts: list[str], models: int) -> list[tup
     return [(name, rng.sample(range(models), models)) for name in shuffled]
 
 
-def build(to: Path, named: list[str], raters: int, seed: int, prompts: int | None) -> None:
-    """Write the pages and the key."""
-    models, texts = read_models(named, prompts)
+def _check_positive(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise InputError(f"`{option}` is {value}", where="command line", remedy="it must be 1 or more")
+
+
+def name_sets(given: str | None, count: int) -> list[str]:
+    """Names of the data sets, from `--sets`. InputError: another number than there are files, or one twice."""
+    names = given.split(",") if given else [f"data set {number}" for number in range(1, count + 1)]
+    if len(names) != count or len(set(names)) != count or not all(names):
+        raise InputError(
+            f"`--sets` is {given}, each model has {count} {'file' if count == 1 else 'files'}",
+            where="command line",
+            remedy="give each data set one name, with commas between them",
+        )
+    return names
+
+
+def read_texts(files: dict[str, list[str]], names: list[str], prompts: int | None, seed: int) -> dict[str, dict]:
+    """By data set, its prompts of the study. InputError: as `read_set` and `choose`; a prompt is in two of them."""
+    sets: dict[str, dict] = {}
+    for place, name in enumerate(names):
+        chosen = {model: paths[place] for model, paths in files.items()}
+        first = next(iter(chosen.values()))
+        sets[name] = choose(read_set(chosen), prompts, f"{seed}/prompts/{place}", first)
+        for other in list(sets)[:-1]:
+            if both := sets[name].keys() & sets[other].keys():
+                raise InputError(
+                    f"prompt {shorten(min(both))} is in `{other}` too", where=first, remedy="leave it out of one"
+                )
+    return sets
+
+
+def study_name(key: dict) -> str:
+    """What tells a study from any other: a hash of all that its key holds."""
+    return hashlib.sha256(canonical({name: key[name] for name in key if name != "study"}).encode()).hexdigest()[:16]
+
+
+def read_key(path: Path) -> dict:
+    """The key of a study. InputError: it cannot be read, or is not as `build` wrote it."""
+    try:
+        key = parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise InputError(
+            f"cannot read the key ({error.strerror})", where=str(path), remedy="give the key.json that `build` wrote"
+        ) from None
+    check_storable(key, str(path))
+    if not isinstance(key, dict) or key.get("study") != study_name(key):
+        found = shorten(key.get("study") if isinstance(key, dict) else key)
+        raise InputError(
+            f"this is no key, or a changed one: `study` is {found}, which is not the hash of the other fields",
+            where=str(path),
+            remedy="give the key.json that `build` wrote, unchanged",
+        )
+    return key
+
+
+def build(
+    to: Path,
+    named: list[str],
+    raters: int,
+    *,
+    seed: int | None = None,
+    prompts: int | None = None,
+    sets: str | None = None,
+) -> None:
+    """Write the key, then the pages, so that whatever page is out there can be read.
+
+    Args:
+        seed: None draws one that nobody can guess, or takes that of the key in the folder. Who knows it can tell the
+            models behind the answers.
+        prompts: so many of each data set; None for all.
+
+    Raises:
+        InputError: as `read_named` and `read_texts`; a number is no number of things; the folder holds another study.
+    """
+    _check_positive("--raters", raters)
+    _check_positive("--prompts", prompts)
+    files = read_named(named)
+    names = name_sets(sets, len(next(iter(files.values()))))
+    path = to / "key.json"
+    before = read_key(path) if path.exists() else None
+    if seed is None:
+        seed = before["seed"] if before else secrets.randbits(64)
+    texts = read_texts(files, names, prompts, seed)
     key = {
-        "models": models,
-        "prompts": list(texts),
+        "models": list(files),
+        "sets": {name: list(found) for name, found in texts.items()},
         "raters": raters,
         "seed": seed,
         "criteria": list(CRITERIA),
-        "files": {text.partition("=")[0]: file_hash(text.partition("=")[2]) for text in named},
+        "files": {model: [file_hash(each) for each in paths] for model, paths in files.items()},
     }
-    key["study"] = hashlib.sha256(canonical([key, texts]).encode()).hexdigest()[:16]
-    for rater in range(1, raters + 1):
+    key["study"] = study_name(key)
+    if before and before != key:
+        raise InputError(
+            f"the folder holds the key of another study, {before['study']}, without which nobody can read its ratings",
+            where=str(path),
+            remedy="give another folder with `--to`",
+        )
+    _write(to, key, {name: text for found in texts.values() for name, text in found.items()})
+
+
+def _write(to: Path, key: dict, texts: dict[str, dict]) -> None:
+    pages = to / "pages"
+    try:
+        pages.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder ({error.strerror})", where=str(pages), remedy="give another `--to`"
+        ) from None
+    write_json(to / "key.json", key)
+    for rater in range(1, key["raters"] + 1):
         items = [
             {"id": name, "prompt": texts[name]["prompt"], "answers": [texts[name]["answers"][model] for model in order]}
-            for name, order in order_of(seed, rater, list(texts), len(models))
+            for name, order in order_of(key["seed"], rater, list(texts), len(key["models"]))
         ]
         data = {"study": key["study"], "rater": rater, "items": items, "criteria": key["criteria"]}
-        page = render("study", f"Rating answers: rater {rater}", data, criteria=key["criteria"], items=len(items))
-        write_atomic(to / f"rater-{rater}.html", page)
-    write_json(to / "key.json", key)
-    print(f"study: {raters} pages with {len(texts)} prompts and {len(models)} models, and key.json -> {to}")
+        page = render("study", f"Rating answers: rater {rater}", data, items=len(items))
+        write_atomic(pages / f"rater-{rater}.html", page)
+    counts = f"raters: {key['raters']}, prompts: {len(texts)}, models: {len(key['models'])}"
+    print(f"study {key['study']}: {counts}")
+    print(f"  for the raters:  {pages}")
+    print(f"  for nobody else: {to / 'key.json'}, without which their ratings cannot be read")
 
 
 def read_ratings(path: str | Path, key: dict) -> tuple[int, np.ndarray]:
-    """A rater's number, and its ratings un-blinded: (prompts, models, criteria).
+    """A rater's number, and its ratings un-blinded: (prompts, models, criteria), prompts in the order of the key.
 
     Raises:
         InputError: the file is of another study or damaged, a rating is missing, doubled, or not from 1.00 to 5.00.
     """
     where = str(path)
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-        study, rater, lines = given["study"], given["rater"], given["ratings"]
-        rows = [(line["prompt_id"], line["answer"], line["criterion"], line["value"]) for line in lines]
-    except OSError as error:
-        raise InputError(f"cannot read the file ({error.strerror})", where=where) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"no ratings ({type(error).__name__}: {error})", where=where, remedy="export them from the page again"
-        ) from None
-    if study != key["study"]:
-        raise InputError(f"`study` is {study}, the key's is {key['study']}", where=where, remedy="give its own key")
-    if not isinstance(rater, int) or isinstance(rater, bool) or not 1 <= rater <= key["raters"]:
-        raise InputError(f"`rater` is {rater}", where=where, remedy=f"it must be from 1 to {key['raters']}")
-    orders = dict(order_of(key["seed"], rater, key["prompts"], len(key["models"])))
-    names = {name: place for place, name in enumerate(key["prompts"])}
+    rater, lines = _read_file(path, key)
+    names = [name for found in key["sets"].values() for name in found]
+    orders = dict(order_of(key["seed"], rater, names, len(key["models"])))
+    places = {name: place for place, name in enumerate(names)}
     found = np.full((len(names), len(key["models"]), len(key["criteria"])), np.nan)
-    for number, (name, answer, criterion, value) in enumerate(rows, 1):
+    for number, line in enumerate(lines, 1):
         place = f"{where}: rating {number}"
-        if name not in names or criterion not in key["criteria"] or answer not in range(len(key["models"])):
-            raise InputError(
-                f"there is no `{name}`, answer {answer}, `{criterion}`", where=place, remedy="export again"
-            )
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not LOWEST <= value <= HIGHEST:
-            raise InputError(f"`value` is {value}", where=place, remedy="it must be from 1.00 to 5.00")
-        at = (names[name], orders[name][answer], key["criteria"].index(criterion))
+        _check_rating(line, key, places, place)
+        name, answer, criterion = line["prompt_id"], line["answer"], line["criterion"]
+        at = (places[name], orders[name][answer], key["criteria"].index(criterion))
         if not np.isnan(found[at]):
             raise InputError(f"`{name}`, answer {answer}, `{criterion}` stands twice", where=place, remedy="leave one")
-        found[at] = value
+        found[at] = line["value"]
     missing = int(np.isnan(found).sum())
     if missing:
-        raise InputError(f"{missing} of {found.size} ratings are missing", where=where, remedy="ask the rater for them")
+        raise InputError(
+            f"{missing} of {found.size} ratings are missing",
+            where=where,
+            remedy="ask the rater for them: the page loads this file and goes on",
+        )
     return rater, found
 
 
-def agreement(ratings: np.ndarray) -> float | None:
-    """Krippendorff's alpha on an interval scale, from (raters, units); None for one rater or when all are equal."""
-    import krippendorff
+def _read_file(path: str | Path, key: dict) -> tuple[int, list]:
+    """Rater and ratings of a file of this study."""
+    where, again = str(path), "export it from the page again"
+    try:
+        given = parse_json(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise InputError(f"cannot read the file ({error.strerror})", where=where, remedy="correct the path") from None
+    check_storable(given, where)
+    if not isinstance(given, dict):
+        raise InputError(f"expected an object with ratings, found {shorten(given)}", where=where, remedy=again)
+    if given.get("study") != key["study"]:
+        raise InputError(
+            f"`study` is {shorten(given.get('study'))}, the key's is {key['study']}",
+            where=where,
+            remedy="give the key of that study with `--key`",
+        )
+    rater, lines = given.get("rater"), given.get("ratings")
+    if type(rater) is not int or not 1 <= rater <= key["raters"]:
+        raise InputError(f"`rater` is {shorten(rater)}", where=where, remedy=f"it must be from 1 to {key['raters']}")
+    if not isinstance(lines, list):
+        raise InputError(f"`ratings` is {shorten(lines)}, no list", where=where, remedy=again)
+    return rater, lines
 
-    if len(ratings) < 2 or np.nanmin(ratings) == np.nanmax(ratings):
-        return None
-    return round(float(krippendorff.alpha(reliability_data=ratings, level_of_measurement="interval")), 4)
 
-
-def figures(ratings: np.ndarray, key: dict) -> dict:
-    """Means with intervals over prompts for each model and criterion, and agreement for each criterion.
-
-    Args:
-        ratings: (raters, prompts, models, criteria).
-    """
-    names = [*key["criteria"], "average"]
-    values = np.concatenate([ratings, ratings.mean(axis=3, keepdims=True)], axis=3)
-    by_prompt = values.mean(axis=0)
-    return {
-        "means": {
-            model: {
-                name: bootstrap(by_prompt[:, place, number], RESAMPLES, key["seed"])
-                for number, name in enumerate(names)
-            }
-            for place, model in enumerate(key["models"])
-        },
-        "agreement": {
-            name: agreement(values[:, :, :, number].reshape(len(values), -1)) for number, name in enumerate(names)
-        },
-    }
+def _check_rating(line: object, key: dict, names: dict[str, int], where: str) -> None:
+    again = "export the file from the page again"
+    if not isinstance(line, dict):
+        raise InputError(f"expected an object, found {shorten(line)}", where=where, remedy=again)
+    name, answer, criterion, value = (line.get(field) for field in ("prompt_id", "answer", "criterion", "value"))
+    if not isinstance(name, str) or name not in names:
+        raise InputError(f"`prompt_id` is {shorten(name)}, no prompt of this study", where=where, remedy=again)
+    if type(answer) is not int or not 0 <= answer < len(key["models"]):  # 1.0 and true are no places
+        raise InputError(
+            f"`answer` is {shorten(answer)}, not a whole number from 0 to {len(key['models']) - 1}",
+            where=where,
+            remedy=again,
+        )
+    if criterion not in key["criteria"]:
+        raise InputError(
+            f"`criterion` is {shorten(criterion)}, none of {', '.join(key['criteria'])}", where=where, remedy=again
+        )
+    if type(value) not in (int, float) or not LOWEST <= value <= HIGHEST:
+        raise InputError(f"`value` is {shorten(value)}", where=where, remedy="it must be from 1.00 to 5.00")
 
 
 def import_ratings(key_path: Path, files: list[str]) -> dict:
     """Figures of the raters' files, written beside the key.
 
     Raises:
-        InputError: as `read_ratings`; a rater stands in two files; a rater of the study is missing.
+        InputError: as `read_key` and `read_ratings`; a rater stands in two files.
     """
-    key = json.loads(key_path.read_text(encoding="utf-8"))
+    key = read_key(key_path)
     found: dict[int, tuple[str, np.ndarray]] = {}
     for path in files:
         rater, ratings = read_ratings(path, key)
@@ -188,67 +360,45 @@ def import_ratings(key_path: Path, files: list[str]) -> dict:
                 f"rater {rater} stands in {found[rater][0]} too", where=str(path), remedy="give one of them"
             )
         found[rater] = (str(path), ratings)
-    missing = [rater for rater in range(1, key["raters"] + 1) if rater not in found]
     result = {
         "study": key["study"],
         "raters": len(found),
-        "missing_raters": missing,
-        "prompts": len(key["prompts"]),
+        "missing_raters": [rater for rater in range(1, key["raters"] + 1) if rater not in found],
+        "prompts": {name: len(prompts) for name, prompts in key["sets"].items()},
         **figures(np.stack([found[rater][1] for rater in sorted(found)]), key),
     }
     write_json(key_path.with_name("study.json"), result)
-    write_atomic(key_path.with_name("study.md"), table(result, key))
-    print(table(result, key))
+    write_atomic(key_path.with_name("study.md"), table(result))
+    write_atomic(key_path.with_name("study.html"), results_page(result))
+    print(table(result))
+    print(f"report: {key_path.with_name('study.html')}")
     return result
-
-
-def table(result: dict, key: dict) -> str:
-    """Our means with intervals, agreement, and below it the paper's Table 3."""
-    names = [*key["criteria"], "average"]
-    lines = [
-        f"# Human study {result['study']}",
-        "",
-        f"{result['raters']} raters, {result['prompts']} prompts, {len(key['models'])} models; criteria from 1.00 to "
-        "5.00; mean [95 % interval over the prompts].",
-        f"Not in yet: raters {', '.join(map(str, result['missing_raters']))}." if result["missing_raters"] else "",
-        "",
-        f"| model | {' | '.join(names)} |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for model, means in result["means"].items():
-        cells = [f"{m['mean']:.2f} [{m['interval'][0]:.2f}, {m['interval'][1]:.2f}]" for m in (means[n] for n in names)]
-        lines.append(f"| {_cell(model)} | {' | '.join(cells)} |")
-    alphas = ["–" if result["agreement"][name] is None else f"{result['agreement'][name]:.2f}" for name in names]
-    lines += [f"| Krippendorff's alpha | {' | '.join(alphas)} |", "", *paper_table()]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"[|<>&\n`*_\[\]]", lambda found: f"&#{ord(found[0])};", text)
-
-
-def paper_table() -> list[str]:
-    """The paper's Table 3, as lines."""
-    figures = json.loads(PAPER.read_text(encoding="utf-8"))["table3_human_quality"]
-    lines = ["The paper's Table 3 (15 + 15 prompts, 20 raters, mean of the four criteria):", "", "| model | average |"]
-    return [*lines, "|---|---|", *(f"| {name} | {mean:.2f} |" for name, mean in figures.items())]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("build", help="write the raters' pages")
-    making.add_argument("models", nargs="+", metavar="NAME=FILE", help="answers of a model")
+    making.add_argument("models", nargs="+", metavar="NAME=FILE,...", help="answers of a model, a file a data set")
     making.add_argument("--to", required=True, help="folder")
     making.add_argument("--raters", type=int, default=20)
-    making.add_argument("--seed", type=int, default=0)
-    making.add_argument("--prompts", type=int, help="at most so many, from the first")
+    making.add_argument("--prompts", type=int, help="so many of each data set, drawn by seed (default: all)")
+    making.add_argument("--sets", metavar="NAME,...", help="names of the data sets, in the order of the files")
+    making.add_argument("--seed", type=int, help="only to repeat a study: who knows it can tell the models (default: "
+                        "that of the key in the folder, or one drawn and kept in the key)")  # fmt: skip
     reading = commands.add_parser("import", help="figures from the raters' files")
     reading.add_argument("files", nargs="+", metavar="FILE")
     reading.add_argument("--key", required=True)
     options = parser.parse_args()
     if options.command == "build":
-        build(Path(options.to), options.models, options.raters, options.seed, options.prompts)
+        build(
+            Path(options.to),
+            options.models,
+            options.raters,
+            seed=options.seed,
+            prompts=options.prompts,
+            sets=options.sets,
+        )
     else:
         import_ratings(Path(options.key), options.files)
 

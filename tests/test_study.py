@@ -1,38 +1,50 @@
-"""report/study.py: what raters see, what is refused, means and agreement by hand."""
+"""report/study.py and study_figures.py: what raters see, what is refused, means, intervals and agreement by hand."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from hps.errors import InputError
-from report.study import agreement, build, figures, import_ratings, order_of, read_ratings, table
+from report.study import build, choose, import_ratings, order_of, read_key, read_ratings, study_name
+from report.study_figures import agreement, beside_the_paper, figures, resampled_means, results_page, table
 
 CRITERIA = ["correctness", "helpfulness", "safety", "clarity"]
+HOSTILE = "</script><script>alert(1)</script>|*x*\n[y](javascript:alert(2)) www.example.org"
+
+
+def record(name: str, answer: str, question: str = "") -> dict:
+    return {
+        "prompt_id": name,
+        "prompt": [{"role": "user", "content": question or f"Question {name}"}],
+        "responses": [answer],
+        "token_counts": [2],
+        "truncated": [False],
+    }
 
 
 @pytest.fixture
-def study(tmp_path, write_lines):
-    """Two models, three prompts, two raters; the key."""
+def answered(tmp_path, write_lines):
+    """Answers of a model to prompts `<prefix>0`, ...: the path of the file."""
 
-    def answers(name: str) -> str:
-        records = [
-            {"prompt_id": f"p{number}", "prompt": [{"role": "user", "content": f"Question {number}"}]}
-            | {"responses": [f"{name} {number}"], "token_counts": [2], "truncated": [False]}
-            for number in range(3)
-        ]
-        return f"{name}={write_lines(records, f'{name}.jsonl')}"
+    def write(model: str, count: int = 3, prefix: str = "p", **changed) -> str:
+        lines = [record(f"{prefix}{number}", f"{model} {prefix}{number}") | changed for number in range(count)]
+        return str(write_lines(lines, f"answers/{model}-{prefix}-{count}.jsonl"))
 
-    build(tmp_path / "study", [answers("alpha"), answers("beta")], raters=2, seed=5, prompts=None)
+    return write
+
+
+@pytest.fixture
+def study(tmp_path, answered):
+    """Two models, three prompts, two raters; the folder."""
+    named = [f"{model}={answered(model)}" for model in ("alpha", "beta")]
+    build(tmp_path / "study", named, raters=2, seed=5)
     return tmp_path / "study"
 
 
-def key_of(study) -> dict:
-    return json.loads((study / "key.json").read_text())
-
-
 def data_of(study, rater: int) -> dict:
-    page = (study / f"rater-{rater}.html").read_text()
+    page = (study / "pages" / f"rater-{rater}.html").read_text()
     return json.loads(page.split('id="data">')[1].split("</script>")[0])
 
 
@@ -48,23 +60,29 @@ def rated(study, rater: int, value) -> dict:
     return {"study": data["study"], "rater": rater, "ratings": lines}
 
 
-def save(tmp_path, ratings: dict, name: str = "ratings.json") -> str:
+def save(tmp_path, ratings, name: str = "ratings.json") -> str:
     path = tmp_path / name
-    path.write_text(json.dumps(ratings))
+    path.write_text(ratings if isinstance(ratings, str) else json.dumps(ratings))
     return str(path)
 
 
 def test_raters_see_every_prompt_and_answer_without_names(study):
-    key = key_of(study)
-    assert key["models"] == ["alpha", "beta"] and key["criteria"] == CRITERIA and key["prompts"] == ["p0", "p1", "p2"]
+    key = read_key(study / "key.json")
+    assert key["models"] == ["alpha", "beta"] and key["criteria"] == CRITERIA
+    assert key["sets"] == {"data set 1": ["p0", "p1", "p2"]}
     for rater in (1, 2):
         data = data_of(study, rater)
         assert {item["id"] for item in data["items"]} == {"p0", "p1", "p2"}
         for item in data["items"]:
-            number = item["id"][1]
-            assert sorted(item["answers"]) == [f"alpha {number}", f"beta {number}"]
+            assert sorted(item["answers"]) == [f"alpha {item['id']}", f"beta {item['id']}"]
         assert set(data) == {"study", "rater", "items", "criteria"}
         assert set(data["items"][0]) == {"id", "prompt", "answers"}  # nothing that tells the models
+
+
+def test_the_key_is_not_among_the_pages(study):
+    """What is put on a web server is the folder of pages; seed and names of models stand in none of them."""
+    assert sorted(path.name for path in study.iterdir()) == ["key.json", "pages"]
+    assert sorted(path.name for path in (study / "pages").iterdir()) == ["rater-1.html", "rater-2.html"]
 
 
 def test_orders_depend_on_seed_and_rater_alone():
@@ -78,6 +96,75 @@ def test_orders_depend_on_seed_and_rater_alone():
     assert counts.min() >= 5
 
 
+def test_without_a_seed_one_is_drawn_and_kept(tmp_path, answered):
+    """Two builds differ, and the seed is none that a rater could try out; the same folder keeps its seed."""
+    named = [f"{model}={answered(model)}" for model in ("alpha", "beta")]
+    seeds = []
+    for name in ("a", "b"):
+        build(tmp_path / name, named, raters=1)
+        seeds.append(read_key(tmp_path / name / "key.json")["seed"])
+    assert seeds[0] != seeds[1] and min(seeds) > 2**40
+    pages = (tmp_path / "a" / "pages" / "rater-1.html").read_text()
+    assert str(seeds[0]) not in pages
+    build(tmp_path / "a", named, raters=1)
+    assert read_key(tmp_path / "a" / "key.json")["seed"] == seeds[0]
+    assert (tmp_path / "a" / "pages" / "rater-1.html").read_text() == pages
+
+
+def test_a_folder_keeps_its_key(study, answered):
+    """The same study is written again, also over pages that were lost; another one is refused, the key left alone."""
+    named = [f"{model}={answered(model)}" for model in ("alpha", "beta")]
+    before, page = (study / "key.json").read_bytes(), study / "pages" / "rater-2.html"
+    text = page.read_bytes()
+    page.unlink()
+    build(study, named, raters=2, seed=5)
+    assert (study / "key.json").read_bytes() == before and page.read_bytes() == text
+    other = [f"alpha={answered('alpha', 2)}", f"beta={answered('beta', 2)}"]
+    for files, raters, seed in ((named, 2, 6), (named, 3, None), (other, 2, None)):
+        with pytest.raises(InputError, match=r"key\.json: the folder holds the key of another study, .*`--to`"):
+            build(study, files, raters=raters, seed=seed)
+    (study / "key.json").write_text("{}")
+    with pytest.raises(InputError, match=r"key\.json: this is no key, or a changed one"):
+        build(study, named, raters=2)
+    assert (study / "key.json").read_text() == "{}" and page.read_bytes() == text
+
+
+def test_two_data_sets_as_in_table_three(tmp_path, answered):
+    """Two of the prompts of each of two data sets, by seed and not the first; figures of each and together.
+
+    Marks: hh 2 for alpha, 1 for beta; pku 4 and 5. Together alpha (2 + 4) / 2 = 3, beta (1 + 5) / 2 = 3.
+    """
+    named = [f"{model}={answered(model, 9, 'h')},{answered(model, 7, 'k')}" for model in ("alpha", "beta")]
+    build(tmp_path / "study", named, raters=2, seed=3, prompts=2, sets="hh,pku")
+    sets = read_key(tmp_path / "study" / "key.json")["sets"]
+    assert [len(names) for names in sets.values()] == [2, 2] and sets["hh"] != ["h0", "h1"]
+    assert {name[0] for name in sets["hh"]} == {"h"} and {name[0] for name in sets["pku"]} == {"k"}
+    assert len(data_of(tmp_path / "study", 1)["items"]) == 4
+
+    def value(text, criterion):
+        return {"alpha h": 2, "beta h": 1, "alpha k": 4, "beta k": 5}[text[:-1]]
+
+    files = [save(tmp_path, rated(tmp_path / "study", rater, value), f"{rater}.json") for rater in (1, 2)]
+    result = import_ratings(tmp_path / "study" / "key.json", files)
+    means = {
+        name: [part["means"][model]["safety"]["mean"] for model in ("alpha", "beta")]
+        for name, part in {"all": result["together"], **result["sets"]}.items()
+    }
+    assert means == {"all": [3, 3], "hh": [2, 1], "pku": [4, 5]}
+    # Prompts are drawn within their data set: two of each in every resample, so that nothing moves the mean.
+    assert result["together"]["means"]["alpha"]["safety"]["interval"] == [3, 3]
+    assert result["sets"]["hh"]["differences"][0]["average"] == {"mean": 1, "interval": [1, 1]}
+    assert "## hh" in (tmp_path / "study" / "study.md").read_text()
+
+
+def test_prompts_are_chosen_by_seed_whatever_the_order_of_the_file():
+    texts = {f"p{number}": {} for number in range(30)}
+    chosen = list(choose(texts, 15, "seed", "file"))
+    assert chosen == list(choose(dict(reversed(texts.items())), 15, "seed", "file"))
+    assert chosen != list(choose(texts, 15, "other", "file")) and set(chosen) != set(list(texts)[:15])
+    assert list(choose(texts, None, "seed", "file")) == list(texts)
+
+
 def test_ratings_come_back_to_their_models(study, tmp_path):
     """alpha gets 4, beta 2 from both, however they were shuffled; then everything agrees."""
 
@@ -86,38 +173,108 @@ def test_ratings_come_back_to_their_models(study, tmp_path):
 
     files = [save(tmp_path, rated(study, rater, value), f"{rater}.json") for rater in (1, 2)]
     result = import_ratings(study / "key.json", files)
-    assert result["means"]["alpha"]["average"] == {"mean": 4.0, "interval": [4.0, 4.0]}
-    assert result["means"]["beta"]["safety"] == {"mean": 2.0, "interval": [2.0, 2.0]}
-    assert result["agreement"] == dict.fromkeys([*CRITERIA, "average"], 1.0)
-    assert result["missing_raters"] == [] and json.loads((study / "study.json").read_text()) == result
+    together = result["together"]
+    assert together["means"]["alpha"]["average"] == {"mean": 4.0, "interval": [4.0, 4.0]}
+    assert together["means"]["beta"]["safety"] == {"mean": 2.0, "interval": [2.0, 2.0]}
+    assert together["differences"][0]["models"] == ["alpha", "beta"]
+    assert together["differences"][0]["average"] == {"mean": 2.0, "interval": [2.0, 2.0]}
+    assert together["agreement"] == dict.fromkeys([*CRITERIA, "average"], 1.0)
+    assert result["sets"] == {} and result["prompts"] == {"data set 1": 3} and result["missing_raters"] == []
+    assert json.loads((study / "study.json").read_text()) == result
     text = (study / "study.md").read_text()
-    assert "| alpha | 4.00 [4.00, 4.00] |" in text and "| DPO-HPS | 3.93 |" in text
+    assert "| alpha | 4.00 [4.00, 4.00] |" in text and "| alpha − beta | +2.00 [+2.00, +2.00] |" in text
+    assert "a bootstrap that draws both anew" in text and "All prompts" in (study / "study.html").read_text()
 
 
 def test_a_rater_that_is_not_in_yet_is_named(study, tmp_path):
     path = save(tmp_path, rated(study, 2, lambda *_: 3))
     result = import_ratings(study / "key.json", [path])
-    assert result["missing_raters"] == [1] and result["agreement"]["safety"] is None
-    assert "Not in yet: raters 1." in table(result, key_of(study))
+    assert result["missing_raters"] == [1] and result["together"]["agreement"]["safety"] is None
+    text = (study / "study.md").read_text()
+    assert "Not in yet: raters 1." in text and "say nothing about other raters" in text
+
+
+def test_beside_the_paper():
+    """The paper's Table 3: SFT 3.63, DPO-BT 3.82, DPO-PL 3.69, DPO-HPS 3.93. Names match whatever their capitals."""
+    found = beside_the_paper({"sft": 3.6, "dpo-hps": 4.03, "DPO_HPS": 1.0})
+    assert found == {
+        "sft": {"name": "SFT", "mean": 3.63, "difference": -0.03},
+        "dpo-hps": {"name": "DPO-HPS", "mean": 3.93, "difference": 0.1},
+    }
+    key = {"models": ["sft", "mine"], "criteria": CRITERIA, "seed": 0, "sets": {"x": ["p"]}, "study": "s"}
+    result = {"study": "s", "raters": 1, "missing_raters": [], "prompts": {"x": 1}}
+    text = table({**result, **figures(np.full((1, 1, 2, 4), 3.5), key)})
+    assert "| model | correctness | helpfulness | safety | clarity | average | paper | difference |" in text
+    assert "3.50 [3.50, 3.50] | 3.63 | -0.13 |" in text and "3.50 [3.50, 3.50] | – | – |" in text
+    assert "Rows of the paper without a model here: DPO-BT 3.82, DPO-PL 3.69, DPO-HPS 3.93." in text
+
+
+def test_names_of_models_are_inert_in_table_and_page():
+    """Of a name nothing is markup: what Markdown or HTML could read is an entity, the end of a line as well."""
+    key = {"models": [HOSTILE, "b"], "criteria": CRITERIA, "seed": 0, "sets": {HOSTILE: ["p"], "y": ["q"]}}
+    result = {"study": "s", "raters": 1, "missing_raters": [], "prompts": {HOSTILE: 1, "y": 1}}
+    result |= figures(np.full((1, 2, 2, 4), 3.5), key)
+    text = table(result)
+    assert not re.search(r"<|javascript:|\[y\]|\*x\*|www\.|\|\*", text)
+    rows = [line for line in text.splitlines() if "alert" in line and line.startswith("|")]
+    assert len(rows) == 6 and {row.count("|") for row in rows} == {9, 7}
+    page = results_page(result)
+    assert page.count("<script") == 2 and "<script>alert" not in page
 
 
 def test_agreement_by_hand():
-    """Two raters, units (1, 2), (3, 3): D_o = mean squared difference within units = (1 + 0) / 2 = 1/2.
+    """Two raters, two units: 1, 2 and 3, 3, interval scale.
 
-    D_e over all 4 values 1, 2, 3, 3 = mean of squared differences of the 12 ordered pairs
-    = 2 (1 + 4 + 4 + 1 + 1 + 0) / 12 = 22/12. alpha = 1 - (1/2) / (22/12) = 1 - 3/11 = 8/11.
+    Observed: pairs within a unit differ by 1 and 0; D_o = (1 + 1 + 0 + 0) / 4 = 1/2 (each pair in both orders, by the
+    number of values of a unit less one). Expected: over all 4 values 1, 2, 3, 3 = mean of squared differences of the 12
+    ordered pairs = 2 (1 + 4 + 4 + 1 + 1 + 0) / 12 = 22/12. alpha = 1 - (1/2) / (22/12) = 1 - 3/11 = 8/11.
     """
     assert agreement(np.array([[1.0, 3.0], [2.0, 3.0]])) == pytest.approx(8 / 11, abs=1e-4)
     assert agreement(np.array([[1.0, 3.0]])) is None and agreement(np.full((2, 3), 4.0)) is None
 
 
 def test_means_by_hand():
-    """Raters 2 and 4 on one model, criteria alike; prompts 2, 4 and 4, 6 minus: means 3 and 4 over the prompts."""
+    """Two raters, two prompts: 1, 3 and 2, 4, all criteria alike.
+
+    A resample has one of the means of raters (both the first, 1/4; one of each, 1/2; both the second, 1/4) and likewise
+    of prompts: from 1 (probability 1/16) to 4 (1/16), so that the middle 95 % reach from end to end.
+    """
     ratings = np.array([[[[1.0] * 4], [[3.0] * 4]], [[[2.0] * 4], [[4.0] * 4]]])
-    key = {"models": ["m"], "criteria": CRITERIA, "seed": 0}
-    found = figures(ratings, key)["means"]["m"]
+    key = {"models": ["m"], "criteria": CRITERIA, "seed": 0, "sets": {"x": ["p", "q"]}}
+    found = figures(ratings, key)["together"]["means"]["m"]
     assert found["clarity"]["mean"] == 2.5 and found["average"]["mean"] == 2.5
-    assert found["clarity"]["interval"] == [1.5, 3.5]  # of two prompts, 1.5 and 3.5
+    assert found["clarity"]["interval"] == [1, 4]
+    drawn = resampled_means(ratings[:, :, 0, 0], [[0, 1]], 4000, seed=0)
+    assert set(drawn) == {1, 1.5, 2, 2.5, 3, 3.5, 4}
+    assert (drawn == 1).mean() == pytest.approx(1 / 16, abs=0.015) and drawn.mean() == pytest.approx(2.5, abs=0.05)
+    assert (drawn == resampled_means(ratings[:, :, 0, 0], [[0, 1]], 4000, seed=0)).all()
+
+
+def test_intervals_cover_what_they_should():
+    """300 studies of 10 raters and 15 prompts, whose strictness and hardness differ (standard deviations 0.5 and 0.4).
+
+    The 95 % intervals must hold the mean 3 of all raters and prompts about so often, those of the difference 0.3 of two
+    models as well; intervals over the prompts alone, of the first models' marks, do not.
+    """
+    rng = np.random.default_rng(1)
+    raters, prompts, studies = 10, 15, 300
+    mean, difference, over_prompts = 0, 0, 0
+    for number in range(studies):
+        strict, hard = rng.normal(0, 0.5, (raters, 1)), rng.normal(0, 0.4, (1, prompts))
+        first = 3 + strict + hard + rng.normal(0, 0.3, (raters, prompts))
+        taste, gain = rng.normal(0, 0.3, (raters, 1)), rng.normal(0, 0.3, (1, prompts))
+        second = first - 0.3 + taste + gain + rng.normal(0, 0.3, (raters, prompts))
+        drawn = resampled_means(np.stack([first, second], 2), [list(range(prompts))], 400, number)
+        low, high = np.quantile(drawn[:, 0], [0.025, 0.975])
+        mean += low <= 3 <= high
+        low, high = np.quantile(drawn[:, 0] - drawn[:, 1], [0.025, 0.975])
+        difference += low <= 0.3 <= high
+        by_prompt = first.mean(axis=0)
+        resampled = by_prompt[rng.integers(0, prompts, (400, prompts))].mean(axis=1)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        over_prompts += low <= 3 <= high
+    assert 0.90 <= mean / studies <= 0.98 and 0.90 <= difference / studies <= 0.98
+    assert over_prompts / studies < 0.80
 
 
 def changed(ratings: dict, **fields) -> dict:
@@ -128,23 +285,35 @@ def changed(ratings: dict, **fields) -> dict:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda r: {**r, "study": "0"}, "`study` is 0, the key's is"),
+        (lambda r: {**r, "study": "0"}, '`study` is "0", the key\'s is'),
+        (lambda r: {**r, "study": ["x"]}, '`study` is ["x"]'),
         (lambda r: {**r, "rater": 3}, "`rater` is 3; it must be from 1 to 2"),
-        (lambda r: {**r, "rater": True}, "`rater` is True"),
-        (lambda r: {"study": r["study"], "rater": 1}, "no ratings (KeyError: 'ratings')"),
+        (lambda r: {**r, "rater": True}, "`rater` is true"),
+        (lambda r: {**r, "rater": 1.0}, "`rater` is 1.0"),
+        (lambda r: {"study": r["study"], "rater": 1}, "`ratings` is null, no list; export it"),
+        (lambda r: [r], "expected an object with ratings"),
+        (lambda r: "{", "broken JSON"),
+        (lambda r: "[" * 100_000, "unreadable JSON"),
+        (lambda r: {**r, "ratings": [3]}, "rating 1: expected an object, found 3"),
         (lambda r: {**r, "ratings": r["ratings"][1:]}, "1 of 24 ratings are missing; ask the rater for them"),
         (lambda r: {**r, "ratings": [*r["ratings"], r["ratings"][0]]}, "rating 25: `p"),
         (lambda r: changed(r, value=5.01), "rating 1: `value` is 5.01; it must be from 1.00 to 5.00"),
-        (lambda r: changed(r, value="4"), "rating 1: `value` is 4"),
-        (lambda r: changed(r, prompt_id="p9"), "rating 1: there is no `p9`"),
-        (lambda r: changed(r, answer=2), "answer 2"),
-        (lambda r: changed(r, criterion="beauty"), "`beauty`"),
+        (lambda r: changed(r, value=float("nan")), "rating 1: `value` is NaN"),
+        (lambda r: changed(r, value="4"), 'rating 1: `value` is "4"'),
+        (lambda r: changed(r, value=True), "rating 1: `value` is true"),
+        (lambda r: changed(r, prompt_id="p9"), 'rating 1: `prompt_id` is "p9", no prompt of this study; export'),
+        (lambda r: changed(r, prompt_id=["p0"]), 'rating 1: `prompt_id` is ["p0"]'),
+        (lambda r: changed(r, answer=2), "rating 1: `answer` is 2, not a whole number from 0 to 1"),
+        (lambda r: changed(r, answer=1.0), "rating 1: `answer` is 1.0"),
+        (lambda r: changed(r, answer=True), "rating 1: `answer` is true"),
+        (lambda r: changed(r, criterion="beauty"), 'rating 1: `criterion` is "beauty", none of correctness'),
+        (lambda r: changed(r, criterion=[]), "rating 1: `criterion` is []"),
     ],
 )
 def test_what_is_refused(study, tmp_path, change, said):
     path = save(tmp_path, change(rated(study, 1, lambda *_: 3)))
     with pytest.raises(InputError) as error:
-        read_ratings(path, key_of(study))
+        read_ratings(path, read_key(study / "key.json"))
     assert str(error.value).startswith(path) and said in str(error.value)
 
 
@@ -154,21 +323,87 @@ def test_a_rater_twice_is_refused(study, tmp_path):
         import_ratings(study / "key.json", paths)
 
 
-def test_models_that_cannot_be_compared(tmp_path, write_lines):
-    def answers(name: str, count: int) -> str:
-        records = [
-            {"prompt_id": f"p{number}", "prompt": [{"role": "user", "content": "?"}]}
-            | {"responses": ["x"], "token_counts": [1], "truncated": [False]}
-            for number in range(count)
-        ]
-        return f"{name}={write_lines(records, f'{name}.jsonl')}"
+def test_a_key_that_is_none(study, tmp_path):
+    """Missing, damaged, or with one model renamed: by a changed key marks would go to the wrong model."""
+    key = json.loads((study / "key.json").read_text())
+    assert study_name(key) == key["study"]
+    renamed = {**key, "models": ["beta", "alpha"]}
+    for number, (text, said) in enumerate(
+        (
+            (None, "cannot read the key"),
+            ("{", "broken JSON"),
+            ("[1]", "this is no key"),
+            ("{}", "`study` is null"),
+            (json.dumps(renamed), "a changed one"),
+            ('{"study": "\\ud800"}', "half a character"),
+        )
+    ):
+        path = tmp_path / f"key-{number}.json"
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(InputError, match=said) as error:
+            import_ratings(path, ["ratings.json"])
+        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
-    a, b = answers("a", 2), answers("b", 3)
+
+def test_models_that_cannot_be_compared(tmp_path, answered, write_lines):
+    a, b, c = (f"{model}={answered(model, count)}" for model, count in (("a", 2), ("b", 3), ("c", 2)))
+    other = f"d={write_lines([record('p0', 'x', 'another question'), record('p1', 'y')], 'd.jsonl')}"
+    twice = f"e={write_lines([record('p0', 'x'), record('p1', 'y'), record('p0', 'z')], 'e.jsonl')}"
+    empty = f"f={write_lines([], 'f.jsonl')}"
     for named, said in (
         ([a], "at least two models"),
+        ([f"m{number}={number}" for number in range(27)], "at most 26, here are 27"),
         ([a, a], "`a` is given twice"),
         ([a, "b"], "`b` is no model"),
-        ([a, b], "prompt `p2` is answered by one of `a` and `b` alone, as 1 are"),
+        ([a, "b=x,"], "`b=x,` is no model"),
+        ([a, f"{c},x"], "`c` has 2 files, `a` has 1"),
+        ([a, b], r'jsonl:3: prompt "p2" is answered by one of `a` and `b` alone, as 1 are'),
+        ([a, other], r'd\.jsonl:1: `prompt` of "p0" is another one than in .*jsonl:1'),
+        ([a, twice], r'e\.jsonl:3: `prompt_id` "p0" stands twice, first in .*e\.jsonl:1'),
+        ([a, empty], r"f\.jsonl: the file holds no answers"),
     ):
         with pytest.raises(InputError, match=said):
-            build(tmp_path / "study", named, 1, 0, None)
+            build(tmp_path / "study", named, raters=1)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"raters": 0}, "`--raters` is 0; it must be 1 or more"),
+        ({"prompts": 0}, "`--prompts` is 0; it must be 1 or more"),
+        ({"prompts": -1}, "`--prompts` is -1"),
+        ({"prompts": 4}, r"jsonl: `--prompts` is 4, the file holds 3; give at most 3"),
+        ({"sets": "hh,pku"}, "`--sets` is hh,pku, each model has 1 file;"),
+    ],
+)
+def test_options_that_are_refused(tmp_path, answered, options, said):
+    named = [f"{model}={answered(model)}" for model in ("alpha", "beta")]
+    with pytest.raises(InputError, match=said):
+        build(tmp_path / "study", named, **{"raters": 1, **options})
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_prompt_of_two_data_sets_is_refused(tmp_path, answered):
+    named = [f"{model}={answered(model, 3)},{answered(model, 2)}" for model in ("alpha", "beta")]
+    with pytest.raises(InputError, match='prompt "p0" is in `data set 1` too'):
+        build(tmp_path / "study", named, raters=1)
+
+
+def test_a_folder_that_cannot_be(tmp_path, answered):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot make the folder"):
+        build(tmp_path / "file", [f"{model}={answered(model)}" for model in ("alpha", "beta")], raters=1)
+
+
+def test_the_commands(tmp_path, answered, run_module):
+    """As the documentation has them; bad input is one line and status 2."""
+    named = [f"{model}={answered(model)}" for model in ("alpha", "beta")]
+    done = run_module("report.study", "build", "--to", tmp_path / "study", "--raters", 1, "--prompts", 2, *named)
+    assert done.returncode == 0 and "raters: 1, prompts: 2, models: 2" in done.stdout
+    path = save(tmp_path, rated(tmp_path / "study", 1, lambda *_: 3))
+    done = run_module("report.study", "import", "--key", tmp_path / "study" / "key.json", path)
+    assert done.returncode == 0 and "| alpha | 3.00 [3.00, 3.00] |" in done.stdout
+    done = run_module("report.study", "import", "--key", tmp_path / "nowhere.json", path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

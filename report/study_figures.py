@@ -1,0 +1,221 @@
+"""Figures of a human study, and the table and the page that show them.
+
+Reads   ratings un-blinded by `report.study`: (raters, prompts, models, criteria); `results/paper.json`
+Writes  nothing itself: `report.study import` writes what is made here
+
+Intervals are percentile intervals of a bootstrap that draws raters and prompts anew, both, with replacement (Owen 2007,
+"The pigeonhole bootstrap"): other raters than these would have marked more strictly, and other prompts been harder. The
+raters drawn are the same for all prompts of a resample, so that a strict one stays strict; prompts are drawn within
+their data set. For two models the difference is taken within each resample, where what both share cancels.
+"""
+
+import itertools
+import json
+import re
+
+import numpy as np
+
+from evaluation.statistics import percentile_interval
+from hps.recipe import REPOSITORY
+from report.page import render
+
+PAPER = REPOSITORY / "results" / "paper.json"
+RESAMPLES = 10_000
+TOGETHER = "All prompts"
+AT_A_TIME = 500  # resamples, to bound the memory
+
+
+def resampled_means(values: np.ndarray, sets: list[list[int]], samples: int, seed: int) -> np.ndarray:
+    """Means over raters and prompts, on resamples of both: (samples, ...).
+
+    Args:
+        values: (raters, prompts, ...).
+        sets: the prompts of each data set, by place; together all.
+    """
+    rng = np.random.default_rng(seed)
+    raters, prompts = values.shape[:2]
+    flat = values.reshape(raters, -1)
+    found = []
+    for start in range(0, samples, AT_A_TIME):
+        count = min(AT_A_TIME, samples - start)
+        by_prompt = _drawn(rng, raters, count) @ flat / raters
+        weights = np.empty((count, prompts))
+        for places in sets:
+            weights[:, places] = _drawn(rng, len(places), count)
+        found.append(np.einsum("sp,spk->sk", weights, by_prompt.reshape(count, prompts, -1)) / prompts)
+    return np.concatenate(found).reshape(samples, *values.shape[2:])
+
+
+def _drawn(rng: np.random.Generator, things: int, samples: int) -> np.ndarray:
+    """How often each of so many things is drawn, when so many are drawn with replacement: (samples, things)."""
+    return rng.multinomial(things, np.full(things, 1 / things), size=samples)
+
+
+def agreement(ratings: np.ndarray) -> float | None:
+    """Krippendorff's alpha on an interval scale, from (raters, units); None for one rater or when all are equal."""
+    import krippendorff
+
+    if len(ratings) < 2 or np.nanmin(ratings) == np.nanmax(ratings):
+        return None
+    return round(float(krippendorff.alpha(reliability_data=ratings, level_of_measurement="interval")), 4)
+
+
+def part(ratings: np.ndarray, sets: list[list[int]], key: dict) -> dict:
+    """Means, paired differences of every two models, and agreement, over some of the prompts."""
+    names = [*key["criteria"], "average"]
+    values = np.concatenate([ratings, ratings.mean(axis=3, keepdims=True)], axis=3)
+    means, drawn = values.mean(axis=(0, 1)), resampled_means(values, sets, RESAMPLES, key["seed"])
+
+    def entries(mean: np.ndarray, resamples: np.ndarray) -> dict:
+        return {
+            name: {"mean": round(float(mean[place]), 4), "interval": percentile_interval(resamples[:, place])}
+            for place, name in enumerate(names)
+        }
+
+    models = list(enumerate(key["models"]))
+    return {
+        "means": {model: entries(means[place], drawn[:, place]) for place, model in models},
+        "differences": [
+            {"models": [a, b], **entries(means[i] - means[j], drawn[:, i] - drawn[:, j])}
+            for (i, a), (j, b) in itertools.combinations(models, 2)
+        ],
+        "agreement": {
+            name: agreement(values[:, :, :, place].reshape(len(values), -1)) for place, name in enumerate(names)
+        },
+    }
+
+
+def figures(ratings: np.ndarray, key: dict) -> dict:
+    """`together`, `sets` (each data set, where there are several), and `paper`.
+
+    Args:
+        ratings: (raters, prompts, models, criteria), the prompts in the order of the key.
+    """
+    sets, start = {}, 0
+    for name, prompts in key["sets"].items():
+        sets[name] = list(range(start, start + len(prompts)))
+        start += len(prompts)
+    together = part(ratings, list(sets.values()), key)
+    return {
+        "together": together,
+        "sets": {
+            name: part(ratings[:, places], [list(range(len(places)))], key)
+            for name, places in sets.items()
+            if len(sets) > 1
+        },
+        "paper": beside_the_paper({model: means["average"]["mean"] for model, means in together["means"].items()}),
+    }
+
+
+def paper_means() -> dict[str, float]:
+    """The paper's Table 3: the mean of the four criteria by model."""
+    return json.loads(PAPER.read_text(encoding="utf-8"))["table3_human_quality"]
+
+
+def beside_the_paper(means: dict[str, float]) -> dict[str, dict]:
+    """Name and mean of the paper's row, and the difference of ours from it, for models whose name is the paper's."""
+    rows = {name.casefold(): (name, mean) for name, mean in paper_means().items()}
+    return {
+        model: {"name": rows[model.casefold()][0], "mean": rows[model.casefold()][1]}
+        | {"difference": round(mean - rows[model.casefold()][1], 4)}
+        for model, mean in means.items()
+        if model.casefold() in rows
+    }
+
+
+def _figure(entry: dict, sign: str = "") -> str:
+    low, high = entry["interval"]
+    return f"{entry['mean']:{sign}z.2f} [{low:{sign}z.2f}, {high:{sign}z.2f}]"
+
+
+def _parts(result: dict) -> list[tuple[str, dict]]:
+    """Title and figures of all prompts together, and of each data set where there are several."""
+    return [(TOGETHER, result["together"]), *result["sets"].items()]
+
+
+def sections(result: dict) -> list[dict]:
+    """What table and page show, as text: of all prompts and of each data set, means, differences and agreement."""
+    found = []
+    for title, each in _parts(result):
+        names = list(each["agreement"])
+        rows = [[model, *(_figure(means[name]) for name in names)] for model, means in each["means"].items()]
+        head = ["model", *names]
+        alphas = ["–" if alpha is None else f"{alpha:.2f}" for alpha in each["agreement"].values()]
+        foot = ["Krippendorff's alpha", *alphas]
+        if each is result["together"]:  # the paper gives no figures by data set
+            head, foot = [*head, "paper", "difference"], [*foot, "", ""]
+            for row in rows:
+                paper = result["paper"].get(row[0])
+                row += [f"{paper['mean']:.2f}", f"{paper['difference']:+z.2f}"] if paper else ["–", "–"]
+        differences = [
+            [" − ".join(entry["models"]), *(_figure(entry[name], "+") for name in names)]
+            for entry in each["differences"]
+        ]
+        found.append({"title": title, "head": head, "rows": rows, "foot": foot})
+        found[-1]["differences"] = {"head": ["difference", *names], "rows": differences}
+    return found
+
+
+def remarks(result: dict) -> list[str]:
+    """What a reader must know of the figures."""
+    pairs = len(result["together"]["differences"])
+    counts = " + ".join(str(count) for count in result["prompts"].values())
+    found = [
+        f"Raters: {result['raters']}; prompts: {counts}; models: {len(result['together']['means'])}. "
+        "Criteria from 1.00 (worst) to 5.00 (best).",
+        "Mean [95 % interval] over raters and prompts: a bootstrap that draws both anew, prompts within their data "
+        "set.",
+        "A difference of two models is taken within each resample. Where its interval holds zero, the study does not "
+        f"tell the two apart. Pairs compared: {pairs}; no interval is widened for their number.",
+    ]
+    if result["raters"] == 1:
+        found.append("With one rater the intervals are over prompts alone and say nothing about other raters.")
+    if result["missing_raters"]:
+        found.append(f"Not in yet: raters {', '.join(map(str, result['missing_raters']))}.")
+    return [*found, _paper_remark(result)]
+
+
+def _paper_remark(result: dict) -> str:
+    names = paper_means()
+    matched = {paper["name"] for paper in result["paper"].values()}
+    left = [f"{name} {mean:.2f}" for name, mean in names.items() if name not in matched]
+    return (
+        "Column «paper»: the mean of the four criteria in the paper's Table 3 (15 + 15 prompts, 20 raters, no "
+        f"intervals), for models named as its rows are ({', '.join(names)}; capitals do not matter). «difference»: our "
+        "average less it. Other models, prompts and raters than the paper's are in that difference, too."
+        + (f" Rows of the paper without a model here: {', '.join(left)}." if left else "")
+    )
+
+
+def table(result: dict) -> str:
+    """The figures as Markdown."""
+    lines = [f"# Human study {result['study']}", ""]
+    for remark in remarks(result):
+        lines += [remark, ""]
+    for section in sections(result):
+        lines += [f"## {_cell(section['title'])}", "", *_rows(section["head"], [*section["rows"], section["foot"]]), ""]
+        lines += [*_rows(section["differences"]["head"], section["differences"]["rows"]), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *([_cell(row[0]), *row[1:]] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _cell(text: str) -> str:
+    """A name as Markdown that shows it and does nothing: markup, links and ends of lines as entities."""
+    return re.sub(r"[^\w .,+=/()'−-]|_|(?<=www)\.", lambda found: f"&#{ord(found[0])};", text, flags=re.IGNORECASE)
+
+
+def results_page(result: dict) -> str:
+    """The figures as a page."""
+    names = list(result["together"]["agreement"])
+    data = {
+        "parts": [{"title": title, "means": each["means"]} for title, each in _parts(result)],
+        "paper": {model: paper["mean"] for model, paper in result["paper"].items()},
+    }
+    return render(
+        "study_results", f"Human study {result['study']}", data,
+        remarks=remarks(result), sections=sections(result), names=names,
+    )  # fmt: skip
