@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -262,9 +263,10 @@ def test_on_the_cluster_that_is_named(tmp_path):
             cluster.wait(30)
 
 
-def started(command: list[str], folder: Path, lines: int) -> subprocess.Popen:
-    """The command, running, when that many candidates are there."""
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def started(command: list[str], folder: Path, lines: int, **environment: str) -> subprocess.Popen:
+    """The command, running in a group of its own as a terminal starts it, when that many candidates are there."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **environment}, **pipes)
     limit = time.monotonic() + 300
     while sum(path.read_bytes().count(b"\n") for path in folder.glob("t*n.jsonl")) < lines:
         assert process.poll() is None and time.monotonic() < limit, process.communicate()[0]
@@ -272,32 +274,20 @@ def started(command: list[str], folder: Path, lines: int) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.slow
-@pytest.mark.infer
-def test_two_engines_interrupted_and_one_of_them_killed(tiny_recipe, tmp_path):
-    """Two actors of the real engine, started as gene.sh starts them: Ctrl-C ends them within seconds; continued, one is
-    killed and replaced; every prompt ends up once, and what was finished stays as it was."""
+def engines_of(process: subprocess.Popen) -> list:
+    """The actors' processes of a driver."""
     import psutil
 
-    overrides = ["generation.workers=2", "data.train.limit=40", "data.test.limit=2", "generation.max_new_tokens=160"]
-    overrides += ["generation.max_sequences=4"]  # slow enough to be met at work
-    command = [sys.executable, "-m", "generation.generate", str(tiny_recipe), *overrides]
-    folder = tmp_path / "runs" / "candidates"
-    process = started(command, folder, 3)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
-    assert process.returncode == 130 and "the same command continues it" in output, output
-    finished = (folder / "train.jsonl").read_bytes()
-    assert finished.endswith(b"\n") and finished.count(b"\n") >= 3
+    found = []
+    for each in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "".join(each.cmdline()[:1]).startswith("ray::Actor"):
+                found.append(each)
+    return found
 
-    process = started(command, folder, finished.count(b"\n") + 3)
-    engines = [other for other in psutil.process_iter() if "".join(other.cmdline()[:1]).startswith("ray::Actor")]
-    assert len(engines) == 2
-    engines[0].kill()
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "a worker died (ActorDiedError" in output, output
-    assert (folder / "train.jsonl").read_bytes().startswith(finished)
-    recipe = load_recipe(tiny_recipe)
+
+def names_of_all(recipe) -> list[str]:
+    """The prompts that have candidates; none may be in a ledger."""
     names = []
     for split, sampled in (("train", 4), ("test", 2)):
         for _, record in read_candidates(recipe.candidates(split)):
@@ -306,4 +296,58 @@ def test_two_engines_interrupted_and_one_of_them_killed(tiny_recipe, tmp_path):
             assert 1 <= record["sources"].count("generated") <= sampled
         ledger = recipe.candidates(split).with_name(f"{split}.ledger.jsonl")
         assert not [line for _, line in read_jsonl(ledger) if line.get("refused")]
+    return names
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_two_engines_interrupted_and_one_of_them_killed(tiny_recipe, tmp_path):
+    """Two actors of the real engine under gene.sh: Ctrl-C, as a terminal sends it, ends all within seconds; continued,
+    one is killed and replaced; every prompt ends up once, and what was finished stays as it was."""
+    overrides = ["generation.workers=2", "data.train.limit=40", "data.test.limit=2", "generation.max_new_tokens=160"]
+    overrides += ["generation.max_sequences=4"]  # slow enough to be met at work
+    folder = tmp_path / "runs" / "candidates"
+    process = started(["bash", "gene.sh", str(tiny_recipe), *overrides], folder, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=30)  # until nobody holds the pipe, an actor neither
+    assert process.returncode == 130 and "the same command continues it" in output, output
+    assert "Traceback" not in output
+    finished = (folder / "train.jsonl").read_bytes()
+    assert finished.endswith(b"\n") and finished.count(b"\n") >= 3
+
+    command = [sys.executable, "-m", "generation.generate", str(tiny_recipe), *overrides]
+    process = started(command, folder, finished.count(b"\n") + 3)
+    engines = engines_of(process)
+    assert len(engines) == 2
+    engines[0].kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "a worker died (ActorDiedError" in output, output
+    assert (folder / "train.jsonl").read_bytes().startswith(finished)
+    names = names_of_all(load_recipe(tiny_recipe))
     assert len(names) == len(set(names)) == 42
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_an_engine_of_two_processes_in_an_actor(tiny_recipe, tmp_path):
+    """Tensor parallel, for real: vLLM splits the model over two processes, on a CPU as over two GPUs.
+
+    The actor is killed at work: its processes go with it, they would hold the GPUs; another one takes its place.
+    """
+    import psutil
+
+    overrides = ["generation.workers=1", "generation.tensor_parallel=2", "data.train.limit=6", "data.test.limit=1"]
+    overrides += ["generation.max_new_tokens=32", "generation.max_sequences=4"]
+    command = [sys.executable, "-m", "generation.generate", str(tiny_recipe), *overrides]
+    # By itself vLLM wants a memory node for each process.
+    process = started(command, tmp_path / "runs" / "candidates", 1, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    (engine,) = engines_of(process)
+    parts = [each for each in engine.children(recursive=True) if "python" in each.exe()]
+    assert len(parts) >= 2, parts
+    engine.kill()
+    _, alive = psutil.wait_procs(parts, timeout=30)
+    assert alive == []
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "a worker died (ActorDiedError" in output, output
+    names = names_of_all(load_recipe(tiny_recipe))
+    assert len(names) == len(set(names)) == 7

@@ -22,9 +22,10 @@ import psutil
 
 from hps.recipe import REPOSITORY
 from hps.records import read_jsonl
-from tests.faults.kill import FOLDER, RECIPE, SETTINGS, checkpoint, command, finished, lost
+from tests.faults.kill import FOLDER, RECIPE, SETTINGS, checkpoint, command, finished, lost, run
 
 TWO = ["generation.workers=2", "annotation.workers=2", "training.processes=2", "schedule.device_batch=2"]
+TWO += ["generation.max_sequences=8"]  # so that the engines are met at work more than once
 OUTPUT = FOLDER / "interrupted"
 MARK = "HPS_INTERRUPT"  # in the environment of all that a script starts, whoever adopts it
 MOST_SECONDS = 30.0
@@ -35,6 +36,7 @@ class Started:
 
     def __init__(self, script: str, settings: list[str]):
         self.mark = uuid.uuid4().hex
+        self.before = progress()
         self.log = FOLDER / f"{self.mark}.log"
         environment = {**os.environ, MARK: self.mark, "CUDA_VISIBLE_DEVICES": ""}
         words = command(script, OUTPUT, settings)
@@ -56,6 +58,10 @@ class Started:
                 continue
         return found
 
+    def made(self, what: str) -> int:
+        """What it has finished itself."""
+        return progress()[what] - self.before[what]
+
     def names(self) -> str:
         words = []
         for each in self.processes():
@@ -73,16 +79,21 @@ def lines(pattern: str) -> int:
     return sum(path.read_bytes().count(b"\n") for path in OUTPUT.glob(pattern))
 
 
+def progress() -> dict[str, int]:
+    growing = {name: lines(f"{name}.jsonl") for name in ("candidates/t*n", "ranked/t*n", "*/evaluation/pairs")}
+    return {**growing, "checkpoint": checkpoint(OUTPUT)[0]}
+
+
 # When a state is reached, by the script at work; and how often Ctrl-C is pressed.
 STATES: dict[str, tuple[str, Callable[[Started], bool], int]] = {
     "gene: Ray starts": ("gene", lambda script: "gcs_server" in script.names(), 1),
     "gene: engines load": ("gene", lambda script: script.names().count("ray::Actor") == 2, 1),
-    "gene: engines at work": ("gene", lambda _: lines("candidates/t*n.jsonl") >= 2, 1),
-    "gene: engines at work, Ctrl-C twice": ("gene", lambda _: lines("candidates/t*n.jsonl") >= 4, 2),
-    "gene: reward models at work": ("gene", lambda _: lines("ranked/t*n.jsonl") >= 1, 1),
-    "run: training": ("run", lambda _: checkpoint(OUTPUT)[0] >= 1, 1),
-    "run: training, Ctrl-C twice": ("run", lambda _: checkpoint(OUTPUT)[0] >= 3, 2),
-    "run: held-out pairs": ("run", lambda _: lines("*/evaluation/pairs.jsonl") >= 1, 1),
+    "gene: engines at work": ("gene", lambda script: script.made("candidates/t*n") >= 1, 1),
+    "gene: engines at work, Ctrl-C twice": ("gene", lambda script: script.made("candidates/t*n") >= 1, 2),
+    "gene: reward models at work": ("gene", lambda script: script.made("ranked/t*n") >= 1, 1),
+    "run: training": ("run", lambda script: script.made("checkpoint") >= 1, 1),
+    "run: training, Ctrl-C twice": ("run", lambda script: script.made("checkpoint") >= 1, 2),
+    "run: held-out pairs": ("run", lambda script: script.made("*/evaluation/pairs") >= 1, 1),
 }
 
 
@@ -106,7 +117,8 @@ def interrupted(name: str, settings: list[str]) -> list[str]:
         wrong.append(f"still there after {MOST_SECONDS:.0f} s: {script.names()}")
         for each in left:
             each.kill()
-    if (status := script.process.wait(30)) != 130:
+    # A shell between two stages is ended by the signal itself.
+    if (status := script.process.wait(30)) not in (130, -signal.SIGINT):
         wrong.append(f"ended with {status}: {output[-1500:]}")
     if "Traceback" in output or "Exception ignored" in output:
         wrong.append(output[-3000:])
@@ -137,7 +149,11 @@ def main() -> None:
     settings = [*SETTINGS, *TWO, *parser.parse_args().settings]
     shutil.rmtree(FOLDER, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
-    problems = [problem for name in STATES for problem in interrupted(name, settings)]
+    problems = []
+    for name, (kind, _, _) in STATES.items():
+        if kind == "run":  # it needs the whole ranking; once that stands, this says so and ends
+            run(command("gene", OUTPUT, settings))
+        problems += interrupted(name, settings)
     problems += whole(settings)
     print(f"{len(STATES)} states, {len(problems)} problems: {'failed' if problems else 'passed'}")
     if problems:
