@@ -148,6 +148,38 @@ def test_scores_of_answers_and_of_the_given_responses(run, sampled, monkeypatch,
     assert json.loads((scoring.scores_path(recipe, False).parent / "manifest.json").read_text())["settings"]["model"]
 
 
+# What a kill leaves of the second line: a half, or all of it but the newline, which is whole JSON and yet not done.
+CUTS = {"half": lambda line: line[: len(line) // 2], "no newline": lambda line: line[:-1]}
+
+
+def cut_and_continue(path, cut, work) -> None:
+    """A finished file is put back to its first line and a part of the second; the work goes on and makes it whole."""
+    whole = path.read_bytes()
+    first, second, *_ = whole.splitlines(keepends=True)
+    path.write_bytes(first + CUTS[cut](second))
+    (path.parent / "manifest.json").unlink()
+    work()
+    assert path.read_bytes() == whole
+    assert (path.parent / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_scores_go_on_behind_a_line_that_was_cut(run, sampled, tiny_reward, cut):
+    recipe = run("evaluation.samples=2", f"models.evaluator.path={tiny_reward}")
+    stage.answer([recipe])
+    scoring.score(recipe, False)
+    cut_and_continue(scoring.scores_path(recipe, False), cut, lambda: scoring.score(recipe, False))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_divergence_goes_on_behind_a_line_that_was_cut(run, sampled, cut):
+    divergence = pytest.importorskip("evaluation.divergence")
+    recipe = run("evaluation.samples=2", "lora.enabled=false")
+    stage.answer([recipe])
+    divergence.measure(recipe)
+    cut_and_continue(divergence.divergence_path(recipe), cut, lambda: divergence.measure(recipe))
+
+
 def test_answers_come_before_scores(run, tiny_reward):
     with pytest.raises(InputError, match="answers: the answers are not finished; run `bash evaluate.sh`"):
         scoring.score(run(f"models.evaluator.path={tiny_reward}"), False)
