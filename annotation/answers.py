@@ -25,7 +25,7 @@ from hps.workers import run_workers
 
 
 class AnswerScorer:
-    """The worker: a reward model of its own; items with `prompt`, `responses`, `truncated` in, `details` out."""
+    """The worker: a reward model of its own; what `with_given` makes in, details of `answers` and of `given` out."""
 
     def __init__(self, model: dict, dtype: str, batch_tokens: int, canaries: str):
         self.model = load_reward_model(Model(**model), dtype, batch_tokens)
@@ -35,7 +35,7 @@ class AnswerScorer:
         for item in items:
             try:
                 details = self.model.score_details(item["prompt"], item["responses"], item["truncated"])
-                result = {"details": details}
+                result = {"answers": details[: item["answers"]], "given": details[item["answers"] :]}
             except InputError as error:
                 result = {"error": f"{item['where']}: prompt {item['key']}: {error}"}
             yield {"key": item["key"], **result}
@@ -68,15 +68,16 @@ def score(recipe: Recipe, sft: bool) -> None:
 def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
     with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
         done = done_ids(path)
-        prompts, _ = evaluated_prompts(recipe)
-        items = [
-            {"where": where, **with_given(record, prompts[record["prompt_id"]] if sft else None)}
+        total = sum(1 for _ in read_answers(answers))  # checks every line
+        print(f"scores: {total - len(done)} prompts to score, {len(done)} scored before; {path}", flush=True)
+        prompts = evaluated_prompts(recipe)[0] if sft else None
+        items = (  # read as there is room
+            {"where": where, **with_given(record, prompts[record["prompt_id"]] if prompts else None)}
             for where, record in read_answers(answers)
             if record["prompt_id"] not in done
-        ]
-        counts = {item["key"]: item["answers"] for item in items}
-        print(f"scores: {len(items)} prompts to score, {len(done)} scored before; {path}", flush=True)
-        for result in progress(_scored(recipe, items), len(items) + len(done), "scores", " prompts", len(done)):
+        )
+        results = _scored(recipe, items, total - len(done))
+        for result in progress(results, total, "scores", " prompts", len(done)):
             if "error" in result:
                 raise InputError(result["error"])
             if "lost" in result:  # a figure without it would be one over other prompts
@@ -85,14 +86,12 @@ def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
                     where=str(answers),
                     remedy="lower `annotation.batch_tokens`; the same command continues",
                 )
-            count = counts[result["key"]]
-            details = result["details"]
-            file.append({"prompt_id": result["key"], "answers": details[:count], "given": details[count:]})
+            file.append({"prompt_id": result["key"], **{name: result[name] for name in ("answers", "given")}})
 
 
-def _scored(recipe: Recipe, items: list[dict]) -> Iterator[dict]:
-    """What `AnswerScorer` makes of the items on all devices; no model is loaded where there are none."""
-    if not items:
+def _scored(recipe: Recipe, items: Iterator[dict], count: int) -> Iterator[dict]:
+    """What `AnswerScorer` makes of so many items on all devices; no model is loaded where there are none."""
+    if not count:
         return iter(())
     arguments = {
         "model": asdict(recipe.models.evaluator),
@@ -100,7 +99,7 @@ def _scored(recipe: Recipe, items: list[dict]) -> Iterator[dict]:
         "batch_tokens": recipe.annotation.batch_tokens,
         "canaries": str(canary_folder(recipe)),
     }
-    return run_workers(AnswerScorer, arguments, items, recipe.annotation.workers, len(items))
+    return run_workers(AnswerScorer, arguments, items, recipe.annotation.workers, count)
 
 
 def with_given(record: dict, prompt: dict | None) -> dict:

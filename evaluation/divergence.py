@@ -48,10 +48,10 @@ def measure(recipe: Recipe) -> None:
 def _measure(recipe: Recipe, answers: Path, path: Path) -> None:
     with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
         done = done_ids(path)
-        records = [record for _, record in read_answers(answers)]
-        todo = [record for record in records if record["prompt_id"] not in done]
+        total = sum(1 for _ in read_answers(answers))  # checks every line before a model loads
+        todo = (record for _, record in read_answers(answers) if record["prompt_id"] not in done)
         scorer = HeldOut(recipe, along=False)
-        for record in progress(todo, len(records), "divergence", " prompts", len(done)):
+        for record in progress(todo, total, "divergence", " prompts", len(done)):
             file.append({"prompt_id": record["prompt_id"], **answer_figures(record, scorer)})
 
 
