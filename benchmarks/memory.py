@@ -1,185 +1,131 @@
 """Peak memory and time per prompt of each stage's own part, with few and with many prompts.
 
-Run     .venv-train/bin/python benchmarks/memory.py [--prompts 1000 20000] [--responses 100] [--json FILE]
+Run     .venv-train/bin/python benchmarks/memory.py [--prompts 1000 20000] [--test-prompts 250 5000] [--json FILE]
 
 Each stage is a process of its own that runs the stage as it is, with real tokenizers and files, and stand-ins for the
-models alone: a generator that answers with synthetic text, fixed scores, fixed log-probabilities. `training` is what
-training holds beside the model: the plan's rows, the reference's values, and one pass over the batches. Peak is the
-kernel's VmHWM, which counts the interpreter and the libraries as well; `growth` is the peak with many prompts over that
-with few, and the program ends with an error when it is above 1.15.
+models alone (benchmarks/stages.py). What grows are the training prompts, or, for the stages of the evaluation, the test
+prompts; generation and annotation are measured with actors of Ray as well, of which the driver is what is measured.
+
+Peak is the kernel's VmHWM, which counts the interpreter and the libraries, too. A third measurement, with 8 prompts,
+says how much that is, and how long a stage takes to start. `KB / prompt` is the growth from few to many by the prompt:
+where the libraries are large, the ratio of the peaks (`growth`) says little. Time is the processor's, which other work
+on the machine changes less, without the start. The program ends with an error when `growth`, `KB / prompt` or `times`,
+the ratio of the times per prompt, is above its limit.
 """
 
 import json
 import os
-import random
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from measure import finish, options, show
+from stages import FAMILIES, prompts_file
 
-from hps.recipe import REPOSITORY, Recipe, load_recipe
-from hps.records import write_lines
+from hps.recipe import REPOSITORY
 
-MOST_GROWTH = 1.15
-WORDS = ["it", "is", "safe", "to", "keep", "a", "plant", "near", "the", "open", "window"]
-TEST_PROMPTS = 2
-
-
-def text(seed: int, words: int = 25) -> str:
-    rng = random.Random(seed)
-    return " ".join(rng.choices(WORDS, k=words)) + f" {seed}."
-
-
-def prompts_file(path: Path, count: int, first: int) -> None:
-    """Prompts of about 60 characters with two given responses."""
-    write_lines(
-        path,
-        (
-            json.dumps(
-                {
-                    "prompt": [{"role": "user", "content": f"Question {number}: {text(number, 8)}"}],
-                    "responses": [text(2 * number), text(2 * number + 1)],
-                }
-            )
-            + "\n"
-            for number in range(first, first + count)
-        ),
-    )
+CHILD = Path(__file__).with_name("stages.py")
+START = 8  # prompts: as good as none
+MOST_GROWTH, MOST_TIMES = 1.15, 1.15
+MOST_KB = (
+    2.0  # a prompt: an id and places in files; its texts, here 17 KB in training and 2 KB in the evaluation, are more
+)
+HEADER = ["", "libraries (MB)", "peak, few", "peak, many", "growth", "KB / prompt", "ms / prompt, few", "many", "times"]
 
 
-def recipe_of(folder: str, responses: int) -> Recipe:
-    """The quickstart's settings on synthetic prompts; one epoch, so that time is per prompt."""
-    return load_recipe(
-        REPOSITORY / "configs/quickstart.yaml",
-        [
-            f"output={folder}/out",
-            *(f"data.{split}.path={folder}/{split}.jsonl" for split in ("train", "test")),
-            *(f"data.{split}.limit=null" for split in ("train", "test")),
-            f"data.train.responses={responses}",
-            "schedule.epochs=1",
-        ],
-    )
-
-
-def generation(recipe: Recipe) -> None:
-    from generation import generate
-
-    def sample(recipe, model, items, *_) -> Iterator[dict]:
-        for number, item in enumerate(items):
-            texts = [text(1000 * number + place) for place in range(item["count"])]
-            samples = [{"text": each, "tokens": 26, "truncated": False} for each in texts]
-            yield {"key": item["key"], "samples": samples}
-
-    generate.sample = sample
-    generate.generate(recipe)
-
-
-def annotation(recipe: Recipe) -> None:
-    from annotation import annotate
-
-    class FixedScores(annotate.Scorer):
-        def __init__(self):
-            self.model = self
-
-        def score(self, prompt, responses, truncated) -> list[float]:
-            return [random.Random(response).gauss(0, 1) for response in responses]
-
-    annotate.run_workers = lambda worker, arguments, items, *_, **__: FixedScores().stream(items)
-    annotate.annotate(recipe)
-
-
-def plan(recipe: Recipe) -> None:
-    from alignment.plan import plan
-
-    plan(recipe)
-
-
-def training(recipe: Recipe) -> None:
-    from alignment.reference import Values, response_key
-    from alignment.train import TokenRows
-    from alignment.trainer import PlanCollator, RowsWithReference
-    from hps.chat import load_tokenizer
-
-    tokenizer = load_tokenizer(recipe.models.policy.path)
-    rows = TokenRows(recipe, tokenizer)
-    values = Values(rows, shared=True)
-    for numbers in values.missing():
-        example = values.example(numbers)
-        keys = (response_key(example["prompt_ids"], response) for response in example["response_ids"])
-        values.add((key, -1.0) for key in keys)
-    collate = PlanCollator(tokenizer.pad_token_id, shared=True)
-    examples, size = RowsWithReference(rows, values), recipe.schedule.device_batch
-    for start in range(0, len(examples), size):
-        collate([examples[index] for index in range(start, min(start + size, len(examples)))])
-
-
-STAGES: dict[str, Callable[[Recipe], None]] = {
-    "generation": generation,
-    "annotation": annotation,
-    "plan": plan,
-    "training": training,
-}
-
-
-def run_stage(name: str, folder: str, responses: int) -> None:
-    """In a process of its own: run a stage, print its seconds and peak."""
-    recipe = recipe_of(folder, responses)
-    start = time.perf_counter()
-    STAGES[name](recipe)
-    seconds = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text()
-    (peak,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": seconds, "peak_mb": peak / 1024}))
-
-
-def measured(prompts: int, responses: int) -> dict[str, dict]:
-    """Seconds and peak of every stage with this many prompts."""
+def measured(family: str, prompts: int, responses: int, answers: int) -> dict[str, dict]:
+    """Seconds and peak of every stage of a family with this many prompts."""
+    train, test = (START, prompts) if family == "test" else (prompts, START)
+    figures = {}
+    (REPOSITORY / "runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=REPOSITORY / "runs") as folder:
-        prompts_file(Path(folder) / "train.jsonl", prompts, 0)
-        prompts_file(Path(folder) / "test.jsonl", TEST_PROMPTS, prompts)
-        figures = {}
-        for name in STAGES:
-            command = [sys.executable, __file__, "--stage", name, folder, "--responses", str(responses)]
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        prompts_file(Path(folder) / "train.jsonl", train, 0)
+        prompts_file(Path(folder) / "test.jsonl", test, train)
+        for name, stage in FAMILIES[family].items():
+            python = REPOSITORY / stage.environment / "bin/python"
+            if not python.exists():
+                sys.exit(f"there is no {python}; run `bash setup.sh train` and `bash setup.sh infer`")
+            sizes = ["--responses", str(responses if family != "test" else 2), "--answers", str(answers)]
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+            command = [python, CHILD, name, folder, *sizes]
+            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
             if done.returncode:
                 sys.exit(f"{name} with {prompts} prompts ended with {done.returncode}:\n{done.stderr[-3000:]}")
             figures[name] = json.loads(done.stdout.splitlines()[-1])
             print(f"{prompts} prompts, {name}: {figures[name]}", flush=True)
-        return figures
+    return figures
+
+
+def repeated(times: int, family: str, *sizes: int) -> dict[str, dict]:
+    """As `measured`, several times: the least seconds, which other work disturbs least, and the median peak."""
+    found = [measured(family, *sizes) for _ in range(times)]
+    return {
+        name: {
+            **{time: min(each[name][time] for each in found) for time in ("seconds", "cpu_seconds")},
+            "peak_mb": statistics.median(each[name]["peak_mb"] for each in found),
+        }
+        for name in FAMILIES[family]
+    }
+
+
+def compared(sizes: tuple[int, int], start: dict, few: dict, many: dict) -> dict:
+    """The figures of a stage from its measurements with START, few and many prompts."""
+    extra = [size - START for size in sizes]
+    ms = [
+        1000 * (at["cpu_seconds"] - start["cpu_seconds"]) / count for at, count in zip((few, many), extra, strict=True)
+    ]
+    return {
+        "seconds": [at["seconds"] for at in (start, few, many)],
+        "libraries_mb": start["peak_mb"],
+        "peak_mb": [few["peak_mb"], many["peak_mb"]],
+        "growth": many["peak_mb"] / few["peak_mb"],
+        "kb_per_prompt": 1024 * (many["peak_mb"] - few["peak_mb"]) / (sizes[1] - sizes[0]),
+        "ms_per_prompt": ms,
+        # With too few prompts the time is lost in that of the start.
+        "times": ms[1] / ms[0] if ms[0] > 0 else float("inf"),
+    }
+
+
+def beyond(figures: dict[str, dict]) -> list[str]:
+    """What is above a limit, a line each."""
+    limits = {"growth": MOST_GROWTH, "kb_per_prompt": MOST_KB, "times": MOST_TIMES}
+    return [
+        f"{name}: `{figure}` is {found[figure]:.3f}, the limit {limit}"
+        for name, found in figures.items()
+        for figure, limit in limits.items()
+        if found[figure] > limit
+    ]
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--prompts", type=int, nargs=2, default=[1000, 20000], metavar=("FEW", "MANY"))
-    parser.add_argument("--responses", type=int, default=100, help="generated for each prompt")
-    parser.add_argument("--stage", nargs=2, metavar=("NAME", "FOLDER"), help="run one stage (used by the program)")
+    parser.add_argument("--test-prompts", type=int, nargs=2, default=[250, 5000], metavar=("FEW", "MANY"))
+    parser.add_argument("--responses", type=int, default=100, help="generated for each training prompt")
+    parser.add_argument("--answers", type=int, default=5, help="of a model to each test prompt")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES])
+    parser.add_argument("--times", type=int, default=3, help="measurements with no and with few prompts")
     arguments = parser.parse_args()
-    if arguments.stage:
-        run_stage(*arguments.stage, arguments.responses)
-        return
-    (REPOSITORY / "runs").mkdir(exist_ok=True)
-    few, many = arguments.prompts
-    found = {count: measured(count, arguments.responses) for count in (few, many)}
-    table, figures = [], {}
-    for name in STAGES:
-        a, b = found[few][name], found[many][name]
-        times = [1000 * a["seconds"] / few, 1000 * b["seconds"] / many]
-        figures[name] = {
-            "peak_mb": [a["peak_mb"], b["peak_mb"]],
-            "growth": b["peak_mb"] / a["peak_mb"],
-            "ms_per_prompt": times,
-        }
-        table.append([name, a["peak_mb"], b["peak_mb"], figures[name]["growth"], *times])
-    header = ["", f"peak, {few} (MB)", f"peak, {many} (MB)", "growth", f"ms/prompt, {few}", f"ms/prompt, {many}"]
-    show(f"Each stage's own part, {arguments.responses} generated responses a prompt", header, table)
+    figures: dict[str, dict] = {}
+    for family in arguments.families:
+        sizes = arguments.test_prompts if family == "test" else arguments.prompts
+        start, few, many = (
+            repeated(times, family, count, arguments.responses, arguments.answers)
+            for count, times in zip((START, *sizes), (arguments.times, arguments.times, 1), strict=True)
+        )
+        figures |= {name: compared(sizes, start[name], few[name], many[name]) for name in FAMILIES[family]}
+        rows = [
+            [name, found["libraries_mb"], *found["peak_mb"], found["growth"], found["kb_per_prompt"]]
+            + [*found["ms_per_prompt"], found["times"]]
+            for name, found in figures.items()
+            if name in FAMILIES[family]
+        ]
+        show(f"{family}: {sizes[0]} and {sizes[1]} prompts", HEADER, rows)
     finish(arguments, figures)
-    if grown := [name for name in STAGES if figures[name]["growth"] > MOST_GROWTH]:
-        sys.exit(f"memory grows with the data by more than {MOST_GROWTH}: {', '.join(grown)}")
+    if problems := beyond(figures):
+        sys.exit("memory or time grows with the data:\n" + "\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,260 @@
+"""The stages as benchmarks/memory.py runs them: as they are, with real tokenizers and files, without models.
+
+Run     python benchmarks/stages.py NAME FOLDER --responses 100 --answers 5    # one stage; benchmarks/memory.py does it
+
+Stand-ins take the place of the models alone: a generator and a policy that answer with synthetic text, fixed scores,
+fixed log-probabilities. `training` is what training holds beside the model: the plan's rows, the reference's values,
+and one pass over the batches. The last line on the screen: seconds, seconds of the processor, and the process's peak
+(the kernel's VmHWM).
+"""
+
+import argparse
+import json
+import random
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hps.recipe import REPOSITORY, Recipe, load_recipe
+from hps.records import write_json, write_lines
+
+TRAIN, INFER = ".venv-train", ".venv-infer"
+WORDS = ["it", "is", "safe", "to", "keep", "a", "plant", "near", "the", "open", "window"]
+STEPS = (4, 8)  # at which the policy was kept
+
+
+def text(seed: int, words: int = 25) -> str:
+    rng = random.Random(seed)
+    return " ".join(rng.choices(WORDS, k=words)) + f" {seed}."
+
+
+def prompts_file(path: Path, count: int, first: int) -> None:
+    """Prompts of about 60 characters with two given responses."""
+    write_lines(
+        path,
+        (
+            json.dumps(
+                {
+                    "prompt": [{"role": "user", "content": f"Question {number}: {text(number, 8)}"}],
+                    "responses": [text(2 * number), text(2 * number + 1)],
+                }
+            )
+            + "\n"
+            for number in range(first, first + count)
+        ),
+    )
+
+
+def recipe_of(folder: str, responses: int, answers: int, overrides: list[str]) -> Recipe:
+    """The quickstart's settings on synthetic prompts; one epoch, so that time is per prompt."""
+    return load_recipe(
+        REPOSITORY / "configs/quickstart.yaml",
+        [
+            f"output={folder}/out",
+            *(f"data.{split}.path={folder}/{split}.jsonl" for split in ("train", "test")),
+            *(f"data.{split}.limit=null" for split in ("train", "test")),
+            f"data.train.responses={responses}",
+            f"evaluation.samples={answers}",
+            "schedule.epochs=1",
+            *overrides,
+        ],
+    )
+
+
+class Texts:
+    """In place of the engine, in process or in an actor."""
+
+    def __init__(self, **arguments: Any):
+        pass
+
+    def stream(self, items: Iterator[dict | None]) -> Iterator[dict]:
+        for item in items:
+            if item is not None:
+                seed = zlib.crc32(f"{item['key']} {item.get('adapter')}".encode())
+                words = 100 if "adapter" in item else 25  # five answers are to weigh as much as libraries' moods
+                texts = [text(seed + place, words) for place in range(item["count"])]
+                samples = [{"text": each, "tokens": 26, "truncated": False} for each in texts]
+                yield {"key": item["key"], "samples": samples}
+
+
+def generation(recipe: Recipe) -> None:
+    from generation import generate
+
+    generate.Generator = Texts
+    generate.generate(recipe)
+
+
+def annotation(recipe: Recipe) -> None:
+    from annotation import annotate
+
+    class FixedScores(annotate.Scorer):
+        def __init__(self, **arguments: Any):
+            self.model = self
+
+        def score(self, prompt, responses, truncated) -> list[float]:
+            return [random.Random(response).gauss(0, 1) for response in responses]
+
+    annotate.Scorer = FixedScores
+    annotate.annotate(recipe)
+
+
+def plan(recipe: Recipe) -> None:
+    from alignment.plan import plan
+
+    plan(recipe)
+
+
+def training(recipe: Recipe) -> None:
+    from alignment.reference import Values, response_key
+    from alignment.train import TokenRows
+    from alignment.trainer import PlanCollator, RowsWithReference
+    from hps.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.models.policy.path)
+    rows = TokenRows(recipe, tokenizer)
+    values = Values(rows, shared=True)
+    for numbers in values.missing():
+        example = values.example(numbers)
+        keys = (response_key(example["prompt_ids"], response) for response in example["response_ids"])
+        values.add((key, -1.0) for key in keys)
+    collate = PlanCollator(tokenizer.pad_token_id, shared=True)
+    examples, size = RowsWithReference(rows, values), recipe.schedule.device_batch
+    for start in range(0, len(examples), size):
+        collate([examples[index] for index in range(start, min(start + size, len(examples)))])
+
+
+def finished_run(recipe: Recipe) -> None:
+    """What the evaluation needs to be there: candidates, ranking, and a run, here without weights."""
+    generation(recipe)
+    annotation(recipe)
+    checkpoint = recipe.run_folder() / "checkpoint"
+    write_json(checkpoint / "adapter_config.json", {})
+    write_json(recipe.run_folder() / "manifest.json", {})
+
+
+def answers(recipe: Recipe) -> None:
+    from generation import generate
+    from generation.answers import answer
+
+    generate.Generator = Texts
+    answer([recipe])
+
+
+def scores(recipe: Recipe) -> None:
+    from annotation import answers
+
+    class FixedScores(answers.AnswerScorer):
+        def __init__(self, **arguments: Any):
+            self.model = self
+
+        def score_details(self, prompt, responses, truncated) -> list[dict]:
+            return [{"score": random.Random(response).gauss(0, 1)} for response in responses]
+
+    answers.AnswerScorer = FixedScores
+    for sft in (True, False):
+        answers.score(recipe, sft)
+
+
+def fixed_policies() -> type:
+    """In place of the models of the evaluation: a token has -1 nat before training, a little more or less after."""
+    from evaluation.held_out import HeldOut
+    from hps.chat import load_tokenizer
+
+    class Fixed(HeldOut):
+        def __init__(self, recipe: Recipe, along: bool = True):
+            self.tokenizer, self.limit = load_tokenizer(recipe.models.policy.path), recipe.schedule.max_length
+            self.steps = STEPS if along else ()
+
+        def compare(self, prompt: list[int], responses: list[list[int]], diverging: int) -> dict:
+            before = [-float(len(response)) for response in responses]
+
+            def after(step: int) -> dict:
+                drift = [random.Random(sum(response) + step).gauss(0, 1) for response in responses]
+                policy = [value + each for value, each in zip(before, drift, strict=True)]
+                return {"policy": policy, "kl": [each * each for each in drift[:diverging]]}
+
+            return {"reference": before, **after(0), "along": [{"step": step, **after(step)} for step in self.steps]}
+
+        def answers(self, messages: list[dict], tokens: int) -> dict:
+            return {"before": text(0), "after": text(1)}
+
+    return Fixed
+
+
+def margins(recipe: Recipe) -> None:
+    from evaluation import margins
+
+    margins.HeldOut = fixed_policies()
+    margins.evaluate(recipe)
+
+
+def divergence(recipe: Recipe) -> None:
+    from evaluation import divergence
+
+    divergence.HeldOut = fixed_policies()
+    divergence.measure(recipe)
+
+
+def metrics(recipe: Recipe) -> None:
+    from evaluation.metrics import evaluate
+
+    for sft in (True, False):
+        evaluate(recipe, sft)
+
+
+@dataclass
+class Stage:
+    """How a stage is run: environment, and settings of its own."""
+
+    run: Callable[[Recipe], None]
+    environment: str = TRAIN
+    overrides: tuple[str, ...] = ()
+
+
+# Given a number, the workers are actors of Ray on one device, too: this is the driver that supervises them.
+ACTORS = {"environment": INFER, "overrides": ("generation.workers=1", "annotation.workers=1")}
+# By what grows: the training prompts, or the test prompts. In a family each stage reads what those before it left.
+FAMILIES = {
+    "train": {
+        "generation": Stage(generation),
+        "annotation": Stage(annotation),
+        "plan": Stage(plan),
+        "training": Stage(training),
+    },
+    "actors": {
+        "generation, actors": Stage(generation, **ACTORS),
+        "annotation, actors": Stage(annotation, **ACTORS),
+    },
+    "test": {
+        "a finished run": Stage(finished_run),
+        "answers": Stage(answers),
+        "scores": Stage(scores),
+        "margins": Stage(margins),
+        "divergence": Stage(divergence),
+        "metrics": Stage(metrics),
+    },
+}
+
+
+def main(families: dict[str, dict[str, Stage]] = FAMILIES) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("folder")
+    parser.add_argument("--responses", type=int, required=True)
+    parser.add_argument("--answers", type=int, required=True)
+    arguments = parser.parse_args()
+    (stage,) = (stages[arguments.name] for stages in families.values() if arguments.name in stages)
+    recipe = recipe_of(arguments.folder, arguments.responses, arguments.answers, list(stage.overrides))
+    start = time.perf_counter(), time.process_time()
+    stage.run(recipe)
+    seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+    status = Path("/proc/self/status").read_text()
+    (peak,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak / 1024}))
+
+
+if __name__ == "__main__":
+    main()
