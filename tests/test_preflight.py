@@ -7,6 +7,9 @@ import sys
 import pytest
 from conftest import DATA, REPOSITORY
 
+from hps.preflight import evaluated_prompts
+from hps.recipe import load_recipe
+
 USER = {"role": "user", "content": "Hello"}
 GOOD = {"prompt": [USER], "responses": ["Hi.", "Go away."]}
 
@@ -124,6 +127,21 @@ def test_bad_ranked_lines_of_run(recipe, rewards, message):
 
 def test_the_stage_must_be_named():
     assert_refused(preflight("genes"), "the first argument must be one of gene, run, evaluate")
+
+
+def test_the_first_test_prompts_are_evaluated(recipe, write_lines):
+    """Read from the file when they are asked for; repeated ones are told of the whole file."""
+    prompts = [{**GOOD, "prompt_id": name} for name in ("a", "b", "a", "c")]
+    path = write_lines(prompts, "test.jsonl")
+    loaded = load_recipe(recipe, [f"data.test.path={path}", "evaluation.prompts=2"])
+    found, repeated = evaluated_prompts(loaded)
+    assert list(found) == ["a", "b"] and len(found) == 2 and "c" not in found
+    assert repeated == [{"prompt_id": "a", "reason": "repeated prompt", "place": f"{path}:3"}]
+    assert found["b"]["responses"] == GOOD["responses"]
+    path.write_text(path.read_text().replace("Hi.", "Ha."))
+    assert found["b"]["responses"] == ["Ha.", "Go away."]
+    loaded.evaluation.prompts = None
+    assert list(evaluated_prompts(loaded)[0]) == ["a", "b", "c"]
 
 
 def test_good_input_prints_the_counts(recipe):
