@@ -4,32 +4,33 @@ Reads   a ranked file (`prompt`, `responses`, `rewards`, `sources`, `token_count
 Writes  an HTML file, beside the ranked file if not told otherwise
 Run     python -m report.explore runs/quickstart/ranked/train.jsonl
 
-Of each prompt the preferred response (y_1, the highest reward) and the dispreferred ones with their weights
-q_i = exp(gamma r_i) / sum_k exp(gamma r_k) (Eq. 9), and a draw from them. A page holds a bounded number of prompts and
-says how many it leaves out.
+Of each prompt the preferred response (y_1, here the highest reward) and the dispreferred ones with their weights
+q_i = exp(gamma r_i) / sum_k exp(gamma r_k) (Eq. 9), and a draw from them: one uniform number, held until the next draw,
+so that a moved gamma shows which response the same chance would draw then. The settings of a recipe that change a
+prompt's list (`schedule.best`, `subsample`, `ties`, `standardize_rewards`) are not applied. A page holds a bounded
+number of prompts and bytes, and says what it leaves out.
 """
 
 import argparse
-from itertools import islice
 from pathlib import Path
 
 from hps.errors import InputError, run_main
-from hps.records import read_ranked
-from report.page import render, write_page
+from hps.records import Lines, read_ranked
+from report.page import fitting, render, write_page
 
 FIELDS = ("prompt_id", "prompt", "responses", "rewards", "sources", "token_counts", "truncated")
+MOST_BYTES = 4_000_000  # of a page's data
 
 
 def explorer(path: Path, most: int, seed: int) -> str:
     """The page of a ranked file. InputError: a line is invalid, or there is none."""
-    lines = (record for _, record in read_ranked(path))
-    records = [{field: record[field] for field in FIELDS} for record in islice(lines, most)]
+    records = fitting(({f: record[f] for f in FIELDS} for _, record in read_ranked(path)), most, MOST_BYTES)
     if not records:
         raise InputError("the file has no prompts", where=str(path), remedy="give a ranked file that is not empty")
-    left = sum(1 for _ in lines)
-    data = {"records": records, "seed": seed}
+    left = len(Lines(path)) - len(records)
     title = f"Ranked responses: {path.parent.parent.name}/{path.stem}"
-    return render("explore", title, data, path=str(path), count=len(records), left=left)
+    data = {"records": records, "seed": seed}
+    return render("explore", title, data, path=str(path), count=len(records), left=left, full=len(records) < most)
 
 
 def main() -> None:
@@ -39,6 +40,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument("--to", metavar="HTML", help="default: beside the file")
     options = parser.parse_args()
+    if options.prompts < 1:
+        raise InputError(f"`--prompts` is {options.prompts}", where="command line", remedy="give 1 or more")
     path = Path(options.file)
     target = Path(options.to) if options.to else path.with_name(f"{path.stem}.explorer.html")
     write_page(target, explorer(path, options.prompts, options.seed))

@@ -9,15 +9,20 @@ through.
 import base64
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from hps.errors import InputError
 from hps.records import write_atomic
 
 HERE = Path(__file__).parent
+LONGEST = 4000  # characters of a text on a page that bounds its size
 
 
 def script_json(value: Any) -> Markup:
@@ -26,6 +31,41 @@ def script_json(value: Any) -> Markup:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
+
+
+def fitting(entries: Iterable[dict], most: int, room: int) -> list[dict]:
+    """The first entries of a page: at most `most`, and so many as have at most `room` bytes as JSON.
+
+    Texts of more than `LONGEST` characters are cut, and say so. The first entry is always there: its texts are cut
+    further until it fits.
+    """
+    found: list[dict] = []
+    for entry in islice(entries, most):
+        longest = LONGEST
+        cut = cut_texts(entry, longest)
+        while not found and longest > 1 and _bytes(cut) > room:
+            longest //= 2
+            cut = cut_texts(entry, longest)
+        room -= _bytes(cut)
+        if found and room < 0:
+            break
+        found.append(cut)
+    return found
+
+
+def _bytes(value: Any) -> int:
+    return len(script_json(value).encode())
+
+
+def cut_texts(value: Any, longest: int) -> Any:
+    """A JSON value whose texts have at most so many characters; what is cut says how much is missing."""
+    if isinstance(value, dict):
+        return {name: cut_texts(inner, longest) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [cut_texts(inner, longest) for inner in value]
+    if isinstance(value, str) and len(value) > longest:
+        return f"{value[:longest]} … [{len(value) - longest:,} more characters are left out of this page]"
+    return value
 
 
 def _source(text: str) -> str:
@@ -41,12 +81,15 @@ def render(template: str, title: str, data: Any, **context) -> str:
     """
     style = (HERE / "static" / "page.css").read_text(encoding="utf-8")
     script = "\n".join((HERE / "static" / f"{name}.js").read_text(encoding="utf-8") for name in ("common", template))
-    policy = f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
     environment = Environment(
         loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["figure"] = figure
+    environment.filters |= {"figure": figure, "counted": counted}
     return environment.get_template(f"{template}.html").render(
         title=title,
         policy=Markup(policy),
@@ -58,8 +101,26 @@ def render(template: str, title: str, data: Any, **context) -> str:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number for a table; a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    """A number for a table; a dash where there is none, and no sign before a zero."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+@contextmanager
+def intact(path: Path, remedy: str) -> Iterator[None]:
+    """A file (or folder) whose JSON has not the fields that the code inside takes from it becomes an InputError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        problem = f"this is damaged, or another version wrote it ({type(error).__name__}: {error})"
+        raise InputError(problem, where=str(path), remedy=remedy) from None
 
 
 def write_page(path: Path, text: str) -> None:

@@ -8,3 +8,9 @@ function element(name, text, className) {
   if (className) made.className = className;
   return made;
 }
+
+// `1 prompt`, `2 prompts`.
+const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
+// A number with so many digits, and no sign before a zero.
+const fixed = (value, digits) => value.toFixed(digits).replace(/^-(?=0\.?0*$)/, "");
