@@ -1,53 +1,89 @@
-"""The pictures of a report: matplotlib, as SVG in a data URI. The same figures give the same bytes."""
+"""The pictures of a page: matplotlib, an SVG in a data URI for each panel. The same figures give the same bytes.
+
+Panels are apart, so that a page can set them side by side or, on a phone, one below the other. The size of a panel is
+bounded whatever its data: long curves are drawn as means over equal windows, many points as a sample, and both is said.
+"""
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-STYLE = {"svg.hashsalt": "hps", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "path"}
+STYLE = {
+    "svg.hashsalt": "hps",
+    "svg.fonttype": "path",
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    # Names in the data are text: a `$` in one of them is no formula.
+    "text.parse_math": False,
+}
+MOST_STEPS = 400  # of a curve
+MOST_POINTS = 2000  # of a scatter, all groups together
+NAME = 40  # characters of a name in a legend
+MARKERS = "osD^vP*X<>"
+
+Draw = Callable[[Axes], None]
+Points = tuple[Sequence[float], Sequence[float]]
 
 
 @dataclass
 class Picture:
-    """`source`: the data URI; `text`: what it shows, for those who do not see it, and `caption` below it."""
+    """One panel. `source`: the data URI; `text`: what it shows, for those who do not see it."""
 
     source: str
     text: str
+
+
+@dataclass
+class Pictures:
+    """Panels that belong together, with one caption."""
+
+    panels: list[Picture]
     caption: str
 
 
-def picture(panels: list[Callable[[Axes], None]], text: str, caption: str, columns: int = 2) -> Picture:
-    """A picture of panels, each drawn by a function onto its axes."""
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
+def picture(draw: Draw, text: str, height: float = 3.1) -> Picture:
+    """A panel, drawn by a function onto its axes; `height` in inches at a width of 5.2."""
     with rc_context(STYLE):
-        drawing = Figure(figsize=(5.2 * columns, 3.1 * rows), layout="constrained")
-        axes = list(drawing.subplots(rows, columns, squeeze=False).flat)
-        for axis, panel in zip(axes, panels, strict=False):
-            panel(axis)
-        for axis in axes[len(panels) :]:
-            axis.set_axis_off()
+        drawing = Figure(figsize=(5.2, height), layout="constrained")
+        draw(drawing.subplots())
         buffer = io.BytesIO()
         drawing.savefig(buffer, format="svg", metadata={"Date": None})
     source = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Picture(source, text, caption)
+    return Picture(source, text)
 
 
-def curve(
-    title: str, series: dict[str, tuple[list[float], list[float]]], label: str = "step"
-) -> Callable[[Axes], None]:
-    """Lines over the steps; `series` are names with steps and values."""
+def named(name: str) -> str:
+    """A name of the data for a legend; matplotlib leaves out those that begin with an underscore."""
+    text = name if len(name) <= NAME else f"{name[: NAME - 1]}…"
+    return f" {text}" if text.startswith("_") else text
+
+
+def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray, int]:
+    """At most `MOST_STEPS` means over windows of equal length (the last may be shorter), and that length."""
+    window = -(-len(steps) // MOST_STEPS)
+    starts = range(0, len(steps), max(1, window))
+    means = [np.array([np.mean(each[start : start + window]) for start in starts]) for each in (steps, values)]
+    return means[0], means[1], window
+
+
+def curve(title: str, series: Mapping[str, Points], label: str = "step", stairs: bool = False) -> Draw:
+    """Lines over the steps; `series` are names with steps and values. `stairs`: the value holds until the next step."""
 
     def draw(axis: Axes) -> None:
-        for name, (steps, values) in series.items():
-            axis.plot(steps, values, label=name, marker=".", markersize=3)
-        axis.set_title(title, fontsize=10)
+        window = 1
+        for name, points in series.items():
+            steps, values, window = (*points, 1) if stairs else thinned(*points)
+            style = {"drawstyle": "steps-mid"} if stairs else {}
+            marker = "." if len(steps) <= 50 else ""
+            axis.plot(steps, values, label=named(name), marker=marker, markersize=3, **style)
+        axis.set_title(title if window == 1 else f"{title}, means over {window} steps", fontsize=10)
         axis.set_xlabel(label)
         if len(series) > 1:
             axis.legend(fontsize=8)
@@ -55,14 +91,18 @@ def curve(
     return draw
 
 
-def histogram(title: str, groups: dict[str, list[float]], label: str) -> Callable[[Axes], None]:
+def histogram(title: str, groups: Mapping[str, Sequence[float]], label: str) -> Draw:
     """Densities of groups of values on common bins."""
 
     def draw(axis: Axes) -> None:
-        values = np.concatenate([np.asarray(group, dtype=float) for group in groups.values()])
-        bins = np.histogram_bin_edges(values, bins=min(40, max(5, len(values) // 8)))
-        for name, group in groups.items():
-            axis.hist(group, bins=bins, density=True, histtype="stepfilled", alpha=0.45, label=f"{name} ({len(group)})")
+        arrays = {name: np.asarray(group, dtype=np.float64) for name, group in groups.items()}
+        count = sum(map(len, arrays.values()))
+        ends = min(each.min() for each in arrays.values()), max(each.max() for each in arrays.values())
+        bins = np.histogram_bin_edges([], bins=min(40, max(5, count // 8)), range=ends)
+        for name, group in arrays.items():
+            heights, _ = np.histogram(group, bins=bins, density=True)
+            (line,) = axis.step(bins, [*heights, heights[-1]], where="post", label=f"{named(name)} ({len(group)})")
+            axis.fill_between(bins, [*heights, heights[-1]], step="post", alpha=0.25, color=line.get_color())
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(label)
         axis.set_ylabel("density")
@@ -71,12 +111,31 @@ def histogram(title: str, groups: dict[str, list[float]], label: str) -> Callabl
     return draw
 
 
-def scatter(title: str, groups: dict[str, tuple[list[float], list[float]]], across: str, up: str):
-    """Points of groups."""
+def sample(count: int, most: int = MOST_POINTS) -> np.ndarray:
+    """Indices of at most `most` of `count` points, always the same ones, in order."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, size=most, replace=False))
+
+
+def sampled(count: int) -> str:
+    """What a caption says of a scatter of so many points."""
+    return (
+        ""
+        if count <= MOST_POINTS
+        else f" A sample of {MOST_POINTS:,} of the {count:,} points, drawn with a fixed seed."
+    )
+
+
+def scatter(title: str, xs: Sequence[float], ys: Sequence[float], groups: Sequence[str], across: str, up: str) -> Draw:
+    """Points of groups, whose order is that of the colours; of many points a sample."""
 
     def draw(axis: Axes) -> None:
-        for name, (xs, ys) in groups.items():
-            axis.scatter(xs, ys, s=9, alpha=0.6, label=name)
+        chosen = sample(len(xs))
+        x, y, group = (np.asarray(values)[chosen] for values in (xs, ys, groups))
+        names = list(dict.fromkeys(groups))
+        for name, colour in zip(names, colormaps["viridis"](np.linspace(0, 0.9, len(names))), strict=True):
+            axis.scatter(x[group == name], y[group == name], s=9, alpha=0.6, label=named(name), color=[colour])
         axis.axhline(0, color="0.4", linewidth=0.8)
         axis.axvline(0, color="0.4", linewidth=0.8)
         axis.set_title(title, fontsize=10)
@@ -87,13 +146,14 @@ def scatter(title: str, groups: dict[str, tuple[list[float], list[float]]], acro
     return draw
 
 
-def before_after(title: str, before: list[float], after: list[float]) -> Callable[[Axes], None]:
+def before_after(title: str, before: Sequence[float], after: Sequence[float]) -> Draw:
     """Margins of pairs before and after training: above the diagonal the training raised them."""
 
     def draw(axis: Axes) -> None:
+        chosen = sample(len(before))
         ends = [min([*before, *after]), max([*before, *after])]
         axis.plot(ends, ends, color="0.4", linewidth=0.8)
-        axis.scatter(before, after, s=12, alpha=0.7)
+        axis.scatter(np.asarray(before)[chosen], np.asarray(after)[chosen], s=12, alpha=0.7)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("margin before (nats)")
         axis.set_ylabel("margin after (nats)")
@@ -101,7 +161,7 @@ def before_after(title: str, before: list[float], after: list[float]) -> Callabl
     return draw
 
 
-def intervals(title: str, points: dict[str, list[tuple[float, dict]]], up: str) -> Callable[[Axes], None]:
+def intervals(title: str, points: Mapping[str, list[tuple[float, dict]]], up: str) -> Draw:
     """Means with intervals over the steps; `points` are names with step and `{"mean", "interval"}`."""
 
     def draw(axis: Axes) -> None:
@@ -110,7 +170,7 @@ def intervals(title: str, points: dict[str, list[tuple[float, dict]]], up: str) 
             means = np.array([value["mean"] for _, value in entries])
             ends = np.array([value["interval"] for _, value in entries])
             errors = np.abs(ends - means[:, None]).T
-            axis.errorbar(steps, means, yerr=errors, marker="o", markersize=4, capsize=3, label=name)
+            axis.errorbar(steps, means, yerr=errors, marker="o", markersize=4, capsize=3, label=named(name))
         axis.axhline(0, color="0.4", linewidth=0.8)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
@@ -118,3 +178,48 @@ def intervals(title: str, points: dict[str, list[tuple[float, dict]]], up: str) 
         axis.legend(fontsize=8)
 
     return draw
+
+
+def forest(title: str, rows: list[tuple[str, dict]]) -> Draw:
+    """Means with intervals of labelled rows, the first on top."""
+
+    def draw(axis: Axes) -> None:
+        for place, (_, entry) in enumerate(reversed(rows)):
+            axis.plot(entry["interval"], [place, place], color="tab:blue")
+            axis.plot(entry["mean"], place, "o", color="tab:blue", markersize=4)
+        axis.axvline(0, color="0.4", linewidth=0.8)
+        axis.set_yticks(range(len(rows)), [named(label) for label, _ in reversed(rows)], fontsize=8)
+        axis.set_title(title, fontsize=10)
+
+    return draw
+
+
+def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:
+    """A figure against KL, a line a method: colour says the family and setting, the stroke the preference model."""
+    traits = {label: _traits(label) for label in lines}
+    colours = list(dict.fromkeys(colour for colour, _ in traits.values()))
+    strokes = list(dict.fromkeys(stroke for _, stroke in traits.values()))
+
+    def draw(axis: Axes) -> None:
+        for label, (xs, ys) in lines.items():
+            colour, stroke = colours.index(traits[label][0]), strokes.index(traits[label][1])
+            axis.plot(
+                xs, ys, label=named(label), color=f"C{colour % 10}", linestyle=(":", "--", "-", "-.")[stroke % 4],
+                marker=MARKERS[colour % len(MARKERS)], markersize=3.5, linewidth=1.2,
+            )  # fmt: skip
+        axis.axhline(0, color="0.4", linewidth=0.8)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("KL on the preferred response (nats)")
+        axis.set_ylabel(up)
+        columns = 3 if max(map(len, lines)) < 12 else 2
+        # Outside: with fifteen methods it would hide some. Below, not beside: a phone has no width for it.
+        axis.figure.legend(loc="outside lower center", ncols=columns, fontsize=8, handlelength=3.5)
+
+    return draw
+
+
+def _traits(label: str) -> tuple[str, str]:
+    """What a row's colour says and what its stroke: `DPO-HPS, n = 4` is (`DPO, n = 4`, `HPS`)."""
+    method, _, setting = label.partition(", ")
+    family, _, preference = method.rpartition("-")
+    return f"{family}, {setting}", preference

@@ -1,12 +1,13 @@
 """The pages of runs, rankings and tables in a real browser: filter, slider; hostile text; accessibility by axe."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import SIZES, Opened, overflow, violations
 from conftest import REPOSITORY, ranked_records
-from test_report import HOSTILE, evaluated, finished_training
+from test_report import HOSTILE, evaluated, finished_training, judged
 
 from alignment.plan import hardness_weights, plan
 from report.explore import explorer
@@ -16,25 +17,56 @@ from report.table import page as page_of_table
 pytestmark = pytest.mark.slow
 
 
+GAINS = (0.5, -0.25, 0.0, 1.5)  # of the best answer to p1 ... p4: gains, a loss and a tie
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 @pytest.fixture
-def run_page(ranked_recipe, tmp_path) -> Path:
+def recipe(ranked_recipe):
     recipe = ranked_recipe()
     plan(recipe)
     finished_training(recipe)
-    evaluated(recipe)
-    path = tmp_path / "report.html"
-    path.write_text(report(recipe), encoding="utf-8")
-    return path
+    return recipe
+
+
+@pytest.fixture
+def run_page(recipe, tmp_path) -> Path:
+    evaluated(recipe, GAINS)
+    judged(recipe)
+    return write(tmp_path / "report.html", report(recipe, ["recipe.yaml"]))
+
+
+@pytest.fixture
+def early_page(recipe, tmp_path) -> Path:
+    """The page of a run that evaluate.sh has not seen."""
+    folder = recipe.run_folder() / "evaluation"
+    folder.mkdir()
+    prompts = (f"first {HOSTILE}", "second")
+    lines = [
+        {"prompt_id": text, "prompt": [{"role": "user", "content": text}], "before": HOSTILE, "after": "new"}
+        for text in prompts
+    ]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return write(tmp_path / "early.html", report(recipe, ["recipe.yaml"]))
 
 
 @pytest.fixture
 def explore_page(write_lines, tmp_path) -> Path:
     records = ranked_records(6, responses=8)
     records[1]["responses"][0] = HOSTILE
+    records[1]["responses"][1] = f"{HOSTILE} " * 20  # long enough to be collapsed
     records[1]["prompt"][0]["content"] = f"hostile {HOSTILE}"
-    path = tmp_path / "explorer.html"
-    path.write_text(explorer(write_lines(records, "run/ranked/train.jsonl"), 10, 3), encoding="utf-8")
-    return path
+    return write(tmp_path / "explorer.html", explorer(write_lines(records, "run/ranked/train.jsonl"), 10, 3))
+
+
+@pytest.fixture(scope="module")
+def table_page(tmp_path_factory) -> Path:
+    table = REPOSITORY / "results" / "quickstart" / "table2.json"
+    return write(tmp_path_factory.mktemp("table") / "table.html", page_of_table(table))
 
 
 def weights_shown(page) -> list[float]:
@@ -74,51 +106,153 @@ def test_draws_follow_the_weights(open_page, explore_page):
     assert len(met) >= 6
 
 
+def test_one_chance_is_held_while_gamma_moves(open_page, explore_page):
+    """The mark is where the cumulated weights pass u, at every gamma; it moves to harder ranks as gamma rises."""
+    page = open_page(explore_page)
+    rewards = np.array(ranked_records(1, responses=8)[0]["rewards"][1:])
+    for _ in range(3):
+        u, ranks = float(page.locator("#drawn").get_attribute("data-u")), []
+        for gamma in (-10, -5, -1, 0, 1, 5, 10):
+            page.fill("#gamma", str(gamma))
+            ranks.append(int(page.locator(".drawn").get_attribute("data-index")))
+            assert ranks[-1] == np.searchsorted(hardness_weights(rewards, gamma).cumsum(), u, side="right") + 1
+            assert page.locator(".drawn").count() == page.locator("#strip .mark").count() == 1
+            assert f"drawn is rank {ranks[-1]}." in page.get_attribute("#strip", "aria-label")
+        assert float(page.locator("#drawn").get_attribute("data-u")) == u
+        assert ranks == sorted(ranks, reverse=True)
+        page.click("#draw")
+        assert float(page.locator("#drawn").get_attribute("data-u")) != u
+
+
+def test_a_hundred_responses_are_seen_at_once(open_page, write_lines, tmp_path):
+    """A bar for each rank, as high as its weight; slider and bars stay in sight at the last response."""
+    (record,) = ranked_records(1, responses=101)
+    path = write_lines([record], "run/ranked/train.jsonl")
+    page = open_page(write(tmp_path / "explorer.html", explorer(path, 10, 3)), "phone")
+    page.fill("#gamma", "2")
+    weights = hardness_weights(np.array(record["rewards"][1:]), 2)
+    heights = page.evaluate("[...document.querySelectorAll('#strip span')].map((bar) => parseFloat(bar.style.height))")
+    np.testing.assert_allclose(heights, 100 * weights / weights.max(), rtol=1e-4, atol=1e-4)
+    page.locator(".item").last.scroll_into_view_if_needed()
+    assert page.locator("#strip").bounding_box()["y"] >= 0 and page.locator("#draw").is_visible()
+    page.click("#drawn a")
+    page.wait_for_timeout(100)
+    strip, drawn = page.locator("#hardness").bounding_box(), page.locator(".drawn").bounding_box()
+    assert strip["y"] + strip["height"] <= drawn["y"] + 1
+
+
 def test_the_explorer_searches(open_page, explore_page):
     page = open_page(explore_page)
     page.fill("#search", "hostile")
-    assert "1 prompts" in page.inner_text("#found")
-    assert HOSTILE.replace("\u2028", "") in page.inner_text("#item").replace("\u2028", "")
+    assert page.inner_text("#found") == "1 prompt"
+    assert HOSTILE.replace("\u2028", "") in page.inner_text("#question").replace("\u2028", "")
     page.fill("#search", "nothing holds this")
     assert page.inner_text("#found") == "No prompt holds these words."
+    assert page.locator("#draw").is_disabled() and not page.locator("#hardness").is_visible()
+    page.fill("#search", "")
+    page.click("#draw")
+    assert page.inner_text("#found") == "6 prompts" and page.locator(".drawn").count() == 1
+
+
+def test_what_is_opened_stays_open(open_page, explore_page):
+    page = open_page(explore_page)
+    page.select_option("#prompt", "1")
+    assert page.locator("#item details").count() == 1
+    page.click("#item summary")
+    page.fill("#gamma", "3")
+    assert page.locator("#item details[open]").count() == 1
+
+
+def ids(page) -> list[str]:
+    return page.evaluate("[...document.querySelectorAll('article')].map((each) => each.dataset.id)")
 
 
 def test_answers_are_filtered_sorted_and_searched(open_page, run_page):
-    """Two prompts; the mock scores make neither better nor worse by its best answer."""
     page = open_page(run_page)
-    assert page.locator("article").count() == 2
+    assert ids(page) == ["p1", "p2", "p3", "p4"]
+    for name, found in (("better", ["p1", "p4"]), ("worse", ["p2"]), ("all", ["p1", "p2", "p3", "p4"])):
+        page.select_option("#filter", name)
+        assert ids(page) == found and page.inner_text("#found") == f"{len(found)} of 4 prompts"
+    for name, found in (("up", ["p4", "p1", "p3", "p2"]), ("down", ["p2", "p3", "p1", "p4"])):
+        page.select_option("#sort", name)
+        assert ids(page) == found
     page.select_option("#filter", "better")
-    assert page.inner_text("#found") == "0 of 2 prompts"
-    page.select_option("#filter", "all")
-    page.fill("#search", "p2 ")
-    assert page.locator("article").count() == 1 and "p2" in page.inner_text("article h3 + p")
-    page.fill("#search", "")
-    page.select_option("#sort", "down")
-    assert page.locator("article").count() == 2
+    assert ids(page) == ["p1", "p4"]
+    page.fill("#search", "p4 ")
+    assert ids(page) == ["p4"]
 
 
-def test_rows_of_a_table_are_filtered(open_page, tmp_path):
-    path = tmp_path / "table.html"
-    path.write_text(page_of_table(REPOSITORY / "results" / "quickstart" / "table2.json"), encoding="utf-8")
-    page = open_page(path)
+def test_a_tie_is_neither_good_nor_bad(open_page, run_page):
+    page = open_page(run_page)
+    assert page.locator("article[data-id=p1] > p.good").inner_text() == "best answer: +0.500"
+    assert page.locator("article[data-id=p2] > p.bad").inner_text() == "best answer: -0.250"
+    assert page.locator("article[data-id=p3] > p.soft").inner_text() == "best answer: 0.000"
+    assert page.locator("article[data-id=p3] .good, article[data-id=p3] .bad").count() == 0
+
+
+def test_greedy_answers_are_searched(open_page, early_page):
+    page = open_page(early_page)
+    assert page.locator("article").count() == 2 and page.locator("#filter").count() == 0
+    page.fill("#search", "first")
+    assert page.inner_text("#found") == "1 of 2 prompts"
+
+
+def test_rows_of_a_table_are_filtered(open_page, table_page):
+    page = open_page(table_page)
     page.fill("#search", "dpo-hps")
     shown = [row.inner_text() for row in page.locator("tr.row th").all() if row.is_visible()]
     assert shown and all("DPO-HPS" in text for text in shown)
 
 
+def later_states(page, name: str):
+    """What a reader makes of a page: filtered, searched in vain, everything opened. Yields after each step."""
+    if name == "table_page":
+        page.fill("#search", "dpo")
+        yield
+    if name == "run_page":
+        page.select_option("#filter", "worse")
+        yield
+        page.select_option("#filter", "all")
+    if name == "explore_page":
+        page.select_option("#prompt", "1")
+        page.fill("#gamma", "4")
+        page.click("#draw")
+    page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    yield
+    page.fill("#search", "nothing holds this")
+    yield
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_and_nothing_overflows(open_page, run_page, explore_page, size, scheme):
-    """WCAG A and AA, headings and landmarks, contrast, on a phone and on a desktop, light and dark."""
-    table_page = explore_page.with_name("table.html")
-    table_page.write_text(page_of_table(REPOSITORY / "results" / "quickstart" / "table2.json"), encoding="utf-8")
-    for path in (run_page, explore_page, table_page):
-        page = open_page(path, size, scheme, bypass_csp=True)  # the checker is a script, which the page refuses
-        assert violations(page) == [], path.name
-        assert overflow(page) == 0, path.name
+@pytest.mark.parametrize("name", ["run_page", "early_page", "explore_page", "table_page"])
+def test_axe_finds_nothing_and_nothing_overflows(open_page, request, name, size, scheme):
+    """WCAG A and AA, headings and landmarks, contrast, on a phone and on a desktop, light and dark, in every state."""
+    path = request.getfixturevalue(name)
+    page = open_page(path, size, scheme, bypass_csp=True)  # the checker is a script, which the page refuses
+    assert violations(page) == [] and overflow(page) == 0
+    for _ in later_states(page, name):
+        assert violations(page) == [] and overflow(page) == 0
 
 
-@pytest.mark.parametrize("name", ["run_page", "explore_page"])
+def test_pictures_are_legible_on_a_phone(open_page, run_page):
+    """One below the other and as wide as the column; side by side on a desktop. Each says what it shows."""
+    for size, columns in (("phone", 1), ("desktop", 2)):
+        page = open_page(run_page, size)
+        boxes = [each.bounding_box() for each in page.locator("#training + figure img").all()]
+        assert len(boxes) == 6 and len({box["x"] for box in boxes}) == columns
+        assert all(box["width"] >= 340 for box in boxes)
+    assert all(len(each.get_attribute("alt")) > 30 for each in page.locator("figure img").all())
+
+
+def test_figures_fit_a_phone(open_page, run_page):
+    """The interval, a table's last column, is in sight without scrolling."""
+    page = open_page(run_page, "phone")
+    for table in page.locator(".tables .wide").all():
+        assert table.evaluate("(each) => each.scrollWidth - each.clientWidth") <= 0
+
+
+@pytest.mark.parametrize("name", ["run_page", "early_page", "explore_page"])
 def test_hostile_text_stays_text(open_page, request, name):
     """No element of a model's making, and none that runs: the page's own script is the only one."""
     page = open_page(request.getfixturevalue(name))

@@ -1,20 +1,24 @@
-"""report/: what reaches a page, the page of a run with and without its parts, the explorer."""
+"""report/: what reaches a page, the page of a run with and without its parts, the explorer, pages of tables."""
 
 import json
 import re
+import shutil
+from array import array
 
 import pytest
-from conftest import REPOSITORY, ranked_records
+from conftest import REPOSITORY, make_plan, ranked_records
 
-from alignment.plan import plan
+from alignment.plan import plan, run_settings
 from hps.errors import InputError
-from hps.manifest import finish
-from hps.records import write_json
+from hps.manifest import file_hash, finish
+from hps.records import Lines, write_json
+from report import answers as answers_of
+from report import draws
 from report.explore import explorer
-from report.figures import curve, histogram, picture
-from report.page import render, script_json
-from report.run import answers, drawn_places, report
-from report.table import page
+from report.figures import MOST_POINTS, MOST_STEPS, curve, histogram, picture, scatter, thinned
+from report.page import counted, cut_texts, figure, fitting, render, script_json
+from report.run import report
+from report.table import number, page, signed
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;"
 
@@ -24,40 +28,166 @@ def data_of(page: str):
     return json.loads(text)
 
 
+# ---- what every page has in common ----
+
+
 def test_json_cannot_end_its_block():
     text = script_json({"text": HOSTILE})
     assert not set("<>&\u2028") & set(text) and json.loads(text) == {"text": HOSTILE}
 
 
 def test_a_page_names_its_own_script_and_style_and_no_other():
-    """The hashes of the policy are those of what stands in the page; nothing else may run or load."""
+    """The hashes of the policy are those of what stands in the page; nothing else may run, load, or change its base."""
     import base64
     import hashlib
 
-    page = render("explore", HOSTILE, {"records": [], "seed": 0}, path=HOSTILE, count=0, left=0)
+    page = render("explore", HOSTILE, {"records": [], "seed": 0}, path=HOSTILE, count=0, left=0, full=False)
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
     blocks = re.findall(r"<style>(.*?)</style>|<script>(.*?)</script>", page, flags=re.DOTALL)
     hashes = ["sha256-" + base64.b64encode(hashlib.sha256("".join(b).encode()).digest()).decode() for b in blocks]
     assert len(hashes) == 2
-    assert policy == f"default-src 'none'; img-src data:; style-src '{hashes[0]}'; script-src '{hashes[1]}'"
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src '{hashes[0]}'; script-src '{hashes[1]}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     assert "<img src=x" not in page and "<script>alert" not in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
 
 
+def test_numbers_as_pages_write_them():
+    """No sign before a zero; `1 prompt`."""
+    assert [figure(value) for value in (-0.0004, 0.0, -0.0006, None)] == ["0.000", "0.000", "-0.001", "–"]
+    assert [signed(value) for value in (-0.0004, 0.0004, 0.5, -0.5)] == ["0.000", "0.000", "+0.500", "-0.500"]
+    assert [counted(count, "prompt") for count in (1, 2, 60000)] == ["1 prompt", "2 prompts", "60,000 prompts"]
+    assert number({"mean": -0.0001, "interval": [-0.0001, 1.0], "before_first_point": True}) == "0.000 [0.000, 1.000]†"
+
+
+def test_texts_are_cut_and_say_so():
+    """Seven characters to three; keys, numbers and short texts stay."""
+    cut = cut_texts({"a": ["abcdefg", "abc"], "b": 1.5}, 3)
+    assert cut == {"a": ["abc … [4 more characters are left out of this page]", "abc"], "b": 1.5}
+
+
+def test_a_page_takes_the_first_entries_that_fit():
+    """An entry `{"t": "..."}` of 100 letters has 108 bytes: two fit in 250, and the first one always does."""
+    entries = [{"t": "x" * 100}] * 5
+    assert [len(fitting(entries, most, room)) for most, room in ((9, 250), (1, 250), (9, 10**6))] == [2, 1, 5]
+    (alone,) = fitting([{"t": "<" * 100_000}], 9, 1000)
+    assert len(script_json(alone)) <= 1000 and "are left out of this page" in alone["t"]
+
+
+# ---- pictures ----
+
+
 def test_the_same_figures_are_the_same_bytes():
     def one():
-        return picture(
-            [curve("a", {"b": ([1, 2], [3.0, 4.0])}), histogram("c", {"d": [1.0, 2.0]}, "e")], "text", "caption"
-        )
+        return [picture(curve("a", {"b": ([1, 2], [3.0, 4.0])}), "x"), picture(histogram("c", {"d": [1.0]}, "e"), "y")]
 
-    assert one() == one() and one().source.startswith("data:image/svg+xml;base64,")
+    assert one() == one() and one()[0].source.startswith("data:image/svg+xml;base64,")
+
+
+@pytest.mark.parametrize("name", ["$x_{$", "_hidden", "x" * 10_000, "a\nb"])
+def test_names_of_the_data_are_text_in_a_picture(name):
+    """A `$` begins no formula, and matplotlib's own rules for names hide none."""
+    drawn = picture(histogram("rewards", {name: [1.0, 2.0], "other": [1.0]}, "reward"), "text")
+    plain = picture(histogram("rewards", {"other": [1.0]}, "reward"), "text")
+    assert len(plain.source) < len(drawn.source) < 100_000
+
+
+def test_long_curves_become_means():
+    """800 steps are twice what a curve shows: means of two."""
+    steps, values, window = thinned(range(1, 2 * MOST_STEPS + 1), [0.0, 1.0] * MOST_STEPS)
+    assert window == 2 and len(steps) == MOST_STEPS and set(values) == {0.5} and list(steps[:2]) == [1.5, 3.5]
+    assert thinned([1, 2], [3.0, 4.0])[2] == 1
+
+
+def test_many_points_are_a_sample():
+    """Thirty times the points make no larger picture."""
+    sizes = []
+    for count in (MOST_POINTS, 30 * MOST_POINTS):
+        values = [0.001 * (number % 977) for number in range(count)]
+        groups = ["all"] * count
+        sizes.append(len(picture(scatter("t", values, values[::-1], groups, "x", "y"), "text").source))
+    assert sizes[1] < 1.1 * sizes[0] < 600_000
+
+
+# ---- draws ----
 
 
 def test_places_of_draws_by_hand():
-    """y_1 is the third of five: those before it keep their place + 1, those behind it have their own index."""
+    """y_1 is the third of five; the list without it is 0, 1, 3, 4: index 0 has place 1, index 4 place 4."""
+    from hps.recipe import load_recipe
+
+    record = {"prompt_id": "p", "rewards": [9.0, 5.0, 4.0, 2.0, 1.0], "token_counts": [5, 4, 10, 2, 1]}
+    record["sources"] = ["generated", "generated", "given_1", "given_2", "generated"]
     row = {"preferred": 2, "dispreferred": [0, 4], "weights": [0.25, 0.75]}
-    assert drawn_places(row) == 0.25 * 1 + 0.75 * 4
-    assert drawn_places({"preferred": 0, "dispreferred": [1, 3], "weights": None}) == 2
+    recipe = load_recipe(REPOSITORY / "configs" / "quickstart.yaml", ["schedule.best=human"])
+    place, reward, length = draws.row_figures(row, record, recipe)
+    assert place == 0.25 * 1 + 0.75 * 4
+    assert reward == 4 - (0.25 * 9 + 0.75 * 1) and length == 10 - (0.25 * 5 + 0.75 * 1)
+
+
+VARIANTS = (
+    (),
+    ("schedule.subsample=3",),
+    ("schedule.ties=exclude",),
+    ("schedule.best=human", "schedule.ties=exclude"),
+    ("schedule.standardize_rewards=true", "loss.samples=3"),
+    ("loss.estimator=exact",),
+    ("loss.preference=bt", "schedule.subsample=4"),
+    ("loss.preference=pl", "loss.list_size=3"),
+    ("loss.positives=2", "loss.appendix_e_reading=intended"),
+    ("loss.positives=2", "schedule.ties=exclude"),
+)
+
+
+@pytest.mark.parametrize("overrides", VARIANTS, ids=" ".join)
+def test_draws_agree_with_the_plans_own_table(ranked_recipe, write_lines, overrides):
+    """Rank, reward gap and length gap: their means by stage are the plan's diagnostics, whatever the settings."""
+    recipe = ranked_recipe(*overrides)
+    records = ranked_records(8, responses=6)
+    for record in records:  # y_1 and the next one tie
+        record["rewards"][1] = record["rewards"][0]
+    rows, facts = make_plan(records, recipe)
+    path = write_lines(rows, "plan.jsonl")
+    found, _ = draws.read_draws(Lines(path), write_lines(records[::-1], "ranked.jsonl"), recipe)
+    stages, first = facts["stages"], 0
+    for stage in stages:
+        last = first + stage["rows"]
+        for name, values in (("rank", found.place), ("reward_gap", found.reward_gap), ("length_gap", found.length_gap)):
+            assert sum(values[first:last]) / stage["rows"] == pytest.approx(stage[name], abs=6e-4), (stage, name)
+        first = last
+    assert first == len(rows) == len(found.step)
+
+
+def test_a_plan_of_another_ranked_file_is_refused(ranked_recipe, write_lines):
+    recipe = ranked_recipe()
+    records = ranked_records(4)
+    rows, _ = make_plan(records, recipe)
+    lines = Lines(write_lines(rows, "plan.jsonl"))
+    with pytest.raises(InputError, match=r"plan.jsonl:\d+: the row does not fit the ranked file"):
+        draws.read_draws(lines, write_lines(records[1:], "fewer.jsonl"), recipe)
+    short = [
+        {name: value[:2] if isinstance(value, list) and name != "prompt" else value for name, value in record.items()}
+        for record in records
+    ]
+    with pytest.raises(InputError, match=r"plan.jsonl:\d+: the row does not fit the ranked file"):
+        draws.read_draws(lines, write_lines(short, "short.jsonl"), recipe)
+
+
+def test_rewards_by_source(write_lines):
+    """Given ones apart, later ones together, and of many sources the smallest in one group."""
+    record = ranked_records(1, responses=9)[0]
+    record["sources"] = ["given_1", "given_2", "given_3", "given_4", "a", "a", "b", "c", "d"]
+    groups = draws.rewards_by_source(write_lines([record], "ranked.jsonl"))
+    assert {name: len(values) for name, values in groups.items()} == {
+        **{"given_1": 1, "given_2": 1, "given_3 and later": 2, "a": 2},
+        **{"b": 1, draws.OTHER: 2},
+    }
+    assert isinstance(groups["a"], array) and groups["a"].itemsize == 4
+
+
+# ---- the page of a run ----
 
 
 @pytest.fixture
@@ -75,71 +205,210 @@ def finished_training(recipe) -> None:
         | {"rewards/margins": 0.1, "rewards/accuracies": 1.0, "lengths/chosen": 5.0, "lengths/rejected": 6.0}
         for step in (1, 2, 3)
     ]
-    run = recipe.run_folder()
-    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    finish(run, recipe, {}, [run / "plan.jsonl", run / "log.jsonl"])
+    folder = recipe.run_folder()
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outputs = [folder / "plan.jsonl", folder / "log.jsonl"]
+    finish(folder, recipe, run_settings(recipe), outputs, [recipe.ranked("train")])
+
+
+def pictures(page: str) -> list[str]:
+    """What the pictures of a page show, in words."""
+    return re.findall(r'<img src="[^"]*" alt="([^"]*)"', page)
 
 
 def test_a_run_without_evaluation_says_what_makes_it(trained):
-    page = report(trained)
-    assert "There are no held-out figures yet: <code>bash run.sh RECIPE</code>" in page
-    assert page.count("<code>bash evaluate.sh RECIPE</code>") == 2
+    page = report(trained, ["configs/mine.yaml", "loss.beta=0.5"])
+    assert "There are no held-out figures yet: <code>bash run.sh configs/mine.yaml loss.beta=0.5</code>" in page
+    assert page.count("<code>bash evaluate.sh configs/mine.yaml loss.beta=0.5</code>") == 2
     assert data_of(page) == {"answers": []}
-    assert page.count("<img src=") == 3  # training, rewards, lengths
-    assert report(trained) == page
+    shown = [re.split("[,:;]", text)[0] for text in pictures(page)]
+    assert shown == [
+        *("loss (nats)", "implicit reward (beta x nats)", "gamma", "hardness", "share of pairs in order"),
+        *("response length (tokens)", "Rewards of the candidates of train prompts by source"),
+        *("Rewards of the candidates of test prompts by source", "Each of 16 rows of the plan"),
+    ]
+    assert "loss (nats), over steps 1 to 3: loss from 0.600 to 0.400." in pictures(page)
+    assert report(trained, ["configs/mine.yaml", "loss.beta=0.5"]) == page
+
+
+def test_answers_of_the_training_side_stand_side_by_side(trained):
+    """Before evaluate.sh: the greedy answers that run.sh wrote, without scores to filter by."""
+    (trained.run_folder() / "evaluation").mkdir()
+    line = {"prompt_id": "p1", "prompt": [{"role": "user", "content": "q"}], "before": "old", "after": HOSTILE}
+    (trained.run_folder() / "evaluation" / "answers.jsonl").write_text(json.dumps(line) + "\n")
+    page = report(trained, [])
+    (entry,) = data_of(page)["answers"]
+    assert entry["before"] == [{"text": "old"}] and entry["after"] == [{"text": HOSTILE}]
+    assert "1 test prompt. Of each one greedy answer" in page and 'id="search"' in page and 'id="filter"' not in page
+    assert "There are no scored answers yet" in page
 
 
 def test_a_run_that_is_not_finished_is_refused(trained):
     (trained.run_folder() / "manifest.json").unlink()
     with pytest.raises(InputError, match="the run is not finished"):
-        report(trained)
+        report(trained, [])
 
 
-def evaluated(recipe) -> None:
-    """Answers and scores of two prompts before and after, one of them hostile, and held-out figures."""
-    figure = {"mean": 0.5, "interval": [0.25, 0.75]}
-    run, sft = recipe.run_folder(), recipe.sft_folder()
-    for number, folder in enumerate((sft, run)):
+def test_the_recipe_is_that_of_the_training(ranked_recipe, trained):
+    """Whatever the command line says now: the page describes what was trained."""
+    page = report(ranked_recipe("loss.family=ipo", "run=dpo-hps"), [])
+    assert "dpo under hps, 3 steps" in page and "family: dpo" in page and "family: ipo" not in page
+
+
+def evaluated(recipe, gains: tuple[float, ...] = (1.0, -0.5)) -> None:
+    """Answers and scores before and after of a prompt for each gain, one of them hostile, and held-out figures."""
+    entry = {"mean": 0.5, "interval": [0.25, 0.75]}
+    folders = recipe.tested().sft_folder(), recipe.evaluated_folder()
+    for after, folder in enumerate(folders):
         (folder / "answers").mkdir(parents=True)
         (folder / "scores").mkdir()
-        texts = [[HOSTILE, "b"], ["c", "d"]]
-        for name, write in (("answers/test.jsonl", True), ("scores/scores.jsonl", False)):
-            lines = []
-            for prompt, pair in zip(("p1", "p2"), texts, strict=True):
-                answer = {"prompt_id": prompt, "prompt": [{"role": "user", "content": f"{prompt} {HOSTILE}"}]}
-                answer |= {"responses": pair, "token_counts": [3, 4], "truncated": [False, True]}
-                score = {"prompt_id": prompt, "answers": [{"score": 1.0 + number}, {"score": 2.0}], "given": []}
-                lines.append(json.dumps(answer if write else score) + "\n")
-            (folder / name).write_text("".join(lines))
-        write_json(folder / "scores" / "manifest.json", {})
+        lines = {"answers/test.jsonl": [], "scores/scores.jsonl": []}
+        for place, gain in enumerate(gains, 1):
+            prompt = {"prompt_id": f"p{place}", "prompt": [{"role": "user", "content": f"p{place} {HOSTILE}"}]}
+            texts = {"responses": [HOSTILE, "b"], "token_counts": [1, 4], "truncated": [False, True]}
+            lines["answers/test.jsonl"].append(prompt | texts)
+            scores = [{"score": 2.0 + gain * after}, {"score": 1.0}]
+            lines["scores/scores.jsonl"].append({"prompt_id": f"p{place}", "answers": scores, "given": []})
+        for name, records in lines.items():
+            (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+            write_json((folder / name).with_name("claim.json"), {})
+            finish((folder / name).parent, recipe, {}, [folder / name])
     pair = {"set": "ranked", "reference": [-3.0, -2.0], "policy": [-2.0, -2.0]}
-    (run / "evaluation").mkdir()
-    (run / "evaluation" / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
-    sets = {"ranked": {"pairs": 1, "rm_dpo": figure, "along": [{"step": 1, "rm_dpo": figure}]}}
-    write_json(run / "evaluation" / "margins.json", {"sets": sets})
-    write_json(run / "metrics.json", {"prompts": 2, "figures": {"reward_best": figure}})
+    target = recipe.evaluated_folder() / "evaluation"
+    target.mkdir()
+    (target / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    sets = {"ranked": {"pairs": 1, "rm_dpo": entry, "along": [{"step": 1, "rm_dpo": entry}]}}
+    write_json(target / "margins.json", {"sets": sets})
+    write_json(target.with_name("metrics.json"), {"prompts": 2, "figures": {"reward_best": entry}})
+
+
+def judged(recipe) -> None:
+    """A win rate as evaluation.win_rate writes it."""
+    outcomes = {"win": 60.0, "lose": 30.0, "tie": 10.0}
+    found = {
+        name: {"count": 1, "percent": value, "interval": [value - 5, value + 5]} for name, value in outcomes.items()
+    }
+    average = {"average": {"mean": 3.25, "interval": [3.0, 3.5]}}
+    found |= {"prompts": 1, "left_out": {"run, verdicts: no scores": 2}, "flags": [f"constant judge? {HOSTILE}"]}
+    found["scores"] = {"run": average, "against": average}
+    write_json(recipe.evaluated_folder() / "win_rate.json", {"against": {"runs/x/sft": found}})
 
 
 def test_answers_stand_side_by_side_with_scores(trained, monkeypatch):
     evaluated(trained)
-    shown, left = answers(trained)
-    assert left == 0 and [entry["prompt"][0]["content"][:2] for entry in shown] == ["p1", "p2"]
+    shown, left = answers_of.answers(trained)
+    assert left == 0 and [entry["id"] for entry in shown] == ["p1", "p2"]
     assert [answer["score"] for answer in shown[0]["before"]] == [2.0, 1.0]
-    assert shown[0]["after"][0] == {"text": HOSTILE, "score": 2.0, "tokens": 3, "cut": False}
-    page = report(trained)
+    assert shown[0]["after"][0] == {"text": HOSTILE, "score": 3.0, "tokens": 1, "cut": False}
+    page = report(trained, [])
     assert data_of(page)["answers"] == shown
     assert "0.500</td><td>[0.250, 0.750]" in page and "Sampled answers to 2 test prompts" in page
+    assert "Held-out pairs, ranked (1 pair)" in page
     assert "<script>alert" not in page and "<img src=x" not in page
-    monkeypatch.setattr("report.run.MOST_ANSWERS", 1)
-    assert answers(trained)[1] == 1 and "1 more are left out of this page" in report(trained)
+    monkeypatch.setattr(answers_of, "MOST_PROMPTS", 1)
+    assert answers_of.answers(trained)[1] == 1 and "1 more is left out of this page" in report(trained, [])
 
+
+def test_the_win_rate_stands_on_the_page(trained):
+    evaluated(trained)
+    judged(trained)
+    page = report(trained, [])
+    assert "Win rate by the judge against sft (1 prompt)" in page
+    assert "60.0</td><td>[55.0, 65.0]" in page and "3.25</td><td>[3.00, 3.50]" in page
+    assert "constant judge?" in page and "2 (run, verdicts: no scores)" in page and "<script>alert" not in page
+
+
+def test_where_a_run_comes_from(trained):
+    """Hashes of inputs, outputs and models, versions and commits of every stage that left a manifest."""
+    evaluated(trained)
+    page = report(trained, [])
+    folder = trained.run_folder()
+    for path in (trained.ranked("train"), folder / "plan.jsonl", folder / "scores" / "scores.jsonl"):
+        assert f'<th scope="row">{path}</th><td><code>{file_hash(path)}</code>' in page
+    assert run_settings(trained)["policy"]["weights"] in page and trained.models.policy.path in page
+    assert page.count("transformers ") == 5  # of the training, answers and scores of both models
+
+
+def test_another_test_set_has_a_page_of_its_own(ranked_recipe, trained, tmp_path, run_module):
+    """Transfer (`evaluation.on`): a page in its own folder, that names the test set; the run's page stays."""
+    recipe_path = tmp_path / "recipe.yaml"
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe_path.read_text().replace(f"{tmp_path / 'runs'}", f"{tmp_path / 'elsewhere'}"))
+    own = trained.run_folder() / "report.html"
+    own.write_text("the run's own page")
+    evaluated(ranked_recipe(f"evaluation.on={other}"))
+    done = run_module("report.run", recipe_path, f"evaluation.on={other}")
+    assert done.returncode == 0, done.stderr
+    page = (trained.run_folder() / "on" / "elsewhere" / "report.html").read_text()
+    assert "<title>runs: dpo-hps, tested on elsewhere</title>" in page and len(data_of(page)["answers"]) == 2
+    assert f"bash evaluate.sh {recipe_path} evaluation.on={other}" not in page  # all is there
+    assert own.read_text() == "the run's own page"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", "{"),
+        ("manifest.json", "[1]"),
+        ("log.jsonl", ""),
+        ("log.jsonl", '{"loss": 1}\n'),
+        ("plan.json", '{"ranked_sha256": 1}'),
+        ("evaluation/margins.json", "[]"),
+        ("evaluation/margins.json", '{"sets": {"ranked": {"pairs": 1, "rm_dpo": 3}}}'),
+        ("evaluation/pairs.jsonl", '{"set": "ranked"}\n'),
+        ("scores/scores.jsonl", '{"prompt_id": "p1", "answers": []}\n'),
+        ("scores/manifest.json", '{"sha256": 1}'),
+        ("metrics.json", '{"figures": []}'),
+        ("win_rate.json", '{"against": {"sft": {"win": {}}}}'),
+    ],
+)
+def test_damaged_files_are_named(trained, name, content):
+    evaluated(trained)
+    judged(trained)
+    (trained.run_folder() / name).write_text(content)
+    with pytest.raises(InputError, match="dpo-hps"):
+        report(trained, [])
+
+
+def test_a_run_whose_ranked_file_is_gone_still_has_a_page(trained):
+    trained.ranked("train").unlink()
+    page = report(trained, [])
+    assert "The ranked training file is not there any more" in page
+    assert not any(text.startswith("hardness") for text in pictures(page))
+
+
+def large(monkeypatch, recipe) -> None:
+    """A plan of 60,000 rows and 5,000 steps, and 400 scored prompts of ten answers of 8,000 characters."""
+    rows = [row for _, row in enumerate(Lines(recipe.run_folder() / "plan.jsonl"))]
+    many = [dict(rows[number % len(rows)], step=number // 12) for number in range(60_000)]
+    (recipe.run_folder() / "plan.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    line = json.loads((recipe.run_folder() / "log.jsonl").read_text().splitlines()[0])
+    log = "".join(json.dumps(line | {"step": step, "loss": 1 / step}) + "\n" for step in range(1, 5001))
+    (recipe.run_folder() / "log.jsonl").write_text(log)
+    evaluated(recipe, gains=(1.0,) * 400)
+    for folder in (recipe.sft_folder(), recipe.run_folder()):
+        path = folder / "answers" / "test.jsonl"
+        path.write_text(path.read_text().replace('"b"', json.dumps("word " * 1600)))
+
+
+@pytest.mark.slow
+def test_the_page_of_a_large_run_is_bounded(trained, monkeypatch):
+    large(monkeypatch, trained)
+    page = report(trained, [])
+    assert len(page.encode()) < 5_000_000
+    assert f"A sample of {MOST_POINTS:,} of the 60,000 points" in page
+    shown = len(data_of(page)["answers"])
+    assert 0 < shown < 400 and f"{400 - shown} more are left out of this page" in page
+
+
+# ---- tables ----
 
 TABLES = sorted((REPOSITORY / "results" / "quickstart").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_committed_table_has_a_page(path):
-    """Each row, ours and the paper's figure as the Markdown has them."""
+    """Each row, ours and the paper's figure as the Markdown has them; what is read at one KL; where it comes from."""
     text = page(path)
     table = json.loads(path.read_text())
     assert text.count("<img src=") >= 2 * len(table["parts"])
@@ -148,10 +417,32 @@ def test_every_committed_table_has_a_page(path):
             assert f'<th scope="row">{row["label"]}</th>' in text
             for entry in row["figures"].values():
                 if "paper" in entry and "mean" in entry:
-                    assert f"paper {entry['paper']:g} ({entry['difference']:+.3f})" in text
+                    assert f"paper {entry['paper']:g} ({signed(entry['difference'])})" in text
+        for row in part["paired"]:
+            for found in row["matched"].values():
+                assert f"<td>{number(found)}</td>" in text and figure(found["at_kl"]) in text
+            for seed, means in row["by_seed"].items():
+                assert f"{row['label']}</th><td>{seed}</td><td>{signed(means['rm_dpo'])}" in text
+        for row in part["matched"].get("cells", {}).values():
+            assert all(number(entry) in text for entry in row.values())
+        if part["matched"]:
+            assert f"KL of y_1 {figure(part['matched']['kl']['written'])} nats on the written pairs" in text
+    for name in ("sft", "dpo-hps"):
+        result = path.parent / "runs" / "pku_safe" / f"{name}.json"
+        assert f"<td>runs/pku_safe/{name}.json</td><td><code>{file_hash(result)}</code></td>" in text
+        assert json.loads(result.read_text())["git_commit"] in text
 
 
-@pytest.mark.parametrize(("content", "said"), [(None, "cannot read the file"), ("{", "no table"), ("{}", "no table")])
+def test_a_damaged_result_file_is_named(tmp_path):
+    path = tmp_path / "table8.json"
+    shutil.copy(REPOSITORY / "results" / "quickstart" / "table8.json", path)
+    (tmp_path / "runs" / "pku_safe").mkdir(parents=True)
+    (tmp_path / "runs" / "pku_safe" / "sft.json").write_text('{"run": "sft"}')
+    with pytest.raises(InputError, match=r"sft\.json: this is damaged"):
+        page(path)
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot read the file"), ("{", "no table"), ("{}", "damaged")])
 def test_what_is_no_table(tmp_path, content, said):
     path = tmp_path / "table.json"
     if content is not None:
@@ -160,13 +451,33 @@ def test_what_is_no_table(tmp_path, content, said):
         page(path)
 
 
+# ---- the explorer ----
+
+
 def test_the_explorer_holds_what_it_says(write_lines):
     path = write_lines(ranked_records(5), "run/ranked/train.jsonl")
     page = explorer(path, 3, 7)
-    assert "3 prompts, 2 more are left out" in page
+    assert "3 prompts, 2 more left out (--prompts takes more)" in page
     found = data_of(page)
     assert found["seed"] == 7 and [r["rewards"] for r in found["records"]] == [
         r["rewards"] for r in ranked_records(5)[:3]
     ]
     with pytest.raises(InputError, match="the file has no prompts"):
         explorer(write_lines([], "empty.jsonl"), 3, 7)
+
+
+def test_the_page_of_a_large_ranking_is_bounded(write_lines):
+    """Of 60 prompts with 100 responses of 6,000 characters some stand there, cut; a single huge prompt does, too."""
+    record = ranked_records(1, responses=100)[0]
+    record["responses"] = [f"{number} " + "wörter " * 850 for number in range(100)]
+    path = write_lines([record | {"prompt_id": f"p{number}"} for number in range(60)], "run/ranked/train.jsonl")
+    page = explorer(path, 200, 0)
+    count = len(data_of(page)["records"])
+    assert len(page.encode()) < 5_000_000 and 0 < count < 60
+    assert f"{60 - count} more left out because a page has its limit" in page
+    assert "more characters are left out of this page" in page
+    record["responses"] = [text * 20 for text in record["responses"]] * 20
+    for name in ("rewards", "sources", "token_counts", "truncated"):
+        record[name] = [value for value in record[name] for _ in range(20)]
+    alone = explorer(write_lines([record], "run/ranked/test.jsonl"), 200, 0)
+    assert len(alone.encode()) < 5_000_000 and len(data_of(alone)["records"][0]["responses"]) == 2000

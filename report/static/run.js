@@ -1,16 +1,16 @@
+// Answers of evaluate.sh have scores; the few that run.sh writes have none.
+const scored = data.answers.length > 0 && "score" in data.answers[0].after[0];
 const best = (answers) => answers[0].score;
 const gain = (entry) => best(entry.after) - best(entry.before);
 
 function column(title, answers) {
   const box = element("div");
-  box.append(element("h3", title));
+  box.append(element("h4", title));
   const [first, ...others] = answers;
   const add = (parent, answer) => {
     const cut = answer.cut ? ", cut" : "";
-    parent.append(
-      element("p", `score ${answer.score.toFixed(3)}, ${answer.tokens} tokens${cut}`, "soft"),
-      element("p", answer.text, "text"),
-    );
+    if (scored) parent.append(element("p", `score ${fixed(answer.score, 3)}, ${counted(answer.tokens, "token")}${cut}`, "soft"));
+    parent.append(element("p", answer.text || "(an empty answer)", "text"));
   };
   add(box, first);
   if (others.length) {
@@ -24,12 +24,15 @@ function column(title, answers) {
 
 function card(entry) {
   const box = element("article", undefined, "item");
+  box.dataset.id = entry.id;
   for (const message of entry.prompt) {
     box.append(element("h3", message.role), element("p", message.content, "text"));
   }
-  const change = gain(entry);
-  const sign = change > 0 ? "+" : "";
-  box.append(element("p", `best answer: ${sign}${change.toFixed(3)}`, change < 0 ? "bad" : "good"));
+  if (scored) {
+    const change = gain(entry);
+    const kind = change > 0 ? "good" : change < 0 ? "bad" : "soft";
+    box.append(element("p", `best answer: ${change > 0 ? "+" : ""}${fixed(change, 3)}`, kind));
+  }
   const pair = element("div", undefined, "pair");
   pair.append(column("before training", entry.before), column("after training", entry.after));
   box.append(pair);
@@ -39,17 +42,17 @@ function card(entry) {
 function show() {
   const words = by("search").value.toLowerCase();
   const texts = (entry) => [...entry.prompt.map((m) => m.content), ...[...entry.before, ...entry.after].map((a) => a.text)];
-  const which = by("filter").value;
-  const order = by("sort").value;
+  const which = scored ? by("filter").value : "all";
+  const order = scored ? by("sort").value : "given";
   const found = data.answers
     .filter((entry) => texts(entry).some((text) => text.toLowerCase().includes(words)))
     .filter((entry) => which === "all" || (which === "better" ? gain(entry) > 0 : gain(entry) < 0));
   if (order !== "given") found.sort((a, b) => (order === "up" ? gain(b) - gain(a) : gain(a) - gain(b)));
-  by("found").textContent = `${found.length} of ${data.answers.length} prompts`;
+  by("found").textContent = `${found.length} of ${counted(data.answers.length, "prompt")}`;
   by("list").replaceChildren(...found.map(card));
 }
 
 if (data.answers.length) {
-  for (const id of ["search", "filter", "sort"]) by(id).addEventListener("input", show);
+  for (const id of scored ? ["search", "filter", "sort"] : ["search"]) by(id).addEventListener("input", show);
   show();
 }

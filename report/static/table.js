@@ -1,15 +1,14 @@
-const search = document.getElementById("search");
 const rows = [...document.querySelectorAll("tr.row")];
 
 function show() {
-  const words = search.value.toLowerCase();
+  const words = by("search").value.toLowerCase();
   let count = 0;
   for (const row of rows) {
     row.hidden = !row.querySelector("th").textContent.toLowerCase().includes(words);
     count += !row.hidden;
   }
-  document.getElementById("found").textContent = `${count} of ${rows.length} rows`;
+  by("found").textContent = `${count} of ${counted(rows.length, "row")} in all tables`;
 }
 
-search.addEventListener("input", show);
+by("search").addEventListener("input", show);
 show();

@@ -1,0 +1,129 @@
+"""What a plan drew, read against the ranked file: how hard, how far apart in reward and length; rewards by source.
+
+Reads   `<output>/<run>/plan.jsonl`, `<output>/ranked/*.jsonl`
+
+Called by report.run. The ranked file is read once, from its beginning, whatever the order of the plan: a paper's run
+has 60,000 rows and more, and of each prompt 100 responses. Of those, numbers alone are kept.
+"""
+
+from array import array
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from alignment.plan import training_list
+from hps.errors import InputError
+from hps.recipe import Recipe
+from hps.records import Lines, read_ranked
+
+MOST_SOURCES = 6  # groups of a histogram; what more there are stand in one
+OTHER = "other sources"
+
+
+@dataclass
+class Draws:
+    """Of each row of a plan, in its order: step (from 1), gamma (NaN: none), and what `row_figures` says of it."""
+
+    step: array = field(default_factory=lambda: array("l"))
+    gamma: array = field(default_factory=lambda: array("d"))
+    place: array = field(default_factory=lambda: array("d"))
+    reward_gap: array = field(default_factory=lambda: array("d"))
+    length_gap: array = field(default_factory=lambda: array("d"))
+
+    def places(self) -> tuple[list[int], list[float]]:
+        """Steps, and the mean place of what each draws."""
+        steps, where = np.unique(self.step, return_inverse=True)
+        return steps.tolist(), (np.bincount(where, self.place) / np.bincount(where)).tolist()
+
+    def stages(self) -> list[str]:
+        """The name of each row's gamma."""
+        return ["all" if gamma != gamma else f"gamma {gamma:g}" for gamma in self.gamma]
+
+
+def row_figures(row: dict, record: dict, recipe: Recipe) -> tuple[float, float, float]:
+    """Place of the drawn in the list that the prompt trains on (1 = hardest), reward gap and length gap (tokens).
+
+    As `alignment.plan.draw` takes them: means over the row's dispreferred responses by their weights in the loss.
+    """
+    (preferred, *others), _ = training_list(record, recipe)
+    if recipe.loss.positives == 2 and recipe.loss.appendix_e_reading == "intended":
+        others = others[1:]
+    drawn = row["dispreferred"]
+    weights = row["weights"] or [1 / len(drawn)] * len(drawn)
+
+    def mean(values: list[float]) -> float:
+        return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+    rewards, counts = record["rewards"], record["token_counts"]
+    return (
+        mean([others.index(index) + 1 for index in drawn]),
+        rewards[preferred] - mean([rewards[index] for index in drawn]),
+        counts[preferred] - mean([counts[index] for index in drawn]),
+    )
+
+
+def read_draws(rows: Lines, path: Path, recipe: Recipe) -> tuple[Draws, dict[str, array]]:
+    """The draws of a plan, and the rewards of all candidates by source.
+
+    Args:
+        path: the ranked file that the plan was made from.
+        recipe: that the plan was made with.
+
+    Raises:
+        InputError: a row names a prompt or a response that the ranked file does not have.
+    """
+    draws, numbers = Draws(), defaultdict(lambda: array("l"))
+    for number, row in enumerate(rows):
+        numbers[row["prompt_id"]].append(number)
+        draws.step.append(row["step"] + 1)
+        draws.gamma.append(float("nan") if row["gamma"] is None else row["gamma"])
+    for values in (draws.place, draws.reward_gap, draws.length_gap):
+        values.extend([float("nan")] * len(rows))
+    rewards: dict[str, array] = defaultdict(lambda: array("f"))
+    for where, record in read_ranked(path):
+        add_rewards(rewards, record)
+        for number in numbers.pop(record["prompt_id"], ()):
+            try:
+                found = row_figures(rows[number], record, recipe)
+            except (IndexError, ValueError):
+                raise _not_its_plan(rows.where(number), where) from None
+            draws.place[number], draws.reward_gap[number], draws.length_gap[number] = found
+    for left in numbers.values():
+        raise _not_its_plan(rows.where(left[0]), str(path))
+    return draws, grouped(rewards)
+
+
+def _not_its_plan(row: str, record: str) -> InputError:
+    return InputError(
+        f"the row does not fit the ranked file ({record})",
+        where=row,
+        remedy="put the ranked file back that the plan was made from, or run `bash run.sh` with another `run`",
+    )
+
+
+def add_rewards(rewards: Mapping[str, array], record: dict) -> None:
+    """Sort a record's rewards into groups: `given_1` and `given_2` apart, further given ones together."""
+    for source, reward in zip(record["sources"], record["rewards"], strict=True):
+        later = source.startswith("given_") and source not in ("given_1", "given_2")
+        rewards["given_3 and later" if later else source].append(reward)
+
+
+def grouped(rewards: dict[str, array]) -> dict[str, array]:
+    """At most `MOST_SOURCES` groups by name: the smallest are put together."""
+    names = sorted(rewards, key=lambda name: -len(rewards[name]))
+    kept = names if len(names) <= MOST_SOURCES else names[: MOST_SOURCES - 1]
+    found = {name: rewards[name] for name in sorted(kept)}
+    for name in names[len(kept) :]:
+        found.setdefault(OTHER, array("f")).extend(rewards[name])
+    return found
+
+
+def rewards_by_source(path: Path) -> dict[str, array]:
+    """Rewards of all candidates of a ranked file by source."""
+    rewards: dict[str, array] = defaultdict(lambda: array("f"))
+    for _, record in read_ranked(path):
+        add_rewards(rewards, record)
+    return grouped(rewards)

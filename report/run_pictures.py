@@ -1,0 +1,117 @@
+"""The pictures of a run's page: training, rewards of the candidates, reward against length, held-out margins.
+
+Called by report.run, which has read the files; report.figures draws.
+"""
+
+from array import array
+from collections import defaultdict
+from pathlib import Path
+
+from hps.records import read_jsonl
+from report.draws import Draws
+from report.figures import (
+    Picture,
+    Pictures,
+    before_after,
+    curve,
+    histogram,
+    intervals,
+    picture,
+    sampled,
+    scatter,
+)
+
+# Of the log: title, and the figures that share the panel.
+PANELS = (
+    ("loss (nats)", ("loss",)),
+    ("implicit reward (beta x nats)", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+    ("gamma", ("gamma",)),
+    ("share of pairs in order", ("rewards/accuracies",)),
+    ("response length (tokens)", ("lengths/chosen", "lengths/rejected")),
+)
+
+
+def _of(lines: list[dict], names: tuple[str, ...]) -> dict[str, tuple[list, list]]:
+    """Steps and values of figures of the log; a figure that no line has is left out."""
+    found = {}
+    for name in names:
+        points = [(line["step"], float(line[name])) for line in lines if line.get(name) is not None]
+        if points:
+            steps, values = zip(*points, strict=True)
+            found[name.partition("/")[2] or name] = (list(steps), list(values))
+    return found
+
+
+def _told(title: str, series: dict[str, tuple[list, list]]) -> str:
+    """A panel of curves in words."""
+    ends = [f"{name} from {values[0]:.3f} to {values[-1]:.3f}" for name, (_, values) in series.items()]
+    steps = next(iter(series.values()))[0]
+    return f"{title}, over steps {steps[0]} to {steps[-1]}: {', '.join(ends)}."
+
+
+def training(lines: list[dict], draws: Draws | None) -> Pictures:
+    """Loss, margin, gamma, lengths by the log; hardness of the draws by the plan."""
+    panels = []
+    for title, names in PANELS:
+        series = _of(lines, names)
+        if series:
+            panels.append(picture(curve(title, series, stairs=title == "gamma"), _told(title, series)))
+        if title == "gamma" and draws is not None:
+            title, series = "hardness: rank of the drawn (1 = hardest)", {"mean rank": draws.places()}
+            panels.append(picture(curve(title, series), _told(title, series)))
+    return Pictures(
+        panels,
+        "Where gamma rises, the drawn negatives become nearly as good as y_1: the margin grows while they are easy and "
+        "shrinks as they become hard. The share of pairs in order means nothing in the first step, where every margin "
+        "is zero up to rounding.",
+    )
+
+
+def rewards(splits: dict[str, dict[str, array]]) -> Pictures | None:
+    """Rewards of the candidates by source, a panel for each split that has any."""
+    panels = []
+    for split, groups in splits.items():
+        if groups:
+            means = ", ".join(f"{name} {sum(values) / len(values):.2f}" for name, values in groups.items())
+            text = f"Rewards of the candidates of {split} prompts by source; means: {means}."
+            panels.append(picture(histogram(f"{split} prompts", groups, "reward"), text))
+    caption = (
+        "given_1 is what people preferred, given_2 what they preferred less. Where given and generated responses "
+        "hardly overlap, the reward model tells the sources apart, and the policy can learn no more than that."
+    )
+    return Pictures(panels, caption) if panels else None
+
+
+def length(draws: Draws) -> Pictures:
+    """Reward margin of the trained rows against how much longer y_1 is, by gamma."""
+    panel = scatter(
+        "reward margin and length", draws.length_gap, draws.reward_gap, draws.stages(), "y_1 longer by (tokens)",
+        "reward margin",
+    )  # fmt: skip
+    text = (
+        f"Each of {len(draws.step)} rows of the plan: by how many tokens y_1 is longer across, by how much its reward "
+        "is higher up, coloured by gamma."
+    )
+    caption = "Means over a row's dispreferred responses. A slope would mean that the ranking rewards length, and that "
+    return Pictures([picture(panel, text)], f"{caption}the policy is taught length.{sampled(len(draws.step))}")
+
+
+def margins(path: Path, sets: dict) -> Pictures:
+    """Test margins before and after, pair by pair, and RM_DPO along the training."""
+    pairs: dict[str, tuple[array, array]] = defaultdict(lambda: (array("d"), array("d")))
+    for _, pair in read_jsonl(path):
+        for values, which in zip(pairs[pair["set"]], ("reference", "policy"), strict=True):
+            values.append(pair[which][0] - pair[which][1])
+    panels: list[Picture] = []
+    for name, (before, after) in pairs.items():
+        raised = sum(b < a for b, a in zip(before, after, strict=True))
+        text = f"Margins of {len(before)} {name} pairs before training across and after it up: raised for {raised}."
+        panels.append(picture(before_after(f"{name} pairs: log pi(y_1) - log pi(y_2)", before, after), text))
+    along = {name: [(entry["step"], entry["rm_dpo"]) for entry in figures["along"]] for name, figures in sets.items()}
+    along = {f"{name} pairs": points for name, points in along.items() if points}
+    if along:
+        ends = ", ".join(f"{name} {points[-1][1]['mean']:.3f}" for name, points in along.items())
+        text = f"RM_DPO with 95 % intervals along the training; at the last kept step: {ends} nats."
+        panels.append(picture(intervals("RM_DPO along the training", along, "nats"), text))
+    most = max((len(before) for before, _ in pairs.values()), default=0)
+    return Pictures(panels, f"Points above the diagonal: the training raised the margin of that pair.{sampled(most)}")
