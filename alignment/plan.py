@@ -26,7 +26,7 @@ from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, hold, model_hash
 from hps.recipe import Loss, Recipe, Schedule
-from hps.records import Indexed, Lines, check_ranked, write_json, write_lines
+from hps.records import Indexed, Lines, check_ranked, read_json, write_json, write_lines
 
 
 def hardness_weights(rewards: np.ndarray, gamma: float) -> np.ndarray:
@@ -349,8 +349,8 @@ def read_plan(recipe: Recipe) -> Lines:
     """The plan's rows, checked against the ranked file that it was made from."""
     path = recipe.run_folder() / "plan.jsonl"
     rows = Lines(path)
-    facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    if facts["ranked_sha256"] != file_hash(recipe.ranked("train")):
+    facts = read_json(path.with_suffix(".json"), "run `bash run.sh` from its beginning")
+    if facts.get("ranked_sha256") != file_hash(recipe.ranked("train")):
         raise InputError(
             "the plan was made from another ranked file", where=str(path), remedy="run `bash run.sh` from its beginning"
         )

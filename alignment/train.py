@@ -38,7 +38,7 @@ from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
 from hps.recipe import Recipe
-from hps.records import write_atomic
+from hps.records import parse_json, shorten, write_atomic
 from hps.weights import load_weights
 
 COMPLETE = "complete"  # a checkpoint's last file
@@ -258,8 +258,16 @@ def evaluation_steps(steps: int, points: int) -> list[int]:
 
 def logged(path: Path, last: int) -> list[dict]:
     """The lines of `log.jsonl` up to a step, without one that a kill left half written (it has no newline)."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [line for line in map(json.loads, lines) if line["step"] <= last]
+    raw = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = [parse_json(line, path, number) for number, line in enumerate(raw, 1)]
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int) or "num_tokens" not in line:
+            raise InputError(
+                f"a line of the log without `step` and `num_tokens`: {shorten(line)}",
+                where=f"{path}:{number}",
+                remedy="delete the run's folder and train again, or put the old line back",
+            )
+    return [line for line in lines if line["step"] <= last]
 
 
 def _number(value):
@@ -388,8 +396,8 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
     trainer = build_trainer(recipe, tokenizer, training_config(recipe, state.num_processes))
     _announce(recipe, trainer)
     add_reference(recipe, trainer)
-    with state.main_process_first():
-        resume = last_checkpoint(folder / "steps")
+    # One process looks and removes: over a network others may still see what is gone, and would resume elsewhere.
+    [resume] = broadcast_object_list([last_checkpoint(folder / "steps") if state.is_main_process else None])
     if resume:
         state.print(f"training: continued from {resume}")
         before = logged(folder / "log.jsonl", int(resume.rpartition("-")[2]))

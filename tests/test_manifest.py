@@ -151,3 +151,10 @@ def test_local_models_must_be_there(tiny_model, tmp_path):
             check_model(Model(path), "models.reward")
     with pytest.raises(InputError, match=r"`models\.reward\.path`: no config\.json"):
         check_model(Model(str(tmp_path)), "models.reward")
+
+
+@pytest.mark.parametrize("content", [b'{"a": ', b"\xff\xfe", b"", b"[1]"])
+def test_a_damaged_claim_is_one_clear_error(tmp_path, content):
+    (tmp_path / "claim.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"claim\.json.*(broken JSON|UTF-8|expected a JSON object)"):
+        claim(tmp_path, {"a": 1})

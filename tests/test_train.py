@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import alignment.train as stage
 from alignment.merge import merge
 from alignment.plan import plan, read_plan
-from alignment.train import TokenRows, last_checkpoint, train
+from alignment.train import TokenRows, last_checkpoint, logged, train
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.errors import InputError
 from hps.recipe import Recipe
@@ -377,6 +377,23 @@ def test_resumed_run_equals_the_uninterrupted_one(ranked_recipe, capsys):
     assert all(line["tokens_per_second"] > 0 for line in log_of(broken))
     assert_same_weights(broken, whole)
     assert load_file(half / "adapter_model.safetensors")  # step 4 was saved anew
+
+
+def test_a_damaged_log_or_plan_is_one_clear_error(ranked_recipe, tmp_path):
+    log = tmp_path / "log.jsonl"
+    good = '{"step": 1, "num_tokens": 3}\n'
+    for damage in ("garbage\n", '{"loss": 1}\n', "[2]\n", '{"step": "2", "num_tokens": 3}\n'):
+        log.write_text(good + damage + good)
+        with pytest.raises(InputError, match="log.jsonl:2: "):
+            logged(log, 5)
+    log.write_text(good + '{"step": 2, "nu')
+    assert [line["step"] for line in logged(log, 5)] == [1]
+    recipe = ranked_recipe()
+    plan(recipe)
+    for damage in ('{"ranked_sha', "{}", "[]"):
+        (recipe.run_folder() / "plan.json").write_text(damage)
+        with pytest.raises(InputError, match="run `bash run.sh` from its beginning"):
+            TokenRows(recipe, load_tokenizer(recipe.models.policy.path))
 
 
 @pytest.mark.slow
