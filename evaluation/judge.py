@@ -27,7 +27,7 @@ from hps.engine import Engine
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, hold, model_hash
 from hps.recipe import Generation, Model, Recipe
-from hps.records import Appender, canonical, read_answers, read_jsonl, shorten, write_json
+from hps.records import Appender, canonical, check_finite, read_answers, read_jsonl, shorten, write_json
 from hps.weights import load_config
 from hps.workers import check_gpus, run_workers
 
@@ -183,6 +183,7 @@ def check_verdict(line: dict, where: str) -> dict:
     if not (isinstance(line.get("error"), str) if "error" in line else graded):
         field = "error" if "error" in line else "scores"
         raise InputError(f"`{field}` is {shorten(line.get(field))}", where=where, remedy=again)
+    check_finite(line, where)
     return line
 
 

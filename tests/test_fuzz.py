@@ -22,6 +22,7 @@ from test_losses import FAMILIES, METHODS, brute_force_pair, loss_of, one_hot
 from alignment.losses import hps_loss, pair_loss, preference_loss
 from alignment.plan import gamma_stages, hardness_weights, training_list, usable
 from annotation.import_released import check_row, parse_prompt, read_rows
+from hps import records
 from hps.errors import InputError
 from hps.preflight import load_prompts
 from hps.recipe import Data, Generation, Loss, Recipe, Schedule, Split
@@ -648,8 +649,14 @@ def test_the_pair_losses_rise_and_fall_where_their_equations_say(family, best, w
 # ---- the program that fuzzes record files ----
 
 
+@pytest.fixture
+def quick_disk(monkeypatch):
+    """Thousands of small files: nobody waits for the disk."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
 @pytest.mark.slow
-def test_fuzzed_record_files_give_clear_errors_only(tmp_path):
+def test_fuzzed_record_files_give_clear_errors_only(quick_disk, tmp_path):
     """Another seed than the program's own run of 50,000 files."""
     report = fuzz(3000, 1, tmp_path)
     assert report.faults == []
@@ -715,6 +722,68 @@ def lenient(path):
                 raise InputError("broken", where=f"{path}:{number}") from None
 
 
+def forgiving(check, word: str):
+    """A check that lets one kind of fault pass."""
+
+    def checked(record, where, *further):
+        try:
+            return check(record, where, *further)
+        except InputError as error:
+            if word not in str(error):
+                raise
+            return record
+
+    return checked
+
+
+# What is passed over: the check, words of its message, and the formats that must show it.
+FORGIVEN = {
+    "roles": ("check_messages", "role is", "prompts candidates ranked answers"),
+    "no role": ("check_messages", "has no `role`", "prompts answers"),
+    "contents": ("check_messages", "content is", "prompts candidates ranked answers"),
+    "last turn": ("check_messages", "the last message", "prompts candidates ranked answers"),
+    "no messages": ("check_messages", "`prompt` is", "prompts"),
+    "unsorted rewards": ("check_ranked", "not sorted", "ranked"),
+    "one response": ("check_ranked", "preferences need", "ranked"),
+    "rewards": ("check_rewards", "`rewards[", "ranked"),
+    "counts": ("_check_counts", "`token_counts` has", "candidates answers"),
+    "flags": ("_check_counts", "`truncated` has", "candidates answers"),
+    "strings": ("check_strings", "list of strings", "prompts candidates"),
+    "lengths": ("check_parallel", "of equal length", "candidates answers"),
+    "not finite": ("check_finite", "holds", "prompts ledger"),
+    "names": ("check_name", "`prompt_id` is", "prompts ledger"),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "word", "title"),
+    [(name, word, title) for name, word, titles in FORGIVEN.values() for title in titles.split()],
+)
+def test_the_fuzzer_finds_a_reader_that_lets_a_fault_pass(quick_disk, tmp_path, monkeypatch, function, word, title):
+    monkeypatch.setattr(records, function, forgiving(getattr(records, function), word))
+    report = fuzz(400, 0, tmp_path, {title: FORMATS[title]})
+    assert {"accepted", "exception", "lost"} & {fault[2] for fault in report.faults}
+
+
+@pytest.mark.parametrize("title", FORMATS)
+def test_the_fuzzer_finds_a_stage_that_refuses_what_was_read(quick_disk, tmp_path, title):
+    """Every file that is read must be taken; only what `KNOWN` says may be refused, and it is counted."""
+
+    def refusing(*_):
+        raise InputError("no")
+
+    report = fuzz(60, 0, tmp_path, {title: replace(FORMATS[title], follow=refusing)})
+    assert "the next stage refuses it: no" in " ".join(fault[3] for fault in report.faults)
+
+
+def test_the_plan_refuses_only_rankings_that_tie(quick_disk, tmp_path, monkeypatch):
+    report = fuzz(400, 0, tmp_path, {"ranked": FORMATS["ranked"]})
+    assert not report.faults and report.known.total() > 0
+    monkeypatch.setattr("alignment.plan.training_list", lambda *_: ([], "all rewards tie"))
+    report = fuzz(40, 0, tmp_path, {"ranked": FORMATS["ranked"]})
+    assert "no plan: " in " ".join(fault[3] for fault in report.faults)
+
+
 @pytest.mark.parametrize(
     ("broken", "kind"),
     [
@@ -727,7 +796,7 @@ def lenient(path):
         (lenient, "accepted"),
     ],
 )
-def test_the_fuzzer_finds_a_broken_reader(tmp_path, broken, kind):
+def test_the_fuzzer_finds_a_broken_reader(quick_disk, tmp_path, broken, kind):
     report = fuzz(150, 0, tmp_path, {"prompts": replace(FORMATS["prompts"], read=broken)})
     assert kind in {fault[2] for fault in report.faults}
     number = report.faults[0][0]
@@ -742,6 +811,6 @@ def test_the_fuzzer_finds_an_appender_that_cuts_too_much(tmp_path, monkeypatch):
     assert "Appender changed whole lines" in " ".join(fault[3] for fault in report.faults)
 
 
-def test_files_of_one_seed_are_the_same(tmp_path):
+def test_files_of_one_seed_are_the_same(quick_disk, tmp_path):
     first, second = (fuzz(40, random.Random(5).randrange(99), tmp_path) for _ in range(2))
     assert first == second and first != fuzz(40, 100, tmp_path)

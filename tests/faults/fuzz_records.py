@@ -2,16 +2,18 @@
 
 Run     .venv-train/bin/python -m tests.faults.fuzz_records --files 50000 --seed 0
 
-Each file is valid at first (prompts, candidates, ranked, answers, ledger, or the released code's ranked files as lines
-or as one list), then one to three damages are done to it: to its bytes, to its lines, or to the fields of a record.
-File N of a seed is always the same: `--first N --files 1` makes it again.
+Each file is valid at first (prompts, candidates, ranked, answers, ledger, the judge's verdicts, or the released code's
+ranked files as lines or as one list), then one to three damages are done to it: to its bytes, to its lines, or to the
+fields of a record. File N of a seed is always the same: `--first N --files 1` makes it again.
 
 A file is at fault, and the exit status 1, for
 
 - another exception than InputError, in reading or in what follows it (writing the record, planning, importing,
   indexing, re-opening with Appender), or a message that does not begin with the file and the refused line;
 - a valid line that is lost: not given before the error, changed, or refused in the file although it is valid alone;
-- a line that the damage has made invalid for certain, and that is read.
+- a line that the damage has made invalid for certain, and that is read: another role, a blank content, an answer as the
+  last turn, unsorted rewards, one response, a field of a type that it cannot have, ...;
+- a file that was read and that the next stage refuses, but for the reasons of KNOWN, which are counted.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from pathlib import Path
 
 from alignment.plan import Plan
 from annotation.import_released import check_row, convert, read_rows
+from evaluation.judge import CRITERIA, GRID, check_verdict, read_verdicts
 from hps.errors import InputError
 from hps.recipe import Loss, Recipe, Schedule
 from hps.records import (
@@ -52,6 +55,22 @@ WORDS = (
 )
 EXTRAS = (None, True, 0, -1, 1e308, 5e-324, 10**300, -(10**4000), "", "🙂", [], {}, [[["deep"]]], {"a": {"b": [1]}})
 WRONG = (None, True, 7, -1.5, "text", [], {}, [None], [7], [[]], {"role": "user"}, "", [""])
+# What a field cannot be; a list is as long as the record has responses.
+NO_LIST = (None, True, 7, "text", {})
+IMPOSSIBLE = {
+    "prompt": (None, True, 7, "text", {}, [], [None], [7], [[]], [{"role": "user"}], [{"content": "text"}]),
+    "responses": (*NO_LIST, [None], [7], [["text"]], ["text", 7]),
+    "sources": (True, 7, "text", {}, [None], [7]),
+    "token_counts": (*NO_LIST, [-1], [1.5], ["1"], [True], [None], [10**400]),
+    "truncated": (*NO_LIST, [0], [1], ["false"], [None]),
+    "rewards": (*NO_LIST, ["1"], [True], [None], [1e39], [[1.0]]),
+    "prompt_id": (True, 7, "", [], {}),
+    "reason": (None, True, 7, [], {}),
+    "key": (None, True, 7, [], {}),
+    "scores": (*NO_LIST, [], {"correctness": 5}, dict.fromkeys(CRITERIA, 0.25), dict.fromkeys(CRITERIA, True)),
+}
+# What the next stage may say of a file that was read: `prompt_id`s are a matter of the whole file.
+KNOWN = re.compile(r"stands on two different prompts|no prompt can be trained on")
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,7 @@ class Report:
     refused: Counter = field(default_factory=Counter)
     records: Counter = field(default_factory=Counter)
     messages: Counter = field(default_factory=Counter)
+    known: Counter = field(default_factory=Counter)
     damages: Counter = field(default_factory=Counter)
     faults: list[tuple[int, str, str, str]] = field(default_factory=list)
 
@@ -139,6 +159,13 @@ def ledger_of(rng: random.Random, number: int) -> dict:
     return {"prompt_id": f"{text_of(rng)} {number}", "reason": "empty response", **facts}
 
 
+def verdict_of(rng: random.Random, number: int) -> dict:
+    """A verdict of the judge, or what became of it."""
+    if rng.random() < 0.3:
+        return {"key": f"{number:064x}", "error": "no scores in the output", "output": text_of(rng)}
+    return {"key": f"{number:064x}", "scores": {name: rng.choice(GRID) for name in CRITERIA}}
+
+
 def released_of(rng: random.Random, number: int) -> dict:
     """A row of the released code's files: chat messages or one of the two templates, rewards in any order."""
     record = ranked_of(rng, number)
@@ -169,23 +196,41 @@ def released(path: Path) -> Iterator[tuple[str, dict]]:
         yield where, row
 
 
+def verdicts(path: Path) -> Iterator[tuple[str, dict]]:
+    """The lines of the judge's cache, each checked."""
+    for where, line in read_jsonl(path):
+        yield where, check_verdict(line, where)
+
+
 def index(path: Path, read: list[tuple[str, dict]]) -> None:
     """Every record by its name is the one of the stream; a repeated name is refused or counted."""
-    found = Indexed(path, check_prompt)
     first = {}
     for _, record in read:
         first.setdefault(record["prompt_id"], record)
+    try:
+        found = Indexed(path, check_prompt)
+    except InputError as error:
+        repeated = any(record["prompt"] != first[record["prompt_id"]]["prompt"] for _, record in read)
+        assert repeated, f"Indexed refuses the file of a stream: {error}"
+        raise
     assert list(found) == list(first), "Indexed has other names than the stream"
     assert all(found[name] == record for name, record in first.items()), "Indexed gives another record"
     assert len(found) + len(found.repeated) == len(read), "Indexed does not count what is repeated"
 
 
 def plan(_: Path, read: list[tuple[str, dict]]) -> None:
-    """Both schedules' plans of the ranked records, with every number that enters them finite."""
+    """Both schedules' plans of the ranked records, with every number that enters them finite.
+
+    Only where all rewards tie there is none.
+    """
     for settings in ({"standardize_rewards": False}, {"standardize_rewards": True}):
         schedule = Schedule(epochs=1, global_batch=2, **settings)
         recipe = Recipe(output="nowhere", loss=Loss(estimator="exact"), schedule=schedule)
-        made = Plan({record["prompt_id"]: record for _, record in read}, recipe)
+        try:
+            made = Plan({record["prompt_id"]: record for _, record in read}, recipe)
+        except InputError as error:
+            assert all(record["rewards"][0] == record["rewards"][-1] for _, record in read), f"no plan: {error}"
+            raise
         json.dumps([list(made.rows()), made.facts()], allow_nan=False)
 
 
@@ -199,6 +244,13 @@ def summed(_: Path, read: list[tuple[str, dict]]) -> None:
 
 def names(path: Path, read: list[tuple[str, dict]]) -> None:
     assert done_ids(path) == {record["prompt_id"] for _, record in read}, "done_ids has other names than the stream"
+
+
+def cached(path: Path, read: list[tuple[str, dict]]) -> None:
+    """The judge's reader, which cuts off a last line without its end, has every other line, the last of a key."""
+    whole = path.read_bytes()
+    lines = [line for _, line in read][: sum(1 for raw in whole.split(b"\n")[:-1] if raw.strip())]
+    assert read_verdicts(path) == {line["key"]: line for line in lines}, "read_verdicts has other verdicts"
 
 
 def imported(path: Path, read: list[tuple[str, dict]]) -> None:
@@ -225,6 +277,7 @@ FORMATS = {
     "ranked": Format(ranked_of, read_ranked, (*PARALLEL, "sources", "rewards"), plan),
     "answers": Format(answers_of, read_answers, PARALLEL, summed),
     "ledger": Format(ledger_of, read_ledger, ("prompt_id", "reason"), names),
+    "verdicts": Format(verdict_of, verdicts, ("key",), cached),
     "released lines": Format(released_of, released, RELEASED, imported),
     "released list": Format(released_of, released, RELEASED, imported, listed=True),
 }
@@ -291,6 +344,71 @@ def missing(rng: random.Random, record: dict, form: Format) -> bool:
     return False
 
 
+def impossible(rng: random.Random, record: dict, form: Format) -> bool | None:
+    """One of the fields that the format knows, of a type that it cannot have."""
+    known = [name for name in record if name in IMPOSSIBLE]
+    name = rng.choice([*known, "prompt_id"] if "prompt" in record else known)
+    value = rng.choice(IMPOSSIBLE[name])
+    parallel = name in ("sources", "token_counts", "truncated", "rewards")
+    if parallel and isinstance(value, list) and value:
+        value = value * len(record["responses"])
+    record[name] = value
+    return False
+
+
+def messages_of(record: dict) -> list[dict] | None:
+    """The chat messages of a record; a row of the release may have a string."""
+    return record["prompt"] if isinstance(record.get("prompt"), list) else None
+
+
+def bad_role(rng: random.Random, record: dict, _: Format) -> bool | None:
+    messages = messages_of(record)
+    if messages is None:
+        return None
+    message = rng.choice(messages)
+    if rng.random() < 0.2:
+        del message["role"]
+    else:
+        message["role"] = rng.choice(("tool", "", "User", None, 7, [], {}))
+    return False
+
+
+def blank_content(rng: random.Random, record: dict, _: Format) -> bool | None:
+    messages = messages_of(record)
+    if messages is None:
+        return None
+    rng.choice(messages)["content"] = rng.choice(("", "  \n", "\u2003", None, 7, [], [{"type": "text", "text": "a"}]))
+    return False
+
+
+def answer_last(rng: random.Random, record: dict, _: Format) -> bool | None:
+    messages = messages_of(record)
+    if messages is None:
+        return None
+    messages.append({"role": rng.choice(("assistant", "system")), "content": text_of(rng)})
+    return False
+
+
+def unsorted(rng: random.Random, record: dict, form: Format) -> bool | None:
+    """Only the release's rows may have them."""
+    if "rewards" not in form.required or "sources" not in form.required:
+        return None
+    record["rewards"] = sorted((rng.random() + number for number, _ in enumerate(record["rewards"])))
+    return False
+
+
+def one_response(rng: random.Random, record: dict, form: Format) -> bool | None:
+    """Of a ranking, which needs two; of answers none. The import drops such rows by itself."""
+    ranked = "rewards" in form.required and "sources" in form.required
+    answers = "truncated" in form.required and "sources" not in form.required
+    if not ranked and not answers:
+        return None
+    for name in form.required:
+        if name != "prompt":
+            record[name] = record[name][:1] if ranked else []
+    return False
+
+
 def wrong_type(rng: random.Random, record: dict, form: Format) -> bool | None:
     record[rng.choice(list(record))] = rng.choice(WRONG)
     return None
@@ -326,8 +444,9 @@ def unequal(rng: random.Random, record: dict, form: Format) -> bool | None:
 
 def other_text(rng: random.Random, record: dict, form: Format) -> bool:
     """Emoji, right-to-left text, line separators in a text."""
-    record["responses" if "responses" in form.required else "reason"] = "responses" not in form.required and "🙂 שלום"
-    if "responses" in form.required:
+    if "responses" not in form.required:
+        record["output" if "key" in form.required else "reason"] = "🙂 שלום"
+    else:
         count = next(len(record[name]) for name in ("rewards", "truncated") if name in record)
         record["responses"] = ["👩‍👩‍👧‍👦\u2028\u202eabc " + text_of(rng) for _ in range(count)]
     return True
@@ -348,6 +467,12 @@ def half_character(rng: random.Random, record: dict, form: Format) -> bool:
 FIELDS = {
     "missing field": missing,
     "wrong type": wrong_type,
+    "impossible type": impossible,
+    "bad role": bad_role,
+    "blank content": blank_content,
+    "answer last": answer_last,
+    "unsorted rewards": unsorted,
+    "one response": one_response,
     "extra field": extra,
     "NaN or Infinity": not_finite,
     "unequal lengths": unequal,
@@ -355,7 +480,8 @@ FIELDS = {
     "half a character": half_character,
 }
 LINES = ("line doubled", "lines swapped", "blank line")
-DAMAGES = (*BYTES, *SURELY_BAD, *SURELY_GOOD, *FIELDS, *LINES, "none")
+# Impossible types more often: they are many, fields times values.
+DAMAGES = (*BYTES, *SURELY_BAD, *SURELY_GOOD, *FIELDS, *LINES, "none", *["impossible type"] * 4)
 
 
 def damage(rng: random.Random, form: Format, name: str, file: Damaged) -> None:
@@ -512,13 +638,13 @@ def reopened(path: Path, data: bytes) -> Iterator[tuple[str, str]]:
 
 
 def followed(form: Format, path: Path, found: list[tuple[str, dict]]) -> Iterator[tuple[str, str]]:
-    """What was read can be written again, and what the next stage does with it ends well or with a clear error."""
+    """What was read can be written again, and the next stage takes it; `known` refusals are told as such."""
     try:
         if form.read is not released:  # of its rows the import writes a part, see `imported`
             json.dumps([record for _, record in found], ensure_ascii=False, allow_nan=False).encode("utf-8")
         form.follow(path, found)
-    except InputError:
-        return
+    except InputError as error:
+        yield ("known" if KNOWN.search(str(error)) else "lost"), f"the next stage refuses it: {error}"
     except AssertionError as error:
         yield "lost", str(error)
     except Exception as error:  # noqa: BLE001 - this is what is looked for
@@ -542,6 +668,8 @@ def fuzz(files: int, seed: int, folder: Path, formats: dict[str, Format] = FORMA
         read, message, faults = judge(formats[title], path, data, file)
         report.files[title] += 1
         report.records[title] += read
+        report.known.update(kind_of(text, path) for kind, text in faults if kind == "known")
+        faults = [(kind, text) for kind, text in faults if kind != "known"]
         report.damages.update(set(file.done))
         if message:
             report.refused[title] += 1
@@ -568,6 +696,9 @@ def print_report(report: Report) -> None:
     print(f"{'all':16}" + "".join(f"{counter.total():12}" for counter in (*counters, *faults)))
     print("\nclear errors by kind")
     for kind, count in report.messages.most_common():
+        print(f"{count:8}  {kind}")
+    print(f"\n{report.known.total()} files that were read and are refused by the next stage, for known reasons")
+    for kind, count in report.known.most_common():
         print(f"{count:8}  {kind}")
     print("\nfiles by damage")
     for name, count in report.damages.most_common():
