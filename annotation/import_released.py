@@ -11,19 +11,23 @@ the assistant's turn is left out. Responses are sorted by reward, ties keep thei
 exact duplicates the first is kept, rows with fewer than two responses left and repeated prompts are refused: all of it
 stands in the ledger. What the file does not know: `sources` are `generated` unless the row has them (so
 `schedule.best=human` finds no human response), `truncated` is false everywhere (no mark of the length limit was kept).
+Texts that spell special tokens of the tokenizer are counted, or with `data.special_tokens: refuse` left out as in
+generation. In a templated string such a text is a turn like any other, and nobody can tell it from one; a system turn
+behind the first one is refused.
 """
 
 import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from hps.chat import load_tokenizer
+from hps.chat import load_tokenizer, special_tokens_in
 from hps.cli import split_arguments
 from hps.errors import InputError, run_main
 from hps.manifest import claim, file_hash, finish, hold, model_hash
@@ -61,8 +65,8 @@ def parse_prompt(text: str, where: str) -> list[dict]:
     """Chat messages of a templated string.
 
     Raises:
-        InputError: no known template, text between the turns, or a turn that is not closed (but for the header that
-            opens the assistant's).
+        InputError: no known template, text between the turns, a turn that is not closed (but for the header that
+            opens the assistant's), or a system turn that is not the first.
     """
     rest = text.strip()
     template = next((known for known in TEMPLATES if rest.removeprefix(known.begin).startswith(known.start)), None)
@@ -84,6 +88,12 @@ def parse_prompt(text: str, where: str) -> list[dict]:
         if not (end and between) or template.start in content:
             raise InputError(
                 f"`prompt` has a turn without {template.end}: {shorten(turn)}", where=where, remedy="correct it"
+            )
+        if role == "system" and messages:
+            raise InputError(
+                f"`prompt` has a system turn behind another one: {shorten(turn)}",
+                where=where,
+                remedy="a text of the user may have opened it: give chat messages",
             )
         messages.append({"role": role, "content": content})
     return messages
@@ -136,14 +146,20 @@ def check_row(row: dict, where: str) -> dict:
     return {"prompt_id": name, "prompt": prompt, **columns}
 
 
-def rank_row(row: dict, tokenizer: Any) -> tuple[dict, list[dict]]:
-    """The ranked record of a checked row, and ledger lines for the responses that were dropped or merged."""
+def rank_row(row: dict, tokenizer: Any, refused: Callable[[str], list[str]] = lambda _: []) -> tuple[dict, list[dict]]:
+    """The ranked record of a checked row, and ledger lines for the responses that were dropped or merged.
+
+    Args:
+        refused: the special tokens for which a response is dropped.
+    """
     kept: dict[str, tuple[float, str]] = {}
     ledger = []
     for text, reward, source in zip(row["responses"], row["rewards"], row["sources"], strict=True):
         line = {"prompt_id": row["prompt_id"], "source": source, "reward": reward}
         if not text.strip():
             ledger.append({**line, "reason": "empty response"})
+        elif tokens := refused(text):
+            ledger.append({**line, "reason": "special tokens in a response", "tokens": tokens, "text": text})
         elif text in kept:
             ledger.append({**line, "reason": "duplicate response", "kept": kept[text][1], "text": text})
         else:
@@ -161,20 +177,39 @@ def rank_row(row: dict, tokenizer: Any) -> tuple[dict, list[dict]]:
     return record, ledger
 
 
-def convert(rows: Iterator[tuple[str, dict]], tokenizer: Any, ranked: TextIO, ledger: TextIO) -> Counter:
-    """Write ranked records and ledger lines; return the counts: `read` = `written` + `rejected`, and the ledger's."""
+PROMPTS, RESPONSES = "prompts with special tokens, kept", "responses with special tokens, kept"
+
+
+def convert(
+    rows: Iterator[tuple[str, dict]],
+    tokenizer: Any,
+    ranked: TextIO,
+    ledger: TextIO,
+    special: Callable[[str], list[str]] = lambda _: [],
+    refuse: bool = False,
+) -> Counter:
+    """Write ranked records and ledger lines; return the counts: `read` = `written` + `rejected`, and the ledger's.
+
+    Args:
+        special: the special tokens that a text spells.
+        refuse: prompts and responses with any are left out; else they are counted.
+    """
     counts, places = Counter(read=0, written=0, rejected=0), {}
     for where, raw in rows:
         row = check_row(raw, where)
-        record, lines = rank_row(row, tokenizer)
+        record, lines = rank_row(row, tokenizer, *[special] * refuse)
+        tokens = [token for message in row["prompt"] for token in special(message["content"])]
         named = {"prompt_id": row["prompt_id"], "place": where, "refused": True}
         if row["prompt_id"] in places:
             lines = [{**named, "reason": "repeated prompt", "first": places[row["prompt_id"]]}]
+        elif refuse and tokens:
+            lines = [{**named, "reason": "special tokens in the prompt", "tokens": tokens}]
         elif len(record["responses"]) < 2:
             lines.append({**named, "reason": "fewer than two distinct responses"})
         else:
             check_ranked(record, where)
             _write(ranked, record)
+            counts.update({PROMPTS: bool(tokens), RESPONSES: sum(bool(special(text)) for text in record["responses"])})
         places.setdefault(row["prompt_id"], where)
         for line in lines:
             _write(ledger, line)
@@ -217,10 +252,13 @@ def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, t
     tokenizer = load_tokenizer(model.path, model.revision)
     # The claim keeps the annotation from adding to this folder. It says nothing of the split: both may be imported.
     settings = {"imported_by": "annotation.import_released", "tokenizer": model_hash(model)}
+    refuse = recipe.data.special_tokens == "refuse"
+    if refuse:  # what does not differ from earlier versions is not claimed
+        settings["special_tokens"] = recipe.data.special_tokens
     with ExitStack() as files:
         ranked = files.enter_context(renamed_at_end(target))
         ledger = files.enter_context(renamed_at_end(target.with_suffix(".ledger.jsonl")))
-        counts = convert(read_rows(file), tokenizer, ranked, ledger)
+        counts = convert(read_rows(file), tokenizer, ranked, ledger, partial(special_tokens_in, tokenizer), refuse)
         if not counts["written"]:
             raise InputError(f"no row can be used ({_counted(counts)})", where=file, remedy="check the file")
         claim(target.parent, settings)
@@ -240,7 +278,8 @@ def _imported_before(folder: Path) -> dict:
 
 def _counted(counts: Counter) -> str:
     total = f"{counts['read']} rows read = {counts['written']} written + {counts['rejected']} rejected"
-    reasons = [f"{name}: {count}" for name, count in counts.items() if name not in ("read", "written", "rejected")]
+    known = ("read", "written", "rejected")
+    reasons = [f"{name}: {count}" for name, count in counts.items() if name not in known and count]
     return f"{total}; {', '.join(reasons) or 'nothing dropped or merged'}"
 
 
