@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import CHATML, make_reward_model
+from conftest import CHATML, REPOSITORY, make_reward_model
+from dependencies import pins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -547,6 +548,20 @@ def test_the_summary_moves_no_cursor():
 def test_an_error_shows_no_password_of_a_url(url):
     said = str(InputError(f"cannot reach {url}", where=url, remedy=f"check {url} (a@b.org)"))
     assert "cret" not in said and said.count("://host/x") == 3 and "a@b.org" in said
+
+
+# ---- dependencies ----
+
+
+@pytest.mark.parametrize("kind", ["train", "infer"])
+def test_the_audit_lists_what_the_locks_install(kind):
+    """Every pin with its version; after a change of a lock `python -m tests.dependencies` writes the page again."""
+    lines = (REPOSITORY / "docs" / "dependencies.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    listed = {row[0]: row[1 + ["train", "infer"].index(kind)] for row in rows[2:]}
+    pinned = {name: version for name, version, _ in pins(kind)}
+    assert len(pinned) > 80 and {name: listed.get(name) for name in pinned} == pinned
+    assert {name for name, version in listed.items() if version} == set(pinned)
 
 
 # ---- secrets ----
