@@ -1,6 +1,6 @@
 """A table of results: its rows put together and written as files.
 
-Writes  `results/<scale>/tableN.{json,md,tex,png}` (of the ablation `ablation.*`)
+Writes  `results/<scale>/tableN.{json,md,tex,png,html}` (of the ablation `ablation.*`); the page is not kept in git
 
 Called by evaluation.reproduce; evaluation.tables has the figures, evaluation.render how they look.
 """

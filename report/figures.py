@@ -195,7 +195,10 @@ def forest(title: str, rows: list[tuple[str, dict]]) -> Draw:
 
 
 def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:
-    """A figure against KL, a line a method: colour says the family and setting, the stroke the preference model."""
+    """A figure against KL, a line a method: colour says the family and setting, the stroke the preference model.
+
+    The last preference model, HPS where it is compared, has the solid line.
+    """
     traits = {label: _traits(label) for label in lines}
     colours = list(dict.fromkeys(colour for colour, _ in traits.values()))
     strokes = list(dict.fromkeys(stroke for _, stroke in traits.values()))
@@ -203,10 +206,9 @@ def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:
     def draw(axis: Axes) -> None:
         for label, (xs, ys) in lines.items():
             colour, stroke = colours.index(traits[label][0]), strokes.index(traits[label][1])
-            axis.plot(
-                xs, ys, label=named(label), color=f"C{colour % 10}", linestyle=(":", "--", "-", "-.")[stroke % 4],
-                marker=MARKERS[colour % len(MARKERS)], markersize=3.5, linewidth=1.2,
-            )  # fmt: skip
+            style = {"color": f"C{colour % 10}", "marker": MARKERS[colour % len(MARKERS)]}
+            style["linestyle"] = ("-", "--", ":", "-.")[(len(strokes) - 1 - stroke) % 4]
+            axis.plot(xs, ys, label=named(label), markersize=3.5, linewidth=1.2, **style)
         axis.axhline(0, color="0.4", linewidth=0.8)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("KL on the preferred response (nats)")

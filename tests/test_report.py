@@ -337,11 +337,12 @@ def test_another_test_set_has_a_page_of_its_own(ranked_recipe, trained, tmp_path
     own = trained.run_folder() / "report.html"
     own.write_text("the run's own page")
     evaluated(ranked_recipe(f"evaluation.on={other}"))
+    (trained.run_folder() / "on" / "elsewhere" / "metrics.json").unlink()
     done = run_module("report.run", recipe_path, f"evaluation.on={other}")
     assert done.returncode == 0, done.stderr
     page = (trained.run_folder() / "on" / "elsewhere" / "report.html").read_text()
     assert "<title>runs: dpo-hps, tested on elsewhere</title>" in page and len(data_of(page)["answers"]) == 2
-    assert f"bash evaluate.sh {recipe_path} evaluation.on={other}" not in page  # all is there
+    assert f"are not evaluated yet: <code>bash evaluate.sh {recipe_path} evaluation.on={other}</code>" in page
     assert own.read_text() == "the run's own page"
 
 
@@ -377,9 +378,9 @@ def test_a_run_whose_ranked_file_is_gone_still_has_a_page(trained):
     assert not any(text.startswith("hardness") for text in pictures(page))
 
 
-def large(monkeypatch, recipe) -> None:
+def make_large(recipe) -> None:
     """A plan of 60,000 rows and 5,000 steps, and 400 scored prompts of ten answers of 8,000 characters."""
-    rows = [row for _, row in enumerate(Lines(recipe.run_folder() / "plan.jsonl"))]
+    rows = list(Lines(recipe.run_folder() / "plan.jsonl"))
     many = [dict(rows[number % len(rows)], step=number // 12) for number in range(60_000)]
     (recipe.run_folder() / "plan.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
     line = json.loads((recipe.run_folder() / "log.jsonl").read_text().splitlines()[0])
@@ -392,8 +393,8 @@ def large(monkeypatch, recipe) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_of_a_large_run_is_bounded(trained, monkeypatch):
-    large(monkeypatch, trained)
+def test_the_page_of_a_large_run_is_bounded(trained):
+    make_large(trained)
     page = report(trained, [])
     assert len(page.encode()) < 5_000_000
     assert f"A sample of {MOST_POINTS:,} of the 60,000 points" in page
