@@ -242,7 +242,7 @@ def fingerprint(path: str | Path) -> dict:
     digest, size, plain, placed = hashlib.sha256(), 0, 0, 0
     try:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
+            while block := file.read(1 << 16):
                 digest.update(block)
                 values = np.frombuffer(block, dtype=np.uint8).astype(np.uint64)
                 total = int(values.sum())
