@@ -4,7 +4,10 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, normalizers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import evaluation.judge
 from alignment.plan import plan
@@ -479,7 +482,22 @@ def with_code(tiny_model, tmp_path):
     return folder
 
 
-def test_code_of_a_model_is_never_run(with_code, tmp_path):
+@pytest.fixture
+def would_run(tmp_path, monkeypatch):
+    """Shows that the planted code of a folder runs when it is trusted; then takes away what it made."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+
+    def check(kind: type, folder: Path) -> None:
+        with suppress(Exception):  # the planted classes are empty
+            kind.from_pretrained(folder, trust_remote_code=True)
+        (tmp_path / "harm").rmdir()
+
+    return check
+
+
+def test_code_of_a_model_is_never_run(with_code, would_run, tmp_path):
+    would_run(AutoConfig, with_code)
     model = Model(str(with_code))
     for load in (load_config, lambda model: load_weights(AutoModelForCausalLM, model), load_reward_model):
         with pytest.raises(InputError, match=r"brings Python code of its own, which is never run; use a model that"):
@@ -500,12 +518,13 @@ def test_an_engine_is_not_started_on_a_model_that_needs_code(tiny_recipe, with_c
             start()
 
 
-def test_code_of_a_tokenizer_is_never_run(tiny_model, tmp_path):
+def test_code_of_a_tokenizer_is_never_run(tiny_model, would_run, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "with_code")
     (folder / "tokenization_own.py").write_text(f"import os\nos.makedirs({str(tmp_path / 'harm')!r})\n")
     path = folder / "tokenizer_config.json"
     settings = {**json.loads(path.read_text()), "tokenizer_class": "OwnTokenizer"}
     path.write_text(json.dumps({**settings, "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}))
+    would_run(AutoTokenizer, folder)
     # Refused, or loaded as the class that transformers has for the files: either way without the code.
     with suppress(InputError):
         load_tokenizer(str(folder))
@@ -567,25 +586,54 @@ def test_the_audit_lists_what_the_locks_install(kind):
 # ---- secrets ----
 
 
+SECRETS = {
+    name: f"planted-{number}-{name.lower()}"
+    for number, name in enumerate(
+        ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "MY_PASSWORD")
+    )
+}
+
+
+def leaks(folder: Path, printed: list[str]) -> set[str]:
+    """The secrets that stand in a file below the folder (its name counts) or in what was printed."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    texts = [*(text.encode() for text in (*printed, *map(str, files))), *(path.read_bytes() for path in files)]
+    return {name for name, secret in SECRETS.items() if any(secret.encode() in text for text in texts)}
+
+
+def test_the_search_finds_what_is_planted(tmp_path):
+    assert leaks(tmp_path, ["nothing"]) == set()
+    assert leaks(tmp_path, [f"token={SECRETS['HF_TOKEN']}\n"]) == {"HF_TOKEN"}
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "log.bin").write_bytes(b"\x00\xff" + SECRETS["MY_PASSWORD"].encode() + b"\xff")
+    (tmp_path / SECRETS["OPENAI_API_KEY"]).touch()
+    assert leaks(tmp_path, []) == {"MY_PASSWORD", "OPENAI_API_KEY"}
+
+
 @pytest.mark.slow
 def test_a_secret_of_the_environment_is_written_nowhere(tiny_recipe, tokenizer, run_module, tmp_path):
-    """Through every stage of this environment, also one that fails; in files of the output and on the screen."""
-    names = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "MY_PASSWORD")
-    secrets = {name: f"planted-{number}-{name.lower()}" for number, name in enumerate(names)}
-    environment = {**os.environ, **secrets, "CUDA_VISIBLE_DEVICES": ""}
+    """Through every stage of this environment, with both trackers; of stages that refuse, and of one that breaks."""
+    environment = {**os.environ, **SECRETS, "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
+    seen = subprocess.run([sys.executable, "-c", "import os; print(os.environ)"], env=environment, capture_output=True)
+    assert leaks(tmp_path / "none", [seen.stdout.decode()]) == set(SECRETS)  # the stages have them
     make_reward_model(tmp_path / "two", tokenizer, labels=2)
+    settings = [*GIVEN, "training.tensorboard=true", "training.wandb=true"]
     printed, stages = [], ["generation.generate", "annotation.annotate", "alignment.plan", "alignment.train"]
+
+    def run(*words, status: int) -> str:
+        done = run_module(*words, env=environment)
+        assert done.returncode == status, done.stderr
+        printed.append(done.stdout + done.stderr)
+        return done.stderr
+
     for stage in (*stages, "evaluation.margins", "report.run"):
-        done = run_module(stage, tiny_recipe, *GIVEN, env=environment)
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout + done.stderr)
-    for module, override in (("hps.preflight", f"models.reward.path={tmp_path / 'two'}"), ("alignment.plan", "seed=8")):
-        stage = ["gene"] if module == "hps.preflight" else []
-        done = run_module(module, *stage, tiny_recipe, *GIVEN, override, env=environment)
-        assert done.returncode == 2
-        printed.append(done.stdout + done.stderr)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) > 40
-    texts = [*(text.encode() for text in printed), *(path.read_bytes() for path in files)]
-    for secret in secrets.values():
-        assert not any(secret.encode() in text for text in texts)
+        run(stage, tiny_recipe, *settings, status=0)
+    run("hps.preflight", "gene", tiny_recipe, *settings, f"models.reward.path={tmp_path / 'two'}", status=2)
+    run("alignment.plan", tiny_recipe, *settings, "seed=8", status=2)
+    folder = load_recipe(tiny_recipe).run_folder()
+    assert list(folder.glob("tensorboard/**/events.*")) and list(folder.glob("wandb/offline-run-*/*.wandb"))
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+    assert "Traceback" in run("report.run", tiny_recipe, *settings, status=1)
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) > 40
+    assert leaks(tmp_path, printed) == set()
