@@ -233,6 +233,17 @@ def test_agreement_by_hand():
     assert agreement(np.array([[1.0, 3.0]])) is None and agreement(np.full((2, 3), 4.0)) is None
 
 
+def test_agreement_is_that_of_the_package():
+    """On random marks in steps of 0.5, from raters who agree to raters who do not."""
+    krippendorff = pytest.importorskip("krippendorff")
+    rng = np.random.default_rng(0)
+    for spread in (0.2, 1.0, 3.0):
+        units = rng.uniform(1, 5, 24)
+        ratings = (2 * np.clip(units + rng.normal(0, spread, (6, 24)), 1, 5)).round() / 2
+        expected = krippendorff.alpha(reliability_data=ratings, level_of_measurement="interval")
+        assert agreement(ratings) == pytest.approx(expected, abs=1e-4)
+
+
 def test_means_by_hand():
     """Two raters, two prompts: 1, 3 and 2, 4, all criteria alike.
 

@@ -70,7 +70,7 @@ function progress() {
 function judge(mark, input, problem) {
   const bad = wrong(mark);
   input.setAttribute("aria-invalid", String(bad));
-  problem.textContent = bad ? "Not a mark: give a number from 1.00 to 5.00." : "";
+  problem.textContent = bad ? "Give a number from 1.00 to 5.00." : "";
 }
 
 // Up and down by 0.1, with Shift by 1; an empty field, or one with something else in it, starts in the middle.
