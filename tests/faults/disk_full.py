@@ -6,7 +6,7 @@ The quickstart with few prompts writes onto a tmpfs. Before each stage a file of
 room; it must end with status 2 and one line that says where, without a traceback. Then the ballast goes, and the same
 command must finish, with the lines that stood there before unchanged; after the last stage `hps.verify` must find
 nothing wrong and the adapter must be, bit for bit, that of a training with room. Ends with status 1 when something
-differs.
+differs, or when a stage never met the full disk.
 """
 
 import argparse
@@ -24,20 +24,30 @@ from hps.recipe import REPOSITORY, load_recipe
 
 RECIPE = "configs/quickstart.yaml"
 SETTINGS = ["data.train.limit=12", "data.test.limit=4", "schedule.global_batch=4", "schedule.device_batch=4"]
+SETTINGS += ["training.merge=true", "judge.enabled=true", "judge.tensor_parallel=1"]
 INFER, TRAIN = ".venv-infer/bin/python", ".venv-train/bin/python"
 KB = 1024
-SIZE = 96 * KB * KB
-# A stage, its interpreter, and the room that it is given at first: one attempt for each.
+SIZE = 800 * KB * KB  # merged weights of 135M parameters, and the rest
+# A stage, its interpreter, and the room that it is given at first: one attempt for each. Room comes in pages of 4 kB.
 STAGES = [
     ("generation.generate", INFER, [0, 12 * KB]),
     ("annotation.annotate", INFER, [0, 12 * KB]),
     ("alignment.plan", TRAIN, [0, 4 * KB]),
     ("alignment.train", TRAIN, [0, 24 * KB, 1000 * KB, 6000 * KB]),
+    ("alignment.merge", TRAIN, [0, 100 * KB * KB]),
     ("evaluation.margins", TRAIN, [0, 8 * KB]),
-    ("generation.answers", INFER, [0, 8 * KB]),
-    ("annotation.answers", INFER, [0, 8 * KB]),
-    ("evaluation.divergence", TRAIN, [0, 8 * KB]),
+    ("generation.answers", INFER, [0, 16 * KB]),
+    ("annotation.answers --sft", INFER, [0, 4 * KB]),
+    ("annotation.answers", INFER, [0, 4 * KB]),
+    ("evaluation.divergence", TRAIN, [0, 4 * KB]),
+    ("evaluation.metrics --sft", TRAIN, [0]),
+    ("evaluation.metrics", TRAIN, [0, 4 * KB]),
+    ("evaluation.judge", INFER, [0, 4 * KB]),
+    ("evaluation.win_rate", TRAIN, [0]),
+    ("report.run", TRAIN, [0, 4 * KB]),
 ]
+# They append line by line: one of the attempts must meet the full disk behind finished lines, not at once.
+BY_LINES = {"generation.generate", "annotation.annotate", "evaluation.margins", "generation.answers"}
 
 
 @contextmanager
@@ -68,7 +78,7 @@ def ballast(disk: Path, room: int) -> Iterator[None]:
 
 
 def stage(module: str, python: str, output: Path, settings: list[str]) -> subprocess.CompletedProcess:
-    words = [python, "-m", module, RECIPE, f"output={output}", *settings]
+    words = [python, "-m", *module.split(), RECIPE, f"output={output}", *settings]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning"}
     return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
 
@@ -80,8 +90,8 @@ def whole_lines(output: Path) -> dict[Path, bytes]:
     return {path: content[: content.rfind(b"\n") + 1] for path, content in contents.items()}
 
 
-def attempt(module: str, python: str, disk: Path, room: int, settings: list[str]) -> list[str]:
-    """What is wrong with one attempt in too little room."""
+def attempt(module: str, python: str, disk: Path, room: int, settings: list[str]) -> tuple[list[str], int | None]:
+    """What is wrong with one attempt in too little room, and the lines that it finished; None: it had room enough."""
     output, wrong = disk / "out", []
     before = whole_lines(output)
     with ballast(disk, room):
@@ -89,8 +99,8 @@ def attempt(module: str, python: str, disk: Path, room: int, settings: list[str]
     after = whole_lines(output)
     said = re.findall("error: .*", done.stderr)  # it may stand behind a progress bar
     if done.returncode == 0:
-        print(f"{module:24s} {room // KB:5d} kB: had room enough", flush=True)
-        return wrong
+        print(f"{module:24s} {room // KB:6d} kB: had room enough", flush=True)
+        return wrong, None
     if done.returncode != 2 or len(said) != 1 or "Traceback" in done.stderr:
         wrong.append(f"{module} with {room} bytes: status {done.returncode}:\n{done.stderr[-2500:]}")
     elif not any(text in said[0] for text in ("the disk is full", "No space left")):
@@ -101,15 +111,19 @@ def attempt(module: str, python: str, disk: Path, room: int, settings: list[str]
         wrong.append(f"{module} with {room} bytes: finished lines are gone")
     new = sum(content.count(b"\n") for content in after.values()) - sum(c.count(b"\n") for c in before.values())
     shown = said[0].replace(str(disk), "...") if said else "said nothing"
-    print(f"{module:24s} {room // KB:5d} kB: {new:3d} lines finished; {shown}", flush=True)
-    return wrong
+    print(f"{module:24s} {room // KB:6d} kB: {new:3d} lines finished; {shown}", flush=True)
+    return wrong, new
 
 
-def run_stage(module: str, python: str, rooms: list[int], disk: Path, settings: list[str]) -> list[str]:
-    """What is wrong with a stage, first in too little room and then with enough."""
-    wrong = []
-    for room in rooms:
-        wrong += attempt(module, python, disk, room, settings)
+def run_stage(module: str, python: str, rooms: list[int], disk: Path, settings: list[str]) -> tuple[list[str], int]:
+    """What is wrong with a stage, first in too little room and then with enough; how often it met the full disk."""
+    attempts = [attempt(module, python, disk, room, settings) for room in rooms]
+    wrong = [line for lines, _ in attempts for line in lines]
+    met = [new for _, new in attempts if new is not None]
+    if not met:
+        wrong.append(f"{module}: no attempt met a full disk, nothing is shown; give it less room in STAGES")
+    elif module in BY_LINES and not max(met):
+        wrong.append(f"{module}: no attempt met the full disk behind a finished line; give it more room in STAGES")
     before = whole_lines(disk / "out")
     done = stage(module, python, disk / "out", settings)
     if done.returncode:
@@ -117,7 +131,7 @@ def run_stage(module: str, python: str, rooms: list[int], disk: Path, settings: 
     after = whole_lines(disk / "out")
     if any(not after[path].startswith(content) for path, content in before.items()):
         wrong.append(f"{module}: what was finished changed when it went on")
-    return wrong
+    return wrong, len(met)
 
 
 def same_adapter(output: Path, settings: list[str]) -> bool:
@@ -138,9 +152,11 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="overrides of the quickstart's recipe")
     settings = [*SETTINGS, *parser.parse_args().settings]
     problems: list[str] = []
+    met = 0
     with small_disk() as disk:
         for module, python, rooms in STAGES:
-            problems += run_stage(module, python, rooms, disk, settings)
+            wrong, times = run_stage(module, python, rooms, disk, settings)
+            problems, met = problems + wrong, met + times
         verified = subprocess.run(
             [TRAIN, "-m", "hps.verify", disk / "out"], cwd=REPOSITORY, capture_output=True, text=True
         )
@@ -148,8 +164,7 @@ def main() -> None:
             problems.append(verified.stdout + verified.stderr)
         if not same_adapter(disk / "out", settings):
             problems.append("the adapter differs from that of a training with room")
-    attempts = sum(len(rooms) for _, _, rooms in STAGES)
-    print(f"{len(STAGES)} stages, {attempts} attempts in too little room, {len(problems)} problems")
+    print(f"{len(STAGES)} stages met a full disk {met} times, {len(problems)} problems")
     if problems:
         sys.exit("\n".join(problems))
 
