@@ -18,6 +18,7 @@ from faults.fuzz_records import FORMATS, fuzz
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_losses import FAMILIES, METHODS, brute_force_pair, loss_of, one_hot
+from torch.nn.functional import pad
 
 from alignment.losses import hps_loss, pair_loss, preference_loss
 from alignment.plan import gamma_stages, hardness_weights, training_list, usable
@@ -553,6 +554,56 @@ def test_any_finite_scores_give_a_finite_loss_and_gradient(case):
     value, slope = gradient(*case)
     assert value.isfinite() and slope.isfinite().all()
     assert value >= -1e-9  # every one is a negative logarithm, a divergence or a square
+
+
+def single(batch: dict) -> dict:
+    return {name: value if name == "mask" else value.float() for name, value in batch.items()}
+
+
+@examples(300)
+@given(lists(limit=1e6))
+def test_in_single_precision_too(case):
+    """As training computes it. The value is that of double precision, up to what the scores lose by rounding."""
+    loss, batch = case
+    value, slope = gradient(loss, single(batch))
+    assert value.dtype == torch.float32 and value.isfinite() and slope.isfinite().all()
+    rounded = {name: value if name == "mask" else value.double() for name, value in single(batch).items()}
+    exact, _ = gradient(loss, rounded)
+    size = 1 + float(exact.abs()) + float(batch["scores"].abs().max()) * (1 + loss.beta)
+    assert abs(float(value) - float(exact)) <= 1e-5 * size
+
+
+def padded(batches: list[dict], filler: list[float]) -> dict:
+    """One batch of lists of unequal length; behind each list anything in scores and rewards, and no weight."""
+    size = max(batch["scores"].shape[1] for batch in batches)
+
+    def rows(name: str, fill) -> torch.Tensor:
+        parts = [batch[name] for batch in batches]
+        return torch.cat([pad(part, (0, size - part.shape[-1]), value=fill) for part in parts])
+
+    columns = {"mask": rows("mask", False), "log_weights": rows("log_weights", -math.inf)}
+    for name, value in zip(("scores", "annotated"), filler, strict=True):
+        columns[name] = rows(name, 0.0).where(columns["mask"], torch.tensor(value, dtype=torch.float64))
+    return {**columns, "dispreferred_count": torch.cat([batch["dispreferred_count"] for batch in batches])}
+
+
+@examples(300)
+@given(
+    st.sampled_from(METHODS).flatmap(lambda method: st.lists(lists(method=method), min_size=1, max_size=4)),
+    st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=2),
+)
+def test_lists_of_a_batch_do_not_see_each_other(cases, filler):
+    """The loss and the gradient of each are those that it has alone, whatever stands behind the mask."""
+    loss, batches = cases[0][0], [batch for _, batch in cases]
+    together = padded(batches, filler)
+    scores = together["scores"].requires_grad_()
+    values = preference_loss(loss, **together)
+    slopes = torch.autograd.grad(values.sum(), scores)[0]
+    for row, batch in enumerate(batches):
+        value, slope = gradient(loss, batch)
+        torch.testing.assert_close(values[row].detach(), value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(slopes[row, : len(slope)], slope, rtol=1e-12, atol=1e-12)
+        assert (slopes[row, len(slope) :] == 0).all()
 
 
 @examples(300)
