@@ -80,14 +80,24 @@ class Texts:
                 yield {"key": item["key"], "samples": samples}
 
 
-def generation(recipe: Recipe) -> None:
+Work = Callable[[], object]  # what is measured: the imports are made, and the tokenizer's library is warm
+
+
+def warm(recipe: Recipe) -> None:
+    from hps.chat import load_tokenizer
+
+    load_tokenizer(recipe.models.policy.path)
+
+
+def generation(recipe: Recipe) -> Work:
     from generation import generate
 
+    warm(recipe)
     generate.Generator = Texts
-    generate.generate(recipe)
+    return lambda: generate.generate(recipe)
 
 
-def annotation(recipe: Recipe) -> None:
+def annotation(recipe: Recipe) -> Work:
     from annotation import annotate
 
     class FixedScores(annotate.Scorer):
@@ -98,52 +108,61 @@ def annotation(recipe: Recipe) -> None:
             return [random.Random(response).gauss(0, 1) for response in responses]
 
     annotate.Scorer = FixedScores
-    annotate.annotate(recipe)
+    return lambda: annotate.annotate(recipe)
 
 
-def plan(recipe: Recipe) -> None:
+def plan(recipe: Recipe) -> Work:
     from alignment.plan import plan
 
-    plan(recipe)
+    return lambda: plan(recipe)
 
 
-def training(recipe: Recipe) -> None:
+def training(recipe: Recipe) -> Work:
     from alignment.reference import Values, response_key
     from alignment.train import TokenRows
     from alignment.trainer import PlanCollator, RowsWithReference
     from hps.chat import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.models.policy.path)
-    rows = TokenRows(recipe, tokenizer)
-    values = Values(rows, shared=True)
-    for numbers in values.missing():
-        example = values.example(numbers)
-        keys = (response_key(example["prompt_ids"], response) for response in example["response_ids"])
-        values.add((key, -1.0) for key in keys)
-    collate = PlanCollator(tokenizer.pad_token_id, shared=True)
-    examples, size = RowsWithReference(rows, values), recipe.schedule.device_batch
-    for start in range(0, len(examples), size):
-        collate([examples[index] for index in range(start, min(start + size, len(examples)))])
+
+    def work() -> None:
+        rows = TokenRows(recipe, tokenizer)
+        values = Values(rows, shared=True)
+        for numbers in values.missing():
+            example = values.example(numbers)
+            keys = (response_key(example["prompt_ids"], response) for response in example["response_ids"])
+            values.add((key, -1.0) for key in keys)
+        collate = PlanCollator(tokenizer.pad_token_id, shared=True)
+        examples, size = RowsWithReference(rows, values), recipe.schedule.device_batch
+        for start in range(0, len(examples), size):
+            collate([examples[index] for index in range(start, min(start + size, len(examples)))])
+
+    return work
 
 
-def finished_run(recipe: Recipe) -> None:
+def finished_run(recipe: Recipe) -> Work:
     """What the evaluation needs to be there: candidates, ranking, and a run, here without weights."""
-    generation(recipe)
-    annotation(recipe)
-    checkpoint = recipe.run_folder() / "checkpoint"
-    write_json(checkpoint / "adapter_config.json", {})
-    write_json(recipe.run_folder() / "manifest.json", {})
+    steps = [generation(recipe), annotation(recipe)]
+
+    def work() -> None:
+        for step in steps:
+            step()
+        write_json(recipe.run_folder() / "checkpoint" / "adapter_config.json", {})
+        write_json(recipe.run_folder() / "manifest.json", {})
+
+    return work
 
 
-def answers(recipe: Recipe) -> None:
+def answers(recipe: Recipe) -> Work:
     from generation import generate
     from generation.answers import answer
 
+    warm(recipe)
     generate.Generator = Texts
-    answer([recipe])
+    return lambda: answer([recipe])
 
 
-def scores(recipe: Recipe) -> None:
+def scores(recipe: Recipe) -> Work:
     from annotation import answers
 
     class FixedScores(answers.AnswerScorer):
@@ -154,8 +173,7 @@ def scores(recipe: Recipe) -> None:
             return [{"score": random.Random(response).gauss(0, 1)} for response in responses]
 
     answers.AnswerScorer = FixedScores
-    for sft in (True, False):
-        answers.score(recipe, sft)
+    return lambda: [answers.score(recipe, sft) for sft in (True, False)]
 
 
 def fixed_policies() -> type:
@@ -184,32 +202,33 @@ def fixed_policies() -> type:
     return Fixed
 
 
-def margins(recipe: Recipe) -> None:
+def margins(recipe: Recipe) -> Work:
     from evaluation import margins
 
+    warm(recipe)
     margins.HeldOut = fixed_policies()
-    margins.evaluate(recipe)
+    return lambda: margins.evaluate(recipe)
 
 
-def divergence(recipe: Recipe) -> None:
+def divergence(recipe: Recipe) -> Work:
     from evaluation import divergence
 
+    warm(recipe)
     divergence.HeldOut = fixed_policies()
-    divergence.measure(recipe)
+    return lambda: divergence.measure(recipe)
 
 
-def metrics(recipe: Recipe) -> None:
+def metrics(recipe: Recipe) -> Work:
     from evaluation.metrics import evaluate
 
-    for sft in (True, False):
-        evaluate(recipe, sft)
+    return lambda: [evaluate(recipe, sft) for sft in (True, False)]
 
 
 @dataclass
 class Stage:
     """How a stage is run: environment, and settings of its own."""
 
-    run: Callable[[Recipe], None]
+    prepare: Callable[[Recipe], Work]
     environment: str = TRAIN
     overrides: tuple[str, ...] = ()
 
@@ -248,8 +267,9 @@ def main(families: dict[str, dict[str, Stage]] = FAMILIES) -> None:
     arguments = parser.parse_args()
     (stage,) = (stages[arguments.name] for stages in families.values() if arguments.name in stages)
     recipe = recipe_of(arguments.folder, arguments.responses, arguments.answers, list(stage.overrides))
+    work = stage.prepare(recipe)
     start = time.perf_counter(), time.process_time()
-    stage.run(recipe)
+    work()
     seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     status = Path("/proc/self/status").read_text()
     (peak,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from sacrebleu.metrics import BLEU
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
 from evaluation.statistics import LEVEL, bootstrap, percentile_interval
 from hps.cli import parse
@@ -51,7 +53,11 @@ class Bleu:
 
     def counts(self, prompts: Iterable[list[tuple[str, str]]]) -> np.ndarray:
         """What corpus BLEU adds up, (prompts, numbers), from the pairs of answer and reference of each prompt."""
-        return np.array([np.sum([self._counts(*pair) for pair in pairs], axis=0) for pairs in prompts])
+        return np.array([self._prompt_counts(pairs) for pairs in prompts])
+
+    def _prompt_counts(self, pairs: list[tuple[str, str]]) -> np.ndarray:
+        forget_texts()
+        return np.sum([self._counts(*pair) for pair in pairs], axis=0)
 
     def corpus(self, counts: np.ndarray, samples: int, seed: int) -> dict:
         """Corpus BLEU with a bootstrap interval over the prompts.
@@ -82,6 +88,12 @@ class Bleu:
         """How the figures were computed, of those that were: sacrebleu writes the number of references, too."""
         names = {"sentence": self._sentence, "corpus": self._corpus, "characters": self._plain}
         return {name: str(metric.get_signature()) for name, metric in names.items() if hasattr(metric, "num_refs")}
+
+
+def forget_texts() -> None:
+    """Empty sacrebleu's caches. They hold the last 65,536 texts and their tokens; only a prompt's own are of use."""
+    for tokenizer in (Tokenizer13a, TokenizerRegexp):
+        tokenizer.__call__.cache_clear()
 
 
 def _spelled(text: str) -> str:
@@ -126,6 +138,7 @@ def answer_figures(answers: dict, rewards: list[dict]) -> dict[str, float]:
 
 def bleu_figures(answers: dict, rewards: list[dict], given: list[str], given_rewards: list[dict], bleu: Bleu) -> dict:
     """BLEU of the answers against the preferred one; the released code's takes the evaluator's choice on both sides."""
+    forget_texts()
     values = [bleu.sentence(text, given[0]) for text in answers["responses"]]
     chosen, reference = (
         texts[max(range(len(texts)), key=lambda index: details[index]["score"])]

@@ -20,14 +20,14 @@ def work(size=200):
     sum(range(size * KB))
 
 def streams(recipe):
-    read(recipe, lambda number: work())
+    return lambda: read(recipe, lambda number: work())
 
 def hoards(recipe):
     kept = []
-    read(recipe, lambda number: (work(), kept.append(bytes([1]) * (200 * KB))))
+    return lambda: read(recipe, lambda number: (work(), kept.append(bytes([1]) * (200 * KB))))
 
 def dawdles(recipe):
-    read(recipe, lambda number: work(20 * number))
+    return lambda: read(recipe, lambda number: work(20 * number))
 
 FAMILIES = {"train": {each.__name__: stages.Stage(each) for each in (streams, hoards, dawdles)}}
 if __name__ == "__main__":

@@ -47,6 +47,16 @@ def test_corpus_bleu_has_an_interval_around_it(bleu):
     assert bleu.signatures()["corpus"].startswith("nrefs:1|")
 
 
+def test_tokenized_texts_are_not_kept(bleu):
+    """sacrebleu would keep every text of an evaluation."""
+    for number in range(9):
+        answers = answers_of(CAT, f"answer {number}", tokens=[6, 2])
+        stage.bleu_figures(answers, [{"score": 0.0}] * 2, [CAT], [{"score": 0.0}], bleu)
+        bleu.counts([[(text, CAT) for text in answers["responses"]]])
+    for tokenizer in (stage.Tokenizer13a, stage.TokenizerRegexp):
+        assert 0 < tokenizer.__call__.cache_info().currsize <= 3
+
+
 def test_the_answers_to_a_prompt_are_drawn_together(bleu):
     """Five equal answers to each prompt say no more than one: the same interval."""
     answers = [f"word{number} stands in line number {number % 7} of the page" for number in range(40)]
