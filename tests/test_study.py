@@ -183,7 +183,8 @@ def test_ratings_come_back_to_their_models(study, tmp_path):
     assert json.loads((study / "study.json").read_text()) == result
     text = (study / "study.md").read_text()
     assert "| alpha | 4.00 [4.00, 4.00] |" in text and "| alpha − beta | +2.00 [+2.00, +2.00] |" in text
-    assert "a bootstrap that draws both anew" in text and "All prompts" in (study / "study.html").read_text()
+    assert "a bootstrap that draws both anew" in text and "fewer than 10 raters the intervals are too short" in text
+    assert "All prompts" in (study / "study.html").read_text()
 
 
 def test_a_rater_that_is_not_in_yet_is_named(study, tmp_path):
