@@ -9,6 +9,7 @@ import time
 
 import pytest
 from conftest import ranked_records
+from faults import bad_inputs
 from faults.bad_inputs import Case, line
 from faults.kill import checkpoint, finished, kill_all, lost, lost_checkpoint, rewards, same_run, started_by
 
@@ -123,3 +124,19 @@ def test_a_case_that_is_not_refused_fails(tmp_path, monkeypatch):
     for _ in range(3):
         with pytest.raises(AssertionError):
             case.refused("generation.generate", says="it is broken")
+
+
+@pytest.mark.parametrize(("failing", "status"), [(False, 0), (True, 1)])
+def test_a_case_that_was_not_tried_has_not_passed(monkeypatch, capsys, failing, status):
+    def fail(_):
+        raise AssertionError("lost")
+
+    cases = {"good": lambda _: "fine", "not_tried": lambda _: f"{bad_inputs.SKIPPED}no right"}
+    monkeypatch.setattr(bad_inputs, "CASES", {**cases, **({"bad": fail} if failing else {})})
+    monkeypatch.setattr(sys, "argv", ["bad_inputs"])
+    with pytest.raises(SystemExit) as ended:
+        bad_inputs.main()
+    assert ended.value.code == status
+    last = capsys.readouterr().out.splitlines()[-1]
+    counts = f"1 as they must be, {status} failed, 1 could not be tried here"
+    assert last == f"{2 + status} cases: {counts}"
