@@ -340,6 +340,66 @@ def test_answers_have_counts_and_flags(write_lines, field, value):
         list(read_answers(write_lines([{**record, field: value}])))
 
 
+# ---- files of raters ----
+
+STUDY = {
+    "study": "s",
+    "raters": 2,
+    "seed": 3,
+    "models": ["sft", "mine"],
+    "criteria": ["correctness", "safety"],
+    "sets": {"x": ["p", "q 🙂"]},
+}
+RATINGS = {
+    "study": "s",
+    "rater": 2,
+    "ratings": [
+        {"prompt_id": name, "answer": answer, "criterion": criterion, "value": 1 + answer + len(name) / 10}
+        for name in STUDY["sets"]["x"]
+        for answer in range(2)
+        for criterion in STUDY["criteria"]
+    ],
+}
+
+
+def places(value, at=()):
+    """The place of everything in a JSON value."""
+    yield at
+    if isinstance(value, (list, dict)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*at, key))
+
+
+def changed(value, at: tuple, new):
+    """A copy of a JSON value with another one in its place."""
+    if not at:
+        return new
+    copied = value.copy()
+    copied[at[0]] = changed(value[at[0]], at[1:], new)
+    return copied
+
+
+numbers_and_marks = st.sampled_from([True, 1.0, "1", "p", "s", 5.001, 0.999, math.nan, math.inf, -1, 2, [], {}])
+
+
+@examples(400)
+@given(at=st.sampled_from(list(places(RATINGS))), new=numbers_and_marks | values, cut=st.none() | st.integers(0, 900))
+def test_a_damaged_file_of_a_rater_gives_its_ratings_or_a_clear_error(path, at, new, cut):
+    from report.study import read_ratings
+
+    whole = json.dumps(RATINGS).encode()
+    damaged = json.dumps(changed(RATINGS, at, new)).encode()[:cut]
+    path.write_bytes(damaged)
+    try:
+        rater, found = read_ratings(path, STUDY)
+    except InputError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error) and damaged != whole
+    else:
+        assert rater in (1, 2) and ((found >= 1) & (found <= 5)).all()
+        # Nothing else could be another one and the file be whole: a mark, the rater, a field that nobody reads.
+        assert damaged == whole or at == () or at[-1] in ("value", "rater")
+
+
 # ---- records: large and repeated prompts ----
 
 
