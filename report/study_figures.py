@@ -56,7 +56,7 @@ def agreement(ratings: np.ndarray) -> float | None:
 
     Where every rater rates every unit, the differences of all pairs come down to variances: alpha is 1 less the mean
     variance within a unit by that of all ratings. (The package `krippendorff`, against which it is tested, holds for
-    each unit a matrix of all values by all values: gigabytes for marks in steps of 0.01.)
+    each unit a matrix of all values by all values: 4.1 GB for the averages of 20 raters' marks of 120 answers.)
     """
     if len(ratings) < 2 or ratings.min() == ratings.max():
         return None
