@@ -1,6 +1,6 @@
 """Peak memory and time per prompt of each stage's own part, with few and with many prompts.
 
-Run     .venv-train/bin/python benchmarks/memory.py [--prompts 1000 20000] [--test-prompts 250 5000] [--json FILE]
+Run     .venv-train/bin/python benchmarks/memory.py [--prompts 1000 20000] [--test-prompts 1000 5000] [--json FILE]
 
 Each stage is a process of its own that runs the stage as it is, with real tokenizers and files, and stand-ins for the
 models alone (benchmarks/stages.py). What grows are the training prompts, or, for the stages of the evaluation, the test
@@ -102,7 +102,7 @@ def beyond(figures: dict[str, dict]) -> list[str]:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--prompts", type=int, nargs=2, default=[1000, 20000], metavar=("FEW", "MANY"))
-    parser.add_argument("--test-prompts", type=int, nargs=2, default=[250, 5000], metavar=("FEW", "MANY"))
+    parser.add_argument("--test-prompts", type=int, nargs=2, default=[1000, 5000], metavar=("FEW", "MANY"))
     parser.add_argument("--responses", type=int, default=100, help="generated for each training prompt")
     parser.add_argument("--answers", type=int, default=5, help="of a model to each test prompt")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES])
