@@ -644,7 +644,7 @@ def followed(form: Format, path: Path, found: list[tuple[str, dict]]) -> Iterato
             json.dumps([record for _, record in found], ensure_ascii=False, allow_nan=False).encode("utf-8")
         form.follow(path, found)
     except InputError as error:
-        yield ("known" if KNOWN.search(str(error)) else "lost"), f"the next stage refuses it: {error}"
+        yield ("known", str(error)) if KNOWN.search(str(error)) else ("lost", f"the next stage refuses it: {error}")
     except AssertionError as error:
         yield "lost", str(error)
     except Exception as error:  # noqa: BLE001 - this is what is looked for
