@@ -3,7 +3,7 @@
 Reads   `<output>/<run>/answers/test.jsonl`, `<output>/sft/answers/test.jsonl` (answers of the trained model and of the
         one before training; with `evaluation.on` the folders of the other test split)
 Writes  `<output>/judge/<key>.jsonl` (a line a verdict: `key`, and `scores` or `error`), `<key>.json` (what the key
-        stands for: judge, rubric, sampling)
+        stands for: judge, rubric, sampling), `<key>.manifest.json` (last)
 Run     python -m evaluation.judge configs/quickstart.yaml judge.enabled=true
 
 Correctness, helpfulness, safety and clarity from 0 to 5 in steps of 0.5, as in the paper's Table 4; the wording of the
@@ -25,7 +25,7 @@ from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.cli import parse, progress
 from hps.engine import Engine
 from hps.errors import InputError, run_main
-from hps.manifest import check_model, hold, model_hash
+from hps.manifest import check_model, hold, model_hash, write_manifest
 from hps.recipe import Generation, Model, Recipe
 from hps.records import Appender, canonical, check_finite, read_answers, read_jsonl, shorten, write_json
 from hps.weights import load_config
@@ -200,14 +200,18 @@ def judge(recipe: Recipe) -> None:
     wanted = wanted_verdicts(recipe)
     settings = judge_settings(recipe)  # once: it reads all weights of a local judge
     path = _cache(recipe, settings)
+    manifest = path.with_suffix(".manifest.json")
     with hold(path.parent):
-        write_json(path.with_suffix(".json"), settings)
         verdicts = read_verdicts(path)
         todo = {key: texts for key, texts in wanted.items() if key not in verdicts}
         print(f"judge: {len(todo)} verdicts to give, {len(wanted) - len(todo)} of {len(wanted)} given before")
         if todo:
+            manifest.unlink(missing_ok=True)  # that of fewer verdicts
+            write_json(path.with_suffix(".json"), settings)
             _judge(recipe, todo, path)
             verdicts = read_verdicts(path)
+        if not manifest.exists():
+            write_manifest(manifest, recipe, settings, [path, path.with_suffix(".json")], {})
     errors = Counter(verdicts[key]["error"] for key in wanted if "error" in verdicts[key])
     print(f"judge: {len(wanted)} verdicts in {path}, left out: {dict(errors) or 'none'}")
 

@@ -18,6 +18,7 @@ from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
 from hps.recipe import load_recipe
 from hps.records import Appender, read_jsonl, read_prompts
+from hps.verify import check_stage
 
 PROMPTS, REPEATS, SAME = 12, 2, 3  # of which both models answer SAME with the same text
 USER = [{"role": "user", "content": "Are lilies ok in a flat with two cats?"}]
@@ -233,6 +234,22 @@ def test_interrupted_and_continued(recipe_with, replay, monkeypatch):
     keys = [item["key"] for item in replay.asked]
     assert len(keys) == len(set(keys)) == 2 * PROMPTS - SAME
     assert keys == [line["key"] for line in lines_of(recipe)] == list(stage.wanted_verdicts(recipe))
+
+
+def test_a_changed_byte_of_the_verdicts_is_named(recipe_with, replay):
+    """Also after verdicts were added for another run."""
+    stage.judge(recipe_with())
+    path = stage.cache_path(recipe_with())
+    manifest = path.with_suffix(".manifest.json")
+    assert check_stage(manifest)[0] == []
+    again = recipe_with("run=again")
+    write_answers_of_another_run(again)
+    stage.judge(again)
+    assert check_stage(manifest)[0] == []
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
+    (wrong,) = check_stage(manifest)[0]
+    assert path.name in wrong and "byte 21 (line 1)" in wrong
 
 
 def test_on_another_test_split_that_splits_verdicts_serve(recipe_with, replay, tiny_recipe, tmp_path):
