@@ -11,12 +11,14 @@ case, and ends with status 1 when one is not as it must be. A case that cannot b
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hps.recipe import REPOSITORY
@@ -132,18 +134,46 @@ def changed_input(case: Case) -> str:
     return said
 
 
+@contextmanager
+def at_work(case: Case) -> Iterator[subprocess.Popen]:
+    """Generation with the real engine, once it has claimed its folder; its errors can be read from it."""
+    words = case.words("generation.generate", *GENERATED, python=INFER)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, cwd=REPOSITORY, **pipes) as process:
+        limit = time.monotonic() + 120
+        while not (case.output / "candidates" / "claim.json").exists():
+            assert process.poll() is None and time.monotonic() < limit, "the run did not begin"
+            time.sleep(0.05)
+        yield process
+
+
+def input_changed_at_work(case: Case) -> str:
+    """A line comes to the prompts while the engine loads. The stage ends without a manifest, and does not go on with
+    the new file either; with the old one back it is finished in no time."""
+    case.write("train", prompts(5))
+    with at_work(case) as process:
+        case.write("train", prompts(6))
+        _, printed = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in printed, printed[-2000:]
+    (said,) = re.findall("error: .*", printed)
+    assert "train.jsonl: the file changed while this stage worked on it" in said, said
+    assert not (case.output / "candidates" / "manifest.json").exists()
+    case.refused("generation.generate", *GENERATED, says="the folder holds results of other settings")
+    case.write("train", prompts(5))
+    before = (case.output / "candidates" / "train.jsonl").read_bytes()
+    case.passes("generation.generate", *GENERATED, python=INFER)
+    assert (case.output / "candidates" / "train.jsonl").read_bytes() == before
+    return said.replace(str(case.folder), "...")
+
+
 def two_runs(case: Case) -> str:
     """The second starts while the first, with the real engine, is at work; the first does not notice."""
     case.write("train", prompts(5))
-    words = case.words("generation.generate", *GENERATED, python=INFER)
-    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
-        limit = time.monotonic() + 120
-        while not (case.output / "candidates" / "claim.json").exists():
-            assert first.poll() is None and time.monotonic() < limit, "the first run did not begin"
-            time.sleep(0.05)
+    with at_work(case) as first:
         said = case.refused("generation.generate", *GENERATED, says="another run is working in this folder")
         assert first.poll() is None, "the first run was over before the second was refused"
-        assert first.wait() == 0
+        first.communicate()
+        assert first.returncode == 0
     assert len(case.lines("candidates/train.jsonl")) == 5
     return said
 
@@ -256,7 +286,7 @@ CASES: dict[str, Callable[[Case], str]] = {
     function.__name__: function
     for function in (
         truncated_last_line, garbage_in_the_middle, not_utf8, empty_file, truncated_output, garbage_in_the_output,
-        changed_input, two_runs, read_only_folder, identical_prompts, ten_megabytes, all_scripts, special_tokens,
+        changed_input, input_changed_at_work, two_runs, read_only_folder, identical_prompts, ten_megabytes, all_scripts, special_tokens,
         nan_scores,
     )
 }  # fmt: skip
