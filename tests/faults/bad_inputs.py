@@ -286,8 +286,8 @@ CASES: dict[str, Callable[[Case], str]] = {
     function.__name__: function
     for function in (
         truncated_last_line, garbage_in_the_middle, not_utf8, empty_file, truncated_output, garbage_in_the_output,
-        changed_input, input_changed_at_work, two_runs, read_only_folder, identical_prompts, ten_megabytes, all_scripts, special_tokens,
-        nan_scores,
+        changed_input, input_changed_at_work, two_runs, read_only_folder, identical_prompts, ten_megabytes, all_scripts,
+        special_tokens, nan_scores,
     )
 }  # fmt: skip
 
