@@ -1,7 +1,7 @@
 """Run what a table of the paper needs, and write the table.
 
 Reads   configs/matrix.yaml, the recipes it names, `results/<scale>/runs/` (what is finished)
-Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,md,tex,png}`; logs of the stages under
+Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,md,tex,png,html}`; logs of the stages under
         `<output>/logs/`
 Run     python -m evaluation.reproduce table2 --scale quickstart [--dry-run] [--only TEXT]
 

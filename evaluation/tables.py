@@ -1,7 +1,6 @@
 """The paper's tables with ours beside them: figures with intervals, differences, and what to be wary of.
 
 Reads   `results/paper.json` (every figure of the paper's tables), the results of the runs (evaluation.results)
-Writes  `results/<scale>/tableN.{json,md,tex}`
 
 A cell is one method's runs over the seeds: values per prompt are averaged over the seeds, the interval is a bootstrap
 over prompts, and the spread over seeds stands beside it. evaluation.matched reads the cells at one divergence.
