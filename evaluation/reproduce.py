@@ -1,8 +1,8 @@
 """Run what a table of the paper needs, and write the table.
 
 Reads   configs/matrix.yaml, the recipes it names, `results/<scale>/runs/` (what is finished)
-Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,md,tex,png,html}`; logs of the stages under
-        `<output>/logs/`
+Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,md,tex,png,html}`; logs of the stages
+        under `<output>/logs/`
 Run     python -m evaluation.reproduce table2 --scale quickstart [--dry-run] [--only TEXT]
 
 Everything shared is made once: candidates and ranking, the reference's log-probabilities, the answers of the model

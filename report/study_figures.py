@@ -52,17 +52,14 @@ def _drawn(rng: np.random.Generator, things: int, samples: int) -> np.ndarray:
 
 
 def agreement(ratings: np.ndarray) -> float | None:
-    """Krippendorff's alpha on an interval scale, from (raters, units); None for one rater or when all are equal.
+    """Krippendorff's alpha on an interval scale (by NLTK), from (raters, units); None for one rater or all equal."""
+    from nltk.metrics.agreement import AnnotationTask
+    from nltk.metrics.distance import interval_distance
 
-    By the package `krippendorff`. It holds for every unit a matrix of all values by all values, so averages, which come
-    in steps of 0.0025, are rounded as marks are: to 0.01, 401 values at most.
-    """
-    import krippendorff
-
-    ratings = ratings.round(2)
     if len(ratings) < 2 or ratings.min() == ratings.max():
         return None
-    return round(float(krippendorff.alpha(reliability_data=ratings, level_of_measurement="interval")), 4)
+    marks = [(rater, unit, float(mark)) for rater, row in enumerate(ratings) for unit, mark in enumerate(row)]
+    return round(float(AnnotationTask(marks, distance=interval_distance).alpha()), 4)
 
 
 def part(ratings: np.ndarray, sets: list[list[int]], key: dict) -> dict:
