@@ -38,7 +38,9 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
     KeyboardInterrupt comes up wherever Python happens to be: in a destructor or a callback of Ray it is printed and
     lost, and in the middle of `ray.init` it leaves processes behind.
     """
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    # A shell starts what runs in the background with Ctrl-C ignored; so it stays.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield lambda: False
         return
     noted = False
@@ -49,7 +51,7 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         noted = True
 
-    before = signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield lambda: noted
     finally:
@@ -113,9 +115,10 @@ class Supervisor:
         self._job = (worker, arguments)
         self._suspects: deque[dict] = deque()
         self._strikes: dict[str, int] = {}
-        # Items that ended two actors, given up once another item has a result: else the cause may be elsewhere.
+        # Items that ended two actors. They are given up once another item has a result, at the latest in the end, but
+        # not several where nothing at all had one: the cause is then elsewhere.
         self._lost: list[dict] = []
-        self._deaths, self._most_deaths = 0, MOST_DEATHS + 2 * workers
+        self._deaths, self._most_deaths, self._results = 0, MOST_DEATHS + 2 * workers, 0
         self._exhausted = False
         self._hired = [self._hire() for _ in range(workers)]
 
@@ -141,6 +144,8 @@ class Supervisor:
                         raise KeyboardInterrupt
                     self._check_sent()
                     self._feed_all(items)
+                if len(self._lost) > 1 and not self._results:
+                    raise _nothing_finished(self._deaths, self._lost[-1]["lost"])
                 yield from self._given_up()
             finally:
                 for hired in self._hired:
@@ -177,6 +182,8 @@ class Supervisor:
                 hired.sent = None
                 try:
                     self._ray.get(done[0])
+                except self._ray.exceptions.ActorDiedError:
+                    continue  # its stream says so, behind the results that it still has
                 except self._ray.exceptions.RayError as error:
                     self._bury(hired, _told(error))
 
@@ -192,7 +199,7 @@ class Supervisor:
         if result == READY:
             hired.ready = True
             return
-        self._deaths = 0
+        self._deaths, self._results = 0, self._results + 1
         del hired.items[result["key"]]
         self._strikes.pop(result["key"], None)
         hired.alone = hired.alone and bool(hired.items)
@@ -215,10 +222,7 @@ class Supervisor:
             else:
                 again.append(item)
         if self._deaths >= self._most_deaths:
-            raise InputError(
-                f"{self._deaths} workers died in a row and none finished anything; the last: {why}",
-                remedy="see what the machine says of memory and devices; the same command continues",
-            )
+            raise _nothing_finished(self._deaths, why)
         print(f"a worker died ({why}); {len(again)} prompts are done again, one at a time", flush=True)
         self._suspects += again
         self._hired[self._hired.index(hired)] = self._hire()
@@ -238,6 +242,13 @@ class Supervisor:
             if given:
                 hired.items |= {item["key"]: item for item in given}
                 hired.sent = hired.actor.put.remote(given)
+
+
+def _nothing_finished(deaths: int, why: str) -> InputError:
+    return InputError(
+        f"{deaths} workers died in a row and none finished anything; the last: {why}",
+        remedy="see what the machine says of memory and devices; the same command continues",
+    )
 
 
 def _told(error: BaseException) -> str:

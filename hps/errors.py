@@ -50,7 +50,8 @@ def run_main(main: Callable[[], None]) -> None:
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one must not break the clean-up of libraries
+        # An impatient second one must not break the clean-up of libraries; a third one ends a clean-up that hangs.
+        signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
         print("interrupted; finished work is on disk, the same command continues it", file=sys.stderr)
         sys.exit(130)
 

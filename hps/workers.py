@@ -1,8 +1,8 @@
 """Devices: how many there are, and one worker class on one or many, in process or as actors of Ray.
 
-A worker is a class whose `stream` takes items and yields results. The class runs unchanged in process (one device) and
-as supervised actors of Ray (hps.actors: several devices of this machine, or of the cluster that `RAY_ADDRESS` names); a
-single writer, the caller, takes what comes out.
+A worker is a class whose `stream` takes items and yields results. The class runs unchanged in process (one worker on a
+CPU) and as supervised actors of Ray (hps.actors: GPUs or several workers on this machine, or on the cluster that
+`RAY_ADDRESS` names); a single writer, the caller, takes what comes out.
 """
 
 import os

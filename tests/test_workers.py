@@ -142,6 +142,22 @@ def test_actors_that_die_whatever_they_get_end_the_run(ray):
 
 @pytest.mark.slow
 @pytest.mark.infer
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_few_items_on_a_broken_device_are_not_given_up(ray, count):
+    """The end of a run, or the rest of an interrupted one: where nothing finishes, the items are not the cause."""
+    with pytest.raises(InputError, match="workers died in a row and none finished anything"):
+        run(2, items=ITEMS[:count], at_13="always dies")
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_the_last_item_of_all_is_given_up(ray):
+    """It alone is left, and no other can show that the device is sound."""
+    assert [item["key"] for item in run(1, items=ITEMS[:1], at_13="always dies") if "lost" in item] == ["0"]
+
+
+@pytest.mark.slow
+@pytest.mark.infer
 def test_deadly_items_one_after_another_are_each_given_up(ray):
     """Each ends two actors, more than five deaths in a row: no reason to end the run."""
     items = [{**item, "deadly": 4 <= item["number"] < 8} for item in ITEMS]
@@ -156,6 +172,7 @@ class TwoNodes:
 
     class exceptions:
         RayError = RuntimeError
+        ActorDiedError = ChildProcessError
 
     def __init__(self, actors: int, dies_after: int):
         self.first, self.dies_after, self.results = actors, dies_after, 0
