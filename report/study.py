@@ -16,7 +16,9 @@ import argparse
 import hashlib
 import random
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -30,6 +32,7 @@ from report.study_figures import figures, results_page, table
 LOWEST, HIGHEST = 1.0, 5.0
 MOST_MODELS = 26  # the page names the answers A to Z
 
+Thing = TypeVar("Thing")
 Lines = dict[str, tuple[str, dict]]  # place and record of a file by `prompt_id`
 
 
@@ -135,19 +138,23 @@ def choose(texts: dict[str, dict], count: int | None, seed: str, where: str) -> 
             where=where,
             remedy=f"give at most {len(texts)}, or answer more prompts",
         )
-    return {name: texts[name] for name in random.Random(seed).sample(sorted(texts), count)}
+    return {name: texts[name] for name in _shuffled(random.Random(seed), sorted(texts))[:count]}
+
+
+def _shuffled(rng: random.Random, things: Sequence[Thing]) -> list[Thing]:
+    """By `random()` alone, whose sequence Python keeps from version to version; that of `sample` it may change."""
+    return sorted(things, key=lambda _: rng.random())
 
 
 def order_of(seed: int, rater: int, prompts: list[str], models: int) -> list[tuple[str, list[int]]]:
     """What a rater sees: prompts in order, and for each the models behind answers A, B, ...; by seed and rater."""
     rng = random.Random(f"{seed}/{rater}")
-    shuffled = rng.sample(prompts, len(prompts))
-    return [(name, rng.sample(range(models), models)) for name in shuffled]
+    return [(name, _shuffled(rng, range(models))) for name in _shuffled(rng, prompts)]
 
 
-def _check_positive(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise InputError(f"`{option}` is {value}", where="command line", remedy="it must be 1 or more")
+def _check_least(option: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise InputError(f"`{option}` is {value}", where="command line", remedy=f"it must be {least} or more")
 
 
 def name_sets(given: str | None, count: int) -> list[str]:
@@ -220,8 +227,9 @@ def build(
     Raises:
         InputError: as `read_named` and `read_texts`; a number is no number of things; the folder holds another study.
     """
-    _check_positive("--raters", raters)
-    _check_positive("--prompts", prompts)
+    _check_least("--raters", raters, 1)
+    _check_least("--prompts", prompts, 1)
+    _check_least("--seed", seed, 0)
     files = read_named(named)
     names = name_sets(sets, len(next(iter(files.values()))))
     path = to / "key.json"
@@ -341,8 +349,9 @@ def _check_rating(line: object, key: dict, names: dict[str, int], where: str) ->
         raise InputError(
             f"`criterion` is {shorten(criterion)}, none of {', '.join(key['criteria'])}", where=where, remedy=again
         )
-    if type(value) not in (int, float) or not LOWEST <= value <= HIGHEST:
-        raise InputError(f"`value` is {shorten(value)}", where=where, remedy="it must be from 1.00 to 5.00")
+    if type(value) not in (int, float) or not LOWEST <= value <= HIGHEST or round(value, 2) != value:
+        remedy = "it must be from 1.00 to 5.00, with at most two decimals"
+        raise InputError(f"`value` is {shorten(value)}", where=where, remedy=remedy)
 
 
 def import_ratings(key_path: Path, files: list[str]) -> dict:

@@ -56,9 +56,11 @@ def agreement(ratings: np.ndarray) -> float | None:
     from nltk.metrics.agreement import AnnotationTask
     from nltk.metrics.distance import interval_distance
 
-    if len(ratings) < 2 or ratings.min() == ratings.max():
+    # Averages of the same marks in another order differ in their last bit, and would be two values to the library.
+    rounded = ratings.round(4)
+    if len(ratings) < 2 or rounded.min() == rounded.max():
         return None
-    marks = [(rater, unit, float(mark)) for rater, row in enumerate(ratings) for unit, mark in enumerate(row)]
+    marks = [(rater, unit, float(mark)) for rater, row in enumerate(rounded) for unit, mark in enumerate(row)]
     return round(float(AnnotationTask(marks, distance=interval_distance).alpha()), 4)
 
 

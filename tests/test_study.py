@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,15 +80,31 @@ def test_raters_see_every_prompt_and_answer_without_names(study):
         assert set(data["items"][0]) == {"id", "prompt", "answers"}  # nothing that tells the models
 
 
-def test_the_key_is_not_among_the_pages(study):
-    """What is put on a web server is the folder of pages; seed and names of models stand in none of them."""
+def test_the_key_is_not_among_the_pages(tmp_path, answered):
+    """What is put on a web server is the folder of pages: names of models, files, hashes and seed stand in none."""
+    files = {"model-of-before": answered("one"), "model-of-after": answered("two")}
+    seed = 9182736455463728
+    study = tmp_path / "study"
+    build(study, [f"{model}={path}" for model, path in files.items()], raters=2, seed=seed)
     assert sorted(path.name for path in study.iterdir()) == ["key.json", "pages"]
-    assert sorted(path.name for path in (study / "pages").iterdir()) == ["rater-1.html", "rater-2.html"]
+    pages = sorted((study / "pages").iterdir())
+    assert [path.name for path in pages] == ["rater-1.html", "rater-2.html"]
+    secrets = [*files, str(seed), *(found[0] for found in read_key(study / "key.json")["files"].values())]
+    secrets += [str(part) for path in files.values() for part in (path, Path(path).name, tmp_path)]
+    key = (study / "key.json").read_bytes()
+    assert [secret for secret in secrets[:5] if secret.encode() not in key] == []  # they are what the key holds
+    for path in pages:
+        text = path.read_bytes()
+        assert b"one p0" in text and b"two p0" in text
+        assert [secret for secret in secrets if secret.encode() in text] == []
 
 
 def test_orders_depend_on_seed_and_rater_alone():
     prompts = [f"p{number}" for number in range(40)]
     first = order_of(5, 1, prompts, 3)
+    # Written out: a key is read years later, by another Python.
+    short = [("p3", [1, 2, 0]), ("p2", [2, 1, 0]), ("p0", [2, 1, 0]), ("p1", [1, 2, 0])]
+    assert order_of(5, 1, prompts[:4], 3) == short
     assert first == order_of(5, 1, prompts, 3)
     assert first != order_of(5, 2, prompts, 3) and first != order_of(6, 1, prompts, 3)
     assert sorted(name for name, _ in first) == sorted(prompts)
@@ -234,6 +251,15 @@ def test_agreement_by_hand():
     assert agreement(np.array([[1.0, 3.0]])) is None and agreement(np.full((2, 3), 4.0)) is None
 
 
+def test_agreement_of_averages_that_are_equal_but_for_the_last_bit():
+    """(1.1 + 1.2 + 1.3 + 1.4) / 4 in another order differs in its last bit: the raters agree all the same."""
+    marks = np.array([[[1.1, 1.2, 1.3, 1.4], [2.0] * 4], [[1.4, 1.1, 1.2, 1.3], [2.0] * 4]])
+    ratings = np.array([[sum(unit) / 4 for unit in rater] for rater in marks.tolist()])
+    ratings[1, 0] = np.nextafter(ratings[0, 0], 2)
+    assert ratings[0, 0] != ratings[1, 0] and agreement(ratings) == 1
+    assert agreement(ratings[:, :1]) is None  # all equal
+
+
 def test_agreement_comes_down_to_variances():
     """Where no rating is missing, the differences of all pairs do: alpha is 1 less the mean variance within a unit by
     that of all ratings. From raters who agree to raters who do not; marks, and averages of four."""
@@ -310,6 +336,10 @@ def changed(ratings: dict, **fields) -> dict:
         (lambda r: {**r, "ratings": r["ratings"][1:]}, "1 of 24 ratings are missing; ask the rater for them"),
         (lambda r: {**r, "ratings": [*r["ratings"], r["ratings"][0]]}, "rating 25: `p"),
         (lambda r: changed(r, value=5.01), "rating 1: `value` is 5.01; it must be from 1.00 to 5.00"),
+        (
+            lambda r: changed(r, value=3.555),
+            "rating 1: `value` is 3.555; it must be from 1.00 to 5.00, with at most two",
+        ),
         (lambda r: changed(r, value=float("nan")), "rating 1: `value` is NaN"),
         (lambda r: changed(r, value="4"), 'rating 1: `value` is "4"'),
         (lambda r: changed(r, value=True), "rating 1: `value` is true"),
@@ -384,6 +414,7 @@ def test_models_that_cannot_be_compared(tmp_path, answered, write_lines):
     ("options", "said"),
     [
         ({"raters": 0}, "`--raters` is 0; it must be 1 or more"),
+        ({"seed": -1}, "`--seed` is -1; it must be 0 or more"),
         ({"prompts": 0}, "`--prompts` is 0; it must be 1 or more"),
         ({"prompts": -1}, "`--prompts` is -1"),
         ({"prompts": 4}, r"jsonl: `--prompts` is 4, the file holds 3; give at most 3"),

@@ -85,6 +85,44 @@ def test_rate_reload_export_import(page, tmp_path):
     assert means["alpha"]["average"]["mean"] == means["beta"]["average"]["mean"] == 3.875
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_what_a_button_answers_is_in_the_window(open_page, make_study, tmp_path, size):
+    """The controls are the end of a page of many answers: after Export, Load and «first missing»."""
+    page = open_page(make_study(tuple(f"model {number}" for number in range(6))) / "rater-1.html", size)
+    height = SIZES[size][1]
+    assert page.evaluate("document.documentElement.scrollHeight") > 2 * height
+
+    def said() -> str:
+        box = page.locator("#said").bounding_box()
+        assert box["height"] > 0 and box["y"] >= 0 and box["y"] + box["height"] <= height
+        return page.inner_text("#said")
+
+    page.fill("#mark-0-safety", "2")
+    path = export(page, tmp_path)
+    assert said() == "Exported; marks still missing: 47. The file can be loaded again."
+    page.set_input_files("#load", path)
+    page.wait_for_function("document.getElementById('said').textContent.startsWith('Loaded')")
+    assert said() == "Loaded 1 mark from ratings-1.json."
+    page.evaluate("for (const mark of marks) typed.set(mark.name, '3')")
+    page.locator("#missing").scroll_into_view_if_needed()
+    page.click("#missing")
+    assert said() == "No mark is missing."
+
+
+def test_a_prompt_of_several_turns(open_page, write_lines, tmp_path):
+    """What was said before stands apart from what the answers answer."""
+    turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "And now?")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    line = {"prompt_id": "p", "prompt": prompt, "responses": ["Later"], "token_counts": [1], "truncated": [False]}
+    named = [f"{model}={write_lines([line], f'{model}.jsonl')}" for model in "ab"]
+    build(tmp_path / "study", named, raters=1, seed=1)
+    page = open_page(tmp_path / "study" / "pages" / "rater-1.html", bypass_csp=True)
+    assert page.locator("#item > h2, #item > h3, #item > p").all_inner_texts() == [
+        *("Conversation so far", "System", "Be brief.", "User", "Hello", "Assistant", "Hi!", "Prompt", "And now?")
+    ]
+    assert violations(page) == []
+
+
 def test_marks_come_back_to_their_models_through_the_browser(open_page, make_study, tmp_path):
     """Three models, two raters, each answer marked by what is read in it: every mean is that of its own model.
 
@@ -183,7 +221,7 @@ def test_an_exported_file_is_loaded_in_another_browser(page, open_page, rater_pa
     other.fill("#mark-0-safety", "2")
     other.set_input_files("#load", path)
     other.wait_for_function("document.getElementById('said').textContent !== ''")
-    assert other.inner_text("#said") == "Loaded 8 marks from ratings-1.json; in 1 fields another mark stood."
+    assert other.inner_text("#said") == "Loaded 8 marks from ratings-1.json; in 1 field another mark stood."
     assert other.input_value("#mark-0-safety") == "4.50" and "8 of 16 marks" in progress(other)
     other.reload()
     assert "prompt 2 of 2; 8 of 16 marks" in progress(other)
@@ -198,9 +236,12 @@ def test_an_exported_file_is_loaded_in_another_browser(page, open_page, rater_pa
         (lambda given: {**given, "rater": 2}, "it belongs to another rater, this page to rater 1"),
         (lambda given: {**given, "ratings": {}}, "it holds no ratings"),
         (lambda given: {**given, "ratings": [*given["ratings"], 3]}, "its rating 2 is none of this page"),
-        (
-            lambda given: {**given, "ratings": [{**given["ratings"][0], "value": 6}]},
-            "its rating 1 is none of this page",
+        *(
+            (
+                lambda given, value=value: {**given, "ratings": [{**given["ratings"][0], "value": value}]},
+                "its rating 1 is none of this page",
+            )
+            for value in (6, 3.555, "3")
         ),
     ],
 )

@@ -115,9 +115,13 @@ function show() {
   const section = by("item");
   section.replaceChildren();
   shown.clear();
-  for (const message of item.prompt) {
-    section.append(element("h2", message.role === "user" ? "Prompt" : message.role), element("p", message.content, "text"));
+  const earlier = item.prompt.slice(0, -1);
+  if (earlier.length) section.append(element("h2", "Conversation so far"));
+  for (const message of earlier) {
+    const role = message.role[0].toUpperCase() + message.role.slice(1);
+    section.append(element("h3", role), element("p", message.content, "text"));
   }
+  section.append(element("h2", "Prompt"), element("p", item.prompt.at(-1).content, "text"));
   const list = element("ol", undefined, "answers");
   item.answers.forEach((answer, number) => {
     const box = element("li", undefined, "item");
@@ -151,10 +155,16 @@ function go(to) {
   by("item").scrollIntoView();
 }
 
+// The controls are the end of a long page: what a button answers must be in the window.
+function say(message) {
+  by("said").textContent = message;
+  by("said").scrollIntoView({ block: "nearest" });
+}
+
 function goMissing() {
   const mark = marks.find(missing);
   if (!mark) {
-    by("said").textContent = "No mark is missing.";
+    say("No mark is missing.");
     return;
   }
   place = mark.place;
@@ -176,9 +186,11 @@ function save() {
   unsaved = false;
   refresh();
   const left = marks.length - lines.length;
-  by("said").textContent = left
-    ? `Exported; marks still missing: ${left}. The file can be loaded again.`
-    : "Exported: all marks are there. Thank you.";
+  say(
+    left
+      ? `Exported; marks still missing: ${left}. The file can be loaded again.`
+      : "Exported: all marks are there. Thank you.",
+  );
 }
 
 // What an exported file says about each mark, or the reason why it is none of this page.
@@ -195,7 +207,7 @@ function readFile(content) {
   const known = new Map(marks.map((mark) => [mark.name, mark]));
   return given.ratings.map((line, number) => {
     const mark = known.get(`${line?.prompt_id}/${line?.answer}/${line?.criterion}`);
-    const good = mark && typeof line.value === "number" && line.value >= LOWEST && line.value <= HIGHEST;
+    const good = mark && typeof line.value === "number" && parse(String(line.value)) !== null;
     if (!good) throw new Error(`its rating ${number + 1} is none of this page`);
     return [mark, line.value.toFixed(2)];
   });
@@ -206,7 +218,7 @@ async function load(file) {
   try {
     found = readFile(await file.text());
   } catch (error) {
-    by("said").textContent = `${file.name} was not loaded: ${error.message}.`;
+    say(`${file.name} was not loaded: ${error.message}.`);
     return;
   }
   const replaced = found.filter(([mark, value]) => !missing(mark) && parse(text(mark)) !== parse(value)).length;
@@ -214,8 +226,8 @@ async function load(file) {
   for (const [mark, value] of found) keep(mark, value);
   unsaved = before; // these are in a file
   refresh();
-  by("said").textContent =
-    `Loaded ${found.length} marks from ${file.name}` + (replaced ? `; in ${replaced} fields another mark stood.` : ".");
+  const other = replaced ? `; in ${counted(replaced, "field")} another mark stood.` : ".";
+  say(`Loaded ${counted(found.length, "mark")} from ${file.name}${other}`);
 }
 
 // On a Mac, Alt with a letter types another one: there the key on the keyboard counts.
