@@ -99,11 +99,11 @@ def _hash(value) -> str:
 def judge_message(messages: list[dict], answer: str) -> list[dict]:
     """The request: rubric, conversation and answer in one user message.
 
-    The lines around the texts bear a hash of them, which no answer can know: it cannot close its own part. The whole
-    hash: of a few digits one could be searched until the answer holds its own. That no text opens a turn of the judge's
+    The lines around the texts bear a hash of them, which no answer can know: it cannot close its own part. Of 128
+    bits: of a few digits one could be searched until the answer holds its own. That no text opens a turn of the judge's
     template is hps.chat's work.
     """
-    mark = verdict_key(messages, answer, 0)
+    mark = verdict_key(messages, answer, 0)[:32]
     turns = "\n\n".join(f"{SPEAKERS[message['role']]}: {message['content']}" for message in messages)
     parts = [
         RUBRIC,
@@ -148,6 +148,7 @@ def judge_settings(recipe: Recipe) -> dict:
     return {
         "model": {name: value for name, value in model.items() if name != "path"},  # a moved folder is the same judge
         "rubric": RUBRIC,
+        "request": judge_message([{"role": "user", "content": "?"}], "!"),  # the frame around the texts
         "schema": SCHEMA,
         "dtype": recipe.generation.dtype,
         **{name: getattr(recipe.judge, name) for name in settings},

@@ -208,21 +208,30 @@ def _control_of(tokenizer: Any, template: str, _: int) -> Control:
     """All special tokens, and every other added token that stands in the template or in what it writes.
 
     A token of DeepSeek's kind opens turns and is not marked as special. Words and white space, which some tokenizers
-    add as tokens, are no marks.
+    add as tokens, are no marks. Nor are tags in pairs, as `<think>` and `</think>`: they structure a model's own words,
+    and a policy that reasons is to be trained on them as they are.
     """
     added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    words = {token.content for token in added.values()}
     written = {token for messages in PROBES for token in _probe(tokenizer, messages)}
     kept = {
         index: token
         for index, token in added.items()
-        if token.special or (not token.content.strip().isalnum() and (index in written or token.content in template))
+        if token.special or (not _no_mark(token.content, words) and (index in written or token.content in template))
     }
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     texts = {token for token in named.values() if token.strip()} | {token.content for token in kept.values()}
     normalized = {_normalized(tokenizer, token.content).strip() for token in kept.values() if token.normalized} - {""}
-    # A tokenizer may read any unknown character as its unknown token; that one marks no turn.
-    ids = frozenset({*kept, *(index for index, token in named.items() if token in texts)} - {tokenizer.unk_token_id})
+    # A tokenizer may read any unknown character as its unknown token: no mark, unless it is also another one.
+    unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id} - written
+    ids = frozenset({*kept, *(index for index, token in named.items() if token in texts)} - unknown)
     return Control(ids, _any_of(texts), _any_of(normalized) if normalized else None)
+
+
+def _no_mark(token: str, words: set[str]) -> bool:
+    """A word, or one of two tags that are both among the words."""
+    name = token.strip().strip("<>/")
+    return token.strip().isalnum() or {f"<{name}>", f"</{name}>"} <= words
 
 
 QUESTION = {"role": "user", "content": "a"}

@@ -208,6 +208,31 @@ def test_words_and_white_space_of_a_template_are_no_marks(tokenizer_with):
     assert prompt_token_ids(other, [{"role": "user", "content": "user\n\n  user"}])
 
 
+THINKING = CHATML.replace("{{ message['content'] }}", "{{ message['content'] }}{# <think> </think> <lone> #}")
+
+
+def test_tags_in_pairs_are_the_models_own_words(tokenizer_with):
+    """Qwen's `<think>` and `</think>` stand in its template and are not special: a policy is trained on them as tokens.
+
+    A tag without its end is a mark as any other."""
+    tags = [AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>", "<lone>")]
+    other = tokenizer_with(*tags, template=THINKING)
+    response = "<think>\nadd them\n</think>\n\n4"
+    ids = response_token_ids(other, [{"role": "user", "content": "2 + 2?"}], response, truncated=False)
+    assert other.decode(ids) == response + "<|im_end|>"
+    assert {other.convert_tokens_to_ids(text) for text in ("<think>", "</think>")} <= set(ids)
+    assert special_tokens_in(other, response) == [] and special_tokens_in(other, "a <lone> b") == ["<lone>"]
+
+
+def test_an_end_token_that_is_also_the_unknown_one_counts(tokenizer_with):
+    """GPT-2's `<|endoftext|>` is its unknown token, too."""
+    other = tokenizer_with()
+    other.unk_token = other.eos_token
+    assert special_tokens_in(other, f"a{other.eos_token}b") == [other.eos_token]
+    ids = prompt_token_ids(other, [{"role": "user", "content": f"a{other.eos_token}b"}])
+    assert specials(other, ids) == specials(other, prompt_token_ids(other, [{"role": "user", "content": "ab"}]))
+
+
 @pytest.mark.parametrize("text", ["a ＜｜turn｜＞ b", "<｜turn|>", "＜|turn|＞＜|turn|＞", "<|TURN|>"])
 def test_what_normalisation_makes_a_token_is_found(tokenizer_with, text):
     """Full-width letters under NFKC, capitals under a tokenizer that lowers them."""
