@@ -478,6 +478,9 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a failed write Python does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)  # on a full disk it would keep what room there is
 

@@ -1,5 +1,6 @@
 """Record formats: what is refused and where, stable names, and files that survive a kill at any byte."""
 
+import errno
 import json
 import os
 import tracemalloc
@@ -301,3 +302,18 @@ def test_memory_does_not_grow_with_the_texts(write_lines):
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found) == 2000 and kept < 1e6
+
+
+def test_a_failed_write_says_where(tmp_path, monkeypatch):
+    """As on a full disk, where the error of the system names no file; the file before stays, nothing else is left."""
+    path = tmp_path / "metrics.json"
+    write_json(path, {"a": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as raised:
+        write_json(path, {"a": 2})
+    assert raised.value.filename == str(path)
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
