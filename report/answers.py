@@ -19,6 +19,8 @@ MOST_PROMPTS, MOST_BYTES = 200, 3_000_000
 def answers(recipe: Recipe) -> tuple[list[dict], int]:
     """Prompts with the answers `before` and `after`, best first where they are scored; how many prompts are left out.
 
+    Left out are those that the page has no room for, and those that one of the two models alone has answered.
+
     An answer is `text` and, where it is scored, `score`, `tokens` and `cut`.
     """
     run, sft = recipe.evaluated_folder(), recipe.tested().sft_folder()
@@ -38,16 +40,17 @@ def _unscored(line: dict) -> dict:
 
 def _scored_on_both(run: Path, sft: Path) -> tuple[list[dict], int]:
     known = {record["prompt_id"] for _, record in read_answers(sft / "answers" / "test.jsonl")}
-    names = [record["prompt_id"] for _, record in read_answers(run / "answers" / "test.jsonl")]
-    names = [name for name in names if name in known]
-    wanted = set(names[:MOST_PROMPTS])  # of the model before training, no more than this is held
+    ours = [record["prompt_id"] for _, record in read_answers(run / "answers" / "test.jsonl")]
+    wanted = set(
+        [name for name in ours if name in known][:MOST_PROMPTS]
+    )  # of the model before training, no more than this is held
     before = {name: found["answers"] for name, found in _scored(sft, wanted)}
     entries = (
         {"id": name, "prompt": found["prompt"], "before": before[name], "after": found["answers"]}
         for name, found in _scored(run, wanted)
     )
     shown = fitting(entries, MOST_PROMPTS, MOST_BYTES)
-    return shown, len(names) - len(shown)
+    return shown, len(known | set(ours)) - len(shown)
 
 
 def _scored(folder: Path, wanted: set[str]) -> Iterator[tuple[str, dict]]:

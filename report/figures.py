@@ -59,9 +59,9 @@ def picture(draw: Draw, text: str, height: float = 3.1) -> Picture:
     return Picture(source, text)
 
 
-def named(name: str) -> str:
+def named(name: str, most: int = NAME) -> str:
     """A name of the data for a legend; matplotlib leaves out those that begin with an underscore."""
-    text = name if len(name) <= NAME else f"{name[: NAME - 1]}…"
+    text = name if len(name) <= most else f"{name[: most - 1]}…"
     return f" {text}" if text.startswith("_") else text
 
 
@@ -180,18 +180,30 @@ def intervals(title: str, points: Mapping[str, list[tuple[float, dict]]], up: st
     return draw
 
 
-def forest(title: str, rows: list[tuple[str, dict]]) -> Draw:
-    """Means with intervals of labelled rows, the first on top."""
+def forest(title: str, rows: list[tuple[str, dict]], zero: bool = True) -> Draw:
+    """Means with intervals of labelled rows, the first on top; where an entry has `paper`, an upright bar there.
+
+    Args:
+        zero: whether zero means something here, and is drawn whatever the data.
+    """
 
     def draw(axis: Axes) -> None:
         for place, (_, entry) in enumerate(reversed(rows)):
             axis.plot(entry["interval"], [place, place], color="tab:blue")
             axis.plot(entry["mean"], place, "o", color="tab:blue", markersize=4)
-        axis.axvline(0, color="0.4", linewidth=0.8)
+            if "paper" in entry:
+                axis.plot(entry["paper"], place, "|", color="tab:red", markersize=12, markeredgewidth=2)
+        if zero:
+            axis.axvline(0, color="0.4", linewidth=0.8)
         axis.set_yticks(range(len(rows)), [named(label) for label, _ in reversed(rows)], fontsize=8)
         axis.set_title(title, fontsize=10)
 
     return draw
+
+
+def forest_height(rows: Sequence) -> float:
+    """Inches that the rows of a forest need."""
+    return max(2.2, 0.9 + 0.19 * len(rows))
 
 
 def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:

@@ -1,14 +1,17 @@
 """Where a run comes from: of every stage its commit, versions and the hashes of what it read and wrote.
 
-Reads   the `manifest.json` of each stage, `metrics.manifest.json`, `win_rate.manifest.json`
+Reads   the `manifest.json` of each stage, `metrics.manifest.json`, `win_rate.manifest.json`; where there is a win rate,
+        `<output>/judge/<key>.manifest.json` of the verdicts that it names
 
 Called by report.run.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from hps.recipe import Recipe
+from hps.records import read_json
 from hps.verify import read_manifest
 from report.page import intact
 
@@ -34,27 +37,55 @@ def models(settings, name: str = "") -> Iterator[tuple[str, dict]]:
         yield from models(value, key)
 
 
+def manifests(recipe: Recipe) -> list[Path]:
+    """The manifests that stand, in the order of the work.
+
+    Raises:
+        InputError: the win rate's file is damaged.
+    """
+    found = [path for folder in folders(recipe) for path in sorted(folder.glob("*manifest.json"))]
+    rates = recipe.evaluated_folder() / "win_rate.json"
+    if rates.exists():
+        with intact(rates, "run the stage again"):
+            verdicts = Path(recipe.tested().output) / "judge" / read_json(rates)["verdicts"]
+        found += [path for path in [verdicts.with_suffix(".manifest.json")] if path.exists()]
+    return found
+
+
 def origin(recipe: Recipe) -> dict:
-    """`stages` (name, commit, versions), `models` and `files` (name, hash) of everything that stands.
+    """Of everything that stands `stages` (name, commit, versions), `models` and `files` (name, hash); `changed`.
+
+    `changed` are the files that have two hashes, one here and one there: name, and by hash the stages that name it.
 
     Raises:
         InputError: a manifest has changed since it was written.
     """
-    stages, used, files = [], {}, {}
-    for path in (path for folder in folders(recipe) for path in sorted(folder.glob("*manifest.json"))):
+    stages, used = [], {}
+    files: dict[str, dict[str, list[str]]] = defaultdict(dict)
+    for path in manifests(recipe):
         manifest = read_manifest(path)
         with intact(path, "run the stage again"):
             versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
             # `metrics.manifest.json` is that of a stage without a folder of its own.
             stage = str(path.parent) if path.name == "manifest.json" else str(path).removesuffix(".manifest.json")
             stages.append({"name": stage, "commit": manifest["git_commit"] or "unknown", "versions": versions})
-            for role, model in models(manifest["settings"]):
+            for role, model in models(_settings(path, manifest)):
                 title = model.get("hub") or model["path"]
                 used[role, title] = model.get("revision") or model.get("weights") or "no revision pinned"
-            files |= {name: found["sha256"] for name, found in manifest["inputs"].items()}
-            files |= {str(path.parent / name): found["sha256"] for name, found in manifest["outputs"].items()}
+            named = list(manifest["inputs"].items())
+            named += [(str(path.parent / name), found) for name, found in manifest["outputs"].items()]
+            for name, found in named:
+                files[name].setdefault(found["sha256"], []).append(stage)
     return {
         "stages": stages,
         "models": [(role, title, found) for (role, title), found in used.items()],
-        "files": sorted(files.items()),
+        "files": [(name, digest) for name in sorted(files) for digest in files[name]],
+        "changed": [(name, files[name]) for name in sorted(files) if len(files[name]) > 1],
     }
+
+
+def _settings(path: Path, manifest: dict) -> dict:
+    """A stage's settings; the judge's name its model without the path, which decides no verdict."""
+    if path.parent.name != "judge":
+        return manifest["settings"]
+    return {"judge": {"path": manifest["recipe"]["models"]["judge"]["path"]} | manifest["settings"]["model"]}

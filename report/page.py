@@ -9,7 +9,7 @@ through.
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -73,14 +73,17 @@ def _source(text: str) -> str:
 
 
 def render(template: str, title: str, data: Any, **context) -> str:
-    """A page from `templates/<template>.html`, with `data`, `static/page.css`, `common.js` and `<template>.js` inside.
+    """A page from `templates/<template>.html`, with `data`, `static/page.css`, `common.js` and its own script inside.
+
+    Its own script is `static/<template>.js`; a page without controls has none.
 
     Args:
         data: for the script, JSON-able; the script finds it in the element `data`.
         context: for the template.
     """
     style = (HERE / "static" / "page.css").read_text(encoding="utf-8")
-    script = "\n".join((HERE / "static" / f"{name}.js").read_text(encoding="utf-8") for name in ("common", template))
+    scripts = (HERE / "static" / f"{name}.js" for name in ("common", template))
+    script = "\n".join(path.read_text(encoding="utf-8") for path in scripts if path.exists())
     policy = (
         f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}; "
         "base-uri 'none'; form-action 'none'"
@@ -106,6 +109,22 @@ def figure(value: float | None, digits: int = 3) -> str:
         return "–"
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference, with its sign unless it is zero."""
+    text = figure(value, digits)
+    return text if value is None or value < 0 or float(text) == 0 else f"+{text}"
+
+
+def interval(entry: dict, digits: int = 3, write: Callable[[float, int], str] = figure) -> str:
+    """`[low, high]`; `write` is `figure` or, for a difference, `signed`."""
+    return f"[{', '.join(write(end, digits) for end in entry['interval'])}]"
+
+
+def estimate(entry: dict, digits: int = 3, write: Callable[[float, int], str] = figure) -> str:
+    """`mean [low, high]`."""
+    return f"{write(entry['mean'], digits)} {interval(entry, digits, write)}"
 
 
 def counted(count: int, noun: str) -> str:

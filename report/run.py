@@ -24,7 +24,7 @@ from report import run_pictures
 from report.answers import answers
 from report.draws import read_draws, rewards_by_source
 from report.origin import origin
-from report.page import figure, intact, render, write_page
+from report.page import figure, intact, interval, render, write_page
 
 # Figures that a reader looks for first, in this order.
 NAMES = {
@@ -103,23 +103,33 @@ def win_rates(folder: Path) -> list[dict]:
         return []
     rows = []
     with intact(path, AGAIN):
-        for name, found in read_json(path)["against"].items():
+        against = read_json(path)["against"]
+        for title, found in zip(short_names(list(against)), against.values(), strict=True):
             lines = [
                 line(f"{outcome} (% of the prompts)", found[outcome]["percent"], found[outcome], digits=1)
                 for outcome in ("win", "lose", "tie")
             ]
-            for side, title in (("run", "average score of this run"), ("against", "average score of the other")):
+            for side, name in (("run", "average score of this run"), ("against", "average score of the other")):
                 average = found["scores"][side]["average"]
-                lines.append(line(title, average["mean"], average, digits=2))
+                lines.append(line(name, average["mean"], average, digits=2))
             facts = {key: found[key] for key in ("prompts", "flags", "left_out")}
-            rows.append({"against": Path(name).name, "lines": lines, **facts})
+            rows.append({"against": title, "lines": lines, **facts})
     return rows
+
+
+def short_names(folders: list[str]) -> list[str]:
+    """The last name of each folder, or as many from its end as tell them apart."""
+    parts = [Path(folder).parts for folder in folders]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = [str(Path(*part[-count:])) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return folders
 
 
 def line(name: str, mean: float, entry: dict, digits: int = 3) -> dict:
     """A line of a table of figures, with the interval of `entry`."""
-    low, high = entry["interval"]
-    return {"name": name, "mean": figure(mean, digits), "interval": f"[{figure(low, digits)}, {figure(high, digits)}]"}
+    return {"name": name, "mean": figure(mean, digits), "interval": interval(entry, digits)}
 
 
 def plan_table(path: Path) -> dict:

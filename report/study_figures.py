@@ -17,11 +17,13 @@ import numpy as np
 
 from evaluation.statistics import percentile_interval
 from hps.recipe import REPOSITORY
-from report.page import render
+from report.figures import NAME, Pictures, forest, forest_height, named, picture
+from report.page import estimate, figure, render, signed
 
 PAPER = REPOSITORY / "results" / "paper.json"
 RESAMPLES = 10_000
 TOGETHER = "All prompts"
+DIGITS = 2  # as the marks
 AT_A_TIME = 500  # resamples, to bound the memory
 
 
@@ -127,11 +129,6 @@ def beside_the_paper(means: dict[str, float]) -> dict[str, dict]:
     }
 
 
-def _figure(entry: dict, sign: str = "") -> str:
-    low, high = entry["interval"]
-    return f"{entry['mean']:{sign}z.2f} [{low:{sign}z.2f}, {high:{sign}z.2f}]"
-
-
 def _parts(result: dict) -> list[tuple[str, dict]]:
     """Title and figures of all prompts together, and of each data set where there are several."""
     return [(TOGETHER, result["together"]), *result["sets"].items()]
@@ -142,20 +139,20 @@ def sections(result: dict) -> list[dict]:
     found = []
     for title, each in _parts(result):
         names = list(each["agreement"])
-        rows = [[model, *(_figure(means[name]) for name in names)] for model, means in each["means"].items()]
+        rows = [[model, *(estimate(means[name], DIGITS) for name in names)] for model, means in each["means"].items()]
         head = ["model", *names]
-        alphas = ["–" if alpha is None else f"{alpha:.2f}" for alpha in each["agreement"].values()]
+        alphas = [figure(alpha, DIGITS) for alpha in each["agreement"].values()]
         foot = ["Krippendorff's alpha", *alphas]
         if each is result["together"]:  # the paper gives no figures by data set
             head, foot = [*head, "paper", "difference"], [*foot, "", ""]
             for row in rows:
                 paper = result["paper"].get(row[0])
-                row += [f"{paper['mean']:.2f}", f"{paper['difference']:+z.2f}"] if paper else ["–", "–"]
+                row += [figure(paper["mean"], DIGITS), signed(paper["difference"], DIGITS)] if paper else ["–", "–"]
         differences = [
-            [" − ".join(entry["models"]), *(_figure(entry[name], "+") for name in names)]
+            [" − ".join(entry["models"]), *(estimate(entry[name], DIGITS, signed) for name in names)]
             for entry in each["differences"]
         ]
-        found.append({"title": title, "head": head, "rows": rows, "foot": foot})
+        found.append({"title": title, "head": head, "rows": [*rows, foot]})
         found[-1]["differences"] = {"head": ["difference", *names], "rows": differences}
     return found
 
@@ -201,7 +198,7 @@ def table(result: dict) -> str:
     for remark in remarks(result):
         lines += [remark, ""]
     for section in sections(result):
-        lines += [f"## {_cell(section['title'])}", "", *_rows(section["head"], [*section["rows"], section["foot"]]), ""]
+        lines += [f"## {_cell(section['title'])}", "", *_rows(section["head"], section["rows"]), ""]
         lines += [*_rows(section["differences"]["head"], section["differences"]["rows"]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -216,14 +213,37 @@ def _cell(text: str) -> str:
     return re.sub(r"[^\w .,+=/()'−-]|_|(?<=www)\.", lambda found: f"&#{ord(found[0])};", text, flags=re.IGNORECASE)
 
 
+def pictures(title: str, each: dict, paper: dict[str, dict]) -> list[Pictures]:
+    """Means and differences of a part, a panel for the average and one for each criterion.
+
+    Args:
+        paper: the paper's mean by model, of the average; empty where it has none.
+    """
+    *criteria, average = each["agreement"]
+    means, differences = [], []
+    for name in (average, *criteria):
+        rows = [(model, entries[name]) for model, entries in each["means"].items()]
+        text = f"{title}, {name}: {'; '.join(f'{model} {estimate(entry, DIGITS)}' for model, entry in rows)}."
+        if name == average and paper:
+            rows = [(m, e | ({"paper": paper[m]["mean"]} if m in paper else {})) for m, e in rows]
+            theirs = [f"{model} {figure(found['mean'], DIGITS)}" for model, found in paper.items()]
+            text += f" The paper: {'; '.join(theirs)}."
+        means.append(picture(forest(name, rows, zero=False), text, forest_height(rows)))
+        rows = [(entry["models"], entry[name]) for entry in each["differences"]]
+        said = "; ".join(f"{' − '.join(models)} {estimate(entry, DIGITS, signed)}" for models, entry in rows)
+        rows = [(" − ".join(named(model, NAME // 2 - 2) for model in models), entry) for models, entry in rows]
+        drawn = forest(f"{name}, difference", rows)
+        differences.append(picture(drawn, f"{title}, differences, {name}: {said}.", forest_height(rows)))
+    bar = " Upright bar: the paper's mean." if paper else ""
+    return [
+        Pictures(means, f"Dot: mean; line: 95 % interval.{bar} The scale is that of the figures, not 1 to 5."),
+        Pictures(differences, "Differences: where the line holds zero, the study does not tell the two models apart."),
+    ]
+
+
 def results_page(result: dict) -> str:
     """The figures as a page."""
-    names = list(result["together"]["agreement"])
-    data = {
-        "parts": [{"title": title, "means": each["means"]} for title, each in _parts(result)],
-        "paper": {model: paper["mean"] for model, paper in result["paper"].items()},
-    }
-    return render(
-        "study_results", f"Human study {result['study']}", data,
-        remarks=remarks(result), sections=sections(result), names=names,
-    )  # fmt: skip
+    shown = sections(result)
+    for section, (title, each) in zip(shown, _parts(result), strict=True):
+        section["pictures"] = pictures(title, each, result["paper"] if each is result["together"] else {})
+    return render("study_results", f"Human study {result['study']}", {}, remarks=remarks(result), sections=shown)

@@ -16,8 +16,8 @@ from evaluation.tables import EXTRA
 from hps.errors import InputError, run_main
 from hps.manifest import file_hash
 from hps.records import read_json
-from report.figures import Pictures, forest, frontier, picture
-from report.page import figure, intact, render, write_page
+from report.figures import Pictures, forest, forest_height, frontier, picture
+from report.page import estimate, figure, intact, render, signed, write_page
 
 # Of each part, where there are figures: what a reader compares first.
 FOREST = ("rm_dpo", "rm_dpo_ranked", "reward", "kl", "win")
@@ -38,6 +38,12 @@ NAMES = {
     "lose": "lose (%)",
     "tie": "tie (%)",
 }
+# What the columns are, in the page's words; the table's own remark explains its short names.
+EXPLAINED = (
+    "Mean [95 % interval, bootstrap over prompts]. Best answer: that of highest BLEU or reward of a prompt's answers. "
+    "RM_DPO, RM_R-DPO and KL in nats. Written pairs: what people wrote, the preferred one first. Ranked pairs: best "
+    "against worst candidate by the training reward model."
+)
 REMEDY = "take it from git again, or run `bash reproduce.sh`"
 
 
@@ -45,15 +51,7 @@ def number(entry: dict) -> str:
     """`mean [low, high]`, or a dash; marked where it was read before the first point that was measured."""
     if "mean" not in entry:
         return "–"
-    low, high = entry["interval"]
-    mark = MARK if entry.get("before_first_point") else ""
-    return f"{figure(entry['mean'])} [{figure(low)}, {figure(high)}]{mark}"
-
-
-def signed(value: float | None) -> str:
-    """A difference, with its sign unless it is zero."""
-    text = figure(value)
-    return text if value is None or value < 0 or float(text) == 0 else f"+{text}"
+    return estimate(entry) + (MARK if entry.get("before_first_point") else "")
 
 
 def names_of(part: dict) -> list[str]:
@@ -76,11 +74,17 @@ def cells(row: dict, names: list[str]) -> list[dict]:
         found.append(
             {
                 "ours": number(entry),
-                "paper": "" if paper is None else f"{paper:g}",
+                "paper": "" if paper is None else figure(paper),
                 "difference": "" if difference is None else signed(difference),
             }
         )
     return found
+
+
+def in_words(remark: str) -> str:
+    """A remark of the table for the page, which shows no `rm_dpo_ranked`: where it explains such names, they go."""
+    start, explains, _ = remark.partition("Mean [95 % interval")
+    return start + EXPLAINED if explains else remark
 
 
 def pictures(part: dict) -> list[Pictures]:
@@ -91,7 +95,7 @@ def pictures(part: dict) -> list[Pictures]:
         rows = [(row["label"], row["figures"][name]) for row in part["rows"] if "mean" in row["figures"].get(name, {})]
         if rows:
             text = f"{NAMES[name]}: {'; '.join(f'{label} {number(entry)}' for label, entry in rows)}."
-            panels.append(picture(forest(NAMES[name], rows), text, height=max(2.2, 0.9 + 0.19 * len(rows))))
+            panels.append(picture(forest(NAMES[name], rows), text, forest_height(rows)))
     if panels:
         found.append(Pictures(panels, "Ours: mean and 95 % interval over the prompts."))
     sets: dict[str, dict] = defaultdict(dict)
@@ -120,14 +124,12 @@ def paired(rows: list[dict]) -> dict:
         found = row["matched"]
         kls = [figure(found[name]["at_kl"]) for name in ("rm_dpo", "rm_dpo_ranked", "reward_mean") if name in found]
         entries = [number(found.get(name, {})) for name in at]
-        matched.append({"label": row["label"], "cells": [", ".join(kls) or "–", *entries]})
+        matched.append([row["label"], ", ".join(kls) or "–", *entries])
         for seed, means in row["by_seed"].items():
-            seeds.append({"label": row["label"], "cells": [seed, *(signed(means.get(name)) for name in at)]})
+            seeds.append([row["label"], seed, *(signed(means.get(name)) for name in at)])
     return {
         "names": titles(ends),
-        "rows": [
-            {"label": row["label"], "cells": [number(row["figures"].get(name, {})) for name in ends]} for row in rows
-        ],
+        "rows": [[row["label"], *(number(row["figures"].get(name, {})) for name in ends)] for row in rows],
         "matched_names": titles(at),
         "matched": matched if at else [],
         "by_seed": seeds,
@@ -145,7 +147,7 @@ def at_one_kl(found: dict) -> dict | None:
         texts = [number(row.get(name, {})) for name in names]
         places = [row.get(name, {}).get("at_kl") for name in names]
         texts = [t if kl is None else f"{t} (at KL {figure(kl)})" for t, kl in zip(texts, places, strict=True)]
-        rows.append({"label": label, "cells": texts})
+        rows.append([label, *texts])
     kl = found["kl"]
     return {
         "kl": {"written": kl["written"], "ranked": kl["ranked"]},
@@ -196,7 +198,7 @@ def page(path: Path) -> str:
     with intact(path, REMEDY):
         sources = origin(path, table["scale"])
         parts = [_part(part, sources.get(part["data"], [])) for part in table["parts"]]
-        title, remarks = table["title"], [line for line in table["remarks"] if line]
+        title, remarks = table["title"], [in_words(line) for line in table["remarks"] if line]
         flags, failed = list(table["flags"]), dict(table["failed"])
     return render("table", title, {}, parts=parts, remarks=remarks, flags=flags, failed=failed, mark=MARKED)
 

@@ -1,12 +1,14 @@
 """The pages of runs, rankings and tables in a real browser: filter, slider; hostile text; accessibility by axe."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import SIZES, Opened, overflow, violations
 from conftest import REPOSITORY, ranked_records
+from PIL import Image
 from test_report import HOSTILE, evaluated, finished_training, judged
 
 from alignment.plan import hardness_weights, plan
@@ -195,6 +197,27 @@ def test_greedy_answers_are_searched(open_page, early_page):
     assert page.locator("article").count() == 2 and page.locator("#filter").count() == 0
     page.fill("#search", "first")
     assert page.inner_text("#found") == "1 of 2 prompts"
+
+
+@pytest.mark.parametrize("width", [1280, 1920])
+def test_a_wide_table_takes_the_window_and_shows_that_it_goes_on(open_page, table_page, width):
+    """To the edge of the window; where that is not enough, a shadow lies on the side on which more is, and no other."""
+    page = open_page(table_page)
+    page.set_viewport_size({"width": width, "height": 900})
+    box = page.locator(".wide").first
+    left, right = box.evaluate("(each) => [each.getBoundingClientRect().left, each.getBoundingClientRect().right]")
+    assert left == page.locator("main h2").first.bounding_box()["x"] and width - 50 <= right <= width
+    assert overflow(page) == 0
+    assert box.evaluate("(each) => each.scrollWidth > each.clientWidth")
+
+    def edges() -> list[bool]:
+        """Whether the left and the right edge are darker than white, above the first line of text."""
+        picture = np.asarray(Image.open(BytesIO(box.screenshot())).convert("L"))[:6].astype(int)
+        return [bool((255 - picture[:, columns]).mean() > 10) for columns in (slice(0, 4), slice(-4, None))]
+
+    assert edges() == [False, True]
+    box.evaluate("(each) => each.scrollBy(1e4, 0)")
+    assert edges() == [True, False]
 
 
 def test_rows_of_a_table_are_filtered(open_page, table_page):

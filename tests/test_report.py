@@ -4,21 +4,23 @@ import json
 import re
 import shutil
 from array import array
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, make_plan, ranked_records
 
 from alignment.plan import plan, run_settings
 from hps.errors import InputError
-from hps.manifest import file_hash, finish
+from hps.manifest import file_hash, fingerprint, finish, write_manifest
 from hps.records import Lines, write_json
 from report import answers as answers_of
 from report import draws
 from report.explore import explorer
 from report.figures import MOST_POINTS, MOST_STEPS, curve, histogram, picture, scatter, thinned
-from report.page import counted, cut_texts, figure, fitting, render, script_json
-from report.run import report
-from report.table import number, page, signed
+from report.origin import origin
+from report.page import HERE, counted, cut_texts, estimate, figure, fitting, render, script_json, signed
+from report.run import report, short_names
+from report.table import number, page
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;"
 
@@ -59,7 +61,19 @@ def test_numbers_as_pages_write_them():
     assert [figure(value) for value in (-0.0004, 0.0, -0.0006, None)] == ["0.000", "0.000", "-0.001", "–"]
     assert [signed(value) for value in (-0.0004, 0.0004, 0.5, -0.5)] == ["0.000", "0.000", "+0.500", "-0.500"]
     assert [counted(count, "prompt") for count in (1, 2, 60000)] == ["1 prompt", "2 prompts", "60,000 prompts"]
+    entry = {"mean": -0.0001, "interval": [-0.004, 1.0]}
+    assert (estimate(entry, 2), estimate(entry, 2, signed)) == ("0.00 [0.00, 1.00]", "0.00 [0.00, +1.00]")
     assert number({"mean": -0.0001, "interval": [-0.0001, 1.0], "before_first_point": True}) == "0.000 [0.000, 1.000]†"
+
+
+def test_every_class_of_the_style_is_used():
+    """A page has it in its template or sets it in its script."""
+    style = (HERE / "static" / "page.css").read_text()
+    using = "".join(path.read_text() for path in [*HERE.glob("templates/*"), *HERE.glob("static/*.js")])
+    names = set(re.findall(r"\.([a-z][a-z-]*)(?=[^{}]*\{)", style))
+    assert len(names) > 20
+    assert [name for name in names if not re.search(rf"""["' ]{name}["' ]""", using)] == []
+    assert max(style.count(f"\n{name} {{") for name in (".wide", ".item", ".problem:empty", "table")) == 1
 
 
 def test_texts_are_cut_and_say_so():
@@ -291,7 +305,14 @@ def judged(recipe) -> None:
     average = {"average": {"mean": 3.25, "interval": [3.0, 3.5]}}
     found |= {"prompts": 1, "left_out": {"run, verdicts: no scores": 2}, "flags": [f"constant judge? {HOSTILE}"]}
     found["scores"] = {"run": average, "against": average}
-    write_json(recipe.evaluated_folder() / "win_rate.json", {"against": {"runs/x/sft": found}})
+    folder = Path(recipe.output) / "judge"
+    folder.mkdir()
+    verdicts = folder / "0123456789abcdef.jsonl"
+    verdicts.write_text("{}\n")
+    settings = {"model": {"weights": "the hash of the judge"}}
+    write_manifest(folder / "0123456789abcdef.manifest.json", recipe, settings, [verdicts], {})
+    figures = {"verdicts": verdicts.name, "against": {"runs/x/sft": found}}
+    write_json(recipe.evaluated_folder() / "win_rate.json", figures)
 
 
 def test_answers_stand_side_by_side_with_scores(trained, monkeypatch):
@@ -305,8 +326,12 @@ def test_answers_stand_side_by_side_with_scores(trained, monkeypatch):
     assert "0.500</td><td>[0.250, 0.750]" in page and "Sampled answers to 2 test prompts" in page
     assert "Held-out pairs, ranked (1 pair)" in page
     assert "<script>alert" not in page and "<img src=x" not in page
+    texts = {"responses": ["a"], "token_counts": [1], "truncated": [False]}
+    with (trained.run_folder() / "answers" / "test.jsonl").open("a") as file:  # a prompt that one model has answered
+        file.write(json.dumps({"prompt_id": "p9", "prompt": [{"role": "user", "content": "q"}]} | texts) + "\n")
+    assert answers_of.answers(trained)[1] == 1
     monkeypatch.setattr(answers_of, "MOST_PROMPTS", 1)
-    assert answers_of.answers(trained)[1] == 1 and "1 more is left out of this page" in report(trained, [])
+    assert answers_of.answers(trained)[1] == 2 and "2 more are left out of this page" in report(trained, [])
 
 
 def test_the_win_rate_stands_on_the_page(trained):
@@ -315,6 +340,11 @@ def test_the_win_rate_stands_on_the_page(trained):
     page = report(trained, [])
     assert "Win rate by the judge against sft (1 prompt)" in page
     assert "60.0</td><td>[55.0, 65.0]" in page and "3.25</td><td>[3.00, 3.50]" in page
+    assert short_names(["runs/x/sft", "runs/x/dpo"]) == ["sft", "dpo"]
+    assert short_names(["runs/x/sft", "runs/y/sft"]) == ["x/sft", "y/sft"] and short_names(["/a/b", "b"]) == [
+        "a/b",
+        "b",
+    ]
     assert "constant judge?" in page and "2 (run, verdicts: no scores)" in page and "<script>alert" not in page
 
 
@@ -327,6 +357,24 @@ def test_where_a_run_comes_from(trained):
         assert f'<th scope="row">{path}</th><td><code>{file_hash(path)}</code>' in page
     assert run_settings(trained)["policy"]["weights"] in page and trained.models.policy.path in page
     assert page.count("transformers ") == 5  # of the training, answers and scores of both models
+    assert "was not the same file" not in page
+    judged(trained)
+    page, folder = report(trained, []), Path(trained.output) / "judge"
+    assert f'<th scope="row">{folder / "0123456789abcdef"}</th>' in page and page.count("transformers ") == 6
+    assert f"{file_hash(folder / '0123456789abcdef.jsonl')}</code>" in page
+    judge = trained.models.judge.path
+    assert f'<th scope="row">judge</th><td class="words">{judge}</td><td><code>the hash of the judge' in page
+
+
+def test_a_file_that_two_stages_know_differently(trained):
+    """Ranked again after the training, then scored: the page says which stage knew which file."""
+    evaluated(trained)
+    ranked, scores = trained.ranked("train"), trained.run_folder() / "scores"
+    before = file_hash(ranked)
+    ranked.write_text(ranked.read_text() + "\n")
+    write_manifest(scores / "manifest.json", trained, {}, [], {str(ranked): fingerprint(ranked)})
+    (found,) = origin(trained)["changed"]
+    assert found == (str(ranked), {before: [str(trained.run_folder())], file_hash(ranked): [str(scores)]})
 
 
 def test_another_test_set_has_a_page_of_its_own(ranked_recipe, trained, tmp_path, run_module):
@@ -413,12 +461,14 @@ def test_every_committed_table_has_a_page(path):
     text = page(path)
     table = json.loads(path.read_text())
     assert text.count("<img src=") >= 2 * len(table["parts"])
+    assert "_ranked" not in text and "_written" not in text  # names of the JSON
+    assert "Written by bash reproduce.sh" in text and "Ranked pairs: best against worst candidate" in text
     for part in table["parts"]:
         for row in part["rows"]:
             assert f'<th scope="row">{row["label"]}</th>' in text
             for entry in row["figures"].values():
                 if "paper" in entry and "mean" in entry:
-                    assert f"paper {entry['paper']:g} ({signed(entry['difference'])})" in text
+                    assert f"paper {figure(entry['paper'])} ({signed(entry['difference'])})" in text
         for row in part["paired"]:
             for found in row["matched"].values():
                 assert f"<td>{number(found)}</td>" in text and figure(found["at_kl"]) in text

@@ -14,3 +14,6 @@ const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 // A number with so many digits, and no sign before a zero.
 const fixed = (value, digits) => value.toFixed(digits).replace(/^-(?=0\.?0*$)/, "");
+
+// A difference, with its sign unless it is zero.
+const signed = (value, digits) => (Number(value.toFixed(digits)) > 0 ? "+" : "") + fixed(value, digits);
