@@ -173,7 +173,7 @@ def remarks(result: dict) -> list[str]:
         found.append("With one rater the intervals are over prompts alone and say nothing about other raters.")
     elif result["raters"] < 10:
         found.append(
-            "With fewer than 10 raters the intervals are too short: those of 5 hold the truth in about 85 of 100."
+            "With fewer than 10 raters the intervals are too short: those of 5 hold the truth in about 87 of 100."
         )
     if result["missing_raters"]:
         found.append(f"Not in yet: raters {', '.join(map(str, result['missing_raters']))}.")

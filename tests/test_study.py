@@ -4,8 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import coverage_of_intervals
 import numpy as np
 import pytest
+from conftest import REPOSITORY
+from coverage_of_intervals import coverage
 
 from hps.errors import InputError
 from report.study import build, choose, import_ratings, order_of, read_key, read_ratings, study_name
@@ -289,30 +292,25 @@ def test_means_by_hand():
 
 
 def test_intervals_cover_what_they_should():
-    """300 studies of 10 raters and 15 prompts, whose strictness and hardness differ (standard deviations 0.5 and 0.4).
+    """300 studies of 10 raters and 15 prompts, whose strictness and hardness differ: see `coverage_of_intervals`.
 
-    The 95 % intervals must hold the mean 3 of all raters and prompts about so often, those of the difference 0.3 of two
-    models as well; intervals over the prompts alone, of the first models' marks, do not.
+    The 95 % intervals must hold the mean of all raters and prompts about so often, those of the difference of two
+    models as well; intervals over the prompts alone do not.
     """
-    rng = np.random.default_rng(1)
-    raters, prompts, studies = 10, 15, 300
-    mean, difference, over_prompts = 0, 0, 0
-    for number in range(studies):
-        strict, hard = rng.normal(0, 0.5, (raters, 1)), rng.normal(0, 0.4, (1, prompts))
-        first = 3 + strict + hard + rng.normal(0, 0.3, (raters, prompts))
-        taste, gain = rng.normal(0, 0.3, (raters, 1)), rng.normal(0, 0.3, (1, prompts))
-        second = first - 0.3 + taste + gain + rng.normal(0, 0.3, (raters, prompts))
-        drawn = resampled_means(np.stack([first, second], 2), [list(range(prompts))], 400, number)
-        low, high = np.quantile(drawn[:, 0], [0.025, 0.975])
-        mean += low <= 3 <= high
-        low, high = np.quantile(drawn[:, 0] - drawn[:, 1], [0.025, 0.975])
-        difference += low <= 0.3 <= high
-        by_prompt = first.mean(axis=0)
-        resampled = by_prompt[rng.integers(0, prompts, (400, prompts))].mean(axis=1)
-        low, high = np.quantile(resampled, [0.025, 0.975])
-        over_prompts += low <= 3 <= high
-    assert 0.90 <= mean / studies <= 0.98 and 0.90 <= difference / studies <= 0.98
-    assert over_prompts / studies < 0.80
+    mean, difference, over_prompts = coverage(raters=10, prompts=15, studies=300, resamples=400, seed=1)
+    assert 0.90 <= mean <= 0.98 and 0.90 <= difference <= 0.98
+    assert over_prompts < 0.80
+
+
+def test_the_documents_table_of_coverage(monkeypatch, capsys):
+    """Its columns and its rows are those that the program prints."""
+    monkeypatch.setattr(coverage_of_intervals, "STUDIES", 20)
+    monkeypatch.setattr(coverage_of_intervals, "RESAMPLES", 100)
+    coverage_of_intervals.main()
+    printed = capsys.readouterr().out.splitlines()
+    document = (REPOSITORY / "docs" / "human_study.md").read_text()
+    table = document[document.index(printed[0]) :].split("\n\n")[0].splitlines()
+    assert [line.split("|")[1] for line in table] == [line.split("|")[1] for line in printed]
 
 
 def changed(ratings: dict, **fields) -> dict:
