@@ -29,9 +29,8 @@ from hps.recipe import REPOSITORY
 CHILD = Path(__file__).with_name("stages.py")
 START = 8  # prompts: as good as none
 MOST_GROWTH, MOST_TIMES = 1.15, 1.15
-MOST_KB = (
-    2.0  # a prompt: an id and places in files; its texts, here 17 KB in training and 2 KB in the evaluation, are more
-)
+# A prompt's id and places in files; its texts, here 17 KB in training and 2 KB in the evaluation, are more.
+MOST_KB = 2.0
 HEADER = ["", "libraries (MB)", "peak, few", "peak, many", "growth", "KB / prompt", "ms / prompt, few", "many", "times"]
 
 

@@ -84,9 +84,8 @@ def load_config(model: Model) -> Any:
         config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise refusal(model.path, error) from None
-    if (
-        getattr(config, "transformers_weights", None) is not None
-    ):  # it may name a pickle, or an index that we do not see
+    # It may name a pickle, or an index that we do not see.
+    if getattr(config, "transformers_weights", None) is not None:
         raise InputError(
             "`transformers_weights` in config.json names the file of the weights", where=model.path, remedy=_SAVE
         )
