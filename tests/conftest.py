@@ -18,6 +18,7 @@ if importlib.util.find_spec("trl") is None:
         "test_cluster.py",
         "test_pages_browser.py",
         "test_report.py",
+        "test_study.py",
         "test_study_browser.py",
         "test_reproduce.py",
         "test_tables.py",
