@@ -105,7 +105,7 @@ def attempt(module: str, python: str, disk: Path, room: int, settings: list[str]
         wrong.append(f"{module} with {room} bytes: status {done.returncode}:\n{done.stderr[-2500:]}")
     elif not any(text in said[0] for text in ("the disk is full", "No space left")):
         wrong.append(f"{module} with {room} bytes: {said[0]}")
-    elif str(output) not in said[0]:
+    elif str(disk) not in said[0]:  # canaries lie beside the output
         wrong.append(f"{module} with {room} bytes does not say where: {said[0]}")
     if any(not after.get(path, b"").startswith(content) for path, content in before.items()):
         wrong.append(f"{module} with {room} bytes: finished lines are gone")
