@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from alignment.plan import plan
 from alignment.train import train
+from tests.faults.interrupt import heed_interrupts
 
 SETTINGS = ("schedule.device_batch=1", "optimizer.learning_rate=2e-3", "optimizer.scheduler=constant")
 # A drawn pair; whole lists of three, four and five responses, so that ranks and accumulation steps differ in size.
@@ -143,7 +144,7 @@ def stopped(recipe, command: list[str], step: int, sent: int) -> None:
     """Send a signal once the checkpoint of a step is complete: Ctrl-C to the whole group, as a terminal does, the
     SIGTERM of a cluster to the launcher alone. All processes end, with the status of the signal and no traceback."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    process = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
+    process = subprocess.Popen(command, cwd=REPOSITORY, preexec_fn=heed_interrupts, **pipes)
     limit = time.monotonic() + 240
     while not (recipe.run_folder() / "steps" / f"checkpoint-{step}" / "complete").exists():
         assert process.poll() is None and time.monotonic() < limit, process.communicate()[0][-3000:]

@@ -17,6 +17,7 @@ from hps.errors import InputError
 from hps.recipe import REPOSITORY, load_recipe
 from hps.records import read_candidates, read_jsonl
 from hps.workers import count_devices, run_workers
+from tests.faults.interrupt import heed_interrupts
 
 ITEMS = [{"key": str(number), "number": number, "text": "größer\n"} for number in range(40)]
 
@@ -283,7 +284,8 @@ def test_on_the_cluster_that_is_named(tmp_path):
 def started(command: list[str], folder: Path, lines: int, **environment: str) -> subprocess.Popen:
     """The command, running in a group of its own as a terminal starts it, when that many candidates are there."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **environment}, **pipes)
+    settings = {"env": {**os.environ, **environment}, "preexec_fn": heed_interrupts}
+    process = subprocess.Popen(command, cwd=REPOSITORY, **settings, **pipes)
     limit = time.monotonic() + 300
     while sum(path.read_bytes().count(b"\n") for path in folder.glob("t*n.jsonl")) < lines:
         assert process.poll() is None and time.monotonic() < limit, process.communicate()[0]

@@ -31,6 +31,12 @@ MARK = "HPS_INTERRUPT"  # in the environment of all that a script starts, whoeve
 MOST_SECONDS = 30.0
 
 
+def heed_interrupts() -> None:
+    """For a child before its program begins: what a shell starts in the background has Ctrl-C ignored, and so would
+    all that it starts, bash for good."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Started:
     """A script at work in a process group of its own, as a terminal starts it."""
 
@@ -41,7 +47,7 @@ class Started:
         environment = {**os.environ, MARK: self.mark, "CUDA_VISIBLE_DEVICES": ""}
         words = command(script, OUTPUT, settings)
         with self.log.open("wb") as log:
-            pipes = {"stdout": log, "stderr": log, "start_new_session": True}
+            pipes = {"stdout": log, "stderr": log, "start_new_session": True, "preexec_fn": heed_interrupts}
             self.process = subprocess.Popen(words, cwd=REPOSITORY, env=environment, **pipes)
 
     def output(self) -> str:
