@@ -5,10 +5,9 @@ Writes  `<output>/<run>/divergence/divergence.jsonl`, a line a prompt: for each 
         `tokens`; `manifest.json` (last)
 Run     python -m evaluation.divergence configs/quickstart.yaml
 
-`kl` is the sum over the answer's tokens of KL(pi_theta || pi_ref) over the whole vocabulary: on samples of the policy,
-an estimate of the sequence's divergence with less variance than `log_ratio` = log pi_theta(y) - log pi_ref(y), whose
-mean estimates the same. The answers are sampled at `generation.temperature`, the divergence is that of the policy
-itself (temperature 1).
+`kl` is the sum over the answer's tokens of KL(pi_theta || pi_ref) over the whole vocabulary, at temperature 1, along
+answers that were sampled at `generation.temperature`. `log_ratio` = log pi_theta(y) - log pi_ref(y) has the divergence
+as its mean for answers drawn at temperature 1 alone; for others its mean may be negative.
 """
 
 from pathlib import Path
