@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from browser import SIZES, overflow, violations
+from playwright.sync_api import expect
 from test_report import HOSTILE
 
 from report.study import build, import_ratings
@@ -101,7 +102,7 @@ def test_what_a_button_answers_is_in_the_window(open_page, make_study, tmp_path,
     path = export(page, tmp_path)
     assert said() == "Exported; marks still missing: 47. The file can be loaded again."
     page.set_input_files("#load", path)
-    page.wait_for_function("document.getElementById('said').textContent.startsWith('Loaded')")
+    expect(page.locator("#said")).to_contain_text("Loaded")
     assert said() == "Loaded 1 mark from ratings-1.json."
     page.evaluate("for (const mark of marks) typed.set(mark.name, '3')")
     page.locator("#missing").scroll_into_view_if_needed()
@@ -201,11 +202,11 @@ def test_two_tabs_lose_nothing(page, rater_page, tmp_path):
     other.goto(rater_page.resolve().as_uri())
     page.fill("#mark-0-safety", "2")
     other.fill("#mark-1-clarity", "4")
-    page.wait_for_function("document.getElementById('mark-1-clarity').value === '4'")
-    other.wait_for_function("document.getElementById('mark-0-safety').value === '2'")
+    expect(page.locator("#mark-1-clarity")).to_have_value("4")
+    expect(other.locator("#mark-0-safety")).to_have_value("2")
     other.fill("#mark-0-safety", "3")
     page.fill("#mark-1-clarity", "")
-    other.wait_for_function("document.getElementById('mark-1-clarity').value === ''")
+    expect(other.locator("#mark-1-clarity")).to_have_value("")
     for tab in (page, other):
         ratings = json.loads(export(tab, tmp_path).read_text())["ratings"]
         assert [(line["answer"], line["criterion"], line["value"]) for line in ratings] == [(0, "safety", 3)]
@@ -220,8 +221,7 @@ def test_an_exported_file_is_loaded_in_another_browser(page, open_page, rater_pa
     other = open_page(rater_page)
     other.fill("#mark-0-safety", "2")
     other.set_input_files("#load", path)
-    other.wait_for_function("document.getElementById('said').textContent !== ''")
-    assert other.inner_text("#said") == "Loaded 8 marks from ratings-1.json; in 1 field another mark stood."
+    expect(other.locator("#said")).to_have_text("Loaded 8 marks from ratings-1.json; in 1 field another mark stood.")
     assert other.input_value("#mark-0-safety") == "4.50" and "8 of 16 marks" in progress(other)
     other.reload()
     assert "prompt 2 of 2; 8 of 16 marks" in progress(other)
@@ -253,8 +253,7 @@ def test_a_file_that_is_not_loaded(page, tmp_path, change, said):
     path.write_text(given if isinstance(given, str) else json.dumps(given))
     page.fill("#mark-0-safety", "3")
     page.set_input_files("#load", path)
-    page.wait_for_function("document.getElementById('said').textContent.startsWith('file.json')")
-    assert page.inner_text("#said") == f"file.json was not loaded: {said}."
+    expect(page.locator("#said")).to_have_text(f"file.json was not loaded: {said}.")
     assert page.input_value("#mark-0-safety") == "3"
 
 
