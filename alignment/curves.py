@@ -1,15 +1,16 @@
 """Curves of a run's `log.jsonl`.
 
 Reads   `log.jsonl` (a line a step)
-Writes  a PNG: loss, margin and implicit rewards, accuracy, gamma, log-probabilities, lengths
+Writes  a PNG: loss, margin and implicit rewards, accuracy, gamma (hps), log-probabilities, lengths
 Run     python -m alignment.curves runs/quickstart/dpo-hps/log.jsonl curves.png
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from hps.errors import run_main
 from hps.records import read_jsonl
+from hps.run_records import check_log_line
 
 PANELS = [
     ("loss (nats)", ["loss"]),
@@ -22,15 +23,19 @@ PANELS = [
 
 
 def draw_curves(log: Path, target: Path) -> None:
-    """Draw the panels; steps without a figure leave a gap."""
+    """Draw the panels that have figures; steps without a figure leave a gap."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [line for _, line in read_jsonl(log)]
+    lines = [line for _, line in read_jsonl(log, check_log_line)]
+    logged = {name for line in lines for name in line}
+    panels = [(title, names) for title, names in PANELS if logged.intersection(names)]
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, PANELS, strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, names) in zip(axes.flat, panels, strict=False):
         for name in names:
             points = [(line["step"], float(line[name])) for line in lines if name in line]
             style = {"drawstyle": "steps-mid"} if name == "gamma" else {}
@@ -47,7 +52,11 @@ def draw_curves(log: Path, target: Path) -> None:
 
 
 def main() -> None:
-    draw_curves(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log", metavar="LOG", type=Path, help="log.jsonl of a run")
+    parser.add_argument("target", metavar="PNG", type=Path, help="the picture")
+    options = parser.parse_args()
+    draw_curves(options.log, options.target)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ import numpy as np
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, hold, model_hash
-from hps.recipe import Loss, Recipe, Schedule
+from hps.recipe import Loss, Recipe, Schedule, stages_without_steps
 from hps.records import Indexed, Lines, check_ranked, read_json, write_json, write_lines
+from hps.run_records import check_plan_row
 
 
 def hardness_weights(rewards: np.ndarray, gamma: float) -> np.ndarray:
@@ -272,6 +273,8 @@ def print_plan(facts: dict, path: Path) -> None:
         f"{facts['steps']} steps of {facts['global_batch']} "
         f"({facts['rows_to_fill_the_last_step']} rows fill up the last step) -> {path}"
     )
+    if facts["gamma"] and (warning := stages_without_steps(facts["steps"], len(facts["gamma"]))):
+        print(f"plan: WARNING: {warning}")
     print("plan: gamma   rows  effective sample size  mean rank drawn  reward gap  length gap (tokens)")
     for line in facts["stages"]:
         gamma = "   -  " if line["gamma"] is None else f"{line['gamma']:6.2f}"
@@ -348,7 +351,7 @@ def _write_once(path: Path, lines: Iterator[str]) -> None:
 def read_plan(recipe: Recipe) -> Lines:
     """The plan's rows, checked against the ranked file that it was made from."""
     path = recipe.run_folder() / "plan.jsonl"
-    rows = Lines(path)
+    rows = Lines(path, check_plan_row)
     facts = read_json(path.with_suffix(".json"), "run `bash run.sh` from its beginning")
     if facts.get("ranked_sha256") != file_hash(recipe.ranked("train")):
         raise InputError(

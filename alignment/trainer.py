@@ -249,7 +249,9 @@ class HPSTrainer(DPOTrainer):
             share = inputs["mask"].float()
             share[:, 0] = 0
             share = share / share.sum(dim=1, keepdim=True)
-        figures = {"gamma": inputs["gamma"], "rewards/accuracies": (share * (rewards[:, :1] > rewards)).sum(dim=1)}
+        figures = {"rewards/accuracies": (share * (rewards[:, :1] > rewards)).sum(dim=1)}
+        if self.loss.preference == "hps":
+            figures["gamma"] = inputs["gamma"]
         for name, values in (("rewards", rewards), ("logps", policy), ("lengths", lengths)):
             figures[f"{name}/chosen"] = values[:, 0]
             figures[f"{name}/rejected"] = (share * values).sum(dim=1)

@@ -10,6 +10,7 @@ training split; the setting with the highest accuracy on the test pairs counts. 
 lengths, no known word) counts one half.
 """
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -119,6 +120,8 @@ def record_problems(record: dict) -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     files = {(name, split): load(f"{name}_{split}") for name in SETS for split in ("train", "test")}
     problems = structure_problems(files)
     print(f"{'set':10} {'rule':22} {'share':>7}  counts")

@@ -171,7 +171,7 @@ def read_verdicts(path: Path) -> dict[str, dict]:
         InputError: a line is no verdict.
     """
     Appender(path).close()
-    return {check_verdict(line, where)["key"]: line for where, line in read_jsonl(path)}
+    return {line["key"]: line for _, line in read_jsonl(path, check_verdict)}
 
 
 def check_verdict(line: dict, where: str) -> dict:

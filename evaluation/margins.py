@@ -22,17 +22,17 @@ from typing import Any
 import numpy as np
 
 from evaluation.held_out import HeldOut, kept_checkpoints
-from evaluation.statistics import LEVEL, bootstrap
+from evaluation.statistics import LEVEL, bootstrap, few, figure, interval
 from hps.chat import prompt_token_ids
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import claim, file_hash, finish, hold, model_hash
 from hps.preflight import evaluated_prompts
 from hps.recipe import Model, Recipe
-from hps.records import Appender, read_jsonl, read_ranked, write_json
+from hps.records import Appender, read_jsonl, read_ranked, shorten, write_json
+from hps.run_records import AGAIN, SETS, check_pair
 
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
-SETS = ("written", "ranked")
 
 
 def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
@@ -96,7 +96,15 @@ class Columns:
         self.by_step: dict[int | None, dict[str, array]] = {}
 
     def add(self, pair: dict) -> None:
-        """Take a line of `pairs.jsonl`."""
+        """Take a line of `pairs.jsonl`. InputError: it was measured at other steps than those before."""
+        steps = [kept["step"] for kept in pair.get("along", [])]
+        if len(self) and steps != self.steps:
+            raise InputError(
+                f"the pair of prompt {shorten(pair['prompt_id'])} was measured at the steps {shorten(steps)}, those "
+                f"before it at {shorten(self.steps)}",
+                where=f"pairs.jsonl, set {pair['set']}",
+                remedy=AGAIN,
+            )
         characters = [len(text) for text in pair["responses"]]
         _extend(self.fixed, {**pair, "characters": characters})
         for step, figures in (*((kept["step"], kept) for kept in pair.get("along", [])), (None, pair)):
@@ -175,7 +183,7 @@ def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
     pairs = that_fit(held_out_pairs(recipe, Counter()), scorer, Counter())
     _score_pairs(pairs, count, scorer, folder / "pairs.jsonl")
     _write_answers(recipe, scorer, folder / "answers.jsonl")
-    sets = read_columns(pair for _, pair in read_jsonl(folder / "pairs.jsonl"))
+    sets = read_columns(pair for _, pair in read_jsonl(folder / "pairs.jsonl", check_pair))
     metrics: dict[str, Any] = {
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,
@@ -219,7 +227,7 @@ def evaluation_settings(recipe: Recipe) -> dict:
 
 def _score_pairs(pairs: Iterable[dict], count: int, scorer: HeldOut, path: Path) -> None:
     with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
-        done = {(line["set"], line["prompt_id"]) for _, line in read_jsonl(path)}
+        done = {(line["set"], line["prompt_id"]) for _, line in read_jsonl(path, check_pair)}
         todo = (pair for pair in pairs if (pair["set"], pair["prompt_id"]) not in done)
         for pair in progress(todo, count, "held-out pairs", " pairs", len(done)):
             file.append({**pair, **pair_figures(pair, scorer)})
@@ -241,11 +249,13 @@ def print_metrics(metrics: dict, folder: Path) -> None:
         print(f"held-out, left out: {metrics['left_out']}")
     for name, figures in metrics["sets"].items():
         title = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}[name]
-        print(f"held-out, {title}: {figures['pairs']} pairs; mean [95 % interval] -> {folder / 'margins.json'}")
-        for figure, value in figures.items():
-            if figure not in ("pairs", "along"):
-                low, high = value["interval"]
-                print(f"  {figure:26s} {value['mean']:8.3f}  [{low:.3f}, {high:.3f}]")
+        print(
+            f"held-out, {title}: {figures['pairs']} pairs; mean [95 % interval]{few(figures['pairs'])} -> "
+            f"{folder / 'margins.json'}"
+        )
+        for key, value in figures.items():
+            if key not in ("pairs", "along"):
+                print(f"  {key:26s} {figure(value['mean']):>8s}  {interval(value)}")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import json
 import statistics
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,14 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
-from evaluation.statistics import LEVEL, bootstrap, percentile_interval
+from evaluation.statistics import LEVEL, bootstrap, few, figure, interval, percentile_interval
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import fingerprint, write_manifest
 from hps.preflight import evaluated_prompts
 from hps.recipe import SFT, Recipe
-from hps.records import Indexed, check_answers, check_name, read_answers, write_json, write_lines
+from hps.records import Check, Indexed, check_answers, read_answers, shorten, write_json, write_lines
+from hps.run_records import AGAIN, check_divergence, check_scores
 
 MANIFEST = "metrics.manifest.json"
 REPEATED = 4  # words of a sequence that counts as repeated
@@ -153,24 +154,25 @@ def bleu_figures(answers: dict, rewards: list[dict], given: list[str], given_rew
 
 def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu, left_out: Counter) -> Iterator[dict]:
     """A record of figures for each prompt, as it is asked for; what was left out of which figure is counted."""
-    base = _folder_figures(evaluated(recipe, sft=True))
+    base = Answered(evaluated(recipe, sft=True))
     folder = evaluated(recipe, sft)
-    mine, given_scores = base if sft else _folder_figures(folder), base[1]
-    moved = {} if sft else _by_prompt(folder / "divergence" / "divergence.jsonl")
+    mine = base if sft else Answered(folder)
+    moved = {} if sft else _by_prompt(folder / "divergence" / "divergence.jsonl", check_divergence)
     for name, prompt in evaluated_prompts(recipe)[0].items():
-        if name not in mine[0]:
+        if name not in mine.answers:
             left_out["prompt without answers (the ledger beside them says why)"] += 1
             continue
-        answers, scores = (found[name] for found in mine)
+        answers, scores = mine.of(name)
         figures = answer_figures(answers, scores["answers"])
         given = [text.strip() for text in prompt["responses"]]
         if given and given[0]:
-            figures |= bleu_figures(answers, scores["answers"], given, given_scores[name]["given"], bleu)
+            figures |= bleu_figures(answers, scores["answers"], given, base.given(name, len(given)), bleu)
         else:
             left_out["BLEU: prompt without a given response"] += 1
         if not sft:
-            answers_before, scores_before = (found[name] for found in base)
-            figures |= change_figures(figures, answer_figures(answers_before, scores_before["answers"]), moved[name])
+            answers_before, scores_before = base.of(name)
+            before = answer_figures(answers_before, scores_before["answers"])
+            figures |= change_figures(figures, before, _line(moved, name, folder / "divergence"))
         yield {"prompt_id": name, **{key: round(value, 6) for key, value in figures.items()}}
 
 
@@ -189,10 +191,45 @@ def evaluated(recipe: Recipe, sft: bool) -> Path:
     return recipe.tested().sft_folder() if sft else recipe.evaluated_folder()
 
 
-def _folder_figures(folder: Path) -> tuple[Indexed, Indexed]:
-    """Answers and their scores, by prompt."""
-    _finished(folder / "answers")
-    return Indexed(folder / "answers" / "test.jsonl", check_answers), _by_prompt(folder / "scores" / "scores.jsonl")
+class Answered:
+    """The answers of a folder of evaluate.sh and their scores, by prompt; those of one prompt belong together.
+
+    Raises:
+        InputError: answers or scores are not finished, or a line is damaged; of a prompt that is asked for, there are
+            no scores, or not as many as texts.
+    """
+
+    def __init__(self, folder: Path):
+        _finished(folder / "answers")
+        self.answers = Indexed(folder / "answers" / "test.jsonl", check_answers)
+        self.scores = _by_prompt(folder / "scores" / "scores.jsonl", check_scores)
+        self._folder = folder
+
+    def of(self, name: str) -> tuple[dict, dict]:
+        """The record of a prompt's answers, and the line of their scores."""
+        answers = _line(self.answers, name, self._folder / "answers")
+        return answers, self._scores(name, "answers", len(answers["responses"]))
+
+    def given(self, name: str, count: int) -> list[dict]:
+        """The scores of a prompt's given responses, of which there are so many."""
+        return self._scores(name, "given", count)["given"]
+
+    def _scores(self, name: str, field: str, count: int) -> dict:
+        line = _line(self.scores, name, self._folder / "scores")
+        if len(line[field]) != count:
+            raise InputError(
+                f"`{field}` has {len(line[field])} scores for {count} texts",
+                where=self.scores.where(name),
+                remedy=AGAIN,
+            )
+        return line
+
+
+def _line(lines: Mapping[str, dict], name: str, folder: Path) -> dict:
+    """The line of a prompt. InputError: there is none."""
+    if name not in lines:
+        raise InputError(f"there is no line of prompt {shorten(name)}", where=str(folder), remedy=AGAIN)
+    return lines[name]
 
 
 def _finished(folder: Path) -> None:
@@ -200,9 +237,9 @@ def _finished(folder: Path) -> None:
         raise InputError("this is not finished", where=str(folder), remedy="run `bash evaluate.sh` with this recipe")
 
 
-def _by_prompt(path: Path) -> Indexed:
+def _by_prompt(path: Path, check: Check) -> Indexed:
     _finished(path.parent)
-    return Indexed(path, check_name)
+    return Indexed(path, check)
 
 
 def corpus_bleu(recipe: Recipe, sft: bool, bleu: Bleu) -> dict:
@@ -297,13 +334,12 @@ def print_metrics(metrics: dict, path: Path) -> None:
     """The figures on the screen."""
     print(
         f"metrics: {metrics['run']}: {metrics['samples']} answers to {metrics['prompts']} prompts; mean "
-        f"[95 % interval] -> {path}"
+        f"[95 % interval]{few(metrics['prompts'])} -> {path}"
     )
     for reason, count in metrics["left_out"].items():
         print(f"metrics: left out: {count} x {reason}")
     for name, value in metrics["figures"].items():
-        low, high = value["interval"]
-        print(f"  {name:26s} {value['mean']:9.4f}  [{low:.4f}, {high:.4f}]")
+        print(f"  {name:26s} {figure(value['mean'], 4):>9s}  {interval(value, 4)}")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from evaluation.matched import MATCHED, PAIRED
+from evaluation.statistics import estimate, signed
 from evaluation.tables import EXTRA
 
 MARK = "†"
@@ -18,9 +19,7 @@ def number(entry: dict, digits: int = 3) -> str:
     """`mean [low, high]`, or a dash; marked where it was read before the first point, or at another KL."""
     if "mean" not in entry:
         return "-"
-    low, high = entry["interval"]
-    mark = MARK if entry.get("before_first_point") else ""
-    return f"{entry['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{mark}"
+    return estimate(entry, digits) + (MARK if entry.get("before_first_point") else "")
 
 
 def markdown(table: dict) -> str:
@@ -118,7 +117,7 @@ def _paired_lines(rows: list[dict]) -> list[str]:
 
 
 def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
+    return "-" if value is None else signed(value)
 
 
 def _row(cells: list[str]) -> str:

@@ -19,6 +19,7 @@ from hps.errors import InputError
 from hps.manifest import file_hash, git_commit, versions
 from hps.recipe import REPOSITORY, SPLITS, Recipe
 from hps.records import read_jsonl, write_json
+from hps.run_records import check_pair
 
 FINAL = "final"
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
@@ -150,9 +151,9 @@ def columns(records: list[dict]) -> dict[str, list]:
 def pair_columns(path: Path) -> dict[str, dict]:
     """For each set the `prompt_id`s and, by step and at the end, a column for each of `PAIR_FIGURES`."""
     names: dict[str, list[str]] = defaultdict(list)
-    for _, pair in read_jsonl(path):
+    for _, pair in read_jsonl(path, check_pair):
         names[pair["set"]].append(pair["prompt_id"])
-    sets = read_columns(pair for _, pair in read_jsonl(path))
+    sets = read_columns(pair for _, pair in read_jsonl(path, check_pair))
     return {name: {"prompt_id": names[name], "points": _points(columns)} for name, columns in sets.items()}
 
 

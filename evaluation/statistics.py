@@ -1,8 +1,18 @@
-"""Means with intervals: the percentile bootstrap over prompts that every figure of the evaluation uses."""
+"""Means with intervals: the percentile bootstrap over prompts that every figure of the evaluation uses, and how they
+are written."""
+
+from collections.abc import Callable
 
 import numpy as np
 
 LEVEL = 0.95
+# Below so many prompts the percentile interval is too narrow; of a single one it has no width at all.
+FEW = 20
+
+
+def few(count: int) -> str:
+    """What to say of the intervals of so many prompts: nothing, or that they are too narrow."""
+    return "" if count >= FEW else f"; intervals of fewer than {FEW} are too narrow"
 
 
 def bootstrap(values: np.ndarray, samples: int, seed: int) -> dict:
@@ -15,3 +25,27 @@ def bootstrap(values: np.ndarray, samples: int, seed: int) -> dict:
 def percentile_interval(resampled: np.ndarray) -> list[float]:
     """The middle 95 % of a statistic's values on resamples."""
     return [round(float(value), 4) for value in np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number for a table; a dash where there is none, and no sign before a zero."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference, with its sign unless it is zero."""
+    text = figure(value, digits)
+    return text if value is None or value < 0 or float(text) == 0 else f"+{text}"
+
+
+def interval(entry: dict, digits: int = 3, write: Callable[[float, int], str] = figure) -> str:
+    """`[low, high]`; `write` is `figure` or, for a difference, `signed`."""
+    return f"[{', '.join(write(end, digits) for end in entry['interval'])}]"
+
+
+def estimate(entry: dict, digits: int = 3, write: Callable[[float, int], str] = figure) -> str:
+    """`mean [low, high]`."""
+    return f"{write(entry['mean'], digits)} {interval(entry, digits, write)}"

@@ -8,10 +8,12 @@ import json
 import shutil
 import textwrap
 
+from evaluation.statistics import estimate, figure
 from hps.cli import parse
 from hps.errors import InputError, printable, run_main
 from hps.recipe import SPLITS, Recipe
 from hps.records import read_jsonl
+from hps.run_records import check_greedy
 
 
 def columns(left: str, right: str, width: int) -> list[str]:
@@ -57,11 +59,11 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
     for name, figures in metrics["sets"].items():
         margin, before, after = (figures[key] for key in ("rm_dpo", "accuracy_before", "accuracy_after"))
         lines.append(
-            f"  {name:8s} {figures['pairs']:4d} pairs  RM_DPO {margin['mean']:.3f} {margin['interval']}  "
-            f"accuracy before {before['mean']:.3f}, after {after['mean']:.3f}"
+            f"  {name:8s} {figures['pairs']:4d} pairs  RM_DPO {estimate(margin)}  "
+            f"accuracy before {figure(before['mean'])}, after {figure(after['mean'])}"
         )
     lines += ["", "Answers to test prompts: before | after"]
-    for _, answer in read_jsonl(run / "evaluation" / "answers.jsonl"):
+    for _, answer in read_jsonl(run / "evaluation" / "answers.jsonl", check_greedy):
         question = textwrap.shorten(printable(answer["prompt"][-1]["content"]), width - 4, placeholder=" ...")
         lines += [f"> {question}", *columns(answer["before"], answer["after"], width), ""]
     return lines

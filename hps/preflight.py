@@ -17,7 +17,7 @@ from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
-from hps.recipe import SPLITS, Model, Recipe, as_yaml
+from hps.recipe import SPLITS, Model, Recipe, as_yaml, stages_without_steps
 from hps.records import Indexed, check_prompt, read_ranked
 from hps.weights import load_config
 from hps.workers import accumulation_steps, check_gpus, process_count
@@ -65,6 +65,13 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed, list[dict]]:
         _check_enough(record, settings.responses, recipe.generation.keep_given, where)
         return record
 
+    if not Path(settings.path).exists():
+        raise InputError(
+            "cannot read the file (No such file or directory)",
+            where=settings.path,
+            remedy=f"correct `data.{split}.path`; `.venv-train/bin/python data/prepare.py` writes the published sets "
+            "(data/README.md)",
+        )
     prompts = Indexed(settings.path, check, settings.limit)
     if not prompts:
         raise InputError("the file has no prompts", where=settings.path, remedy=f"correct `data.{split}.path`")
@@ -150,6 +157,8 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         steps = -(-prompts * schedule.epochs // schedule.global_batch)
         most = responses_per_prompt(recipe) * steps * schedule.global_batch * schedule.max_length
         lines.append(f"training: at most {steps} steps of {schedule.epochs} epochs and {most:,} tokens; {batch}")
+        if recipe.loss.preference == "hps" and (warning := stages_without_steps(steps, schedule.gamma_stages)):
+            lines.append(f"training: WARNING: {warning}")
     else:
         lines.append(f"training: {schedule.epochs} epochs; {batch}; steps are known once the prompts are there")
     if dry_run:
@@ -218,6 +227,8 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        parse(__doc__)  # says it, and ends
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         raise InputError(f"the first argument must be one of {', '.join(STAGES)}", where="command line")
     stage = sys.argv.pop(1)

@@ -10,7 +10,6 @@ field, value and remedy. Look at one:
 
 import math
 import re
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -657,6 +656,16 @@ def _get(recipe: Recipe, key: str):
     return value
 
 
+def stages_without_steps(steps: int, stages: int) -> str:
+    """What to say of a training in which some gamma never comes; nothing where each has a step."""
+    if steps >= stages:
+        return ""
+    return (
+        f"{steps} steps for {stages} stages of gamma: some gammas never come; lower `schedule.global_batch` or "
+        "`schedule.gamma_stages`, or raise `schedule.epochs`"
+    )
+
+
 def as_dict(recipe: Recipe) -> dict:
     """The resolved recipe as plain values, for manifests."""
     return OmegaConf.to_container(OmegaConf.structured(recipe), resolve=True)
@@ -668,8 +677,10 @@ def as_yaml(recipe: Recipe) -> str:
 
 
 def main() -> None:
-    arguments = sys.argv[1:] or [DEFAULT_RECIPE]
-    print(as_yaml(load_recipe(arguments[0], arguments[1:])), end="")
+    # Here, because the command line needs the recipe.
+    from hps.cli import parse
+
+    print(as_yaml(parse(__doc__, dry_run=False)[0]), end="")
 
 
 if __name__ == "__main__":

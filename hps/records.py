@@ -27,6 +27,7 @@ from hps.errors import InputError
 MOST = 3.4028234663852886e38  # the largest number in single precision, in which training holds rewards
 DEEPEST = 100  # brackets in brackets; near 1,000 Python's stack ends, for reading and for writing at different depths
 AGAIN = "remove the line, so that its prompt is done again"
+Check = Callable[[dict, str], dict]  # record and `path:line` in, the record out, or an InputError
 ROLES = ("system", "user", "assistant")
 PARALLEL = ("responses", "sources", "token_counts", "truncated")
 
@@ -42,13 +43,15 @@ def prompt_id(messages: list[dict]) -> str:
     return hashlib.sha256(canonical(pairs).encode()).hexdigest()[:16]
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield `("path:line", record)`; blank lines are passed over.
+def read_jsonl(path: str | Path, check: Check | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield `("path:line", record)`; blank lines are passed over. `check` validates each record, and may complete it.
 
-    Raises InputError for a missing file, bytes that are not UTF-8, broken JSON, or a line that is no JSON object.
+    Raises InputError for a missing file, bytes that are not UTF-8, broken JSON, a line that is no JSON object, and as
+    `check`.
     """
     for number, _, raw in _lines(path):
-        yield f"{path}:{number}", _parse(raw, path, number)
+        where, record = f"{path}:{number}", _parse(raw, path, number)
+        yield where, check(record, where) if check else record
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
@@ -199,9 +202,8 @@ def check_finite(record: dict, where: str) -> None:
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[str, dict]]:
-    """Yield validated prompts with `prompt_id` and `responses` (possibly empty) filled in; `limit` counts lines."""
-    for where, record in islice(read_jsonl(path), limit):
-        yield where, check_prompt(record, where)
+    """Validated prompts with `prompt_id` and `responses` (possibly empty) filled in; `limit` counts lines."""
+    return islice(read_jsonl(path, check_prompt), limit)
 
 
 def check_prompt(record: dict, where: str) -> dict:
@@ -216,14 +218,15 @@ class Lines(Sequence[dict]):
 
     Args:
         path: the file; it must not change meanwhile.
+        check: validates a record, and may complete it.
         limit: lines that are read.
 
     Raises:
-        InputError: the file cannot be read; for a record that is asked for, its line is no JSON object.
+        InputError: the file cannot be read; for a record that is asked for, its line is no JSON object, and as `check`.
     """
 
-    def __init__(self, path: str | Path, limit: int | None = None):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, check: Check | None = None, limit: int | None = None):
+        self.path, self._check = Path(path), check
         self._numbers, self._places = array("Q"), array("Q")
         for number, place, _ in islice(_lines(path), limit):
             self._numbers.append(number)
@@ -237,7 +240,8 @@ class Lines(Sequence[dict]):
         with self.path.open("rb") as file:
             file.seek(self._places[index])
             raw = file.readline()
-        return _parse(raw, self.path, self._numbers[index])
+        record = _parse(raw, self.path, self._numbers[index])
+        return self._check(record, self.where(index)) if self._check else record
 
     def __len__(self) -> int:
         return len(self._places)
@@ -257,14 +261,12 @@ class Indexed(Mapping[str, dict]):
         InputError: a line is invalid, or one `prompt_id` stands on two different prompts.
     """
 
-    def __init__(self, path: str | Path, check: Callable[[dict, str], dict], limit: int | None = None):
-        self._lines, self._check = Lines(path, limit), check
+    def __init__(self, path: str | Path, check: Check, limit: int | None = None):
+        self._lines = Lines(path, check, limit)
         self._index: dict[str, int] = {}
         self.repeated: list[tuple[str, str]] = []
-        for index, raw in enumerate(self._lines):
-            where = self._lines.where(index)
-            record = check(raw, where)
-            name = record["prompt_id"]
+        for index, record in enumerate(self._lines):
+            where, name = self._lines.where(index), record["prompt_id"]
             if name not in self._index:
                 self._index[name] = index
             elif self[name].get("prompt") == record.get("prompt"):  # lines of figures have none
@@ -285,7 +287,7 @@ class Indexed(Mapping[str, dict]):
         return self._lines.where(self._index[name])
 
     def __getitem__(self, name: str) -> dict:
-        return self._check(self._lines[self._index[name]], self.where(name))
+        return self._lines[self._index[name]]
 
     def __contains__(self, name: object) -> bool:
         return name in self._index
@@ -298,9 +300,8 @@ class Indexed(Mapping[str, dict]):
 
 
 def read_candidates(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield validated candidates records (see the module's docstring)."""
-    for where, record in read_jsonl(path):
-        yield where, check_candidates(record, where)
+    """Validated candidates records (see the module's docstring)."""
+    return read_jsonl(path, check_candidates)
 
 
 def check_candidates(record: dict, where: str) -> dict:
@@ -351,9 +352,8 @@ def check_rewards(record: dict, where: str) -> None:
 
 
 def read_answers(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield validated answers records; equal and empty answers are answers too."""
-    for where, record in read_jsonl(path):
-        yield where, check_answers(record, where)
+    """Validated answers records; equal and empty answers are answers too."""
+    return read_jsonl(path, check_answers)
 
 
 def check_answers(record: dict, where: str) -> dict:
@@ -367,9 +367,8 @@ def check_answers(record: dict, where: str) -> dict:
 
 
 def read_ranked(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield validated ranked records: at least two responses, finite rewards, sorted best first."""
-    for where, record in read_jsonl(path):
-        yield where, check_ranked(record, where)
+    """Validated ranked records: at least two responses, finite rewards, sorted best first."""
+    return read_jsonl(path, check_ranked)
 
 
 def check_ranked(record: dict, where: str) -> dict:
@@ -439,13 +438,17 @@ class Appender:
 
 
 def read_ledger(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield the lines of a ledger; InputError: one has no `prompt_id`, no `reason`, or a number that is not finite."""
-    for where, line in read_jsonl(path):
-        check_name(line, where, AGAIN)
-        check_finite(line, where)
-        if not isinstance(line.get("reason"), str):
-            raise InputError(f"`reason` is {shorten(line.get('reason'))}", where=where, remedy=AGAIN)
-        yield where, line
+    """The validated lines of a ledger."""
+    return read_jsonl(path, check_ledger)
+
+
+def check_ledger(record: dict, where: str) -> dict:
+    """Return the line; InputError: it has no `prompt_id`, no `reason`, or a number that is not finite."""
+    check_name(record, where, AGAIN)
+    check_finite(record, where)
+    if not isinstance(record.get("reason"), str):
+        raise InputError(f"`reason` is {shorten(record.get('reason'))}", where=where, remedy=AGAIN)
+    return record
 
 
 def done_ids(*paths: str | Path) -> set[str]:

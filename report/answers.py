@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hps.recipe import Recipe
 from hps.records import Lines, read_answers, read_jsonl
+from hps.run_records import check_greedy, check_scores
 from report.page import fitting
 
 MOST_PROMPTS, MOST_BYTES = 200, 3_000_000
@@ -29,7 +30,7 @@ def answers(recipe: Recipe) -> tuple[list[dict], int]:
     few = run / "evaluation" / "answers.jsonl"
     if not few.exists():
         return [], 0
-    shown = fitting((_unscored(line) for _, line in read_jsonl(few)), MOST_PROMPTS, MOST_BYTES)
+    shown = fitting((_unscored(line) for _, line in read_jsonl(few, check_greedy)), MOST_PROMPTS, MOST_BYTES)
     return shown, len(Lines(few)) - len(shown)
 
 
@@ -55,7 +56,7 @@ def _scored_on_both(run: Path, sft: Path) -> tuple[list[dict], int]:
 
 def _scored(folder: Path, wanted: set[str]) -> Iterator[tuple[str, dict]]:
     """The prompts that are wanted, with their answers by score."""
-    lines = (line for _, line in read_jsonl(folder / "scores" / "scores.jsonl"))
+    lines = (line for _, line in read_jsonl(folder / "scores" / "scores.jsonl", check_scores))
     scores = {line["prompt_id"]: line["answers"] for line in lines if line["prompt_id"] in wanted}
     for _, record in read_answers(folder / "answers" / "test.jsonl"):
         if record["prompt_id"] not in wanted:

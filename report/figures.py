@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 STYLE = {
     "svg.hashsalt": "hps",
@@ -27,6 +28,7 @@ MOST_STEPS = 400  # of a curve
 MOST_POINTS = 2000  # of a scatter, all groups together
 NAME = 40  # characters of a name in a legend
 MARKERS = "osD^vP*X<>"
+IN_RED = " In red the paper's mean: a bar, or an arrow where it lies beyond that edge."  # of a forest
 
 Draw = Callable[[Axes], None]
 Points = tuple[Sequence[float], Sequence[float]]
@@ -73,7 +75,7 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray
     return means[0], means[1], window
 
 
-def curve(title: str, series: Mapping[str, Points], label: str = "step", stairs: bool = False) -> Draw:
+def curve(title: str, series: Mapping[str, Points], stairs: bool = False) -> Draw:
     """Lines over the steps; `series` are names with steps and values. `stairs`: the value holds until the next step."""
 
     def draw(axis: Axes) -> None:
@@ -84,7 +86,8 @@ def curve(title: str, series: Mapping[str, Points], label: str = "step", stairs:
             marker = "." if len(steps) <= 50 else ""
             axis.plot(steps, values, label=named(name), marker=marker, markersize=3, **style)
         axis.set_title(title if window == 1 else f"{title}, means over {window} steps", fontsize=10)
-        axis.set_xlabel(label)
+        axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:
             axis.legend(fontsize=8)
 
@@ -174,6 +177,7 @@ def intervals(title: str, points: Mapping[str, list[tuple[float, dict]]], up: st
         axis.axhline(0, color="0.4", linewidth=0.8)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel(up)
         axis.legend(fontsize=8)
 
@@ -181,7 +185,10 @@ def intervals(title: str, points: Mapping[str, list[tuple[float, dict]]], up: st
 
 
 def forest(title: str, rows: list[tuple[str, dict]], zero: bool = True) -> Draw:
-    """Means with intervals of labelled rows, the first on top; where an entry has `paper`, an upright bar there.
+    """Means with intervals of labelled rows, the first on top; where an entry has `paper`, a red upright bar there.
+
+    The scale is that of our figures. What the paper has beyond it is an arrow at that edge, or, with models so
+    different in size, nothing could be read of ours.
 
     Args:
         zero: whether zero means something here, and is drawn whatever the data.
@@ -191,10 +198,18 @@ def forest(title: str, rows: list[tuple[str, dict]], zero: bool = True) -> Draw:
         for place, (_, entry) in enumerate(reversed(rows)):
             axis.plot(entry["interval"], [place, place], color="tab:blue")
             axis.plot(entry["mean"], place, "o", color="tab:blue", markersize=4)
-            if "paper" in entry:
-                axis.plot(entry["paper"], place, "|", color="tab:red", markersize=12, markeredgewidth=2)
         if zero:
             axis.axvline(0, color="0.4", linewidth=0.8)
+        left, right = axis.get_xlim()
+        for place, (_, entry) in enumerate(reversed(rows)):
+            if "paper" in entry:
+                inside = min(max(entry["paper"], left), right)
+                marker = "|" if inside == entry["paper"] else "<" if inside == left else ">"
+                style = {"markersize": 12, "markeredgewidth": 2} if marker == "|" else {"markersize": 6}
+                axis.plot(inside, place, marker, color="tab:red", clip_on=False, **style)
+        axis.set_xlim(left, right)
+        # Half a row above and below, however few rows there are.
+        axis.set_ylim(-0.5, len(rows) - 0.5)
         axis.set_yticks(range(len(rows)), [named(label) for label, _ in reversed(rows)], fontsize=8)
         axis.set_title(title, fontsize=10)
 

@@ -9,7 +9,7 @@ through.
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from evaluation.statistics import figure
 from hps.errors import InputError
 from hps.records import write_atomic
 
@@ -101,30 +102,6 @@ def render(template: str, title: str, data: Any, **context) -> str:
         data=script_json(data),
         **context,
     )
-
-
-def figure(value: float | None, digits: int = 3) -> str:
-    """A number for a table; a dash where there is none, and no sign before a zero."""
-    if value is None:
-        return "–"
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text
-
-
-def signed(value: float | None, digits: int = 3) -> str:
-    """A difference, with its sign unless it is zero."""
-    text = figure(value, digits)
-    return text if value is None or value < 0 or float(text) == 0 else f"+{text}"
-
-
-def interval(entry: dict, digits: int = 3, write: Callable[[float, int], str] = figure) -> str:
-    """`[low, high]`; `write` is `figure` or, for a difference, `signed`."""
-    return f"[{', '.join(write(end, digits) for end in entry['interval'])}]"
-
-
-def estimate(entry: dict, digits: int = 3, write: Callable[[float, int], str] = figure) -> str:
-    """`mean [low, high]`."""
-    return f"{write(entry['mean'], digits)} {interval(entry, digits, write)}"
 
 
 def counted(count: int, noun: str) -> str:

@@ -15,16 +15,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.plan import read_plan
+from evaluation.statistics import FEW, figure, interval
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.recipe import DEFAULT_RECIPE, Recipe
 from hps.records import read_json, read_jsonl
+from hps.run_records import check_log_line
 from hps.verify import read_manifest
 from report import run_pictures
 from report.answers import answers
 from report.draws import read_draws, rewards_by_source
 from report.origin import origin
-from report.page import figure, intact, interval, render, write_page
+from report.page import intact, render, write_page
 
 # Figures that a reader looks for first, in this order.
 NAMES = {
@@ -74,8 +76,8 @@ def trained(recipe: Recipe) -> tuple[Recipe, dict]:
             raise ValueError(str(error).splitlines()[0]) from None
 
 
-def held_out(folder: Path) -> dict:
-    """Tables and pictures of the held-out pairs; nothing where they are not evaluated yet."""
+def held_out(folder: Path, steps: int) -> dict:
+    """Tables and pictures of the held-out pairs of a training of so many steps; nothing where there are none yet."""
     path = folder / "evaluation" / "margins.json"
     if not path.exists():
         return {"sets": {}, "picture": None}
@@ -83,17 +85,30 @@ def held_out(folder: Path) -> dict:
         sets = read_json(path)["sets"]
         tables = {name: {"pairs": found["pairs"], "lines": figures_table(found)} for name, found in sets.items()}
     with intact(path.with_name("pairs.jsonl"), AGAIN):
-        return {"sets": tables, "picture": run_pictures.margins(path.with_name("pairs.jsonl"), sets)}
+        return {"sets": tables, "picture": run_pictures.margins(path.with_name("pairs.jsonl"), sets, steps)}
 
 
-def metrics(folder: Path) -> dict | None:
-    """Figures of the policy's own answers, if they are there."""
+def metrics(folder: Path, before: Path) -> dict | None:
+    """Figures of the policy's own answers, if they are there, with those of the model before training.
+
+    Args:
+        folder: of the run's evaluation.
+        before: that of the model before training.
+    """
     path = folder / "metrics.json"
     if not path.exists():
         return None
     with intact(path, AGAIN):
         found = read_json(path)
-        return {"prompts": found["prompts"], "lines": figures_table(found["figures"])}
+        lines = figures_table(found["figures"])
+    if (before / path.name).exists():
+        with intact(before / path.name, AGAIN):
+            earlier = {line["name"]: line["mean"] for line in figures_table(read_json(before / path.name)["figures"])}
+        lines = [line | {"before": earlier.get(line["name"])} for line in lines]
+    manifest = folder / "scores" / "manifest.json"
+    with intact(manifest, AGAIN):
+        evaluator = read_manifest(manifest)["recipe"]["models"]["evaluator"]["path"]
+        return {"prompts": found["prompts"], "evaluator": evaluator, "lines": lines}
 
 
 def win_rates(folder: Path) -> list[dict]:
@@ -128,8 +143,8 @@ def short_names(folders: list[str]) -> list[str]:
 
 
 def line(name: str, mean: float, entry: dict, digits: int = 3) -> dict:
-    """A line of a table of figures, with the interval of `entry`."""
-    return {"name": name, "mean": figure(mean, digits), "interval": interval(entry, digits)}
+    """A line of a table of figures, with the interval of `entry`; `before` is for the same before training."""
+    return {"name": name, "mean": figure(mean, digits), "interval": interval(entry, digits), "before": None}
 
 
 def plan_table(path: Path) -> dict:
@@ -145,14 +160,10 @@ def plan_table(path: Path) -> dict:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of the log. InputError: there is none."""
-    lines = [line for _, line in read_jsonl(path)]
-    if not lines or any(not isinstance(line.get("step"), int) for line in lines):
-        raise InputError(
-            "the log has no lines, or one without `step`",
-            where=str(path),
-            remedy="delete the run's folder and train again",
-        )
+    """The lines of the log. InputError: there is none, or one is damaged."""
+    lines = [line for _, line in read_jsonl(path, check_log_line)]
+    if not lines:
+        raise InputError("the log has no lines", where=str(path), remedy="delete the run's folder and train again")
     return lines
 
 
@@ -165,7 +176,7 @@ def pictures(recipe: Recipe, settings: Recipe, lines: list[dict]) -> dict:
     if recipe.ranked("test").exists():
         splits["test"] = rewards_by_source(recipe.ranked("test"))
     with intact(recipe.run_folder() / "log.jsonl", "delete the run's folder and train again"):
-        training = run_pictures.training(lines, draws)
+        training = run_pictures.training(lines, draws, settings.loss.preference)
     return {
         "training": training,
         "rewards": run_pictures.rewards(splits),
@@ -185,6 +196,7 @@ def report(recipe: Recipe, arguments: list[str]) -> str:
     run, evaluated = recipe.run_folder(), recipe.evaluated_folder()
     settings, plain = trained(recipe)
     lines = read_log(run / "log.jsonl")
+    steps = lines[-1]["step"]
     with intact(evaluated, AGAIN):
         shown, left = answers(recipe)
     title = f"{Path(recipe.output).name}: {recipe.run}"
@@ -196,10 +208,11 @@ def report(recipe: Recipe, arguments: list[str]) -> str:
         {"answers": shown},
         loss=settings.loss,
         plan=plan_table(run / "plan.json"),
-        steps=lines[-1]["step"],
-        held_out=held_out(evaluated),
-        metrics=metrics(evaluated),
+        steps=steps,
+        held_out=held_out(evaluated, steps),
+        metrics=metrics(evaluated, recipe.tested().sft_folder()),
         win_rates=win_rates(evaluated),
+        few=FEW,
         pictures=pictures(recipe, settings, lines),
         shown=len(shown),
         left=left,

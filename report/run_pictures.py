@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from hps.records import read_jsonl
+from hps.run_records import check_pair
 from report.draws import Draws
 from report.figures import (
     Picture,
@@ -49,22 +50,25 @@ def _told(title: str, series: dict[str, tuple[list, list]]) -> str:
     return f"{title}, over steps {steps[0]} to {steps[-1]}: {', '.join(ends)}."
 
 
-def training(lines: list[dict], draws: Draws | None) -> Pictures:
-    """Loss, margin, gamma, lengths by the log; hardness of the draws by the plan."""
+def training(lines: list[dict], draws: Draws | None, preference: str) -> Pictures:
+    """Loss, margin, lengths by the log; of hps gamma, too, and the hardness of the draws by the plan."""
     panels = []
+    hps = preference == "hps"
     for title, names in PANELS:
+        if title == "gamma" and not hps:
+            continue
         series = _of(lines, names)
         if series:
             panels.append(picture(curve(title, series, stairs=title == "gamma"), _told(title, series)))
         if title == "gamma" and draws is not None:
             title, series = "hardness: rank of the drawn (1 = hardest)", {"mean rank": draws.places()}
             panels.append(picture(curve(title, series), _told(title, series)))
-    return Pictures(
-        panels,
-        "Where gamma rises, the drawn negatives become nearly as good as y_1: the margin grows while they are easy and "
-        "shrinks as they become hard. The share of pairs in order means nothing in the first step, where every margin "
-        "is zero up to rounding.",
+    gamma = (
+        "The higher gamma, the harder the negatives that are drawn, down to the ones nearly as good as y_1: a margin "
+        "that shrinks there need not be a policy that learns less. "
     )
+    first = "The share of pairs in order means nothing in the first step, where every margin is zero up to rounding."
+    return Pictures(panels, f"{gamma if hps else ''}{first}")
 
 
 def rewards(splits: dict[str, dict[str, array]]) -> Pictures | None:
@@ -96,10 +100,10 @@ def length(draws: Draws) -> Pictures:
     return Pictures([picture(panel, text)], f"{caption}the policy is taught length.{sampled(len(draws.step))}")
 
 
-def margins(path: Path, sets: dict) -> Pictures:
-    """Test margins before and after, pair by pair, and RM_DPO along the training."""
+def margins(path: Path, sets: dict, steps: int) -> Pictures:
+    """Test margins before and after, pair by pair, and RM_DPO along the training, from zero to the end."""
     pairs: dict[str, tuple[array, array]] = defaultdict(lambda: (array("d"), array("d")))
-    for _, pair in read_jsonl(path):
+    for _, pair in read_jsonl(path, check_pair):
         for values, which in zip(pairs[pair["set"]], ("reference", "policy"), strict=True):
             values.append(pair[which][0] - pair[which][1])
     panels: list[Picture] = []
@@ -107,11 +111,20 @@ def margins(path: Path, sets: dict) -> Pictures:
         raised = sum(b < a for b, a in zip(before, after, strict=True))
         text = f"Margins of {len(before)} {name} pairs before training across and after it up: raised for {raised}."
         panels.append(picture(before_after(f"{name} pairs: log pi(y_1) - log pi(y_2)", before, after), text))
-    along = {name: [(entry["step"], entry["rm_dpo"]) for entry in figures["along"]] for name, figures in sets.items()}
-    along = {f"{name} pairs": points for name, points in along.items() if points}
+    # Before the first step the policy is the reference: the margin of every pair is zero.
+    start = (0, {"mean": 0.0, "interval": [0.0, 0.0]})
+    along = {
+        f"{name} pairs": [
+            start,
+            *((entry["step"], entry["rm_dpo"]) for entry in figures["along"] if entry["step"] < steps),
+            (steps, figures["rm_dpo"]),
+        ]
+        for name, figures in sets.items()
+    }
     if along:
         ends = ", ".join(f"{name} {points[-1][1]['mean']:.3f}" for name, points in along.items())
-        text = f"RM_DPO with 95 % intervals along the training; at the last kept step: {ends} nats."
+        text = f"RM_DPO with 95 % intervals along the training, from zero; at its end: {ends} nats."
         panels.append(picture(intervals("RM_DPO along the training", along, "nats"), text))
     most = max((len(before) for before, _ in pairs.values()), default=0)
-    return Pictures(panels, f"Points above the diagonal: the training raised the margin of that pair.{sampled(most)}")
+    caption = "Of the panels with points: above the diagonal the training raised the margin of that pair."
+    return Pictures(panels, f"{caption}{sampled(most)}")

@@ -275,7 +275,7 @@ def _write(to: Path, key: dict, texts: dict[str, dict]) -> None:
     counts = f"raters: {key['raters']}, prompts: {len(texts)}, models: {len(key['models'])}"
     print(f"study {key['study']}: {counts}")
     print(f"  for the raters:  {pages}")
-    print(f"  for nobody else: {to / 'key.json'}, without which their ratings cannot be read")
+    print(f"  for you alone:   {to / 'key.json'}, without which their ratings cannot be read")
 
 
 def read_ratings(path: str | Path, key: dict) -> tuple[int, np.ndarray]:

@@ -15,10 +15,10 @@ import re
 
 import numpy as np
 
-from evaluation.statistics import percentile_interval
+from evaluation.statistics import estimate, figure, percentile_interval, signed
 from hps.recipe import REPOSITORY
-from report.figures import NAME, Pictures, forest, forest_height, named, picture
-from report.page import estimate, figure, render, signed
+from report.figures import IN_RED, NAME, Pictures, forest, forest_height, named, picture
+from report.page import render
 
 PAPER = REPOSITORY / "results" / "paper.json"
 RESAMPLES = 10_000
@@ -234,9 +234,9 @@ def pictures(title: str, each: dict, paper: dict[str, dict]) -> list[Pictures]:
         rows = [(" − ".join(named(model, NAME // 2 - 2) for model in models), entry) for models, entry in rows]
         drawn = forest(f"{name}, difference", rows)
         differences.append(picture(drawn, f"{title}, differences, {name}: {said}.", forest_height(rows)))
-    bar = " Upright bar: the paper's mean." if paper else ""
+    caption = f"Dot: mean; line: 95 % interval.{IN_RED if paper else ''} Each picture has its own scale, none 1 to 5."
     return [
-        Pictures(means, f"Dot: mean; line: 95 % interval.{bar} The scale is that of the figures, not 1 to 5."),
+        Pictures(means, caption),
         Pictures(differences, "Differences: where the line holds zero, the study does not tell the two models apart."),
     ]
 

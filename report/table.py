@@ -12,12 +12,13 @@ from pathlib import Path
 
 from evaluation.matched import MATCHED, PAIRED
 from evaluation.render import MARK, MARKED
+from evaluation.statistics import estimate, figure, signed
 from evaluation.tables import EXTRA
 from hps.errors import InputError, run_main
 from hps.manifest import file_hash
 from hps.records import read_json
-from report.figures import Pictures, forest, forest_height, frontier, picture
-from report.page import estimate, figure, intact, render, signed, write_page
+from report.figures import IN_RED, Pictures, forest, forest_height, frontier, picture
+from report.page import intact, render, write_page
 
 # Of each part, where there are figures: what a reader compares first.
 FOREST = ("rm_dpo", "rm_dpo_ranked", "reward", "kl", "win")
@@ -91,13 +92,14 @@ def pictures(part: dict) -> list[Pictures]:
     """Intervals of the chief figures, and margins against divergence along the training."""
     found = []
     panels = []
+    printed = any("paper" in row["figures"].get(name, {}) for row in part["rows"] for name in FOREST)
     for name in FOREST:
         rows = [(row["label"], row["figures"][name]) for row in part["rows"] if "mean" in row["figures"].get(name, {})]
         if rows:
             text = f"{NAMES[name]}: {'; '.join(f'{label} {number(entry)}' for label, entry in rows)}."
             panels.append(picture(forest(NAMES[name], rows), text, forest_height(rows)))
     if panels:
-        found.append(Pictures(panels, "Ours: mean and 95 % interval over the prompts."))
+        found.append(Pictures(panels, f"Ours: mean and 95 % interval over the prompts.{IN_RED if printed else ''}"))
     sets: dict[str, dict] = defaultdict(dict)
     for label, curves in part["frontier"].items():
         for pairs, points in curves.items():

@@ -7,6 +7,8 @@ second of two models is worse by 0.3, more or less so by rater and by prompt (0.
 raters and prompts that there could be.
 """
 
+import argparse
+
 import numpy as np
 
 from report.study_figures import resampled_means
@@ -46,4 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -769,9 +769,9 @@ def quick_disk(monkeypatch):
 @pytest.mark.slow
 def test_fuzzed_record_files_give_clear_errors_only(quick_disk, tmp_path):
     """Another seed than the program's own run of 50,000 files."""
-    report = fuzz(3000, 1, tmp_path)
+    report = fuzz(5000, 1, tmp_path)
     assert report.faults == []
-    assert report.files.total() == 3000 == report.whole.total() + report.refused.total()
+    assert report.files.total() == 5000 == report.whole.total() + report.refused.total()
     assert min(report.whole.values()) > 50 < min(report.refused.values())
 
 

@@ -153,6 +153,27 @@ def test_metrics_of_a_run(evaluated):
     assert metrics["sets"] == {"written": {"pairs": 4}}
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        (
+            "scores/scores.jsonl",
+            {"answers": [{"score": 1.0}], "given": []},
+            r"scores\.jsonl:1: `answers` has 1 scores for 3",
+        ),
+        ("scores/scores.jsonl", {"prompt_id": "another"}, "scores: there is no line of prompt"),
+        ("divergence/divergence.jsonl", {"prompt_id": "another"}, "divergence: there is no line of prompt"),
+        ("divergence/divergence.jsonl", {"kl": 1.0}, r"divergence\.jsonl:1: `kl` is 1.0 and should be a list"),
+    ],
+)
+def test_lines_that_do_not_belong_together_are_refused(evaluated, name, line, message):
+    path = evaluated.run_folder() / name
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text(json.dumps(json.loads(first) | line) + "\n" + "".join(others))
+    with pytest.raises(InputError, match=message):
+        stage.evaluate(evaluated, sft=False)
+
+
 @pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl", "scores/scores.jsonl"])
 @pytest.mark.parametrize("sft", [True, False])
 def test_a_flipped_byte_of_the_figures_or_of_what_they_are_made_of_is_named(evaluated, sft, name):

@@ -184,11 +184,23 @@ def test_answers_are_filtered_sorted_and_searched(open_page, run_page):
     assert ids(page) == ["p4"]
 
 
+def test_the_first_answers_are_shown_until_all_are_asked_for(open_page, recipe, tmp_path):
+    """Ten prompts, then all by a button, which hands the focus on to the first of the others; a filter counts all."""
+    evaluated(recipe, tuple(range(1, 13)))
+    page = open_page(write(tmp_path / "report.html", report(recipe, ["recipe.yaml"])))
+    assert len(ids(page)) == 10 and page.inner_text("#found") == "12 of 12 prompts"
+    page.select_option("#sort", "up")
+    assert ids(page)[0] == "p12"
+    page.click("#all")
+    assert len(ids(page)) == 12 and not page.is_visible("#all")
+    assert page.evaluate("document.activeElement.dataset.id") == ids(page)[10]
+
+
 def test_a_tie_is_neither_good_nor_bad(open_page, run_page):
     page = open_page(run_page)
-    assert page.locator("article[data-id=p1] > p.good").inner_text() == "best answer: +0.500"
-    assert page.locator("article[data-id=p2] > p.bad").inner_text() == "best answer: -0.250"
-    assert page.locator("article[data-id=p3] > p.soft").inner_text() == "best answer: 0.000"
+    assert page.locator("article[data-id=p1] > p.good").inner_text() == "reward of the best answer: +0.500"
+    assert page.locator("article[data-id=p2] > p.bad").inner_text() == "reward of the best answer: -0.250"
+    assert page.locator("article[data-id=p3] > p.soft").inner_text() == "reward of the best answer: 0.000"
     assert page.locator("article[data-id=p3] .good, article[data-id=p3] .bad").count() == 0
 
 

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, make_plan, ranked_records
+from matplotlib.figure import Figure
 
 from alignment.plan import plan, run_settings
+from evaluation.statistics import FEW, estimate, few, figure, signed
 from hps.errors import InputError
 from hps.manifest import file_hash, fingerprint, finish, write_manifest
 from hps.records import Lines, write_json
 from report import answers as answers_of
-from report import draws
+from report import draws, run_pictures
+from report.draws import Draws
 from report.explore import explorer
-from report.figures import MOST_POINTS, MOST_STEPS, curve, histogram, picture, scatter, thinned
+from report.figures import MOST_POINTS, MOST_STEPS, Picture, curve, forest, histogram, picture, scatter, thinned
 from report.origin import origin
-from report.page import HERE, counted, cut_texts, estimate, figure, fitting, render, script_json, signed
+from report.page import HERE, counted, cut_texts, fitting, render, script_json
 from report.run import report, short_names
 from report.table import number, page
 
@@ -287,13 +290,17 @@ def evaluated(recipe, gains: tuple[float, ...] = (1.0, -0.5)) -> None:
             (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
             write_json((folder / name).with_name("claim.json"), {})
             finish((folder / name).parent, recipe, {}, [folder / name])
-    pair = {"set": "ranked", "reference": [-3.0, -2.0], "policy": [-2.0, -2.0]}
+    pair = {"set": "ranked", "prompt_id": "p1", "prompt": [{"role": "user", "content": "p1"}], "responses": ["a", "b"]}
+    pair |= {"truncated": [False, False], "tokens": [1, 1]}
+    pair |= {"reference": [-3.0, -2.0], "policy": [-2.0, -2.0], "kl": [0.5]}
     target = recipe.evaluated_folder() / "evaluation"
     target.mkdir()
     (target / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     sets = {"ranked": {"pairs": 1, "rm_dpo": entry, "along": [{"step": 1, "rm_dpo": entry}]}}
     write_json(target / "margins.json", {"sets": sets})
     write_json(target.with_name("metrics.json"), {"prompts": 2, "figures": {"reward_best": entry}})
+    before = {"prompts": 2, "figures": {"reward_best": entry | {"mean": 0.375}}}
+    write_json(recipe.tested().sft_folder() / "metrics.json", before)
 
 
 def judged(recipe) -> None:
@@ -321,9 +328,12 @@ def test_answers_stand_side_by_side_with_scores(trained, monkeypatch):
     assert left == 0 and [entry["id"] for entry in shown] == ["p1", "p2"]
     assert [answer["score"] for answer in shown[0]["before"]] == [2.0, 1.0]
     assert shown[0]["after"][0] == {"text": HOSTILE, "score": 3.0, "tokens": 1, "cut": False}
-    page = report(trained, [])
+    page = report(trained, ["mine.yaml"])
     assert data_of(page)["answers"] == shown
-    assert "0.500</td><td>[0.250, 0.750]" in page and "Sampled answers to 2 test prompts" in page
+    assert "0.500</td><td>[0.250, 0.750]" in page
+    assert f"Sampled answers to 2 test prompts, rewards by {trained.models.evaluator.path}" in page
+    assert 'reward, best answer<br><span class="soft">before: 0.375</span>' in page
+    assert "There is no win rate by a judge: <code>bash evaluate.sh mine.yaml judge.enabled=true" in page
     assert "Held-out pairs, ranked (1 pair)" in page
     assert "<script>alert" not in page and "<img src=x" not in page
     texts = {"responses": ["a"], "token_counts": [1], "truncated": [False]}
@@ -334,10 +344,50 @@ def test_answers_stand_side_by_side_with_scores(trained, monkeypatch):
     assert answers_of.answers(trained)[1] == 2 and "2 more are left out of this page" in report(trained, [])
 
 
+def test_margins_along_the_training_begin_at_zero_and_end_at_its_end(trained):
+    """The log has three steps; the adapter was kept at the first."""
+    evaluated(trained)
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_pictures, "intervals", lambda title, points, up: drawn.append(points))
+        patch.setattr(run_pictures, "picture", lambda draw, text: Picture("data:,", text))
+        report(trained, [])
+    (points,) = drawn
+    assert [(step, entry["mean"]) for step, entry in points["ranked pairs"]] == [(0, 0.0), (1, 0.5), (3, 0.5)]
+
+
+def test_gamma_and_hardness_are_of_hps_alone():
+    """Logs of other preference models that an earlier version wrote have a gamma, which says nothing."""
+    lines = [{"step": step, "loss": 0.5, "gamma": 0.0, "rewards/accuracies": 0.5} for step in (1, 2)]
+    titles = {}
+    for preference in ("hps", "bt"):
+        found = run_pictures.training(lines, Draws(array("l", [1, 2]), place=array("d", [3.0, 1.0])), preference)
+        titles[preference] = [panel.text.partition(",")[0] for panel in found.panels]
+        assert ("gamma" in found.caption) == (preference == "hps")
+    assert titles["bt"] == ["loss (nats)", "share of pairs in order"]
+    assert set(titles["hps"]) - set(titles["bt"]) == {"gamma", "hardness: rank of the drawn (1 = hardest)"}
+
+
+def test_the_papers_figures_do_not_stretch_the_scale():
+    """A bar within the scale of ours, an arrow at the edge that is nearer to what lies beyond."""
+    axis = Figure().subplots()
+    entries = [{"mean": 1.0, "interval": [0.5, 1.5], "paper": paper} for paper in (1.2, 90.0, -90.0)]
+    forest("x", [(str(place), entry) for place, entry in enumerate(entries)], zero=False)(axis)
+    left, right = axis.get_xlim()
+    assert 0 < left < 0.5 and 1.5 < right < 2
+    marks = [(line.get_marker(), line.get_xdata()[0]) for line in axis.lines if line.get_color() == "tab:red"]
+    assert marks == [("<", left), (">", right), ("|", 1.2)]
+
+
+def test_few_prompts_have_intervals_that_are_too_narrow():
+    assert few(FEW) == "" and "too narrow" in few(FEW - 1)
+
+
 def test_the_win_rate_stands_on_the_page(trained):
     evaluated(trained)
     judged(trained)
     page = report(trained, [])
+    assert "There is no win rate" not in page
     assert "Win rate by the judge against sft (1 prompt)" in page
     assert "60.0</td><td>[55.0, 65.0]" in page and "3.25</td><td>[3.00, 3.50]" in page
     assert short_names(["runs/x/sft", "runs/x/dpo"]) == ["sft", "dpo"]

@@ -100,7 +100,7 @@ def test_what_a_button_answers_is_in_the_window(open_page, make_study, tmp_path,
 
     page.fill("#mark-0-safety", "2")
     path = export(page, tmp_path)
-    assert said() == "Exported; marks still missing: 47. The file can be loaded again."
+    assert said() == "Exported to ratings-1.json; marks still missing: 47. The file can be loaded again."
     page.set_input_files("#load", path)
     expect(page.locator("#said")).to_contain_text("Loaded")
     assert said() == "Loaded 1 mark from ratings-1.json."

@@ -33,7 +33,12 @@ def write_results(recipe) -> None:
     evaluation = recipe.run_folder() / "evaluation"
     write_json(evaluation / "margins.json", {"sets": {"written": metrics}})
     prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    answer = {"prompt": [*prompt, {"role": "user", "content": "word " * 50}], "before": "old " * 30, "after": "new"}
+    answer = {
+        "prompt_id": "p",
+        "prompt": [*prompt, {"role": "user", "content": "word " * 50}],
+        "before": "old " * 30,
+        "after": "new",
+    }
     (evaluation / "answers.jsonl").write_text(json.dumps(answer) + "\n")
 
 
@@ -54,7 +59,7 @@ def test_the_summary_fits_and_has_every_figure(recipe, width):
     assert "  train   60 prompts    1.250   0.500  -0.250   0.612" in lines
     assert "  test    59 prompts    1.250   0.500  -0.250   0.612" in lines
     assert (
-        "  written    60 pairs  RM_DPO 1.500 [0.75, 2.25]  accuracy before 0.500, after 0.900" in lines
+        "  written    60 pairs  RM_DPO 1.500 [0.750, 2.250]  accuracy before 0.500, after 0.900" in lines
     )  # fmt: skip
     answers = lines[lines.index("Answers to test prompts: before | after") + 1 :]
     assert answers[0].startswith("> word word")

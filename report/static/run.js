@@ -1,6 +1,8 @@
 // Answers of evaluate.sh have scores; the few that run.sh writes have none.
 const scored = data.answers.length > 0 && "score" in data.answers[0].after[0];
 const best = (answers) => answers[0].score;
+const FIRST = 10; // prompts that are shown before a reader asks for more
+let everything = false;
 const gain = (entry) => best(entry.after) - best(entry.before);
 
 function column(title, answers) {
@@ -9,7 +11,7 @@ function column(title, answers) {
   const [first, ...others] = answers;
   const add = (parent, answer) => {
     const cut = answer.cut ? ", cut" : "";
-    if (scored) parent.append(element("p", `score ${fixed(answer.score, 3)}, ${counted(answer.tokens, "token")}${cut}`, "soft"));
+    if (scored) parent.append(element("p", `reward ${fixed(answer.score, 3)}, ${counted(answer.tokens, "token")}${cut}`, "soft"));
     parent.append(element("p", answer.text || "(an empty answer)", "text"));
   };
   add(box, first);
@@ -31,7 +33,7 @@ function card(entry) {
   if (scored) {
     const change = gain(entry);
     const kind = change > 0 ? "good" : change < 0 ? "bad" : "soft";
-    box.append(element("p", `best answer: ${signed(change, 3)}`, kind));
+    box.append(element("p", `reward of the best answer: ${signed(change, 3)}`, kind));
   }
   const pair = element("div", undefined, "pair");
   pair.append(column("before training", entry.before), column("after training", entry.after));
@@ -49,10 +51,19 @@ function show() {
     .filter((entry) => which === "all" || (which === "better" ? gain(entry) > 0 : gain(entry) < 0));
   if (order !== "given") found.sort((a, b) => (order === "up" ? gain(b) - gain(a) : gain(a) - gain(b)));
   by("found").textContent = `${found.length} of ${counted(data.answers.length, "prompt")}`;
-  by("list").replaceChildren(...found.map(card));
+  by("list").replaceChildren(...found.slice(0, everything ? found.length : FIRST).map(card));
+  by("all").hidden = everything || found.length <= FIRST;
+  by("all").textContent = `Show all ${found.length}`;
 }
 
 if (data.answers.length) {
   for (const id of scored ? ["search", "filter", "sort"] : ["search"]) by(id).addEventListener("input", show);
+  by("all").addEventListener("click", () => {
+    everything = true;
+    show();
+    const next = by("list").children[FIRST]; // the button is gone: the focus goes on where it was asked to
+    next.tabIndex = -1;
+    next.focus();
+  });
   show();
 }

@@ -188,8 +188,8 @@ function save() {
   const left = marks.length - lines.length;
   say(
     left
-      ? `Exported; marks still missing: ${left}. The file can be loaded again.`
-      : "Exported: all marks are there. Thank you.",
+      ? `Exported to ${link.download}; marks still missing: ${left}. The file can be loaded again.`
+      : `Exported to ${link.download}: all marks are there. Thank you.`,
   );
 }
 

@@ -2,14 +2,15 @@
 
 Run     .venv-train/bin/python -m tests.faults.fuzz_records --files 50000 --seed 0
 
-Each file is valid at first (prompts, candidates, ranked, answers, ledger, the judge's verdicts, or the released code's
-ranked files as lines or as one list), then one to three damages are done to it: to its bytes, to its lines, or to the
+Each file is valid at first (prompts, candidates, ranked, answers, ledger, the judge's verdicts, the released code's
+ranked files as lines or as one list, and what training and evaluation write: plan rows, log, held-out pairs, scores,
+divergence, greedy answers), then one to three damages are done to it: to its bytes, to its lines, or to the
 fields of a record. File N of a seed is always the same: `--first N --files 1` makes it again.
 
 A file is at fault, and the exit status 1, for
 
 - another exception than InputError, in reading or in what follows it (writing the record, planning, importing,
-  indexing, re-opening with Appender), or a message that does not begin with the file and the refused line;
+  indexing, taking means, re-opening with Appender), or a message that does not begin with file and refused line;
 - a valid line that is lost: not given before the error, changed, or refused in the file although it is valid alone;
 - a line that the damage has made invalid for certain, and that is read: another role, a blank content, an answer as the
   last turn, unsorted rewards, one response, a field of a type that it cannot have, ...;
@@ -19,12 +20,14 @@ A file is at fault, and the exit status 1, for
 import argparse
 import io
 import json
+import math
 import random
 import re
 import shutil
+import statistics
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +35,16 @@ from pathlib import Path
 from alignment.plan import Plan
 from annotation.import_released import check_row, convert, read_rows
 from evaluation.judge import CRITERIA, GRID, check_verdict, read_verdicts
+from evaluation.margins import margins, read_columns
+from evaluation.summary import columns
 from hps.errors import InputError
 from hps.recipe import Loss, Recipe, Schedule
 from hps.records import (
+    MOST,
     Appender,
+    Check,
     Indexed,
+    Lines,
     check_prompt,
     done_ids,
     read_answers,
@@ -46,6 +54,18 @@ from hps.records import (
     read_prompts,
     read_ranked,
 )
+from hps.run_records import (
+    PAIRS,
+    PLAN_ROW,
+    SETS,
+    check_divergence,
+    check_greedy,
+    check_log_line,
+    check_pair,
+    check_plan_row,
+    check_scores,
+)
+from report.run_pictures import PANELS
 
 Reader = Callable[[Path], Iterable[tuple[str, dict]]]
 WORDS = (
@@ -57,6 +77,7 @@ EXTRAS = (None, True, 0, -1, 1e308, 5e-324, 10**300, -(10**4000), "", "🙂", []
 WRONG = (None, True, 7, -1.5, "text", [], {}, [None], [7], [[]], {"role": "user"}, "", [""])
 # What a field cannot be; a list is as long as the record has responses.
 NO_LIST = (None, True, 7, "text", {})
+NO_WHOLE = (None, True, -1, 1.5, "1", [], {})
 IMPOSSIBLE = {
     "prompt": (None, True, 7, "text", {}, [], [None], [7], [[]], [{"role": "user"}], [{"content": "text"}]),
     "responses": (*NO_LIST, [None], [7], [["text"]], ["text", 7]),
@@ -68,9 +89,21 @@ IMPOSSIBLE = {
     "reason": (None, True, 7, [], {}),
     "key": (None, True, 7, [], {}),
     "scores": (*NO_LIST, [], {"correctness": 5}, dict.fromkeys(CRITERIA, 0.25), dict.fromkeys(CRITERIA, True)),
+    **dict.fromkeys(("step", "epoch", "preferred", "dispreferred_count"), NO_WHOLE),
+    "dispreferred": (*NO_LIST, [], [None], [-1], [1.5], ["1"]),
+    "weights": (True, 7, "text", {}, [None], ["1"], [1e39]),
+    "gamma": (True, "text", [], {}, 1e39),
+    "loss": (True, "text", [], {}, 10**400),
+    "set": (None, True, 7, "", "text", [], {}),
+    **dict.fromkeys(("tokens", "log_ratio", "policy", "reference"), (*NO_LIST, [], [None, 1], ["1", "2"], [1e39, 0])),
+    "kl": (*NO_LIST, [], [None], ["1"], [1e39]),
+    "along": (None, True, 7, "text", {}, [None], [{"step": 1}], [{"step": 1, "policy": [0.0], "kl": 0.0}]),
+    "answers": (*NO_LIST, [None], [7], [{}], [{"score": None}], [{"score": "1"}], [{"score": True}]),
+    "given": (*NO_LIST, [None], [7], [{}], [{"score": 1e39}]),
+    **dict.fromkeys(("before", "after"), (None, True, 7, [], {})),
 }
 # What the next stage may say of a file that was read: `prompt_id`s are a matter of the whole file.
-KNOWN = re.compile(r"stands on two different prompts|no prompt can be trained on")
+KNOWN = re.compile(r"stands on two different prompts|no prompt can be trained on|was measured at the steps")
 
 
 @dataclass(frozen=True)
@@ -166,6 +199,71 @@ def verdict_of(rng: random.Random, number: int) -> dict:
     return {"key": f"{number:064x}", "scores": {name: rng.choice(GRID) for name in CRITERIA}}
 
 
+def plan_row_of(rng: random.Random, number: int) -> dict:
+    """A row of a plan: with weights, of a list (none), or with the second term of Appendix E."""
+
+    def term(preferred: int) -> dict:
+        drawn = rng.sample(range(preferred + 1, preferred + 9), rng.randint(1, 4))
+        weights = None if rng.random() < 0.3 else [1 / len(drawn)] * len(drawn)
+        rewards = [rng.gauss(0, 3) for _ in range(len(drawn) + 1)]
+        facts = {"preferred": preferred, "dispreferred": drawn, "weights": weights, "rewards": rewards}
+        return facts | {"dispreferred_count": 8}
+
+    row = {
+        "step": number,
+        "epoch": 0,
+        "gamma": rng.choice((None, -5.0, 0, 2.5)),
+        "prompt_id": f"{text_of(rng)} {number}",
+    }
+    return row | term(0) | ({"second": term(1)} if rng.random() < 0.3 else {})
+
+
+def log_of(rng: random.Random, number: int) -> dict:
+    names = ("gamma", "rewards/chosen", "rewards/accuracies", "logps/rejected", "lengths/chosen", "num_tokens")
+    return {"step": number + 1, "loss": rng.random(), **{name: rng.gauss(0, 3) for name in names if rng.random() < 0.8}}
+
+
+def pair_of(rng: random.Random, number: int) -> dict:
+    """A held-out pair, with what was measured along the training: at the same steps for all."""
+
+    def moved() -> dict:
+        return {"policy": [-rng.random(), -100.0 * rng.random()], "kl": [rng.random()]}
+
+    return {
+        "set": rng.choice(SETS),
+        "prompt": prompt_of(rng, number)["prompt"],
+        "prompt_id": f"{text_of(rng)} {number}",
+        "responses": [text_of(rng), text_of(rng)],
+        "truncated": [False, rng.random() < 0.5],
+        "tokens": [rng.randint(1, 99), rng.randint(1, 99)],
+        "reference": [-1.0, -2.5],
+        **moved(),
+        "along": [{"step": step, **moved()} for step in (2, 4)],
+    }
+
+
+def scores_of(rng: random.Random, number: int) -> dict:
+    def scored(count: int) -> list[dict]:
+        return [{"score": rng.choice((rng.gauss(0, 3), 0, -1e30))} for _ in range(count)]
+
+    return {
+        "prompt_id": f"{text_of(rng)} {number}",
+        "answers": scored(rng.randint(1, 5)),
+        "given": scored(rng.randint(0, 2)),
+    }
+
+
+def divergence_of(rng: random.Random, number: int) -> dict:
+    count = rng.randint(1, 5)
+    ratios = {name: [rng.gauss(0, 1) for _ in range(count)] for name in ("kl", "log_ratio")}
+    return {"prompt_id": f"{text_of(rng)} {number}", **ratios, "tokens": [rng.randint(0, 99) for _ in range(count)]}
+
+
+def greedy_of(rng: random.Random, number: int) -> dict:
+    record = {"prompt_id": f"{text_of(rng)} {number}", "prompt": prompt_of(rng, number)["prompt"]}
+    return record | {"before": rng.choice(("", text_of(rng))), "after": text_of(rng)}
+
+
 def released_of(rng: random.Random, number: int) -> dict:
     """A row of the released code's files: chat messages or one of the two templates, rewards in any order."""
     record = ranked_of(rng, number)
@@ -196,10 +294,9 @@ def released(path: Path) -> Iterator[tuple[str, dict]]:
         yield where, row
 
 
-def verdicts(path: Path) -> Iterator[tuple[str, dict]]:
-    """The lines of the judge's cache, each checked."""
-    for where, line in read_jsonl(path):
-        yield where, check_verdict(line, where)
+def checked(check: Check) -> Reader:
+    """The reading of lines that have no reader of their own."""
+    return lambda path: read_jsonl(path, check)
 
 
 def index(path: Path, read: list[tuple[str, dict]]) -> None:
@@ -269,6 +366,55 @@ def imported(path: Path, read: list[tuple[str, dict]]) -> None:
     assert sum(1 for _ in read_jsonl(copy)) >= counts["rejected"], "the import's ledger lacks rows"
 
 
+def trained(path: Path, read: list[tuple[str, dict]]) -> None:
+    """The rows by their place are those of the stream; of each term the weights belong to the drawn."""
+    rows = Lines(path, check_plan_row)
+    assert list(rows) == [row for _, row in read], "Lines has other rows than the stream"
+    for row in rows:
+        for term in (row, row.get("second", row)):
+            weights = term["weights"] or [1 / len(term["dispreferred"])] * len(term["dispreferred"])
+            rewards = zip(weights, term["rewards"][1:], strict=True)
+            assert math.isfinite(sum(weight * reward for weight, reward in rewards)), "the mean reward is not finite"
+
+
+def drawn(_: Path, read: list[tuple[str, dict]]) -> None:
+    """What the curves do with the log: steps and numbers of every panel."""
+    for _, line in read:
+        for _, names in PANELS:
+            assert all(math.isfinite(float(line[name])) for name in names if line.get(name) is not None), "no number"
+        assert line["step"] + 1 > 0, "no step"
+
+
+def measured(path: Path, read: list[tuple[str, dict]]) -> None:
+    """Figures of every set, at each step and at the end; pairs that were measured at other steps are refused."""
+    steps: dict[str, list] = defaultdict(list)
+    for _, pair in read:
+        steps[pair["set"]].append([kept["step"] for kept in pair.get("along", [])])
+    try:
+        sets = read_columns(pair for _, pair in read)
+    except InputError as error:
+        assert any(each != found[0] for found in steps.values() for each in found), f"no figures: {error}"
+        raise
+    for pairs in sets.values():
+        for step in (*pairs.steps, None):
+            assert len(margins(pairs, step)["rm_dpo"]) == len(pairs), "a pair has no margin"
+
+
+def scored(_: Path, read: list[tuple[str, dict]]) -> None:
+    for _, line in read:
+        assert all(abs(each["score"]) <= MOST for name in ("answers", "given") for each in line[name]), "no score"
+
+
+def averaged(_: Path, read: list[tuple[str, dict]]) -> None:
+    for _, line in read:
+        assert all(math.isfinite(statistics.mean(line[name])) for name in ("kl", "log_ratio", "tokens")), "no mean"
+
+
+def side_by_side(_: Path, read: list[tuple[str, dict]]) -> None:
+    for _, line in read:
+        assert columns(line["before"], line["after"], 80), "nothing to show"
+
+
 PARALLEL = ("prompt", "responses", "token_counts", "truncated")
 RELEASED = ("prompt", "responses", "rewards")
 FORMATS = {
@@ -277,7 +423,17 @@ FORMATS = {
     "ranked": Format(ranked_of, read_ranked, (*PARALLEL, "sources", "rewards"), plan),
     "answers": Format(answers_of, read_answers, PARALLEL, summed),
     "ledger": Format(ledger_of, read_ledger, ("prompt_id", "reason"), names),
-    "verdicts": Format(verdict_of, verdicts, ("key",), cached),
+    "verdicts": Format(verdict_of, checked(check_verdict), ("key",), cached),
+    "plan rows": Format(plan_row_of, checked(check_plan_row), tuple(PLAN_ROW), trained),
+    "log": Format(log_of, checked(check_log_line), ("step",), drawn),
+    "pairs": Format(pair_of, checked(check_pair), ("prompt", *PAIRS), measured),
+    "scores": Format(scores_of, checked(check_scores), ("prompt_id", "answers", "given"), scored),
+    "divergence": Format(
+        divergence_of, checked(check_divergence), ("prompt_id", "kl", "log_ratio", "tokens"), averaged
+    ),
+    "greedy answers": Format(
+        greedy_of, checked(check_greedy), ("prompt_id", "prompt", "before", "after"), side_by_side
+    ),
     "released lines": Format(released_of, released, RELEASED, imported),
     "released list": Format(released_of, released, RELEASED, imported, listed=True),
 }
@@ -351,7 +507,7 @@ def impossible(rng: random.Random, record: dict, form: Format) -> bool | None:
     value = rng.choice(IMPOSSIBLE[name])
     parallel = name in ("sources", "token_counts", "truncated", "rewards")
     if parallel and isinstance(value, list) and value:
-        value = value * len(record["responses"])
+        value = value * len(record.get("responses", record[name]))
     record[name] = value
     return False
 
@@ -435,7 +591,7 @@ def not_finite(rng: random.Random, record: dict, form: Format) -> bool | None:
 
 def unequal(rng: random.Random, record: dict, form: Format) -> bool | None:
     lists = [name for name in form.required if name != "prompt" and isinstance(record.get(name), list)]
-    if len(lists) < 2:
+    if len(lists) < 2 or "given" in form.required:  # answers and given responses are counted apart
         return None
     name = rng.choice(lists)
     record[name] = record[name][:-1] if rng.random() < 0.5 else record[name] * 2

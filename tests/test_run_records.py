@@ -1,0 +1,81 @@
+"""hps.run_records: what training and evaluation wrote is refused with its place where a field is not as it was."""
+
+import pytest
+
+from evaluation.margins import read_columns
+from hps import run_records
+from hps.errors import InputError
+from hps.records import Indexed, Lines, read_jsonl
+
+TERM = {
+    "preferred": 0,
+    "dispreferred": [3, 1],
+    "weights": [0.75, 0.25],
+    "dispreferred_count": 3,
+    "rewards": [2.0, 0.0, -1],
+}
+ROW = {"step": 0, "epoch": 0, "gamma": -5.0, "prompt_id": "p", **TERM}
+LOG = {"step": 1, "loss": 0.5, "rewards/chosen": None, "note": "of another version"}
+ALONG = [{"step": 2, "policy": [-1.0, -2.0], "kl": [0.0]}]
+PAIR = {"set": "ranked", "prompt_id": "p", "prompt": [{"role": "user", "content": "q"}], "responses": ["a", "b"]}
+PAIR |= {"truncated": [False, True], "tokens": [1, 2], "reference": [-1, -2.5], "policy": [-1.5, -2.0], "kl": [0.25]}
+SCORES = {"prompt_id": "p", "answers": [{"score": 1.0, "objectives": [1.0]}], "given": []}
+DIVERGENCE = {"prompt_id": "p", "kl": [0.5, 0.25], "log_ratio": [-1.0, 2.0], "tokens": [3, 0]}
+GREEDY = {"prompt_id": "p", "prompt": PAIR["prompt"], "before": "", "after": "b"}
+VALID = {
+    run_records.check_plan_row: [ROW, ROW | {"gamma": None, "weights": None}, ROW | {"second": TERM}],
+    run_records.check_log_line: [LOG],
+    run_records.check_pair: [PAIR, PAIR | {"along": ALONG}],
+    run_records.check_scores: [SCORES],
+    run_records.check_divergence: [DIVERGENCE],
+    run_records.check_greedy: [GREEDY],
+}
+BROKEN = [
+    (run_records.check_plan_row, ROW | {"weights": [1.0]}, "`dispreferred` has 2 entries, `weights` 1"),
+    (run_records.check_plan_row, ROW | {"rewards": [2.0, 0.0]}, "`dispreferred` has 2 entries, `rewards` 2"),
+    (
+        run_records.check_plan_row,
+        ROW | {"dispreferred": [], "weights": [], "rewards": [1.0]},
+        "`dispreferred` is empty",
+    ),
+    (run_records.check_plan_row, ROW | {"second": 3}, "`second` is 3 and should be an object"),
+    (run_records.check_plan_row, ROW | {"second": TERM | {"preferred": -1}}, "`preferred` is -1 and should be a whole"),
+    (run_records.check_log_line, LOG | {"loss": "0.5"}, '`loss` is "0.5" and should be a number, or null'),
+    (run_records.check_log_line, {"loss": 0.5}, "`step` is missing"),
+    (run_records.check_pair, PAIR | {"set": "other"}, "should be one of written, ranked"),
+    (run_records.check_pair, PAIR | {"policy": [-1.0]}, r"`policy` is \[-1.0\] and should be a list of 2"),
+    (run_records.check_pair, PAIR | {"kl": [float("nan")]}, r"`kl` is \[NaN\] and should be a list of 1"),
+    (run_records.check_pair, PAIR | {"along": [{"step": 2, "kl": [0.0]}]}, "with `step`, `policy`, `kl`"),
+    (run_records.check_scores, SCORES | {"answers": [{"score": None}]}, "each entry an object with `score`"),
+    (run_records.check_scores, {"prompt_id": "p", "answers": []}, "`given` is missing"),
+    (run_records.check_divergence, DIVERGENCE | {"tokens": [3]}, "`kl` has 2 entries, `tokens` 1"),
+    (run_records.check_divergence, dict.fromkeys(DIVERGENCE, []) | {"prompt_id": "p"}, "`kl` is empty"),
+    (run_records.check_greedy, GREEDY | {"after": None}, "`after` is null and should be a text"),
+]
+
+
+@pytest.mark.parametrize("check", VALID, ids=lambda check: check.__name__)
+def test_lines_as_the_stages_write_them_are_read_unchanged(check, write_lines):
+    path = write_lines(VALID[check], "lines.jsonl")
+    assert [record for _, record in read_jsonl(path, check)] == VALID[check] == list(Lines(path, check))
+
+
+@pytest.mark.parametrize(("check", "record", "message"), BROKEN)
+def test_a_damaged_line_is_refused_with_its_place(check, record, message, write_lines):
+    """By whichever way it is read."""
+    path = write_lines([VALID[check][0], record], "lines.jsonl")
+    for read in (lambda: list(read_jsonl(path, check)), lambda: Lines(path, check)[1]):
+        with pytest.raises(InputError, match=rf"lines\.jsonl:2: .*{message}.*; put the file back"):
+            read()
+
+
+def test_an_index_reads_checked_lines(write_lines):
+    path = write_lines([SCORES, SCORES | {"prompt_id": "q", "given": 3}], "scores.jsonl")
+    with pytest.raises(InputError, match=r"scores\.jsonl:2: `given` is 3"):
+        Indexed(path, run_records.check_scores)
+
+
+def test_pairs_that_were_measured_at_other_steps_are_refused():
+    other = PAIR | {"prompt_id": "q", "along": [ALONG[0] | {"step": 3}]}
+    with pytest.raises(InputError, match=r'prompt "q" was measured at the steps \[3\], those before it at \[2\]'):
+        read_columns([PAIR | {"along": ALONG}, other])
