@@ -28,7 +28,7 @@ MOST_STEPS = 400  # of a curve
 MOST_POINTS = 2000  # of a scatter, all groups together
 NAME = 40  # characters of a name in a legend
 MARKERS = "osD^vP*X<>"
-IN_RED = " In red the paper's mean: a bar, or an arrow where it lies beyond that edge."  # of a forest
+IN_RED = " In red the paper's mean: a bar, or an arrow where it lies beyond the edge."  # of a forest
 
 Draw = Callable[[Axes], None]
 Points = tuple[Sequence[float], Sequence[float]]
