@@ -20,6 +20,8 @@ from hps.manifest import fingerprint, model_hash, text_hash
 from hps.recipe import Model
 
 MANIFEST = "manifest.json"
+# Files that nobody claims, because each call makes them anew: without `NAME.manifest.json` it was stopped in between.
+UNCLAIMED = ("metrics.json", "win_rate.json", "judge/*.jsonl")
 
 
 def flipped_byte(path: Path, expected: dict, found: dict) -> str | None:
@@ -146,6 +148,7 @@ def verify(folder: Path) -> int:
     manifests = {path: path.parent for path in folder.rglob(MANIFEST)}
     manifests |= {path: Path(str(path).removesuffix(f".{MANIFEST}")) for path in folder.rglob(f"*.{MANIFEST}")}
     begun = {path.parent for path in folder.rglob("claim.json")} - {*manifests.values()}
+    begun |= {path.with_suffix("") for each in UNCLAIMED for path in folder.rglob(each)} - {*manifests.values()}
     if not begun and not manifests:
         raise InputError("there is no claim.json or manifest.json below the folder", where=str(folder))
     for stage in sorted(begun):

@@ -240,6 +240,19 @@ def test_a_manifest_of_its_own_needs_no_claim(finished, tiny_recipe, capsys):
     assert_every_flip_is_named(finished, ["figures.json"], capsys)
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "win_rate.json", "judge/0123456789abcdef.jsonl"])
+def test_figures_without_their_manifest_are_not_finished(finished, tiny_recipe, capsys, name):
+    """A stage that nobody claims removes its manifest before it works: killed then, it is said."""
+    path = finished / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(TEXT)
+    assert verify(finished) == 0
+    assert f"{path.with_suffix('')}: not finished" in capsys.readouterr().out
+    write_manifest(path.with_suffix(".manifest.json"), load_recipe(tiny_recipe), {}, [path], {})
+    assert verify(finished) == 0
+    assert "not finished" not in capsys.readouterr().out
+
+
 def test_the_program(finished, run_module):
     whole = run_module("hps.verify", finished)
     assert whole.returncode == 0 and "0 wrong" in whole.stdout
