@@ -601,7 +601,7 @@ def unequal(rng: random.Random, record: dict, form: Format) -> bool | None:
 def other_text(rng: random.Random, record: dict, form: Format) -> bool:
     """Emoji, right-to-left text, line separators in a text."""
     if "responses" not in form.required:
-        record["output" if "key" in form.required else "reason"] = "🙂 שלום"
+        record["reason" if "reason" in form.required else "remark"] = "🙂 שלום"
     else:
         count = next(len(record[name]) for name in ("rewards", "truncated") if name in record)
         record["responses"] = ["👩‍👩‍👧‍👦\u2028\u202eabc " + text_of(rng) for _ in range(count)]
