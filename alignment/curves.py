@@ -22,6 +22,12 @@ PANELS = [
 ]
 
 
+def series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a figure, of the lines of a log that have it."""
+    having = [line for line in lines if line.get(name) is not None]
+    return [line["step"] for line in having], [float(line[name]) for line in having]
+
+
 def draw_curves(log: Path, target: Path) -> None:
     """Draw the panels that have figures; steps without a figure leave a gap."""
     import matplotlib
@@ -37,11 +43,8 @@ def draw_curves(log: Path, target: Path) -> None:
         axis.remove()
     for axis, (title, names) in zip(axes.flat, panels, strict=False):
         for name in names:
-            points = [(line["step"], float(line[name])) for line in lines if name in line]
             style = {"drawstyle": "steps-mid"} if name == "gamma" else {}
-            axis.plot(
-                *zip(*points, strict=True), label=name.partition("/")[2] or name, marker=".", markersize=3, **style
-            )
+            axis.plot(*series(lines, name), label=name.partition("/")[2] or name, marker=".", markersize=3, **style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

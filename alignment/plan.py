@@ -256,6 +256,12 @@ def term(
     return fields, q
 
 
+def weights_of(term: dict, members: list[int]) -> list[float]:
+    """The weights of a term of the plan over all responses of the row; those of a list of pl are not used and 0."""
+    weights = dict(zip(term["dispreferred"], term["weights"] or [0.0] * len(term["dispreferred"]), strict=True))
+    return [weights.get(index, 0.0) for index in members]
+
+
 def stage_table(figures: dict[int, dict[str, array]], gammas: list[float], preference: str) -> list[dict]:
     """Means per gamma stage: effective sample size of q, rank of the drawn (1: hardest), reward and length gap."""
     table = []
@@ -266,14 +272,14 @@ def stage_table(figures: dict[int, dict[str, array]], gammas: list[float], prefe
     return table
 
 
-def print_plan(facts: dict, path: Path) -> None:
+def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
     """The plan on the screen."""
     print(
         f"plan: {facts['prompts']} prompts, left out: {facts['left_out'] or 'none'}; {facts['rows']} rows in "
         f"{facts['steps']} steps of {facts['global_batch']} "
         f"({facts['rows_to_fill_the_last_step']} rows fill up the last step) -> {path}"
     )
-    if facts["gamma"] and (warning := stages_without_steps(facts["steps"], len(facts["gamma"]))):
+    if facts["gamma"] and (warning := stages_without_steps(facts["steps"], schedule)):
         print(f"plan: WARNING: {warning}")
     print("plan: gamma   rows  effective sample size  mean rank drawn  reward gap  length gap (tokens)")
     for line in facts["stages"]:
@@ -317,7 +323,7 @@ def plan(recipe: Recipe) -> None:
         _write_once(folder / "plan.jsonl", (json.dumps(row) + "\n" for row in made.rows()))
         facts = made.facts()
         write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
-    print_plan(facts, folder / "plan.jsonl")
+    print_plan(facts, recipe.schedule, folder / "plan.jsonl")
 
 
 def ranked_prompts(recipe: Recipe) -> Indexed:

@@ -29,7 +29,7 @@ from trl import DPOConfig
 
 from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
-from alignment.plan import ranked_prompts, read_plan, run_settings
+from alignment.plan import ranked_prompts, read_plan, run_settings, weights_of
 from alignment.reference import add_reference
 from alignment.shared_prefix import why_separate
 from alignment.trainer import HPSTrainer, PlanCollator
@@ -102,12 +102,6 @@ class TokenRows(Sequence[dict]):
                 "a response has no tokens", where=where, remedy="take empty responses out of the ranked file"
             )
         return ids
-
-
-def weights_of(term: dict, members: list[int]) -> list[float]:
-    """The weights of a term of the plan over all responses of the row; those of a list of pl are not used and 0."""
-    weights = dict(zip(term["dispreferred"], term["weights"] or [0.0] * len(term["dispreferred"]), strict=True))
-    return [weights.get(index, 0.0) for index in members]
 
 
 def training_config(recipe: Recipe, world_size: int) -> DPOConfig:

@@ -95,14 +95,13 @@ class Columns:
         self.fixed = {name: array("d") for name in self.FIXED}
         self.by_step: dict[int | None, dict[str, array]] = {}
 
-    def add(self, pair: dict) -> None:
+    def add(self, pair: dict, where: str) -> None:
         """Take a line of `pairs.jsonl`. InputError: it was measured at other steps than those before."""
         steps = [kept["step"] for kept in pair.get("along", [])]
         if len(self) and steps != self.steps:
             raise InputError(
-                f"the pair of prompt {shorten(pair['prompt_id'])} was measured at the steps {shorten(steps)}, those "
-                f"before it at {shorten(self.steps)}",
-                where=f"pairs.jsonl, set {pair['set']}",
+                f"`along` was measured at the steps {shorten(steps)}, the lines before at {shorten(self.steps)}",
+                where=where,
                 remedy=AGAIN,
             )
         characters = [len(text) for text in pair["responses"]]
@@ -130,11 +129,11 @@ def _extend(columns: dict[str, array], figures: dict) -> None:
         values.extend(figures[name])
 
 
-def read_columns(pairs: Iterable[dict]) -> dict[str, Columns]:
-    """The numbers of each set that has pairs."""
+def read_columns(pairs: Iterable[tuple[str, dict]]) -> dict[str, Columns]:
+    """The numbers of each set that has pairs, from place and line of each. InputError as `Columns.add`."""
     found = {name: Columns() for name in SETS}
-    for pair in pairs:
-        found[pair["set"]].add(pair)
+    for where, pair in pairs:
+        found[pair["set"]].add(pair, where)
     return {name: columns for name, columns in found.items() if len(columns)}
 
 
@@ -183,7 +182,7 @@ def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
     pairs = that_fit(held_out_pairs(recipe, Counter()), scorer, Counter())
     _score_pairs(pairs, count, scorer, folder / "pairs.jsonl")
     _write_answers(recipe, scorer, folder / "answers.jsonl")
-    sets = read_columns(pair for _, pair in read_jsonl(folder / "pairs.jsonl", check_pair))
+    sets = read_columns(read_jsonl(folder / "pairs.jsonl", check_pair))
     metrics: dict[str, Any] = {
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,

@@ -162,6 +162,9 @@ def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu, left_out: Counter) -> 
         if name not in mine.answers:
             left_out["prompt without answers (the ledger beside them says why)"] += 1
             continue
+        if name not in base.answers:
+            left_out["prompt that the model before training has not answered (its ledger says why)"] += 1
+            continue
         answers, scores = mine.of(name)
         figures = answer_figures(answers, scores["answers"])
         given = [text.strip() for text in prompt["responses"]]

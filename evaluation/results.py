@@ -153,7 +153,7 @@ def pair_columns(path: Path) -> dict[str, dict]:
     names: dict[str, list[str]] = defaultdict(list)
     for _, pair in read_jsonl(path, check_pair):
         names[pair["set"]].append(pair["prompt_id"])
-    sets = read_columns(pair for _, pair in read_jsonl(path, check_pair))
+    sets = read_columns(read_jsonl(path, check_pair))
     return {name: {"prompt_id": names[name], "points": _points(columns)} for name, columns in sets.items()}
 
 

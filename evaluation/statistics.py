@@ -12,7 +12,7 @@ FEW = 20
 
 def few(count: int) -> str:
     """What to say of the intervals of so many prompts: nothing, or that they are too narrow."""
-    return "" if count >= FEW else f"; intervals of fewer than {FEW} are too narrow"
+    return "" if count >= FEW else f"; intervals of fewer than {FEW} prompts are too narrow"
 
 
 def bootstrap(values: np.ndarray, samples: int, seed: int) -> dict:
@@ -42,8 +42,12 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def interval(entry: dict, digits: int = 3, write: Callable[[float, int], str] = figure) -> str:
-    """`[low, high]`; `write` is `figure` or, for a difference, `signed`."""
-    return f"[{', '.join(write(end, digits) for end in entry['interval'])}]"
+    """`[low, high]`; `write` is `figure` or, for a difference, `signed`.
+
+    An end keeps the sign that rounding takes from it: whether the interval holds zero is to be seen.
+    """
+    ends = ((end, write(end, digits)) for end in entry["interval"])
+    return f"[{', '.join(f'-{text}' if end < 0 and float(text) == 0 else text for end, text in ends)}]"
 
 
 def estimate(entry: dict, digits: int = 3, write: Callable[[float, int], str] = figure) -> str:

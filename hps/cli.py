@@ -8,9 +8,17 @@ from hps.errors import InputError
 from hps.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 
 
-def parse(description: str, dry_run: bool = True, **flags: str) -> tuple[Recipe, argparse.Namespace]:
-    """Read the command line of a stage and load its recipe; `flags` are its own `--name`s with their help."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(
+    description: str, dry_run: bool = True, usage: str | None = None, **flags: str
+) -> tuple[Recipe, argparse.Namespace]:
+    """Read the command line of a stage and load its recipe; `flags` are its own `--name`s with their help.
+
+    Args:
+        usage: of a command that takes an argument of its own before these.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value", help=f"default: {DEFAULT_RECIPE}")
     if dry_run:
         parser.add_argument("--dry-run", action="store_true", help="print the resolved plan, run nothing")

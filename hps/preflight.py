@@ -22,6 +22,7 @@ from hps.records import Indexed, check_prompt, read_ranked
 from hps.weights import load_config
 from hps.workers import accumulation_steps, check_gpus, process_count
 
+USAGE = "python -m hps.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}
 ARMORM = "LlamaForRewardModelWithGating"  # its labels are its objectives; annotation/armorm.py makes one score of them
 
@@ -157,7 +158,7 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         steps = -(-prompts * schedule.epochs // schedule.global_batch)
         most = responses_per_prompt(recipe) * steps * schedule.global_batch * schedule.max_length
         lines.append(f"training: at most {steps} steps of {schedule.epochs} epochs and {most:,} tokens; {batch}")
-        if recipe.loss.preference == "hps" and (warning := stages_without_steps(steps, schedule.gamma_stages)):
+        if recipe.loss.preference == "hps" and (warning := stages_without_steps(steps, schedule)):
             lines.append(f"training: WARNING: {warning}")
     else:
         lines.append(f"training: {schedule.epochs} epochs; {batch}; steps are known once the prompts are there")
@@ -228,11 +229,11 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
 
 def main() -> None:
     if sys.argv[1:2] in (["-h"], ["--help"]):
-        parse(__doc__)  # says it, and ends
+        parse(__doc__, usage=USAGE)  # says it, and ends
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         raise InputError(f"the first argument must be one of {', '.join(STAGES)}", where="command line")
     stage = sys.argv.pop(1)
-    recipe, options = parse(__doc__)
+    recipe, options = parse(__doc__, usage=USAGE)
     preflight(stage, recipe, options.dry_run)
 
 

@@ -656,9 +656,10 @@ def _get(recipe: Recipe, key: str):
     return value
 
 
-def stages_without_steps(steps: int, stages: int) -> str:
-    """What to say of a training in which some gamma never comes; nothing where each has a step."""
-    if steps >= stages:
+def stages_without_steps(steps: int, schedule: Schedule) -> str:
+    """What to say of a training in which some gamma never comes; nothing where each has a step, or all are one."""
+    stages = schedule.gamma_stages
+    if steps >= stages or schedule.gamma_start == schedule.gamma_end:
         return ""
     return (
         f"{steps} steps for {stages} stages of gamma: some gammas never come; lower `schedule.global_batch` or "

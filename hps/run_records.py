@@ -38,7 +38,13 @@ def _is_whole(value: object) -> bool:
 
 
 NUMBER = Kind("a number", _is_number)
+# What alignment.train writes where JSON has no number: a loss that is not finite is to be seen.
+LOGGED = Kind(
+    'a number, null, "nan", "inf" or "-inf"',
+    lambda value: value is None or value in ("nan", "inf", "-inf") or _is_number(value),
+)
 WHOLE = Kind("a whole number from 0", _is_whole)
+COUNT = Kind("a whole number from 1", lambda value: _is_whole(value) and value != 0)
 NAME = Kind("a text that is not empty", lambda value: isinstance(value, str) and value != "")
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
@@ -86,7 +92,7 @@ PAIRS = {
     "prompt_id": NAME,
     "responses": list_of(TEXT, 2),
     "truncated": list_of(FLAG, 2),
-    "tokens": list_of(WHOLE, 2),
+    "tokens": list_of(COUNT, 2),
     "reference": PAIR,
     **MOVED,
 }
@@ -127,20 +133,31 @@ def check_plan_row(record: dict, where: str) -> dict:
 
 
 def check_log_line(record: dict, where: str) -> dict:
-    """Return the line; InputError: it has no `step`, or a figure of the step is no number."""
-    figures = {field: or_null(NUMBER) for field in record if field.startswith(FIGURES)}
+    """Return the line; InputError: it has no `step`, or a figure of the step is not `LOGGED`."""
+    figures = {field: LOGGED for field in record if field.startswith(FIGURES)}
     return _check(record, where, {"step": WHOLE, **figures})
 
 
 def check_pair(record: dict, where: str) -> dict:
     """Return the pair; InputError: a field is not as evaluation.margins writes it."""
     check_messages(record.get("prompt"), where)
-    return _check(record, where, PAIRS | (ALONG if "along" in record else {}))
+    _check(record, where, PAIRS | (ALONG if "along" in record else {}))
+    steps = [kept["step"] for kept in record.get("along", [])]
+    if steps != sorted(set(steps)):
+        raise InputError(f"`along` has the steps {shorten(steps)}, which do not rise", where=where, remedy=AGAIN)
+    return record
 
 
 def check_scores(record: dict, where: str) -> dict:
-    """Return the line; InputError: `answers` (or `given`, where it stands) are no objects with a `score`."""
-    return _check(record, where, {"prompt_id": NAME, "answers": SCORED, "given": SCORED})
+    """Return the line; InputError: `answers` or `given` (empty but for the model before training) have no scores.
+
+    `objectives_mean` (of ArmoRM) stands at all of them, or at none.
+    """
+    _check(record, where, {"prompt_id": NAME, "answers": SCORED, "given": SCORED})
+    for field in ("answers", "given"):
+        if any("objectives_mean" in each for each in record[field]):
+            _check(record, where, {field: list_of(object_of({"score": NUMBER, "objectives_mean": NUMBER}))})
+    return record
 
 
 def check_divergence(record: dict, where: str) -> dict:

@@ -105,10 +105,11 @@ def metrics(folder: Path, before: Path) -> dict | None:
         with intact(before / path.name, AGAIN):
             earlier = {line["name"]: line["mean"] for line in figures_table(read_json(before / path.name)["figures"])}
         lines = [line | {"before": earlier.get(line["name"])} for line in lines]
-    manifest = folder / "scores" / "manifest.json"
-    with intact(manifest, AGAIN):
-        evaluator = read_manifest(manifest)["recipe"]["models"]["evaluator"]["path"]
-        return {"prompts": found["prompts"], "evaluator": evaluator, "lines": lines}
+    scores, evaluator = folder / "scores" / "manifest.json", None
+    if scores.exists():  # a user may have deleted them: the figures stand
+        with intact(scores, AGAIN):
+            evaluator = read_manifest(scores)["recipe"]["models"]["evaluator"]["path"]
+    return {"prompts": found["prompts"], "evaluator": evaluator, "lines": lines}
 
 
 def win_rates(folder: Path) -> list[dict]:

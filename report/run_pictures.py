@@ -7,6 +7,7 @@ from array import array
 from collections import defaultdict
 from pathlib import Path
 
+from alignment.curves import series
 from hps.records import read_jsonl
 from hps.run_records import check_pair
 from report.draws import Draws
@@ -36,10 +37,9 @@ def _of(lines: list[dict], names: tuple[str, ...]) -> dict[str, tuple[list, list
     """Steps and values of figures of the log; a figure that no line has is left out."""
     found = {}
     for name in names:
-        points = [(line["step"], float(line[name])) for line in lines if line.get(name) is not None]
-        if points:
-            steps, values = zip(*points, strict=True)
-            found[name.partition("/")[2] or name] = (list(steps), list(values))
+        points = series(lines, name)
+        if points[0]:
+            found[name.partition("/")[2] or name] = points
     return found
 
 
@@ -57,14 +57,14 @@ def training(lines: list[dict], draws: Draws | None, preference: str) -> Picture
     for title, names in PANELS:
         if title == "gamma" and not hps:
             continue
-        series = _of(lines, names)
-        if series:
-            panels.append(picture(curve(title, series, stairs=title == "gamma"), _told(title, series)))
+        figures = _of(lines, names)
+        if figures:
+            panels.append(picture(curve(title, figures, stairs=title == "gamma"), _told(title, figures)))
         if title == "gamma" and draws is not None:
-            title, series = "hardness: rank of the drawn (1 = hardest)", {"mean rank": draws.places()}
-            panels.append(picture(curve(title, series), _told(title, series)))
+            title, figures = "hardness: rank of the drawn (1 = hardest)", {"mean rank": draws.places()}
+            panels.append(picture(curve(title, figures), _told(title, figures)))
     gamma = (
-        "The higher gamma, the harder the negatives that are drawn, down to the ones nearly as good as y_1: a margin "
+        "The higher gamma, the harder the negatives that are drawn, up to the ones nearly as good as y_1: a margin "
         "that shrinks there need not be a policy that learns less. "
     )
     first = "The share of pairs in order means nothing in the first step, where every margin is zero up to rounding."
@@ -126,5 +126,5 @@ def margins(path: Path, sets: dict, steps: int) -> Pictures:
         text = f"RM_DPO with 95 % intervals along the training, from zero; at its end: {ends} nats."
         panels.append(picture(intervals("RM_DPO along the training", along, "nats"), text))
     most = max((len(before) for before, _ in pairs.values()), default=0)
-    caption = "Of the panels with points: above the diagonal the training raised the margin of that pair."
+    caption = "In the panels with a diagonal: above it the training raised the margin of that pair."
     return Pictures(panels, f"{caption}{sampled(most)}")

@@ -234,7 +234,8 @@ def pictures(title: str, each: dict, paper: dict[str, dict]) -> list[Pictures]:
         rows = [(" − ".join(named(model, NAME // 2 - 2) for model in models), entry) for models, entry in rows]
         drawn = forest(f"{name}, difference", rows)
         differences.append(picture(drawn, f"{title}, differences, {name}: {said}.", forest_height(rows)))
-    caption = f"Dot: mean; line: 95 % interval.{IN_RED if paper else ''} Each picture has its own scale, none 1 to 5."
+    caption = f"Dot: mean; line: 95 % interval.{IN_RED if paper else ''}"
+    caption += " Each picture has its own scale, not the marks' 1 to 5."
     return [
         Pictures(means, caption),
         Pictures(differences, "Differences: where the line holds zero, the study does not tell the two models apart."),

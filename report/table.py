@@ -91,13 +91,13 @@ def in_words(remark: str) -> str:
 def pictures(part: dict) -> list[Pictures]:
     """Intervals of the chief figures, and margins against divergence along the training."""
     found = []
-    panels = []
-    printed = any("paper" in row["figures"].get(name, {}) for row in part["rows"] for name in FOREST)
+    panels, printed = [], False
     for name in FOREST:
         rows = [(row["label"], row["figures"][name]) for row in part["rows"] if "mean" in row["figures"].get(name, {})]
         if rows:
             text = f"{NAMES[name]}: {'; '.join(f'{label} {number(entry)}' for label, entry in rows)}."
             panels.append(picture(forest(NAMES[name], rows), text, forest_height(rows)))
+            printed |= any("paper" in entry for _, entry in rows)
     if panels:
         found.append(Pictures(panels, f"Ours: mean and 95 % interval over the prompts.{IN_RED if printed else ''}"))
     sets: dict[str, dict] = defaultdict(dict)

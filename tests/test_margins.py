@@ -27,7 +27,7 @@ for pair, texts in zip(PAIRS, (["a" * 40, "b" * 140], ["a", "b"], ["a" * 300, "b
 
 
 def columns_of(pairs: list[dict]) -> stage.Columns:
-    return stage.read_columns({"set": "written", **pair} for pair in pairs)["written"]
+    return stage.read_columns(("pairs.jsonl", {"set": "written", **pair}) for pair in pairs)["written"]
 
 
 def test_margins_by_hand():
@@ -222,7 +222,7 @@ def test_changed_weights_show_in_the_figures(finished):
     stage.evaluate(recipe)
     pairs = pairs_of(recipe)
     assert all(math.isfinite(value) for pair in pairs for value in pair["policy"] + pair["reference"])
-    for columns in stage.read_columns(pairs).values():
+    for columns in stage.read_columns(("pairs.jsonl", pair) for pair in pairs).values():
         assert np.abs(stage.margins(columns)["rm_dpo"]).min() > 1e-4
 
 

@@ -41,7 +41,9 @@ def train_tiny(recipe):
 
 def check(recipe):
     trainer, before = train_tiny(recipe)
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    losses = [line["loss"] for line in lines]
+    assert all(("gamma" in line) == (recipe.loss.preference == "hps") for line in lines)
     assert all(math.isfinite(loss) for loss in losses)
     # The same prompts come back in every epoch of two steps; draws and gamma are fixed by the settings.
     assert sum(losses[-2:]) < sum(losses[:2]) - 1e-3, losses

@@ -153,6 +153,23 @@ def test_metrics_of_a_run(evaluated):
     assert metrics["sets"] == {"written": {"pairs": 4}}
 
 
+def test_a_prompt_that_one_of_the_models_has_not_answered_is_counted(evaluated):
+    """A prompt may end the engine of one model alone: it stands in that model's ledger."""
+    reasons = {
+        evaluated.run_folder(): "prompt without answers (the ledger beside them says why)",
+        evaluated.sft_folder(): "prompt that the model before training has not answered (its ledger says why)",
+    }
+    for folder, reason in reasons.items():
+        files = [folder / name for name in ("answers/test.jsonl", "scores/scores.jsonl")]
+        before = [path.read_text() for path in files]
+        for path, text in zip(files, before, strict=True):
+            path.write_text("".join(text.splitlines(keepends=True)[1:]))
+        metrics = stage.evaluate(evaluated, sft=False)
+        assert metrics["prompts"] == 3 and metrics["left_out"] == {reason: 1}
+        for path, text in zip(files, before, strict=True):
+            path.write_text(text)
+
+
 @pytest.mark.parametrize(
     ("name", "line", "message"),
     [

@@ -22,7 +22,7 @@ from alignment.plan import (
 from alignment.plan import usable as usable_of
 from hps.errors import InputError
 from hps.manifest import claim
-from hps.recipe import Loss, Recipe, Schedule, load_recipe
+from hps.recipe import Loss, Recipe, Schedule, load_recipe, stages_without_steps
 from hps.records import check_ranked
 
 
@@ -114,6 +114,19 @@ def test_standardized_rewards_enter_the_weights():
 
 
 # ---- gamma ----
+
+
+def test_fewer_steps_than_stages_of_gamma_are_told(light_recipe, ranked, capsys):
+    """Not where each stage has a step, or all stages have one gamma; on the screen of the plan and of a dry run."""
+    assert "4 steps for 5 stages of gamma" in stages_without_steps(4, Schedule())
+    assert stages_without_steps(5, Schedule()) == stages_without_steps(1, Schedule(gamma_start=5.0)) == ""
+    ranked(ranked_records(6))
+    for overrides, told in (
+        (["schedule.gamma_stages=4"], True),
+        (["loss.preference=bt", "schedule.gamma_stages=4"], False),
+    ):
+        plan(load_recipe(light_recipe, overrides))
+        assert ("plan: WARNING: 3 steps for 4 stages of gamma" in capsys.readouterr().out) == told
 
 
 def test_gamma_stages_of_both_readings():

@@ -172,8 +172,17 @@ def test_dry_run_of_run_counts_steps_from_the_prompts(recipe):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "ranked: MISSING: " in done.stdout
-    assert "at most 23 steps of 3 epochs" in done.stdout
+    assert "at most 23 steps of 3 epochs" in done.stdout and "WARNING" not in done.stdout
     assert "global batch 8: 1 process(es) x 1 prompt(s) at a time x 8" in done.stdout
+
+
+def test_dry_run_tells_of_stages_without_steps(recipe):
+    """60 prompts, one epoch, 60 / 30 = 2 steps for five stages."""
+    data = DATA / "safety_train.jsonl"
+    settings = [f"data.train.path={data}", "schedule.epochs=1", "schedule.global_batch=30"]
+    for preference, told in (("hps", True), ("bt", False)):
+        done = preflight("run", recipe, *settings, f"loss.preference={preference}", "--dry-run")
+        assert ("training: WARNING: 2 steps for 5 stages of gamma" in done.stdout) == told, done.stderr
 
 
 def test_broken_data_end_a_dry_run_too(recipe):

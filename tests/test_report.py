@@ -65,8 +65,8 @@ def test_numbers_as_pages_write_them():
     assert [signed(value) for value in (-0.0004, 0.0004, 0.5, -0.5)] == ["0.000", "0.000", "+0.500", "-0.500"]
     assert [counted(count, "prompt") for count in (1, 2, 60000)] == ["1 prompt", "2 prompts", "60,000 prompts"]
     entry = {"mean": -0.0001, "interval": [-0.004, 1.0]}
-    assert (estimate(entry, 2), estimate(entry, 2, signed)) == ("0.00 [0.00, 1.00]", "0.00 [0.00, +1.00]")
-    assert number({"mean": -0.0001, "interval": [-0.0001, 1.0], "before_first_point": True}) == "0.000 [0.000, 1.000]†"
+    assert (estimate(entry, 2), estimate(entry, 2, signed)) == ("0.00 [-0.00, 1.00]", "0.00 [-0.00, +1.00]")
+    assert number({"mean": -0.0001, "interval": [-0.0001, 1.0], "before_first_point": True}) == "0.000 [-0.000, 1.000]†"
 
 
 def test_every_class_of_the_style_is_used():
@@ -342,6 +342,12 @@ def test_answers_stand_side_by_side_with_scores(trained, monkeypatch):
     assert answers_of.answers(trained)[1] == 1
     monkeypatch.setattr(answers_of, "MOST_PROMPTS", 1)
     assert answers_of.answers(trained)[1] == 2 and "2 more are left out of this page" in report(trained, [])
+
+
+def test_figures_stand_where_their_scores_were_deleted(trained):
+    evaluated(trained)
+    shutil.rmtree(trained.run_folder() / "scores")
+    assert "Sampled answers to 2 test prompts<" in report(trained, [])
 
 
 def test_margins_along_the_training_begin_at_zero_and_end_at_its_end(trained):

@@ -26,20 +26,27 @@ FIGURES = {"reward_best": 1.0, "reward_mean": 0.5, "bleu_best": 0.2, "kl_sampled
 def write_evaluation(recipe, folder, sft: bool) -> None:
     """What evaluate.sh leaves of a run, with made up figures."""
     prompts = list(read_prompts(recipe.tested().data.test.path))[: recipe.evaluation.prompts]
-    names = [record["prompt_id"] for _, record in prompts]
+    asked = {record["prompt_id"]: record["prompt"] for _, record in prompts}
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"prompt_id": name, **FIGURES}) + "\n" for name in names]
+    lines = [json.dumps({"prompt_id": name, **FIGURES}) + "\n" for name in asked]
     (folder / "metrics.jsonl").write_text("".join(lines))
     write_json(folder / "metrics.json", {"figures": {}, "bleu_signatures": {}, "left_out": {}, "sets": {}})
     if sft:
         return
     figures = {"policy": [-1.0, -2.0], "kl": [0.5]}
-    pair = {"responses": ["a", "bc"], "tokens": [1, 2], "reference": [-2.0, -2.0], **figures}
+    pair = {
+        "responses": ["a", "bc"],
+        "tokens": [1, 2],
+        "truncated": [False, False],
+        "reference": [-2.0, -2.0],
+        **figures,
+    }
     pair["along"] = [{"step": 5, **figures}]
     (folder / "evaluation").mkdir(exist_ok=True)
     with (folder / "evaluation" / "pairs.jsonl").open("w") as file:
         for kind in ("written", "ranked"):
-            file.writelines(json.dumps({"set": kind, "prompt_id": name, **pair}) + "\n" for name in names)
+            lines = [{"set": kind, "prompt_id": name, "prompt": prompt, **pair} for name, prompt in asked.items()]
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 class Scripts:

@@ -15,11 +15,12 @@ TERM = {
     "rewards": [2.0, 0.0, -1],
 }
 ROW = {"step": 0, "epoch": 0, "gamma": -5.0, "prompt_id": "p", **TERM}
-LOG = {"step": 1, "loss": 0.5, "rewards/chosen": None, "note": "of another version"}
+LOG = {"step": 1, "loss": 0.5, "rewards/chosen": None, "grad_norm": "inf", "note": "of another version"}
 ALONG = [{"step": 2, "policy": [-1.0, -2.0], "kl": [0.0]}]
 PAIR = {"set": "ranked", "prompt_id": "p", "prompt": [{"role": "user", "content": "q"}], "responses": ["a", "b"]}
 PAIR |= {"truncated": [False, True], "tokens": [1, 2], "reference": [-1, -2.5], "policy": [-1.5, -2.0], "kl": [0.25]}
 SCORES = {"prompt_id": "p", "answers": [{"score": 1.0, "objectives": [1.0]}], "given": []}
+MIXED = [{"score": 1.0, "objectives_mean": 0.5}, {"score": 1.0}]
 DIVERGENCE = {"prompt_id": "p", "kl": [0.5, 0.25], "log_ratio": [-1.0, 2.0], "tokens": [3, 0]}
 GREEDY = {"prompt_id": "p", "prompt": PAIR["prompt"], "before": "", "after": "b"}
 VALID = {
@@ -40,12 +41,15 @@ BROKEN = [
     ),
     (run_records.check_plan_row, ROW | {"second": 3}, "`second` is 3 and should be an object"),
     (run_records.check_plan_row, ROW | {"second": TERM | {"preferred": -1}}, "`preferred` is -1 and should be a whole"),
-    (run_records.check_log_line, LOG | {"loss": "0.5"}, '`loss` is "0.5" and should be a number, or null'),
+    (run_records.check_log_line, LOG | {"loss": "0.5"}, '`loss` is "0.5" and should be a number, null, "nan", '),
     (run_records.check_log_line, {"loss": 0.5}, "`step` is missing"),
     (run_records.check_pair, PAIR | {"set": "other"}, "should be one of written, ranked"),
     (run_records.check_pair, PAIR | {"policy": [-1.0]}, r"`policy` is \[-1.0\] and should be a list of 2"),
     (run_records.check_pair, PAIR | {"kl": [float("nan")]}, r"`kl` is \[NaN\] and should be a list of 1"),
     (run_records.check_pair, PAIR | {"along": [{"step": 2, "kl": [0.0]}]}, "with `step`, `policy`, `kl`"),
+    (run_records.check_pair, PAIR | {"along": ALONG * 2}, r"`along` has the steps \[2, 2\], which do not rise"),
+    (run_records.check_pair, PAIR | {"tokens": [1, 0]}, r"`tokens` is \[1, 0\] and should be a list of 2"),
+    (run_records.check_scores, SCORES | {"answers": MIXED}, "with `score`, `objectives_mean`"),
     (run_records.check_scores, SCORES | {"answers": [{"score": None}]}, "each entry an object with `score`"),
     (run_records.check_scores, {"prompt_id": "p", "answers": []}, "`given` is missing"),
     (run_records.check_divergence, DIVERGENCE | {"tokens": [3]}, "`kl` has 2 entries, `tokens` 1"),
@@ -77,5 +81,7 @@ def test_an_index_reads_checked_lines(write_lines):
 
 def test_pairs_that_were_measured_at_other_steps_are_refused():
     other = PAIR | {"prompt_id": "q", "along": [ALONG[0] | {"step": 3}]}
-    with pytest.raises(InputError, match=r'prompt "q" was measured at the steps \[3\], those before it at \[2\]'):
-        read_columns([PAIR | {"along": ALONG}, other])
+    with pytest.raises(
+        InputError, match=r"pairs:2: `along` was measured at the steps \[3\], the lines before at \[2\]"
+    ):
+        read_columns([("pairs:1", PAIR | {"along": ALONG}), ("pairs:2", other)])

@@ -24,7 +24,6 @@ import math
 import random
 import re
 import shutil
-import statistics
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -32,15 +31,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alignment.plan import Plan
+from alignment.curves import PANELS, series
+from alignment.plan import Plan, weights_of
 from annotation.import_released import check_row, convert, read_rows
 from evaluation.judge import CRITERIA, GRID, check_verdict, read_verdicts
 from evaluation.margins import margins, read_columns
+from evaluation.metrics import answer_figures, change_figures
 from evaluation.summary import columns
 from hps.errors import InputError
 from hps.recipe import Loss, Recipe, Schedule
 from hps.records import (
-    MOST,
     Appender,
     Check,
     Indexed,
@@ -65,7 +65,6 @@ from hps.run_records import (
     check_plan_row,
     check_scores,
 )
-from report.run_pictures import PANELS
 
 Reader = Callable[[Path], Iterable[tuple[str, dict]]]
 WORDS = (
@@ -77,6 +76,8 @@ EXTRAS = (None, True, 0, -1, 1e308, 5e-324, 10**300, -(10**4000), "", "🙂", []
 WRONG = (None, True, 7, -1.5, "text", [], {}, [None], [7], [[]], {"role": "user"}, "", [""])
 # What a field cannot be; a list is as long as the record has responses.
 NO_LIST = (None, True, 7, "text", {})
+TWICE = [{"step": 1, "policy": [0.0, 0.0], "kl": [0.0]}] * 2
+MIXED = [{"score": 1.0, "objectives_mean": 1.0}, {"score": 1.0}]
 NO_WHOLE = (None, True, -1, 1.5, "1", [], {})
 IMPOSSIBLE = {
     "prompt": (None, True, 7, "text", {}, [], [None], [7], [[]], [{"role": "user"}], [{"content": "text"}]),
@@ -93,12 +94,22 @@ IMPOSSIBLE = {
     "dispreferred": (*NO_LIST, [], [None], [-1], [1.5], ["1"]),
     "weights": (True, 7, "text", {}, [None], ["1"], [1e39]),
     "gamma": (True, "text", [], {}, 1e39),
-    "loss": (True, "text", [], {}, 10**400),
+    "loss": (True, "text", "NaN", [], {}, 10**400),
     "set": (None, True, 7, "", "text", [], {}),
     **dict.fromkeys(("tokens", "log_ratio", "policy", "reference"), (*NO_LIST, [], [None, 1], ["1", "2"], [1e39, 0])),
     "kl": (*NO_LIST, [], [None], ["1"], [1e39]),
-    "along": (None, True, 7, "text", {}, [None], [{"step": 1}], [{"step": 1, "policy": [0.0], "kl": 0.0}]),
-    "answers": (*NO_LIST, [None], [7], [{}], [{"score": None}], [{"score": "1"}], [{"score": True}]),
+    "along": (None, True, 7, "text", {}, [None], [{"step": 1}], [{"step": 1, "policy": [0.0], "kl": 0.0}], TWICE),
+    "answers": (
+        *NO_LIST,
+        [None],
+        [7],
+        [{}],
+        [{"score": None}],
+        [{"score": "1"}],
+        [{"score": True}],
+        MIXED,
+        MIXED[::-1],
+    ),
     "given": (*NO_LIST, [None], [7], [{}], [{"score": 1e39}]),
     **dict.fromkeys(("before", "after"), (None, True, 7, [], {})),
 }
@@ -220,7 +231,8 @@ def plan_row_of(rng: random.Random, number: int) -> dict:
 
 def log_of(rng: random.Random, number: int) -> dict:
     names = ("gamma", "rewards/chosen", "rewards/accuracies", "logps/rejected", "lengths/chosen", "num_tokens")
-    return {"step": number + 1, "loss": rng.random(), **{name: rng.gauss(0, 3) for name in names if rng.random() < 0.8}}
+    figures = {name: rng.choice((rng.gauss(0, 3), 0, "nan", "-inf", None)) for name in names if rng.random() < 0.8}
+    return {"step": number + 1, "loss": rng.random(), **figures}
 
 
 def pair_of(rng: random.Random, number: int) -> dict:
@@ -244,7 +256,10 @@ def pair_of(rng: random.Random, number: int) -> dict:
 
 def scores_of(rng: random.Random, number: int) -> dict:
     def scored(count: int) -> list[dict]:
-        return [{"score": rng.choice((rng.gauss(0, 3), 0, -1e30))} for _ in range(count)]
+        values = (rng.choice((rng.gauss(0, 3), 0, -1e30)) for _ in range(count))
+        return [{"score": value, **({"objectives_mean": rng.random()} if several else {})} for value in values]
+
+    several = rng.random() < 0.3  # objectives, of ArmoRM
 
     return {
         "prompt_id": f"{text_of(rng)} {number}",
@@ -372,17 +387,17 @@ def trained(path: Path, read: list[tuple[str, dict]]) -> None:
     assert list(rows) == [row for _, row in read], "Lines has other rows than the stream"
     for row in rows:
         for term in (row, row.get("second", row)):
-            weights = term["weights"] or [1 / len(term["dispreferred"])] * len(term["dispreferred"])
-            rewards = zip(weights, term["rewards"][1:], strict=True)
-            assert math.isfinite(sum(weight * reward for weight, reward in rewards)), "the mean reward is not finite"
+            members = [term["preferred"], *term["dispreferred"]]
+            assert all(map(math.isfinite, weights_of(term, members))), "a weight is not finite"
 
 
 def drawn(_: Path, read: list[tuple[str, dict]]) -> None:
     """What the curves do with the log: steps and numbers of every panel."""
-    for _, line in read:
-        for _, names in PANELS:
-            assert all(math.isfinite(float(line[name])) for name in names if line.get(name) is not None), "no number"
-        assert line["step"] + 1 > 0, "no step"
+    lines = [line for _, line in read]
+    for _, names in PANELS:
+        for name in names:
+            steps, values = series(lines, name)
+            assert len(steps) == len(values) <= len(lines), "steps without values"
 
 
 def measured(path: Path, read: list[tuple[str, dict]]) -> None:
@@ -391,7 +406,7 @@ def measured(path: Path, read: list[tuple[str, dict]]) -> None:
     for _, pair in read:
         steps[pair["set"]].append([kept["step"] for kept in pair.get("along", [])])
     try:
-        sets = read_columns(pair for _, pair in read)
+        sets = read_columns(read)
     except InputError as error:
         assert any(each != found[0] for found in steps.values() for each in found), f"no figures: {error}"
         raise
@@ -401,13 +416,18 @@ def measured(path: Path, read: list[tuple[str, dict]]) -> None:
 
 
 def scored(_: Path, read: list[tuple[str, dict]]) -> None:
+    """Figures of answers with these scores."""
     for _, line in read:
-        assert all(abs(each["score"]) <= MOST for name in ("answers", "given") for each in line[name]), "no score"
+        if count := len(line["answers"]):
+            texts = {"responses": ["a b"] * count, "token_counts": [2] * count, "truncated": [False] * count}
+            json.dumps(answer_figures(texts, line["answers"]), allow_nan=False)
 
 
-def averaged(_: Path, read: list[tuple[str, dict]]) -> None:
+def moved(_: Path, read: list[tuple[str, dict]]) -> None:
+    """What training changed for a prompt, with these divergences."""
+    still = dict.fromkeys(("reward_best", "reward_mean", "tokens_mean"), 0.0)
     for _, line in read:
-        assert all(math.isfinite(statistics.mean(line[name])) for name in ("kl", "log_ratio", "tokens")), "no mean"
+        json.dumps(change_figures(still, still, line), allow_nan=False)
 
 
 def side_by_side(_: Path, read: list[tuple[str, dict]]) -> None:
@@ -428,9 +448,7 @@ FORMATS = {
     "log": Format(log_of, checked(check_log_line), ("step",), drawn),
     "pairs": Format(pair_of, checked(check_pair), ("prompt", *PAIRS), measured),
     "scores": Format(scores_of, checked(check_scores), ("prompt_id", "answers", "given"), scored),
-    "divergence": Format(
-        divergence_of, checked(check_divergence), ("prompt_id", "kl", "log_ratio", "tokens"), averaged
-    ),
+    "divergence": Format(divergence_of, checked(check_divergence), ("prompt_id", "kl", "log_ratio", "tokens"), moved),
     "greedy answers": Format(
         greedy_of, checked(check_greedy), ("prompt_id", "prompt", "before", "after"), side_by_side
     ),
