@@ -58,13 +58,13 @@ def measured(family: str, prompts: int, responses: int, answers: int) -> dict[st
 
 
 def repeated(times: int, family: str, *sizes: int) -> dict[str, dict]:
-    """As `measured`, several times: the least seconds, which other work disturbs least, and the median peak."""
+    """As `measured`, several times: the medians.
+
+    Not the least, which of several is below that of the single measurement with many prompts, whatever the stage does.
+    """
     found = [measured(family, *sizes) for _ in range(times)]
     return {
-        name: {
-            **{time: min(each[name][time] for each in found) for time in ("seconds", "cpu_seconds")},
-            "peak_mb": statistics.median(each[name]["peak_mb"] for each in found),
-        }
+        name: {figure: statistics.median(each[name][figure] for each in found) for figure in found[0][name]}
         for name in FAMILIES[family]
     }
 
