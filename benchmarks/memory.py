@@ -9,8 +9,8 @@ prompts; generation and annotation are measured with actors of Ray as well, of w
 Peak is the kernel's VmHWM, which counts the interpreter and the libraries, too. A third measurement, with 8 prompts,
 says how much that is, and how long a stage takes to start. `KB / prompt` is the growth from few to many by the prompt:
 where the libraries are large, the ratio of the peaks (`growth`) says little. Time is the processor's, which other work
-on the machine changes less, without the start. The program ends with an error when `growth`, `KB / prompt` or `times`,
-the ratio of the times per prompt, is above its limit.
+on the machine changes less, without the start. Few and many are measured in turns; `times` is the median of the ratios
+of the times per prompt. The program ends with an error when `growth`, `KB / prompt` or `times` is above its limit.
 """
 
 import json
@@ -57,34 +57,30 @@ def measured(family: str, prompts: int, responses: int, answers: int) -> dict[st
     return figures
 
 
-def repeated(times: int, family: str, *sizes: int) -> dict[str, dict]:
-    """As `measured`, several times: the medians.
+def medians(found: list[dict]) -> dict:
+    """Of several measurements of a stage each figure's median."""
+    return {figure: statistics.median(each[figure] for each in found) for figure in found[0]}
 
-    Not the least, which of several is below that of the single measurement with many prompts, whatever the stage does.
-    """
-    found = [measured(family, *sizes) for _ in range(times)]
+
+def compared(sizes: tuple[int, int], start: list[dict], rounds: list[tuple[dict, dict]]) -> dict:
+    """The figures of a stage from its measurements with START prompts, and in turns with few and with many."""
+    nothing, few, many = (medians(found) for found in (start, *map(list, zip(*rounds, strict=True))))
+    ratios = [_ms(large, nothing, sizes[1]) / max(_ms(small, nothing, sizes[0]), 1e-9) for small, large in rounds]
     return {
-        name: {figure: statistics.median(each[name][figure] for each in found) for figure in found[0][name]}
-        for name in FAMILIES[family]
-    }
-
-
-def compared(sizes: tuple[int, int], start: dict, few: dict, many: dict) -> dict:
-    """The figures of a stage from its measurements with START, few and many prompts."""
-    extra = [size - START for size in sizes]
-    ms = [
-        1000 * (at["cpu_seconds"] - start["cpu_seconds"]) / count for at, count in zip((few, many), extra, strict=True)
-    ]
-    return {
-        "seconds": [at["seconds"] for at in (start, few, many)],
-        "libraries_mb": start["peak_mb"],
+        "seconds": [at["seconds"] for at in (nothing, few, many)],
+        "libraries_mb": nothing["peak_mb"],
         "peak_mb": [few["peak_mb"], many["peak_mb"]],
         "growth": many["peak_mb"] / few["peak_mb"],
         "kb_per_prompt": 1024 * (many["peak_mb"] - few["peak_mb"]) / (sizes[1] - sizes[0]),
-        "ms_per_prompt": ms,
-        # With too few prompts the time is lost in that of the start.
-        "times": ms[1] / ms[0] if ms[0] > 0 else float("inf"),
+        "ms_per_prompt": [_ms(few, nothing, sizes[0]), _ms(many, nothing, sizes[1])],
+        # A machine is faster at one time than at another: what is compared was measured one after the other.
+        "times": statistics.median(ratios),
     }
+
+
+def _ms(at: dict, nothing: dict, prompts: int) -> float:
+    """Milliseconds of the processor a prompt, without the start."""
+    return 1000 * (at["cpu_seconds"] - nothing["cpu_seconds"]) / (prompts - START)
 
 
 def beyond(figures: dict[str, dict]) -> list[str]:
@@ -105,16 +101,18 @@ def main() -> None:
     parser.add_argument("--responses", type=int, default=100, help="generated for each training prompt")
     parser.add_argument("--answers", type=int, default=5, help="of a model to each test prompt")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES])
-    parser.add_argument("--times", type=int, default=3, help="measurements with no and with few prompts")
+    parser.add_argument("--times", type=int, default=3, help="measurements, with few and with many prompts in turns")
     arguments = parser.parse_args()
     figures: dict[str, dict] = {}
     for family in arguments.families:
         sizes = arguments.test_prompts if family == "test" else arguments.prompts
-        start, few, many = (
-            repeated(times, family, count, arguments.responses, arguments.answers)
-            for count, times in zip((START, *sizes), (arguments.times, arguments.times, 1), strict=True)
-        )
-        figures |= {name: compared(sizes, start[name], few[name], many[name]) for name in FAMILIES[family]}
+        start, few, many = [], [], []
+        for _ in range(arguments.times):
+            for found, count in ((start, START), (few, sizes[0]), (many, sizes[1])):
+                found.append(measured(family, count, arguments.responses, arguments.answers))
+        for name in FAMILIES[family]:
+            rounds = [(small[name], large[name]) for small, large in zip(few, many, strict=True)]
+            figures[name] = compared(sizes, [each[name] for each in start], rounds)
         rows = [
             [name, found["libraries_mb"], *found["peak_mb"], found["growth"], found["kb_per_prompt"]]
             + [*found["ms_per_prompt"], found["times"]]

@@ -79,7 +79,8 @@ def measurement(cpu_seconds: float, peak_mb: float) -> dict:
 
 def test_figures_by_hand(memory):
     """8 prompts: 2 s, 100 MB. 108: 3 s more than nothing, 110 MB: 10 ms a prompt. 1,008: 14 s, 119 MB: 12 ms."""
-    found = memory.compared((108, 1008), measurement(2, 100), measurement(3, 110), measurement(14, 119))
+    rounds = [(measurement(3, 110), measurement(14, 119))]
+    found = memory.compared((108, 1008), [measurement(2, 100)], rounds)
     assert found.pop("growth") == pytest.approx(119 / 110)
     assert found.pop("times") == pytest.approx(1.2)
     assert found == {
@@ -89,3 +90,14 @@ def test_figures_by_hand(memory):
         "kb_per_prompt": pytest.approx(9 * 1024 / 900),
         "ms_per_prompt": [10, 12],
     }
+
+
+def test_a_machine_that_slows_down_is_no_growth(memory):
+    """From one round to the next every prompt takes longer, in each round 1.2 times: ratios of 1.2, 1.2 and 1.1."""
+    rounds = [
+        (measurement(3, 110), measurement(14, 119)),
+        (measurement(4, 110), measurement(26, 119)),
+        (measurement(6, 112), measurement(46, 125)),
+    ]
+    found = memory.compared((108, 1008), [measurement(2, 100)] * 3, rounds)
+    assert found["times"] == pytest.approx(1.2) and found["growth"] == pytest.approx(119 / 110)
