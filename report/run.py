@@ -100,7 +100,7 @@ def metrics(folder: Path, before: Path) -> dict | None:
         return None
     with intact(path, AGAIN):
         found = read_json(path)
-        lines = figures_table(found["figures"])
+        prompts, lines = found["prompts"], figures_table(found["figures"])
     if (before / path.name).exists():
         with intact(before / path.name, AGAIN):
             earlier = {line["name"]: line["mean"] for line in figures_table(read_json(before / path.name)["figures"])}
@@ -109,7 +109,7 @@ def metrics(folder: Path, before: Path) -> dict | None:
     if scores.exists():  # a user may have deleted them: the figures stand
         with intact(scores, AGAIN):
             evaluator = read_manifest(scores)["recipe"]["models"]["evaluator"]["path"]
-    return {"prompts": found["prompts"], "evaluator": evaluator, "lines": lines}
+    return {"prompts": prompts, "evaluator": evaluator, "lines": lines}
 
 
 def win_rates(folder: Path) -> list[dict]:
