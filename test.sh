@@ -30,6 +30,6 @@ bash setup.sh train
 "$TRAIN" -m ruff format --check .
 .venv-train/bin/shellcheck ./*.sh cluster/*.sbatch .ci/run
 # The tests of training hold on a CPU (bit-equality, fp32), also where there are GPUs.
-CUDA_VISIBLE_DEVICES="" "$TRAIN" -m pytest -m "not infer$also" "$@"
+CUDA_VISIBLE_DEVICES="" "$TRAIN" -m pytest -m "not infer$also" --durations 10 "$@"
 # Every test of the inference environment starts an engine or Ray: none of them is quick.
-[[ -n "$also" ]] || "$INFER" -m pytest -m infer "$@"
+[[ -n "$also" ]] || "$INFER" -m pytest -m infer --durations 10 "$@"
