@@ -108,7 +108,7 @@ def main() -> None:
         sizes = arguments.test_prompts if family == "test" else arguments.prompts
         start, few, many = [], [], []
         for _ in range(arguments.times):
-            # Not counted: what follows a long run starts 0.2 s later than what follows a short one, and the start is
+            # Not counted: what follows a long run starts 0.3 s later than what follows a short one, and the start is
             # taken off.
             measured(family, START, arguments.responses, arguments.answers)
             for found, count in ((start, START), (few, sizes[0]), (many, sizes[1])):
