@@ -57,6 +57,7 @@ def memory(monkeypatch, tmp_path):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_what_grows_is_caught(memory, monkeypatch, capsys, tmp_path):
     figures = tmp_path / "figures.json"
     monkeypatch.setattr(

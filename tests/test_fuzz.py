@@ -515,6 +515,7 @@ def check_row_of_plan(row: dict, record: dict, recipe: Recipe) -> None:
         assert rewards[row["dispreferred"][0]] == min(rewards[i] for i in allowed)
 
 
+@pytest.mark.slow
 @examples(400)
 @given(plans(), st.randoms(use_true_random=False))
 def test_any_plan_has_every_usable_prompt_once_an_epoch(case, rng):

@@ -228,6 +228,7 @@ def test_a_file_without_usable_rows_leaves_nothing(recipe, write_lines):
     assert not any(recipe.ranked("train").parent.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_takes_options_between_its_arguments(run_module, tiny_recipe, write_lines, tmp_path, tiny_model):
     path = write_lines([row()])
     output = tmp_path / "elsewhere"

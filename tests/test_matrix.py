@@ -10,6 +10,8 @@ from hps.errors import InputError
 from hps.matrix import expand, load_matrix, select
 from hps.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 
 def runs_of(table, scale: str = "paper"):
     return select(scale, {table})

@@ -10,6 +10,8 @@ from conftest import DATA, REPOSITORY
 from hps.preflight import evaluated_prompts
 from hps.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 USER = {"role": "user", "content": "Hello"}
 GOOD = {"prompt": [USER], "responses": ["Hi.", "Go away."]}
 
@@ -180,9 +182,8 @@ def test_dry_run_tells_of_stages_without_steps(recipe):
     """60 prompts, one epoch, 60 / 30 = 2 steps for five stages."""
     data = DATA / "safety_train.jsonl"
     settings = [f"data.train.path={data}", "schedule.epochs=1", "schedule.global_batch=30"]
-    for preference, told in (("hps", True), ("bt", False)):
-        done = preflight("run", recipe, *settings, f"loss.preference={preference}", "--dry-run")
-        assert ("training: WARNING: 2 steps for 5 stages of gamma" in done.stdout) == told, done.stderr
+    done = preflight("run", recipe, *settings, "--dry-run")
+    assert "training: WARNING: 2 steps for 5 stages of gamma" in done.stdout, done.stderr
 
 
 def test_broken_data_end_a_dry_run_too(recipe):

@@ -25,6 +25,8 @@ from report.page import HERE, counted, cut_texts, fitting, render, script_json
 from report.run import report, short_names
 from report.table import number, page
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;"
 
 
@@ -496,7 +498,6 @@ def make_large(recipe) -> None:
         path.write_text(path.read_text().replace('"b"', json.dumps("word " * 1600)))
 
 
-@pytest.mark.slow
 def test_the_page_of_a_large_run_is_bounded(trained):
     make_large(trained)
     page = report(trained, [])

@@ -20,6 +20,8 @@ from hps.manifest import hold
 from hps.matrix import load_matrix
 from hps.records import read_prompts, write_json
 
+pytestmark = pytest.mark.slow
+
 FIGURES = {"reward_best": 1.0, "reward_mean": 0.5, "bleu_best": 0.2, "kl_sampled": 0.3, "tokens_mean_change": 1.0}
 
 

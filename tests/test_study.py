@@ -438,6 +438,7 @@ def test_a_folder_that_cannot_be(tmp_path, answered):
         build(tmp_path / "file", [f"{model}={answered(model)}" for model in ("alpha", "beta")], raters=1)
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path, answered, run_module):
     """As the documentation has them; bad input is one line and status 2."""
     named = [f"{model}={answered(model)}" for model in ("alpha", "beta")]

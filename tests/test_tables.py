@@ -11,6 +11,8 @@ from evaluation.results import Evaluated
 from hps.matrix import load_matrix, select
 from hps.recipe import REPOSITORY, load_recipe
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["a", "b", "c", "d"]
 
 
