@@ -12,13 +12,20 @@ import os
 import shutil
 from pathlib import Path
 
-from alignment.train import load_policy
-from hps.chat import load_tokenizer
+import torch
+from transformers import AutoModelForCausalLM
+
+from hps.chat import load_tokenizer, prompt_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import claim, finish, hold, model_hash
 from hps.recipe import Model, Recipe
-from hps.weights import load_adapter
+from hps.weights import check_weights, load_adapter, load_weights
+
+PROBE = [{"role": "user", "content": "Name three things that float, two that sink, and say why in a sentence each."}]
+# Of a log-probability, in nats: what adding the adapter to the weights may change by float32's rounding, and what share
+# of the adapter's own effect.
+ROUNDING, SHARE = 1e-3, 1e-2
 
 
 def merge(recipe: Recipe) -> None:
@@ -50,13 +57,40 @@ def _merge(recipe: Recipe, target: Path, settings: dict) -> None:
     partial, checkpoint = target.with_name(".merged.partial"), target.with_name("checkpoint")
     shutil.rmtree(partial, ignore_errors=True)
     claim(partial, settings)
-    load_adapter(load_policy(recipe), checkpoint).merge_and_unload().save_pretrained(partial)
-    load_tokenizer(str(checkpoint)).save_pretrained(partial)
+    tokenizer = load_tokenizer(str(checkpoint))
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    merged_model(recipe, checkpoint, tokenizer).to(dtype).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    check_weights(AutoModelForCausalLM, Model(path=str(partial)))
     outputs = sorted(path for path in partial.iterdir() if path.is_file() and path.name != "claim.json")
     finish(partial, recipe, settings, outputs)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(partial, target)
     print(f"merged weights: {target}")
+
+
+def merged_model(recipe: Recipe, checkpoint: Path, tokenizer):
+    """The policy with the adapter in its weights, in float32.
+
+    Raises:
+        InputError: it is another model than the policy with its adapter.
+    """
+    adapted = load_adapter(load_weights(AutoModelForCausalLM, recipe.models.policy, dtype=torch.float32), checkpoint)
+    ids = torch.tensor([prompt_token_ids(tokenizer, PROBE)])
+    with torch.no_grad():
+        after = adapted.eval()(ids).logits.log_softmax(dim=-1)
+        with adapted.disable_adapter():
+            moved = float((after - adapted(ids).logits.log_softmax(dim=-1)).abs().max())
+        merged = adapted.merge_and_unload()
+        off = float((merged(ids).logits.log_softmax(dim=-1) - after).abs().max())
+    if not off <= ROUNDING + SHARE * moved:
+        raise InputError(
+            f"the merged weights are another model: log-probabilities differ by {off:.2g} nats from those with the "
+            f"adapter, which moved them by {moved:.2g}; an adapter on an embedding that is also the LM head does that",
+            where=str(checkpoint),
+            remedy="use the adapter as it is, or train other `lora.target_modules`",
+        )
+    return merged
 
 
 def main() -> None:

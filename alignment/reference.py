@@ -15,6 +15,7 @@ import json
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def cache_folder(recipe: Recipe, trainer: HPSTrainer) -> Path:
         "model": model_hash(recipe.models.policy),
         "dtype": str(reference.dtype),
         "attention": reference.config._attn_implementation,
-        "shared_prefix": trainer.data_collator.shared,
+        "layout": asdict(trainer.data_collator.layout),
         "device": trainer.accelerator.device.type,
     }
     key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
@@ -179,7 +180,7 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
     if reason := why_in_step(recipe, trainer):
         say(f"training: the reference is computed in every step: {reason}")
         return
-    values, folder = Values(trainer.rows, trainer.data_collator.shared), cache_folder(recipe, trainer)
+    values, folder = Values(trainer.rows, bool(trainer.data_collator.layout.shared)), cache_folder(recipe, trainer)
     # One process reads, and values go from process to process: files may be another run's that grow meanwhile, on
     # another node, or not yet visible there.
     if trainer.accelerator.is_main_process:
@@ -194,7 +195,7 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
 
 def _compute(recipe: Recipe, trainer: HPSTrainer, values: Values, folder: Path) -> tuple[array, array]:
     """This process's share of the missing values, each forward pass on the disk when it is done: places, nats."""
-    shared, state = trainer.data_collator.shared, trainer.accelerator
+    shared, state = bool(trainer.data_collator.layout.shared), trainer.accelerator
     todo = values.missing()
     mine = todo[state.process_index :: state.num_processes]
     if state.is_main_process:

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,6 @@ from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
 from alignment.plan import ranked_prompts, read_plan, run_settings, weights_of
 from alignment.reference import add_reference
-from alignment.shared_prefix import why_separate
 from alignment.trainer import HPSTrainer, PlanCollator
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.cli import parse
@@ -39,6 +39,7 @@ from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
 from hps.recipe import Recipe
 from hps.records import parse_json, shorten, write_atomic
+from hps.shared_prefix import prove
 from hps.weights import load_weights
 
 COMPLETE = "complete"  # a checkpoint's last file
@@ -145,17 +146,16 @@ def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
     )
 
 
-def attention(recipe: Recipe) -> str:
+def attention(recipe: Recipe) -> str | None:
     """The attention implementation: as the recipe says.
 
-    `auto` is sdpa where prompts are shared, whose mask needs it, else flash attention where it is installed.
+    `auto`: sdpa, or eager where the class has none, if prompts are shared (the mask needs one of them),
+    else flash attention where installed.
     """
     if recipe.training.attention != "auto":
         return recipe.training.attention
-    if recipe.training.shared_prefix:
-        return "sdpa"
-    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
-    return "flash_attention_2" if flash else "sdpa"
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") and not recipe.training.shared_prefix
+    return "flash_attention_2" if flash else None
 
 
 def load_policy(recipe: Recipe, trained: bool = False):
@@ -308,10 +308,12 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
     rows = TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
     model = load_policy(recipe, trained=not recipe.lora.enabled)
-    shared = recipe.training.shared_prefix
-    if shared and (reason := why_separate(model, recipe.schedule.max_length)):
-        PartialState().print(f"training: prompts are computed once for each response, not shared: {reason}")
-        shared = False
+    layout = prove(model, recipe.schedule.max_length)
+    if not recipe.training.shared_prefix:
+        layout = replace(layout, shared=0, reason="`training.shared_prefix` is false")
+    if layout.shared < recipe.schedule.max_length:
+        above = f" of more than {layout.shared} tokens" if layout.shared else ""
+        PartialState().print(f"training: conversations{above} have rows of their own: {layout.reason}")
     kept = KeptCheckpoints(recipe, tokenizer)
     trainer = HPSTrainer(
         model=model,
@@ -320,7 +322,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         args=config,
         loss=recipe.loss,
         train_dataset=rows,
-        data_collator=PlanCollator(tokenizer.pad_token_id, shared, recipe.training.row_tokens),
+        data_collator=PlanCollator(tokenizer.pad_token_id, layout, recipe.training.row_tokens),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
         callbacks=[RunFiles(recipe.run_folder()), kept],
@@ -419,7 +421,8 @@ def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     trainer.accelerator.print(
         f"training: {recipe.loss.family}-{recipe.loss.preference}, {state.num_processes} process(es), {how}, "
-        f"attention {attention(recipe)}, {'shared prompts' if trainer.data_collator.shared else 'separate rows'}, "
+        f"attention {trainer.model.config._attn_implementation}, "
+        f"{'shared prompts' if trainer.data_collator.layout.shared else 'separate rows'}, "
         f"{trainable:,} weights train",
         flush=True,
     )

@@ -1,10 +1,10 @@
 """`HPSTrainer`: TRL's DPOTrainer with the preference losses of the paper. The one file that imports the parent.
 
 What changes: the loss (`_compute_loss`); the data, which are lists of responses as token ids that the plan has chosen,
-so that the parent's tokenisation and its dropping of long examples are left out; and how responses stand in the rows of
-a forward pass (alignment/shared_prefix.py), unless each is to have a row of its own as in the parent. The reference
-(the adapter switched off, or a frozen copy), the fused LM head of separate rows, LoRA, DeepSpeed, saving and resuming
-are the parent's. tests/test_trainer.py pins what is relied upon of TRL 1.16.0.
+so that the parent's tokenisation and its dropping of long examples are left out; and the forward pass
+(hps/shared_prefix.py), in which responses share their prompt where the model's class can, and the LM head works at
+their tokens alone. The reference (the adapter switched off, or a frozen copy), LoRA, DeepSpeed, saving and resuming are
+the parent's. tests/test_trainer.py pins what is relied upon of TRL 1.16.0.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from alignment.losses import implicit_reward, preference_loss, response_scores, simpo_reward
-from alignment.shared_prefix import add_response_head, shared_log_probs, shared_rows
 from hps.recipe import Loss
+from hps.shared_prefix import SEPARATE, Layout, add_response_head, make_rows, response_log_probs
 
 COLUMNS = ("prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma", "reference")
 # Settings of the parent that this loss does not honour, with the only value that is accepted.
@@ -45,13 +44,11 @@ class PlanCollator:
     there; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms); `gamma` (lists,); `tokens` (lists,), of
     its responses, each with the prompt; `reference` (lists, n), log-probabilities in nats where the examples have them.
 
-    With `shared`, `rows` are those of `shared_rows`. Else the R responses of all lists are the rows of its `input_ids`,
-    `attention_mask`, `completion_mask`, (R, tokens), padded at their right: first every list's first response, then
-    every second one, and so on (with pairs that is the parent's order).
+    `rows` are those of `hps.shared_prefix.make_rows`, for a model of this `layout`.
     """
 
     pad_token_id: int
-    shared: bool = False
+    layout: Layout = SEPARATE
     row_tokens: int | None = None
 
     def __call__(self, examples: list[dict]) -> dict:
@@ -85,28 +82,12 @@ class PlanCollator:
 
     def rows(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """The rows of a forward pass alone."""
-        if self.shared:
-            prompts, responses = ([example[name] for example in examples] for name in ("prompt_ids", "response_ids"))
-            return shared_rows(prompts, responses, self.pad_token_id, self.row_tokens)
-        rows = [
-            (example["prompt_ids"], example["response_ids"][place])
-            for place in range(max(len(example["response_ids"]) for example in examples))
-            for example in examples
-            if place < len(example["response_ids"])
-        ]
-        return {
-            "input_ids": _padded([prompt + response for prompt, response in rows], self.pad_token_id),
-            "attention_mask": _padded([[1] * (len(prompt) + len(response)) for prompt, response in rows], 0),
-            "completion_mask": _padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows], 0),
-        }
+        prompts, responses = ([example[name] for example in examples] for name in ("prompt_ids", "response_ids"))
+        return make_rows(self.layout, prompts, responses, self.pad_token_id, self.row_tokens)
 
 
 def _flat(values) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.float32)
-
-
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 @dataclass
@@ -149,11 +130,11 @@ class HPSTrainer(DPOTrainer):
         super().__init__(*args, train_dataset=numbers, **kwargs)
         if loss.family == "simpo":
             self.ref_model = None  # the parent made a frozen copy; SimPO compares with none
-        # Behind the parent's own head, which the arguments of separate rows still reach; the parent has wrapped the
-        # reference by DeepSpeed already.
-        add_response_head(self.model.get_base_model() if self.is_adapted else self.model)
+        # The parent has wrapped the reference by DeepSpeed already.
+        gathers = self.data_collator.layout.gathers
+        add_response_head(self.model.get_base_model() if self.is_adapted else self.model, gathers)
         if self.ref_model is not None:
-            add_response_head(self.accelerator.unwrap_model(self.ref_model))
+            add_response_head(self.accelerator.unwrap_model(self.ref_model), gathers)
 
     @property
     def is_adapted(self) -> bool:
@@ -188,28 +169,8 @@ class HPSTrainer(DPOTrainer):
 
     def _log_probs(self, model, inputs) -> torch.Tensor:
         """Log-probabilities of the responses under a model, (lists, n), 0 on padding, nats."""
-        rows, mask = inputs["rows"], inputs["mask"]
-        if "scored" in rows:  # list by list
-            flat = shared_log_probs(model, rows)
-            return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
-        return self._by_list(self._separate_log_probs(model, rows), mask)
-
-    @staticmethod
-    def _separate_log_probs(model, rows) -> torch.Tensor:
-        labels = rows["input_ids"].masked_fill(rows["completion_mask"] == 0, -100)
-        outputs = model(
-            input_ids=rows["input_ids"],
-            attention_mask=rows["attention_mask"],
-            use_cache=False,
-            labels=labels,
-            fused_lm_head=True,
-        )
-        return outputs.log_probs.sum(dim=1)
-
-    @staticmethod
-    def _by_list(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(R,) values in the order of separate rows to (lists, n), 0 on padding."""
-        return torch.zeros(mask.T.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask.T, flat).T
+        flat, mask = response_log_probs(model, inputs["rows"]), inputs["mask"]
+        return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
     @contextmanager
     def as_reference(self):
@@ -225,8 +186,7 @@ class HPSTrainer(DPOTrainer):
         model.to(self.accelerator.device).eval()
         rows = self._prepare_inputs(self.data_collator.rows([example]))
         with self.as_reference():
-            shared = "scored" in rows
-            return (shared_log_probs(model, rows) if shared else self._separate_log_probs(model, rows)).tolist()
+            return response_log_probs(model, rows).tolist()
 
     def set_reference(self, log_probs: Sequence[Sequence[float]]) -> None:
         """Give each row the log-probabilities of its responses under the reference, which is then let go."""

@@ -16,6 +16,7 @@ What stands behind h is kept and computed in float32 in any `dtype` (regression_
 published example casts all to bfloat16.
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -26,6 +27,7 @@ from annotation.score import ConversationScorer
 from hps.chat import common_end, prompt_token_ids
 from hps.errors import InputError
 from hps.recipe import Model
+from hps.shared_prefix import prove, run
 from hps.weights import load_config, load_weights
 
 
@@ -71,11 +73,12 @@ class ArmoRM(ConversationScorer):
     def __init__(self, model: Model, dtype: str = "auto", batch_tokens: int = 16384):
         super().__init__(model, dtype, batch_tokens)
         self.model = _load(model, self.dtype).to(self.device).eval()
+        self.layout = prove(self.model.base_model, math.inf, own_state, trial_states)
         self.header = _header(self.tokenizer)
 
     @torch.inference_mode()
     def _details(self, rows: list[list[int]]) -> list[dict]:
-        states = self.states(rows, [[self.gate_position(row), len(row) - 1] for row in rows])
+        states, _ = self.states(rows, [[self.gate_position(row), len(row) - 1] for row in rows])
         gates = self.model.gating(states[:, 0])
         objectives = self.model.regression_layer(states[:, 1])
         scores = (objectives * (gates @ self.model.reward_transform_matrix.T)).sum(-1)
@@ -93,6 +96,16 @@ class ArmoRM(ConversationScorer):
         raise InputError(
             "the conversation has no assistant's header", remedy="check the chat template of the reward model"
         )
+
+
+def own_state(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """The last hidden state of a conversation by the class's own forward pass, (hidden size,)."""
+    return model(input_ids=torch.tensor([prompt + response])).last_hidden_state[0, -1]
+
+
+def trial_states(model, rows: dict[str, torch.Tensor], gathers: bool) -> torch.Tensor:
+    """The same of all conversations in rows of hps.shared_prefix: (conversations, hidden size)."""
+    return run(model, model, "last_hidden_state", rows)[0][rows["starts"][:, 1] + rows["sizes"] - 1]
 
 
 def _header(tokenizer) -> list[int]:
@@ -116,27 +129,4 @@ def _load(model: Model, dtype: torch.dtype) -> GatedLlama:
         raise InputError(
             f"`model_type` is {config.model_type}", where=model.path, remedy="an ArmoRM must be a llama model"
         )
-    network, info = load_weights(
-        GatedLlama,
-        model,
-        config=config,
-        dtype=dtype,
-        ignore_mismatched_sizes=True,  # reported below, with the rest
-        output_loading_info=True,
-    )
-    _check_weights(info, model.path)
-    return network
-
-
-def _check_weights(info: dict, path: str) -> None:
-    """Refuse weights that are not exactly those of the class: what is missing would be random numbers."""
-    for fault in ("missing", "unexpected", "mismatched"):
-        keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{fault}_keys"])
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            name = "of another shape" if fault == "mismatched" else fault
-            raise InputError(
-                f"weights {name}: {', '.join(keys[:3])}{more}",
-                where=path,
-                remedy="the files must be those of an ArmoRM whose config.json stands beside them",
-            )
+    return load_weights(GatedLlama, model, exact=True, config=config, dtype=dtype)

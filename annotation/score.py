@@ -3,8 +3,8 @@
 Prompt and response are one conversation, templated once (`hps.chat.conversation_token_ids`). The released code
 templates the prompt with the assistant's header and templates the reply again: header and BOS stand twice.
 
-The responses of a prompt share the computation of the prompt: its keys and values are computed once and copied for the
-responses. Scores are float32.
+The responses of a prompt share the computation of the prompt where the model's class can (hps/shared_prefix.py); what
+follows the backbone is the class's own forward pass, in float32.
 
 `RewardModel` (a sequence classifier) and `annotation.armorm.ArmoRM` are a `ConversationScorer`;
 annotation.reward_models loads either.
@@ -14,31 +14,40 @@ import math
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 from transformers import AutoModelForSequenceClassification
 
 from hps.chat import conversation_token_ids, load_tokenizer
 from hps.errors import InputError
-from hps.prefix import chunks, common_prefix, prefix_states, tail_states
 from hps.recipe import Model
+from hps.shared_prefix import (
+    Layout,
+    OwnHead,
+    common_prefix,
+    make_rows,
+    portions,
+    prove,
+    run,
+)
 from hps.weights import load_config, load_weights
 
-# Shared-prefix and plain scores of the probe may differ by this share of the score's size (fp32: about 1e-6 seen).
+# A score may differ by this share of its size from another kernel's or another batch's (fp32: about 1e-6 seen).
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 class ConversationScorer:
     """What every reward model here has in common: its input, the shared prompt, and that scores are finite.
 
-    A subclass sets `model`, a transformers model with a `base_model`, and gives `_details`.
+    A subclass sets `model`, a transformers model with a `base_model`, and `layout` (hps.shared_prefix), and gives
+    `_details`.
 
     Args:
         model: folder or hub name, with revision.
         dtype: of the weights; `auto` is bfloat16 on CUDA and float32 on a CPU.
-        batch_tokens: bound on (tokens of the prompt + tokens of the longest response) x responses in one forward pass.
+        batch_tokens: bound on the tokens of one forward pass.
     """
 
     model: Any
+    layout: Layout
 
     def __init__(self, model: Model, dtype: str = "auto", batch_tokens: int = 16384):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +74,11 @@ class ConversationScorer:
         Raises:
             InputError: a score is not finite; the message gives the response's number.
         """
-        found = self._details(self.conversations(messages, responses, truncated))
+        rows = self.conversations(messages, responses, truncated)
+        found = self._details(rows)
+        if not all(math.isfinite(details["score"]) for details in found):
+            # In a shared row one response that is not a number makes the others so: zero times NaN is NaN.
+            found = [self._details([row])[0] for row in rows]
         for number, details in enumerate(found, 1):
             if not math.isfinite(details["score"]):
                 raise InputError(
@@ -78,25 +91,28 @@ class ConversationScorer:
         raise NotImplementedError
 
     @torch.inference_mode()
-    def states(self, rows: list[list[int]], places: list[list[int]]) -> torch.Tensor:
-        """Hidden states of token rows that begin alike: the common beginning is computed once.
+    def states(self, rows: list[list[int]], places: list[list[int]]) -> tuple[torch.Tensor, Any]:
+        """Hidden states of token rows that begin alike: the common beginning is computed once where the class can.
 
         Args:
             places: for each row the positions that are wanted, equally many.
 
         Returns:
-            (rows, positions, hidden size), float32.
+            (rows, positions, hidden size), float32; and the backbone's last output, for `OwnHead`.
         """
-        backbone, pad = self.model.base_model, self.tokenizer.pad_token_id
-        shared = common_prefix(rows)
-        prefix, before = prefix_states(backbone, rows[0][:shared], self.device)
-        wanted, found = iter(places), []
-        for chunk in chunks(rows, self.batch_tokens):
-            hidden = tail_states(backbone, prefix, shared, [row[shared:] for row in chunk], pad, self.device)
-            for tail, positions in zip(hidden, wanted, strict=False):  # the next chunk goes on in `wanted`
-                states = [before[place] if place < shared else tail[place - shared] for place in positions]
-                found.append(torch.stack(states).float())
-        return torch.stack(found)
+        shared = max(1, common_prefix(rows))  # a prompt has a token at least
+        prompt, tails = rows[0][:shared], [row[shared:] for row in rows]
+        if len({row[0] for row in rows}) > 1:
+            raise ValueError("rows must begin with the same token")
+        found, wanted, output = [], iter(places), None
+        for part in portions(len(prompt), list(map(len, tails)), self.batch_tokens, bool(self.layout.shared)):
+            made = make_rows(self.layout, [prompt], [[tails[index] for index in part]], self.tokenizer.pad_token_id)
+            made = {name: value.to(self.device) for name, value in made.items()}
+            flat, output = run(self.model, self.model.base_model, "last_hidden_state", made)
+            for (begin, start), positions in zip(made["starts"].tolist(), wanted, strict=False):
+                at = [begin + place if place < shared else start + place - shared for place in positions]
+                found.append(flat[at].float())
+        return torch.stack(found), output
 
 
 class RewardModel(ConversationScorer):
@@ -109,52 +125,62 @@ class RewardModel(ConversationScorer):
     def __init__(self, model: Model, dtype: str = "auto", batch_tokens: int = 16384):
         super().__init__(model, dtype, batch_tokens)
         config = _one_label(load_config(model), model)
-        self.model = load_weights(AutoModelForSequenceClassification, model, config=config, dtype=self.dtype)
+        self.model = load_weights(
+            AutoModelForSequenceClassification, model, exact=True, config=config, dtype=self.dtype
+        )
         self.model.to(self.device).eval()
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.shares_prompt = self._probe()
+        self.layout = prove(self.model, math.inf, own_score, trial_scores)
+        _in_float32_behind_the_backbone(self.model)
 
     def _details(self, rows: list[list[int]]) -> list[dict]:
-        scores = self.score_rows(rows) if self.shares_prompt else self.score_rows_plain(rows)
-        return [{"score": score} for score in scores]
+        return [{"score": score} for score in self.score_rows(rows)]
 
     @torch.inference_mode()
     def score_rows(self, rows: list[list[int]]) -> list[float]:
-        """Scores of token rows that begin alike: the common beginning is computed once."""
-        last = self.states(rows, [[len(row) - 1] for row in rows])[:, 0]
-        head = self.model.score
-        bias = None if head.bias is None else head.bias.float()
-        return linear(last, head.weight.float(), bias).squeeze(-1).tolist()
+        """Scores of token rows that begin alike, in the cheapest way that is right for the model's class."""
+        if not self.layout.gathers:
+            return self.score_rows_plain(rows)
+        states, output = self.states(rows, [[len(row) - 1] for row in rows])
+        return OwnHead(self.model, self.model.forward, output)(states[:, 0]).squeeze(-1).tolist()
 
     @torch.inference_mode()
     def score_rows_plain(self, rows: list[list[int]]) -> list[float]:
         """Scores of token rows by the library's own forward pass, a row at a time.
 
-        For models that cannot share, and to check sharing. Without a padding token the library takes a row's last
-        token; with one it takes the last that differs from it, the wrong one where a model pads with its end of turn.
+        For classes whose head cannot be given hidden states, and to check the others. Without a padding token the
+        library takes a row's last token; with one it takes the last that differs from it, the wrong one where a model
+        pads with its end of turn.
         """
         pad, self.model.config.pad_token_id = self.model.config.pad_token_id, None
         try:
-            return [float(self.model(torch.tensor([row], device=self.device)).logits[0, 0]) for row in rows]
+            return [float(own_score(self.model, row, [])) for row in rows]
         finally:
             self.model.config.pad_token_id = pad
 
-    def _probe(self) -> bool:
-        """Whether sharing the prompt gives the library's scores here: tried, not guessed from the architecture."""
-        rows = self.conversations(
-            [{"role": "user", "content": "Name a colour."}], ["Blue.", "A warm red, I think."], [False] * 2
-        )
-        plain = self.score_rows_plain(rows)
-        try:
-            shared = self.score_rows(rows)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            print(f"annotation: this reward model cannot share the prompt ({error}); one response at a time instead")
-            return False
-        tolerance = PROBE_TOLERANCE[self.dtype]
-        same = all(abs(a - b) <= tolerance * max(1.0, abs(a)) for a, b in zip(plain, shared, strict=True))
-        if not same:
-            print(f"annotation: sharing the prompt changes this model's scores ({plain}, {shared}); not shared")
-        return same
+
+def own_score(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """The score of a conversation by the class's own forward pass, ()."""
+    return model(input_ids=torch.tensor([prompt + response], device=model.device)).logits[0, 0]
+
+
+def trial_scores(model: Any, rows: dict[str, torch.Tensor], gathers: bool) -> torch.Tensor:
+    """The same of all conversations in rows of hps.shared_prefix, in our way: (conversations,)."""
+    if not gathers:
+        raise ValueError("the class's head needs whole rows")
+    flat, output = run(model, model.base_model, "last_hidden_state", rows)
+    return OwnHead(model, model.forward, output)(flat[rows["starts"][:, 1] + rows["sizes"] - 1])[:, 0]
+
+
+def _in_float32_behind_the_backbone(model: Any) -> None:
+    """In bf16 a score has 8 bits, and close responses would tie."""
+    backbone = model.base_model
+    for module in model.children():
+        if module is not backbone:
+            module.float()
+    backbone.register_forward_hook(
+        lambda module, given, output: type(output)(**{**output, "last_hidden_state": output.last_hidden_state.float()})
+    )
 
 
 def _one_label(config, model: Model):

@@ -23,12 +23,12 @@ from transformers import TrainerCallback
 from trl import DPOTrainer
 
 from alignment.reference import add_reference
-from alignment.shared_prefix import shared_rows
 from alignment.train import load_policy, lora_config, training_config
 from alignment.trainer import HPSTrainer, PlanCollator
 from hps.chat import load_tokenizer
 from hps.recipe import REPOSITORY, Recipe, load_recipe
 from hps.records import read_prompts
+from hps.shared_prefix import shared_rows
 
 SHAPES = [(170, 50), (60, 100)]  # tokens of the prompt, of each response
 PROMPTS = 2  # of a step

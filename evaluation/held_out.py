@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
-from hps.prefix import compute_prefix, tail_states
 from hps.recipe import Model, Recipe
-from hps.weights import ADAPTER, load_adapter, load_weights, refuse_pickles
+from hps.shared_prefix import Layout, make_rows, prove, scored_logits
+from hps.weights import ADAPTER, check_adapter, load_adapter, load_weights, refuse_pickles
 
 FINAL = "final"  # the policy at the end of the training
 
@@ -45,9 +45,11 @@ class HeldOut:
             for step, folder in kept_checkpoints(recipe) if along else []:
                 refuse_pickles(folder, None, ADAPTER)
                 self.reference.load_adapter(folder, adapter_name=f"step-{step}")
+                check_adapter(self.reference, folder, f"step-{step}")
                 self.steps.append(step)
         else:
             self.policy = _load(Model(path=str(run / "checkpoint")), self.device, dtype)
+        self.layout: Layout = prove(_causal(self.reference), self.limit)
 
     def as_reference(self):
         """Inside it `self.reference` is the model before training."""
@@ -69,21 +71,6 @@ class HeldOut:
             for text, cut in zip(responses, truncated, strict=True)
         ]
         return prompt, ids
-
-    @torch.inference_mode()
-    def states(self, model: Any, prompt: list[int], responses: list[list[int]]) -> list[torch.Tensor]:
-        """For each response (tokens, hidden size): the states that predict its tokens."""
-        backbone = _causal(model).base_model
-        # The prompt's last token predicts the response's first, so it belongs to the tails.
-        prefix = compute_prefix(backbone, prompt[:-1], self.device)
-        tails = [prompt[-1:] + response for response in responses]
-        hidden = tail_states(backbone, prefix, len(prompt) - 1, tails, self.tokenizer.pad_token_id, self.device)
-        return [row[: len(response)] for row, response in zip(hidden, responses, strict=True)]
-
-    @torch.inference_mode()
-    def log_softmax(self, model: Any, states: torch.Tensor) -> torch.Tensor:
-        """(tokens, vocabulary) log-probabilities, float32, from the states of a response."""
-        return _causal(model).get_output_embeddings()(states).float().log_softmax(dim=-1)
 
     def compare(self, prompt: list[int], responses: list[list[int]], diverging: int) -> dict:
         """What the policy and the reference say of the responses.
@@ -110,8 +97,14 @@ class HeldOut:
             "kl": [divergence(*pair) for pair in zip(after, before, strict=False)],
         }
 
+    @torch.inference_mode()
     def _log_probs(self, model: Any, prompt: list[int], responses: list[list[int]]) -> list[torch.Tensor]:
-        return [self.log_softmax(model, states) for states in self.states(model, prompt, responses)]
+        """For each response (tokens, vocabulary) log-probabilities where its tokens are predicted, float32."""
+        network = _causal(model)
+        rows = make_rows(self.layout, [prompt], [responses], self.tokenizer.pad_token_id)
+        rows = {name: value.to(self.device) for name, value in rows.items()}
+        states, head = scored_logits(network, network.forward, rows, self.layout.gathers)
+        return [head(part).float().log_softmax(dim=-1) for part in states.split(rows["sizes"].tolist())]
 
     @torch.inference_mode()
     def answer(self, model: Any, messages: list[dict], tokens: int) -> str:

@@ -6,6 +6,7 @@ from anywhere, whatever a recipe says.
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +93,60 @@ def load_config(model: Model) -> Any:
     return config
 
 
-def load_weights(kind: type, model: Model, **settings) -> Any:
+def load_weights(kind: type, model: Model, exact: bool = False, **settings) -> Any:
     """`kind.from_pretrained` of a folder or hub name, with its revision.
 
+    Args:
+        exact: the files must hold nothing else either, as those of a reward model, whose head goes by many names.
+        settings: of `from_pretrained`.
+
     Raises:
-        InputError: there are no weights as safetensors, they are not where `refuse_pickles` wants them, or the model
-            needs code of its own.
+        InputError: there are no weights as safetensors, they are not where `refuse_pickles` wants them, the model needs
+            code of its own, or weights are missing: transformers would make random numbers of them.
     """
     load_config(model)
     try:
         _check_files(model)
-        return kind.from_pretrained(
-            model.path, revision=model.revision, use_safetensors=True, trust_remote_code=False, **settings
+        loaded, info = kind.from_pretrained(
+            model.path,
+            revision=model.revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # named below, with the rest
+            output_loading_info=True,
+            **settings,
         )
     except (OSError, ValueError) as error:
         raise refusal(model.path, error) from None
+    _check_keys(info, model.path, kind.__name__, exact)
+    return loaded
+
+
+def check_weights(kind: type, model: Model) -> None:
+    """Refuse a folder or hub name whose files are not the weights of `kind`. Names and shapes alone are compared.
+
+    For models that another library loads, and to know it early.
+    """
+    load_weights(kind, model, device_map="meta")
+
+
+def _check_keys(info: dict, path: str, kind: str, exact: bool) -> None:
+    for fault in ("missing", "mismatched", "unexpected"):
+        keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{fault}_keys"])
+        if not keys:
+            continue
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        name = "of another shape" if fault == "mismatched" else fault
+        problem = f"weights {name} for {kind}: {', '.join(keys[:3])}{more}"
+        if fault == "unexpected" and not exact:
+            warnings.warn(f"{path}: {problem}; they are left out", stacklevel=3)
+            continue
+        raise InputError(
+            problem,
+            where=path,
+            remedy="give the files of a model of this class, saved with the config.json beside them "
+            "(what is missing would be random numbers)",
+        )
 
 
 def _check_files(model: Model) -> None:
@@ -131,7 +171,31 @@ def load_adapter(base: Any, folder: Path, name: str = "default") -> Any:
     from peft import PeftModel
 
     refuse_pickles(folder, None, ADAPTER)
-    return PeftModel.from_pretrained(base, folder, adapter_name=name)
+    loaded = PeftModel.from_pretrained(base, folder, adapter_name=name)
+    check_adapter(loaded, folder, name)
+    return loaded
+
+
+def check_adapter(model: Any, folder: Path, name: str) -> None:
+    """Refuse an adapter whose file is not what the model took: PEFT leaves weights out and only warns.
+
+    Args:
+        model: with the adapter of the folder loaded, under `name`.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER, framework="pt") as file:
+        there = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model, adapter_name=name))
+    if different := sorted(there ^ wanted):
+        fault = "missing" if different[0] in wanted else "without a place in the model"
+        raise InputError(
+            f"weights of the adapter are {fault}: {', '.join(different[:3])}"
+            + (f" and {len(different) - 3} more" if len(different) > 3 else ""),
+            where=str(folder / ADAPTER),
+            remedy="give the adapter that was trained on this model",
+        )
 
 
 def refusal(path: str, error: Exception, what: str = "model") -> InputError:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from transformers import AutoModelForSequenceClassification
 
 from annotation.score import RewardModel
 from hps.errors import InputError
-from hps.prefix import chunks, common_prefix
 from hps.recipe import Model
+from hps.shared_prefix import Layout, common_prefix, portions
 
 MESSAGES = [
     {"role": "user", "content": "My bread does not rise. What can I do?"},
@@ -67,7 +68,7 @@ def same(scores: list[float], expected: list[float]) -> None:
 def test_scores_are_those_of_the_library(reward):
     rows = reward.conversations(MESSAGES, RESPONSES, TRUNCATED)
     scores = reward.score(MESSAGES, RESPONSES, TRUNCATED)
-    assert reward.shares_prompt
+    assert reward.layout == Layout(shared=math.inf, padded=math.inf, gathers=True, reason="")
     same(scores, library_scores(reward, rows))
     assert len({round(score, 3) for score in scores}) == len(set(RESPONSES))  # a model that tells them apart
     assert scores[0] == pytest.approx(scores[4], rel=1e-5)
@@ -86,11 +87,6 @@ def test_shared_and_plain_scores_are_equal_in_any_batches(reward, batch_tokens, 
 def test_one_response_and_identical_ones(reward, responses):
     rows = reward.conversations(MESSAGES, responses, [False] * len(responses))
     same(reward.score(MESSAGES, responses, [False] * len(responses)), library_scores(reward, rows))
-
-
-def test_rows_without_a_common_beginning(reward):
-    rows = [[5, 6, 7], [8, 9], [10]]
-    same(reward.score_rows(rows), library_scores(reward, rows))
 
 
 def test_order_and_company_do_not_matter(reward):
@@ -217,8 +213,8 @@ def test_common_prefix(rows, shared):
     assert common_prefix(rows) == shared
 
 
-def test_chunks_keep_order_and_budget():
-    """The longest row has 3 tokens: 7 tokens hold two rows; a budget below one row still takes one."""
-    rows = [[1], [2, 2], [3, 3, 3], [4], [5]]
-    assert chunks(rows, 7) == [rows[:2], rows[2:4], rows[4:]]
-    assert chunks(rows, 2) == [[row] for row in rows]
+def test_portions_keep_order_and_budget():
+    """A prompt of 5 tokens counts once in a shared row; a budget below one response still takes one."""
+    assert list(portions(5, [1, 2, 3, 1, 1], 8, shared=True)) == [[0, 1], [2], [3, 4]]
+    assert list(portions(5, [1, 2, 3, 1, 1], 13, shared=False)) == [[0, 1], [2], [3, 4]]
+    assert list(portions(5, [1, 2], 2, shared=True)) == [[0], [1]]

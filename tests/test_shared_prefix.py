@@ -4,6 +4,15 @@ import re
 
 import pytest
 import torch
+from alignment.shared_prefix import (
+    add_response_head,
+    attention_mask,
+    fill_rows,
+    shared_log_probs,
+    shared_rows,
+    token_log_probs,
+    why_separate,
+)
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,15 +28,6 @@ from transformers import (
 )
 
 from alignment import shared_prefix
-from alignment.shared_prefix import (
-    add_response_head,
-    attention_mask,
-    fill_rows,
-    shared_log_probs,
-    shared_rows,
-    token_log_probs,
-    why_separate,
-)
 
 SHAPE = {
     "vocab_size": 90,

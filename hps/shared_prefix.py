@@ -1,0 +1,608 @@
+"""One prompt, many responses, computed once: for training, the reference, scoring and evaluation alike.
+
+A row holds `prompt, response, response, ...`, then perhaps another prompt with its responses. Each response attends to
+its prompt and to itself, and its positions go on from the prompt's end, so that its log-probabilities are what they are
+in a row of its own. Hidden states are gathered where they are needed, and the rest of the class's own forward pass (its
+head, and whatever it does to the logits) is applied to those alone, in chunks: logits of a whole batch never exist.
+
+Not every model can share a prompt. `prove` tries it on a small copy of the model's class, with everything in the
+configuration that could act as a window made shorter than the rows, and says up to which length shared rows are right.
+Longer conversations have rows of their own.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
+
+# Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass holds a few such tensors.
+CHUNK_LOGITS = 2**24
+# A prompt's responses are split over rows of at most this many tokens where no budget is given.
+ROW_TOKENS = 2048
+# Of the trial, relative to a value, by the precision it is made in. Some classes compute norms and soft-max in float32
+# whatever the weights are; another computation, in a small model with large weights, is off by far more.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+SHORT = 4  # what a window of the configuration is shrunk to in the trial; most of its conversations are longer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a class of models may compute responses (`prove`). Lengths are tokens of a conversation, `inf` for any.
+
+    Attributes:
+        shared: conversations of at most this length may share their prompt; 0: none.
+        padded: conversations of at most this length may be rows of one padded batch; longer ones pass one by one.
+        gathers: the class's head gives the same on gathered hidden states as on a whole row.
+        reason: why longer conversations than `shared` may not share.
+    """
+
+    shared: float
+    padded: float
+    gathers: bool
+    reason: str
+
+
+# Right for any class: no sharing, no padding, the whole forward pass.
+SEPARATE = Layout(shared=0, padded=0, gathers=False, reason="it was not tried")
+
+
+def split_group(prompt: int, responses: list[int], limit: int) -> list[list[int]]:
+    """Which of a prompt's responses share a row, in their order, so that a row has at most `limit` tokens.
+
+    Attention is computed over the whole row, so a long list is cheaper, and takes far less memory, in several rows with
+    the prompt in each. A response that is too long by itself has a row of its own.
+    """
+    parts: list[list[int]] = [[]]
+    used = prompt
+    for index, tokens in enumerate(responses):
+        if parts[-1] and used + tokens > limit:
+            parts.append([])
+            used = prompt
+        parts[-1].append(index)
+        used += tokens
+    return parts
+
+
+def portions(prompt: int, responses: list[int], budget: int, shared: bool) -> Iterator[list[int]]:
+    """Which of a prompt's responses go into one forward pass, in their order: at most `budget` tokens, one at least.
+
+    Args:
+        prompt, responses: tokens of each.
+        shared: the prompt counts once, else with every response.
+    """
+    part: list[int] = []
+    used = 0
+    for index, tokens in enumerate(responses):
+        more = tokens if shared and part else prompt + tokens
+        if part and used + more > budget:
+            yield part
+            part, used, more = [], 0, prompt + tokens
+        part.append(index)
+        used += more
+    yield part
+
+
+def fill_rows(sizes: list[int], budget: int | None) -> list[list[int]]:
+    """Which groups (a prompt and its responses) share a row: first fit, longest first.
+
+    Args:
+        sizes: tokens of each group.
+        budget: tokens of a row; the longest group's where that is more, or where it is None. A longer row saves
+            padding and costs attention, which is computed over the whole row.
+
+    Returns:
+        Indices of `sizes`, by row.
+    """
+    limit = max(budget or 0, max(sizes))
+    rows: list[list[int]] = []
+    used: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        fits = (row for row, tokens in enumerate(used) if tokens + sizes[index] <= limit)
+        row = next(fits, len(rows))
+        if row == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[row].append(index)
+        used[row] += sizes[index]
+    return rows
+
+
+def shared_rows(
+    prompts: list[list[int]], responses: list[list[list[int]]], pad: int, budget: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Prompts with all their responses as rows for `add_response_head`'s forward pass.
+
+    Args:
+        prompts: token ids of each prompt, at least one.
+        responses: token ids of each prompt's responses, none empty.
+        pad: token that fills up rows.
+        budget: tokens of a row, for `split_group` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
+            several prompts share a row where it is no longer than the longest.
+
+    Returns:
+        `input_ids`, `position_ids` and `segments` (rows, tokens, 2: number of the prompt, -1 on padding, and of the
+        response, 0 in the prompt); and by response, in the order of `responses`: `scored`, places of the predicting
+        tokens in the flattened rows, and `targets`, what they predict, one after the other; `sizes`, tokens of each;
+        `starts` (responses, 2), where in the flattened rows its prompt and it begin.
+    """
+    split = [
+        (prompt, [each[index] for index in part])
+        for prompt, each in zip(prompts, responses, strict=True)
+        for part in split_group(len(prompt), list(map(len, each)), budget or ROW_TOKENS)
+    ]
+    prompts, responses = [prompt for prompt, _ in split], [each for _, each in split]
+    groups = [len(prompt) + sum(map(len, each)) for prompt, each in split]
+    rows = fill_rows(groups, budget)
+    width = max(sum(groups[index] for index in row) for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    positions = torch.zeros(len(rows), width, dtype=torch.long)
+    segments = torch.zeros(len(rows), width, 2, dtype=torch.long)
+    segments[..., 0] = -1
+    parts = (ids, positions, segments)
+    scored: dict[int, list[torch.Tensor]] = {}
+    starts: dict[int, list[tuple[int, int]]] = {}
+    for number, row in enumerate(rows):
+        end = 0
+        for index in row:
+            prompt, begin = prompts[index], number * width + end
+            last = end + len(prompt) - 1
+            end = _write(number, end, prompt, 0, (index, 0), parts)
+            scored[index], starts[index] = [], []
+            for place, response in enumerate(responses[index]):
+                predicting = torch.tensor([last, *range(end, end + len(response) - 1)])
+                scored[index].append(number * width + predicting)
+                starts[index].append((begin, number * width + end))
+                end = _write(number, end, response, len(prompt), (index, place + 1), parts)
+    flat = [response for each in responses for response in each]
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "segments": segments,
+        "scored": torch.cat([places for index in range(len(prompts)) for places in scored[index]]),
+        "targets": torch.tensor([token for response in flat for token in response]),
+        "sizes": torch.tensor([len(response) for response in flat]),
+        "starts": torch.tensor([place for index in range(len(prompts)) for place in starts[index]]),
+    }
+
+
+def separate_rows(
+    prompts: list[list[int]], responses: list[list[list[int]]], pad: int, alone: bool = False
+) -> dict[str, torch.Tensor]:
+    """The same, a row for each response, padded at its right: `attention_mask` in the place of `segments`.
+
+    Args:
+        alone: the rows pass the model one by one and without their padding: `lengths` in the place of a mask.
+    """
+    pairs = [(prompt, response) for prompt, each in zip(prompts, responses, strict=True) for response in each]
+    width = max(len(prompt) + len(response) for prompt, response in pairs)
+    begins = [(number * width, number * width + len(prompt)) for number, (prompt, _) in enumerate(pairs)]
+    rows = [[*prompt, *response] for prompt, response in pairs]
+    lengths = torch.tensor(list(map(len, rows)))
+    kind = {"lengths": lengths} if alone else {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
+    return {
+        "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        **kind,
+        "scored": torch.cat(
+            [start - 1 + torch.arange(len(response)) for (_, start), (_, response) in zip(begins, pairs, strict=True)]
+        ),
+        "targets": torch.tensor([token for _, response in pairs for token in response]),
+        "sizes": torch.tensor([len(response) for _, response in pairs]),
+        "starts": torch.tensor(begins),
+    }
+
+
+def make_rows(
+    layout: Layout, prompts: list[list[int]], responses: list[list[list[int]]], pad: int, budget: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The cheapest rows that are right for these conversations; the arguments are those of `shared_rows`."""
+    longest = max(
+        len(prompt) + len(response) for prompt, each in zip(prompts, responses, strict=True) for response in each
+    )
+    if longest <= layout.shared:
+        return shared_rows(prompts, responses, pad, budget)
+    return separate_rows(prompts, responses, pad, alone=longest > layout.padded)
+
+
+def common_prefix(rows: list[list[int]]) -> int:
+    """Number of tokens that all rows begin with, short of the shortest row by at least one."""
+    limit = min(map(len, rows)) - 1
+    first, last = min(rows), max(rows)  # lists compare like words: these two differ earliest
+    for index in range(limit):
+        if first[index] != last[index]:
+            return index
+    return limit
+
+
+def _write(row: int, start: int, tokens: list[int], position: int, segment: tuple[int, int], parts) -> int:
+    """Put tokens into a row; the place behind them."""
+    end = start + len(tokens)
+    ids, positions, segments = parts
+    ids[row, start:end] = torch.tensor(tokens)
+    positions[row, start:end] = torch.arange(position, position + len(tokens))
+    segments[row, start:end] = torch.tensor(segment)
+    return end
+
+
+def attention_mask(segments: torch.Tensor) -> torch.Tensor:
+    """Who sees whom: (rows, tokens, 2) to (rows, 1, tokens, tokens), True where a token (third) sees another (last).
+
+    Padding sees padding, so that no soft-max is over nothing; no response sees it.
+    """
+    prompt, response = segments.unbind(dim=-1)
+    same_prompt = prompt[:, :, None] == prompt[:, None, :]
+    visible = (response[:, None, :] == 0) | (response[:, :, None] == response[:, None, :])
+    return (same_prompt & visible).tril().unsqueeze(1)
+
+
+# ---- the forward pass ----
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """`log_probs`: (scored tokens,), of each target, in nats."""
+
+    log_probs: torch.Tensor | None = None
+
+
+class Given(torch.nn.Module):
+    """In the place of a backbone: gives what is there already."""
+
+    def __init__(self, output: ModelOutput):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args, **kwargs) -> ModelOutput:
+        return self.output
+
+
+class OwnHead:
+    """What a class makes of hidden states: its own forward pass, the backbone's output given.
+
+    So scaled or capped logits, a bias, or a second layer of the head are the class's, known here or not.
+
+    Args:
+        model: a model of transformers, not wrapped.
+        forward: its forward pass.
+        output: of its backbone.
+    """
+
+    def __init__(self, model, forward: Callable, output: ModelOutput):
+        self.model, self.forward, self.output = model, forward, output
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (tokens, vocabulary or labels) of hidden states (tokens, hidden size)."""
+        modules, name = self.model._modules, self.model.base_model_prefix
+        given = type(self.output)(**{**self.output, "last_hidden_state": states.unsqueeze(1)})
+        ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
+        backbone, modules[name] = modules[name], Given(given)
+        try:
+            return self.forward(input_ids=ids, use_cache=False).logits.reshape(len(states), -1)
+        finally:
+            modules[name] = backbone
+
+    @property
+    def out_features(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Those that are not the backbone's alone; a tied head has the embedding."""
+        for module in self.model.children():
+            if module is not self.model.base_model:
+                yield from module.parameters()
+
+
+def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a model is called with for rows of `shared_rows` or `separate_rows`."""
+    if "segments" not in rows:
+        return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "use_cache": False}
+    mask = attention_mask(rows["segments"])
+    if model.config._attn_implementation != "sdpa":  # eager attention adds its mask
+        lowest = torch.finfo(model.dtype).min
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
+    return {
+        "input_ids": rows["input_ids"],
+        "attention_mask": mask,
+        "position_ids": rows["position_ids"],
+        "use_cache": False,
+    }
+
+
+def run(model, module: Callable, name: str, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ModelOutput]:
+    """A module's result on rows: (tokens of the flattened rows, ...), and the (last) output it is from.
+
+    Args:
+        model: whose configuration says how masks are written.
+        module: its backbone, or its forward pass.
+        name: of the result in the output.
+    """
+    if "lengths" not in rows:
+        output = module(**backbone_inputs(model, rows))
+        return getattr(output, name).flatten(0, 1), output
+    parts = []
+    for ids, length in zip(rows["input_ids"], rows["lengths"].tolist(), strict=True):
+        output = module(input_ids=ids[None, :length], use_cache=False)
+        parts += [getattr(output, name)[0], getattr(output, name).new_zeros(len(ids) - length, output[0].shape[-1])]
+    return torch.cat(parts), output
+
+
+def scored_logits(model, forward: Callable, rows: dict[str, torch.Tensor], gathers: bool = True):
+    """What the scored tokens' logits are made of.
+
+    Args:
+        forward: the class's forward pass.
+        gathers: as in `Layout`; False: the whole forward pass, all logits of the rows at once.
+
+    Returns:
+        (scored tokens, ...) states, and a head that makes logits of them, or of a part.
+    """
+    if gathers:
+        states, output = run(model, model.base_model, "last_hidden_state", rows)
+        return states[rows["scored"]], OwnHead(model, forward, output)
+    return run(model, forward, "logits", rows)[0][rows["scored"]], torch.nn.Identity()
+
+
+def add_response_head(model, gathers: bool = True) -> None:
+    """Let `model(..., scored=, targets=)` give log-probabilities of the targets alone, through whatever wraps it.
+
+    Without these arguments the forward pass is the one before. For a causal model of transformers; before it is
+    wrapped by DeepSpeed or DDP, and on PEFT's base model.
+    """
+    before = model.forward
+
+    @wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self, *args, scored=None, targets=None, **kwargs):
+        if scored is None:
+            return before(*args, **kwargs)
+        states, head = scored_logits(self, before, {**kwargs, "scored": scored}, gathers)
+        return ScoredOutput(log_probs=token_log_probs(head, states, targets))
+
+    model.forward = MethodType(forward, model)
+
+
+def token_log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the targets, the logits made in chunks and not kept.
+
+    A head that trains makes its logits again in the backward pass. With a frozen one (LoRA) each token's derivative is
+    taken at once, while its logits exist: a matrix product less.
+
+    Args:
+        head: makes logits of hidden states, every token by itself; `OwnHead`, or a module.
+        hidden: (tokens, hidden size).
+        targets: (tokens,), token ids.
+
+    Returns:
+        (tokens,), nats; at least fp32.
+    """
+    if isinstance(head, torch.nn.Identity):
+        return _log_probs(head, hidden, targets)
+    chunk = max(1, CHUNK_LOGITS // head.out_features)
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        return torch.cat([_log_probs(head, *part) for part in parts])
+    # ZeRO-3 (`ds_id`) has the weights of a module in the module's own passes only.
+    if any(weight.requires_grad or hasattr(weight, "ds_id") for weight in head.parameters()):
+        return torch.cat([checkpoint(_log_probs, head, *part, use_reentrant=False) for part in parts])
+    return torch.cat([_FrozenHead.apply(head, *part) for part in parts])
+
+
+class _FrozenHead(torch.autograd.Function):
+    """`_log_probs`, and its derivative with respect to the hidden states, from logits that exist once."""
+
+    @staticmethod
+    def forward(ctx, head, hidden, targets):
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            values = _log_probs(head, leaf, targets)
+            # A value depends on its own token's hidden state alone, so the sum's gradient has every derivative.
+            (derivative,) = torch.autograd.grad(values.sum(), leaf)
+        ctx.save_for_backward(derivative)
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (derivative,) = ctx.saved_tensors
+        return None, (grad.unsqueeze(1) * derivative).to(derivative.dtype), None
+
+
+def _log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = head(hidden)
+    return -cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+
+
+def response_log_probs(model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Summed log-probabilities of the responses in rows, in their order: (responses,), nats.
+
+    Args:
+        model: with a response head (`add_response_head`), wrapped or not.
+    """
+    inputs = {name: value for name, value in rows.items() if name not in ("sizes", "starts")}
+    return by_response(model(**inputs).log_probs, rows["sizes"])
+
+
+def by_response(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Sums of the scored tokens' values, by response."""
+    taken = torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
+    return values.new_zeros(taken.shape).masked_scatter(taken, values).sum(dim=1)
+
+
+# ---- which models can ----
+
+# Token ids of the trial, all below 64: a prompt, and its responses. Some conversations are shorter than SHORT, most are
+# longer, and every prompt has more than one length beside it.
+TRIAL = (
+    ([3, 14, 15, 9, 26, 53, 58], [[9, 7, 9, 32, 38, 46, 2, 6], [43, 38, 32, 7]]),
+    ([5, 35], [[8], [7, 9, 5, 31, 41, 59, 2, 13, 44, 27, 18, 28], [11]]),
+)
+
+
+def own_log_probs(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Summed log-probability of a response by the class's own forward pass on a row of its own."""
+    logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
+    targets = torch.tensor(response)[:, None]
+    return logits[len(prompt) - 1 : -1].log_softmax(dim=-1).gather(1, targets).sum()
+
+
+def trial_log_probs(model, rows: dict[str, torch.Tensor], gathers: bool) -> torch.Tensor:
+    """The same of all responses in rows, in our way."""
+    states, head = scored_logits(model, model.forward, rows, gathers)
+    return by_response(token_log_probs(head, states, rows["targets"]), rows["sizes"])
+
+
+def prove(model, longest: float, own: Callable = own_log_probs, ours: Callable = trial_log_probs) -> Layout:
+    """How this class of models may compute responses, found out by trying.
+
+    A small model with the same configuration and random weights computes conversations in float64, in rows of their own
+    by the class's forward pass and in our rows. Then again with each number of the configuration that changes no
+    weight's shape and is below `longest` shrunk to `SHORT`. If our rows then give something else, the number is the
+    length (a window, a chunk, the place where a rotary embedding is stretched) up to which they are right.
+
+    Args:
+        model: a model of transformers (not wrapped), anywhere.
+        longest: tokens of the longest conversation that may come.
+        own: a value of (model, prompt, response) from the class's forward pass.
+        ours: values of (model, rows, gathers), of all responses.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return Trial(type(model), model.config, own, ours).layout(longest)
+    except Exception as error:  # whatever a foreign architecture raises: it has not been shown to be able
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        return replace(SEPARATE, reason=f"a small model of this class cannot be tried ({text})")
+
+
+class Trial:
+    """A small model of a class, and whether our rows give what it gives; the arguments are those of `prove`."""
+
+    def __init__(self, architecture: type, config, own: Callable, ours: Callable):
+        self.architecture, self.own, self.ours = architecture, own, ours
+        self.attention = config._attn_implementation
+        self.pairs = [(prompt, response) for prompt, responses in TRIAL for response in responses]
+        self.config, self.model = self._small_model(config)
+        self.tolerance = TOLERANCE[self.model.dtype]
+
+    def layout(self, longest: float) -> Layout:
+        """See `prove`."""
+        gathers = self.agree(self.model, True, self._alone())
+        shared, padded, reason = 0.0, 0.0, ""
+        if self.agree(self.model, gathers, [separate_rows(*self._all(), pad=0)]):
+            padded = math.inf
+        if self.attention not in ("sdpa", "eager"):
+            reason = f"its attention is {self.attention}, and the mask needs sdpa or eager"
+        elif not self.agree(self.model, gathers, [shared_rows(*self._all(), pad=0)]):
+            reason = "its responses see more than the mask says"
+        else:
+            shared = math.inf
+        for path, number in whole_numbers(self.config):
+            if not SHORT < number < longest or not (limited := self._shrunk(path)):
+                continue
+            if number < padded and not self.agree(limited, gathers, [separate_rows(*self._all(), pad=0)]):
+                padded = number
+            if number < shared and not self.agree(limited, gathers, [shared_rows(*self._all(), pad=0)]):
+                shared, reason = number, f"`{'.'.join(path)}` of its configuration is {number}"
+        return Layout(shared, padded, gathers, reason)
+
+    def agree(self, model, gathers: bool, rows: list[dict]) -> bool:
+        """Whether a model's values in our rows are those of its class."""
+        expected = torch.stack([self.own(model, *pair) for pair in self.pairs])
+        try:
+            found = torch.cat([self.ours(model, part, gathers) for part in rows])
+        except Exception:  # an architecture that cannot be called so
+            return False
+        return bool(((found - expected).abs() <= self.tolerance * expected.abs().clamp(min=1)).all())
+
+    def _alone(self) -> list[dict]:
+        return [separate_rows([prompt], [[response]], pad=0, alone=True) for prompt, response in self.pairs]
+
+    def _all(self) -> tuple[list, list]:
+        return [prompt for prompt, _ in TRIAL], [responses for _, responses in TRIAL]
+
+    def _small_model(self, config):
+        """A small configuration of the same kind, and a model of it.
+
+        Narrow where the class allows it, else of its full width; in float64 where its kernels allow it.
+        """
+        for dtype in TOLERANCE:
+            for narrow in (True, False):
+                try:
+                    small = small_config(config, narrow)
+                    model = with_large_weights(self.architecture(small).to(dtype).eval())
+                    if self.own(model, *self.pairs[0]).isfinite().all():
+                        return small, model
+                    problem = ValueError("its values are not finite")
+                except Exception as error:
+                    problem = error
+        raise problem
+
+    def _shrunk(self, path: tuple[str, ...]):
+        """The model with one number of its configuration made SHORT; None where class or weights do not allow it."""
+        changed = copy.deepcopy(self.config)
+        part: Any = changed
+        for name in path[:-1]:
+            part = part[name] if isinstance(part, dict) else getattr(part, name)
+        weights = dict(self.model.named_parameters())
+        try:
+            part.update({path[-1]: SHORT}) if isinstance(part, dict) else setattr(part, path[-1], SHORT)
+            with torch.device("meta"):
+                shapes = {name: weight.shape for name, weight in self.architecture(changed).named_parameters()}
+            if shapes != {name: weight.shape for name, weight in weights.items()}:
+                return None
+            model = self.architecture(changed).to(self.model.dtype).eval()
+            model.load_state_dict(weights, strict=False)
+            self.own(model, *self.pairs[0])
+            return model
+        except Exception:  # a number that the class does not take
+            return None
+
+
+def with_large_weights(model):
+    """Random weights under which everything that a class does shows in its values; norms and biases, too."""
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.normal_(std=1.5 * weight[0].numel() ** -0.5)
+        else:
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    return model
+
+
+def small_config(config, narrow: bool):
+    """The configuration with few layers and 64 tokens; every kind of layer that it lists is kept.
+
+    Args:
+        narrow: with a small hidden size and few heads, too.
+    """
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    kinds = vars(text).get("layer_types")
+    layers = min(4, text.num_hidden_layers)
+    if kinds:
+        layers = max(layers, max(kinds.index(kind) for kind in kinds) + 1)
+        text.layer_types = kinds[:layers]
+    text.num_hidden_layers, text.vocab_size, text.intermediate_size = layers, 64, 128
+    if narrow:
+        grouped = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        text.num_key_value_heads = max(1, 4 * grouped // text.num_attention_heads)
+        text.hidden_size, text.num_attention_heads = 64, 4
+        if getattr(text, "head_dim", None):
+            text.head_dim = 16
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name, 0 if name == "pad_token_id" else None)  # no token of the trial is 0
+    return small
+
+
+def whole_numbers(part, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Every whole number of a configuration, with its place."""
+    for name, value in (part if isinstance(part, dict) else vars(part)).items():
+        if isinstance(value, dict | PreTrainedConfig):
+            yield from whole_numbers(value, (*path, str(name)))
+        elif isinstance(value, int) and not isinstance(value, bool) and not str(name).startswith("_"):
+            yield (*path, str(name)), value
