@@ -122,6 +122,7 @@ def training(recipe: Recipe) -> Work:
     from alignment.train import TokenRows
     from alignment.trainer import PlanCollator, RowsWithReference
     from hps.chat import load_tokenizer
+    from hps.shared_prefix import SHARED
 
     tokenizer = load_tokenizer(recipe.models.policy.path)
 
@@ -132,7 +133,7 @@ def training(recipe: Recipe) -> Work:
             example = values.example(numbers)
             keys = (response_key(example["prompt_ids"], response) for response in example["response_ids"])
             values.add((key, -1.0) for key in keys)
-        collate = PlanCollator(tokenizer.pad_token_id, shared=True)
+        collate = PlanCollator(tokenizer.pad_token_id, SHARED)
         examples, size = RowsWithReference(rows, values), recipe.schedule.device_batch
         for start in range(0, len(examples), size):
             collate([examples[index] for index in range(start, min(start + size, len(examples)))])

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from alignment.trainer import HPSTrainer, PlanCollator
 from hps.chat import load_tokenizer
 from hps.recipe import REPOSITORY, Recipe, load_recipe
 from hps.records import read_prompts
-from hps.shared_prefix import shared_rows
+from hps.shared_prefix import SHARED, Layout
 
 SHAPES = [(170, 50), (60, 100)]  # tokens of the prompt, of each response
 PROMPTS = 2  # of a step
@@ -93,6 +94,10 @@ class Steps:
         self.losses.append(loss.item())
 
 
+def layout_of(recipe: Recipe) -> Layout:
+    return SHARED if recipe.training.shared_prefix else replace(SHARED, shared=0)
+
+
 def ours(rows: list[dict], *settings: str) -> Steps:
     """Our trainer as `alignment.train` builds it, on these rows."""
     with tempfile.TemporaryDirectory() as folder:
@@ -103,25 +108,12 @@ def ours(rows: list[dict], *settings: str) -> Steps:
             args=training_config(recipe, 1),
             loss=recipe.loss,
             train_dataset=rows,
-            data_collator=PlanCollator(tokenizer.pad_token_id, recipe.training.shared_prefix),
+            data_collator=PlanCollator(tokenizer.pad_token_id, layout_of(recipe)),
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
         )
         add_reference(recipe, trainer)
         return Steps(trainer, list(trainer.train_dataset))
-
-
-class SmallHead(PlanCollator):
-    """Every response in a row of its own, and the LM head at its tokens alone: what the head alone saves."""
-
-    def rows(self, examples: list[dict]) -> dict:
-        pairs = [(example["prompt_ids"], response) for example in examples for response in example["response_ids"]]
-        return shared_rows([prompt for prompt, _ in pairs], [[response] for _, response in pairs], self.pad_token_id)
-
-
-def with_small_head(steps: Steps) -> Steps:
-    steps.trainer.data_collator = SmallHead(steps.trainer.data_collator.pad_token_id)
-    return steps
 
 
 class TokenDPO(DPOTrainer):
@@ -167,7 +159,6 @@ def pairs(times: int) -> dict:
         tasks = {
             "TRL, precomputed": trl(rows, True),
             "ours, separate rows": ours(rows, bt, separate),
-            "ours, separate rows, small head": with_small_head(ours(rows, bt)),
             "ours, precomputed": ours(rows, bt),
             "TRL, in step": trl(rows, False),
             "ours, in step": ours(rows, bt, in_step),

@@ -51,6 +51,8 @@ class Layout:
     reason: str
 
 
+# What most classes can; for those who know their model.
+SHARED = Layout(shared=math.inf, padded=math.inf, gathers=True, reason="")
 # Right for any class: no sharing, no padding, the whole forward pass.
 SEPARATE = Layout(shared=0, padded=0, gathers=False, reason="it was not tried")
 

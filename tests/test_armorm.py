@@ -299,17 +299,23 @@ def has_other_objectives(tensors):
 
 
 FAULTS = {
-    "a bias is missing": (lacks_bias, r"weights missing: gating\.layers\.2\.bias; "),
-    "a layer is missing": (lacks_a_layer, r"weights missing: model\.layers\.1\.\S+, \S+, \S+ and 6 more; "),
-    "a head too many": (has_a_head, r"weights unexpected: score\.weight; "),
-    "seven objectives": (has_other_objectives, r"weights of another shape: regression_layer\.weight; "),
+    "a bias is missing": (lacks_bias, r"weights missing for GatedLlama: gating\.layers\.2\.bias; "),
+    "a layer is missing": (
+        lacks_a_layer,
+        r"weights missing for GatedLlama: model\.layers\.1\.\S+, \S+, \S+ and 6 more; ",
+    ),
+    "a head too many": (has_a_head, r"weights unexpected for GatedLlama: score\.weight; "),
+    "seven objectives": (
+        has_other_objectives,
+        r"weights of another shape for GatedLlama: regression_layer\.weight; ",
+    ),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), FAULTS.values(), ids=FAULTS)
 def test_other_weights_are_refused(change, message, folders, tmp_path):
     folder = copy_of(folders["llama3"], tmp_path, change)
-    with pytest.raises(InputError, match=f"copy: {message}the files must be those of an ArmoRM"):
+    with pytest.raises(InputError, match=f"copy: {message}give the files of a model of this class"):
         ArmoRM(Model(str(folder)))
 
 
@@ -335,7 +341,7 @@ def test_bfloat16_leaves_objectives_and_gate_in_float32(folders):
     assert {kind for name, kind in types.items() if name.startswith("model.")} == {torch.bfloat16}
     assert {kind for name, kind in types.items() if not name.startswith("model.")} == {torch.float32}
     rows = half.conversations(MESSAGES, RESPONSES, TRUNCATED)
-    last = half.states(rows, [[len(row) - 1] for row in rows])[:, 0]
+    last = half.states(rows, [[len(row) - 1] for row in rows])[0][:, 0]
     details = half.score_details(MESSAGES, RESPONSES, TRUNCATED)
     exact = last.double() @ load_file(folders["llama3"] / "model.safetensors")["regression_layer.weight"].double().T
     for line, objectives in zip(details, exact.tolist(), strict=True):

@@ -1,18 +1,11 @@
-"""alignment/shared_prefix.py: rows that share a prompt give what rows of their own give."""
+"""hps/shared_prefix.py: rows that share a prompt give what rows of their own give."""
 
-import re
+import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
-from alignment.shared_prefix import (
-    add_response_head,
-    attention_mask,
-    fill_rows,
-    shared_log_probs,
-    shared_rows,
-    token_log_probs,
-    why_separate,
-)
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,14 +13,31 @@ from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    Gemma2Config,
+    GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     Lfm2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    OPTConfig,
     Qwen2Config,
 )
 
-from alignment import shared_prefix
+from hps import shared_prefix
+from hps.shared_prefix import (
+    Layout,
+    add_response_head,
+    attention_mask,
+    fill_rows,
+    make_rows,
+    prove,
+    response_log_probs,
+    separate_rows,
+    shared_rows,
+    token_log_probs,
+)
 
 SHAPE = {
     "vocab_size": 90,
@@ -101,7 +111,7 @@ def test_equal_to_rows_of_their_own_in_float64(name, lora, checkpointing, budget
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
     model.train()
-    shared = shared_log_probs(model, shared_rows(PROMPTS, RESPONSES, pad=0, budget=budget))
+    shared = response_log_probs(model, shared_rows(PROMPTS, RESPONSES, pad=0, budget=budget))
     found = gradients(model, shared)
     expected = by_hand(model, PROMPTS, RESPONSES)
     assert_close(shared, expected, rtol=0, atol=1e-9)
@@ -116,7 +126,7 @@ def test_equal_to_rows_of_their_own_in_float64(name, lora, checkpointing, budget
 def test_equal_to_rows_of_their_own_in_float32(name):
     """Values to 1e-5, the gradient's norm to 1e-4, both relative."""
     model = model_of(ARCHITECTURES[name], torch.float32)
-    shared = shared_log_probs(model, shared_rows(PROMPTS, RESPONSES, pad=0))
+    shared = response_log_probs(model, shared_rows(PROMPTS, RESPONSES, pad=0))
     found = gradients(model, shared)
     expected = by_hand(model, PROMPTS, RESPONSES)
     assert_close(shared, expected, rtol=1e-5, atol=0)
@@ -131,13 +141,13 @@ def test_neither_padding_nor_neighbours_count():
     model = model_of(ARCHITECTURES["llama"])
     rows = shared_rows(PROMPTS, RESPONSES, pad=0)
     with torch.no_grad():
-        before = shared_log_probs(model, rows)
+        before = response_log_probs(model, rows)
         other = {**rows, "input_ids": rows["input_ids"].clone()}
         mine = (rows["segments"] == torch.tensor([0, 0])).all(dim=-1) | (rows["segments"] == torch.tensor([0, 2])).all(
             dim=-1
         )
         other["input_ids"][~mine] = 77
-        after = shared_log_probs(model, other)
+        after = response_log_probs(model, other)
     assert_close(after[1], before[1], rtol=0, atol=1e-12)
     assert (after[[0, 3, 4]] - before[[0, 3, 4]]).abs().min() > 1e-3
 
@@ -177,7 +187,7 @@ def test_a_long_list_is_split_over_rows(budget, monkeypatch):
     assert rows["sizes"].tolist() == [len(response) for each in RESPONSES for response in each]
     model = model_of(ARCHITECTURES["llama"])
     with torch.no_grad():
-        assert_close(shared_log_probs(model, rows), by_hand(model, PROMPTS, RESPONSES), rtol=0, atol=1e-9)
+        assert_close(response_log_probs(model, rows), by_hand(model, PROMPTS, RESPONSES), rtol=0, atol=1e-9)
 
 
 @settings(deadline=None)
@@ -220,43 +230,105 @@ def test_without_its_arguments_the_forward_pass_is_the_models_own():
 
 # ---- which models can ----
 
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architectures_that_share(name):
-    assert why_separate(model_of(ARCHITECTURES[name]), 2048) is None
-
-
-def test_our_tiny_model_shares(tokenizer):
-    assert why_separate(model_of(tiny_config(tokenizer), torch.float32), 384) is None
-
-
-CANNOT = {
-    "scaled logits": (CohereConfig(**SHAPE, num_key_value_heads=4), "log-probabilities of shared rows differ by"),
-    "a window": (
+ANY = math.inf
+# name: configuration, and how its class may compute conversations of up to 2,048 tokens.
+CLASSES = {
+    "llama": (ARCHITECTURES["llama"], (ANY, ANY, True, "")),
+    "tied": (ARCHITECTURES["qwen2"], (ANY, ANY, True, "")),
+    "another head": (ARCHITECTURES["gpt_neox"], (ANY, ANY, True, "")),
+    "learnt positions": (GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=90), (ANY, ANY, True, "")),
+    "logits scaled by the class": (CohereConfig(**SHAPE, num_key_value_heads=4), (ANY, ANY, True, "")),
+    "logits divided": (GraniteConfig(**SHAPE, num_key_value_heads=2, logits_scaling=8.0), (ANY, ANY, True, "")),
+    "a window of 1024": (
         MistralConfig(**SHAPE, num_key_value_heads=4, sliding_window=1024),
-        r"sees 1024 tokens back \(`sliding_window`\), `schedule.max_length` is 2048",
+        (1024, ANY, True, "`sliding_window` of its configuration is 1024"),
+    ),
+    "a window of the longest": (
+        MistralConfig(**SHAPE, num_key_value_heads=4, sliding_window=2048),
+        (ANY, ANY, True, ""),
+    ),
+    # Logits are capped, and its eager attention makes NaN of padding that sees nothing within the window.
+    "windows in some layers, capped logits": (
+        Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=32),
+        (32, 32, True, "`sliding_window` of its configuration is 32"),
     ),
     "rotary embedding of the row": (
-        LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        "depends on the length of the whole row",
+        LlamaConfig(
+            **SHAPE,
+            max_position_embeddings=1024,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        ),
+        (1024, 1024, True, "`max_position_embeddings` of its configuration is 1024"),
+    ),
+    # The convolutions reach from one response into the next, whatever the mask says.
+    "convolutions": (
+        Lfm2Config(**SHAPE, num_key_value_heads=4, layer_types=["full_attention", "full_attention", "conv"]),
+        (0, ANY, True, "its responses see more than the mask says"),
+    ),
+    "recurrent": (
+        MambaConfig(vocab_size=90, hidden_size=64, num_hidden_layers=2),
+        (0, ANY, True, "its responses see more than the mask says"),
+    ),
+    # The class does not call its `base_model`.
+    "a decoder of its own": (
+        OPTConfig(
+            vocab_size=90,
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=64,
+        ),
+        (ANY, ANY, False, ""),
     ),
 }
 
 
-@pytest.mark.parametrize(("config", "reason"), CANNOT.values(), ids=CANNOT)
-def test_architectures_that_cannot(config, reason):
-    assert re.search(reason, why_separate(model_of(config), 2048))
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_a_class_can_is_found_by_trying_and_its_values_are_its_own(name):
+    """The layout; then values in its rows against `model(...)`, of conversations on both sides of the shortest limit.
+
+    They have 9 to 50 tokens; the shortest window is of 32.
+    """
+    config, expected = CLASSES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    layout = prove(model, 2048)
+    assert layout == Layout(*expected)
+    add_response_head(model, layout.gathers)
+    prompts = [list(range(3, 8)), list(range(20, 50))]
+    responses = [[[5, 7, 9, 11], [60, 61, 62, 63, 64, 65]], [list(range(60, 80)), [3, 4, 5]]]
+    with torch.no_grad():
+        wanted = by_hand(model, prompts, responses)
+        for rows in (
+            make_rows(layout, prompts, responses, pad=0),
+            make_rows(replace(layout, shared=0), prompts, responses, pad=0),
+            separate_rows(prompts, responses, pad=0, alone=True),
+        ):
+            assert_close(response_log_probs(model, rows), wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_window_longer_than_any_row_is_none():
-    config = MistralConfig(**SHAPE, num_key_value_heads=4, sliding_window=2048)
-    assert why_separate(model_of(config), 2048) is None
+def test_a_limit_divides_the_rows():
+    """Up to 6 tokens shared, up to 8 padded, above one by one."""
+    layout = Layout(shared=6, padded=8, gathers=True, reason="")
+    kinds = {6: "segments", 7: "attention_mask", 8: "attention_mask", 9: "lengths"}
+    for length, kind in kinds.items():
+        assert kind in make_rows(layout, [[1, 2]], [[[3], [4] * (length - 2)]], pad=0)
 
 
-def test_other_layers_than_attention_are_found_by_their_effect():
-    """LFM2's convolutions reach from one response into the next, whatever the mask says."""
-    config = Lfm2Config(**SHAPE, num_key_value_heads=4, layer_types=["full_attention", "full_attention", "conv"])
-    assert "log-probabilities of shared rows differ by" in why_separate(model_of(config), 2048)
+def test_separate_rows_by_hand():
+    """Prompt [1, 2] with [3, 4] and [5], in rows of four."""
+    rows = separate_rows([[1, 2]], [[[3, 4], [5]]], pad=0)
+    assert rows["input_ids"].tolist() == [[1, 2, 3, 4], [1, 2, 5, 0]]
+    assert rows["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert rows["scored"].tolist() == [1, 2, 5]
+    assert rows["targets"].tolist() == [3, 4, 5]
+    assert rows["starts"].tolist() == [[0, 2], [4, 6]]
+    assert separate_rows([[1, 2]], [[[3, 4], [5]]], pad=0, alone=True)["lengths"].tolist() == [4, 3]
+
+
+def test_our_tiny_model_shares(tokenizer):
+    assert prove(model_of(tiny_config(tokenizer), torch.float32), 384) == Layout(ANY, ANY, True, "")
 
 
 def test_the_trial_leaves_model_and_seed_alone():
@@ -265,12 +337,18 @@ def test_the_trial_leaves_model_and_seed_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    why_separate(model, 2048)
+    prove(model, 2048)
     assert torch.equal(torch.rand(1), expected)
     assert model.config.num_hidden_layers == 3 and model.config.vocab_size == 90
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_other_attention_keeps_separate_rows():
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"], attn_implementation="eager")
-    assert why_separate(model, 2048) == "its attention is eager, and the mask needs sdpa"
+def test_attention_that_takes_no_mask_has_rows_of_their_own():
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="sdpa")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert prove(model, 2048).shared == 0
+
+
+def test_eager_attention_shares():
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="eager")
+    assert prove(model, 2048).shared == ANY

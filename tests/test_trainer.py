@@ -16,7 +16,6 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from alignment.losses import pair_loss, response_scores
 from alignment.plan import plan, read_plan
@@ -78,30 +77,19 @@ def test_signatures_of_the_parent(method, parameters):
     assert list(inspect.signature(getattr(HPSTrainer, method)).parameters) == parameters
 
 
-def test_pairs_are_collated_as_by_the_parent():
-    """The chosen half first."""
-    pairs = [{**row, "response_ids": row["response_ids"][:2]} for row in LISTS]
-    for row in pairs:
-        row["rewards"], row["weights"] = row["rewards"][:2], [[0.0, 1.0]]
-    halves = [
-        {"prompt_ids": row["prompt_ids"], "chosen_ids": row["response_ids"][0], "rejected_ids": row["response_ids"][1]}
-        for row in pairs
-    ]
-    batch, parent = PlanCollator(pad_token_id=0)(pairs), DataCollatorForPreference(pad_token_id=0)(halves)
-    for name, value in parent.items():
-        assert torch.equal(batch["rows"][name], value), name
-    assert set(parent) == set(batch["rows"]) == {"input_ids", "attention_mask", "completion_mask"}
-
-
 def test_collator_of_uneven_lists_by_hand():
-    """First responses, second ones, then the third of the one list that has it."""
+    """Separate rows, list by list, as for a class that was not tried."""
     batch = PlanCollator(pad_token_id=0)(LISTS)
     rows = batch["rows"]
-    assert rows["input_ids"].tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 0]] + [
-        [7, 8, 12, 0, 0]
+    assert rows["input_ids"].tolist() == [
+        [1, 2, 3, 4, 5],
+        [1, 2, 3, 6, 0],
+        [7, 8, 9, 0, 0],
+        [7, 8, 10, 11, 0],
+        [7, 8, 12, 0, 0],
     ]
-    assert rows["attention_mask"].sum(dim=1).tolist() == [5, 3, 4, 4, 3]
-    assert rows["completion_mask"].sum(dim=1).tolist() == [2, 1, 1, 2, 1]
+    assert rows["lengths"].tolist() == [5, 4, 3, 4, 3]
+    assert rows["sizes"].tolist() == [2, 1, 1, 2, 1]
     assert batch["tokens"].tolist() == [9, 10] and "reference" not in batch
     assert batch["mask"].tolist() == [[True, True, False], [True, True, True]]
     assert batch["lengths"].tolist() == [[2, 1, 1], [1, 2, 1]]
@@ -109,9 +97,6 @@ def test_collator_of_uneven_lists_by_hand():
     torch.testing.assert_close(batch["log_weights"], torch.tensor([[[0, 1, 0]], [[0, 0.25, 0.75]]]).log())
     assert batch["dispreferred_count"].tolist() == [[4.0], [9.0]]
     assert batch["gamma"].tolist() == [-5.0, 2.5]
-    # Back from the flat batch to the lists.
-    flat = rows["completion_mask"].sum(dim=1).float()
-    assert HPSTrainer._by_list(flat, batch["mask"]).tolist() == [[2, 1, 0], [1, 2, 1]]
 
 
 def test_weights_below_float32_keep_their_logarithm():
@@ -179,21 +164,20 @@ def log_probability_by_hand(model, prompt: list[int], response: list[int]) -> fl
     return sum(logps[len(prompt) - 1 + place, token].item() for place, token in enumerate(response))
 
 
-def test_fused_head_gives_log_softmax(ranked_recipe):
-    """The parent's fused LM head against a separate model and rows without padding."""
-    recipe = ranked_recipe()
+@pytest.mark.parametrize("shared", ["true", "false"], ids=["shared", "separate"])
+def test_log_probabilities_are_log_softmax(ranked_recipe, shared):
+    """The trainer's forward pass, list by list, against a separate model and rows without padding."""
+    recipe = ranked_recipe(f"training.shared_prefix={shared}")
     trainer = trainer_of(recipe)
     rows = list(TokenRows(recipe, trainer.processing_class))[:3]
-    batch = PlanCollator(pad_token_id=trainer.processing_class.pad_token_id)(rows)
     with torch.no_grad():
-        fused = trainer._separate_log_probs(trainer.model, batch["rows"])
+        found = trainer._log_probs(trainer.model, trainer.data_collator(rows))
     model = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path)
     expected = [
-        log_probability_by_hand(model, row["prompt_ids"], row["response_ids"][place])
-        for place in range(2)
+        [log_probability_by_hand(model, row["prompt_ids"], response) for response in row["response_ids"]]
         for row in rows
     ]
-    torch.testing.assert_close(fused, torch.tensor(expected), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.slow
