@@ -237,6 +237,43 @@ def ranked_recipe(tiny_recipe, monkeypatch):
     return load
 
 
+@pytest.fixture
+def float64(monkeypatch):
+    """Trainings of this process run in float64, whose rounding (1e-16) no processor makes large enough to matter.
+
+    Two ways to the same training then differ by 1e-9 at most. In fp32 they differ by what the processor's kernels
+    round, times the sensitivity of the trajectory: AdamW divides a gradient by its own size, so a gradient of rounding
+    size moves a weight by the whole learning rate. No bound fitted to one processor holds on another.
+
+    Two parts of the libraries compute in fp32 whatever the model's dtype is: Llama's norm and TRL's fused LM head.
+    """
+    import torch
+    from torch.nn.functional import linear, rms_norm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from alignment import train
+
+    def exact_norm(self, hidden):
+        return rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
+
+    class ExactHead:
+        @staticmethod
+        def apply(hidden, weight, bias, labels, *_):
+            logits = linear(hidden, weight, bias)
+            logps = logits.log_softmax(dim=-1)
+            probs, picked = logps.detach().exp(), logps.gather(1, labels[:, None])[:, 0]
+            entropy, squares = -(probs * logps.detach()).sum(dim=1), probs.square().sum(dim=1).log()
+            return picked, entropy, squares, logits.detach().mean(dim=1), logits.argmax(dim=1) == labels
+
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", ExactHead)
+    load = train.load_policy
+    monkeypatch.setattr(train, "load_policy", lambda *args, **kwargs: load(*args, **kwargs).double())
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def make_plan(records: list[dict], recipe) -> tuple[list[dict], dict]:
     """All rows of a plan and its facts."""
     from alignment.plan import Plan
