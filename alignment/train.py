@@ -453,4 +453,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, by_torchrun=True)

@@ -43,9 +43,9 @@ class PlanCollator:
     """Lists of responses, of unequal lengths, as one batch.
 
     Tensors per list: `mask` (lists, n), False where a list is shorter; `lengths` and `rewards` (lists, n), 1 and 0
-    there; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms); `gamma` (lists,); `row` (lists,), of
-    the plan; `tokens` (lists,), of its responses, each with the prompt; `reference` (lists, n), log-probabilities in nats where the examples have them.
-    Floating-point tensors have torch's default dtype: float32, in some tests float64.
+    there; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms); `gamma` (lists,); `row` (lists,) of the
+    plan; `tokens` (lists,), of its responses, each with the prompt; `reference` (lists, n), log-probabilities in nats
+    where the examples have them. Floating-point tensors have torch's default dtype: float32, in some tests float64.
 
     With `shared`, `rows` are those of `shared_rows`. Else the R responses of all lists are the rows of its `input_ids`,
     `attention_mask`, `completion_mask`, (R, tokens), padded at their right: first every list's first response, then
@@ -76,7 +76,9 @@ class PlanCollator:
             ),
             "mask": mask,
             "lengths": lengths,
-            "rewards": torch.zeros(mask.shape).masked_scatter(mask, _numbers(r for e in examples for r in e["rewards"])),
+            "rewards": torch.zeros(mask.shape).masked_scatter(
+                mask, _numbers(r for e in examples for r in e["rewards"])
+            ),
             "log_weights": weights.log().to(torch.get_default_dtype()),
             "dispreferred_count": _numbers(example["dispreferred_count"] for example in examples),
             "gamma": _numbers(example["gamma"] for example in examples),
@@ -281,7 +283,7 @@ def not_finite(what: str, step: int, places: str) -> InputError:
     """The error that ends a training before it spoils the weights."""
     return InputError(
         f"step {step}: the {what} is not finite, with {places}",
-        remedy="look at these rewards and texts, or lower `optimizer.learning_rate`; the last complete checkpoint is kept",
+        remedy="look at these rewards and texts, or lower `optimizer.learning_rate`; the last checkpoint is kept",
     )
 
 
