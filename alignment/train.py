@@ -38,6 +38,7 @@ from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
+from hps.preflight import check_fits, check_wandb
 from hps.recipe import Recipe
 from hps.records import parse_json, shorten, write_atomic
 from hps.weights import load_weights
@@ -195,7 +196,7 @@ def lora_config(recipe: Recipe):
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
+        target_modules=lora.targets,
     )
 
 
@@ -406,6 +407,8 @@ def train(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
+    check_wandb(recipe)
+    check_fits("run", recipe, "policy")
     tokenizer = load_tokenizer(recipe.models.policy.path, recipe.models.policy.revision)
     trainer = build_trainer(recipe, tokenizer, training_config(recipe, state.num_processes))
     _announce(recipe, trainer)

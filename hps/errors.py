@@ -70,11 +70,13 @@ def run_main(main: Callable[[], None], by_torchrun: bool = False) -> None:
     try:
         main()
     except InputError as error:
+        _end_bars()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if not is_full_disk(error):
             raise
+        _end_bars()
         name = next((each.filename for each in _chain(error) if getattr(each, "filename", None)), None)
         print(
             f"error: {f'{name}: ' if name else ''}the disk is full; make room and run the same command again, what is "
@@ -87,6 +89,13 @@ def run_main(main: Callable[[], None], by_torchrun: bool = False) -> None:
         signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
         print("interrupted; finished work is on disk, the same command continues it", file=sys.stderr)
         sys.exit(130)
+
+
+def _end_bars() -> None:
+    """Let progress bars end their line, so that an error has one of its own."""
+    bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    for bar in list(getattr(bars, "_instances", ())):
+        bar.close()
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ of anything are faults (a kill, an exception after a step).
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -484,6 +485,53 @@ def test_wandb_offline_and_tensorboard(ranked_recipe, tiny_recipe, run_module, m
 
 
 # ---- what is refused ----
+
+
+def with_huge_reward(recipe: Recipe) -> int:
+    """Give a prompt rewards whose difference is infinite in fp32; its first row of the plan."""
+    path = recipe.ranked("train")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[5]["rewards"][0], lines[5]["rewards"][-1] = 3e38, -3e38  # their difference is infinite in fp32
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan(recipe)
+    return next(row for row, entry in enumerate(read_plan(recipe)) if entry["prompt_id"] == lines[5]["prompt_id"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(ranked_recipe):
+    """The prompt comes in the second step of the plan: the checkpoint of the first is kept, and no more."""
+    settings = ("loss.family=exo", "loss.preference=pl", "training.save_steps=1", "schedule.epochs=1")
+    recipe = next(
+        recipe
+        for recipe in (ranked_recipe(*settings, f"seed={seed}", f"run=seed-{seed}") for seed in range(20))
+        if with_huge_reward(recipe) >= 4
+    )
+    row = with_huge_reward(recipe)
+    with pytest.raises(InputError) as error:
+        train(recipe)
+    place = rf"step 2: the loss is not finite, with \S+/plan.jsonl:{row + 1} \(prompt `\w+`, \S+train.jsonl:6\); look"
+    assert re.match(place, str(error.value))
+    folder = recipe.run_folder()
+    assert last_checkpoint(folder / "steps") == str(folder / "steps" / "checkpoint-1")
+    assert [line["step"] for line in log_of(recipe)] == [1]
+    assert not (folder / "checkpoint").exists() and not (folder / "manifest.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training(ranked_recipe, monkeypatch):
+    """The loss is; the lines of the step are named, and nothing of it is written."""
+    recipe = ranked_recipe("training.save_steps=1", "schedule.global_batch=8")
+    plan(recipe)
+    norm = stage.HPSTrainer._get_grad_norm
+
+    def broken(self, model, grad_norm=None):
+        return norm(self, model, grad_norm) if self.state.global_step == 0 else torch.tensor(math.inf)
+
+    monkeypatch.setattr(stage.HPSTrainer, "_get_grad_norm", broken)
+    with pytest.raises(InputError) as error:
+        train(recipe)
+    assert re.match(r"step 2: the gradient's norm is not finite, with \S+/plan.jsonl:9 \(prompt ", str(error.value))
+    assert "plan.jsonl:12 (prompt" in str(error.value) and " and the 4 lines behind them; look" in str(error.value)
+    assert [line["step"] for line in log_of(recipe)] == [1]
+    assert last_checkpoint(recipe.run_folder() / "steps").endswith("checkpoint-1")
 
 
 def test_missing_policy_is_refused_before_anything_is_written(ranked_recipe):
