@@ -306,8 +306,8 @@ def check_wandb(recipe: Recipe) -> None:
 
 def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     """Check one driver's inputs; print the plan, and with `dry_run` the whole resolved recipe."""
-    lines = []
-    for role in (*STAGES[stage], *(["judge"] if stage == "evaluate" and recipe.judge.enabled else [])):
+    lines, roles = [], (*STAGES[stage], *(["judge"] if stage == "evaluate" and recipe.judge.enabled else []))
+    for role in roles:
         model: Model = getattr(recipe.models, role)
         _, remark = attempt(check_model, model, f"models.{role}", dry_run=dry_run)
         kind = remark or ("local folder" if Path(model.path).is_dir() else f"hub, revision {model.revision or 'open'}")
@@ -317,9 +317,10 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
                 lines.append(f"{role}: its number of labels is not checked in a dry run, which asks the hub nothing")
             else:
                 check_labels(model, role)
-        if not remark and (Path(model.path).is_dir() or not dry_run):
-            check_fits(stage, recipe, role, tokenizer=not dry_run)
     lines += {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage](recipe, dry_run)
+    for role in roles:
+        if not dry_run or (Path(getattr(recipe.models, role).path) / "config.json").exists():
+            check_fits(stage, recipe, role, tokenizer=not dry_run)
     if dry_run:
         print(as_yaml(recipe))
     for line in lines:

@@ -20,7 +20,8 @@ from conftest import REPOSITORY, make_tokenizer, tiny_config
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import alignment.train as stage
 from alignment.merge import merge
@@ -178,6 +179,24 @@ def test_lora_moves_every_adapter_weight_and_nothing_else(ranked_recipe, monkeyp
     assert len(lora) == 2 * 2 * 2  # layers x (q_proj, v_proj) x (A, B)
     stored = weights_of(recipe)
     assert len(stored) == len(lora) and all(value.abs().max() > 0 for value in stored.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2"])
+def test_all_linear_is_every_linear_layer_but_the_output(ranked_recipe, tokenizer, tmp_path, kind):
+    """Whatever the architecture calls them; GPT-2's are of a class of its own."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), max_position_embeddings=512, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    recipe = ranked_recipe(f"models.policy.path={tmp_path / kind}", "lora.target_modules=[all-linear]")
+    plan(recipe)
+    trainer = stage.build_trainer(recipe, load_tokenizer(str(tmp_path / kind)), stage.training_config(recipe, 1))
+    modules = dict(trainer.model.get_base_model().named_modules())
+    adapted = {name for name, module in modules.items() if hasattr(module, "lora_A")}
+    linear = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)}
+    head = next(name for name, module in modules.items() if module is trainer.model.get_output_embeddings())
+    assert {name.removesuffix(".base_layer") for name in linear if "lora_" not in name} == adapted | {head}
+    assert len(adapted) == 2 * {"llama": 7, "gpt_neox": 4, "gpt2": 4}[kind]
 
 
 @pytest.mark.slow
