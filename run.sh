@@ -10,8 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ---- settings ----
 PYTHON=.venv-train/bin/python
-# Libraries announce to one another what they will rename; a user can do nothing about it.
-export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
+source ./environment.sh
 # ------------------
 
 case " $* " in *" -h "* | *" --help "*)

@@ -15,6 +15,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+# Before anything else: macOS has a bash that cannot read the rest of this file.
+case "$(uname -s) $(uname -m)" in
+    "Linux x86_64") ;;
+    *)
+        echo "error: setup.sh: this machine is $(uname -s) on $(uname -m), and the environments need Linux on x86_64" \
+            "(vLLM's and torch's builds); use such a machine, a container or WSL" >&2
+        exit 2
+        ;;
+esac
+
 # ---- settings ----
 # The interpreter to build from; empty: the first of python3.11, python3.12, python3 that fits.
 PYTHON="${PYTHON:-}"

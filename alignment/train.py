@@ -12,12 +12,13 @@ same weights, bit by bit, as one that was not interrupted.
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +33,12 @@ from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
 from alignment.plan import ranked_prompts, read_plan, run_settings, weights_of
 from alignment.reference import add_reference
-from alignment.trainer import HPSTrainer, PlanCollator
+from alignment.trainer import HPSTrainer, PlanCollator, not_finite
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
+from hps.preflight import check_fits, check_wandb
 from hps.recipe import Recipe
 from hps.records import parse_json, shorten, write_atomic
 from hps.shared_prefix import prove
@@ -83,6 +85,7 @@ class TokenRows(Sequence[dict]):
         responses = self._responses(record, members, where)
         rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
         return {
+            "row": index,
             "prompt_ids": prompt,
             "response_ids": [ids[:room] for ids in responses],
             "rewards": [rewards.get(index, 0.0) for index in members],
@@ -91,6 +94,13 @@ class TokenRows(Sequence[dict]):
             "cut": sum(len(ids) > room for ids in responses),
             "gamma": row["gamma"] or 0.0,
         }
+
+    def places(self, rows: Iterable[int]) -> str:
+        """Rows of the plan for a message: the line of each, its prompt, and where that is."""
+        named = {row: self._plan[row]["prompt_id"] for row in rows}
+        return ", ".join(
+            f"{self._plan.where(row)} (prompt `{name}`, {self._ranked.where(name)})" for row, name in named.items()
+        )
 
     def _responses(self, record: dict, members: list[int], where: str) -> list[list[int]]:
         prompt, texts, truncated = (record[name] for name in ("prompt", "responses", "truncated"))
@@ -186,15 +196,21 @@ def lora_config(recipe: Recipe):
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
+        target_modules=lora.targets,
     )
 
 
 class RunFiles(TrainerCallback):
-    """Marks complete checkpoints and keeps `log.jsonl`, a line a step, with the rate of training."""
+    """Marks complete checkpoints and keeps `log.jsonl`, a line a step, with the rate of training.
 
-    def __init__(self, folder: Path):
+    Raises:
+        InputError: a gradient is not finite (the loss is checked by the trainer); before anything of the step is
+            written, and on every process, since the norm is that of all of them.
+    """
+
+    def __init__(self, folder: Path, rows: TokenRows, global_batch: int):
         self.path = folder / "log.jsonl"
+        self._rows, self._batch = rows, global_batch
         self._tokens = 0.0
         self._clock = None
 
@@ -206,6 +222,11 @@ class RunFiles(TrainerCallback):
             write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def on_log(self, args, state, control, logs=None, **_):
+        if not math.isfinite((logs or {}).get("grad_norm", 0.0)):
+            first, last = (state.global_step - 1) * self._batch, min(state.global_step * self._batch, len(self._rows))
+            places = self._rows.places(range(first, min(first + 4, last)))
+            rest = f" and the {last - first - 4} lines behind them" if last - first > 4 else ""
+            raise not_finite("gradient's norm", state.global_step, places + rest)
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         now, tokens = time.monotonic(), logs.get("num_tokens", 0.0)
@@ -325,7 +346,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         data_collator=PlanCollator(tokenizer.pad_token_id, layout, recipe.training.row_tokens),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
-        callbacks=[RunFiles(recipe.run_folder()), kept],
+        callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch), kept],
     )
     kept.trainer = trainer
     return trainer
@@ -388,6 +409,8 @@ def train(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
+    check_wandb(recipe)
+    check_fits("run", recipe, "policy")
     tokenizer = load_tokenizer(recipe.models.policy.path, recipe.models.policy.revision)
     trainer = build_trainer(recipe, tokenizer, training_config(recipe, state.num_processes))
     _announce(recipe, trainer)
@@ -436,4 +459,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, by_torchrun=True)

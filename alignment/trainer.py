@@ -17,10 +17,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from alignment.losses import implicit_reward, preference_loss, response_scores, simpo_reward
+from hps.errors import InputError
 from hps.recipe import Loss
 from hps.shared_prefix import SEPARATE, Layout, add_response_head, make_rows, response_log_probs
 
-COLUMNS = ("prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma", "reference")
+COLUMNS = ("row", "prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma", "reference")
 # Settings of the parent that this loss does not honour, with the only value that is accepted.
 NOT_HONOURED = {
     "loss_type": ["sigmoid"],
@@ -41,8 +42,9 @@ class PlanCollator:
     """Lists of responses, of unequal lengths, as one batch.
 
     Tensors per list: `mask` (lists, n), False where a list is shorter; `lengths` and `rewards` (lists, n), 1 and 0
-    there; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms); `gamma` (lists,); `tokens` (lists,), of
-    its responses, each with the prompt; `reference` (lists, n), log-probabilities in nats where the examples have them.
+    there; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms); `gamma` (lists,); `row` (lists,) of the
+    plan; `tokens` (lists,), of its responses, each with the prompt; `reference` (lists, n), log-probabilities in nats
+    where the examples have them. Floating-point tensors have torch's default dtype: float32, in some tests float64.
 
     `rows` are those of `hps.shared_prefix.make_rows`, for a model of this `layout`.
     """
@@ -55,7 +57,7 @@ class PlanCollator:
         sizes = torch.tensor([len(example["response_ids"]) for example in examples])
         mask = torch.arange(int(sizes.max())) < sizes[:, None]
         lengths = torch.ones(mask.shape).masked_scatter(
-            mask, _flat(len(ids) for e in examples for ids in e["response_ids"])
+            mask, _numbers(len(ids) for e in examples for ids in e["response_ids"])
         )
         terms = max(len(example["weights"]) for example in examples)
         # The logarithm in float64: a weight that float32 cannot hold may still count against a large reward.
@@ -65,18 +67,21 @@ class PlanCollator:
                 weights[place, number, : len(values)] = torch.tensor(values, dtype=torch.float64)
         batch = {
             "rows": self.rows(examples),
+            "row": torch.tensor([example["row"] for example in examples]),
             "tokens": torch.tensor(
                 [len(e["prompt_ids"]) * len(e["response_ids"]) + sum(map(len, e["response_ids"])) for e in examples]
             ),
             "mask": mask,
             "lengths": lengths,
-            "rewards": torch.zeros(mask.shape).masked_scatter(mask, _flat(r for e in examples for r in e["rewards"])),
-            "log_weights": weights.log().float(),
-            "dispreferred_count": torch.tensor([e["dispreferred_count"] for e in examples], dtype=torch.float32),
-            "gamma": torch.tensor([example["gamma"] for example in examples], dtype=torch.float32),
+            "rewards": torch.zeros(mask.shape).masked_scatter(
+                mask, _numbers(r for e in examples for r in e["rewards"])
+            ),
+            "log_weights": weights.log().to(torch.get_default_dtype()),
+            "dispreferred_count": _numbers(example["dispreferred_count"] for example in examples),
+            "gamma": _numbers(example["gamma"] for example in examples),
         }
         if examples[0].get("reference") is not None:
-            given = _flat(value for example in examples for value in example["reference"])
+            given = _numbers(value for example in examples for value in example["reference"])
             batch["reference"] = torch.zeros(mask.shape).masked_scatter(mask, given)
         return batch
 
@@ -86,8 +91,8 @@ class PlanCollator:
         return make_rows(self.layout, prompts, responses, self.pad_token_id, self.row_tokens)
 
 
-def _flat(values) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.float32)
+def _numbers(values) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.get_default_dtype())
 
 
 @dataclass
@@ -163,7 +168,7 @@ class HPSTrainer(DPOTrainer):
             inputs["log_weights"],
             inputs["dispreferred_count"],
         )
-        self._record(inputs, policy.detach(), reference)
+        self._record(inputs, policy.detach(), reference, losses.detach())
         loss = losses.mean()
         return (loss, {"policy": policy}) if return_outputs else loss
 
@@ -193,10 +198,13 @@ class HPSTrainer(DPOTrainer):
         self.train_dataset = RowsWithReference(self.rows, log_probs)
         self.ref_model = None
 
-    def _record(self, inputs, policy, reference) -> None:
+    def _record(self, inputs, policy, reference, losses) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.
 
         `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list of pl).
+
+        Raises:
+            InputError: a loss is not finite; raised on every process, so none hangs.
         """
         metrics = self._metrics["train" if self.model.training else "eval"]
         lengths = inputs["lengths"]
@@ -206,7 +214,7 @@ class HPSTrainer(DPOTrainer):
             rewards = implicit_reward(policy, reference, self.loss.beta)
         share = inputs["log_weights"][:, 0].exp()
         if self.loss.preference == "pl":
-            share = inputs["mask"].float()
+            share = inputs["mask"].to(share.dtype)
             share[:, 0] = 0
             share = share / share.sum(dim=1, keepdim=True)
         figures = {"rewards/accuracies": (share * (rewards[:, :1] > rewards)).sum(dim=1)}
@@ -216,13 +224,27 @@ class HPSTrainer(DPOTrainer):
             figures[f"{name}/chosen"] = values[:, 0]
             figures[f"{name}/rejected"] = (share * values).sum(dim=1)
         figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
-        stacked = torch.stack([value.float().mean() for value in figures.values()])
-        means = self.accelerator.gather(stacked.unsqueeze(0)).mean(dim=0)
-        for name, value in zip(figures, means.tolist(), strict=True):
+        # -1, or a row of the plan whose loss is not finite. It shares the gather of the figures, so it costs nothing.
+        broken = torch.where(losses.isfinite(), -1, inputs["row"]).max()
+        dtype = torch.get_default_dtype()
+        stacked = torch.stack([*(value.to(dtype).mean() for value in figures.values()), broken.to(dtype)])
+        gathered = self.accelerator.gather(stacked.unsqueeze(0))
+        *means, broken = torch.cat([gathered[:, :-1].mean(dim=0), gathered[:, -1:].amax(dim=0)]).tolist()
+        if broken >= 0:
+            raise not_finite("loss", self.state.global_step + 1, self.rows.places([int(broken)]))
+        for name, value in zip(figures, means, strict=True):
             metrics[name].append(value)
         tokens = self.accelerator.gather(inputs["tokens"].sum()).sum().item()
         self._total_train_tokens += tokens
         metrics["num_tokens"] = [self._total_train_tokens]
+
+
+def not_finite(what: str, step: int, places: str) -> InputError:
+    """The error that ends a training before it spoils the weights."""
+    return InputError(
+        f"step {step}: the {what} is not finite, with {places}",
+        remedy="look at these rewards and texts, or lower `optimizer.learning_rate`; the last checkpoint is kept",
+    )
 
 
 def _refuse_unsupported(config: DPOConfig) -> None:

@@ -23,6 +23,7 @@ from annotation.reward_models import load_reward_model
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
+from hps.preflight import check_fits
 from hps.recipe import SPLITS, Model, Recipe
 from hps.records import PARALLEL, Appender, done_ids, read_candidates, read_ranked, write_json
 from hps.workers import run_workers
@@ -103,6 +104,7 @@ def annotate(recipe: Recipe) -> None:
 
 
 def _annotate(recipe: Recipe, folder: Path, settings: dict) -> None:
+    check_fits("gene", recipe, "reward")
     with ExitStack() as opened:
         files = {
             split: [opened.enter_context(Appender(path)) for path in (recipe.ranked(split), ledger_path(recipe, split))]

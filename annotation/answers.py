@@ -18,7 +18,7 @@ from annotation.reward_models import load_reward_model
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
-from hps.preflight import evaluated_prompts
+from hps.preflight import check_fits, evaluated_prompts
 from hps.recipe import Model, Recipe
 from hps.records import Appender, done_ids, read_answers
 from hps.workers import run_workers
@@ -66,6 +66,7 @@ def score(recipe: Recipe, sft: bool) -> None:
 
 
 def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
+    check_fits("evaluate", recipe, "evaluator")
     with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
         done = done_ids(path)
         total = sum(1 for _ in read_answers(answers))  # checks every line

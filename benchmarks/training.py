@@ -57,10 +57,11 @@ def examples_of(prompt: int, response: int, count: int, steps: int) -> list[dict
         start = rng.randrange(len(stream) - size)
         return stream[start : start + size]
 
-    for _ in range(steps * PROMPTS):
+    for row in range(steps * PROMPTS):
         rewards = sorted((rng.gauss(0, 1) for _ in range(count)), reverse=True)
         rows.append(
             {
+                "row": row,
                 "prompt_ids": piece(prompt),
                 "response_ids": [piece(response) for _ in range(count)],
                 "rewards": rewards,

@@ -26,6 +26,7 @@ from hps.cli import parse, progress
 from hps.engine import Engine
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, hold, model_hash, write_manifest
+from hps.preflight import check_fits
 from hps.recipe import Generation, Model, Recipe
 from hps.records import Appender, canonical, check_finite, read_answers, read_jsonl, shorten, write_json
 from hps.weights import load_config
@@ -219,6 +220,7 @@ def judge(recipe: Recipe) -> None:
 
 def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
     check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
+    check_fits("evaluate", recipe, "judge")
     tokenizer = load_tokenizer(recipe.models.judge.path, recipe.models.judge.revision)
     with Appender(path) as file:
         items = []

@@ -24,7 +24,7 @@ from hps.chat import load_tokenizer, prompt_token_ids
 from hps.cli import progress, split_arguments
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
-from hps.preflight import evaluated_prompts
+from hps.preflight import check_fits, evaluated_prompts
 from hps.recipe import Model, Recipe, load_recipe
 from hps.records import Appender, Indexed, done_ids
 
@@ -94,6 +94,7 @@ def answer(recipes: list[Recipe]) -> None:
 def _answer(jobs: list[Answering]) -> None:
     """Answers by one model, with or without adapters."""
     first = jobs[0]
+    check_fits("evaluate", first.recipe, "policy")
     tokenizer = load_tokenizer(first.model.path, first.model.revision)
     prompts = [evaluated_prompts(job.recipe)[0] for job in jobs]
     with ExitStack() as opened:

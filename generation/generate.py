@@ -21,7 +21,7 @@ from hps.cli import parse, progress
 from hps.engine import Engine, Sample
 from hps.errors import run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
-from hps.preflight import load_prompts
+from hps.preflight import check_fits, load_prompts
 from hps.recipe import SPLITS, Generation, Model, Recipe
 from hps.records import Appender, done_ids, read_candidates, read_ledger, write_json, write_lines
 from hps.weights import ADAPTER, load_config, refuse_pickles
@@ -201,6 +201,7 @@ def generate(recipe: Recipe) -> None:
 
 
 def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings: dict) -> None:
+    check_fits("gene", recipe, "generator")
     tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
     writers = {split: SplitWriter(recipe, split, *prompts[split], tokenizer) for split in SPLITS}
     total = sum(len(writer.prompts) for writer in writers.values())

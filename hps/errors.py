@@ -1,6 +1,9 @@
-"""The one error for bad input, and the wrapper that turns it into one line and exit status 2."""
+"""The one error for bad input, and the entry of every stage: one line and exit status 2, a terminal of any encoding, no
+other launcher's variables."""
 
 import errno
+import io
+import os
 import re
 import signal
 import sys
@@ -12,6 +15,12 @@ FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter f
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Name and password in a URL, of a hub's endpoint or a proxy; a password may hold an @.
 _USERINFO = re.compile(r"://[^/\s?#]*@")
+
+# By these accelerate, DeepSpeed, torch and vLLM find out that they are one process of several, and what the others do.
+_LAUNCHER = re.compile(
+    "((LOCAL|CROSS|NODE|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|LOCAL_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)|FORK_LAUNCHED"
+    "|(PMI|PMIX|OMPI_COMM|MV2_COMM|SMDATAPARALLEL|TORCHELASTIC|ACCELERATE|FSDP|PARALLELISM_CONFIG)_.+|MPI_LOCAL.+"
+)
 
 
 def printable(text: str) -> str:
@@ -32,16 +41,42 @@ class InputError(Exception):
         super().__init__(printable(" ".join(_USERINFO.sub("://", text).split())))
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; bad input and a full disk become one line on stderr, exit status 2; Ctrl-C status 130."""
+def forget_launcher() -> None:
+    """Take the variables of a launcher out of the environment, ours and our children's, and name them.
+
+    Left over from another job they make a library wait for processes that do not exist, or change precision and
+    sharding.
+    """
+    found = sorted(name for name in os.environ if _LAUNCHER.fullmatch(name))
+    for name in found:
+        del os.environ[name]
+    if found:
+        print(f"environment: not used, left over from another launcher: {', '.join(found)}", file=sys.stderr)
+
+
+def run_main(main: Callable[[], None], by_torchrun: bool = False) -> None:
+    """Run a stage's `main`; bad input and a full disk become one line on stderr, exit status 2; Ctrl-C status 130.
+
+    What the terminal's encoding does not have is spelled out (`\\u767e`).
+
+    Args:
+        by_torchrun: the stage may be one of torchrun's processes, whose variables are then its own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if not (by_torchrun and "TORCHELASTIC_RUN_ID" in os.environ):
+        forget_launcher()
     try:
         main()
     except InputError as error:
+        _end_bars()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if not is_full_disk(error):
             raise
+        _end_bars()
         name = next((each.filename for each in _chain(error) if getattr(each, "filename", None)), None)
         print(
             f"error: {f'{name}: ' if name else ''}the disk is full; make room and run the same command again, what is "
@@ -54,6 +89,13 @@ def run_main(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
         print("interrupted; finished work is on disk, the same command continues it", file=sys.stderr)
         sys.exit(130)
+
+
+def _end_bars() -> None:
+    """Let progress bars end their line, so that an error has one of its own."""
+    bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    for bar in list(getattr(bars, "_instances", ())):
+        bar.close()
 
 
 def is_full_disk(error: BaseException) -> bool:

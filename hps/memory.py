@@ -61,8 +61,7 @@ def count_weights(config, recipe: Recipe) -> tuple[int, int]:
             from peft import LoraConfig, get_peft_model
 
             lora = recipe.lora
-            modules = list(lora.target_modules)
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=lora.r, target_modules=modules))
+            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=lora.r, target_modules=lora.targets))
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 

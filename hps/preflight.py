@@ -10,20 +10,33 @@ plan is printed all the same.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
+from hps.chat import load_tokenizer, prompt_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
-from hps.recipe import SPLITS, Model, Recipe, as_yaml, stages_without_steps
+from hps.recipe import SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
 from hps.records import Indexed, check_prompt, read_ranked
 from hps.weights import load_config
 from hps.workers import accumulation_steps, check_gpus, process_count
 
 USAGE = "python -m hps.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}
+SAMPLED = ("generation.max_prompt_tokens", "generation.max_new_tokens")
+# The tokens that a model of a driver has to read: each a sum of settings.
+LENGTHS = {
+    ("gene", "generator"): [SAMPLED],
+    ("gene", "reward"): [SAMPLED],
+    ("run", "policy"): [("schedule.max_length",), ("generation.max_prompt_tokens", "evaluation.answer_tokens")],
+    ("evaluate", "policy"): [SAMPLED],
+    ("evaluate", "evaluator"): [SAMPLED],
+    ("evaluate", "judge"): [("judge.max_prompt_tokens", "judge.max_new_tokens")],
+}
 ARMORM = "LlamaForRewardModelWithGating"  # its labels are its objectives; annotation/armorm.py makes one score of them
 
 
@@ -50,6 +63,65 @@ def check_labels(model: Model, role: str = "reward") -> None:
             f"`models.{role}`: the model has {labels} labels",
             where=str(path),
             remedy="give a sequence classifier with one label, or ArmoRM",
+        )
+
+
+def check_fits(stage: str, recipe: Recipe, role: str, tokenizer: bool = True) -> None:
+    """Refuse a model whose positions end before the tokens that a driver gives it, or whose tokenizer has ids that the
+    model does not know.
+
+    Args:
+        tokenizer: load and check it, too.
+    """
+    model: Model = getattr(recipe.models, role)
+    config = load_config(model)
+    length = context_length(config)
+    if stage != "gene" or any(getattr(recipe.data, split).responses for split in SPLITS):
+        for keys in LENGTHS[stage, role]:
+            needed = sum(get(recipe, key) for key in keys)
+            if needed > length:
+                raise InputError(
+                    f"`models.{role}` has positions for {length:g} tokens, and {' + '.join(keys)} is {needed}",
+                    where=model.path,
+                    remedy="lower the setting, or use a model with a longer context",
+                )
+    if tokenizer:
+        check_vocabulary(load_tokenizer(model.path, model.revision), config.get_text_config().vocab_size, model.path)
+
+
+def context_length(config: Any) -> float:
+    """Tokens for which a model has positions; infinite where nothing ends (recurrent layers, ALiBi).
+
+    A scaling that was trained with (YaRN, LongRoPE, Llama 3) is in the configuration's own length. The two that are
+    switched on afterwards multiply it.
+    """
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # MPT has the second
+    length = min((value for name in names if isinstance(value := getattr(config, name, None), int)), default=math.inf)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return length * (rope.get("factor") or 1) if rope.get("rope_type") in ("linear", "dynamic") else length
+
+
+def check_vocabulary(tokenizer: Any, rows: int, where: str) -> None:
+    """Refuse ids that may be fed to a model and have no row in its embedding.
+
+    Special tokens that no template writes are not fed: in a text they are ordinary text (`hps.chat.inert`).
+    """
+    fed = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    fed.update(prompt_token_ids(tokenizer, [{"role": "user", "content": "a"}]))
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = {
+        number: token
+        for token, number in tokenizer.get_vocab().items()
+        if number >= rows and (number in fed or number not in special)
+    }
+    if beyond:
+        names = ", ".join(f"`{token}` ({number})" for number, token in sorted(beyond.items())[:3])
+        raise InputError(
+            f"{len(beyond)} token(s) of the tokenizer have no row in the model's embedding of {rows}: {names}",
+            where=where,
+            remedy="take them out of the tokenizer (padding: give `pad_token` of tokenizer_config.json the end "
+            "token), or add rows by `resize_token_embeddings` and save the model",
         )
 
 
@@ -136,6 +208,8 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What run.sh will do, a line each."""
     schedule = recipe.schedule
     deepspeed_stage(recipe)  # a missing or broken file is found here
+    if not dry_run:
+        check_wandb(recipe)
     processes = process_count(recipe)
     accumulation = accumulation_steps(recipe, processes)
     lines = []
@@ -207,10 +281,33 @@ def count_ranked(recipe: Recipe, split: str) -> int:
     return sum(1 for _ in read_ranked(recipe.ranked(split)))
 
 
+def check_wandb(recipe: Recipe) -> None:
+    """Refuse `training.wandb` without a key for it; wandb itself would ask after the model has been loaded."""
+    if not recipe.training.wandb:
+        return
+    import wandb
+    from wandb.errors import Error
+    from wandb.sdk.lib import wbauth
+
+    settings = wandb.setup().settings
+    if settings.mode != "online":
+        return
+    try:
+        key = wbauth.authenticate_session(host=settings.base_url, source="", prompt=False, update_session=False)
+    except Error as error:
+        raise InputError(f"`training.wandb`: {str(error).splitlines()[0]}", where="environment") from None
+    if key is None:
+        raise InputError(
+            f"`training.wandb` is true, and there is no key for {settings.base_url}",
+            where="environment",
+            remedy="run `.venv-train/bin/wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline",
+        )
+
+
 def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     """Check one driver's inputs; print the plan, and with `dry_run` the whole resolved recipe."""
-    lines = []
-    for role in (*STAGES[stage], *(["judge"] if stage == "evaluate" and recipe.judge.enabled else [])):
+    lines, roles = [], (*STAGES[stage], *(["judge"] if stage == "evaluate" and recipe.judge.enabled else []))
+    for role in roles:
         model: Model = getattr(recipe.models, role)
         _, remark = attempt(check_model, model, f"models.{role}", dry_run=dry_run)
         kind = remark or ("local folder" if Path(model.path).is_dir() else f"hub, revision {model.revision or 'open'}")
@@ -221,6 +318,9 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
             else:
                 check_labels(model, role)
     lines += {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage](recipe, dry_run)
+    for role in roles:
+        if not dry_run or (Path(getattr(recipe.models, role).path) / "config.json").exists():
+            check_fits(stage, recipe, role, tokenizer=not dry_run)
     if dry_run:
         print(as_yaml(recipe))
     for line in lines:

@@ -157,6 +157,11 @@ class Lora:
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
+    @property
+    def targets(self) -> list[str] | str:
+        """As PEFT wants them: every linear layer but the output's is a word, not a list."""
+        return "all-linear" if self.target_modules == ["all-linear"] else list(self.target_modules)
+
 
 @dataclass
 class Optimizer:
@@ -434,7 +439,8 @@ def _merge(recipe, make, place: "_Place", name: str) -> None:
             raise InputError(
                 f"unknown key `{key}`", where=where, remedy='fields and their meaning stand in README.md, "The recipe"'
             ) from None
-        raise InputError(f"`{key}`: {text}", where=where, remedy="give a value of the right type") from None
+        remedy = "give a list: [one, two]" if "ListConfig" in text else "give a value of the right type"
+        raise InputError(f"`{key}`: {text}", where=where, remedy=remedy) from None
 
 
 def _key_of(error: Exception) -> str:
@@ -502,14 +508,14 @@ class _Place:
 
 def _check(recipe: Recipe, place: _Place) -> None:
     for key, low, high in BOUNDS:
-        value = _get(recipe, key)
+        value = get(recipe, key)
         if value is None:
             continue
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
             text = "finite" if low is None else f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
             raise InputError(f"`{key}` is {value}", where=place.of(key), remedy=f"it must be {text}")
     for key, allowed in CHOICES.items():
-        value = _get(recipe, key)
+        value = get(recipe, key)
         if value not in allowed:
             raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy=f"use one of: {', '.join(allowed)}")
     _check_combinations(recipe, place)
@@ -542,13 +548,13 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
         _check_judge(recipe, place)
     for meaningless, key, reason, remedy in _meaningless(recipe):
         if meaningless:
-            raise InputError(f"`{key}` is `{_get(recipe, key)}`, but {reason}", where=place.of(key), remedy=remedy)
+            raise InputError(f"`{key}` is `{get(recipe, key)}`, but {reason}", where=place.of(key), remedy=remedy)
     if recipe.lora.enabled and not recipe.lora.target_modules:
         raise InputError(
             "`lora.target_modules` is empty", where=place.of("lora.target_modules"), remedy="name modules, e.g. q_proj"
         )
     for key in ("output", "run"):
-        value = _get(recipe, key)
+        value = get(recipe, key)
         if not value or (key == "run" and ("/" in value or value in RESERVED)):
             raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy="give the name of a folder")
 
@@ -649,7 +655,7 @@ def _meaningless(recipe: Recipe) -> list[tuple[bool, str, str, str]]:
     ]
 
 
-def _get(recipe: Recipe, key: str):
+def get(recipe: Recipe, key: str):
     value: Any = recipe
     for part in key.split("."):
         value = getattr(value, part)

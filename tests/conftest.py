@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,108 @@ def ranked_recipe(tiny_recipe, monkeypatch):
         return recipe
 
     return load
+
+
+@pytest.fixture
+def float64():
+    with in_float64():
+        yield
+
+
+@contextmanager
+def in_float64():
+    """Trainings of this process run in float64, whose rounding (1e-16) no processor makes large enough to matter.
+
+    Two ways to the same training then differ by 1e-9 at most. In fp32 they differ by what the processor's kernels
+    round, times the sensitivity of the trajectory: AdamW divides a gradient by its own size, so a gradient of rounding
+    size moves a weight by the whole learning rate. No bound fitted to one processor holds on another.
+
+    Two parts of the libraries compute in fp32 whatever the model's dtype is: Llama's norm and TRL's fused LM head.
+    """
+    import torch
+    from torch.nn.functional import linear, rms_norm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from alignment import train
+
+    def exact_norm(self, hidden):
+        return rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
+
+    class ExactHead:
+        @staticmethod
+        def apply(hidden, weight, bias, labels, *_):
+            logits = linear(hidden, weight, bias)
+            logps = logits.log_softmax(dim=-1)
+            probs, picked = logps.detach().exp(), logps.gather(1, labels[:, None])[:, 0]
+            entropy, squares = -(probs * logps.detach()).sum(dim=1), probs.square().sum(dim=1).log()
+            return picked, entropy, squares, logits.detach().mean(dim=1), logits.argmax(dim=1) == labels
+
+    load = train.load_policy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl.trainer.utils._ChunkedLogProbFunction", ExactHead)
+        patch.setattr(train, "load_policy", lambda *args, **kwargs: load(*args, **kwargs).double())
+        patch.setattr(LlamaRMSNorm, "forward", exact_norm)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def trained(recipe) -> tuple[list[dict], dict]:
+    """`results` of a training in this process."""
+    from alignment.plan import plan
+    from alignment.train import train
+
+    plan(recipe)
+    train(recipe)
+    return results(recipe)
+
+
+class Rounding:
+    """What fp32 does to one training here: the distance of a run in this process from the same run in float64.
+
+    DeepSpeed and processes of their own compute in fp32. What they train is the same if it is off by rounding alone:
+    each figure at most ten times as far from the exact one as that of the run in this process. Both distances are sums
+    of thousands of roundings on this machine's kernels; the largest of several steps differs by a small factor. What
+    a mistake adds (an eighth of the batch left out, a mean of means) is 1e4 times as much.
+
+    Single weights prove nothing, since AdamW moves one whose gradient is of rounding size either way: the distance of
+    the weights is the one that a hundredth of them exceeds.
+    """
+
+    def __init__(self, recipe, exact_recipe):
+        with in_float64():
+            self.exact = trained(exact_recipe)
+        self.lines, self.weights = trained(recipe)
+        self.near = {name: self.distance(name, self.lines) for name in ("loss", "grad_norm", "rewards/margins")}
+        self.near_weights = self.weight_distance(self.weights)
+        assert abs(self.lines[-1]["loss"] - self.lines[0]["loss"]) > 1e-3  # something is trained
+
+    def distance(self, name: str, lines: list[dict]) -> float:
+        """The largest of all steps, and not below the fp32 spacing of the figure."""
+        pairs = [(line[name], exact[name]) for line, exact in zip(lines, self.exact[0], strict=True)]
+        return max(max(abs(one - other), abs(other) * 2**-23) for one, other in pairs)
+
+    def weight_distance(self, weights: dict) -> float:
+        import torch
+
+        assert weights.keys() == self.exact[1].keys()
+        apart = [(value.double() - self.exact[1][name].double()).abs().flatten() for name, value in weights.items()]
+        return torch.cat(apart).quantile(0.99).item()
+
+    def check(self, recipe, about: object = None) -> None:
+        """Another run of the same training is as near to the exact one."""
+        lines, weights = results(recipe)
+        assert [line["step"] for line in lines] == [line["step"] for line in self.lines]
+        for line, ours in zip(lines, self.lines, strict=True):
+            assert line["num_tokens"] == ours["num_tokens"] and line.get("gamma") == ours.get("gamma")
+        for name, near in self.near.items():
+            assert self.distance(name, lines) <= 10 * near, (about, name)
+        assert self.weight_distance(weights) <= 10 * self.near_weights, about
+        assert {name: value.dtype for name, value in weights.items()} == {
+            name: value.dtype for name, value in self.weights.items()
+        }
 
 
 def make_plan(records: list[dict], recipe) -> tuple[list[dict], dict]:

@@ -1,13 +1,19 @@
 """Bad input ends before anything loads: one line that names the place, exit status 2, no traceback."""
 
+import copy
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import DATA, REPOSITORY
+from transformers import AutoConfig
 
-from hps.preflight import evaluated_prompts
+from hps.errors import InputError
+from hps.preflight import check_vocabulary, context_length, evaluated_prompts
 from hps.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -16,16 +22,17 @@ USER = {"role": "user", "content": "Hello"}
 GOOD = {"prompt": [USER], "responses": ["Hi.", "Go away."]}
 
 
-def write_config(folder, **fields) -> None:
-    folder.mkdir()
+def write_config(folder, tokenizer, **fields) -> None:
+    tokenizer.save_pretrained(folder)
+    fields = {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": len(tokenizer), **fields}
     (folder / "config.json").write_text(json.dumps(fields))
 
 
 @pytest.fixture
-def recipe(tmp_path, write_lines):
-    """A recipe whose models are mere `config.json`s: preflight loads no model."""
-    write_config(tmp_path / "policy", model_type="llama")
-    write_config(tmp_path / "reward", model_type="llama", id2label={"0": "LABEL_0"})
+def recipe(tmp_path, write_lines, tokenizer):
+    """A recipe whose models are a `config.json` and a tokenizer: preflight loads no model."""
+    write_config(tmp_path / "policy", tokenizer)
+    write_config(tmp_path / "reward", tokenizer, id2label={"0": "LABEL_0"})
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"output: {tmp_path / 'runs'}\n"
@@ -40,9 +47,9 @@ def recipe(tmp_path, write_lines):
     return path
 
 
-def preflight(*arguments) -> subprocess.CompletedProcess:
+def preflight(*arguments, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "hps.preflight", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, **kwargs)
 
 
 def unknown_key(folder):
@@ -56,8 +63,7 @@ def missing_file(folder):
 
 
 def missing_model(folder):
-    (folder / "policy" / "config.json").unlink()
-    (folder / "policy").rmdir()
+    shutil.rmtree(folder / "policy")
     return "`models.generator.path`: there is no model folder"
 
 
@@ -125,6 +131,67 @@ def test_bad_ranked_lines_of_run(recipe, rewards, message):
     record = {**GOOD, "sources": ["given_1", "given_2"], "token_counts": [1, 1], "truncated": [False, False]}
     ranked.write_text(json.dumps({**record, "rewards": rewards}) + "\n")
     assert_refused(preflight("run", recipe), f"ranked/train.jsonl:1: {message}")
+
+
+@pytest.mark.parametrize("stage", ["gene", "run"])
+def test_a_context_shorter_than_the_lengths_is_refused(recipe, tokenizer, stage):
+    """Of the generator 1,024 + 2,048 tokens; of the policy `schedule.max_length`."""
+    shutil.rmtree(recipe.parent / "policy")
+    write_config(recipe.parent / "policy", tokenizer, model_type="gpt2", n_positions=3071)
+    asked = "generation.max_prompt_tokens + generation.max_new_tokens is 3072"
+    settings = []
+    if stage == "run":
+        settings, asked = ["schedule.max_length=3072", "--dry-run"], "schedule.max_length is 3072"
+    role = {"gene": "generator", "run": "policy"}[stage]
+    assert_refused(preflight(stage, recipe, *settings), f"`models.{role}` has positions for 3071 tokens, and {asked}")
+
+
+def test_the_context_of_every_kind_of_positions():
+    """Recurrent layers have no end; a scaling that was trained with is in the length; the others multiply it."""
+    rope = {"rope_theta": 1e4, "factor": 4.0}
+    yarn = {**rope, "rope_type": "yarn", "original_max_position_embeddings": 128}
+    lengths = {
+        512: AutoConfig.for_model("llama", max_position_embeddings=512, rope_parameters=yarn),
+        2048: AutoConfig.for_model(
+            "llama", max_position_embeddings=512, rope_parameters={**rope, "rope_type": "linear"}
+        ),
+        100: AutoConfig.for_model("gpt2", n_positions=100),
+        64: AutoConfig.for_model("mpt", max_seq_len=64),
+        math.inf: AutoConfig.for_model("mamba"),
+    }
+    assert {length: context_length(config) for length, config in lengths.items()} == {key: key for key in lengths}
+
+
+def test_ids_beyond_the_embedding_are_refused(tokenizer):
+    """A padding token that was added to the tokenizer alone; an ordinary one; a special one that nothing feeds."""
+    rows = len(tokenizer)
+    padded, added, unused = (copy.deepcopy(tokenizer) for _ in range(3))
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    added.add_tokens(["colour"])
+    unused.add_special_tokens({"additional_special_tokens": ["<|unused|>"]})
+    for broken, name in ((padded, r"\[PAD\]"), (added, "colour")):
+        message = rf"where: 1 token\(s\) of the tokenizer have no row in .* of {rows}: `{name}` \({rows}\)"
+        with pytest.raises(InputError, match=message):
+            check_vocabulary(broken, rows, "where")
+        check_vocabulary(broken, rows + 1, "where")
+    check_vocabulary(unused, rows, "where")
+
+
+def test_wandb_without_a_key_is_refused(recipe, tmp_path):
+    """With one, or offline, it is not; nothing is asked of the network."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "NETRC"))}
+    clean |= {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    data = [f"data.train.path={DATA / 'safety_train.jsonl'}", "training.wandb=true"]
+    ranked = recipe.parent / "runs" / "ranked"
+    ranked.mkdir(parents=True)
+    record = {**GOOD, "sources": ["given_1", "given_2"], "token_counts": [1, 1], "truncated": [False, False]}
+    (ranked / "train.jsonl").write_text(json.dumps({**record, "rewards": [1.0, 0.0]}) + "\n")
+    (ranked / "test.jsonl").write_text("")
+    message = "environment: `training.wandb` is true, and there is no key for http://127.0.0.1:9; run"
+    assert_refused(preflight("run", recipe, *data, env=clean), message)
+    for settings in ({"WANDB_MODE": "offline"}, {"WANDB_API_KEY": "a" * 40}):
+        done = preflight("run", recipe, *data, env=clean | settings)
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_stage_must_be_named():

@@ -88,6 +88,19 @@ def test_wrong_argument_is_one_line_and_exit_2(arguments, named):
     assert named in run.stderr
 
 
+@pytest.mark.parametrize("machine", ["Darwin arm64", "Darwin x86_64", "Linux aarch64"])
+@pytest.mark.parametrize("script", ["setup.sh train", "gene.sh"])
+def test_another_machine_is_refused_in_one_line(tmp_path, machine, script):
+    system, processor = machine.split()
+    (tmp_path / "uname").write_text(f'#!/bin/sh\n[ "$1" = -s ] && echo {system} || echo {processor}\n')
+    (tmp_path / "uname").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    run = subprocess.run(["bash", *script.split()], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith(f"error: setup.sh: this machine is {system} on {processor}, and the environments need")
+    assert run.stderr.count("\n") == 1
+
+
 def test_help_shows_usage():
     run = setup(ROOT, "--help")
     assert (run.returncode, run.stderr) == (0, "")

@@ -1,11 +1,12 @@
 """The screenful at the end of quickstart, from files with known contents."""
 
+import io
 import json
 
 import pytest
 
 from evaluation.summary import columns, summarize
-from hps.errors import InputError
+from hps.errors import InputError, run_main
 from hps.recipe import load_recipe
 from hps.records import write_json
 
@@ -67,6 +68,24 @@ def test_the_summary_fits_and_has_every_figure(recipe, width):
     assert answers[1].startswith("old old")
     assert answers[1].endswith("| new")
     assert max(map(len, answers)) <= width
+
+
+def test_any_terminal_gets_every_text(monkeypatch):
+    """Latin-1 has no Chinese; it is spelled out, in one line and with the exit status of bad input."""
+    screen, errors = (io.TextIOWrapper(io.BytesIO(), encoding="latin-1") for _ in range(2))
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", errors)
+
+    def main():
+        print("\n".join(columns("café 百", "├", 20)))
+        raise InputError("no `百`")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_main(main)
+    for stream in (screen, errors):
+        stream.flush()
+    assert screen.buffer.getvalue().decode("latin-1") == "café \\u767e   | \\u251c\n"
+    assert errors.buffer.getvalue() == b"error: no `\\u767e`\n"
 
 
 @pytest.mark.parametrize("missing", ["ranked/summary.json", "dpo-hps/evaluation/margins.json"])
