@@ -19,8 +19,10 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from alignment.losses import implicit_reward, preference_loss, response_scores, simpo_reward
 from alignment.shared_prefix import add_response_head, shared_log_probs, shared_rows
+from hps.errors import InputError
 from hps.recipe import Loss
 
+ROUNDING = 64  # see `rounding`
 COLUMNS = ("prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma", "reference")
 # Settings of the parent that this loss does not honour, with the only value that is accepted.
 NOT_HONOURED = {
@@ -144,6 +146,7 @@ class HPSTrainer(DPOTrainer):
         _refuse_unsupported(config)
         config.beta = loss.beta
         self.loss, self.rows = loss, train_dataset
+        self.start: float | None = None  # the largest |s| before the first update, nats; None when resumed
         # The parent takes no other kind of sequence; it gets the rows themselves back from `_prepare_dataset`.
         numbers = Dataset.from_dict({"row": range(len(train_dataset))})
         super().__init__(*args, train_dataset=numbers, **kwargs)
@@ -174,6 +177,8 @@ class HPSTrainer(DPOTrainer):
         if reference is None and self.loss.family != "simpo":
             with self.as_reference():
                 reference = self._log_probs(self.ref_model or model, inputs)
+        if self.state.global_step == 0 and reference is not None:
+            self._check_start(policy.detach() - reference, inputs["lengths"])
         losses = preference_loss(
             self.loss,
             response_scores(self.loss, policy, reference, inputs["lengths"]),
@@ -219,19 +224,52 @@ class HPSTrainer(DPOTrainer):
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
             yield
 
-    def reference_log_probs(self, example: dict) -> list[float]:
-        """Log-probabilities of an example's responses under the reference, nats; before the training."""
+    def reference_log_probs(self, examples: list[dict]) -> list[float]:
+        """Log-probabilities of the responses of a micro-batch under the reference, nats; before the training.
+
+        The same pass as in the step (`_compute_loss`), so that both give the same bits.
+        """
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
         model.to(self.accelerator.device).eval()
-        rows = self._prepare_inputs(self.data_collator.rows([example]))
+        inputs = self._prepare_inputs(self.data_collator(examples))
         with self.as_reference():
-            shared = "scored" in rows
-            return (shared_log_probs(model, rows) if shared else self._separate_log_probs(model, rows)).tolist()
+            return self._log_probs(model, inputs)[inputs["mask"]].tolist()
 
     def set_reference(self, log_probs: Sequence[Sequence[float]]) -> None:
         """Give each row the log-probabilities of its responses under the reference, which is then let go."""
         self.train_dataset = RowsWithReference(self.rows, log_probs)
         self.ref_model = None
+
+    def _check_start(self, s: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Keep the largest |s| before the first update, where policy and reference are one model.
+
+        Args:
+            s: (lists, n), log pi_theta - log pi_ref, 0 on padding, nats.
+            lengths: (lists, n), tokens.
+
+        Raises:
+            InputError: it is more than rounding explains; by every process, so that none waits for another.
+        """
+        computed = torch.get_autocast_dtype(s.device.type) if self.accelerator.native_amp else _dtype(self.model)
+        share = s.abs() / rounding(computed, lengths)
+        # A mean over processes would hide one of them; a NaN is passed on.
+        worst = self.accelerator.gather(torch.stack([s.abs().max(), share.max()]).unsqueeze(0)).amax(dim=0)
+        largest, share = worst.tolist()
+        self.start = max(self.start or 0.0, largest)
+        if not share <= 1:
+            raise InputError(
+                f"before the first update policy and reference differ by |s| = {largest:.3g} nats for a response, "
+                f"{share:.3g} times what rounding in {computed} explains",
+                remedy="delete `<output>/reference`, set every dropout in the policy's config.json to 0, or give "
+                "`training.reference=in_step`; if it stays, the policy's weights give no finite or repeatable values",
+            )
+
+    def log(self, logs: dict[str, float], *args) -> None:
+        """The parent's; the first step's line has `s/largest_at_start`, too."""
+        if self.start is not None and self.state.global_step == 1:
+            self.accelerator.print(f"training: s at step 0: largest |s| = {self.start:.3g} nats", flush=True)
+            logs = {**logs, "s/largest_at_start": self.start}
+        super().log(logs, *args)
 
     def _record(self, inputs, policy, reference) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.
@@ -263,6 +301,20 @@ class HPSTrainer(DPOTrainer):
         tokens = self.accelerator.gather(inputs["tokens"].sum()).sum().item()
         self._total_train_tokens += tokens
         metrics["num_tokens"] = [self._total_train_tokens]
+
+
+def rounding(dtype: torch.dtype, tokens: torch.Tensor) -> torch.Tensor:
+    """Most that rounding lets s = log pi_theta - log pi_ref be where both are one model; nats.
+
+    A token's log-probability is a difference of numbers of up to some 30 nats, each rounded by `eps` of its size, and
+    the layers before do as much again: 64 eps. The errors of the tokens add up like independent ones.
+    """
+    return ROUNDING * torch.finfo(dtype).eps * tokens.sqrt()
+
+
+def _dtype(model) -> torch.dtype:
+    """Of the weights that pass every token; an adapter's may be another."""
+    return next(model.parameters()).dtype
 
 
 def _refuse_unsupported(config: DPOConfig) -> None:
