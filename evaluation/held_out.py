@@ -176,18 +176,17 @@ def rounding_floor(scorer: HeldOut, texts: Iterable[tuple[list[int], list[list[i
     The policy is moved to `NULL` of its way. Its divergence is then 1e-6 of what it was, because it grows with the
     square of the way; what it shows above that is rounding. s grows with the way itself: so the policy is moved as far
     to the other side as well, and in the mean of both s the true part cancels. An adapter scaled to 0 would show
-    nothing, however coarse the numbers: x + 0 is exact.
+    nothing, however coarse the numbers: x + 0 is exact. So figures that are exactly 0 (an adapter that was never
+    trained, weights in bf16 that so small a move leaves as they were) are no measurement.
 
     Args:
         texts: token ids of a prompt and of its responses.
 
     Returns:
-        `responses`; `tokens`, their mean length; `kl`, mean divergence, and `s`, largest |s|, in nats. None without
-        texts.
+        `responses`; `tokens`, their mean length; `kl`, mean divergence, and `s`, largest |s|, in nats. None where
+        nothing was measured.
     """
     texts = list(texts)
-    if not texts:
-        return None
     kl, s = [], []
     for share in (NULL, -NULL):
         with scorer.moved(share):
@@ -198,6 +197,8 @@ def rounding_floor(scorer: HeldOut, texts: Iterable[tuple[list[int], list[list[i
         )
         kl.append(diverged)
         s.append(policy - reference)
+    if not texts or not (torch.stack(s).any() or torch.cat(kl).any()):
+        return None
     lengths = [len(response) for _, responses in texts for response in responses]
     return {
         "responses": len(lengths),
@@ -210,7 +211,7 @@ def rounding_floor(scorer: HeldOut, texts: Iterable[tuple[list[int], list[list[i
 def floor_line(dtype: str, floor: dict | None) -> str:
     """One line for the screen."""
     if floor is None:
-        return f"computed in {dtype}; no text to measure its rounding on"
+        return f"computed in {dtype}; its rounding was not measured: no texts, or a policy that is the reference"
     return (
         f"computed in {dtype}, whose rounding shows a policy that has hardly moved as KL {floor['kl']:.2g} and "
         f"|s| up to {floor['s']:.2g} nats ({floor['responses']} responses of {floor['tokens']:.0f} tokens)"

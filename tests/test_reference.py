@@ -190,10 +190,11 @@ def test_a_reference_of_another_model_is_refused_at_the_first_step(ranked_recipe
 
 
 def test_what_rounding_explains_by_hand():
-    """64 eps of a token: 0.5 nats in bf16; of 100 tokens ten times as much, not a hundred times."""
-    bounds = rounding(torch.bfloat16, torch.tensor([1.0, 100.0]))
-    assert bounds.tolist() == [0.5, 5.0]
-    assert rounding(torch.float32, torch.tensor([100.0])).item() == pytest.approx(640 * 2**-23)
+    """64 eps of a token: 0.5 nats in bf16; of 100 tokens ten times as much, not a hundred times. In fp32 the sum counts
+    as well: of 100 nats, 800 eps."""
+    tokens, log_probs = torch.tensor([1.0, 100.0]), torch.tensor([0.0, -100.0])
+    assert rounding(torch.bfloat16, tokens, log_probs).tolist() == pytest.approx([0.5, 5 + 800 * 2**-23])
+    assert rounding(torch.float32, tokens, log_probs).tolist() == pytest.approx([64 * 2**-23, 1440 * 2**-23])
 
 
 def test_the_folder_bears_what_decides_the_bits(ranked_recipe):
