@@ -28,6 +28,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig
+from trl.trainer.utils import disable_dropout_in_model
 
 from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
@@ -115,8 +116,11 @@ class TokenRows(Sequence[dict]):
         return ids
 
 
-def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
+def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -> DPOConfig:
     """The parent's settings for this recipe; the global batch is the recipe's whatever the number of processes.
+
+    Args:
+        bf16: compute in it; None: on CUDA.
 
     Raises:
         InputError: the global batch cannot be divided among the processes.
@@ -140,7 +144,7 @@ def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
         seed=recipe.seed,
         max_length=None,
         router_aux_loss_coef=0.0,
-        bf16=cuda,
+        bf16=cuda if bf16 is None else bf16,
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
         gradient_checkpointing=training.gradient_checkpointing,
@@ -151,8 +155,7 @@ def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
         save_total_limit=2,
         logging_nan_inf_filter=False,  # a NaN loss is to be seen
         report_to=trackers,
-        # The parent switches every dropout off, LoRA's too.
-        disable_dropout=recipe.lora.dropout == 0,
+        disable_dropout=False,  # the parent's would be LoRA's too; the model's own is off (`load_policy`)
     )
 
 
@@ -168,20 +171,26 @@ def attention(recipe: Recipe) -> str | None:
     return "flash_attention_2" if flash else None
 
 
-def load_policy(recipe: Recipe, trained: bool = False):
-    """The policy before training, bf16 on CUDA and fp32 on a CPU.
+def load_policy(recipe: Recipe, bf16: bool | None = None):
+    """The policy before training, which is the reference too, without dropout of its own: s is to be 0 at the start.
+
+    Full fine-tuning has weights in fp32 also where it computes in bf16: a learning rate of 5e-7 moves few weights by
+    as much as a bf16 rounds off. Under bf16 autocast they stay so; DeepSpeed's bf16 keeps them as the optimizer's copy
+    and trains in bf16. Its frozen copy is loaded and cast in the same way, because a reference with other roundings
+    would give s another value than 0 before anything is learnt.
 
     Args:
-        trained: these very weights will be trained (full fine-tuning). Then they are loaded in fp32 on CUDA too: a
-            learning rate of 5e-7 moves few weights by as much as a bf16 rounds off. Under bf16 autocast they stay so;
-            DeepSpeed's bf16 keeps them as the optimizer's copy and trains in bf16.
+        bf16: training computes in it (`DPOConfig.bf16`); None: on CUDA.
     """
-    return load_weights(
+    bf16 = torch.cuda.is_available() if bf16 is None else bf16
+    model = load_weights(
         AutoModelForCausalLM,
         recipe.models.policy,
-        dtype=torch.bfloat16 if torch.cuda.is_available() and not trained else torch.float32,
+        dtype=torch.bfloat16 if bf16 and recipe.lora.enabled else torch.float32,
         attn_implementation=attention(recipe),
     )
+    disable_dropout_in_model(model)
+    return model
 
 
 def lora_config(recipe: Recipe):
@@ -328,7 +337,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
     rows = TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
-    model = load_policy(recipe, trained=not recipe.lora.enabled)
+    model = load_policy(recipe, config.bf16)
     layout = prove(model, recipe.schedule.max_length)
     if not recipe.training.shared_prefix:
         layout = replace(layout, shared=0, reason="`training.shared_prefix` is false")
@@ -339,7 +348,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     trainer = HPSTrainer(
         model=model,
         # The parent would load the frozen copy by its name alone, without the revision.
-        ref_model=None if recipe.lora.enabled else load_policy(recipe),
+        ref_model=None if recipe.lora.enabled else load_policy(recipe, config.bf16),
         args=config,
         loss=recipe.loss,
         train_dataset=rows,

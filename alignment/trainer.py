@@ -130,6 +130,7 @@ class HPSTrainer(DPOTrainer):
         _refuse_unsupported(config)
         config.beta = loss.beta
         self.loss, self.rows = loss, train_dataset
+        self.start: float | None = None  # the largest |s| before the first update, nats; None when resumed
         # The parent takes no other kind of sequence; it gets the rows themselves back from `_prepare_dataset`.
         numbers = Dataset.from_dict({"row": range(len(train_dataset))})
         super().__init__(*args, train_dataset=numbers, **kwargs)
@@ -150,6 +151,14 @@ class HPSTrainer(DPOTrainer):
         """The plan's rows hold token ids already."""
         return self.rows
 
+    def _prepare_input(self, data):
+        """To the device, as it is.
+
+        The parent casts what is no integer to DeepSpeed's precision. Here these are log-probabilities, rewards, weights
+        and lengths: in bf16 a reference of 130 nats is off by up to half a nat.
+        """
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+
     def _set_signature_columns_if_needed(self):
         self._signature_columns = list(COLUMNS)
 
@@ -160,6 +169,8 @@ class HPSTrainer(DPOTrainer):
         if reference is None and self.loss.family != "simpo":
             with self.as_reference():
                 reference = self._log_probs(self.ref_model or model, inputs)
+        if self.state.global_step == 0 and reference is not None:
+            self._check_start(policy.detach(), reference, inputs["lengths"])
         losses = preference_loss(
             self.loss,
             response_scores(self.loss, policy, reference, inputs["lengths"]),
@@ -185,18 +196,53 @@ class HPSTrainer(DPOTrainer):
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
             yield
 
-    def reference_log_probs(self, example: dict) -> list[float]:
-        """Log-probabilities of an example's responses under the reference, nats; before the training."""
+    def reference_log_probs(self, examples: list[dict]) -> list[float]:
+        """Log-probabilities of the responses of a micro-batch under the reference, nats; before the training.
+
+        The same pass as in the step (`_compute_loss`), so that both give the same bits.
+        """
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
         model.to(self.accelerator.device).eval()
-        rows = self._prepare_inputs(self.data_collator.rows([example]))
+        inputs = self._prepare_inputs(self.data_collator(examples))
         with self.as_reference():
-            return response_log_probs(model, rows).tolist()
+            return self._log_probs(model, inputs)[inputs["mask"]].tolist()
 
     def set_reference(self, log_probs: Sequence[Sequence[float]]) -> None:
         """Give each row the log-probabilities of its responses under the reference, which is then let go."""
         self.train_dataset = RowsWithReference(self.rows, log_probs)
         self.ref_model = None
+
+    def _check_start(self, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Keep the largest |s| before the first update, where policy and reference are one model.
+
+        Args:
+            policy, reference: (lists, n), log-probabilities, 0 on padding, nats.
+            lengths: (lists, n), tokens.
+
+        Raises:
+            InputError: it is more than rounding explains. Every process raises it, so that none waits for another.
+        """
+        device = policy.device.type
+        computed = torch.get_autocast_dtype(device) if self.accelerator.native_amp else _dtype(self.model)
+        s = (policy - reference).abs()
+        worst = torch.stack([s.max(), (s / rounding(computed, lengths, reference)).max()])
+        # The largest of all processes; a NaN is passed on.
+        largest, share = self.accelerator.gather(worst.unsqueeze(0)).amax(dim=0).tolist()
+        self.start = max(self.start or 0.0, largest)
+        if not share <= 1:
+            raise InputError(
+                f"before the first update policy and reference differ by |s| = {largest:.3g} nats for a response, "
+                f"{share:.3g} times what rounding in {computed} explains",
+                remedy="delete `<output>/reference`, set every dropout in the policy's config.json to 0, or give "
+                "`training.reference=in_step`; if it stays, the policy's weights give no finite or repeatable values",
+            )
+
+    def log(self, logs: dict[str, float], *args) -> None:
+        """The parent's; the first step's line has `s/largest_at_start`, too."""
+        if self.start is not None and self.state.global_step == 1:
+            self.accelerator.print(f"training: s at step 0: largest |s| = {self.start:.3g} nats", flush=True)
+            logs = {**logs, "s/largest_at_start": self.start}
+        super().log(logs, *args)
 
     def _record(self, inputs, policy, reference, losses) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.
@@ -245,6 +291,28 @@ def not_finite(what: str, step: int, places: str) -> InputError:
         f"step {step}: the {what} is not finite, with {places}",
         remedy="look at these rewards and texts, or lower `optimizer.learning_rate`; the last checkpoint is kept",
     )
+
+
+def rounding(dtype: torch.dtype, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """Most that rounding lets s = log pi_theta - log pi_ref be where both are one model; nats.
+
+    A token's log-probability is a difference of logits of up to some 30 nats, rounded by `eps` of their size, and the
+    layers before add as much: 64 eps. The errors of a response's tokens are independent, and add up as such. The sum
+    over the tokens is taken in fp32, at 8 eps of its size. (Another layout of the same rows, which would be such an
+    error, was seen to give a third of this bound.)
+
+    Args:
+        dtype: that the model computes in.
+        tokens: of each response.
+        log_probs: of each response.
+    """
+    summed = 8 * torch.finfo(torch.float32).eps * log_probs.abs()
+    return 64 * torch.finfo(dtype).eps * tokens.sqrt() + summed
+
+
+def _dtype(model) -> torch.dtype:
+    """Of the weights that pass every token; an adapter's may be another."""
+    return next(model.parameters()).dtype
 
 
 def _refuse_unsupported(config: DPOConfig) -> None:

@@ -14,6 +14,7 @@ import random
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def plan(recipe: Recipe) -> Work:
 
 
 def training(recipe: Recipe) -> Work:
-    from alignment.reference import Values, response_key
+    from accelerate import PartialState
+
+    from alignment.reference import micro_batch, unknown_values
     from alignment.train import TokenRows
     from alignment.trainer import PlanCollator, RowsWithReference
     from hps.chat import load_tokenizer
@@ -128,15 +131,14 @@ def training(recipe: Recipe) -> Work:
 
     def work() -> None:
         rows = TokenRows(recipe, tokenizer)
-        values = Values(rows, shared=True)
-        for numbers in values.missing():
-            example = values.example(numbers)
-            keys = (response_key(example["prompt_ids"], response) for response in example["response_ids"])
-            values.add((key, -1.0) for key in keys)
-        collate = PlanCollator(tokenizer.pad_token_id, SHARED)
-        examples, size = RowsWithReference(rows, values), recipe.schedule.device_batch
-        for start in range(0, len(examples), size):
-            collate([examples[index] for index in range(start, min(start + size, len(examples)))])
+        size = recipe.schedule.device_batch
+        values = unknown_values(rows, size, PartialState(cpu=True))
+        for number in values.missing():
+            responses = sum(len(row["response_ids"]) for row in micro_batch(rows, size, number))
+            values.add([(values.keys[number].decode(), [-1.0] * responses)])
+        collate, examples = PlanCollator(tokenizer.pad_token_id, SHARED), RowsWithReference(rows, values)
+        for number in range(len(values.keys)):
+            collate(micro_batch(examples, size, number))
 
     return work
 
@@ -185,7 +187,11 @@ def fixed_policies() -> type:
     class Fixed(HeldOut):
         def __init__(self, recipe: Recipe, along: bool = True):
             self.tokenizer, self.limit = load_tokenizer(recipe.models.policy.path), recipe.schedule.max_length
+            self.dtype = "none"
             self.steps = STEPS if along else ()
+
+        def moved(self, share: float):
+            return nullcontext()
 
         def compare(self, prompt: list[int], responses: list[list[int]], diverging: int) -> dict:
             before = [-float(len(response)) for response in responses]

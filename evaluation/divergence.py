@@ -2,7 +2,7 @@
 
 Reads   `<output>/<run>/answers/test.jsonl` (answers), `<output>/<run>/checkpoint`
 Writes  `<output>/<run>/divergence/divergence.jsonl`, a line a prompt: for each answer `kl`, `log_ratio` (nats) and
-        `tokens`; `manifest.json` (last)
+        `tokens`; `manifest.json` (last), with `dtype` and `floor` (evaluation.held_out.rounding_floor)
 Run     python -m evaluation.divergence configs/quickstart.yaml
 
 `kl` is the sum over the answer's tokens of KL(pi_theta || pi_ref) over the whole vocabulary, at temperature 1, along
@@ -10,9 +10,10 @@ answers that were sampled at `generation.temperature`. `log_ratio` = log pi_thet
 as its mean for answers drawn at temperature 1 alone; for others its mean may be negative.
 """
 
+from itertools import islice
 from pathlib import Path
 
-from evaluation.held_out import HeldOut
+from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, rounding_floor
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import claim, file_hash, finish, hold, model_hash
@@ -40,11 +41,12 @@ def measure(recipe: Recipe) -> None:
         if claim(path.parent, settings):
             print(f"divergence: finished before, {path}")
         else:
-            _measure(recipe, answers / "test.jsonl", path)
-            finish(path.parent, recipe, settings, [path], [answers / "test.jsonl"])
+            precision = _measure(recipe, answers / "test.jsonl", path)
+            finish(path.parent, recipe, settings, [path], [answers / "test.jsonl"], **precision)
 
 
-def _measure(recipe: Recipe, answers: Path, path: Path) -> None:
+def _measure(recipe: Recipe, answers: Path, path: Path) -> dict:
+    """Write the lines; `dtype` and `floor`, what rounding shows on the first answers."""
     with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
         done = done_ids(path)
         total = sum(1 for _ in read_answers(answers))  # checks every line before a model loads
@@ -52,12 +54,21 @@ def _measure(recipe: Recipe, answers: Path, path: Path) -> None:
         scorer = HeldOut(recipe, along=False)
         for record in progress(todo, total, "divergence", " prompts", len(done)):
             file.append({"prompt_id": record["prompt_id"], **answer_figures(record, scorer)})
+    texts = (answer_ids(record, scorer) for _, record in read_answers(answers))
+    floor = rounding_floor(scorer, islice(((prompt, some) for prompt, _, some in texts if some), FLOOR_TEXTS))
+    print(f"divergence: {floor_line(scorer.dtype, floor)}")
+    return {"dtype": scorer.dtype, "floor": floor}
+
+
+def answer_ids(record: dict, scorer: HeldOut) -> tuple[list[int], list[list[int]], list[list[int]]]:
+    """Token ids of the prompt, of its answers, and of those that have any."""
+    prompt, answers = scorer.token_ids(record["prompt"], record["responses"], record["truncated"])
+    return prompt, answers, [answer for answer in answers if answer]
 
 
 def answer_figures(record: dict, scorer: HeldOut) -> dict:
     """`kl`, `log_ratio`, `tokens` of each answer; an answer without tokens has none of either."""
-    prompt, answers = scorer.token_ids(record["prompt"], record["responses"], record["truncated"])
-    some = [answer for answer in answers if answer]
+    prompt, answers, some = answer_ids(record, scorer)
     found = scorer.compare(prompt, some, diverging=len(some)) if some else {"policy": [], "reference": [], "kl": []}
     ratios = [after - before for after, before in zip(found["policy"], found["reference"], strict=True)]
     values = iter(zip(found["kl"], ratios, strict=True))

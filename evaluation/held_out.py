@@ -3,8 +3,8 @@
 Log-probabilities and divergences in nats. A prompt is computed once for its responses.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from hps.shared_prefix import Layout, make_rows, prove, scored_logits
 from hps.weights import ADAPTER, check_adapter, load_adapter, load_weights, refuse_pickles
 
 FINAL = "final"  # the policy at the end of the training
+NULL = 1e-3  # share of the policy's way from the reference at which `rounding_floor` measures
+FLOOR_TEXTS = 4  # prompts on which it does
 
 
 class HeldOut:
@@ -25,18 +27,20 @@ class HeldOut:
     With LoRA one model serves: the reference is the model with its adapter switched off, and a policy along the
     training is another adapter. Full fine-tuning keeps nothing along the training (alignment.train.KeptCheckpoints).
 
+    Both are computed in fp32 on every device. s and the divergence are small differences of large numbers: in bf16 an
+    adapter that does nothing shows a divergence of tenths of a nat and half a nat of s for each response.
+
     Args:
         along: load the policies along the training, too.
+        dtype: of the weights and of everything computed.
     """
 
-    def __init__(self, recipe: Recipe, along: bool = True):
+    def __init__(self, recipe: Recipe, along: bool = True, dtype: torch.dtype = torch.float32):
         run = recipe.run_folder()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.limit = recipe.schedule.max_length
         self.tokenizer = load_tokenizer(str(run / "checkpoint"))
-        # Full fine-tuning at a small learning rate moves few weights by as much as a bf16 rounds off.
-        exact = self.device.type == "cpu" or not recipe.lora.enabled
-        dtype = torch.float32 if exact else torch.bfloat16
+        self.dtype = str(dtype).removeprefix("torch.")
         self.reference = _load(recipe.models.policy, self.device, dtype)
         self.steps: list[int] = []
         if recipe.lora.enabled:
@@ -54,6 +58,31 @@ class HeldOut:
     def as_reference(self):
         """Inside it `self.reference` is the model before training."""
         return self.reference.disable_adapter() if self.reference is self.policy else nullcontext()
+
+    @contextmanager
+    def moved(self, share: float) -> Iterator[None]:
+        """Inside it the policy at the end of the training is this share of its way from the reference; after it, bit
+        for bit, where it was."""
+        if self.reference is self.policy:
+            layers = [scaling for scaling in map(_scaling, self.policy.modules()) if FINAL in scaling]
+            before = [scaling[FINAL] for scaling in layers]
+            try:
+                for scaling, value in zip(layers, before, strict=True):
+                    scaling[FINAL] = share * value
+                yield
+            finally:
+                for scaling, value in zip(layers, before, strict=True):
+                    scaling[FINAL] = value
+            return
+        weights = [weight.data for weight in self.policy.parameters()]
+        kept = [weight.to("cpu", copy=True) for weight in weights]
+        try:
+            for weight, origin in zip(weights, self.reference.parameters(), strict=True):
+                weight.copy_(torch.lerp(origin.data, weight, share))
+            yield
+        finally:
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
 
     def along(self) -> Iterator[int]:
         """The steps at which the policy was kept; while one is yielded, `self.policy` is the policy of that step."""
@@ -132,6 +161,60 @@ def kept_checkpoints(recipe: Recipe) -> list[tuple[int, Path]]:
     """`(step, folder)` of what the training kept along the way, in order."""
     folders = (recipe.run_folder() / "checkpoints").glob("step-*")
     return sorted((int(folder.name.partition("-")[2]), folder) for folder in folders)
+
+
+def rounding_floor(scorer: HeldOut, texts: Iterable[tuple[list[int], list[list[int]]]]) -> dict | None:
+    """What the figures show of a policy that has hardly moved: rounding. What is smaller means nothing.
+
+    The policy is moved to `NULL` of its way. Its divergence is then 1e-6 of what it was, because it grows with the
+    square of the way; what it shows above that is rounding. s grows with the way itself: so the policy is moved as far
+    to the other side as well, and in the mean of both s the true part cancels. An adapter scaled to 0 would show
+    nothing, however coarse the numbers: x + 0 is exact. So figures that are exactly 0 (an adapter that was never
+    trained, weights in bf16 that so small a move leaves as they were) are no measurement.
+
+    Args:
+        texts: token ids of a prompt and of its responses.
+
+    Returns:
+        `responses`; `tokens`, their mean length; `kl`, mean divergence, and `s`, largest |s|, in nats. None where
+        nothing was measured.
+    """
+    texts = list(texts)
+    kl, s = [], []
+    for share in (NULL, -NULL):
+        with scorer.moved(share):
+            found = [scorer.compare(prompt, responses, diverging=len(responses)) for prompt, responses in texts]
+        policy, reference, diverged = (
+            torch.tensor([value for each in found for value in each[name]], dtype=torch.float64)
+            for name in ("policy", "reference", "kl")
+        )
+        kl.append(diverged)
+        s.append(policy - reference)
+    if not texts or not (torch.stack(s).any() or torch.cat(kl).any()):
+        return None
+    lengths = [len(response) for _, responses in texts for response in responses]
+    return {
+        "responses": len(lengths),
+        "tokens": round(sum(lengths) / len(lengths), 1),
+        "kl": float(f"{torch.cat(kl).mean():.3g}"),
+        "s": float(f"{(s[0] + s[1]).abs().max() / 2:.3g}"),
+    }
+
+
+def floor_line(dtype: str, floor: dict | None) -> str:
+    """One line for the screen."""
+    if floor is None:
+        return f"computed in {dtype}; its rounding was not measured: no texts, or a policy that is the reference"
+    return (
+        f"computed in {dtype}, whose rounding shows a policy that has hardly moved as KL {floor['kl']:.2g} and "
+        f"|s| up to {floor['s']:.2g} nats ({floor['responses']} responses of {floor['tokens']:.0f} tokens)"
+    )
+
+
+def _scaling(layer: Any) -> dict:
+    """Of a layer of LoRA: the factor of each adapter; empty for other modules."""
+    scaling = getattr(layer, "scaling", None)
+    return scaling if isinstance(scaling, dict) else {}
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype):

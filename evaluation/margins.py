@@ -16,12 +16,13 @@ over prompts.
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evaluation.held_out import HeldOut, kept_checkpoints
+from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, kept_checkpoints, rounding_floor
 from evaluation.statistics import LEVEL, bootstrap, few, figure, interval
 from hps.chat import prompt_token_ids
 from hps.cli import parse, progress
@@ -77,9 +78,19 @@ def that_fit(pairs: Iterable[dict], scorer: HeldOut, long: Counter) -> Iterator[
             long[f"{pair['set']}: prompt fills schedule.max_length"] += 1
 
 
+def fitting_pairs(recipe: Recipe, scorer: HeldOut) -> Iterator[dict]:
+    """The pairs that are scored."""
+    return that_fit(held_out_pairs(recipe, Counter()), scorer, Counter())
+
+
+def pair_ids(pair: dict, scorer: HeldOut) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the prompt and of both responses."""
+    return scorer.token_ids(pair["prompt"], pair["responses"], pair["truncated"])
+
+
 def pair_figures(pair: dict, scorer: HeldOut) -> dict:
     """`tokens`, and what `HeldOut.compare` gives for both responses."""
-    prompt, responses = scorer.token_ids(pair["prompt"], pair["responses"], pair["truncated"])
+    prompt, responses = pair_ids(pair, scorer)
     return {"tokens": [len(response) for response in responses], **scorer.compare(prompt, responses, diverging=1)}
 
 
@@ -179,11 +190,13 @@ def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
     scorer, left_out, long = HeldOut(recipe), Counter(), Counter()
     # Read once to be counted and once to be scored: what is held meanwhile is one pair.
     count = sum(1 for _ in that_fit(held_out_pairs(recipe, left_out), scorer, long))
-    pairs = that_fit(held_out_pairs(recipe, Counter()), scorer, Counter())
-    _score_pairs(pairs, count, scorer, folder / "pairs.jsonl")
+    _score_pairs(fitting_pairs(recipe, scorer), count, scorer, folder / "pairs.jsonl")
     _write_answers(recipe, scorer, folder / "answers.jsonl")
     sets = read_columns(read_jsonl(folder / "pairs.jsonl", check_pair))
+    first = islice(fitting_pairs(recipe, scorer), FLOOR_TEXTS)
     metrics: dict[str, Any] = {
+        "dtype": scorer.dtype,
+        "floor": rounding_floor(scorer, (pair_ids(pair, scorer) for pair in first)),
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,
         "left_out": {**+left_out, **long},
@@ -246,6 +259,7 @@ def print_metrics(metrics: dict, folder: Path) -> None:
     """The figures on the screen, a line each."""
     if metrics["left_out"]:
         print(f"held-out, left out: {metrics['left_out']}")
+    print(f"held-out: {floor_line(metrics['dtype'], metrics['floor'])}")
     for name, figures in metrics["sets"].items():
         title = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}[name]
         print(

@@ -18,7 +18,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from conftest import REPOSITORY, Rounding, ranked_records
+from conftest import REPOSITORY, Rounding, ranked_records, results
 
 from alignment.plan import plan
 from hps.errors import run_main
@@ -91,6 +91,7 @@ def test_two_processes_train_as_one(ranked_recipe, tiny_recipe, run_module, meth
         how = f"DeepSpeed ZeRO-{stage}" if stage else "no DeepSpeed"
         assert printed.count(f"2 process(es), {how}, attention") == 1
         rounding.check(recipe, stage)
+        assert results(recipe)[0][0]["s/largest_at_start"] == 0
         assert adapter_config(recipe) == config
         check_shards(recipe.run_folder() / "steps" / "checkpoint-4", stage, sum(v.numel() for v in weights.values()))
 
@@ -112,6 +113,35 @@ def test_all_weights_train_in_shards_as_in_one_process(ranked_recipe, tiny_recip
     path.write_text(json.dumps(config))
     recipe, _ = launched(ranked_recipe, tiny_recipe, run_module, *settings, "run=shards", f"training.deepspeed={path}")
     rounding.check(recipe)
+
+
+IN_BF16 = """
+from alignment import train
+
+config = train.training_config
+train.training_config = lambda recipe, processes: config(recipe, processes, bf16=True)
+train.run_main(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [[], ["lora.enabled=false"]], ids=["LoRA", "full"])
+@pytest.mark.parametrize("stage", [0, 2])
+def test_in_bf16_two_processes_begin_as_the_reference(ranked_recipe, tiny_recipe, tmp_path, run_module, stage, full):
+    """DeepSpeed casts the weights, and would cast the reference's values, to bf16: half a nat of each response."""
+    settings = [*SETTINGS, *METHODS["lists"], *full, *([zero(stage)] if stage else [])]
+    recipe = ranked_recipe(*settings)
+    plan(recipe)
+    child = tmp_path / "in_bf16.py"
+    child.write_text(IN_BF16)
+    result = run_module(
+        "torch.distributed.run", "--standalone", "--nproc_per_node", 2, child, tiny_recipe, *settings,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("training: s at step 0: largest |s| = 0 nats") == 1
+    first, *_, last = results(recipe)[0]
+    assert first["s/largest_at_start"] == 0 and first["rewards/chosen"] == 0 != last["rewards/chosen"]
 
 
 def check_shards(checkpoint, stage: int, trainable: int) -> None:

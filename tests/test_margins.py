@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from evaluation import margins as stage
+from evaluation.held_out import rounding_floor
 from evaluation.statistics import bootstrap
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError, run_main
@@ -214,6 +215,70 @@ def test_before_training_all_margins_are_zero(finished, enabled):
     assert metrics["sets"]["written"]["rm_r_dpo"]["mean"] == pytest.approx(-0.01 * np.mean(gaps), abs=1e-4)
     (answer,) = [line for _, line in read_jsonl(folder / "answers.jsonl")]
     assert answer["before"] == answer["after"]
+
+
+def floor_of(held_out, recipe) -> tuple[dict | None, float]:
+    """The floor on two pairs, and the divergence of the policy, which is what it was, bit for bit."""
+    texts = [stage.pair_ids(pair, held_out) for pair in stage.held_out_pairs(recipe, Counter())][:2]
+    before = {name: value.clone() for name, value in held_out.policy.state_dict().items()}
+    compared = held_out.compare(*texts[0], diverging=1)
+    floor = rounding_floor(held_out, texts)
+    assert all(torch.equal(value, before[name]) for name, value in held_out.policy.state_dict().items())
+    assert held_out.compare(*texts[0], diverging=1) == compared
+    return floor, compared["kl"][0]
+
+
+@pytest.mark.parametrize("enabled", ["true", "false"], ids=["LoRA", "full"])
+def test_the_floor_of_fp32_is_next_to_nothing(finished, enabled):
+    """The policy is nats away; at a thousandth of its way it is a millionth of that."""
+    recipe = finished(f"lora.enabled={enabled}", trained=True)
+    floor, kl = floor_of(stage.HeldOut(recipe), recipe)
+    assert floor["responses"] == 4 and floor["tokens"] > 10
+    assert kl > 0.1 and 0 <= floor["kl"] < 1e-4 * kl and 0 < floor["s"] < 1e-3
+
+
+def test_the_floor_of_bf16_is_not(finished):
+    """Weights in bf16 do not move by a thousandth of their way, so that nothing is measured of them."""
+    recipe = finished(trained=True)
+    exact, _ = floor_of(stage.HeldOut(recipe), recipe)
+    coarse, _ = floor_of(stage.HeldOut(recipe, dtype=torch.bfloat16), recipe)
+    assert coarse["s"] > 30 * exact["s"] and coarse["kl"] > 30 * exact["kl"]
+    recipe = finished("lora.enabled=false", "run=full", trained=True)
+    assert floor_of(stage.HeldOut(recipe, dtype=torch.bfloat16), recipe)[0] is None
+
+
+def test_a_policy_that_is_the_reference_shows_no_floor(finished):
+    """x + 0 is exact in any precision."""
+    recipe = finished(trained=False)
+    assert floor_of(stage.HeldOut(recipe, dtype=torch.bfloat16), recipe)[0] is None
+
+
+def test_a_policy_is_moved_by_its_share_of_the_way(finished):
+    """Half of LoRA's way is half of B; half of the way of all weights is their mean with the reference's."""
+    held_out = stage.HeldOut(finished(trained=True))
+    text = stage.pair_ids(next(stage.held_out_pairs(finished(trained=True), Counter())), held_out)
+    with held_out.moved(0.5):
+        moved = held_out.compare(*text, diverging=0)["policy"]
+    with torch.no_grad():
+        for name, value in held_out.policy.named_parameters():
+            if "lora_B" in name:
+                value.mul_(0.5)
+    assert held_out.compare(*text, diverging=0)["policy"] == pytest.approx(moved, abs=1e-4)
+    held_out = stage.HeldOut(finished("lora.enabled=false", "run=full", trained=True))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    ends = [model.get_parameter(name).clone() for model in (held_out.reference, held_out.policy)]
+    with held_out.moved(0.5):
+        torch.testing.assert_close(held_out.policy.get_parameter(name), sum(ends) / 2)
+
+
+def test_the_precision_is_recorded_and_printed(finished, capsys):
+    recipe = finished(trained=True)
+    stage.evaluate(recipe)
+    metrics = json.loads((recipe.run_folder() / "evaluation" / "margins.json").read_text())
+    assert metrics["dtype"] == "float32" and metrics["floor"]["responses"] == 8
+    assert 0 <= metrics["floor"]["kl"] < 1e-3 and 0 < metrics["floor"]["s"] < 1e-3
+    printed = capsys.readouterr().out
+    assert "held-out: computed in float32, whose rounding shows a policy that has hardly moved as KL " in printed
 
 
 def test_changed_weights_show_in_the_figures(finished):

@@ -119,6 +119,16 @@ def test_columns_are_those_of_the_rows(ranked_recipe):
     assert set(trainer.train_dataset[0]) == {*COLUMNS, "cut"}
 
 
+def test_figures_are_not_cast_to_the_precision_of_deepspeed(ranked_recipe):
+    """-130.3 is -130 in bf16, and 257 tokens are 256."""
+    trainer = trainer_of(ranked_recipe())
+    trainer.is_deepspeed_enabled = True
+    batch = {"reference": torch.tensor([-130.3]), "lengths": torch.tensor([257.0]), "rows": {"ids": torch.tensor([7])}}
+    prepared = trainer._prepare_inputs(batch)
+    assert torch.equal(prepared["reference"], batch["reference"]) and torch.equal(prepared["lengths"], batch["lengths"])
+    assert prepared["rows"]["ids"].tolist() == [7]
+
+
 UNSUPPORTED = {
     "loss_type": ["ipo"],
     "loss_weights": [0.5],
