@@ -39,7 +39,7 @@ from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
 from hps.recipe import Recipe
 from hps.records import parse_json, shorten, write_atomic
-from hps.weights import load_weights
+from hps.weights import load_config, load_weights
 
 COMPLETE = "complete"  # a checkpoint's last file
 
@@ -121,7 +121,8 @@ def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
         per_device_train_batch_size=schedule.device_batch,
         gradient_accumulation_steps=accumulation_steps(recipe, world_size),
         learning_rate=optimizer.learning_rate,
-        lr_scheduler_type=optimizer.scheduler,
+        # `constant` of transformers ignores the warm-up.
+        lr_scheduler_type="constant_with_warmup" if optimizer.scheduler == "constant" else optimizer.scheduler,
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
@@ -140,7 +141,7 @@ def training_config(recipe: Recipe, world_size: int) -> DPOConfig:
         save_total_limit=2,
         logging_nan_inf_filter=False,  # a NaN loss is to be seen
         report_to=trackers,
-        # The parent switches every dropout off, LoRA's too.
+        # The parent's switch takes LoRA's dropout too; the model's own is off in any case (`without_dropout`).
         disable_dropout=recipe.lora.dropout == 0,
     )
 
@@ -169,9 +170,23 @@ def load_policy(recipe: Recipe, trained: bool = False):
     return load_weights(
         AutoModelForCausalLM,
         recipe.models.policy,
+        config=without_dropout(load_config(recipe.models.policy)),
         dtype=torch.bfloat16 if torch.cuda.is_available() and not trained else torch.float32,
         attn_implementation=attention(recipe),
     )
+
+
+def without_dropout(config):
+    """The configuration with every dropout at 0: the policy and the reference must be equal before the first step.
+
+    The parent's `disable_dropout` reaches modules alone. Many models (llama, opt, starcoder2) apply dropout as a
+    function, with a probability of their configuration.
+    """
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
 
 
 def lora_config(recipe: Recipe):

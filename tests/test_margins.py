@@ -1,17 +1,21 @@
 """evaluation/margins.py: figures by hand, log-probabilities against separate rows, resuming."""
 
+import copy
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evaluation import margins as stage
+from evaluation.held_out import divergence
 from evaluation.statistics import bootstrap
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError, run_main
@@ -184,6 +188,51 @@ def test_log_probabilities_equal_separate_rows(finished):
         before = log_probability_by_hand(base, ids, len(prompt))
         assert figures["reference"][index] == pytest.approx(before, abs=1e-3)
         assert abs(after - before) > 0.1
+
+
+def test_divergence_by_hand():
+    """KL((1/2, 1/2) || (1/4, 3/4)) = 1/2 log 2 + 1/2 log 2/3; the other way round 0.1308. Two positions add up."""
+    policy, reference = (torch.tensor([shares] * 2).log() for shares in ([0.5, 0.5], [0.25, 0.75]))
+    assert divergence(policy, reference) == pytest.approx(math.log(2) + math.log(2 / 3), rel=1e-5)
+
+
+def test_every_kept_policy_against_the_reference_by_hand(finished):
+    """Two adapters, of the end and of step 2: log-probabilities and KL(policy || reference) from logits in float64, and
+    the reference has neither. The answers before and after are the reference's and the last policy's."""
+    recipe = finished(trained=True)
+    kept = recipe.run_folder() / "checkpoints" / "step-2"
+    shutil.copytree(recipe.run_folder() / "checkpoint", kept)
+    weights = load_file(kept / "adapter_model.safetensors")
+    save_file({name: value.flip(0) for name, value in weights.items()}, kept / "adapter_model.safetensors")
+    held_out = stage.HeldOut(recipe)
+    base = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path)
+    models = {
+        name: PeftModel.from_pretrained(copy.deepcopy(base), folder).double().eval()
+        for name, folder in (("end", recipe.run_folder() / "checkpoint"), ("step", kept))
+    }
+    pair = next(stage.held_out_pairs(recipe, Counter()))
+    prompt, responses = held_out.token_ids(pair["prompt"], pair["responses"], pair["truncated"])
+    found = held_out.compare(prompt, responses, diverging=2)
+    (along,) = found["along"]
+    assert along["step"] == 2
+    before = [log_softmax_by_hand(base.double(), prompt, response) for response in responses]
+    turned_round = []
+    for name, given in (("end", found), ("step", along)):
+        after = [log_softmax_by_hand(models[name], prompt, response) for response in responses]
+        for place, (p, q, response) in enumerate(zip(after, before, responses, strict=True)):
+            picked = [each[range(len(response)), response].sum().item() for each in (p, q)]
+            assert [given["policy"][place], found["reference"][place]] == pytest.approx(picked, rel=1e-4)
+            assert given["kl"][place] == pytest.approx((p.exp() * (p - q)).sum().item(), rel=2e-4)
+            turned_round.append((q.exp() * (q - p)).sum().item() / given["kl"][place])
+    assert all(abs(ratio - 1) > 0.002 for ratio in turned_round)
+    answers = held_out.answers(pair["prompt"], 8)
+    assert answers["before"] != answers["after"] == held_out.answer(held_out.policy, pair["prompt"], 8)
+
+
+def log_softmax_by_hand(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """(tokens, vocabulary) where the response is predicted, one whole row."""
+    with torch.inference_mode():
+        return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
 
 
 def test_responses_are_cut_where_training_cut_them(finished):
