@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import ranked_records, tiny_config
 from torch.func import functional_call
-from torch.nn.functional import logsigmoid, log_softmax
+from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from alignment.plan import plan, run_settings
+from alignment.plan import plan
 from alignment.reference import add_reference, cache_folder
 from alignment.train import build_trainer, training_config
 from alignment.trainer import HPSTrainer
@@ -154,8 +154,8 @@ def test_a_step_is_its_formula(uneven, method, way):
     assert rows == ROWS.get(way, [2, 2])
 
 
-# Rows of the forward passes of the two micro-batches, where they are not a row a list: the reference takes a pass of its
-# own, a response a row of its own, both lists one long row and the backward pass a forward pass.
+# Rows of the forward passes of the two micro-batches, where it is not a row a list. In step the reference has a pass of
+# its own; each response has a row of its own; both lists fill one long row, and the backward pass makes it again.
 ROWS = {"in step": [2, 2, 2, 2], "separate rows": [7, 8], "checkpointing": [1, 1, 1, 1]}
 
 
