@@ -176,6 +176,21 @@ def test_candidates_that_changed_under_a_running_output_are_refused(recipe):
         annotate(recipe)
 
 
+def test_whatever_decides_the_ranking_is_claimed(recipe):
+    before = stage.stage_settings(recipe)
+    for section, name, other in (
+        (recipe.annotation, "dtype", "bfloat16"),
+        (recipe.models.reward, "path", recipe.models.policy.path),
+    ):
+        value = getattr(section, name)
+        setattr(section, name, other)
+        assert stage.stage_settings(recipe) != before, name
+        setattr(section, name, value)
+    assert stage.stage_settings(recipe) == before
+    write_candidates(recipe, {"test": [candidate(7)]})
+    assert stage.stage_settings(recipe) != before
+
+
 def test_unfinished_candidates_are_refused(recipe):
     (recipe.candidates("train").parent / "manifest.json").unlink()
     with pytest.raises(InputError, match="the candidates are not finished; run generation first"):

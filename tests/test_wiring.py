@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from alignment.plan import plan
+from alignment.plan import plan, run_settings
 from alignment.reference import add_reference, cache_folder
 from alignment.train import build_trainer, training_config
 from alignment.trainer import HPSTrainer
@@ -122,7 +122,8 @@ WAYS = {
     "in step": ["training.reference=in_step", *LORA],
     "separate rows": ["training.shared_prefix=false", *LORA],
     "checkpointing": ["training.gradient_checkpointing=true", "training.row_tokens=2000", *LORA],
-    "full": ["lora.enabled=false", "training.reference=in_step"],
+    "full": ["lora.enabled=false"],
+    "full in step": ["lora.enabled=false", "training.reference=in_step"],
 }
 
 
@@ -142,6 +143,8 @@ def test_a_step_is_its_formula(uneven, method, way):
     trainer = trainer_of(recipe)
     move_away(trainer)
     trained = {name: value.detach().double() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    if trainer.is_adapted:
+        assert {name.split(".")[-4] for name in trained} == set(recipe.lora.target_modules)
     add_reference(recipe, trainer)
     rows = rows_of_passes(trainer)
     trainer.train()
@@ -324,3 +327,26 @@ def test_a_reference_of_another_precision_is_another(ranked_recipe):
     folders.append(cache_folder(recipe, trainer))
     assert len(set(folders)) == 5
     assert cache_folder(recipe, trainer) == folders[-1]
+
+
+def test_whatever_decides_the_weights_is_claimed(ranked_recipe):
+    """Every field of loss, schedule, LoRA and optimizer; seed, kept checkpoints, policy and ranked file."""
+    recipe = ranked_recipe()
+    before = run_settings(recipe)
+    fields = [
+        (section, name)
+        for section in (recipe.loss, recipe.schedule, recipe.lora, recipe.optimizer)
+        for name in vars(section)
+    ]
+    fields += [(recipe, "seed"), (recipe.evaluation, "checkpoints")]
+    for section, name in fields:
+        value = getattr(section, name)
+        setattr(section, name, 3.25)
+        assert run_settings(recipe) != before, name
+        setattr(section, name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe.models.policy, "path", recipe.models.reward.path)
+        assert run_settings(recipe) != before
+    assert run_settings(recipe) == before
+    write_lines(recipe.ranked("train"), ["{}\n"])
+    assert run_settings(recipe) != before

@@ -51,12 +51,21 @@ SEED = "test_wiring.py::test_the_seed_makes_the_adapter"
 CACHE = "test_wiring.py::test_a_reference_of_another_precision_is_another"
 KEPT = "test_margins.py::test_every_kept_policy_against_the_reference_by_hand"
 REWARDS = "test_annotation.py::test_rewards_are_the_models_in_the_precision_asked_for"
+CLAIMED = "test_wiring.py::test_whatever_decides_the_weights_is_claimed"
+FIGURES = "test_margins.py::test_whatever_decides_the_figures_is_claimed"
+RANKING = "test_annotation.py::test_whatever_decides_the_ranking_is_claimed"
+RESAMPLED = "test_margins.py::test_figures_are_resampled_as_the_recipe_says"
 BF16 = "test_shared_prefix.py::test_log_probabilities_of_a_bf16_model_are_float32"
 BEFORE, IN_STEP = f"{STEP}[hps-before]", f"{STEP}[hps-in step]"
 
 TRAIN, TRAINER, REFERENCE = "alignment/train.py", "alignment/trainer.py", "alignment/reference.py"
 SHARED, HELD_OUT = "alignment/shared_prefix.py", "evaluation/held_out.py"
-SCORE, ANNOTATE = "annotation/score.py", "annotation/annotate.py"
+SCORE, ANNOTATE, PLAN, MARGINS = (
+    "annotation/score.py",
+    "annotation/annotate.py",
+    "alignment/plan.py",
+    "evaluation/margins.py",
+)
 
 
 def dropped(what: str, file: str, line: str, *tests: str) -> Mutation:
@@ -135,6 +144,20 @@ MUTATIONS = [
         "config=load_config(recipe.models.policy),",
         (BEFORE,),
     ),
+    Mutation("another optimizer", TRAIN, 'optim="adamw_torch"', 'optim="sgd"', (UPDATE,)),
+    Mutation(
+        "the epochs of the plan count twice",
+        TRAIN,
+        "num_train_epochs=1,",
+        "num_train_epochs=schedule.epochs,",
+        (f"{RATES}[linear-shares0]",),
+    ),
+    dropped(
+        "gradients are not accumulated",
+        TRAIN,
+        "        gradient_accumulation_steps=accumulation_steps(recipe, world_size),",
+        BEFORE,
+    ),
     # ---- plan -> rows -> loss ----
     Mutation(
         "the logits of the head stay in bf16",
@@ -156,6 +179,20 @@ MUTATIONS = [
         "self.accelerator.unwrap_model(self.model).disable_adapter() if self.is_adapted else nullcontext()",
         "nullcontext()",
         (BEFORE, IN_STEP),
+    ),
+    Mutation(
+        "the reference of full fine-tuning is the policy",
+        TRAINER,
+        "self.accelerator.unwrap_model(self.ref_model or self.model)",
+        "self.accelerator.unwrap_model(self.model)",
+        (f"{STEP}[hps-full]",),
+    ),
+    Mutation(
+        "the policy of full fine-tuning is compared with itself in the step",
+        TRAINER,
+        "self._log_probs(self.ref_model or model, inputs)",
+        "self._log_probs(model, inputs)",
+        (f"{STEP}[hps-full in step]",),
     ),
     Mutation(
         "rows of the reference shifted by one",
@@ -200,6 +237,47 @@ MUTATIONS = [
         '        "shared_prefix": trainer.data_collator.shared,',
         CACHE,
     ),
+    Mutation(
+        "a run does not claim its optimizer and LoRA",
+        PLAN,
+        'sections = ("loss", "schedule", "lora", "optimizer")',
+        'sections = ("loss", "schedule")',
+        (CLAIMED,),
+    ),
+    dropped("a run does not claim its seed", PLAN, '        "seed": recipe.seed,', CLAIMED),
+    dropped("a run does not claim its ranking", PLAN, '        "ranked": file_hash(recipe.ranked("train")),', CLAIMED),
+    dropped("a run does not claim its policy", PLAN, '        "policy": model_hash(recipe.models.policy),', CLAIMED),
+    dropped(
+        "held-out figures do not claim the reference",
+        MARGINS,
+        '        "reference": model_hash(recipe.models.policy),',
+        FIGURES,
+    ),
+    dropped(
+        "held-out figures do not claim the ranking",
+        MARGINS,
+        '        "ranked": file_hash(tested.ranked("test")),',
+        FIGURES,
+    ),
+    dropped(
+        "held-out figures do not claim the kept steps",
+        MARGINS,
+        '        "steps": [step for step, _ in kept_checkpoints(recipe)],',
+        FIGURES,
+    ),
+    dropped(
+        "held-out figures do not claim the length",
+        MARGINS,
+        '        "max_length": recipe.schedule.max_length,',
+        FIGURES,
+    ),
+    Mutation(
+        "a ranking does not claim its precision",
+        ANNOTATE,
+        '"dtype": recipe.annotation.dtype,\n        "model": model_hash',
+        '"model": model_hash',
+        (RANKING,),
+    ),
     # ---- reward -> rank -> plan ----
     Mutation(
         "the bias of a reward head is dropped",
@@ -224,7 +302,48 @@ MUTATIONS = [
     ),
     # ---- margins ----
     dropped("every kept policy is the last one", HELD_OUT, '            self.policy.set_adapter(f"step-{step}")', KEPT),
-    dropped("the last policy is one on the way", HELD_OUT, "            self.policy.set_adapter(FINAL)", KEPT),
+    Mutation(
+        "the last policy is one on the way",
+        HELD_OUT,
+        "            self.policy.set_adapter(FINAL)",
+        "            pass",
+        (KEPT,),
+    ),
+    Mutation(
+        "evaluation.prompts is for the written pairs alone",
+        MARGINS,
+        "if recipe.evaluation.prompts is not None and",
+        "if False and",
+        ("test_margins.py::test_pairs_of_the_first_prompts_alone",),
+    ),
+    Mutation(
+        "the bootstrap has a seed of its own",
+        MARGINS,
+        "bootstrap(values, recipe.evaluation.bootstrap, recipe.seed)",
+        "bootstrap(values, recipe.evaluation.bootstrap, 0)",
+        (RESAMPLED,),
+    ),
+    Mutation(
+        "evaluation.bootstrap is not passed on",
+        MARGINS,
+        "bootstrap(values, recipe.evaluation.bootstrap, recipe.seed)",
+        "bootstrap(values, 1000, recipe.seed)",
+        (RESAMPLED,),
+    ),
+    Mutation(
+        "held-out responses are longer than those of the training",
+        HELD_OUT,
+        "self.limit = recipe.schedule.max_length",
+        "self.limit = 10**6",
+        ("test_margins.py::test_responses_are_cut_where_training_cut_them",),
+    ),
+    Mutation(
+        "the log ratio of the answers is that of the reference",
+        "evaluation/divergence.py",
+        "[after - before for after, before in",
+        "[before - after for after, before in",
+        ("test_margins.py::test_divergence_of_answers_by_hand",),
+    ),
     Mutation(
         "answers before and after are turned round",
         HELD_OUT,
