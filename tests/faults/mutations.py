@@ -210,6 +210,13 @@ MUTATIONS = [
     ),
     Mutation("the sum of the losses", TRAINER, "loss = losses.mean()", "loss = losses.sum()", (BEFORE, IN_STEP)),
     Mutation(
+        "SimPO computes a reference",
+        TRAINER,
+        'if reference is None and self.loss.family != "simpo":',
+        "if reference is None:",
+        ("test_trainer.py::test_simpo_asks_no_reference",),
+    ),
+    Mutation(
         "the loss sees no annotated rewards",
         TRAINER,
         '            inputs["rewards"],\n            inputs["mask"],',
