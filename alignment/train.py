@@ -28,7 +28,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig
-from trl.trainer.utils import disable_dropout_in_model
 
 from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
@@ -43,7 +42,7 @@ from hps.preflight import check_fits, check_wandb
 from hps.recipe import Recipe
 from hps.records import parse_json, shorten, write_atomic
 from hps.shared_prefix import prove
-from hps.weights import load_weights
+from hps.weights import load_config, load_weights
 
 COMPLETE = "complete"  # a checkpoint's last file
 
@@ -136,7 +135,8 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
         per_device_train_batch_size=schedule.device_batch,
         gradient_accumulation_steps=accumulation_steps(recipe, world_size),
         learning_rate=optimizer.learning_rate,
-        lr_scheduler_type=optimizer.scheduler,
+        # `constant` of transformers ignores the warm-up.
+        lr_scheduler_type="constant_with_warmup" if optimizer.scheduler == "constant" else optimizer.scheduler,
         warmup_steps=optimizer.warmup_steps,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
@@ -155,7 +155,7 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
         save_total_limit=2,
         logging_nan_inf_filter=False,  # a NaN loss is to be seen
         report_to=trackers,
-        disable_dropout=False,  # the parent's would be LoRA's too; the model's own is off (`load_policy`)
+        disable_dropout=False,  # the parent's would be LoRA's too; the model's own is off (`without_dropout`)
     )
 
 
@@ -183,14 +183,26 @@ def load_policy(recipe: Recipe, bf16: bool | None = None):
         bf16: training computes in it (`DPOConfig.bf16`); None: on CUDA.
     """
     bf16 = torch.cuda.is_available() if bf16 is None else bf16
-    model = load_weights(
+    return load_weights(
         AutoModelForCausalLM,
         recipe.models.policy,
+        config=without_dropout(load_config(recipe.models.policy)),
         dtype=torch.bfloat16 if bf16 and recipe.lora.enabled else torch.float32,
         attn_implementation=attention(recipe),
     )
-    disable_dropout_in_model(model)
-    return model
+
+
+def without_dropout(config):
+    """The configuration with every dropout at 0: the policy and the reference must be equal before the first step.
+
+    The parent's `disable_dropout` reaches modules alone, LoRA's among them. Many models (llama, opt, starcoder2) apply
+    dropout as a function, with a probability of their configuration.
+    """
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
 
 
 def lora_config(recipe: Recipe):

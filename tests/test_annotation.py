@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from annotation import annotate as stage
 from annotation.annotate import annotate, rank, summarize
+from annotation.score import RewardModel
 from hps.errors import InputError
-from hps.recipe import load_recipe
+from hps.recipe import Model, load_recipe
 from hps.records import read_jsonl, read_ranked, write_json
 
 SPLITS = {"train": 6, "test": 3}
@@ -134,6 +135,24 @@ def test_every_prompt_is_ranked_once(recipe, capsys):
     assert capsys.readouterr().out == f"annotation: finished before, {folder}\n"
 
 
+def test_rewards_are_the_models_in_the_precision_asked_for(recipe):
+    """The same forward pass by hand, to the last bit; in float32, or with an end of turn behind the truncated response,
+    the scores are others."""
+    recipe.annotation.dtype = "bfloat16"
+    annotate(recipe)
+    path = recipe.models.reward.path
+    exact, rough = (RewardModel(Model(path), dtype) for dtype in ("float32", "bfloat16"))
+    for _, record in read_ranked(recipe.ranked("train")):
+        before = candidate(int(record["prompt_id"][1:]))
+        asked = (before["prompt"], before["responses"])
+        scores = rough.score(*asked, before["truncated"])
+        assert dict(zip(record["responses"], record["rewards"], strict=True)) == dict(
+            zip(before["responses"], scores, strict=True)
+        )
+        for other in (exact.score(*asked, before["truncated"]), rough.score(*asked, [False] * 4)):
+            assert max(abs(a - b) for a, b in zip(scores, other, strict=True)) > 1e-4
+
+
 def test_a_stopped_run_goes_on(recipe):
     """Stopped in the fourth line of the first split: what a SIGKILL at that moment leaves."""
     annotate(recipe)
@@ -155,6 +174,21 @@ def test_candidates_that_changed_under_a_running_output_are_refused(recipe):
     write_candidates(recipe, {"train": [candidate(n) for n in range(7)]})
     with pytest.raises(InputError, match=r"results of other settings: candidates\.train was"):
         annotate(recipe)
+
+
+def test_whatever_decides_the_ranking_is_claimed(recipe):
+    before = stage.stage_settings(recipe)
+    for section, name, other in (
+        (recipe.annotation, "dtype", "bfloat16"),
+        (recipe.models.reward, "path", recipe.models.policy.path),
+    ):
+        value = getattr(section, name)
+        setattr(section, name, other)
+        assert stage.stage_settings(recipe) != before, name
+        setattr(section, name, value)
+    assert stage.stage_settings(recipe) == before
+    write_candidates(recipe, {"test": [candidate(7)]})
+    assert stage.stage_settings(recipe) != before
 
 
 def test_unfinished_candidates_are_refused(recipe):

@@ -8,10 +8,11 @@ import sys
 import time
 
 import pytest
-from conftest import ranked_records
+from conftest import REPOSITORY, ranked_records
 from faults import bad_inputs
 from faults.bad_inputs import Case, line
 from faults.kill import checkpoint, finished, kill_all, lost, lost_checkpoint, rewards, same_run, started_by
+from faults.mutations import MUTATIONS
 
 
 def test_lines_that_are_gone_or_changed_are_lost(tmp_path):
@@ -140,3 +141,12 @@ def test_a_case_that_was_not_tried_has_not_passed(monkeypatch, capsys, failing, 
     last = capsys.readouterr().out.splitlines()[-1]
     counts = f"1 as they must be, {status} failed, 1 could not be tried here"
     assert last == f"{2 + status} cases: {counts}"
+
+
+def test_mutations_are_of_the_code_of_today():
+    """Each changes a file, which stays Python, and names tests that exist."""
+    for mutation in MUTATIONS:
+        compile(mutation.applied(REPOSITORY), mutation.file, "exec")
+        for test in mutation.tests:
+            file, _, name = test.partition("[")[0].partition("::")
+            assert f"def {name}(" in (REPOSITORY / "tests" / file).read_text(), test

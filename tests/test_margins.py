@@ -1,18 +1,22 @@
 """evaluation/margins.py: figures by hand, log-probabilities against separate rows, resuming."""
 
+import copy
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evaluation import margins as stage
-from evaluation.held_out import rounding_floor
+from evaluation.divergence import answer_figures
+from evaluation.held_out import divergence, rounding_floor
 from evaluation.statistics import bootstrap
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError, run_main
@@ -59,6 +63,30 @@ def test_margins_along_the_training():
     figures = stage.margins(columns, 4)
     assert [figures[name].tolist() for name in ("rm_dpo", "kl")] == [[2.0], [0.5]]
     assert stage.margins(columns)["rm_dpo"].tolist() == [4.0]
+
+
+def test_figures_are_resampled_as_the_recipe_says(ranked_recipe):
+    recipe = ranked_recipe("seed=3", "evaluation.bootstrap=150")
+    rng = np.random.default_rng(0)
+    pairs = [{**PAIRS[0], "policy": rng.normal(size=2).tolist()} for _ in range(40)]
+    figures, values = stage.set_figures(columns_of(pairs), recipe), stage.margins(columns_of(pairs))["rm_dpo"]
+    assert figures["pairs"] == 40 and figures["rm_dpo"] == bootstrap(values, 150, 3)
+    assert figures["rm_dpo"] not in (bootstrap(values, 150, 7), bootstrap(values, 200, 3))
+
+
+def test_divergence_of_answers_by_hand():
+    """log pi_theta - log pi_ref of the answers that have tokens: -3 + 5 and -1 + 0.5."""
+
+    class Scorer:
+        def token_ids(self, *_):
+            return [1], [[2, 3], [], [4]]
+
+        def compare(self, prompt, responses, diverging):
+            assert (prompt, responses) == ([1], [[2, 3], [4]])
+            return {"policy": [-3.0, -1.0], "reference": [-5.0, -0.5], "kl": [0.7, 0.2][:diverging]}
+
+    figures = answer_figures({"prompt": [], "responses": ["a", "", "b"], "truncated": [False] * 3}, Scorer())
+    assert figures == {"kl": [0.7, 0.0, 0.2], "log_ratio": [2.0, 0.0, -0.5], "tokens": [2, 0, 1]}
 
 
 def test_bootstrap_is_seeded_and_covers_the_mean():
@@ -130,6 +158,18 @@ def test_pairs_are_the_given_responses_and_the_ends_of_the_ranking(ranked_recipe
         assert pair["sources"] == ["given_1", "generated"]
 
 
+def test_pairs_of_the_first_prompts_alone(ranked_recipe):
+    """`evaluation.prompts` is for both sets."""
+    recipe = ranked_recipe("evaluation.prompts=2")
+    prompts = [record for _, record in read_prompts(recipe.data.test.path, recipe.data.test.limit)]
+    records = [record for _, record in read_jsonl(recipe.ranked("test"))]
+    with recipe.ranked("test").open("w") as file:
+        for prompt, record in zip(prompts, records, strict=True):
+            file.write(json.dumps({**record, "prompt_id": prompt["prompt_id"], "prompt": prompt["prompt"]}) + "\n")
+    pairs = [(pair["set"], pair["prompt_id"]) for pair in stage.held_out_pairs(recipe, Counter())]
+    assert pairs == [(name, prompt["prompt_id"]) for name in ("written", "ranked") for prompt in prompts[:2]]
+
+
 def test_pairs_without_a_preference_are_passed_over(ranked_recipe):
     """A prompt with one given response has no written pair, a tied ranking no ranked one."""
     recipe = ranked_recipe()
@@ -187,12 +227,58 @@ def test_log_probabilities_equal_separate_rows(finished):
         assert abs(after - before) > 0.1
 
 
+def test_divergence_by_hand():
+    """KL((1/2, 1/2) || (1/4, 3/4)) = 1/2 log 2 + 1/2 log 2/3; the other way round 0.1308. Two positions add up."""
+    policy, reference = (torch.tensor([shares] * 2).log() for shares in ([0.5, 0.5], [0.25, 0.75]))
+    assert divergence(policy, reference) == pytest.approx(math.log(2) + math.log(2 / 3), rel=1e-5)
+
+
+def test_every_kept_policy_against_the_reference_by_hand(finished):
+    """Two adapters, of the end and of step 2: log-probabilities and KL(policy || reference) from logits in float64, and
+    the reference has neither. The answers before and after are the reference's and the last policy's."""
+    recipe = finished(trained=True)
+    kept = recipe.run_folder() / "checkpoints" / "step-2"
+    shutil.copytree(recipe.run_folder() / "checkpoint", kept)
+    weights = load_file(kept / "adapter_model.safetensors")
+    save_file({name: value.flip(0) for name, value in weights.items()}, kept / "adapter_model.safetensors")
+    held_out = stage.HeldOut(recipe)
+    base = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path)
+    models = {
+        name: PeftModel.from_pretrained(copy.deepcopy(base), folder).double().eval()
+        for name, folder in (("end", recipe.run_folder() / "checkpoint"), ("step", kept))
+    }
+    pair = next(stage.held_out_pairs(recipe, Counter()))
+    prompt, responses = held_out.token_ids(pair["prompt"], pair["responses"], pair["truncated"])
+    found = held_out.compare(prompt, responses, diverging=2)
+    (along,) = found["along"]
+    assert along["step"] == 2
+    before = [log_softmax_by_hand(base.double(), prompt, response) for response in responses]
+    turned_round = []
+    for name, given in (("end", found), ("step", along)):
+        after = [log_softmax_by_hand(models[name], prompt, response) for response in responses]
+        for place, (p, q, response) in enumerate(zip(after, before, responses, strict=True)):
+            picked = [each[range(len(response)), response].sum().item() for each in (p, q)]
+            assert [given["policy"][place], found["reference"][place]] == pytest.approx(picked, rel=1e-4)
+            assert given["kl"][place] == pytest.approx((p.exp() * (p - q)).sum().item(), rel=2e-4)
+            turned_round.append((q.exp() * (q - p)).sum().item() / given["kl"][place])
+    assert all(abs(ratio - 1) > 0.002 for ratio in turned_round)
+    answers = held_out.answers(pair["prompt"], 8)
+    assert answers["before"] != answers["after"] == held_out.answer(held_out.policy, pair["prompt"], 8)
+
+
+def log_softmax_by_hand(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """(tokens, vocabulary) where the response is predicted, one whole row."""
+    with torch.inference_mode():
+        return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+
+
 def test_responses_are_cut_where_training_cut_them(finished):
     recipe = finished(trained=False)
     held_out = stage.HeldOut(recipe)
     pair = next(stage.held_out_pairs(recipe, Counter()))
     prompt = prompt_token_ids(held_out.tokenizer, pair["prompt"])
-    held_out.limit = len(prompt) + 3
+    recipe.schedule.max_length = len(prompt) + 3
+    held_out = stage.HeldOut(recipe)
     assert stage.pair_figures(pair, held_out)["tokens"] == [3, 3]
     whole = response_token_ids(held_out.tokenizer, pair["prompt"], pair["responses"][0], False)
     (expected,) = held_out.compare(prompt, [whole[:3]], diverging=0)["policy"]
@@ -310,6 +396,30 @@ def test_evaluation_continues_after_a_kill(finished, monkeypatch):
     assert {path: path.read_text() for path in files} == files
     stage.evaluate(recipe)  # finished: nothing is scored again
     assert len(scored) == 5
+
+
+def test_whatever_decides_the_figures_is_claimed(finished):
+    """The fields of the recipe, and the bytes of checkpoint, reference, test prompts and ranking."""
+    recipe = finished(trained=False)
+    before = stage.evaluation_settings(recipe)
+    fields = [(recipe.evaluation, name) for name in ("bootstrap", "answers", "answer_tokens", "prompts")]
+    fields += [(recipe.schedule, "max_length"), (recipe, "seed"), (recipe.data.test, "limit")]
+    fields += [(recipe.models.policy, "path"), (recipe.data.test, "path")]
+    others = {recipe.models.policy.path: recipe.models.reward.path, recipe.data.test.path: recipe.data.train.path}
+    for section, name in fields:
+        value = getattr(section, name)
+        setattr(section, name, others.get(value, 3))
+        assert stage.evaluation_settings(recipe) != before, name
+        setattr(section, name, value)
+    assert stage.evaluation_settings(recipe) == before
+    (recipe.run_folder() / "checkpoints" / "step-2").mkdir(parents=True)
+    assert stage.evaluation_settings(recipe) != before
+    (recipe.run_folder() / "checkpoints" / "step-2").rmdir()
+    for path in (recipe.ranked("test"), recipe.run_folder() / "checkpoint" / "adapter_config.json"):
+        whole = path.read_bytes()
+        path.write_bytes(whole + b" ")
+        assert stage.evaluation_settings(recipe) != before, path.name
+        path.write_bytes(whole)
 
 
 def test_unfinished_run_is_refused(ranked_recipe, tiny_recipe, monkeypatch, capsys):

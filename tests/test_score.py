@@ -108,6 +108,13 @@ def test_padding_with_the_end_of_turn(llama3_tokenizer, tmp_path):
     assert all(abs(a - b) > 1e-3 for a, b in zip(scores, before_the_end, strict=True))
 
 
+def test_the_bias_of_the_head_counts(tiny_reward):
+    reward = RewardModel(Model(str(tiny_reward)), "float32")
+    before = reward.score(MESSAGES, RESPONSES, TRUNCATED)
+    reward.model.score.bias = torch.nn.Parameter(torch.tensor([2.5]))
+    same(reward.score(MESSAGES, RESPONSES, TRUNCATED), [score + 2.5 for score in before])
+
+
 def test_scores_are_float32_numbers(reward):
     (score,) = reward.score(MESSAGES, ["One."], [False])
     assert isinstance(score, float)

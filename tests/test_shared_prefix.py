@@ -220,6 +220,33 @@ def test_the_head_never_makes_more_logits_than_its_chunk(monkeypatch, trains, ca
     assert_close(grad, torch.autograd.grad(whole.square().sum(), hidden)[0])
 
 
+@pytest.mark.parametrize("trains", ["nothing", "all but the head", "all"])
+def test_log_probabilities_of_a_bf16_model_are_float32(trains):
+    """From logits that bf16 holds exactly, multiples of 1/4 below 16: rounding comes with the soft-max alone, and in
+    bf16 it would be up to 0.03 in a value of -10."""
+    model = model_of(LlamaConfig(**SHAPE), torch.bfloat16).requires_grad_(trains != "nothing")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.named_parameters():  # a token's hidden state is its embedding, of ones and minus ones
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                value.zero_()
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embedding.copy_(torch.randint(2, embedding.shape, generator=generator) * 2 - 1)
+        head.zero_()[:, :4] = torch.randint(-15, 16, (90, 4), generator=generator) / 4
+        model.get_output_embeddings().requires_grad_(trains == "all")
+        logits = embedding.double() @ head.double().T
+        picked = logits.log_softmax(dim=-1)
+        expected = [
+            sum(picked[before, token].item() for before, token in zip([prompt[-1], *response], response, strict=False))
+            for prompt, each in zip(PROMPTS, RESPONSES, strict=True)
+            for response in each
+        ]
+        assert torch.equal(model(torch.tensor([PROMPTS[0]])).logits[0].double(), logits[PROMPTS[0]])
+    found = response_log_probs(model, shared_rows(PROMPTS, RESPONSES, pad=0))
+    assert found.dtype == torch.float32 and found.requires_grad == (trains != "nothing")
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_its_arguments_the_forward_pass_is_the_models_own():
     config = ARCHITECTURES["llama"]
     torch.manual_seed(0)

@@ -315,7 +315,7 @@ def test_simpo_equals_the_pair_loss_of_trl(margin, smoothing):
 
 def test_simpo_asks_no_reference(ranked_recipe, monkeypatch):
     """Neither the adapter is switched off nor a frozen copy kept; the first loss is the log-probabilities' own."""
-    monkeypatch.setattr(HPSTrainer, "compute_ref_log_probs", None)
+    monkeypatch.setattr(HPSTrainer, "as_reference", None)
     trainer = trainer_of(ranked_recipe("loss.family=simpo", "lora.enabled=false", "optimizer.learning_rate=0"))
     assert trainer.ref_model is None
     trainer.train()

@@ -1,0 +1,465 @@
+"""Break the wiring in a copy of the repository, a place at a time, and look whether the tests see it.
+
+Run     .venv-train/bin/python -m tests.faults.mutations [--only WORD ...] [--tests PATH ...]
+
+Each mutation replaces one piece of code, as somebody might by mistake. The tests named with it must pass on the code as
+it is and fail on the mutated code; that is printed as a table. The exit status is 1 when a mutation is not caught. A
+mutation whose code is no longer there, or there twice, stops the program: write it for the code of today.
+
+`--tests` runs other tests than the named ones: so one finds out what only the named ones catch.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SOURCES = ("alignment", "annotation", "configs", "data", "evaluation", "generation", "hps", "report", "tests")
+FILES = ("pyproject.toml",)
+# What every test imports, once for all of them: a process for each mutation is forked from one that has it.
+PRELOAD = ["pytest", "torch", "transformers", "peft", "datasets", "trl.trainer.dpo_trainer", "trl.experimental.cpo"]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` becomes `new` in `file`; one of `tests` (pytest's node ids, from tests/) must fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def applied(self, root: Path) -> str:
+        """The mutated text. ValueError: `old` is not there exactly once."""
+        text = (root / self.file).read_text(encoding="utf-8")
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(f"{self.file} has the code of the mutation `{self.what}` {count} times, not once")
+        return text.replace(self.old, self.new)
+
+
+STEP = "test_wiring.py::test_a_step_is_its_formula"
+UPDATE = "test_wiring.py::test_an_update_is_adamw_with_decay_and_clipping"
+RATES = "test_wiring.py::test_learning_rate_of_every_step"
+SEED = "test_wiring.py::test_the_seed_makes_the_adapter"
+CACHE = "test_wiring.py::test_a_reference_of_another_precision_is_another"
+KEPT = "test_margins.py::test_every_kept_policy_against_the_reference_by_hand"
+REWARDS = "test_annotation.py::test_rewards_are_the_models_in_the_precision_asked_for"
+CLAIMED = "test_wiring.py::test_whatever_decides_the_weights_is_claimed"
+FIGURES = "test_margins.py::test_whatever_decides_the_figures_is_claimed"
+RANKING = "test_annotation.py::test_whatever_decides_the_ranking_is_claimed"
+RESAMPLED = "test_margins.py::test_figures_are_resampled_as_the_recipe_says"
+BF16 = "test_shared_prefix.py::test_log_probabilities_of_a_bf16_model_are_float32"
+BEFORE, IN_STEP = f"{STEP}[hps-before]", f"{STEP}[hps-in step]"
+
+TRAIN, TRAINER, REFERENCE = "alignment/train.py", "alignment/trainer.py", "alignment/reference.py"
+SHARED, HELD_OUT = "alignment/shared_prefix.py", "evaluation/held_out.py"
+SCORE, ANNOTATE, PLAN, MARGINS = (
+    "annotation/score.py",
+    "annotation/annotate.py",
+    "alignment/plan.py",
+    "evaluation/margins.py",
+)
+
+
+def dropped(what: str, file: str, line: str, *tests: str) -> Mutation:
+    """A line that is not there."""
+    return Mutation(what, file, f"{line}\n", "", tests)
+
+
+MUTATIONS = [
+    # ---- KL ----
+    Mutation(
+        "KL(reference || policy)",
+        HELD_OUT,
+        "kl_div(q, p, log_target",
+        "kl_div(p, q, log_target",
+        ("test_margins.py::test_divergence_by_hand",),
+    ),
+    Mutation(
+        "compare() takes the KL of the reference from the policy",
+        HELD_OUT,
+        "zip(after, before, strict=False)",
+        "zip(before, after, strict=False)",
+        (KEPT,),
+    ),
+    # ---- recipe -> trainer -> optimizer ----
+    dropped("weight decay is not passed on", TRAIN, "        weight_decay=optimizer.weight_decay,", UPDATE),
+    dropped("clipping is not passed on", TRAIN, "        max_grad_norm=optimizer.max_grad_norm,", UPDATE),
+    dropped("warm-up is not passed on", TRAIN, "        warmup_steps=optimizer.warmup_steps,", RATES),
+    Mutation(
+        "the scheduler is always cosine",
+        TRAIN,
+        'lr_scheduler_type="constant_with_warmup" if optimizer.scheduler == "constant" else optimizer.scheduler',
+        'lr_scheduler_type="cosine"',
+        (RATES,),
+    ),
+    Mutation(
+        "a constant rate without warm-up",
+        TRAIN,
+        '"constant_with_warmup" if optimizer.scheduler == "constant" else optimizer.scheduler',
+        "optimizer.scheduler",
+        (f"{RATES}[constant-shares2]",),
+    ),
+    dropped("the learning rate is not passed on", TRAIN, "        learning_rate=optimizer.learning_rate,", RATES),
+    dropped("LoRA's alpha is not passed on", TRAIN, "        lora_alpha=lora.alpha,", BEFORE),
+    dropped("LoRA's rank is not passed on", TRAIN, "        r=lora.r,", BEFORE),
+    dropped("LoRA's targets are not passed on", TRAIN, "        target_modules=list(lora.target_modules),", BEFORE),
+    dropped(
+        "the seed is not passed on",
+        TRAIN,
+        "        seed=recipe.seed,",
+        "test_wiring.py::test_the_seed_makes_the_adapter",
+    ),
+    dropped(
+        "gradient checkpointing is not passed on",
+        TRAIN,
+        "        gradient_checkpointing=training.gradient_checkpointing,",
+        BEFORE,
+    ),
+    Mutation(
+        "row_tokens is not passed on",
+        TRAIN,
+        "shared, recipe.training.row_tokens)",
+        "shared)",
+        (f"{STEP}[hps-checkpointing]",),
+    ),
+    Mutation(
+        "prompts are never shared",
+        TRAIN,
+        "PlanCollator(tokenizer.pad_token_id, shared,",
+        "PlanCollator(tokenizer.pad_token_id, False,",
+        (BEFORE,),
+    ),
+    Mutation(
+        "the model's own dropout stays on",
+        TRAIN,
+        "config=without_dropout(load_config(recipe.models.policy)),",
+        "config=load_config(recipe.models.policy),",
+        (BEFORE,),
+    ),
+    Mutation("another optimizer", TRAIN, 'optim="adamw_torch"', 'optim="sgd"', (UPDATE,)),
+    Mutation(
+        "the epochs of the plan count twice",
+        TRAIN,
+        "num_train_epochs=1,",
+        "num_train_epochs=schedule.epochs,",
+        (f"{RATES}[linear-shares0]",),
+    ),
+    dropped(
+        "gradients are not accumulated",
+        TRAIN,
+        "        gradient_accumulation_steps=accumulation_steps(recipe, world_size),",
+        BEFORE,
+    ),
+    # ---- plan -> rows -> loss ----
+    Mutation(
+        "the logits of the head stay in bf16",
+        SHARED,
+        "logits if logits.dtype == torch.float64 else logits.float()",
+        "logits",
+        (BF16,),
+    ),
+    Mutation(
+        "logged `rejected` is not weighted",
+        TRAINER,
+        '(share * values).sum(dim=1)\n        figures["rewards/margins"]',
+        '(inputs["mask"] * values)[:, 1:].mean(dim=1)\n        figures["rewards/margins"]',
+        (BEFORE,),
+    ),
+    Mutation(
+        "the reference with the adapter on",
+        TRAINER,
+        "self.accelerator.unwrap_model(self.model).disable_adapter() if self.is_adapted else nullcontext()",
+        "nullcontext()",
+        (BEFORE, IN_STEP),
+    ),
+    Mutation(
+        "the reference of full fine-tuning is the policy",
+        TRAINER,
+        "self.accelerator.unwrap_model(self.ref_model or self.model)",
+        "self.accelerator.unwrap_model(self.model)",
+        (f"{STEP}[hps-full]",),
+    ),
+    Mutation(
+        "the policy of full fine-tuning is compared with itself in the step",
+        TRAINER,
+        "self._log_probs(self.ref_model or model, inputs)",
+        "self._log_probs(model, inputs)",
+        (f"{STEP}[hps-full in step]",),
+    ),
+    Mutation(
+        "rows of the reference shifted by one",
+        TRAINER,
+        '"reference": list(self.log_probs[index])',
+        '"reference": list(self.log_probs[index - 1])',
+        (BEFORE,),
+    ),
+    Mutation(
+        "a mean over tokens instead of lists",
+        TRAINER,
+        "loss = losses.mean()",
+        'loss = (losses * inputs["tokens"]).sum() / inputs["tokens"].sum()',
+        (BEFORE, IN_STEP),
+    ),
+    Mutation("the sum of the losses", TRAINER, "loss = losses.mean()", "loss = losses.sum()", (BEFORE, IN_STEP)),
+    Mutation(
+        "SimPO computes a reference",
+        TRAINER,
+        'if reference is None and self.loss.family != "simpo":',
+        "if reference is None:",
+        ("test_trainer.py::test_simpo_asks_no_reference",),
+    ),
+    Mutation(
+        "the loss sees no annotated rewards",
+        TRAINER,
+        '            inputs["rewards"],\n            inputs["mask"],',
+        '            torch.zeros_like(inputs["rewards"]),\n            inputs["mask"],',
+        (f"{STEP}[exo-pl-before]",),
+    ),
+    Mutation(
+        "the loss sees padding as responses",
+        TRAINER,
+        '            inputs["mask"],\n            inputs["log_weights"],',
+        '            torch.ones_like(inputs["mask"]),\n            inputs["log_weights"],',
+        (f"{STEP}[exo-pl-before]",),
+    ),
+    # ---- what is found again ----
+    dropped("the reference's key lacks the dtype", REFERENCE, '        "dtype": str(reference.dtype),', CACHE),
+    dropped(
+        "the reference's key lacks the attention",
+        REFERENCE,
+        '        "attention": reference.config._attn_implementation,',
+        CACHE,
+    ),
+    dropped(
+        "the reference's key lacks the layout",
+        REFERENCE,
+        '        "shared_prefix": trainer.data_collator.shared,',
+        CACHE,
+    ),
+    Mutation(
+        "a run does not claim its optimizer and LoRA",
+        PLAN,
+        'sections = ("loss", "schedule", "lora", "optimizer")',
+        'sections = ("loss", "schedule")',
+        (CLAIMED,),
+    ),
+    dropped("a run does not claim its seed", PLAN, '        "seed": recipe.seed,', CLAIMED),
+    dropped("a run does not claim its ranking", PLAN, '        "ranked": file_hash(recipe.ranked("train")),', CLAIMED),
+    dropped("a run does not claim its policy", PLAN, '        "policy": model_hash(recipe.models.policy),', CLAIMED),
+    dropped(
+        "held-out figures do not claim the reference",
+        MARGINS,
+        '        "reference": model_hash(recipe.models.policy),',
+        FIGURES,
+    ),
+    dropped(
+        "held-out figures do not claim the ranking",
+        MARGINS,
+        '        "ranked": file_hash(tested.ranked("test")),',
+        FIGURES,
+    ),
+    dropped(
+        "held-out figures do not claim the kept steps",
+        MARGINS,
+        '        "steps": [step for step, _ in kept_checkpoints(recipe)],',
+        FIGURES,
+    ),
+    dropped(
+        "held-out figures do not claim the length",
+        MARGINS,
+        '        "max_length": recipe.schedule.max_length,',
+        FIGURES,
+    ),
+    Mutation(
+        "a ranking does not claim its precision",
+        ANNOTATE,
+        '"dtype": recipe.annotation.dtype,\n        "model": model_hash',
+        '"model": model_hash',
+        (RANKING,),
+    ),
+    # ---- reward -> rank -> plan ----
+    Mutation(
+        "the bias of a reward head is dropped",
+        SCORE,
+        "linear(last, head.weight.float(), bias)",
+        "linear(last, head.weight.float())",
+        ("test_score.py::test_the_bias_of_the_head_counts",),
+    ),
+    Mutation(
+        "annotation ends truncated responses",
+        ANNOTATE,
+        'record["responses"], record["truncated"])',
+        'record["responses"], [False] * len(record["responses"]))',
+        (REWARDS,),
+    ),
+    Mutation(
+        "annotation.dtype is not passed on",
+        ANNOTATE,
+        '"dtype": recipe.annotation.dtype,\n        "batch_tokens"',
+        '"dtype": "auto",\n        "batch_tokens"',
+        (REWARDS,),
+    ),
+    # ---- margins ----
+    dropped("every kept policy is the last one", HELD_OUT, '            self.policy.set_adapter(f"step-{step}")', KEPT),
+    Mutation(
+        "the last policy is one on the way",
+        HELD_OUT,
+        "            self.policy.set_adapter(FINAL)",
+        "            pass",
+        (KEPT,),
+    ),
+    Mutation(
+        "evaluation.prompts is for the written pairs alone",
+        MARGINS,
+        "if recipe.evaluation.prompts is not None and",
+        "if False and",
+        ("test_margins.py::test_pairs_of_the_first_prompts_alone",),
+    ),
+    Mutation(
+        "the bootstrap has a seed of its own",
+        MARGINS,
+        "bootstrap(values, recipe.evaluation.bootstrap, recipe.seed)",
+        "bootstrap(values, recipe.evaluation.bootstrap, 0)",
+        (RESAMPLED,),
+    ),
+    Mutation(
+        "evaluation.bootstrap is not passed on",
+        MARGINS,
+        "bootstrap(values, recipe.evaluation.bootstrap, recipe.seed)",
+        "bootstrap(values, 1000, recipe.seed)",
+        (RESAMPLED,),
+    ),
+    Mutation(
+        "held-out responses are longer than those of the training",
+        HELD_OUT,
+        "self.limit = recipe.schedule.max_length",
+        "self.limit = 10**6",
+        ("test_margins.py::test_responses_are_cut_where_training_cut_them",),
+    ),
+    Mutation(
+        "the log ratio of the answers is that of the reference",
+        "evaluation/divergence.py",
+        "[after - before for after, before in",
+        "[before - after for after, before in",
+        ("test_margins.py::test_divergence_of_answers_by_hand",),
+    ),
+    Mutation(
+        "answers before and after are turned round",
+        HELD_OUT,
+        '{"before": before, "after": after}',
+        '{"before": after, "after": before}',
+        (KEPT,),
+    ),
+]
+
+
+class Failures:
+    """A plugin of pytest: which tests failed."""
+
+    def __init__(self):
+        self.names: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.names.append(report.nodeid)
+
+
+def run_tests(folder: Path, tests: list[str], said) -> None:
+    """In a process of its own: run tests of a copy, send the exit status and what failed."""
+    os.chdir(folder)
+    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    import pytest
+
+    failures = Failures()
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    # No cache of compiled files: a mutation may have the size and the second of the file before it.
+    sys.dont_write_bytecode = True
+    status = pytest.main(["-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)], plugins=[failures])
+    import alignment
+
+    assert Path(alignment.__file__).is_relative_to(folder), "the tests have run on another copy"
+    said.send((int(status), failures.names))
+
+
+class Copy:
+    """A copy of the repository that tests run on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in SOURCES:
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in FILES:
+            shutil.copy(ROOT / name, folder / name)
+        self.processes = multiprocessing.get_context("forkserver")
+        self.processes.set_forkserver_preload(PRELOAD)
+
+    def failed(self, tests: list[str]) -> list[str]:
+        """The tests that failed. RuntimeError: pytest could not run them."""
+        ours, theirs = self.processes.Pipe()
+        process = self.processes.Process(target=run_tests, args=(self.folder, tests, theirs))
+        process.start()
+        theirs.close()
+        try:
+            status, names = ours.recv()
+        except EOFError:
+            status, names = -1, []
+        process.join()
+        if status not in (0, 1):
+            output = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+            raise RuntimeError(f"the tests could not be run:\n{output[-3000:]}")
+        return names
+
+    def failed_with(self, mutation: Mutation, tests: list[str]) -> list[str]:
+        path = self.folder / mutation.file
+        before = path.read_text(encoding="utf-8")
+        path.write_text(mutation.applied(self.folder), encoding="utf-8")
+        try:
+            return self.failed(tests)
+        finally:
+            path.write_text(before, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="mutations with a word in their name")
+    parser.add_argument("--tests", nargs="+", metavar="PATH", help="tests to run instead of the named ones")
+    options = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if any(word in mutation.what for word in options.only)]
+    for mutation in MUTATIONS:
+        mutation.applied(ROOT)
+    # The tests hold on a CPU; a tiny model gains nothing from a second thread.
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(Path(folder).resolve())
+        wanted = options.tests or sorted({test for mutation in chosen for test in mutation.tests})
+        if names := copy.failed(wanted):
+            sys.exit(f"these fail without a mutation: {', '.join(names)}")
+        print(f"{len(wanted)} tests or files pass without a mutation", flush=True)
+        survived = 0
+        for mutation in chosen:
+            start = time.monotonic()
+            names = copy.failed_with(mutation, options.tests or list(mutation.tests))
+            by = ", ".join(name.rpartition("/")[2] for name in names[:2]) + (" ..." if names[2:] else "")
+            print(f"{mutation.what:55s} {by or 'SURVIVED':s}  ({time.monotonic() - start:.0f} s)", flush=True)
+            survived += not names
+    print(f"{len(chosen)} mutations: {len(chosen) - survived} caught, {survived} survived")
+    sys.exit(1 if survived else 0)
+
+
+if __name__ == "__main__":
+    main()
