@@ -37,6 +37,7 @@ from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
+from hps.preflight import check_lora_targets
 from hps.recipe import Recipe
 from hps.records import parse_json, shorten, write_atomic
 from hps.weights import load_weights
@@ -308,6 +309,8 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
     rows = TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
     model = load_policy(recipe, trained=not recipe.lora.enabled)
+    if recipe.lora.enabled:
+        check_lora_targets(model, recipe)
     shared = recipe.training.shared_prefix
     if shared and (reason := why_separate(model, recipe.schedule.max_length)):
         PartialState().print(f"training: prompts are computed once for each response, not shared: {reason}")
