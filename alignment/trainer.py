@@ -42,8 +42,9 @@ class PlanCollator:
     """Lists of responses, of unequal lengths, as one batch.
 
     Tensors per list: `mask` (lists, n), False where a list is shorter; `lengths` and `rewards` (lists, n), 1 and 0
-    there; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms); `gamma` (lists,); `tokens` (lists,), of
-    its responses, each with the prompt; `reference` (lists, n), log-probabilities in nats where the examples have them.
+    there, rewards less the list's highest; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms);
+    `gamma` (lists,); `tokens` (lists,), of its responses, each with the prompt; `reference` (lists, n),
+    log-probabilities in nats where the examples have them.
 
     With `shared`, `rows` are those of `shared_rows`. Else the R responses of all lists are the rows of its `input_ids`,
     `attention_mask`, `completion_mask`, (R, tokens), padded at their right: first every list's first response, then
@@ -73,7 +74,10 @@ class PlanCollator:
             ),
             "mask": mask,
             "lengths": lengths,
-            "rewards": torch.zeros(mask.shape).masked_scatter(mask, _flat(r for e in examples for r in e["rewards"])),
+            # Less the highest: losses see differences alone, and float32 rounds them off where all rewards are large.
+            "rewards": torch.zeros(mask.shape).masked_scatter(
+                mask, _flat(reward - max(e["rewards"]) for e in examples for reward in e["rewards"])
+            ),
             "log_weights": weights.log().float(),
             "dispreferred_count": torch.tensor([e["dispreferred_count"] for e in examples], dtype=torch.float32),
             "gamma": torch.tensor([example["gamma"] for example in examples], dtype=torch.float32),

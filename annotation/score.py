@@ -60,12 +60,15 @@ class ConversationScorer:
         return [details["score"] for details in self.score_details(messages, responses, truncated)]
 
     def score_details(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> list[dict]:
-        """For each response its `score`, and what else the model says of it.
+        """For each response its `score`, and what else the model says of it; equal token rows have one score.
 
         Raises:
             InputError: a score is not finite; the message gives the response's number.
         """
-        found = self._details(self.conversations(messages, responses, truncated))
+        rows = [tuple(row) for row in self.conversations(messages, responses, truncated)]
+        distinct = list(dict.fromkeys(rows))  # twice the same row could differ by rounding, and be ranked by it
+        scored = dict(zip(distinct, self._details([list(row) for row in distinct]), strict=True))
+        found = [scored[row] for row in rows]
         for number, details in enumerate(found, 1):
             if not math.isfinite(details["score"]):
                 raise InputError(

@@ -105,7 +105,7 @@ def test_collator_of_uneven_lists_by_hand():
     assert batch["tokens"].tolist() == [9, 10] and "reference" not in batch
     assert batch["mask"].tolist() == [[True, True, False], [True, True, True]]
     assert batch["lengths"].tolist() == [[2, 1, 1], [1, 2, 1]]
-    assert batch["rewards"].tolist() == [[2, -1, 0], [3, 1, 0.5]]
+    assert batch["rewards"].tolist() == [[0, -3, 0], [0, -2, -2.5]]
     torch.testing.assert_close(batch["log_weights"], torch.tensor([[[0, 1, 0]], [[0, 0.25, 0.75]]]).log())
     assert batch["dispreferred_count"].tolist() == [[4.0], [9.0]]
     assert batch["gamma"].tolist() == [-5.0, 2.5]
