@@ -120,7 +120,8 @@ def read_at(found: Curve, wanted: np.ndarray, first: float | None = None) -> dic
 def first_kl(found: Curve, figure: str) -> float:
     """The mean KL of the first point of a curve that was measured, nats; margins begin at a point that was not."""
     means = resampled(found[0])[:, 0]
-    return float(means[min(figure != "rm_dpo_accuracy", len(means) - 1)])
+    first = 0 if figure == "rm_dpo_accuracy" else 1
+    return float(means[min(first, len(means) - 1)])
 
 
 def matched(cells: list[Cell], sft: dict | None) -> dict:

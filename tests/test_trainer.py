@@ -128,7 +128,7 @@ def test_columns_are_those_of_the_rows(ranked_recipe):
     trainer._set_signature_columns_if_needed()
     assert trainer._signature_columns == list(COLUMNS)
     trainer.set_reference([[0.0] * len(row["response_ids"]) for row in trainer.train_dataset])
-    assert set(trainer.train_dataset[0]) == {*COLUMNS, "cut"}
+    assert set(trainer.train_dataset[0]) == {*COLUMNS, "cut", "equal"}
 
 
 UNSUPPORTED = {
