@@ -129,16 +129,15 @@ def equal_to(record: dict, positive: int) -> set[int]:
 
 
 def usable(records: Mapping[str, dict], recipe: Recipe) -> tuple[list[str], dict]:
-    """Prompts that can be trained on, sorted by prompt_id, and what was left out, by reason: prompts, and responses."""
+    """Prompts that can be trained on, sorted by prompt_id, and how many were left out, by reason."""
     kept, left_out = [], Counter()
     for name in sorted(records):
-        members, reason = training_list(records[name], recipe)
+        _, reason = training_list(records[name], recipe)
         if reason:
             left_out[reason] += 1
         else:
             kept.append(name)
-            left_out["responses equal to the preferred one"] += len(equal_to(records[name], members[0])) - 1
-    return kept, dict(+left_out)
+    return kept, dict(left_out)
 
 
 def training_order(count: int, schedule: Schedule, rng: np.random.Generator) -> tuple[np.ndarray, int]:
@@ -183,10 +182,13 @@ class Plan:
         order, self._fill = training_order(len(self.prompts), schedule, rng)
         self._rows, self._steps = len(order), len(order) // schedule.global_batch
         self._figures = defaultdict(lambda: defaultdict(lambda: array("d")))
+        self._equal = 0
         for number, (epoch, index) in enumerate(order):
             step = number // schedule.global_batch
             stage = stage_of(step, self._steps, schedule.gamma_stages)
-            row, figures = draw(self.records[self.prompts[index]], self.recipe, self.gammas[stage], rng)
+            record = self.records[self.prompts[index]]
+            row, figures = draw(record, self.recipe, self.gammas[stage], rng)
+            self._equal += (epoch == 0) * (len(equal_to(record, row["preferred"])) - 1)
             check_spread(row["rewards"], self.recipe.loss, self._where(row["prompt_id"]))
             for name, value in figures.items():
                 self._figures[stage][name].append(value)
@@ -201,6 +203,7 @@ class Plan:
         return {
             "prompts": len(self.records),
             "left_out": self.left_out,
+            "responses_equal_to_the_preferred": self._equal,
             "rows": self._rows,
             "rows_to_fill_the_last_step": self._fill,
             "steps": self._steps,
@@ -317,7 +320,8 @@ def stage_table(figures: dict[int, dict[str, array]], gammas: list[float], prefe
 def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
     """The plan on the screen."""
     print(
-        f"plan: {facts['prompts']} prompts, left out: {facts['left_out'] or 'none'}; {facts['rows']} rows in "
+        f"plan: {facts['prompts']} prompts, left out: {facts['left_out'] or 'none'}, and "
+        f"{facts['responses_equal_to_the_preferred']} responses equal to the preferred; {facts['rows']} rows in "
         f"{facts['steps']} steps of {facts['global_batch']} "
         f"({facts['rows_to_fill_the_last_step']} rows fill up the last step) -> {path}"
     )

@@ -27,9 +27,10 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from difflib import SequenceMatcher
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -131,9 +132,8 @@ def parse_json(raw: bytes, path: str | Path, line: int = 1, remedy: str | None =
         text = raw.rstrip(b"\r\n").decode("utf-8")  # an error at the end is on the last line
         return json.loads(text, object_pairs_hook=_unique)
     except _RepeatedKey as error:
+        line += text.count("\n", 0, _object_with_repeated_key(text))
         problem, cure = f"the key {shorten(error.key)} appears twice in one object", "leave one of them"
-        if b"\n" in raw.rstrip():  # JSON over several lines: the parser does not say where
-            raise InputError(problem, where=str(path), remedy=remedy or cure) from None
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         column = error.start - raw.rfind(b"\n", 0, error.start)
@@ -161,6 +161,24 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     if len(found) != len(pairs):
         raise _RepeatedKey(next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1))
     return found
+
+
+def _object_with_repeated_key(text: str) -> int:
+    """Where the innermost object begins that has a key twice; only Python's own scanner can be asked."""
+    decoder, places = json.JSONDecoder(object_pairs_hook=_unique), []
+    parse = decoder.parse_object
+
+    def parse_object(found, *settings):
+        try:
+            return parse(found, *settings)
+        except _RepeatedKey:
+            places.append(found[1])
+            raise
+
+    decoder.parse_object = parse_object
+    with suppress(_RepeatedKey):
+        json.scanner.py_make_scanner(decoder)(text, len(text) - len(text.lstrip()))
+    return places[0]
 
 
 def read_json(path: str | Path, remedy: str = "make it again, or put the old file back") -> dict:
@@ -301,15 +319,16 @@ def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
 def _refuse_preference(record: dict, where: str) -> None:
     """Refuse unknown fields that carry a preference: it would be ignored.
 
-    The name says so (`PREFERENCE`), or there is a number for each response. Beside `chosen` and `rejected`, which are
-    read, such a field repeats or describes what is known.
+    The name says so (`PREFERENCE`), or there is a number for each response and they do not fall. Beside `chosen` and
+    `rejected`, which are read, such a field repeats or describes what is known; our own columns say nothing of it.
     """
     if all(record.get(side) is not None for side in PAIR):
         return
-    for field in (field for field in record if field not in PROMPT_FIELDS):
+    for field in (field for field in record if field not in (*PROMPT_FIELDS, *PARALLEL)):
         responses, values = record.get("responses"), record[field]
         numbers = isinstance(values, list) and len(values) > 1 and all(isinstance(v, (int, float)) for v in values)
         parallel = numbers and isinstance(responses, list) and len(values) == len(responses)
+        parallel = parallel and any(a < b for a, b in pairwise(values))
         words = {word.casefold() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", field)}
         if parallel or PREFERENCE & words:
             raise InputError(

@@ -230,7 +230,12 @@ def test_bad_rows_stop_the_import_with_their_place(changes, message, recipe, wri
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"a": 1}\n{"b": \n', ":2: broken JSON"), ("[1]", ": row 1: expected a JSON object"), ("[{,}]", ":1: broken")],
+    [
+        ('{"a": 1}\n{"b": \n', ":2: broken JSON"),
+        ("[1]", ": row 1: expected a JSON object"),
+        ("[{,}]", ":1: broken"),
+        ('[{"a": 1},\n{"b": {"c": [],\n"c": 2}}]', ':2: the key "c" appears twice'),
+    ],
 )
 def test_broken_files_are_refused(text, message, tmp_path):
     path = tmp_path / "f.json"
