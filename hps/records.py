@@ -27,7 +27,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import copy
 from difflib import SequenceMatcher
 from itertools import islice, pairwise
@@ -77,16 +77,22 @@ def read_jsonl(path: str | Path, check: Check | None = None) -> Iterator[tuple[s
         yield where, check(record, where) if check else record
 
 
-def open_data(path: str | Path) -> BinaryIO:
-    """A file for reading, unpacked where its bytes are gzip's. InputError: it cannot be read."""
+@contextmanager
+def open_data(path: str | Path) -> Iterator[BinaryIO]:
+    """A file for reading, unpacked where its bytes are gzip's. InputError: it cannot be read, or unpacked."""
     try:
         with open(path, "rb") as file:
             zipped = file.read(len(GZIP)) == GZIP
-        return gzip.open(path, "rb") if zipped else open(path, "rb")
+        opened = gzip.open(path, "rb") if zipped else open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise InputError(
             f"cannot read the file ({error.strerror})", where=str(path), remedy="check the path in the recipe"
         ) from None
+    try:
+        with opened as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"damaged gzip file ({error})", where=str(path), remedy="pack it again") from None
 
 
 def _lines(path: str | Path, shown: str | Path | None = None) -> Iterator[tuple[int, int, bytes]]:
@@ -95,20 +101,16 @@ def _lines(path: str | Path, shown: str | Path | None = None) -> Iterator[tuple[
     Args:
         shown: the file's name in messages, where it is another one.
     """
-    shown = shown or path
     with open_data(path) as file:
         place, first = 0, True
-        try:
-            for number, raw in enumerate(file, 1):
-                mark = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
-                if line := raw[mark:].strip():
-                    if first and line.startswith(b"["):
-                        _refuse_array(shown, number)
-                    yield number, place + mark, raw[mark:]
-                    first = False
-                place += len(raw)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"damaged gzip file ({error})", where=str(shown), remedy="pack it again") from None
+        for number, raw in enumerate(file, 1):
+            mark = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
+            if line := raw[mark:].strip():
+                if first and line.startswith(b"["):
+                    _refuse_array(shown or path, number)
+                yield number, place + mark, raw[mark:]
+                first = False
+            place += len(raw)
 
 
 def _refuse_array(path: str | Path, number: int) -> None:
@@ -438,10 +440,7 @@ def unpacked(path: str | Path):
         if not isinstance(file, gzip.GzipFile):
             return None
         copied = tempfile.NamedTemporaryFile(prefix="hps-")  # noqa: SIM115
-        try:
-            shutil.copyfileobj(file, copied)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"damaged gzip file ({error})", where=str(path), remedy="pack it again") from None
+        shutil.copyfileobj(file, copied)
         copied.flush()
         return copied
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annotation.import_released import read_rows
 from hps.errors import InputError
 from hps.records import (
     Appender,
@@ -171,7 +172,7 @@ def test_a_byte_order_mark_and_gzip_change_nothing(form, tmp_path):
 def test_a_damaged_gzip_file_is_named(tmp_path):
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(PROMPT).encode() * 100)[:-20])
-    for read in (lambda: list(read_prompts(path)), lambda: Indexed(path, check_prompt)):
+    for read in (lambda: list(read_prompts(path)), lambda: Indexed(path, check_prompt), lambda: list(read_rows(path))):
         with pytest.raises(InputError, match=r"data\.jsonl\.gz: damaged gzip file"):
             read()
 
