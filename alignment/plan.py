@@ -29,6 +29,8 @@ from hps.recipe import Loss, Recipe, Schedule, stages_without_steps
 from hps.records import Indexed, Lines, check_ranked, read_json, write_json, write_lines
 from hps.run_records import check_plan_row
 
+WIDEST = 2**24  # nats: the largest number beside which single precision still sees 1
+
 
 def hardness_weights(rewards: np.ndarray, gamma: float) -> np.ndarray:
     """q of Eq. 9: `q_i = exp(gamma r_i) / sum_k exp(gamma r_k)` over the dispreferred responses.
@@ -82,31 +84,48 @@ def training_list(record: dict, recipe: Recipe) -> tuple[list[int], str | None]:
     `schedule.subsample` n keeps y_1 and n - 1 others: the first of a permutation that depends on the seed and the
     prompt alone, so that the lists of all epochs are one and a smaller n gives a part of a larger one. With
     `schedule.ties: exclude`, the released code's rule, every response tied with y_1 leaves the list; Eq. 9 excludes y_1
-    alone, so with `best: human` a response of higher reward than y_1 is among the dispreferred.
+    alone, so with `best: human` a response of higher reward than y_1 is among the dispreferred, and rewards that all
+    tie take no preference away. What is the same text as y_1 is never dispreferred.
     """
     schedule, rewards = recipe.schedule, record["rewards"]
     preferred = preferred_index(record, schedule.best)
-    if rewards[0] == rewards[-1]:
+    if schedule.best == "reward" and rewards[0] == rewards[-1]:
         return [], "all rewards tie"
     if preferred is None:
         return [], "no preferred human response"
-    others = [index for index in range(len(rewards)) if index != preferred]
+    equal = equal_to(record, preferred)
+    others = [index for index in range(len(rewards)) if index not in equal]
+    if not others:
+        return [], "all responses are equal"
     if schedule.subsample is not None:
         name = int.from_bytes(hashlib.sha256(record["prompt_id"].encode()).digest()[:8], "big")
         order = np.random.default_rng([recipe.seed, name]).permutation(others)
         others = sorted(int(index) for index in order[: schedule.subsample - 1])
-        if all(rewards[index] == rewards[preferred] for index in others):
+        if schedule.best == "reward" and all(rewards[index] == rewards[preferred] for index in others):
             return [], "all rewards of the sub-sample tie"
     others = without_ties(others, preferred, record, schedule)
+    if not others:
+        return [], "all rewards tie with the preferred one"
     if recipe.loss.positives == 2 and not without_ties(others[1:], others[0], record, schedule):
         return [], "nothing is ranked below y_2"
     return [preferred, *others], None
 
 
 def without_ties(others: list[int], positive: int, record: dict, schedule: Schedule) -> list[int]:
-    """Those of `others` that the positive may be preferred to, by the rule of `schedule.ties`."""
-    rewards = record["rewards"]
+    """Those of `others` that the positive may be preferred to, by the rule of `schedule.ties`; none is equal to it."""
+    rewards, equal = record["rewards"], equal_to(record, positive)
+    others = [index for index in others if index not in equal]
     return [index for index in others if schedule.ties == "keep" or rewards[index] != rewards[positive]]
+
+
+def equal_to(record: dict, positive: int) -> set[int]:
+    """Indices of the responses that are the same text as one of them, white space around it aside; itself among them.
+
+    Only a ranked file that another program wrote has such responses: ours drop duplicates.
+    """
+    texts = [text.strip() for text in record["responses"]]
+    alike = (record["truncated"][positive], texts[positive])
+    return {index for index, text in enumerate(texts) if (record["truncated"][index], text) == alike}
 
 
 def usable(records: Mapping[str, dict], recipe: Recipe) -> tuple[list[str], dict]:
@@ -163,13 +182,20 @@ class Plan:
         order, self._fill = training_order(len(self.prompts), schedule, rng)
         self._rows, self._steps = len(order), len(order) // schedule.global_batch
         self._figures = defaultdict(lambda: defaultdict(lambda: array("d")))
+        self._equal = 0
         for number, (epoch, index) in enumerate(order):
             step = number // schedule.global_batch
             stage = stage_of(step, self._steps, schedule.gamma_stages)
-            row, figures = draw(self.records[self.prompts[index]], self.recipe, self.gammas[stage], rng)
+            record = self.records[self.prompts[index]]
+            row, figures = draw(record, self.recipe, self.gammas[stage], rng)
+            self._equal += (epoch == 0) * (len(equal_to(record, row["preferred"])) - 1)
+            check_spread(row["rewards"], self.recipe.loss, self._where(row["prompt_id"]))
             for name, value in figures.items():
                 self._figures[stage][name].append(value)
             yield {"step": step, "epoch": int(epoch), **row}
+
+    def _where(self, name: str) -> str:
+        return self.records.where(name) if isinstance(self.records, Indexed) else f"prompt {name}"
 
     def facts(self) -> dict:
         """Counts, and diagnostics of each gamma stage; of the rows made last."""
@@ -177,6 +203,7 @@ class Plan:
         return {
             "prompts": len(self.records),
             "left_out": self.left_out,
+            "responses_equal_to_the_preferred": self._equal,
             "rows": self._rows,
             "rows_to_fill_the_last_step": self._fill,
             "steps": self._steps,
@@ -256,6 +283,24 @@ def term(
     return fields, q
 
 
+def check_spread(rewards: list[float], loss: Loss, where: str) -> None:
+    """Refuse rewards of a list that are too far apart for a loss that is made of them (`pl` of exo and nca).
+
+    Such a loss is a divergence from `softmax(r / temperature)`: as large as the greatest difference of `r` in units of
+    the temperature, in nats.
+    """
+    name = {"exo": "exo_beta_r", "nca": "nca_alpha"}.get(loss.family)
+    if loss.preference != "pl" or name is None:
+        return
+    spread = (max(rewards) - min(rewards)) / getattr(loss, name)
+    if spread > WIDEST:
+        raise InputError(
+            f"`rewards` differ by {spread:.3g} times `loss.{name}`, and the loss in single precision holds {WIDEST:,}",
+            where=where,
+            remedy=f"correct the rewards, raise `loss.{name}`, or use schedule.standardize_rewards=true",
+        )
+
+
 def weights_of(term: dict, members: list[int]) -> list[float]:
     """The weights of a term of the plan over all responses of the row; those of a list of pl are not used and 0."""
     weights = dict(zip(term["dispreferred"], term["weights"] or [0.0] * len(term["dispreferred"]), strict=True))
@@ -275,7 +320,8 @@ def stage_table(figures: dict[int, dict[str, array]], gammas: list[float], prefe
 def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
     """The plan on the screen."""
     print(
-        f"plan: {facts['prompts']} prompts, left out: {facts['left_out'] or 'none'}; {facts['rows']} rows in "
+        f"plan: {facts['prompts']} prompts, left out: {facts['left_out'] or 'none'}, and "
+        f"{facts['responses_equal_to_the_preferred']} responses equal to the preferred; {facts['rows']} rows in "
         f"{facts['steps']} steps of {facts['global_batch']} "
         f"({facts['rows_to_fill_the_last_step']} rows fill up the last step) -> {path}"
     )

@@ -38,7 +38,7 @@ from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
-from hps.preflight import check_fits, check_wandb
+from hps.preflight import check_fits, check_lora_targets, check_wandb
 from hps.recipe import Recipe
 from hps.records import parse_json, shorten, write_atomic
 from hps.shared_prefix import prove
@@ -51,7 +51,8 @@ class TokenRows(Sequence[dict]):
     """The plan's rows as token ids, in training order, each made when it is asked for.
 
     Every row is made once at the beginning, so that a bad one is found before a model loads. `cut` are the responses of
-    the plan that lose their end to `schedule.max_length`.
+    the plan that lose their end to `schedule.max_length`; `equal` are the rows in which a dispreferred response is the
+    same tokens as the preferred one, by that cut or by what the tokenizer makes of the texts.
 
     Raises:
         InputError: a prompt leaves no room for a response within `schedule.max_length`, or a response is empty.
@@ -60,7 +61,10 @@ class TokenRows(Sequence[dict]):
     def __init__(self, recipe: Recipe, tokenizer):
         self._plan, self._ranked = read_plan(recipe), ranked_prompts(recipe)
         self._tokenizer, self._limit = tokenizer, recipe.schedule.max_length
-        self.cut = sum(row["cut"] for row in self)
+        self.cut = self.equal = 0
+        for row in self:
+            self.cut += row["cut"]
+            self.equal += row["equal"]
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -83,15 +87,17 @@ class TokenRows(Sequence[dict]):
         first = [term["preferred"] for term in terms]
         members = [*first, *sorted({index for term in terms for index in term["dispreferred"]} - set(first))]
         responses = self._responses(record, members, where)
+        ids = [ids[:room] for ids in responses]
         rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
         return {
             "row": index,
             "prompt_ids": prompt,
-            "response_ids": [ids[:room] for ids in responses],
+            "response_ids": ids,
             "rewards": [rewards.get(index, 0.0) for index in members],
             "weights": [weights_of(term, members) for term in terms],
             "dispreferred_count": [term["dispreferred_count"] for term in terms],
-            "cut": sum(len(ids) > room for ids in responses),
+            "cut": sum(len(response) > room for response in responses),
+            "equal": ids[0] in ids[1:],
             "gamma": row["gamma"] or 0.0,
         }
 
@@ -350,6 +356,8 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
     rows = TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
     model = load_policy(recipe, config.bf16)
+    if recipe.lora.enabled:
+        check_lora_targets(model, recipe)
     layout = prove(model, recipe.schedule.max_length)
     if not recipe.training.shared_prefix:
         layout = replace(layout, shared=0, reason="`training.shared_prefix` is false")
@@ -450,7 +458,7 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
         for saved in ("checkpoint", "checkpoints/step-*"):
             outputs += sorted(path for path in folder.glob(f"{saved}/*") if path.is_file())
         seconds = round(result.metrics["train_runtime"], 1)
-        facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut}
+        facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut, "equal_rows": trainer.rows.equal}
         finish(folder, recipe, run_settings(recipe), outputs, [recipe.ranked("train")], **facts)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
 
@@ -472,6 +480,10 @@ def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:
     )
     limit = recipe.schedule.max_length
     trainer.accelerator.print(f"training: {trainer.rows.cut} responses are cut at schedule.max_length={limit}")
+    if trainer.rows.equal:
+        trainer.accelerator.print(
+            f"training: WARNING: in {trainer.rows.equal} rows a dispreferred response has the tokens of the preferred"
+        )
 
 
 def main() -> None:

@@ -42,9 +42,10 @@ class PlanCollator:
     """Lists of responses, of unequal lengths, as one batch.
 
     Tensors per list: `mask` (lists, n), False where a list is shorter; `lengths` and `rewards` (lists, n), 1 and 0
-    there; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms); `gamma` (lists,); `row` (lists,) of the
-    plan; `tokens` (lists,), of its responses, each with the prompt; `reference` (lists, n), log-probabilities in nats
-    where the examples have them. Floating-point tensors have torch's default dtype: float32, in some tests float64.
+    there, rewards minus the list's highest; `log_weights` (lists, terms, n); `dispreferred_count` (lists, terms);
+    `gamma` (lists,); `row` (lists,) of the plan; `tokens` (lists,), of its responses, each with the prompt; `reference`
+    (lists, n), log-probabilities in nats where the examples have them. Floating-point tensors have torch's default
+    dtype: float32, in some tests float64.
 
     `rows` are those of `hps.shared_prefix.make_rows`, for a model of this `layout`.
     """
@@ -73,8 +74,9 @@ class PlanCollator:
             ),
             "mask": mask,
             "lengths": lengths,
+            # Minus the highest: losses see differences alone, and float32 rounds them off where all rewards are large.
             "rewards": torch.zeros(mask.shape).masked_scatter(
-                mask, _numbers(r for e in examples for r in e["rewards"])
+                mask, _numbers(reward - max(e["rewards"]) for e in examples for reward in e["rewards"])
             ),
             "log_weights": weights.log().to(torch.get_default_dtype()),
             "dispreferred_count": _numbers(example["dispreferred_count"] for example in examples),

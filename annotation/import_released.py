@@ -8,15 +8,16 @@ Run     python -m annotation.import_released FILE configs/hh_rlhf.yaml [key=valu
 
 The prompt's string is parsed back into chat messages; a system block becomes a system message, the header that opens
 the assistant's turn is left out. Responses are sorted by reward, ties keep their order. Empty responses are dropped, of
-exact duplicates the first is kept, rows with fewer than two responses left and repeated prompts are refused: all of it
-stands in the ledger. What the file does not know: `sources` are `generated` unless the row has them (so
-`schedule.best=human` finds no human response), `truncated` is false everywhere (no mark of the length limit was kept).
-Texts that spell special tokens of the tokenizer are counted, or with `data.special_tokens: refuse` left out as in
-generation. In a templated string such a text is a turn like any other, and nobody can tell it from one; a system turn
-behind the first one is refused.
+duplicates (the same text, or the same tokens) the first is kept, rows with fewer than two responses left and repeated
+prompts are refused: all of it stands in the ledger. What the file does not know: `sources` are `generated` unless the
+row has them (so `schedule.best=human` finds no human response), `truncated` is false everywhere (no mark of the length
+limit was kept). Texts that spell special tokens of the tokenizer are counted, or with `data.special_tokens: refuse`
+left out as in generation. In a templated string such a text is a turn like any other, and nobody can tell it from one;
+a system turn behind the first one is refused.
 """
 
 import argparse
+import codecs
 import json
 import os
 from collections import Counter
@@ -27,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from hps.chat import load_tokenizer, special_tokens_in
+from hps.chat import inert, load_tokenizer, special_tokens_in
 from hps.cli import split_arguments
 from hps.errors import InputError, run_main
 from hps.manifest import claim, file_hash, finish, hold, model_hash
@@ -39,8 +40,10 @@ from hps.records import (
     check_rewards,
     check_storable,
     check_strings,
+    open_data,
     parse_json,
     read_jsonl,
+    refuse_misspelt,
     shorten,
 )
 
@@ -105,7 +108,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     if not _is_list(path):
         yield from read_jsonl(path)
         return
-    rows = parse_json(path.read_bytes(), path)
+    with open_data(path) as file:
+        rows = parse_json(file.read(), path)
     assert isinstance(rows, list)  # by its first character
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
@@ -116,21 +120,18 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def _is_list(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return next((line for line in file if line.strip()), b"").lstrip().startswith(b"[")
-    except OSError as error:
-        raise InputError(
-            f"cannot read the file ({error.strerror})", where=str(path), remedy="give a ranked file of the release"
-        ) from None
+    with open_data(path) as file:
+        first = next((line for line in file if line.strip()), b"")
+        return first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def check_row(row: dict, where: str) -> dict:
     """The row with chat messages as `prompt`, `prompt_id` and `sources` filled in.
 
     Raises:
-        InputError: a field is missing or mistyped, the lists differ in length, a reward is not finite.
+        InputError: a field is missing, misspelt or mistyped, the lists differ in length, a reward is not finite.
     """
+    refuse_misspelt(row, ("prompt", "responses", "rewards", "sources", "prompt_id"), where)
     prompt = row.get("prompt")
     prompt = parse_prompt(prompt, where) if isinstance(prompt, str) else prompt
     named = {"prompt": prompt, "responses": row.get("responses"), "prompt_id": row.get("prompt_id")}
@@ -152,7 +153,7 @@ def rank_row(row: dict, tokenizer: Any, refused: Callable[[str], list[str]] = la
     Args:
         refused: the special tokens for which a response is dropped.
     """
-    kept: dict[str, tuple[float, str]] = {}
+    kept: dict[tuple[int, ...], tuple[float, str, str]] = {}
     ledger = []
     for text, reward, source in zip(row["responses"], row["rewards"], row["sources"], strict=True):
         line = {"prompt_id": row["prompt_id"], "source": source, "reward": reward}
@@ -160,21 +161,26 @@ def rank_row(row: dict, tokenizer: Any, refused: Callable[[str], list[str]] = la
             ledger.append({**line, "reason": "empty response"})
         elif tokens := refused(text):
             ledger.append({**line, "reason": "special tokens in a response", "tokens": tokens, "text": text})
-        elif text in kept:
-            ledger.append({**line, "reason": "duplicate response", "kept": kept[text][1], "text": text})
+        # As a model sees them: the tokenizer may make one of two spellings.
+        elif (ids := tuple(_ids(tokenizer, inert(tokenizer, text)))) in kept:
+            ledger.append({**line, "reason": "duplicate response", "kept": kept[ids][1], "text": text})
         else:
-            kept[text] = (reward, source)
-    order = sorted(kept, key=lambda text: -kept[text][0])
+            kept[ids] = (reward, source, text)
+    order = sorted(kept.values(), key=lambda entry: -entry[0])
     record = {
         "prompt_id": row["prompt_id"],
         "prompt": row["prompt"],
-        "responses": order,
-        "rewards": [kept[text][0] for text in order],
-        "sources": [kept[text][1] for text in order],
-        "token_counts": [len(ids) for ids in tokenizer(order, add_special_tokens=False)["input_ids"]] if order else [],
+        "responses": [text for *_, text in order],
+        "rewards": [reward for reward, *_ in order],
+        "sources": [source for _, source, _ in order],
+        "token_counts": [len(_ids(tokenizer, text)) for *_, text in order],
         "truncated": [False] * len(order),
     }
     return record, ledger
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 PROMPTS, RESPONSES = "prompts with special tokens, kept", "responses with special tokens, kept"

@@ -69,16 +69,19 @@ class ConversationScorer:
         return [details["score"] for details in self.score_details(messages, responses, truncated)]
 
     def score_details(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> list[dict]:
-        """For each response its `score`, and what else the model says of it.
+        """For each response its `score`, and what else the model says of it; equal token rows have one score.
 
         Raises:
             InputError: a score is not finite; the message gives the response's number.
         """
-        rows = self.conversations(messages, responses, truncated)
-        found = self._details(rows)
-        if not all(math.isfinite(details["score"]) for details in found):
+        rows = [tuple(row) for row in self.conversations(messages, responses, truncated)]
+        distinct = list(dict.fromkeys(rows))  # twice the same row could differ by rounding, and be ranked by it
+        details = self._details([list(row) for row in distinct])
+        if not all(math.isfinite(each["score"]) for each in details):
             # In a shared row one response that is not a number makes the others so: zero times NaN is NaN.
-            found = [self._details([row])[0] for row in rows]
+            details = [self._details([list(row)])[0] for row in distinct]
+        scored = dict(zip(distinct, details, strict=True))
+        found = [scored[row] for row in rows]
         for number, details in enumerate(found, 1):
             if not math.isfinite(details["score"]):
                 raise InputError(

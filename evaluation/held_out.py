@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
 from hps.recipe import Model, Recipe
@@ -218,7 +218,11 @@ def _scaling(layer: Any) -> dict:
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype):
-    return load_weights(AutoModelForCausalLM, model, dtype=dtype).to(device).eval()
+    loaded = load_weights(AutoModelForCausalLM, model, dtype=dtype)
+    # `generate` completes its arguments from the model's own settings: penalties, suppressed tokens, sampling. An
+    # answer here is greedy and nothing else.
+    loaded.generation_config = GenerationConfig()
+    return loaded.to(device).eval()
 
 
 def _causal(model: Any) -> Any:

@@ -24,7 +24,6 @@ import numpy as np
 
 from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, kept_checkpoints, rounding_floor
 from evaluation.statistics import LEVEL, bootstrap, few, figure, interval
-from hps.chat import prompt_token_ids
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import claim, file_hash, finish, hold, model_hash
@@ -69,18 +68,25 @@ def _pair(record: dict, responses: list[str], truncated: list[bool]) -> dict:
     }
 
 
-def that_fit(pairs: Iterable[dict], scorer: HeldOut, long: Counter) -> Iterator[dict]:
-    """The pairs whose prompt leaves room for a response; the others are counted."""
+def comparable(pairs: Iterable[dict], scorer: HeldOut, left_out: Counter) -> Iterator[dict]:
+    """The pairs that can be compared; the others are counted.
+
+    The prompt must leave room for a response, and the responses must be different tokens: of two equal ones neither is
+    better, and their margin is always 0.
+    """
     for pair in pairs:
-        if len(prompt_token_ids(scorer.tokenizer, pair["prompt"])) < scorer.limit:
-            yield pair
+        prompt, responses = pair_ids(pair, scorer)
+        if len(prompt) >= scorer.limit:
+            left_out[f"{pair['set']}: prompt fills schedule.max_length"] += 1
+        elif responses[0] == responses[1]:
+            left_out[f"{pair['set']}: both responses are the same tokens"] += 1
         else:
-            long[f"{pair['set']}: prompt fills schedule.max_length"] += 1
+            yield pair
 
 
-def fitting_pairs(recipe: Recipe, scorer: HeldOut) -> Iterator[dict]:
+def comparable_pairs(recipe: Recipe, scorer: HeldOut) -> Iterator[dict]:
     """The pairs that are scored."""
-    return that_fit(held_out_pairs(recipe, Counter()), scorer, Counter())
+    return comparable(held_out_pairs(recipe, Counter()), scorer, Counter())
 
 
 def pair_ids(pair: dict, scorer: HeldOut) -> tuple[list[int], list[list[int]]]:
@@ -187,19 +193,19 @@ def evaluate(recipe: Recipe) -> None:
 
 
 def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
-    scorer, left_out, long = HeldOut(recipe), Counter(), Counter()
+    scorer, left_out = HeldOut(recipe), Counter()
     # Read once to be counted and once to be scored: what is held meanwhile is one pair.
-    count = sum(1 for _ in that_fit(held_out_pairs(recipe, left_out), scorer, long))
-    _score_pairs(fitting_pairs(recipe, scorer), count, scorer, folder / "pairs.jsonl")
+    count = sum(1 for _ in comparable(held_out_pairs(recipe, left_out), scorer, left_out))
+    _score_pairs(comparable_pairs(recipe, scorer), count, scorer, folder / "pairs.jsonl")
     _write_answers(recipe, scorer, folder / "answers.jsonl")
     sets = read_columns(read_jsonl(folder / "pairs.jsonl", check_pair))
-    first = islice(fitting_pairs(recipe, scorer), FLOOR_TEXTS)
+    first = islice(comparable_pairs(recipe, scorer), FLOOR_TEXTS)
     metrics: dict[str, Any] = {
         "dtype": scorer.dtype,
         "floor": rounding_floor(scorer, (pair_ids(pair, scorer) for pair in first)),
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,
-        "left_out": {**+left_out, **long},
+        "left_out": dict(+left_out),
         "sets": {name: set_figures(columns, recipe) for name, columns in sets.items()},
     }
     write_json(folder / "margins.json", metrics)

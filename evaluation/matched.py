@@ -23,12 +23,25 @@ MATCHED = {
 Curve = tuple[np.ndarray, np.ndarray]
 
 
-def curve(cell: Cell, pairs: str, figure: str) -> Curve | None:
-    """(points, prompts) of KL and of a figure along the training, seeds averaged; None without points."""
-    points = cell.points(pairs)
+def measured(cell: Cell, pairs: str) -> set[str]:
+    """The prompts that have a pair at every point of the training; none without points."""
+    points = [set(cell.point(pairs, point, "kl")[0]) for point in cell.points(pairs)]
+    return set.intersection(*points) if points else set()
+
+
+def curve(cell: Cell, pairs: str, figure: str, prompts: set[str] | None = None) -> Curve | None:
+    """(points, prompts) of KL and of a figure along the training, seeds averaged; None without points.
+
+    Args:
+        prompts: those that are wanted, of `measured`, which they are when it is left out; in the order of their ids, so
+            that the curves of several cells are paired.
+    """
+    points, names = cell.points(pairs), sorted(measured(cell, pairs) if prompts is None else prompts)
     if not points:
         return None
-    kl, values = (np.stack([_by_name(*cell.point(pairs, point, name)) for point in points]) for name in ("kl", figure))
+    kl, values = (
+        np.stack([_by_name(*cell.point(pairs, point, name), names) for point in points]) for name in ("kl", figure)
+    )
     if figure != "rm_dpo_accuracy":
         start = np.zeros((1, kl.shape[1]))
         kl, values = np.vstack([start, kl]), np.vstack([start, values])
@@ -36,24 +49,28 @@ def curve(cell: Cell, pairs: str, figure: str) -> Curve | None:
     return kl[:last], values[:last]
 
 
-def _by_name(names: list[str], values: np.ndarray) -> np.ndarray:
-    """(prompts,) means over the seeds, in the order of the prompts' ids: one order for all cells."""
-    return values.mean(axis=0)[np.argsort(names)]
+def _by_name(names: list[str], values: np.ndarray, wanted: list[str]) -> np.ndarray:
+    """(wanted,) means over the seeds."""
+    place = {name: number for number, name in enumerate(names)}
+    return values.mean(axis=0)[[place[name] for name in wanted]]
 
 
-def reward_curve(cell: Cell, sft: dict | None) -> Curve | None:
-    """As `curve`, of the mean reward of the answers: before and after the training."""
+def rewarded(cell: Cell, sft: dict | None) -> set[str]:
+    """The prompts that the policy and the model before training have answered, and that have a written pair."""
     after, kl = cell.column("reward_mean"), cell.column("kl")
     if sft is None or after is None or kl is None:
-        return None
-    before = dict(zip(sft["prompts"]["prompt_id"], sft["prompts"]["reward_mean"], strict=True))
-    rewards, moved = (dict(zip(names, values.mean(axis=0), strict=True)) for names, values in (after, kl))
-    names = sorted(name for name in rewards if name in moved and before.get(name) is not None)
-    zero = [0.0] * len(names)
-    return (
-        np.array([zero, [moved[name] for name in names]]),
-        np.array([[before[name] for name in names], [rewards[name] for name in names]]),
-    )
+        return set()
+    table = sft["prompts"]
+    before = {name for name, value in zip(table["prompt_id"], table["reward_mean"], strict=True) if value is not None}
+    return before & set(after[0]) & set(kl[0])
+
+
+def reward_curve(cell: Cell, sft: dict, prompts: set[str]) -> Curve:
+    """As `curve`, of the mean reward of the answers to prompts of `rewarded`: before and after the training."""
+    names, table = sorted(prompts), sft["prompts"]
+    before = dict(zip(table["prompt_id"], table["reward_mean"], strict=True))
+    moved, after = (_by_name(*cell.column(name), names) for name in ("kl", "reward_mean"))
+    return np.stack([np.zeros(len(names)), moved]), np.stack([np.array([before[name] for name in names]), after])
 
 
 def resampled(table: np.ndarray) -> np.ndarray:
@@ -100,9 +117,11 @@ def read_at(found: Curve, wanted: np.ndarray, first: float | None = None) -> dic
     return {**entry, "at_kl": round(end, 4)} if end < wanted[0] else entry
 
 
-def first_kl(cell: Cell, pairs: str) -> float:
-    """The mean KL of the first point that was measured, nats."""
-    return float(cell.point(pairs, cell.points(pairs)[0], "kl")[1].mean())
+def first_kl(found: Curve, figure: str) -> float:
+    """The mean KL of the first point of a curve that was measured, nats; margins begin at a point that was not."""
+    means = resampled(found[0])[:, 0]
+    first = 0 if figure == "rm_dpo_accuracy" else 1
+    return float(means[min(first, len(means) - 1)])
 
 
 def matched(cells: list[Cell], sft: dict | None) -> dict:
@@ -111,27 +130,37 @@ def matched(cells: list[Cell], sft: dict | None) -> dict:
     if not cells:
         return {}
     wanted = {pairs: reached([curve(cell, pairs, "rm_dpo") for cell in cells]) for pairs in ("written", "ranked")}
+    answered = set.intersection(*(rewarded(cell, sft) & measured(cell, "written") for cell in cells))
+    if answered:  # rewards are read at the KL on those prompts
+        wanted_rewards = reached([curve(cell, "written", "rm_dpo", answered) for cell in cells])
     rows = {}
     for cell in cells:
         row = {}
         for name, (pairs, figure) in MATCHED.items():
-            entry = read_at(curve(cell, pairs, figure), wanted[pairs], first_kl(cell, pairs))
+            found = curve(cell, pairs, figure)
+            entry = read_at(found, wanted[pairs], first_kl(found, figure))
             if not (figure == "rm_dpo_accuracy" and "before_first_point" in entry):
                 row[name] = entry
-        rewards = reward_curve(cell, sft)
-        if rewards is not None:
-            row["reward_mean"] = read_at(rewards, wanted["written"])
+        if answered:
+            row["reward_mean"] = read_at(reward_curve(cell, sft, answered), wanted_rewards)
         rows[cell.label] = row
     return {"kl": {name: round(float(value[0]), 4) for name, value in wanted.items()}, "cells": rows}
 
 
-def difference_at_kl(one: Curve, other: Curve) -> dict:
-    """The first less the second at the largest KL that both reached, paired over the prompts; and that KL.
+def difference_at_kl(one: Curve, other: Curve, figure: str | None = None) -> dict:
+    """The first minus the second at the largest KL that both reached, paired over the prompts; and that KL.
 
-    Both must have the same prompts, as the rows of a table have (`evaluation.tables.same_prompts`).
+    Both must have the same prompts in the same order (`curve`).
+
+    Args:
+        figure: of curves whose first point was measured, or begins at 0: marks what lies below the first measured one.
     """
+    if one[0].shape[1] != other[0].shape[1]:
+        raise ValueError(f"curves of {one[0].shape[1]} and {other[0].shape[1]} prompts cannot be paired")
     wanted = reached([one, other])
     found = with_interval(readings(one, wanted) - readings(other, wanted))
+    if figure is not None and wanted[0] < max(first_kl(one, figure), first_kl(other, figure)):
+        found["before_first_point"] = True
     return {**found, "at_kl": round(float(wanted[0]), 4)}
 
 
@@ -179,19 +208,17 @@ def differences(pairs: list[tuple[str, Cell, Cell]], sft: dict | None) -> list[d
 
 
 def matched_differences(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict]:
-    """`difference_at_kl` of every figure that both cells have."""
+    """`difference_at_kl` of every figure that both cells have, over the prompts that both have."""
     found = {}
     for name, (pairs, figure) in MATCHED.items():
-        if not (one.points(pairs) and other.points(pairs)):
+        shared = measured(one, pairs) & measured(other, pairs)
+        if not shared:
             continue
-        entry = difference_at_kl(curve(one, pairs, figure), curve(other, pairs, figure))
-        if entry["at_kl"] < max(first_kl(one, pairs), first_kl(other, pairs)):
-            entry["before_first_point"] = True
+        entry = difference_at_kl(*(curve(cell, pairs, figure, shared) for cell in (one, other)), figure)
         if not (figure == "rm_dpo_accuracy" and "before_first_point" in entry):
             found[name] = entry
-    rewards = [reward_curve(cell, sft) for cell in (one, other)]
-    if rewards[0] is not None and rewards[1] is not None:
-        found["reward_mean"] = difference_at_kl(*rewards)
+    if shared := rewarded(one, sft) & rewarded(other, sft):
+        found["reward_mean"] = difference_at_kl(*(reward_curve(cell, sft, shared) for cell in (one, other)))
     return found
 
 
@@ -218,6 +245,8 @@ def paired(one: Cell, other: Cell, name: str) -> dict | None:
         return None
     values = [dict(zip(names, seeds.mean(axis=0), strict=True)) for names, seeds in columns]
     names = [prompt for prompt in values[0] if prompt in values[1]]
+    if not names:
+        return None
     found = summary(np.array([[values[0][prompt] - values[1][prompt] for prompt in names]]))
     return {key: found[key] for key in ("mean", "interval", "prompts")}
 

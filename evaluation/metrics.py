@@ -18,34 +18,54 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import regex
 from sacrebleu.metrics import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_char import TokenizerChar
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
+from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 from evaluation.statistics import LEVEL, bootstrap, few, figure, interval, percentile_interval
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import fingerprint, write_manifest
-from hps.preflight import evaluated_prompts
+from hps.preflight import SAME_MODEL, evaluated_prompts, same_model
 from hps.recipe import SFT, Recipe
 from hps.records import Check, Indexed, check_answers, read_answers, shorten, write_json, write_lines
 from hps.run_records import AGAIN, check_divergence, check_scores
 
 MANIFEST = "metrics.manifest.json"
 REPEATED = 4  # words of a sequence that counts as repeated
+# Letters of scripts that put no spaces between words: Unicode's line breaking (UAX #14) asks a dictionary there
+# (Thai, Lao, Khmer, Burmese, ...) or breaks anywhere (Chinese, Japanese, Yi). Tibetan has a mark of its own.
+UNSPACED = regex.compile(r"[[\p{lb=SA}\p{lb=ID}\p{lb=CJ}\p{Script=Tibetan}]&&[\p{L}\p{M}]]", regex.V1)
+LETTER = regex.compile(r"[\p{L}\p{M}]")
+WORDS, CHINESE, CHARACTERS = "13a", "zh", "char"  # sacrebleu's tokenizers
+
+
+def tokenizer_of(reference: str) -> str:
+    """sacrebleu's tokenizer for the script of most letters of a text.
+
+    `zh` splits Chinese characters, `char` everything: Japanese words (`ja-mecab`) would need a dictionary.
+    """
+    unspaced = UNSPACED.findall(reference)
+    if 2 * len(unspaced) <= len(LETTER.findall(reference)):
+        return WORDS
+    return CHINESE if all(regex.match(r"\p{Script=Han}", letter) for letter in unspaced) else CHARACTERS
 
 
 class Bleu:
-    """BLEU as shares (0 to 1), by sacrebleu; its signature says how."""
+    """BLEU as shares (0 to 1), by sacrebleu; its signatures say how. The reference's script decides the tokenizer."""
 
     def __init__(self):
-        self._sentence = BLEU(effective_order=True)
-        self._corpus = BLEU()
+        tokenizers = (WORDS, CHINESE, CHARACTERS)
+        self._sentence = {name: BLEU(tokenize=name, effective_order=True) for name in tokenizers}
+        self._corpus = {name: BLEU(tokenize=name) for name in tokenizers}
         self._plain = BLEU(tokenize="none", smooth_method="none", effective_order=False)
 
     def sentence(self, answer: str, reference: str) -> float:
         """BLEU of one answer; orders that it is too short for are left out (effective order)."""
-        return self._sentence.sentence_score(answer, [reference]).score / 100
+        return self._sentence[tokenizer_of(reference)].sentence_score(answer, [reference]).score / 100
 
     def characters(self, answer: str, reference: str) -> float:
         """The released code's figure: its token-level function is given strings, so that characters are its tokens."""
@@ -75,25 +95,28 @@ class Bleu:
 
     def _counts(self, answer: str, reference: str) -> list[int]:
         """Of one answer: matches and n-grams of each order, lengths."""
-        found = self._corpus.corpus_score([answer], [[reference]])
+        found = self._corpus[tokenizer_of(reference)].corpus_score([answer], [[reference]])
         return [*found.counts, *found.totals, found.sys_len, found.ref_len]
 
     def _score(self, counts: np.ndarray) -> float:
         orders = (len(counts) - 2) // 2
         matches, totals = counts[:orders].tolist(), counts[orders : 2 * orders].tolist()
         lengths = {"sys_len": int(counts[-2]), "ref_len": int(counts[-1])}
-        smoothing = {"smooth_method": self._corpus.smooth_method, "smooth_value": self._corpus.smooth_value}
+        corpus = self._corpus[WORDS]
+        smoothing = {"smooth_method": corpus.smooth_method, "smooth_value": corpus.smooth_value}
         return BLEU.compute_bleu(matches, totals, **lengths, **smoothing).score / 100
 
     def signatures(self) -> dict:
         """How the figures were computed, of those that were: sacrebleu writes the number of references, too."""
-        names = {"sentence": self._sentence, "corpus": self._corpus, "characters": self._plain}
-        return {name: str(metric.get_signature()) for name, metric in names.items() if hasattr(metric, "num_refs")}
+        metrics = {"sentence": self._sentence[WORDS], "corpus": self._corpus[WORDS], "characters": self._plain}
+        for kind, by_tokenizer in (("sentence", self._sentence), ("corpus", self._corpus)):
+            metrics |= {f"{kind}, {name}": by_tokenizer[name] for name in (CHINESE, CHARACTERS)}
+        return {name: str(metric.get_signature()) for name, metric in metrics.items() if hasattr(metric, "num_refs")}
 
 
 def forget_texts() -> None:
     """Empty sacrebleu's caches. They hold the last 65,536 texts and their tokens; only a prompt's own are of use."""
-    for tokenizer in (Tokenizer13a, TokenizerRegexp):
+    for tokenizer in (Tokenizer13a, TokenizerRegexp, TokenizerZh, TokenizerChar):
         tokenizer.__call__.cache_clear()
 
 
@@ -109,14 +132,19 @@ def distinct(answers: list[str], size: int) -> float | None:
 
 
 def repetition(answer: str) -> float:
-    """Share of an answer's 4-word sequences that stood in it before."""
+    """Share of an answer's sequences of four words that stood in it before; of `_words`, that is."""
     grams = _grams(answer, REPEATED)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _grams(text: str, size: int) -> list[tuple[str, ...]]:
-    words = text.lower().split()
+    words = _words(text)
     return list(zip(*(words[start:] for start in range(size)), strict=False))
+
+
+def _words(text: str) -> list[str]:
+    """Words between white space, in lower case; where a script has no spaces, characters."""
+    return UNSPACED.sub(r" \g<0> ", text.lower()).split()
 
 
 def answer_figures(answers: dict, rewards: list[dict]) -> dict[str, float]:
@@ -245,17 +273,27 @@ def _by_prompt(path: Path, check: Check) -> Indexed:
     return Indexed(path, check)
 
 
-def corpus_bleu(recipe: Recipe, sft: bool, bleu: Bleu) -> dict:
-    """Corpus BLEU of the answers that are best by sentence BLEU, and of all answers."""
-    every = bleu.counts(_with_reference(recipe, sft))
-    if not len(every):
+def corpus_bleu(recipe: Recipe, sft: bool, bleu: Bleu, tokenizers: Counter) -> dict:
+    """Corpus BLEU of the answers that are best by sentence BLEU, and of all answers.
+
+    Args:
+        tokenizers: how many prompts need which. Counts of words and of characters do not add up: with several there is
+            no such figure.
+    """
+    if len(tokenizers) != 1:
         return {}
+    every = bleu.counts(_with_reference(recipe, sft))
     best = bleu.counts([max(pairs, key=lambda pair: bleu.sentence(*pair))] for pairs in _with_reference(recipe, sft))
     samples, seed = recipe.evaluation.bootstrap, recipe.seed
     return {
         "bleu_corpus_best": bleu.corpus(best, samples, seed),
         "bleu_corpus_all": bleu.corpus(every, samples, seed),
     }
+
+
+def bleu_tokenizers(recipe: Recipe, sft: bool) -> Counter:
+    """How many prompts' BLEU needs which of sacrebleu's tokenizers."""
+    return Counter(tokenizer_of(pairs[0][1]) for pairs in _with_reference(recipe, sft))
 
 
 def _with_reference(recipe: Recipe, sft: bool) -> Iterator[list[tuple[str, str]]]:
@@ -302,6 +340,9 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
         if not figures.prompts:
             raise InputError("no prompt has answers", where=str(folder), remedy="see answers/ledger.jsonl in it")
 
+    tokenizers = bleu_tokenizers(recipe, sft)
+    if len(tokenizers) > 1:
+        left_out[f"corpus BLEU: prompts need different tokenizers ({', '.join(sorted(tokenizers))})"] += 1
     (folder / MANIFEST).unlink(missing_ok=True)  # that of earlier figures
     write_lines(folder / "metrics.jsonl", lines())
     metrics = {
@@ -312,8 +353,10 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,
         "left_out": left_out,
-        "figures": {**figures.aggregate(recipe), **corpus_bleu(recipe, sft, bleu)},
+        "figures": {**figures.aggregate(recipe), **corpus_bleu(recipe, sft, bleu, tokenizers)},
+        "bleu_tokenizers": tokenizers,
         "bleu_signatures": bleu.signatures(),
+        "evaluator_is_reward": same_model(recipe.models.reward, recipe.models.evaluator),
     }
     if not sft:
         margins = folder / "evaluation" / "margins.json"
@@ -339,6 +382,8 @@ def print_metrics(metrics: dict, path: Path) -> None:
         f"metrics: {metrics['run']}: {metrics['samples']} answers to {metrics['prompts']} prompts; mean "
         f"[95 % interval]{few(metrics['prompts'])} -> {path}"
     )
+    if metrics["evaluator_is_reward"]:
+        print(f"metrics: WARNING: {SAME_MODEL}")
     for reason, count in metrics["left_out"].items():
         print(f"metrics: left out: {count} x {reason}")
     for name, value in metrics["figures"].items():

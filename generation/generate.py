@@ -21,7 +21,7 @@ from hps.cli import parse, progress
 from hps.engine import Engine, Sample
 from hps.errors import run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
-from hps.preflight import check_fits, load_prompts
+from hps.preflight import check_disjoint, check_fits, load_prompts, placed
 from hps.recipe import SPLITS, Generation, Model, Recipe
 from hps.records import Appender, done_ids, read_candidates, read_ledger, write_json, write_lines
 from hps.weights import ADAPTER, load_config, refuse_pickles
@@ -191,6 +191,7 @@ def generate(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     check_model(recipe.models.generator, "models.generator")
     prompts = {split: load_prompts(recipe, split) for split in SPLITS}  # every line is checked before a model loads
+    check_disjoint(*(placed(prompts[split][0]) for split in SPLITS))
     folder = recipe.candidates("train").parent
     settings = stage_settings(recipe)
     with hold(folder):

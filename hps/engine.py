@@ -94,6 +94,7 @@ class Engine:
             # torch.compile needs minutes to start and gains nothing on a CPU.
             enforce_eager=settings.enforce_eager or not self._cuda,
             seed=seed,
+            generation_config="vllm",  # no penalty or cut-off that the model's folder asks for: the recipe samples
             load_format="safetensors",  # a pickle can run code when it is loaded, and so can a model's own files
             trust_remote_code=False,
             disable_log_stats=True,

@@ -12,17 +12,20 @@ plan is printed all the same.
 import json
 import math
 import sys
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.manifest import check_model
+from hps.manifest import check_model, file_hash
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.recipe import SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
-from hps.records import Indexed, check_prompt, read_ranked
-from hps.weights import load_config
+from hps.records import Indexed, check_prompt, prompt_id, read_jsonl, read_ranked, unread_fields
+from hps.weights import load_config, refusal
 from hps.workers import accumulation_steps, check_gpus, process_count
 
 USAGE = "python -m hps.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
@@ -37,6 +40,10 @@ LENGTHS = {
     ("evaluate", "evaluator"): [SAMPLED],
     ("evaluate", "judge"): [("judge.max_prompt_tokens", "judge.max_new_tokens")],
 }
+SAME_MODEL = (
+    "`models.evaluator` is `models.reward`: answers are judged by the model that ranked the candidates, and the policy "
+    "was trained to please it"
+)
 ARMORM = "LlamaForRewardModelWithGating"  # its labels are its objectives; annotation/armorm.py makes one score of them
 
 
@@ -170,6 +177,96 @@ def _check_enough(record: dict, generated: int, keep_given: bool, where: str) ->
         )
 
 
+def unread_lines(recipe: Recipe, split: str) -> list[str]:
+    """What the prompts of a split have that no stage reads, a line each."""
+    settings = getattr(recipe.data, split)
+    found = Counter()
+    for _, record in islice(read_jsonl(settings.path), settings.limit):
+        found.update(unread_fields(record))
+    return [f"{split}: {settings.path}: `{name}` of {count} lines is not read" for name, count in found.items()]
+
+
+def check_disjoint(train: Iterable[tuple[str, dict]], test: Iterable[tuple[str, dict]]) -> None:
+    """Refuse prompts, with their places, that are in training and among those of the evaluation, too.
+
+    Two conversations that differ only in white space are the same.
+    """
+    places: dict[str, str] = {}
+    for where, record in train:
+        places.setdefault(_conversation(record), where)
+    both = {where: places[name] for where, record in test if (name := _conversation(record)) in places}
+    if both:
+        first = "; ".join(f"{test_place} is {train_place}" for test_place, train_place in list(both.items())[:3])
+        raise InputError(
+            f"{len(both)} test prompt(s) are in training, too, so held-out figures would be wrong: {first}",
+            remedy="remove them from one of the two files",
+        )
+
+
+def _conversation(record: dict) -> str:
+    return prompt_id([{**message, "content": " ".join(message["content"].split())} for message in record["prompt"]])
+
+
+def placed(prompts: Indexed) -> Iterable[tuple[str, dict]]:
+    """Place and record of every prompt."""
+    return ((prompts.where(name), record) for name, record in prompts.items())
+
+
+def same_model(one: Model, other: Model) -> bool:
+    """Whether two models have the same weights: by their files where both are folders, else by name and revision."""
+    folders = [Path(model.path) for model in (one, other)]
+    if not all(folder.is_dir() for folder in folders):
+        return one.path == other.path and (one.revision == other.revision or None in (one.revision, other.revision))
+    files = [{path.name: path for path in folder.glob("*.safetensors")} for folder in folders]
+    sizes = [{name: path.stat().st_size for name, path in found.items()} for found in files]
+    # The sizes first: hashing two models of 8B takes a minute.
+    return sizes[0] == sizes[1] and all(file_hash(files[0][name]) == file_hash(files[1][name]) for name in files[0])
+
+
+def try_lora(recipe: Recipe) -> None:
+    """Try the recipe's LoRA on the policy's architecture, without weights. InputError: as `check_lora_targets`.
+
+    What PEFT cannot adapt is found by PEFT.
+    """
+    import torch
+    from peft import LoraConfig, LoraModel
+    from transformers import AutoModelForCausalLM
+
+    policy = recipe.models.policy
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(load_config(policy), trust_remote_code=False)
+    except ValueError as error:
+        raise refusal(policy.path, error) from None
+    if check_lora_targets(model, recipe):
+        try:
+            LoraModel(model, LoraConfig(r=recipe.lora.r, target_modules=list(recipe.lora.target_modules)), "default")
+        except ValueError as error:
+            raise InputError(f"`lora.target_modules`: {str(error).splitlines()[0]}", where=policy.path) from None
+
+
+def check_lora_targets(model: Any, recipe: Recipe) -> bool:
+    """Refuse an entry of `lora.target_modules` that names no module of the policy; PEFT is content when one of several
+    is found.
+
+    Returns:
+        Whether the targets are names; `all-linear` is not.
+    """
+    targets = recipe.lora.target_modules
+    if targets in ("all-linear", ["all-linear"]):
+        return False
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            ends = {name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "in_features")}
+            raise InputError(
+                f"`lora.target_modules`: the policy has no module `{target}`",
+                where=recipe.models.policy.path,
+                remedy=f"give some of its linear layers: {', '.join(sorted(ends))}",
+            )
+    return True
+
+
 def attempt(check, *arguments, dry_run: bool):
     """Run a check; in a dry run what is missing becomes a remark instead of an error."""
     try:
@@ -184,14 +281,14 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What gene.sh will do, a line each."""
     if not dry_run:
         check_gpus("generation.tensor_parallel", recipe.generation.tensor_parallel)
-    lines = []
+    lines, found = [], {}
     for split in SPLITS:
         settings = getattr(recipe.data, split)
         loaded, remark = attempt(load_prompts, recipe, split, dry_run=dry_run)
         if loaded is None:
             lines.append(f"{split}: {settings.path}: {remark}")
             continue
-        prompts = loaded[0]
+        prompts = found[split] = loaded[0]
         given = sum(len(record["responses"]) for record in prompts.values()) * recipe.generation.keep_given
         generated = len(prompts) * settings.responses
         lines.append(
@@ -200,6 +297,9 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
             f"and {len(prompts) * recipe.generation.max_prompt_tokens:,} prompt tokens; "
             f"`data.{split}.limit`: {settings.limit or 'none'}"
         )
+        lines += unread_lines(recipe, split)
+    if len(found) == len(SPLITS):
+        check_disjoint(*(placed(found[split]) for split in SPLITS))
     outputs = [str(path) for split in SPLITS for path in (recipe.candidates(split), recipe.ranked(split))]
     return [*lines, f"outputs: {', '.join(outputs)}"]
 
@@ -212,18 +312,28 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         check_wandb(recipe)
     processes = process_count(recipe)
     accumulation = accumulation_steps(recipe, processes)
-    lines = []
+    lines, sources = [], {split: [] for split in SPLITS}
     for split in SPLITS:
         count, remark = attempt(count_ranked, recipe, split, dry_run=dry_run)
         lines.append(f"ranked: {remark or f'{recipe.ranked(split)}: {count} prompts'}")
+        if count is not None:
+            sources[split].append(read_ranked(recipe.ranked(split)))
         if split == "train" and count is not None:
             prompts = count
             continue
         loaded, remark = attempt(load_prompts, recipe, split, dry_run=dry_run)
+        if loaded:
+            sources[split].append(placed(loaded[0]))
         if remark:
             lines.append(f"{split}: {remark}")
         if split == "train":
             prompts = len(loaded[0]) if loaded else None
+    check_disjoint(*(chain(*sources[split]) for split in SPLITS))
+    if recipe.lora.enabled:
+        if dry_run and not Path(recipe.models.policy.path).is_dir():
+            lines.append("policy: `lora.target_modules` is not checked in a dry run, which asks the hub nothing")
+        else:
+            try_lora(recipe)
     batch = (
         f"global batch {schedule.global_batch}: {processes} process(es) x {schedule.device_batch} prompt(s) at a time "
         f"x {accumulation}"
@@ -260,6 +370,8 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     if loaded is None:
         lines.append(f"test: {remark}")
     else:
+        if recipe.ranked("train").exists():
+            check_disjoint(read_ranked(recipe.ranked("train")), placed(loaded[0]))
         answers = len(loaded[0]) * settings.samples
         lines.append(
             f"test: {recipe.tested().data.test.path}: {len(loaded[0])} prompts, {answers} answers of the run and "
@@ -317,6 +429,8 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
                 lines.append(f"{role}: its number of labels is not checked in a dry run, which asks the hub nothing")
             else:
                 check_labels(model, role)
+    if stage != "run" and same_model(recipe.models.reward, recipe.models.evaluator):
+        lines.append(f"WARNING: {SAME_MODEL}")
     lines += {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage](recipe, dry_run)
     for role in roles:
         if not dry_run or (Path(getattr(recipe.models, role).path) / "config.json").exists():

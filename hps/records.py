@@ -2,7 +2,8 @@
 
 Formats (one JSON object a line, UTF-8):
 
-- prompts:    `prompt` (chat messages), optional `responses` (given ones, best first), optional `prompt_id`, `topic`
+- prompts:    `prompt` (chat messages), optional `responses` (given ones, best first; or TRL's `chosen` and
+              `rejected`), optional `prompt_id`; other fields are counted by the preflight and not read
 - candidates: `prompt_id`, `prompt`, `responses`, `sources`, `token_counts`, `truncated` (parallel lists)
 - ranked:     a candidates line with `rewards`, all lists sorted by reward, best first
 - answers:    `prompt_id`, `prompt`, `responses`, `token_counts`, `truncated` (parallel lists): a model's answers
@@ -12,24 +13,44 @@ Formats (one JSON object a line, UTF-8):
 `generated`. Every check names file, line, field, value and remedy.
 """
 
+import codecs
+import gzip
 import hashlib
 import json
 import math
 import os
+import re
+import shlex
+import shutil
+import tempfile
+import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
-from itertools import islice
+from difflib import SequenceMatcher
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 from hps.errors import InputError
 
 MOST = 3.4028234663852886e38  # the largest number in single precision, in which training holds rewards
+LARGEST_REWARD = MOST / 2  # so that single precision holds the difference of any two
 DEEPEST = 100  # brackets in brackets; near 1,000 Python's stack ends, for reading and for writing at different depths
 AGAIN = "remove the line, so that its prompt is done again"
 Check = Callable[[dict, str], dict]  # record and `path:line` in, the record out, or an InputError
 ROLES = ("system", "user", "assistant")
 PARALLEL = ("responses", "sources", "token_counts", "truncated")
+PAIR = ("chosen", "rejected")  # TRL's names of two given responses
+PROMPT_FIELDS = ("prompt", "prompt_id", "responses", *PAIR)
+NOTES = ("topic", "source")  # of our own prompts files, for the reader
+# A field with one of these words in its name says which response is better.
+PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
+RESEMBLANCE = 0.8  # share of equal letters above which an unknown field is a misspelt known one
+GZIP = b"\x1f\x8b"  # JSON never begins so
+CONVERT = """python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1]))]'"""
 
 
 def canonical(value) -> str:
@@ -46,50 +67,120 @@ def prompt_id(messages: list[dict]) -> str:
 def read_jsonl(path: str | Path, check: Check | None = None) -> Iterator[tuple[str, dict]]:
     """Yield `("path:line", record)`; blank lines are passed over. `check` validates each record, and may complete it.
 
-    Raises InputError for a missing file, bytes that are not UTF-8, broken JSON, a line that is no JSON object, and as
-    `check`.
+    The file may be gzipped and may begin with a byte order mark.
+
+    Raises InputError for a missing file, bytes that are not UTF-8, broken JSON, a key that appears twice, a line that
+    is no JSON object, a JSON array instead of lines, and as `check`.
     """
     for number, _, raw in _lines(path):
         where, record = f"{path}:{number}", _parse(raw, path, number)
         yield where, check(record, where) if check else record
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number, place in the file (bytes) and bytes of every line that is not blank."""
-    path = Path(path)
+@contextmanager
+def open_data(path: str | Path) -> Iterator[BinaryIO]:
+    """A file for reading, unpacked where its bytes are gzip's. InputError: it cannot be read, or unpacked."""
     try:
-        file = path.open("rb")
+        with open(path, "rb") as file:
+            zipped = file.read(len(GZIP)) == GZIP
+        opened = gzip.open(path, "rb") if zipped else open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise InputError(
             f"cannot read the file ({error.strerror})", where=str(path), remedy="check the path in the recipe"
         ) from None
-    with file:
-        place = 0
+    try:
+        with opened as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"damaged gzip file ({error})", where=str(path), remedy="pack it again") from None
+
+
+def _lines(path: str | Path, shown: str | Path | None = None) -> Iterator[tuple[int, int, bytes]]:
+    """Number, place in the unpacked file (bytes) and bytes of every line that is not blank.
+
+    Args:
+        shown: the file's name in messages, where it is another one.
+    """
+    with open_data(path) as file:
+        place, first = 0, True
         for number, raw in enumerate(file, 1):
-            if raw.strip():
-                yield number, place, raw
+            mark = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
+            if line := raw[mark:].strip():
+                if first and line.startswith(b"["):
+                    _refuse_array(shown or path, number)
+                yield number, place + mark, raw[mark:]
+                first = False
             place += len(raw)
+
+
+def _refuse_array(path: str | Path, number: int) -> None:
+    lines = Path(path).with_suffix(".lines.jsonl")  # another file: the shell empties it before Python reads
+    raise InputError(
+        "expected a JSON object, found a JSON array: this file is JSON, not JSON Lines",
+        where=f"{path}:{number}",
+        remedy=f"write one object a line: {CONVERT} {shlex.quote(str(path))} > {shlex.quote(str(lines))}",
+    )
 
 
 def parse_json(raw: bytes, path: str | Path, line: int = 1, remedy: str | None = None) -> object:
     """The JSON value that begins on this line of a file; `remedy` where another one helps than correcting the line.
 
     Raises:
-        InputError: bytes that are not UTF-8, broken JSON, or a number or a nesting that Python does not read.
+        InputError: bytes that are not UTF-8, broken JSON, a key that appears twice in one object, or a number or a
+            nesting that Python does not read.
     """
     try:
-        return json.loads(raw.rstrip(b"\r\n").decode("utf-8"))  # an error at the end is on the last line
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+        text = raw.rstrip(b"\r\n").decode("utf-8")  # an error at the end is on the last line
+        return json.loads(text, object_pairs_hook=_unique)
+    except _RepeatedKey as error:
+        line += text.count("\n", 0, _object_with_repeated_key(text))
+        problem, cure = f"the key {shorten(error.key)} appears twice in one object", "leave one of them"
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         column = error.start - raw.rfind(b"\n", 0, error.start)
-        problem, cure = f"byte {column} of the line is not UTF-8", "save the file as UTF-8"
+        problem, cure = f"byte {column} of the line is not UTF-8", "save the file as UTF-8 (gzip is read, too)"
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         problem = f"broken JSON at column {error.colno} ({error.msg})"
-        cure = "each record must be one complete JSON object"
+        cure = "each record must be one complete JSON object on one line"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
         problem, cure = f"unreadable JSON ({error})", "correct the line"
     raise InputError(problem, where=f"{path}:{line}", remedy=remedy or cure)
+
+
+class _RepeatedKey(Exception):
+    """Not a ValueError: `parse_json` tells it from broken JSON."""
+
+    def __init__(self, key: str):
+        super().__init__(key)
+        self.key = key
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON. Python would keep the last of two equal keys, other readers the first."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _RepeatedKey(next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1))
+    return found
+
+
+def _object_with_repeated_key(text: str) -> int:
+    """Where the innermost object begins that has a key twice; only Python's own scanner can be asked."""
+    decoder, places = json.JSONDecoder(object_pairs_hook=_unique), []
+    parse = decoder.parse_object
+
+    def parse_object(found, *settings):
+        try:
+            return parse(found, *settings)
+        except _RepeatedKey:
+            places.append(found[1])
+            raise
+
+    decoder.parse_object = parse_object
+    with suppress(_RepeatedKey):
+        json.scanner.py_make_scanner(decoder)(text, len(text) - len(text.lstrip()))
+    return places[0]
 
 
 def read_json(path: str | Path, remedy: str = "make it again, or put the old file back") -> dict:
@@ -208,9 +299,100 @@ def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[s
 
 def check_prompt(record: dict, where: str) -> dict:
     """Return the record with `prompt_id` and `responses` filled in; InputError as the checks it calls."""
-    record = _named({"responses": [], **record}, where)
+    refuse_misspelt(record, PROMPT_FIELDS, where)
+    _refuse_preference(record, where)
+    record = _named({"responses": [], **_given_pair(record, where)}, where)
     check_strings(record, "responses", where)
     return record
+
+
+def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
+    """Refuse an unknown field whose name is nearly that of a known one which the record lacks."""
+    absent = [field for field in known if not record.get(field)]
+    for field in (field for field in record if field not in known):
+        name = re.sub(r"[\s-]+", "_", field.strip().casefold())
+        for other in absent:
+            if SequenceMatcher(None, name, other).ratio() > RESEMBLANCE:
+                raise InputError(
+                    f"unknown field `{field}`", where=where, remedy=f"write `{other}`, or rename the field"
+                )
+
+
+def _refuse_preference(record: dict, where: str) -> None:
+    """Refuse unknown fields that carry a preference: it would be ignored.
+
+    The name says so (`PREFERENCE`), or there is a number for each response and they do not fall. Beside `chosen` and
+    `rejected`, which are read, such a field repeats or describes what is known; our own columns say nothing of it.
+    """
+    if all(record.get(side) is not None for side in PAIR):
+        return
+    for field in (field for field in record if field not in (*PROMPT_FIELDS, *PARALLEL)):
+        responses, values = record.get("responses"), record[field]
+        numbers = isinstance(values, list) and len(values) > 1 and all(isinstance(v, (int, float)) for v in values)
+        parallel = numbers and isinstance(responses, list) and len(values) == len(responses)
+        parallel = parallel and any(a < b for a, b in pairwise(values))
+        words = {word.casefold() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", field)}
+        if parallel or PREFERENCE & words:
+            raise InputError(
+                f"`{field}` seems to say which response is better, and it is not read",
+                where=where,
+                remedy="give `responses` best first (or `chosen` and `rejected`), and remove or rename the field",
+            )
+
+
+def unread_fields(record: dict) -> list[str]:
+    """Fields of a prompts record that nothing reads, of its messages too (`prompt[].name`)."""
+    prompt = record["prompt"] if isinstance(record.get("prompt"), list) else []
+    inner = {f"prompt[].{field}" for message in prompt for field in dict(message) if field not in ("role", "content")}
+    return [*(field for field in record if field not in (*PROMPT_FIELDS, *NOTES)), *sorted(inner)]
+
+
+def _given_pair(record: dict, where: str) -> dict:
+    """The record with TRL's `chosen` and `rejected` as its `responses`, best first; others unchanged.
+
+    Each is a text, or chat messages: the answer alone, or the whole conversation, whose beginning is then the prompt.
+    """
+    if all(record.get(side) is None for side in PAIR):  # null: a column that other rows have
+        return {field: value for field, value in record.items() if field not in PAIR}
+    for side in PAIR:
+        if record.get(side) is None:
+            raise InputError(f"`{side}` is missing", where=where, remedy="give both `chosen` and `rejected`")
+    if record.get("responses"):
+        raise InputError("both `responses` and `chosen` are given", where=where, remedy="remove one of them")
+    prompt, responses = record.get("prompt"), []
+    for side in PAIR:
+        before, text = _answer(record[side], side, where)
+        if before and (prompt is None or isinstance(prompt, str) and _asks(before, prompt)):
+            prompt = before
+        if before not in ([], prompt):
+            raise InputError(
+                f"the conversation of `{side}` does not begin with the prompt: {shorten(before)}",
+                where=where,
+                remedy="give `prompt`, and in `chosen` and `rejected` the last answer alone",
+            )
+        responses.append(text)
+    kept = {field: value for field, value in record.items() if field not in PAIR}
+    return {**kept, "prompt": prompt, "responses": responses}
+
+
+def _answer(value: object, side: str, where: str) -> tuple[list[dict], str]:
+    """The messages before the answer, and its text, of `chosen` or `rejected`."""
+    if isinstance(value, str):
+        return [], value
+    remedy = "give a text, or chat messages that end with one of the assistant"
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise InputError(f"`{side}` is {shorten(value)}", where=where, remedy=remedy)
+    messages = [{key: part for key, part in message.items() if part is not None} for message in value]
+    last = messages[-1]
+    if set(last) != {"role", "content"} or last["role"] != "assistant" or not isinstance(last["content"], str):
+        raise InputError(f"the last message of `{side}` is {shorten(value[-1])}", where=where, remedy=remedy)
+    return messages[:-1], last["content"]
+
+
+def _asks(messages: list[dict], text: str) -> bool:
+    """Whether a conversation is this question, perhaps behind a system message."""
+    turns = [message for message in messages if message.get("role") != "system"]
+    return len(turns) == 1 and turns[0].get("role") == "user" and turns[0].get("content") == text
 
 
 class Lines(Sequence[dict]):
@@ -227,8 +409,10 @@ class Lines(Sequence[dict]):
 
     def __init__(self, path: str | Path, check: Check | None = None, limit: int | None = None):
         self.path, self._check = Path(path), check
+        self._unpacked = unpacked(path)
+        self._plain = Path(self._unpacked.name) if self._unpacked else self.path
         self._numbers, self._places = array("Q"), array("Q")
-        for number, place, _ in islice(_lines(path), limit):
+        for number, place, _ in islice(_lines(self._plain, self.path), limit):
             self._numbers.append(number)
             self._places.append(place)
 
@@ -237,7 +421,7 @@ class Lines(Sequence[dict]):
         return f"{self.path}:{self._numbers[index]}"
 
     def __getitem__(self, index: int) -> dict:
-        with self.path.open("rb") as file:
+        with self._plain.open("rb") as file:
             file.seek(self._places[index])
             raw = file.readline()
         record = _parse(raw, self.path, self._numbers[index])
@@ -245,6 +429,20 @@ class Lines(Sequence[dict]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def unpacked(path: str | Path):
+    """A temporary copy of a gzipped file, in which lines have places; removed with its last reference.
+
+    None for a plain file.
+    """
+    with open_data(path) as file:
+        if not isinstance(file, gzip.GzipFile):
+            return None
+        copied = tempfile.NamedTemporaryFile(prefix="hps-")  # noqa: SIM115
+        shutil.copyfileobj(file, copied)
+        copied.flush()
+        return copied
 
 
 class Indexed(Mapping[str, dict]):
@@ -343,11 +541,12 @@ def check_rewards(record: dict, where: str) -> None:
     """Refuse `rewards` that are not one finite number for each response."""
     check_parallel(record, "rewards", where)
     for index, reward in enumerate(record["rewards"]):
-        if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not abs(reward) <= MOST:
+        if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not abs(reward) <= LARGEST_REWARD:
             raise InputError(
                 f"`rewards[{index}]` is {shorten(reward)}",
                 where=where,
-                remedy="give a finite number that single precision holds; score it again",
+                remedy=f"give a finite number within {LARGEST_REWARD:.1e}, so that single precision holds differences; "
+                "score it again",
             )
 
 

@@ -1,9 +1,12 @@
 """Import of ranked files of the paper's released code."""
 
+import copy
+import gzip
 import json
 import math
 
 import pytest
+from tokenizers import normalizers
 
 from annotation.import_released import check_row, import_released, parse_prompt, rank_row, read_rows
 from hps.errors import InputError
@@ -83,13 +86,27 @@ def test_a_row_is_sorted_stably_and_duplicates_are_merged(tokenizer):
     ]
 
 
+def test_texts_that_are_the_same_tokens_are_duplicates(tokenizer):
+    """An accent as a character of its own, under a tokenizer that composes them; a token's spelling, and it inert."""
+    composing = copy.deepcopy(tokenizer)
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    texts = ["caf\u00e9", "cafe\u0301", "x<|im_end|>", "x< |im_end|>", "tea"]
+    checked = {"prompt_id": "p", "prompt": USER, "sources": list("abcde")}
+    record, ledger = rank_row({**checked, "responses": texts, "rewards": [1, 5, 2, 6, 3]}, composing)
+    assert record["sources"] == ["e", "c", "a"] and record["rewards"] == [3, 2, 1]
+    assert [(line["source"], line["kept"], line["reason"]) for line in ledger] == [
+        ("b", "a", "duplicate response"),
+        ("d", "c", "duplicate response"),
+    ]
+
+
 def test_token_counts_have_no_bos(llama3_tokenizer):
     record, _ = rank_row({**row(), "prompt_id": "p", "prompt": USER, "sources": ["generated"] * 4}, llama3_tokenizer)
     assert len(llama3_tokenizer("d")["input_ids"]) == 2  # this tokenizer adds a BOS
     assert record["token_counts"][1] == 1
 
 
-@pytest.mark.parametrize("form", ["list", "lines"])
+@pytest.mark.parametrize("form", ["list", "lines", "packed"])
 def test_import_writes_ranked_records_and_counts_every_row(form, recipe, tmp_path, capsys):
     rows = [
         row(),
@@ -99,8 +116,8 @@ def test_import_writes_ranked_records_and_counts_every_row(form, recipe, tmp_pat
         {"prompt": MESSAGES, "responses": ["m", "n"], "rewards": [1, 2]},
     ]
     path = tmp_path / "released.json"
-    text = json.dumps(rows, indent=1) if form == "list" else "".join(json.dumps(line) + "\n" for line in rows)
-    path.write_text(text)
+    text = "".join(json.dumps(line) + "\n" for line in rows) if form == "lines" else json.dumps(rows, indent=1)
+    path.write_bytes(gzip.compress(text.encode("utf-8-sig")) if form == "packed" else text.encode())
     counts = import_released(str(path), recipe)
     assert counts["read"] == 5 == counts["written"] + counts["rejected"] and counts["written"] == 3
     records = [record for _, record in read_ranked(recipe.ranked("train"))]
@@ -122,7 +139,7 @@ def test_import_writes_ranked_records_and_counts_every_row(form, recipe, tmp_pat
         "empty response",
     ]
     assert "5 rows read = 3 written + 2 rejected; duplicate response: 3" in capsys.readouterr().out
-    place = "row 3" if form == "list" else ":3"
+    place = ":3" if form == "lines" else "row 3"
     assert ledger[4]["place"].endswith(place)
     manifest = json.loads((recipe.ranked("train").parent / "manifest.json").read_text())
     assert manifest["imported"]["train"]["read"] == 5 and set(manifest["outputs"]) == {
@@ -190,6 +207,8 @@ def test_a_system_turn_behind_another_is_refused():
         ({"rewards": [1, 2, 3]}, "4 `responses` but 3 `rewards`"),
         ({"rewards": [1, 2, math.nan, 3]}, r"`rewards\[2\]` is NaN"),
         ({"rewards": [1, math.inf, 2, 3]}, r"`rewards\[1\]` is Infinity"),
+        ({"rewards": [1, 3e38, 2, 3]}, r"`rewards\[1\]` is 3e\+38; give a finite number within 1.7e\+38"),
+        ({"source": ["given_1"] * 4}, "unknown field `source`; write `sources`"),
         ({"rewards": [1, "2", 2, 3]}, r"`rewards\[1\]` is \"2\""),
         ({"rewards": None}, "`rewards` is null"),
         ({"responses": [1]}, r"`responses` is \[1\]"),
@@ -211,7 +230,12 @@ def test_bad_rows_stop_the_import_with_their_place(changes, message, recipe, wri
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"a": 1}\n{"b": \n', ":2: broken JSON"), ("[1]", ": row 1: expected a JSON object"), ("[{,}]", ":1: broken")],
+    [
+        ('{"a": 1}\n{"b": \n', ":2: broken JSON"),
+        ("[1]", ": row 1: expected a JSON object"),
+        ("[{,}]", ":1: broken"),
+        ('[{"a": 1},\n{"b": {"c": [],\n"c": 2}}]', ':2: the key "c" appears twice'),
+    ],
 )
 def test_broken_files_are_refused(text, message, tmp_path):
     path = tmp_path / "f.json"

@@ -18,7 +18,7 @@ from evaluation import margins as stage
 from evaluation.divergence import answer_figures
 from evaluation.held_out import divergence, rounding_floor
 from evaluation.statistics import bootstrap
-from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
+from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError, run_main
 from hps.records import read_jsonl, read_prompts
 
@@ -193,9 +193,47 @@ def test_prompts_that_leave_no_room_for_a_response_are_counted(finished):
     pairs, long = list(stage.held_out_pairs(recipe, Counter())), Counter()
     lengths = sorted(len(prompt_token_ids(held_out.tokenizer, pair["prompt"])) for pair in pairs)
     held_out.limit = lengths[-1]
-    fit = list(stage.that_fit(pairs, held_out, long))
+    fit = list(stage.comparable(pairs, held_out, long))
     assert sum(long.values()) == lengths.count(lengths[-1]) > 0
     assert len(fit) + sum(long.values()) == len(pairs)
+
+
+def test_pairs_of_equal_tokens_are_left_out_and_counted(finished):
+    """Equal texts, equal but for white space, and equal as far as `schedule.max_length` lets them be seen."""
+    recipe = finished(trained=False)
+    prompts = [record for _, record in read_prompts(recipe.data.test.path, 4)]
+    long = "word " * 400
+    for prompt, responses in zip(prompts, (["a", "a"], ["a", "a "], [long + "a", long + "b"], ["a", "b"]), strict=True):
+        prompt["responses"] = responses
+    recipe.data.test.path = str(recipe.ranked("test").with_name("prompts.jsonl"))
+    with open(recipe.data.test.path, "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in prompts)
+    stage.evaluate(recipe)
+    metrics = json.loads((recipe.run_folder() / "evaluation" / "margins.json").read_text())
+    assert metrics["left_out"] == {"written: both responses are the same tokens": 3}
+    assert metrics["sets"]["written"]["pairs"] == 1
+
+
+def test_greedy_answers_are_greedy_whatever_the_models_folder_asks_for(finished, tiny_model, tmp_path):
+    """Against the highest logit at each step; the folder asks for penalties, suppressed tokens and sampling."""
+    folder = tmp_path / "penalised"
+    shutil.copytree(tiny_model, folder)
+    asked = {
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+        "do_sample": True,
+        "suppress_tokens": [*range(40, 90)],
+    }
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    held_out = stage.HeldOut(finished(f"models.policy.path={folder}", trained=True))
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = prompt_token_ids(held_out.tokenizer, messages)
+    start, ends = len(ids), end_of_turn_ids(held_out.tokenizer)
+    with torch.inference_mode():
+        while len(ids) < start + 12 and ids[-1] not in ends:
+            ids.append(int(held_out.policy(torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = held_out.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    assert held_out.answers(messages, 12)["after"] == expected != ""
 
 
 def log_probability_by_hand(model, ids: list[int], before: int) -> float:

@@ -65,6 +65,50 @@ def test_the_answers_to_a_prompt_are_drawn_together(bleu):
     assert once == often
 
 
+@pytest.mark.parametrize(
+    ("text", "tokenizer"),
+    [
+        ("Lilies are poisonous.", "13a"),
+        ("한국어는 낱말 사이를 띄어 쓴다.", "13a"),
+        ("42", "13a"),
+        ("The word 百合 is a lily", "13a"),
+        ("百合花对猫有毒，not for cats", "13a"),
+        ("百合花对猫都有毒，请放在屋外。", "zh"),
+        ("ユリは猫に有毒です。", "char"),
+        ("ดอกลิลลี่เป็นพิษต่อแมว", "char"),
+        ("ດອກລິລີເປັນພິດ", "char"),
+        ("ផ្កាលីលីមានជាតិពុល", "char"),
+        ("ལྗགས་ཀྱི་བོད་", "char"),
+    ],
+)
+def test_the_script_decides_the_tokenizer(text, tokenizer, bleu):
+    """And a text that is nearly its reference is near it, in every script."""
+    assert stage.tokenizer_of(text) == tokenizer
+    if tokenizer != "13a":
+        assert bleu.sentence(text[:-1], text) > 0.5 and stage.repetition(text * 9) > 0.5
+
+
+def test_bleu_of_chinese_by_hand(bleu):
+    """`一二三四五六` against the same with another last character: 5/6, 4/5, 3/4 and 2/3 of the n-grams."""
+    expected = (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** (1 / 4)
+    assert bleu.sentence("一二三四五六", "一二三四五七") == pytest.approx(expected)
+    assert "tok:zh" in bleu.signatures()["sentence, zh"]
+
+
+def test_corpus_bleu_of_prompts_with_different_tokenizers_does_not_apply(evaluated):
+    """One prompt of four has a Chinese reference: sentence BLEU of all, no corpus BLEU, and a reason."""
+    path = evaluated.sft_folder() / "prompts.jsonl"
+    prompts = [record for _, record in read_prompts(evaluated.data.test.path, 4)]
+    prompts[0]["responses"] = ["百合花对猫有毒。", "没有毒。"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in prompts))
+    evaluated.data.test.path = str(path)
+    metrics = stage.evaluate(evaluated, sft=True)
+    assert metrics["bleu_tokenizers"] == {"zh": 1, "13a": 3} and metrics["figures"]["bleu_mean"]["prompts"] == 4
+    assert "bleu_corpus_all" not in metrics["figures"]
+    assert metrics["left_out"] == {"corpus BLEU: prompts need different tokenizers (13a, zh)": 1}
+    assert metrics["evaluator_is_reward"] is True  # as the recipe of these tests has it
+
+
 def test_distinct_and_repetition_by_hand():
     """`a b a b` and `b a`: words a b a b b a, 2 of 6; pairs ab ba ab, ba: 2 of 4."""
     assert stage.distinct(["a b a b", "B a"], 1) == pytest.approx(2 / 6)
@@ -72,6 +116,8 @@ def test_distinct_and_repetition_by_hand():
     assert stage.distinct(["", ""], 2) is None  # no words are not diverse ones
     assert stage.repetition("one two three four one two three four") == pytest.approx(1 - 4 / 5)
     assert stage.repetition("too short") == 0.0
+    assert stage.repetition("我不知道" * 9) == pytest.approx(1 - 4 / 33)  # characters
+    assert stage.repetition("我 不知 道x y") == pytest.approx(0)  # 我 不 知 道 x y
 
 
 def answers_of(*texts: str, tokens: list[int]) -> dict:

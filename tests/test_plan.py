@@ -352,16 +352,42 @@ def test_bt_with_best_human_takes_the_worst_other_response():
 
 
 def test_what_is_left_out_is_counted():
+    """Rewards that tie are no reward's preference; a human's they leave alone, unless ties leave the list."""
     tied = record_of([1.0, 1.0, 1.0], name="tied", sources=["given_1", "generated", "generated"])
     stranger = record_of([2.0, 1.0], name="stranger")
     human = record_of([2.0, 1.0], name="human", sources=["generated", "given_1"])
     records = [tied, stranger, human]
-    _, facts = make_plan(records, recipe_of(best="human"))
-    assert facts["left_out"] == {"all rewards tie": 1, "no preferred human response": 1}
-    assert facts["prompts"] == 3
+    rows, facts = make_plan(records, recipe_of(best="human"))
+    assert facts["left_out"] == {"no preferred human response": 1} and facts["prompts"] == 3
+    (row, *_) = [row for row in rows if row["prompt_id"] == "tied"]
+    assert row["preferred"] == 0 and row["dispreferred_count"] == 2
+    kept, left_out = usable(records, recipe_of(best="human", ties="exclude"))
+    assert (kept, left_out) == (["human"], {"all rewards tie with the preferred one": 1} | facts["left_out"])
     kept, left_out = usable(records, recipe_of(best="reward"))
     assert kept == ["human", "stranger"]
     assert left_out == {"all rewards tie": 1}
+
+
+def test_what_is_equal_to_the_preferred_response_is_not_dispreferred():
+    """Of `a`, `a ` and `b`, the second is the first; a cut `a` does not end its turn and is another response."""
+    record = {**record_of([3.0, 2.0, 1.0], name="two"), "responses": ["a", "a ", "b"]}
+    cut = {**record, "prompt_id": "cut", "truncated": [False, True, False]}
+    same = {**record, "prompt_id": "same", "responses": ["a", "a ", "\na"]}
+    rows, facts = make_plan([record, cut, same], recipe_of("pl"))
+    assert facts["left_out"] == {"all responses are equal": 1} and facts["responses_equal_to_the_preferred"] == 1
+    found = {row["prompt_id"]: row["dispreferred"] for row in rows}
+    assert found == {"two": [2], "cut": [1, 2]}
+
+
+@pytest.mark.parametrize(("family", "setting"), [("exo", "exo_beta_r"), ("nca", "nca_alpha")])
+def test_rewards_too_far_apart_for_single_precision_are_refused(family, setting):
+    """2^24 temperatures apart is the most; a loss without rewards, or standardised ones, takes any."""
+    record = record_of([2.0**24, 0.0])
+    make_plan([record], recipe_of("pl", loss={"family": family}))
+    with pytest.raises(InputError, match=f"prompt a: `rewards` differ by 3.36e.07 times `loss.{setting}`"):
+        make_plan([record], recipe_of("pl", loss={"family": family, setting: 0.5}))
+    make_plan([record], recipe_of("pl", loss={"family": family, setting: 0.5}, standardize_rewards=True))
+    make_plan([record_of([1e38, 0.0, -1e38])], recipe_of(loss={"family": family}))
 
 
 @pytest.mark.parametrize("records", [[], [record_of([1.0, 1.0])]])

@@ -13,8 +13,8 @@ from conftest import DATA, REPOSITORY
 from transformers import AutoConfig
 
 from hps.errors import InputError
-from hps.preflight import check_vocabulary, context_length, evaluated_prompts
-from hps.recipe import load_recipe
+from hps.preflight import check_vocabulary, context_length, evaluated_prompts, same_model
+from hps.recipe import Model, load_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -192,6 +192,54 @@ def test_wandb_without_a_key_is_refused(recipe, tmp_path):
     for settings in ({"WANDB_MODE": "offline"}, {"WANDB_API_KEY": "a" * 40}):
         done = preflight("run", recipe, *data, env=clean | settings)
         assert done.returncode == 0, done.stderr
+
+
+def test_prompts_of_both_splits_are_refused(recipe, write_lines):
+    """The second test prompt is the first of training, but for white space; two named places."""
+    other = {"prompt": [{"role": "user", "content": "Bye"}], "responses": GOOD["responses"]}
+    test = write_lines([other, {**GOOD, "prompt": [{**USER, "content": " Hello"}], "prompt_id": "x"}], "test.jsonl")
+    message = f"1 test prompt(s) are in training, too, so held-out figures would be wrong: {test}:2 is "
+    done = preflight("gene", recipe, f"data.test.path={test}")
+    assert_refused(done, message + f"{recipe.parent / 'train.jsonl'}:1")
+    ranked = recipe.parent / "runs" / "ranked" / "train.jsonl"  # perhaps imported: what is trained on counts
+    record = {**GOOD, "sources": ["given_1", "given_2"], "token_counts": [1, 1], "truncated": [False, False]}
+    write_lines([{**record, "rewards": [1.0, 0.0]}], ranked.relative_to(recipe.parent))
+    done = preflight("run", recipe, f"data.test.path={test}", "--dry-run")
+    assert_refused(done, message + f"{ranked}:1")
+
+
+def test_fields_that_are_not_read_are_named_once(recipe, write_lines):
+    write_lines([{**GOOD, "lang": "en"}, {**GOOD, "lang": "de", "id": 3}], "train.jsonl")
+    done = preflight("gene", recipe)
+    assert f"train: {recipe.parent / 'train.jsonl'}: `lang` of 2 lines is not read\n" in done.stdout
+    assert "`id` of 1 lines is not read\n" in done.stdout and done.stdout.count("is not read") == 2
+
+
+def test_an_evaluator_that_ranked_the_candidates_is_named(recipe, tmp_path):
+    """By its weights, wherever they are: a copy of the folder is the same model, another head is not."""
+    for name, weights in (("reward", b"123"), ("copy", b"123"), ("other", b"124")):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_bytes(weights)
+    same = [same_model(Model(str(tmp_path / "reward")), Model(str(tmp_path / name))) for name in ("copy", "other")]
+    assert same == [True, False]
+    assert same_model(Model("a/b", "1"), Model("a/b")) and not same_model(Model("a/b", "1"), Model("a/b", "2"))
+    done = preflight("gene", recipe, f"models.evaluator.path={tmp_path / 'copy'}")
+    assert "WARNING: `models.evaluator` is `models.reward`" in done.stdout
+    assert "WARNING" not in preflight("gene", recipe, f"models.evaluator.path={tmp_path / 'other'}").stdout
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("[q_proj,v_prj]", "`lora.target_modules`: the policy has no module `v_prj`; give some of its linear layers: "),
+        ("[proj]", "the policy has no module `proj`"),  # a part of a name is none
+        ("[q_proj,input_layernorm]", "`lora.target_modules`: Target module LlamaRMSNorm"),
+    ],
+)
+def test_lora_targets_without_a_module_are_refused(recipe, targets, message):
+    """Of two entries one is found: PEFT would adapt that and say nothing."""
+    assert_refused(preflight("run", recipe, f"lora.target_modules={targets}", "--dry-run"), message)
 
 
 def test_the_stage_must_be_named():

@@ -1,14 +1,17 @@
 """Record formats: what is refused and where, stable names, and files that survive a kill at any byte."""
 
 import errno
+import gzip
 import json
 import os
+import subprocess
 import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from annotation.import_released import read_rows
 from hps.errors import InputError
 from hps.records import (
     Appender,
@@ -22,6 +25,7 @@ from hps.records import (
     read_jsonl,
     read_prompts,
     read_ranked,
+    unread_fields,
     write_atomic,
     write_json,
 )
@@ -77,6 +81,7 @@ BAD_RANKED = {
     "NaN": (json.dumps({**RANKED, "rewards": [1.0, float("nan")]}), "`rewards[1]` is NaN"),
     "Infinity": (json.dumps({**RANKED, "rewards": [float("inf"), 1.0]}), "`rewards[0]` is Infinity"),
     "-Infinity": (json.dumps({**RANKED, "rewards": [1.0, float("-inf")]}), "`rewards[1]` is -Infinity"),
+    "too large": ({**RANKED, "rewards": [3e38, -3e38]}, "`rewards[0]` is 3e+38"),
     "beyond a float": ({**RANKED, "rewards": [10**400, 0]}, "`rewards[0]` is 1000"),
     "text": ({**RANKED, "rewards": ["2", "1"]}, '`rewards[0]` is "2"'),
     "truth value": ({**RANKED, "rewards": [True, False]}, "`rewards[0]` is true"),
@@ -143,6 +148,150 @@ def test_prompts_without_responses_and_the_limit(write_lines):
 def test_line_separators_of_unicode_do_not_end_a_line(write_lines):
     path = write_lines([json.dumps({**PROMPT, "responses": ["a\u2028b", "c\x85d"]}, ensure_ascii=False)])
     assert next(read_prompts(path))[1]["responses"] == ["a\u2028b", "c\x85d"]
+
+
+# ---- other forms of a file ----
+
+
+@pytest.mark.parametrize("form", ["BOM", "gzip", "gzip with BOM"])
+def test_a_byte_order_mark_and_gzip_change_nothing(form, tmp_path):
+    """Lines are read in any order, and a bad one is named by its own line."""
+    lines = [{**PROMPT, "prompt_id": name, "responses": [name, "\N{GREEK SMALL LETTER ALPHA}"]} for name in "abc"]
+    text = "\n" + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + '\n{"prompt": []}\n'
+    raw = text.encode("utf-8-sig" if "BOM" in form else "utf-8")
+    path = tmp_path / "data"
+    path.write_bytes(gzip.compress(raw) if "gzip" in form else raw)
+    assert [record for _, record in read_prompts(path, limit=3)] == lines
+    found = Indexed(path, check_prompt, limit=3)
+    assert [found[name] for name in "cab"] == [lines[2], lines[0], lines[1]] and found.where("c") == f"{path}:4"
+    for read in (list, lambda prompts: None):
+        with pytest.raises(InputError, match=r"data:5: `prompt` is \[\]"):
+            read(read_prompts(path)), Indexed(path, check_prompt)
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(PROMPT).encode() * 100)[:-20])
+    for read in (lambda: list(read_prompts(path)), lambda: Indexed(path, check_prompt), lambda: list(read_rows(path))):
+        with pytest.raises(InputError, match=r"data\.jsonl\.gz: damaged gzip file"):
+            read()
+
+
+def test_a_json_array_is_named_with_a_command_that_helps(tmp_path):
+    """The command is run as it is printed; the new file has the array's records."""
+    path = tmp_path / "my data.jsonl"
+    path.write_text(json.dumps([PROMPT, {"prompt": [USER]}], indent=1))
+    with pytest.raises(InputError, match="my data.jsonl:1: expected a JSON object, found a JSON array") as error:
+        list(read_prompts(path))
+    command = str(error.value).partition("write one object a line: ")[2]
+    subprocess.run(["bash", "-c", command], check=True)
+    assert [record["responses"] for _, record in read_prompts(tmp_path / "my data.lines.jsonl")] == [
+        PROMPT["responses"],
+        [],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"prompt": [{"role": "user", "content": "x"}], "responses": ["a"], "responses": ["b"]}', "responses"),
+        ('{"prompt": [{"role": "user", "content": "x", "content": "y"}]}', "content"),
+        ('{"prompt": [{"role": "user", "content": "x"}], "meta": {"a": {"n": 1, "n": 1}}}', "n"),
+    ],
+)
+def test_a_repeated_key_is_refused_at_any_depth(line, key, write_lines):
+    path = write_lines([PROMPT, line])
+    with pytest.raises(InputError, match=f'data.jsonl:2: the key "{key}" appears twice in one object'):
+        list(read_prompts(path))
+
+
+# ---- fields that nobody reads ----
+
+CHOSEN = {"chosen": "Hi.", "rejected": "Go away."}
+
+
+def said(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    "field", ["respones", "response", "Responses", "reponses", "response_0", "promptId", "prompt-id"]
+)
+def test_a_misspelt_field_is_refused(field):
+    with pytest.raises(InputError, match=f"here: unknown field `{field}`; write `(responses|prompt_id)`"):
+        check_prompt({"prompt": [USER], field: ["Hi.", "Go away."]}, "here")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rewards": [0.5, 2.0]},
+        {"human_scores": [1, 3]},
+        {"better_response_id": 1},
+        {"isPreferred": "b"},
+        {"winner": "model_b"},
+        {"rejected_score": 3},
+    ],
+)
+def test_a_preference_that_would_be_ignored_is_refused(fields):
+    with pytest.raises(InputError, match="here: `.*` seems to say which response is better, and it is not read"):
+        check_prompt({**PROMPT, **fields}, "here")
+
+
+def test_fields_that_users_carry_along_pass_and_are_named():
+    carried = {"source": "x", "topic": "y", "id": 7, "tags": ["a", "b"], "prompt_length": 3, "meta": {"better": 1}}
+    record = {**PROMPT, **carried, "prompt": [{**USER, "name": "Ann"}]}
+    assert check_prompt(record, "here")["responses"] == PROMPT["responses"]
+    assert unread_fields(record) == ["id", "tags", "prompt_length", "meta", "prompt[].name"]
+    assert unread_fields({**PROMPT, "prompt_id": "a"}) == unread_fields({"prompt": [USER], **CHOSEN}) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [USER], **CHOSEN},
+        {"prompt": [USER], "chosen": [said("Hi.")], "rejected": [said("Go away.")]},
+        {"prompt": [USER], "chosen": [USER, said("Hi.")], "rejected": [USER, said("Go away.")]},
+        {"chosen": [USER, said("Hi.")], "rejected": [USER, said("Go away.")]},
+        {"prompt": "Hello", "chosen": [USER, said("Hi.")], "rejected": [USER, said("Go away.")]},
+        {"prompt": [USER], **CHOSEN, "score_chosen": 9, "score_rejected": 1},
+        {"prompt": [USER], "chosen": [{**said("Hi."), "tool_calls": None}], "rejected": "Go away."},
+    ],
+)
+def test_trls_pairs_are_two_given_responses(fields):
+    """Explicit and implicit prompts, texts and messages, further columns, nulls that a table makes of missing keys."""
+    found = check_prompt(fields, "here")
+    assert found["prompt"] == [USER] and found["responses"] == ["Hi.", "Go away."]
+    assert found["prompt_id"] == prompt_id([USER]) and not {"chosen", "rejected"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": [USER], "chosen": "Hi."}, "`rejected` is missing"),
+        ({**PROMPT, **CHOSEN}, "both `responses` and `chosen` are given"),
+        ({"prompt": "Hello", **CHOSEN}, '`prompt` is "Hello"; give a non-empty list of chat messages'),
+        (CHOSEN, "`prompt` is null"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": "x"}, "the last message of `chosen` is"),
+        ({"prompt": [USER], "chosen": 3, "rejected": "x"}, "`chosen` is 3; give a text, or chat messages that end"),
+        (
+            {"prompt": [USER], "chosen": [said("a"), said("b")], "rejected": "x"},
+            "the conversation of `chosen` does not",
+        ),
+        (
+            {"chosen": [USER, said("Hi.")], "rejected": [USER, USER, said("x")]},
+            "the conversation of `rejected` does not begin with the prompt",
+        ),
+        (
+            {"prompt": "Bye", "chosen": [USER, said("Hi.")], "rejected": [USER, said("x")]},
+            "the conversation of `chosen` does not begin with the prompt",
+        ),
+    ],
+)
+def test_pairs_that_could_mean_two_things_are_refused(fields, message):
+    with pytest.raises(InputError) as error:
+        check_prompt(fields, "here")
+    assert str(error.value).startswith("here: ") and message in str(error.value)
 
 
 # ---- the name of a prompt ----

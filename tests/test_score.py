@@ -89,6 +89,18 @@ def test_one_response_and_identical_ones(reward, responses):
     same(reward.score(MESSAGES, responses, [False] * len(responses)), library_scores(reward, rows))
 
 
+def test_equal_token_rows_are_scored_once(reward, monkeypatch):
+    """Whatever the forward pass makes of a row's place in the batch: here it scores by place."""
+    seen = []
+    monkeypatch.setattr(
+        reward, "_details", lambda rows: seen.extend(rows) or [{"score": float(n)} for n in range(len(rows))]
+    )
+    scores = reward.score(
+        [{"role": "user", "content": "Hi"}], ["a", "b", "a", "a", "b"], [False, False, False, True, False]
+    )
+    assert scores == [0, 1, 0, 2, 1] and len(seen) == 3  # a cut `a` is another row
+
+
 def test_order_and_company_do_not_matter(reward):
     scores = reward.score(MESSAGES, RESPONSES, TRUNCATED)
     same(reward.score(MESSAGES, RESPONSES[::-1], TRUNCATED[::-1]), scores[::-1])

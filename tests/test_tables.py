@@ -118,6 +118,60 @@ def test_pairs_are_those_of_one_prompt_whatever_their_order():
     assert found["mean"] == 0.0 and found["interval"] == [0.0, 0.0]
 
 
+def without(found: dict, names: set[str]) -> dict:
+    """A result whose policy has not answered these prompts."""
+    table = found["prompts"]
+    kept = [name not in names for name in table["prompt_id"]]
+    found["prompts"] = {
+        column: [value for value, keep in zip(values, kept, strict=True) if keep] for column, values in table.items()
+    }
+    return found
+
+
+def test_differences_are_paired_by_prompt_where_others_were_answered():
+    """Rewards vary widely over the prompts and are equal in both cells at each: 0 without any width, though one cell
+    lacks `a` and the other `d`; by position `b` would stand beside `a`."""
+    rewards = {"reward_mean": [-9.0, 0.0, 4.0, 30.0]}
+    cells = [
+        tables.Cell(label, [without(result(**rewards), {lacks})])
+        for label, lacks in (("DPO-HPS", "a"), ("DPO-BT", "d"))
+    ]
+    sft = {"prompts": {"prompt_id": NAMES[::-1], "reward_mean": [1.0, 2.0, 3.0, None]}}
+    found = matched.matched_differences(*cells, sft)["reward_mean"]
+    assert found == {"mean": 0.0, "interval": [0.0, 0.0], "at_kl": 2.0}
+    rows = matched.matched(cells, sft)["cells"]
+    assert (
+        rows["DPO-HPS"]["reward_mean"] == rows["DPO-BT"]["reward_mean"] == rows["DPO-BT"]["reward_mean"] | {"mean": 2.0}
+    )
+    nobody = tables.Cell("x", [without(result(), set(NAMES))])
+    assert "reward_mean" not in matched.matched_differences(cells[0], nobody, sft)
+    assert matched.paired(cells[0], nobody, "reward_mean") is None
+
+
+def test_pairs_that_one_cell_lacks_are_left_out_of_the_difference():
+    """The second cell has no pair of `a`, whose margin is lower than the others'."""
+    short = result()
+    for pairs in short["pairs"].values():
+        pairs["prompt_id"] = NAMES[1:]
+        for figures in pairs["points"].values():
+            for name, values in figures.items():
+                figures[name] = values[1:]
+    found = matched.matched_differences(tables.Cell("a", [result()]), tables.Cell("b", [short]), None)
+    assert found["rm_dpo"] == {"mean": 0.0, "interval": [0.0, 0.0], "at_kl": 2.0}
+
+
+@pytest.mark.parametrize("kl", [0.12344, 0.12346, 1 / 3])
+def test_what_is_read_at_the_first_point_is_not_below_it(kl):
+    """Both were measured at one KL, which four decimals round down or up."""
+    cells = [tables.Cell(name, [result(steps=("final",))]) for name in "ab"]
+    for cell in cells:
+        for pairs in cell.results[0]["pairs"].values():
+            pairs["points"]["final"]["kl"] = [kl, kl, kl / 3, kl / 7]
+    found = matched.matched_differences(*cells, None)
+    assert "before_first_point" not in found["rm_dpo"] and "accuracy_written" in found
+    assert "before_first_point" not in matched.matched(cells, None)["cells"]["a"]["rm_dpo"]
+
+
 def test_a_reward_beyond_the_end_of_its_curve_says_where_it_was_read():
     curve = (np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[0.0, 0.0], [2.0, 2.0]]))
     entry = matched.read_at(curve, np.full(1 + tables.SAMPLES, 4.0))

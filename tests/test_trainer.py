@@ -96,7 +96,7 @@ def test_collator_of_uneven_lists_by_hand():
     assert batch["tokens"].tolist() == [9, 10] and "reference" not in batch
     assert batch["mask"].tolist() == [[True, True, False], [True, True, True]]
     assert batch["lengths"].tolist() == [[2, 1, 1], [1, 2, 1]]
-    assert batch["rewards"].tolist() == [[2, -1, 0], [3, 1, 0.5]]
+    assert batch["rewards"].tolist() == [[0, -3, 0], [0, -2, -2.5]]
     torch.testing.assert_close(batch["log_weights"], torch.tensor([[[0, 1, 0]], [[0, 0.25, 0.75]]]).log())
     assert batch["dispreferred_count"].tolist() == [[4.0], [9.0]]
     assert batch["gamma"].tolist() == [-5.0, 2.5]
@@ -116,7 +116,7 @@ def test_columns_are_those_of_the_rows(ranked_recipe):
     trainer._set_signature_columns_if_needed()
     assert trainer._signature_columns == list(COLUMNS)
     trainer.set_reference([[0.0] * len(row["response_ids"]) for row in trainer.train_dataset])
-    assert set(trainer.train_dataset[0]) == {*COLUMNS, "cut"}
+    assert set(trainer.train_dataset[0]) == {*COLUMNS, "cut", "equal"}
 
 
 def test_figures_are_not_cast_to_the_precision_of_deepspeed(ranked_recipe):
