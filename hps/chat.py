@@ -99,13 +99,27 @@ def _decoded(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def sampled_text(tokenizer: Any, ids: list[int], truncated: bool) -> str:
+    """The text of sampled tokens, without special tokens; a cut may leave half a character, which goes, too."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.removesuffix("\N{REPLACEMENT CHARACTER}") if truncated else text
+
+
+def same_tokens(ours: Any, other: Any) -> bool:
+    """Whether two tokenizers give the same ids to probe texts and decode them alike."""
+    rows = [encode(ours, text) for text in (*TEXTS, *ours.all_special_tokens)]
+    return all(
+        encode(other, _decoded(ours, ids)) == ids and _decoded(other, ids) == _decoded(ours, ids) for ids in rows
+    )
+
+
 def prompt_token_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Token ids of a prompt, ending with the header that opens the assistant's turn.
 
     The texts are ordinary text, whatever they spell.
 
     Raises:
-        InputError: a text still brings control tokens with it, or the template refuses the messages.
+        InputError: a text still brings control tokens with it, or the template refuses or leaves out a message.
     """
     control = _control(tokenizer)
     ids = _apply(tokenizer, _texts(tokenizer, messages), opens=True)
@@ -118,25 +132,20 @@ def prompt_token_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
     return ids
 
 
-def check_prompts(tokenizer: Any, prompts: Iterable[tuple[str, list[dict]]]) -> None:
-    """Refuse prompts (`path:line` and messages) whose roles the template refuses or leaves out, before a model loads."""
-    for where, messages in prompts:
+def check_records(tokenizer: Any, records: Iterable[tuple[str, dict]], spelled: int = 0) -> None:
+    """Refuse records (with their `path:line`) that the tokenizer cannot serve, before a model loads.
+
+    Args:
+        spelled: records, from the first, whose responses are made as well.
+
+    Raises:
+        InputError: the template refuses or leaves out a message of these roles; no tokens spell a response.
+    """
+    for number, (where, record) in enumerate(records):
         with naming(where):
-            _check_turns(tokenizer, tokenizer.get_chat_template(), _turns(messages))
-
-
-@lru_cache(maxsize=1024)
-def _check_turns(tokenizer: Any, template: str, turns: tuple[tuple[str, bool], ...]) -> None:
-    texts = [{"role": role, "content": "a" * filled} for role, filled in turns]
-    plain = _apply(tokenizer, texts, opens=True)
-    for place, (role, _) in enumerate(turns):
-        other = [{**message, "content": "b"} if at == place else message for at, message in enumerate(texts)]
-        if _apply(tokenizer, other, opens=True) == plain:
-            raise InputError(
-                f"the chat template leaves out message {place + 1} ({role}) of {len(turns)}",
-                where=_name(tokenizer),
-                remedy="take such prompts out of the data, or use a model whose template keeps them",
-            )
+            _innocent(tokenizer, _control(tokenizer), _turns(record["prompt"]))
+            for response in record["responses"] if number < spelled else ():
+                _spelled(tokenizer, record["prompt"], response)
 
 
 @contextmanager
@@ -234,9 +243,22 @@ def _turns(messages: list[dict]) -> tuple[tuple[str, bool], ...]:
 
 @lru_cache(maxsize=1024)
 def _innocent(tokenizer: Any, control: "Control", turns: tuple[tuple[str, bool], ...]) -> list[int]:
-    """The control tokens of a prompt of these roles, whose texts are a letter, or empty."""
+    """The control tokens of a prompt of these roles, whose texts are a letter, or empty.
+
+    Raises:
+        InputError: the template refuses the roles, or leaves a message out.
+    """
     texts = [{"role": role, "content": "a" * filled} for role, filled in turns]
-    return control.of(_apply(tokenizer, texts, opens=True))
+    ids = _apply(tokenizer, texts, opens=True)
+    for place, (role, _) in enumerate(turns):
+        other = [{**message, "content": "b"} if at == place else message for at, message in enumerate(texts)]
+        if _apply(tokenizer, other, opens=True) == ids:
+            raise InputError(
+                f"the chat template leaves out message {place + 1} of {len(turns)} ({role})",
+                where=_name(tokenizer),
+                remedy="take such prompts out of the data, or use a model whose template keeps them",
+            )
+    return control.of(ids)
 
 
 def _apply(tokenizer: Any, messages: list[dict], opens: bool) -> list[int]:
@@ -417,8 +439,11 @@ def _prove(tokenizer: Any) -> None:
     """Refuse a tokenizer with which a probe conversation loses a text, whole or cut (`_spelled`)."""
     asked = [{"role": "user", "content": "What is 3 times 4?"}]
     system, earlier = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": REPLIES[1]}
-    _check_turns(tokenizer, tokenizer.get_chat_template(), _turns(asked))
-    for messages, replies in ((asked, REPLIES), ([system, *asked], REPLIES[:3]), ([*asked, earlier, *asked], REPLIES[:3])):
+    for messages, replies in (
+        (asked, REPLIES),
+        ([system, *asked], REPLIES[:3]),
+        ([*asked, earlier, *asked], REPLIES[:3]),
+    ):
         if messages is asked or _probe(tokenizer, messages):  # prompts that it refuses are named by their place
             for reply in replies:
                 _spelled(tokenizer, messages, reply)

@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from hps.chat import check_records, load_tokenizer
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model
@@ -207,10 +208,28 @@ def count_ranked(recipe: Recipe, split: str) -> int:
     return sum(1 for _ in read_ranked(recipe.ranked(split)))
 
 
+def check_templates(stage: str, recipe: Recipe, models: tuple[str, ...]) -> None:
+    """Load the models' tokenizers; refuse prompts whose roles one of the templates refuses.
+
+    The judge reads a message of its own.
+    """
+    for role in models:
+        model: Model = getattr(recipe.models, role)
+        tokenizer = load_tokenizer(model.path, model.revision)
+        if stage == "gene":
+            files = [load_prompts(recipe, split)[0].placed() for split in SPLITS]
+        elif stage == "run":
+            files = [read_ranked(recipe.ranked(split)) for split in SPLITS]
+        else:
+            files = [] if role == "judge" else [evaluated_prompts(recipe)[0].placed()]
+        for file in files:
+            check_records(tokenizer, file)
+
+
 def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     """Check one driver's inputs; print the plan, and with `dry_run` the whole resolved recipe."""
-    lines = []
-    for role in (*STAGES[stage], *(["judge"] if stage == "evaluate" and recipe.judge.enabled else [])):
+    lines, models = [], (*STAGES[stage], *(["judge"] if stage == "evaluate" and recipe.judge.enabled else []))
+    for role in models:
         model: Model = getattr(recipe.models, role)
         _, remark = attempt(check_model, model, f"models.{role}", dry_run=dry_run)
         kind = remark or ("local folder" if Path(model.path).is_dir() else f"hub, revision {model.revision or 'open'}")
@@ -223,6 +242,8 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     lines += {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage](recipe, dry_run)
     if dry_run:
         print(as_yaml(recipe))
+    else:
+        check_templates(stage, recipe, models)
     for line in lines:
         print(f"plan: {line}")
 

@@ -8,7 +8,7 @@ different environments that use one tokenizer compare.
 
 import hashlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,20 @@ def probe_texts(own: Any) -> list[str]:
     return [*TEXTS, "a" + "".join(f"{token} a{token}a" for token in added)]
 
 
-def tokens_hash(encode: Callable[[str], list[int]], texts: list[str]) -> str:
-    """SHA-256 of the ids of texts."""
-    return hashlib.sha256(canonical([encode(text) for text in texts]).encode()).hexdigest()
+def model_tokens(path: str, revision: str | None = None) -> str | None:
+    """SHA-256 of the ids of the probe texts; None where no tokenizer can be read, which whoever loads it says.
+
+    A tokenizer without a `tokenizer.json` is asked as transformers builds it, which may differ between releases.
+    """
+    try:
+        own = own_tokenizer(path, revision)
+        if own:
+            ids, texts = encoder(own), probe_texts(own)
+        else:
+            from hps.chat import encode, load_tokenizer  # imports torch, which stages without a model do not need
+
+            tokenizer = load_tokenizer(path, revision)
+            ids, texts = partial(encode, tokenizer), TEXTS
+    except InputError:
+        return None
+    return hashlib.sha256(canonical([ids(text) for text in texts]).encode()).hexdigest()
