@@ -24,6 +24,7 @@ from hps.tokens import TEXTS, encoder, own_tokenizer, probe_texts
 from hps.weights import refusal
 
 DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it has no clock
+FORMATS = (*(f"%{letter}" for letter in "aAwdbBmyYHIpMSfjUWVGucxX"), "%-d", "%-m", "%-H", "%-I", "%-M", "%-S", "%-j")
 
 
 def load_tokenizer(path: str, revision: str | None = None):
@@ -261,6 +262,15 @@ def _innocent(tokenizer: Any, control: "Control", turns: tuple[tuple[str, bool],
     return control.of(ids)
 
 
+@cache
+def _still(template: str) -> str:
+    """The template with its clock at DAY: tokens must not depend on the day on which they are made."""
+    if "strftime_now" not in template:
+        return template
+    replaced = "".join(f" | replace('{form}', '{DAY.strftime(form)}')" for form in FORMATS)
+    return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}{template}"
+
+
 def _apply(tokenizer: Any, messages: list[dict], opens: bool) -> list[int]:
     return encode(tokenizer, _rendered(tokenizer, messages, opens))
 
@@ -268,16 +278,15 @@ def _apply(tokenizer: Any, messages: list[dict], opens: bool) -> list[int]:
 def _rendered(tokenizer: Any, messages: list[dict], opens: bool) -> str:
     """The templated text, with the header that opens the assistant's turn if it `opens`.
 
-    A template's clock says the same day at any time, so that tokens do not depend on when they are made.
-
     Raises:
         InputError: the template refuses the messages, or fails.
     """
     from jinja2 import TemplateError
 
+    template = _still(tokenizer.get_chat_template())
     try:
         return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=opens, tokenize=False, strftime_now=DAY.strftime
+            messages, chat_template=template, add_generation_prompt=opens, tokenize=False
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -524,19 +533,31 @@ def _turn(tokenizer: Any) -> Turn:
 
 @cache  # asked for with every response
 def _turn_of(tokenizer: Any, template: str) -> Turn:
-    """The end is the first control token of the tail, if it also ends a turn that another one follows.
+    """The end is the first control token of the tail; the end of sequence where a template writes none.
 
-    Llama-3's first template writes the next header behind every conversation, others the end of a text: a token that
-    stands nowhere else is no end of turn, and the tokenizer's end of sequence serves. So it does where a template
-    writes no token at all.
+    Llama-3's first template writes the next header behind every conversation. What opens turns (it stands in front of a
+    conversation's first text) ends none.
     """
-    answers = [[QUESTION, {"role": "assistant", "content": letter}] for letter in "bc"]
-    tail = common_end(*(_probe(tokenizer, answer) for answer in answers))
-    followed = [_probe(tokenizer, [*answer, QUESTION]) for answer in answers]
-    further = common_end(*followed) if followed[0] != followed[1] else []  # a template may refuse or drop such turns
-    first, again = (next(iter(_control(tokenizer).of(ids)), None) for ids in (tail, further))
-    eos = tokenizer.eos_token_id
-    return Turn(tail, first if first is not None and (again in (first, None) or eos is None) else eos)
+    tail, behind = (
+        common_end(*(_probe(tokenizer, [*before, {"role": role, "content": letter}]) for letter in "bc"))
+        for before, role in (([QUESTION], "assistant"), ([], "user"))
+    )
+    control = _control(tokenizer)
+    header = behind[max((place for place, token in enumerate(behind) if token in control.ids), default=len(behind)) :]
+    opened = header and tail[-len(header) :] == header
+    openers = _openers(tokenizer) if opened else ()
+    ends = [token for token in control.of(tail) if token not in openers]
+    return Turn(tail, next(iter(ends), tokenizer.eos_token_id))
+
+
+def _openers(tokenizer: Any) -> list[int]:
+    """The control tokens in front of a conversation's first text."""
+    for role in ("system", "user"):
+        first = [[{"role": role, "content": letter}, *([QUESTION] if role == "system" else [])] for letter in "bc"]
+        ids = [_probe(tokenizer, messages)[::-1] for messages in first]
+        if ids[0] != ids[1]:  # else the template refuses or leaves out a system message
+            return _control(tokenizer).of(common_end(*ids))
+    return []
 
 
 def common_end(first: list[int], second: list[int]) -> list[int]:
