@@ -543,8 +543,7 @@ def _turn_of(tokenizer: Any, template: str) -> Turn:
         for before, role in (([QUESTION], "assistant"), ([], "user"))
     )
     control = _control(tokenizer)
-    header = behind[max((place for place, token in enumerate(behind) if token in control.ids), default=len(behind)) :]
-    opened = header and tail[-len(header) :] == header
+    opened = control.of(tail)[-1:] == control.of(behind)[-1:]
     openers = _openers(tokenizer) if opened else ()
     ends = [token for token in control.of(tail) if token not in openers]
     return Turn(tail, next(iter(ends), tokenizer.eos_token_id))

@@ -1,6 +1,7 @@
 """Bad input ends before anything loads: one line that names the place, exit status 2, no traceback."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -22,10 +23,12 @@ def write_config(folder, **fields) -> None:
 
 
 @pytest.fixture
-def recipe(tmp_path, write_lines):
-    """A recipe whose models are mere `config.json`s: preflight loads no model."""
+def recipe(tmp_path, write_lines, tokenizer):
+    """A recipe whose models are mere `config.json`s and tokenizers: preflight loads no model."""
     write_config(tmp_path / "policy", model_type="llama")
     write_config(tmp_path / "reward", model_type="llama", id2label={"0": "LABEL_0"})
+    for model in ("policy", "reward"):
+        tokenizer.save_pretrained(tmp_path / model)
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"output: {tmp_path / 'runs'}\n"
@@ -56,8 +59,7 @@ def missing_file(folder):
 
 
 def missing_model(folder):
-    (folder / "policy" / "config.json").unlink()
-    (folder / "policy").rmdir()
+    shutil.rmtree(folder / "policy")
     return "`models.generator.path`: there is no model folder"
 
 
