@@ -34,7 +34,7 @@ from alignment.launch import accumulation_steps
 from alignment.plan import ranked_prompts, read_plan, run_settings, weights_of
 from alignment.reference import add_reference
 from alignment.trainer import HPSTrainer, PlanCollator, not_finite
-from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
+from hps.chat import load_tokenizer, naming, prompt_token_ids, response_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
@@ -72,7 +72,8 @@ class TokenRows(Sequence[dict]):
     def __getitem__(self, index: int) -> dict:
         row = self._plan[index]
         record, where = self._ranked[row["prompt_id"]], self._ranked.where(row["prompt_id"])
-        prompt = prompt_token_ids(self._tokenizer, record["prompt"])
+        with naming(where):
+            prompt = prompt_token_ids(self._tokenizer, record["prompt"])
         room = self._limit - len(prompt)
         if room <= 0:
             raise InputError(
@@ -110,10 +111,8 @@ class TokenRows(Sequence[dict]):
 
     def _responses(self, record: dict, members: list[int], where: str) -> list[list[int]]:
         prompt, texts, truncated = (record[name] for name in ("prompt", "responses", "truncated"))
-        try:
+        with naming(where):
             ids = [response_token_ids(self._tokenizer, prompt, texts[index], truncated[index]) for index in members]
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
         if not all(ids):
             raise InputError(
                 "a response has no tokens", where=where, remedy="take empty responses out of the ranked file"

@@ -20,6 +20,7 @@ from statistics import mean
 
 from annotation.canary import canary_folder, check_canaries
 from annotation.reward_models import load_reward_model
+from hps.chat import check_records, load_tokenizer
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
@@ -27,6 +28,8 @@ from hps.preflight import check_fits
 from hps.recipe import SPLITS, Model, Recipe
 from hps.records import PARALLEL, Appender, done_ids, read_candidates, read_ranked, write_json
 from hps.workers import run_workers
+
+SPELLED = 8  # records whose responses are tokenised before the model loads; the others are as they are scored
 
 
 class Scorer:
@@ -133,6 +136,9 @@ def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
     print(f"annotation: {total - done} prompts to score, {done} scored before", flush=True)
     if total == done:
         return
+    tokenizer = load_tokenizer(recipe.models.reward.path, recipe.models.reward.revision)
+    for split in SPLITS:
+        check_records(tokenizer, read_candidates(recipe.candidates(split)), spelled=SPELLED)
     items = (  # read as there is room
         {"key": f"{split}/{record['prompt_id']}", "where": where, "record": record}
         for split in SPLITS

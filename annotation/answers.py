@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from annotation.annotate import SPELLED
 from annotation.canary import canary_folder, check_canaries
 from annotation.reward_models import load_reward_model
+from hps.chat import check_records, load_tokenizer
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
@@ -77,7 +79,7 @@ def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
             for where, record in read_answers(answers)
             if record["prompt_id"] not in done
         )
-        results = _scored(recipe, items, total - len(done))
+        results = _scored(recipe, answers, items, total - len(done))
         for result in progress(results, total, "scores", " prompts", len(done)):
             if "error" in result:
                 raise InputError(result["error"])
@@ -90,10 +92,12 @@ def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
             file.append({"prompt_id": result["key"], **{name: result[name] for name in ("answers", "given")}})
 
 
-def _scored(recipe: Recipe, items: Iterator[dict], count: int) -> Iterator[dict]:
+def _scored(recipe: Recipe, answers: Path, items: Iterator[dict], count: int) -> Iterator[dict]:
     """What `AnswerScorer` makes of so many items on all devices; no model is loaded where there are none."""
     if not count:
         return iter(())
+    tokenizer = load_tokenizer(recipe.models.evaluator.path, recipe.models.evaluator.revision)
+    check_records(tokenizer, read_answers(answers), spelled=SPELLED)
     arguments = {
         "model": asdict(recipe.models.evaluator),
         "dtype": recipe.annotation.dtype,

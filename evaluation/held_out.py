@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
+from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids, sampled_text
 from hps.recipe import Model, Recipe
 from hps.shared_prefix import Layout, make_rows, prove, scored_logits
 from hps.weights import ADAPTER, check_adapter, load_adapter, load_weights, refuse_pickles
@@ -139,15 +139,18 @@ class HeldOut:
     def answer(self, model: Any, messages: list[dict], tokens: int) -> str:
         """The model's greedy answer."""
         ids = torch.tensor([prompt_token_ids(self.tokenizer, messages)], device=self.device)
+        ends = end_of_turn_ids(self.tokenizer)
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=tokens,
             do_sample=False,
-            eos_token_id=sorted(end_of_turn_ids(self.tokenizer)),
+            eos_token_id=sorted(ends),
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        return self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        said = output[0, ids.shape[1] :].tolist()
+        truncated = said[-1] not in ends
+        return sampled_text(self.tokenizer, said if truncated else said[:-1], truncated).strip()
 
     def answers(self, messages: list[dict], tokens: int) -> dict:
         """Answers of the model before and after training."""

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from generation.generate import sample
-from hps.chat import load_tokenizer, prompt_token_ids
+from hps.chat import check_records, load_tokenizer, naming, prompt_token_ids
 from hps.cli import progress, split_arguments
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
@@ -97,6 +97,8 @@ def _answer(jobs: list[Answering]) -> None:
     check_fits("evaluate", first.recipe, "policy")
     tokenizer = load_tokenizer(first.model.path, first.model.revision)
     prompts = [evaluated_prompts(job.recipe)[0] for job in jobs]
+    for each in prompts:
+        check_records(tokenizer, each.placed())
     with ExitStack() as opened:
         files, ledgers = (  # first of all: opening cuts off what a kill left of a line, which is not done
             [opened.enter_context(Appender(job.folder / name)) for job in jobs]
@@ -130,7 +132,8 @@ def pending(job: Answering, prompts: Indexed, done: set[str], ledger: Appender, 
     """Items of what a folder still needs; prompts that are too long go to its ledger here."""
     recipe = job.recipe
     for name in (name for name in prompts if name not in done):
-        ids = prompt_token_ids(tokenizer, prompts[name]["prompt"])
+        with naming(prompts.where(name)):
+            ids = prompt_token_ids(tokenizer, prompts[name]["prompt"])
         if len(ids) > recipe.generation.max_prompt_tokens:
             ledger.append({"prompt_id": name, "reason": "prompt too long", "tokens": len(ids)})
         else:

@@ -11,19 +11,19 @@ command; prompts that are finished are not touched.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, special_tokens_in
+from hps.chat import check_records, end_of_turn_ids, load_tokenizer, naming, prompt_token_ids, special_tokens_in
 from hps.cli import parse, progress
 from hps.engine import Engine, Sample
 from hps.errors import run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import check_disjoint, check_fits, load_prompts, placed
 from hps.recipe import SPLITS, Generation, Model, Recipe
-from hps.records import Appender, done_ids, read_candidates, read_ledger, write_json, write_lines
+from hps.records import Appender, Indexed, done_ids, read_candidates, read_ledger, write_json, write_lines
 from hps.weights import ADAPTER, load_config, refuse_pickles
 from hps.workers import run_workers
 
@@ -86,7 +86,7 @@ def assemble(
 class SplitWriter:
     """The one writer of a split: candidates and ledger, continued where an earlier run was stopped."""
 
-    def __init__(self, recipe: Recipe, split: str, prompts: Mapping[str, dict], repeated: list[dict], tokenizer):
+    def __init__(self, recipe: Recipe, split: str, prompts: Indexed, repeated: list[dict], tokenizer):
         self.path = recipe.candidates(split)
         self.ledger_path = self.path.with_name(f"{split}.ledger.jsonl")
         self.prompts = prompts
@@ -105,7 +105,8 @@ class SplitWriter:
             if name in self.done:
                 continue
             prompt = self.prompts[name]["prompt"]
-            ids = prompt_token_ids(self._tokenizer, prompt)
+            with naming(self.prompts.where(name)):
+                ids = prompt_token_ids(self._tokenizer, prompt)
             if self._refuse_special and (tokens := self._special(*(message["content"] for message in prompt))):
                 self.refuse(name, "special tokens in the prompt", tokens=tokens)
             elif len(ids) > self._settings.max_prompt_tokens:
@@ -204,6 +205,8 @@ def generate(recipe: Recipe) -> None:
 def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings: dict) -> None:
     check_fits("gene", recipe, "generator")
     tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
+    for indexed, _ in prompts.values():
+        check_records(tokenizer, indexed.placed())
     writers = {split: SplitWriter(recipe, split, *prompts[split], tokenizer) for split in SPLITS}
     total = sum(len(writer.prompts) for writer in writers.values())
     done = sum(len(writer.done) for writer in writers.values())

@@ -11,50 +11,165 @@ against an innocent one. A template whose turns are marked by ordinary text give
 
 import re
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache, lru_cache
 from typing import Any
 
 from hps.errors import InputError
+from hps.records import shorten
+from hps.tokens import TEXTS, encoder, own_tokenizer, probe_texts
 from hps.weights import refusal
+
+DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it has no clock
+FORMATS = (*(f"%{letter}" for letter in "aAwdbBmyYHIpMSfjUWVGucxX"), "%-d", "%-m", "%-H", "%-I", "%-M", "%-S", "%-j")
 
 
 def load_tokenizer(path: str, revision: str | None = None):
-    """The tokenizer of a model folder or hub name. InputError when it is missing or has no chat template."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a model folder or hub name, proven on probe texts and probe conversations.
 
+    Raises:
+        InputError: it is missing, has no chat template or one that draws at random; transformers gives other ids than
+            its `tokenizer.json`; it does not give a text back; a conversation does not keep its texts.
+    """
+    tokenizer = _loaded(path, revision)
+    for text in TEXTS:
+        _check_kept(tokenizer, encode(tokenizer, text), text, path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise refusal(path, error, "tokenizer") from None
-    if tokenizer.chat_template is None:
-        raise InputError("the tokenizer has no chat template", where=path, remedy="use a chat model")
+        template = tokenizer.get_chat_template()
+    except ValueError:  # also where it has several, and none is the default
+        raise InputError("the tokenizer has no chat template", where=path, remedy="use a chat model") from None
+    if RANDOM.search(template):
+        raise InputError("the chat template draws at random", where=path, remedy="give a copy without it")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not opens_turns_by_tokens(tokenizer):
-        warnings.warn(
-            f"{path}: the chat template opens turns with ordinary text, so that a prompt or a response can open one "
-            "(docs/security.md)",
-            stacklevel=2,
+    _prove(tokenizer)
+    for problem in _remarks(tokenizer):
+        warnings.warn(f"{path}: {problem}", stacklevel=2)
+    return tokenizer
+
+
+RANDOM = re.compile(r"\|\s*random\b|[\"']random[\"']|\blipsum\b")  # all that Jinja has of it
+
+
+def _loaded(path: str, revision: str | None):
+    """What transformers loads if its ids are those of `tokenizer.json`, else that file alone."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        own = own_tokenizer(path, revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        if own and _misread(tokenizer, own):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise refusal(path, error, "tokenizer") from None
+    if own and (text := _misread(tokenizer, own)):
+        raise InputError(
+            f"transformers does not read its tokenizer.json: the ids of {shorten(text)} are others",
+            where=path,
+            remedy="correct its tokenizer_config.json (added tokens, class), or save the tokenizer again",
         )
     return tokenizer
 
 
+def _misread(tokenizer: Any, own: Any) -> str | None:
+    """A probe text whose ids differ from those of `own_tokenizer`."""
+    ids = encoder(own)
+    return next((text for text in probe_texts(own) if encode(tokenizer, text) != ids(text)), None)
+
+
+def _check_kept(tokenizer: Any, ids: list[int], text: str, where: str) -> None:
+    """Refuse a tokenizer that does not give a text back, up to its normaliser and a space in front."""
+    back = _decoded(tokenizer, ids)
+    if _normalized(tokenizer, text) not in (_normalized(tokenizer, back), _normalized(tokenizer, back.lstrip(" "))):
+        raise InputError(
+            f"the tokenizer does not give texts back: {shorten(text)} comes back as {shorten(back)}",
+            where=where,
+            remedy="use a model whose tokenizer keeps spaces, line ends and every character",
+        )
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text by itself, without a BOS."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def sampled_text(tokenizer: Any, ids: list[int], truncated: bool) -> str:
+    """The text of sampled tokens, without special tokens; a cut may leave half a character, which goes, too."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.removesuffix("\N{REPLACEMENT CHARACTER}") if truncated else text
+
+
+def same_tokens(ours: Any, other: Any) -> bool:
+    """Whether two tokenizers give the same ids to probe texts and decode them alike."""
+    rows = [encode(ours, text) for text in (*TEXTS, *ours.all_special_tokens)]
+    return all(
+        encode(other, _decoded(ours, ids)) == ids and _decoded(other, ids) == _decoded(ours, ids) for ids in rows
+    )
+
+
 def prompt_token_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
-    """Token ids of a prompt, ending with the header that opens the assistant's turn."""
-    return _token_ids(tokenizer, messages, opens=True)
+    """Token ids of a prompt, ending with the header that opens the assistant's turn.
+
+    The texts are ordinary text, whatever they spell.
+
+    Raises:
+        InputError: a text still brings control tokens with it, or the template refuses or leaves out a message.
+    """
+    control = _control(tokenizer)
+    ids = _apply(tokenizer, _texts(tokenizer, messages), opens=True)
+    if control.of(ids) != _innocent(tokenizer, control, _turns(messages)):
+        raise InputError(
+            "a text of the conversation becomes special tokens in spite of the spaces in them",
+            where=_name(tokenizer),
+            remedy="take the prompt out of the data, or use another tokenizer",
+        )
+    return ids
+
+
+def check_records(tokenizer: Any, records: Iterable[tuple[str, dict]], spelled: int = 0) -> None:
+    """Refuse records (with their `path:line`) that the tokenizer cannot serve, before a model loads.
+
+    Args:
+        spelled: records, from the first, whose responses are made as well.
+
+    Raises:
+        InputError: the template refuses or leaves out a message of these roles; no tokens spell a response.
+    """
+    for number, (where, record) in enumerate(records):
+        with naming(where):
+            _innocent(tokenizer, _control(tokenizer), _turns(record["prompt"]))
+            for response in record["responses"] if number < spelled else ():
+                _spelled(tokenizer, record["prompt"], response)
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Name the record (`path:line`) in an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def conversation_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:
-    """Token ids of prompt + response as one conversation, templated once.
+    """Token ids of prompt + response as one conversation, as reward models read it.
 
     Args:
         truncated: the response was cut by the length limit; everything the template puts after its text (the end of
             the turn) is left out, because the model did not write it.
+
+    Raises:
+        InputError: as `prompt_token_ids`; no tokens spell the response.
     """
-    conversation = [*messages, {"role": "assistant", "content": response}]
-    ids = _token_ids(tokenizer, conversation, opens=False)
-    return ids[: _last_end(tokenizer, ids, keep_end=False)] if truncated else ids
+    prompt, ids = _spelled(tokenizer, messages, response)
+    return [*prompt, *ids, *([] if truncated else _turn(tokenizer).tail)]
 
 
 def response_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:
@@ -64,63 +179,116 @@ def response_token_ids(tokenizer: Any, messages: list[dict], response: str, trun
     at that token and never writes it.
 
     Raises:
-        InputError: the template does not render the prompt as a prefix of the conversation.
+        InputError: as `conversation_token_ids`; nothing ends a turn.
     """
-    prompt = prompt_token_ids(tokenizer, messages)
-    ids = conversation_token_ids(tokenizer, messages, response, truncated=False)
-    if ids[: len(prompt)] != prompt:
-        raise InputError(
-            "the prompt's tokens are not the beginning of the conversation's",
-            where=_name(tokenizer),
-            remedy="cut white space in front of the response, or use a model whose template keeps earlier turns",
-        )
-    return ids[len(prompt) : _last_end(tokenizer, ids, keep_end=not truncated)]
+    _, ids = _spelled(tokenizer, messages, response)
+    return ids if truncated else [*ids, _end(tokenizer)]
 
 
-def _last_end(tokenizer: Any, ids: list[int], keep_end: bool) -> int:
-    """Index just behind (or at) the last end-of-turn token; the length when the template writes none."""
-    ends = end_of_turn_ids(tokenizer)
-    for index in range(len(ids) - 1, -1, -1):
-        if ids[index] in ends:
-            return index + 1 if keep_end else index
-    return len(ids)
+def _spelled(tokenizer: Any, messages: list[dict], response: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the response's text, which decode to it.
 
-
-def _token_ids(tokenizer: Any, messages: list[dict], opens: bool) -> list[int]:
-    """Token ids of a conversation whose texts are ordinary text, whatever they spell.
-
-    Args:
-        opens: with the header that opens the assistant's turn.
-
-    Raises:
-        InputError: a text still brings control tokens with it, or the template refuses the messages.
+    A model sampled the text behind the prompt with the assistant's header, so that is where its tokens belong, whatever
+    the template makes of an assistant's turn that is over: some drop the reasoning, some write an empty one.
     """
-    control = _control(tokenizer)
-    # No other fields: a template may write them, too (`tool_calls`, `reasoning_content`).
-    texts = [{"role": message["role"], "content": inert(tokenizer, message["content"])} for message in messages]
-    ids = _apply(tokenizer, texts, opens)
-    turns = tuple((message["role"], bool(message["content"].strip())) for message in messages)
-    if control.of(ids) != _innocent(tokenizer, control, turns, opens):
-        raise InputError(
-            "a text of the conversation becomes special tokens in spite of the spaces in them",
-            where=_name(tokenizer),
-            remedy="take the prompt out of the data, or use another tokenizer",
-        )
-    return ids
+    prompt, text = prompt_token_ids(tokenizer, messages), inert(tokenizer, response)
+    control, found = _control(tokenizer), []
+    for ids in _spellings(tokenizer, _texts(tokenizer, messages), text, prompt):
+        if not control.of(ids) and _spells(tokenizer, prompt, ids, text):
+            return prompt, ids
+        found = ids
+    raise InputError(
+        f"no tokens spell the response {shorten(text)}: they say {shorten(_decoded(tokenizer, found))}",
+        where=_name(tokenizer),
+        remedy="take the response out of the data, or use a model whose tokenizer has its characters",
+    )
+
+
+def _spellings(tokenizer: Any, messages: list[dict], text: str, prompt: list[int]) -> Iterator[list[int]]:
+    """Token ids that may be a response: in the template's own turn, behind the prompt's text, and by themselves.
+
+    The first are those of a model's training (Llama-2's template writes a space in front, which is part of the first
+    token), the last are right where white space of the text would join that of the header.
+    """
+    if conversation := _probe(tokenizer, [*messages, {"role": "assistant", "content": text}]):
+        tail = _turn(tokenizer).tail
+        end = len(conversation) - len(tail)
+        if conversation[: len(prompt)] == prompt and conversation[end:] == tail:
+            yield conversation[len(prompt) : end]
+    joined = encode(tokenizer, _rendered(tokenizer, messages, opens=True) + text)
+    if joined[: len(prompt)] == prompt:
+        yield joined[len(prompt) :]
+    yield encode(tokenizer, text)
+
+
+def _spells(tokenizer: Any, prompt: list[int], ids: list[int], text: str) -> bool:
+    """Whether token ids decode to a text, up to the tokenizer's normaliser; by themselves or behind the prompt.
+
+    Tokenizers of SentencePiece's kind drop the first space of what they decode.
+    """
+    wanted = _normalized(tokenizer, text)
+    if _normalized(tokenizer, _decoded(tokenizer, ids)) == wanted:
+        return True
+    before, whole = _decoded(tokenizer, prompt), _decoded(tokenizer, prompt + ids)
+    return whole.startswith(before) and _normalized(tokenizer, whole[len(before) :]) == wanted
+
+
+def _texts(tokenizer: Any, messages: list[dict]) -> list[dict]:
+    """The messages with inert texts. No other fields: a template may write them, too (`reasoning_content`)."""
+    return [{"role": message["role"], "content": inert(tokenizer, message["content"])} for message in messages]
+
+
+def _turns(messages: list[dict]) -> tuple[tuple[str, bool], ...]:
+    return tuple((message["role"], bool(message["content"].strip())) for message in messages)
 
 
 @lru_cache(maxsize=1024)
-def _innocent(tokenizer: Any, control: "Control", turns: tuple[tuple[str, bool], ...], opens: bool) -> list[int]:
-    """The control tokens of a conversation of these roles, whose texts are a letter, or empty."""
-    return control.of(_apply(tokenizer, [{"role": role, "content": "a" * filled} for role, filled in turns], opens))
+def _innocent(tokenizer: Any, control: "Control", turns: tuple[tuple[str, bool], ...]) -> list[int]:
+    """The control tokens of a prompt of these roles, whose texts are a letter, or empty.
+
+    Raises:
+        InputError: the template refuses the roles, or leaves a message out.
+    """
+    texts = [{"role": role, "content": "a" * filled} for role, filled in turns]
+    ids = _apply(tokenizer, texts, opens=True)
+    for place, (role, _) in enumerate(turns):
+        other = [{**message, "content": "b"} if at == place else message for at, message in enumerate(texts)]
+        if _apply(tokenizer, other, opens=True) == ids:
+            raise InputError(
+                f"the chat template leaves out message {place + 1} of {len(turns)} ({role})",
+                where=_name(tokenizer),
+                remedy="take such prompts out of the data, or use a model whose template keeps them",
+            )
+    return control.of(ids)
+
+
+@cache
+def _still(template: str) -> str:
+    """The template with its clock at DAY: tokens must not depend on the day on which they are made."""
+    if "strftime_now" not in template:
+        return template
+    replaced = "".join(f" | replace('{form}', '{DAY.strftime(form)}')" for form in FORMATS)
+    return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}{template}"
 
 
 def _apply(tokenizer: Any, messages: list[dict], opens: bool) -> list[int]:
+    return encode(tokenizer, _rendered(tokenizer, messages, opens))
+
+
+def _rendered(tokenizer: Any, messages: list[dict], opens: bool) -> str:
+    """The templated text, with the header that opens the assistant's turn if it `opens`.
+
+    Raises:
+        InputError: the template refuses the messages, or fails.
+    """
     from jinja2 import TemplateError
 
+    template = _still(tokenizer.get_chat_template())
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=opens, tokenize=True, return_dict=False)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=opens, tokenize=False
+        )
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
             f"the chat template refuses the roles {roles} ({error})",
@@ -244,9 +412,9 @@ PROBES = (
 
 
 def _probe(tokenizer: Any, messages: list[dict]) -> list[int]:
-    """Token ids of a short conversation; none when the template refuses its roles."""
+    """Token ids of a conversation; none when the template refuses its roles."""
     try:
-        return _apply(tokenizer, messages, opens=messages[-1] is QUESTION)
+        return _apply(tokenizer, messages, opens=messages[-1]["role"] == "user")
     except InputError:
         return []
 
@@ -266,6 +434,53 @@ def _normalized(tokenizer: Any, text: str) -> str:
     return normalizer.normalize_str(text) if normalizer else text
 
 
+REPLIES = (
+    "It is 12.",
+    "<think>\nThree and three.\n</think>\n\nIt is 12.",
+    "<think>\nThree and three and",
+    "\n\nIt is 12.",
+    "def f(x):\n    return  3 * x\n",
+    "是十二。 🙂",
+)
+
+
+def _prove(tokenizer: Any) -> None:
+    """Refuse a tokenizer with which a probe conversation loses a text, whole or cut (`_spelled`)."""
+    asked = [{"role": "user", "content": "What is 3 times 4?"}]
+    system, earlier = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": REPLIES[1]}
+    for messages, replies in (
+        (asked, REPLIES),
+        ([system, *asked], REPLIES[:3]),
+        ([*asked, earlier, *asked], REPLIES[:3]),
+    ):
+        if messages is asked or _probe(tokenizer, messages):  # prompts that it refuses are named by their place
+            for reply in replies:
+                _spelled(tokenizer, messages, reply)
+
+
+def _remarks(tokenizer: Any) -> Iterator[str]:
+    """What a user should know of a template that serves all the same."""
+    if not opens_turns_by_tokens(tokenizer):
+        yield (
+            "the chat template opens turns with ordinary text, so that a prompt or a response can open one "
+            "(docs/security.md)"
+        )
+    turn = _turn(tokenizer)
+    if not _control(tokenizer).of(turn.tail) and turn.end is not None:
+        ended = tokenizer.convert_ids_to_tokens(turn.end)
+        yield f"the chat template writes no token behind an answer; {ended} is trained as its end (docs/formats.md)"
+    asked = _rendered(tokenizer, [QUESTION], opens=True)
+    for reply in REPLIES[:2]:
+        said = _rendered(tokenizer, [QUESTION, {"role": "assistant", "content": reply}], opens=False)
+        common = next((at for at, pair in enumerate(zip(asked, said, strict=False)) if pair[0] != pair[1]), len(asked))
+        if not said[common:].lstrip().startswith(reply):
+            yield (
+                f"the chat template does not keep answers: {shorten(reply)} becomes {shorten(said[common:])}; they are "
+                "trained and scored behind the assistant's header, as they were sampled (docs/formats.md)"
+            )
+            return
+
+
 def opens_turns_by_tokens(tokenizer: Any) -> bool:
     """Whether the template opens the assistant's turn with a control token.
 
@@ -274,7 +489,7 @@ def opens_turns_by_tokens(tokenizer: Any) -> bool:
     """
     prompts = (_apply(tokenizer, [{"role": "user", "content": letter}], opens=True) for letter in "ab")
     behind = common_end(*prompts)
-    ends = end_of_turn_ids(tokenizer)
+    ends = {_turn(tokenizer).end, tokenizer.eos_token_id}
     opener = behind[max((place + 1 for place, token in enumerate(behind) if token in ends), default=0) :]
     return bool(_control(tokenizer).of(opener))
 
@@ -285,23 +500,63 @@ def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
     The tokenizer's end-of-sequence token, and the token that this tokenizer's own template writes after an assistant's
     text: Llama-3 ends a turn with `<|eot_id|>` while its end of sequence may be `<|end_of_text|>`; generation that does
     not stop at the first runs on into an invented next turn.
+
+    Raises:
+        InputError: there is neither.
     """
-    return _template_ends(tokenizer, tokenizer.get_chat_template())
+    return frozenset({_end(tokenizer), tokenizer.eos_token_id} - {None})
+
+
+def _end(tokenizer: Any) -> int:
+    """The token behind a response that is whole."""
+    end = _turn(tokenizer).end
+    if end is None:
+        raise InputError(
+            "the chat template writes no token behind an answer, and the tokenizer has no `eos_token`",
+            where=_name(tokenizer),
+            remedy="name the token that ends an answer in tokenizer_config.json",
+        )
+    return end
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the template writes behind an assistant's last text (`tail`), and the token that ends its turn."""
+
+    tail: list[int]
+    end: int | None
+
+
+def _turn(tokenizer: Any) -> Turn:
+    return _turn_of(tokenizer, tokenizer.get_chat_template())
 
 
 @cache  # asked for with every response
-def _template_ends(tokenizer: Any, template: str) -> frozenset[int]:
-    ends = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    question = {"role": "user", "content": "a"}
-    probes = [
-        tokenizer.apply_chat_template(
-            [question, {"role": "assistant", "content": answer}], tokenize=True, return_dict=False
-        )
-        for answer in "bc"
-    ]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    # The first one alone: Llama-3's first template writes the next assistant's header behind every conversation.
-    return frozenset([*ends, *[token for token in common_end(*probes) if token in special][:1]])
+def _turn_of(tokenizer: Any, template: str) -> Turn:
+    """The end is the first control token of the tail; the end of sequence where a template writes none.
+
+    Llama-3's first template writes the next header behind every conversation. What opens turns (it stands in front of a
+    conversation's first text) ends none.
+    """
+    tail, behind = (
+        common_end(*(_probe(tokenizer, [*before, {"role": role, "content": letter}]) for letter in "bc"))
+        for before, role in (([QUESTION], "assistant"), ([], "user"))
+    )
+    control = _control(tokenizer)
+    opened = control.of(tail)[-1:] == control.of(behind)[-1:]
+    openers = _openers(tokenizer) if opened else ()
+    ends = [token for token in control.of(tail) if token not in openers]
+    return Turn(tail, next(iter(ends), tokenizer.eos_token_id))
+
+
+def _openers(tokenizer: Any) -> list[int]:
+    """The control tokens in front of a conversation's first text."""
+    for role in ("system", "user"):
+        first = [[{"role": role, "content": letter}, *([QUESTION] if role == "system" else [])] for letter in "bc"]
+        ids = [_probe(tokenizer, messages)[::-1] for messages in first]
+        if ids[0] != ids[1]:  # else the template refuses or leaves out a system message
+            return _control(tokenizer).of(common_end(*ids))
+    return []
 
 
 def common_end(first: list[int], second: list[int]) -> list[int]:

@@ -7,10 +7,13 @@ that the caller can put it on disk, and no batch waits for its slowest member.
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hps.chat import load_tokenizer, same_tokens, sampled_text
+from hps.errors import InputError
 from hps.recipe import Generation, Model
 
 # Read by vLLM at import. No usage reports; errors only: on a CPU a screen of warnings says what vLLM does without.
@@ -71,6 +74,10 @@ class Engine:
 
         self._settings, self._stop_ids, self._seed = settings, sorted(stop_ids), seed
         self._schema = schema
+        self._tokenizer = load_tokenizer(model.path, model.revision)
+        # vLLM loads tokenizers by rules of its own. It gets ours as a folder, for schemas; texts are decoded here.
+        self._folder = tempfile.TemporaryDirectory()
+        self._tokenizer.save_pretrained(self._folder.name)
         extra = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if not self._cuda:
             extra = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
@@ -86,7 +93,7 @@ class Engine:
         self._engine = LLM(
             model=model.path,
             revision=model.revision,
-            tokenizer_revision=model.revision,
+            tokenizer=self._folder.name,
             dtype=settings.dtype if settings.dtype != "auto" or self._cuda else "float32",
             max_model_len=settings.max_prompt_tokens + settings.max_new_tokens,
             max_num_seqs=settings.max_sequences,
@@ -100,6 +107,12 @@ class Engine:
             disable_log_stats=True,
             **extra,
         ).llm_engine
+        if schema and not same_tokens(self._tokenizer, self._engine.get_tokenizer()):
+            raise InputError(
+                "vLLM does not read the tokenizer as it is, so that it could not hold answers to a schema",
+                where=model.path,
+                remedy="use another judge",
+            )
 
     def stream(
         self, prompts: Iterable[tuple[str, list[int], int] | tuple[str, list[int], int, str | None] | None]
@@ -133,7 +146,7 @@ class Engine:
             for output in self._engine.step():
                 if output.finished:
                     del waiting[output.request_id]
-                    yield output.request_id, [_sample(part) for part in output.outputs]
+                    yield output.request_id, [self._sample(part) for part in output.outputs]
 
     def _lora(self, adapter: str | None = None):
         from vllm.lora.request import LoRARequest
@@ -153,7 +166,14 @@ class Engine:
             seed=_request_seed(self._seed, key) if self._cuda else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
             structured_outputs=StructuredOutputsParams(json=self._schema) if self._schema else None,
+            detokenize=False,
         )
+
+    def _sample(self, part) -> Sample:
+        # vLLM lists the end-of-turn token among the generated ones.
+        truncated = part.finish_reason == "length"
+        ids = list(part.token_ids) if truncated else list(part.token_ids)[:-1]
+        return Sample(text=sampled_text(self._tokenizer, ids, truncated), tokens=len(ids), truncated=truncated)
 
 
 def _rank_place(adapter: str) -> int:
@@ -164,9 +184,3 @@ def _rank_place(adapter: str) -> int:
 
 def _request_seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:4], "big") & 0x7FFFFFFF
-
-
-def _sample(part) -> Sample:
-    # vLLM lists the end-of-turn token among the generated ones and leaves it out of the text.
-    truncated = part.finish_reason == "length"
-    return Sample(text=part.text, tokens=len(part.token_ids) - (not truncated), truncated=truncated)

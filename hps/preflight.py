@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from hps.chat import load_tokenizer, prompt_token_ids
+from hps.chat import check_records, load_tokenizer, prompt_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, file_hash
@@ -416,6 +416,24 @@ def check_wandb(recipe: Recipe) -> None:
         )
 
 
+def check_templates(stage: str, recipe: Recipe, roles: tuple[str, ...]) -> None:
+    """Load the models' tokenizers; refuse prompts whose roles one of the templates refuses.
+
+    The judge reads a message of its own.
+    """
+    for role in roles:
+        model: Model = getattr(recipe.models, role)
+        tokenizer = load_tokenizer(model.path, model.revision)
+        if stage == "gene":
+            files = [load_prompts(recipe, split)[0].placed() for split in SPLITS]
+        elif stage == "run":
+            files = [read_ranked(recipe.ranked(split)) for split in SPLITS]
+        else:
+            files = [] if role == "judge" else [evaluated_prompts(recipe)[0].placed()]
+        for file in files:
+            check_records(tokenizer, file)
+
+
 def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     """Check one driver's inputs; print the plan, and with `dry_run` the whole resolved recipe."""
     lines, roles = [], (*STAGES[stage], *(["judge"] if stage == "evaluate" and recipe.judge.enabled else []))
@@ -437,6 +455,8 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
             check_fits(stage, recipe, role, tokenizer=not dry_run)
     if dry_run:
         print(as_yaml(recipe))
+    else:
+        check_templates(stage, recipe, roles)
     for line in lines:
         print(f"plan: {line}")
 

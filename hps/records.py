@@ -484,6 +484,10 @@ class Indexed(Mapping[str, dict]):
         """`path:line` of a record."""
         return self._lines.where(self._index[name])
 
+    def placed(self) -> Iterator[tuple[str, dict]]:
+        """`("path:line", record)` of every record."""
+        return ((self.where(name), record) for name, record in self.items())
+
     def __getitem__(self, name: str) -> dict:
         return self._lines[self._index[name]]
 

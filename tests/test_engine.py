@@ -31,7 +31,7 @@ print(json.dumps({key: [sample.text for sample in samples] for key, samples in e
 
 
 def coin_model(folder, tokenizer, start: int):
-    """A model that answers A and ends its turn, or goes on with B for ever, each with probability 1/2.
+    """A model that answers A and ends its turn, or goes on with B (" the") for ever, each with probability 1/2.
 
     The layers add nothing, so that a token's own embedding decides the next token: the token `start` (the last of a
     prompt), A and B have an axis each, and the head gives 30 to what may follow each axis, 0 to all other tokens
@@ -41,7 +41,7 @@ def coin_model(folder, tokenizer, start: int):
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(tiny_config(tokenizer))
-    a, b, end = tokenizer.convert_tokens_to_ids(["A", "B", "<|eot_id|>"])
+    a, b, end = tokenizer.convert_tokens_to_ids(["A", "Ġthe", "<|eot_id|>"])
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
@@ -54,6 +54,8 @@ def coin_model(folder, tokenizer, start: int):
                 model.lm_head.weight[after, axis] = 30 / 128**0.5
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"  # as DeepSeek's is: read by this name, the tokenizer has no spaces
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
     return folder
 
 
@@ -89,7 +91,7 @@ def test_samples_end_with_the_turn_or_are_marked_truncated(engine_and_first):
     """
     _, first = engine_and_first
     samples = [(sample.text, sample.tokens, sample.truncated) for _, samples in first for sample in samples]
-    heads, tails = samples.count(("A", 1, False)), samples.count(("B" * NEW_TOKENS, NEW_TOKENS, True))
+    heads, tails = samples.count(("A", 1, False)), samples.count((" the" * NEW_TOKENS, NEW_TOKENS, True))
     assert heads + tails == 256
     assert 88 <= heads <= 168
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from generation.generate import SplitWriter, assemble, generate, stage_settings,
 from hps.engine import Sample
 from hps.errors import InputError, run_main
 from hps.manifest import claim
-from hps.preflight import load_prompts
+from hps.preflight import check_templates, load_prompts
 from hps.recipe import load_recipe
 from hps.records import Appender, read_candidates, read_jsonl
 
@@ -309,6 +310,42 @@ def test_settings_that_decide_the_candidates(tiny_recipe, write_lines):
     write_lines([*records, prompt("b", "x", "y")])
     with pytest.raises(InputError, match=r"data\.train\.sha256 was"):
         generate(recipe)
+
+
+@pytest.fixture
+def without_system(tiny_model, tmp_path):
+    """The tiny model with a template that refuses system messages, as Gemma's does."""
+    folder = shutil.copytree(tiny_model, tmp_path / "nosystem")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(refusal + template)
+    return folder
+
+
+TOLD = {"prompt": [{"role": "system", "content": "Be brief."}, *USER], "responses": ["x", "y"]}
+
+
+@pytest.mark.parametrize("role", ["generator", "reward"])
+def test_roles_that_a_template_refuses_are_named_before_anything_runs(
+    role, without_system, tiny_recipe, write_lines, monkeypatch
+):
+    """The generator's by the stage itself and the reward model's by the preflight, before hours of generation."""
+    monkeypatch.setattr(stage, "run_workers", None)
+    path = write_lines([prompt("a", "x", "y"), TOLD, prompt("b", "x", "y")], "told.jsonl")
+    recipe = load_recipe(tiny_recipe, [f"models.{role}.path={without_system}", f"data.train.path={path}"])
+    start = generate if role == "generator" else lambda recipe: check_templates("gene", recipe, ("generator", "reward"))
+    with pytest.raises(InputError, match=r"told\.jsonl:2: .*refuses the roles system, user \(no system role\)"):
+        start(recipe)
+
+
+def test_the_policy_is_checked_on_both_splits(without_system, tiny_recipe, write_lines):
+    recipe = load_recipe(tiny_recipe, [f"models.policy.path={without_system}"])
+    facts = {"sources": ["given_1", "given_2"], "token_counts": [1, 1], "truncated": [False] * 2, "rewards": [1.0, 0.0]}
+    for split, records in (("train", [prompt("a", "x", "y")]), ("test", [prompt("b", "x", "y"), TOLD])):
+        recipe.ranked(split).parent.mkdir(parents=True, exist_ok=True)
+        recipe.ranked(split).write_text("".join(json.dumps({**record, **facts}) + "\n" for record in records))
+    with pytest.raises(InputError, match=r"ranked/test\.jsonl:2: .*refuses the roles system, user"):
+        check_templates("run", recipe, ("policy",))
 
 
 def test_a_run_without_pending_prompts_needs_no_engine(tiny_recipe, capsys):

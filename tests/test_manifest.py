@@ -74,14 +74,36 @@ def flip(path, place: int = -1) -> None:
 @pytest.mark.parametrize(
     ("file", "part"),
     [("model.safetensors", "weights"), ("config.json", "weights"), ("tokenizer.json", "tokenizer"),
-     ("tokenizer_config.json", "tokenizer"), ("chat_template.jinja", "tokenizer")],
+     ("tokenizer_config.json", "tokenizer"), ("chat_template.jinja", "tokenizer"), ("chat_template.json", "tokenizer"),
+     ("vocab.json", "tokenizer"), ("spiece.model", "tokenizer"), ("generation_config.json", "tokenizer"),
+     ("additional_chat_templates/tool.jinja", "tokenizer"), ("model.safetensors.index.json", "weights")],
 )  # fmt: skip
 def test_one_flipped_bit_changes_the_hash_of_its_part(copied, file, part):
-    model = Model(str(copied))
+    """A broken tokenizer.json gives no tokens, either."""
+    path, model = copied / file, Model(str(copied))
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    path.write_bytes(path.read_bytes() or b"{}")
+    (copied / "README.md").write_text("for people")
     before = model_hash(model)
-    flip(copied / file)
+    flip(path)
+    flip(copied / "README.md")
     after = model_hash(model)
-    assert {name for name in before if before[name] != after[name]} == {part}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed - {"tokens"} == {part} and ("tokens" in changed) == (file == "tokenizer.json")
+
+
+def test_a_tokenizer_must_give_the_ids_of_the_stage_before(copied, tmp_path, monkeypatch):
+    """Files that are the same and ids that are not: another release of the library, in another environment."""
+    model = {"model": model_hash(Model(str(copied)))}
+    for first, second in (("out/candidates", "out/run"), ("out/run", "out/run/answers")):
+        claim(tmp_path / first, model)
+        claim(tmp_path / second, model)
+    ours = {"policy": {**model["model"], "tokens": "0" * 64}}
+    for folder in ("out/other", "out/run/evaluation"):
+        with pytest.raises(InputError, match="claim.json: a tokenizer gives other ids here than in the environment"):
+            claim(tmp_path / folder, ours)
+    claim(tmp_path / "out" / "third", {"policy": {**ours["policy"], "tokenizer": "another"}})
 
 
 def test_hashes_do_not_depend_on_the_place(copied, tiny_model):
@@ -90,17 +112,20 @@ def test_hashes_do_not_depend_on_the_place(copied, tiny_model):
     assert file_hash(copied / "config.json") == file_hash(tiny_model / "config.json")
 
 
-def test_a_hub_model_is_known_by_name_and_commit(monkeypatch, tmp_path):
+def test_a_hub_model_is_known_by_name_and_commit(monkeypatch, tmp_path, tiny_model):
     """The hub's cache as its client lays it out; an open revision resolves to the commit, before and after."""
     commit = "a" * 40
     snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
+    shutil.copy(tiny_model / "tokenizer.json", snapshot)
+    tokens = model_hash(Model(str(tiny_model)))["tokens"]
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for revision in (None, "main", commit):
-        assert model_hash(Model("owner/name", revision)) == {"hub": "owner/name", "revision": commit}
+        found = model_hash(Model("owner/name", revision))
+        assert found == {"hub": "owner/name", "revision": commit, "tokens": tokens}
     with pytest.raises(InputError, match="^nobody/none: no such model in the hub's cache"):
         model_hash(Model("nobody/none"))
 

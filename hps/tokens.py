@@ -1,0 +1,95 @@
+"""What a model's tokenizer makes of texts, by its own `tokenizer.json`.
+
+Releases of transformers differ in how they rebuild a tokenizer from its configuration: one of them loses every space of
+a DeepSeek tokenizer. The file itself, read by the library that wrote it, gives the same ids everywhere. So `hps.chat`
+holds what transformers loads against it, and a claim holds the hash of its ids (`hps.manifest.model_hash`): stages in
+different environments that use one tokenizer compare.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from hps.errors import InputError
+from hps.records import canonical
+
+FILE = "tokenizer.json"
+# Each begins with a letter: many tokenizers drop or add a space in front of a text.
+TEXTS = (
+    "The quick brown fox,  two  spaces.\n\nA new paragraph;\ttab.   Three.",
+    "def f(x):\n    if x:\n        return x ** 2  # {'a': [1, 2]}\n",
+    "It costs 0 12 345 6789 1234567890 3,141.59 and 7e-3.",
+    "In other scripts: 百合花对猫都有毒。 ゆり 나리 ไทย русский עברית",
+    "Straße, naïve, a\u0301 and \u00e1, ﬁ, …",
+    "Emoji 🙂 and 👩‍👩‍👧.",
+    "A line\r\nwith <tags> & |bars| [INST] <think>\nno\n</think>\n\nyes",
+)
+
+
+def own_tokenizer(path: str, revision: str | None = None) -> Any:
+    """The `tokenizers.Tokenizer` of a folder's or hub model's `tokenizer.json`; None when there is no such file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = Path(path) / FILE if Path(path).is_dir() else _fetched(path, revision)
+    if file is None or not file.exists():
+        return None
+    return _read(str(file), file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read(file: str, _: int) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        own = Tokenizer.from_file(file)
+    except Exception as error:  # the library raises no narrower class
+        raise InputError(
+            f"no readable tokenizer ({error})", where=file, remedy="take the file from the model again"
+        ) from None
+    own.no_padding()
+    own.no_truncation()
+    return own
+
+
+def _fetched(path: str, revision: str | None) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(path, FILE, revision=revision))
+    except (OSError, HfHubHTTPError, HFValidationError):  # whoever loads the tokenizer says what is wrong
+        return None
+
+
+def encoder(own: Any) -> Callable[[str], list[int]]:
+    """Text to ids by `own_tokenizer`, without a BOS."""
+    return lambda text: own.encode(text, add_special_tokens=False).ids
+
+
+def probe_texts(own: Any) -> list[str]:
+    """TEXTS, and a text with every added token of the tokenizer."""
+    added = sorted(token.content for token in own.get_added_tokens_decoder().values())
+    return [*TEXTS, "a" + "".join(f"{token} a{token}a" for token in added)]
+
+
+def model_tokens(path: str, revision: str | None = None) -> str | None:
+    """SHA-256 of the ids of the probe texts; None where no tokenizer can be read, which whoever loads it says.
+
+    A tokenizer without a `tokenizer.json` is asked as transformers builds it, which may differ between releases.
+    """
+    try:
+        own = own_tokenizer(path, revision)
+        if own:
+            ids, texts = encoder(own), probe_texts(own)
+        else:
+            from hps.chat import encode, load_tokenizer  # imports torch, which stages without a model do not need
+
+            tokenizer = load_tokenizer(path, revision)
+            ids, texts = partial(encode, tokenizer), TEXTS
+    except InputError:
+        return None
+    return hashlib.sha256(canonical([ids(text) for text in texts]).encode()).hexdigest()
