@@ -61,7 +61,7 @@ def _merge(recipe: Recipe, target: Path, settings: dict) -> None:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     merged_model(recipe, checkpoint, tokenizer).to(dtype).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    check_weights(AutoModelForCausalLM, Model(path=str(partial)))
+    check_weights(Model(path=str(partial)))
     outputs = sorted(path for path in partial.iterdir() if path.is_file() and path.name != "claim.json")
     finish(partial, recipe, settings, outputs)
     shutil.rmtree(target, ignore_errors=True)

@@ -29,7 +29,7 @@ from hps.manifest import check_model, hold, model_hash, write_manifest
 from hps.preflight import check_fits
 from hps.recipe import Generation, Model, Recipe
 from hps.records import Appender, canonical, check_finite, read_answers, read_jsonl, shorten, write_json
-from hps.weights import load_config
+from hps.weights import check_weights
 from hps.workers import check_gpus, run_workers
 
 CRITERIA = ("correctness", "helpfulness", "safety", "clarity")
@@ -240,7 +240,7 @@ def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
 def _results(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict]:
     if not items:
         return iter(())
-    load_config(recipe.models.judge)  # a model that needs code of its own is one line here, and a page of vLLM's there
+    check_weights(recipe.models.judge)  # what does not fit is one line here, and a page of vLLM's there
     names = ("temperature", "max_prompt_tokens", "max_new_tokens", "tensor_parallel")
     settings = replace(recipe.generation, top_p=1.0, **{name: getattr(recipe.judge, name) for name in names})
     arguments = {

@@ -21,10 +21,10 @@ from hps.cli import parse, progress
 from hps.engine import Engine, Sample
 from hps.errors import run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
-from hps.preflight import check_disjoint, check_fits, load_prompts, placed
+from hps.preflight import check_disjoint, check_fits, load_prompts
 from hps.recipe import SPLITS, Generation, Model, Recipe
 from hps.records import Appender, Indexed, done_ids, read_candidates, read_ledger, write_json, write_lines
-from hps.weights import ADAPTER, load_config, refuse_pickles
+from hps.weights import ADAPTER, check_weights, refuse_pickles
 from hps.workers import run_workers
 
 
@@ -192,7 +192,7 @@ def generate(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     check_model(recipe.models.generator, "models.generator")
     prompts = {split: load_prompts(recipe, split) for split in SPLITS}  # every line is checked before a model loads
-    check_disjoint(*(placed(prompts[split][0]) for split in SPLITS))
+    check_disjoint(*(prompts[split][0].placed() for split in SPLITS))
     folder = recipe.candidates("train").parent
     settings = stage_settings(recipe)
     with hold(folder):
@@ -256,7 +256,7 @@ def sample(
     first = next(items, None)
     if first is None:
         return iter(())
-    load_config(model)  # a model that needs code of its own is one line here, and a page of vLLM's there
+    check_weights(model)  # what does not fit is one line here, and a page of vLLM's there
     for folder in adapters:  # vLLM loads a pickled one
         refuse_pickles(Path(folder), None, ADAPTER)
     print("loading the engine", flush=True)

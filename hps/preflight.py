@@ -25,7 +25,7 @@ from hps.manifest import check_model, file_hash
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.recipe import SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
 from hps.records import Indexed, check_prompt, prompt_id, read_jsonl, read_ranked, unread_fields
-from hps.weights import load_config, refusal
+from hps.weights import check_weights, load_config, refusal
 from hps.workers import accumulation_steps, check_gpus, process_count
 
 USAGE = "python -m hps.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
@@ -207,11 +207,6 @@ def _conversation(record: dict) -> str:
     return prompt_id([{**message, "content": " ".join(message["content"].split())} for message in record["prompt"]])
 
 
-def placed(prompts: Indexed) -> Iterable[tuple[str, dict]]:
-    """Place and record of every prompt."""
-    return ((prompts.where(name), record) for name, record in prompts.items())
-
-
 def same_model(one: Model, other: Model) -> bool:
     """Whether two models have the same weights: by their files where both are folders, else by name and revision."""
     folders = [Path(model.path) for model in (one, other)]
@@ -299,7 +294,7 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         )
         lines += unread_lines(recipe, split)
     if len(found) == len(SPLITS):
-        check_disjoint(*(placed(found[split]) for split in SPLITS))
+        check_disjoint(*(found[split].placed() for split in SPLITS))
     outputs = [str(path) for split in SPLITS for path in (recipe.candidates(split), recipe.ranked(split))]
     return [*lines, f"outputs: {', '.join(outputs)}"]
 
@@ -308,8 +303,6 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What run.sh will do, a line each."""
     schedule = recipe.schedule
     deepspeed_stage(recipe)  # a missing or broken file is found here
-    if not dry_run:
-        check_wandb(recipe)
     processes = process_count(recipe)
     accumulation = accumulation_steps(recipe, processes)
     lines, sources = [], {split: [] for split in SPLITS}
@@ -323,17 +316,16 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
             continue
         loaded, remark = attempt(load_prompts, recipe, split, dry_run=dry_run)
         if loaded:
-            sources[split].append(placed(loaded[0]))
+            sources[split].append(loaded[0].placed())
         if remark:
             lines.append(f"{split}: {remark}")
         if split == "train":
             prompts = len(loaded[0]) if loaded else None
     check_disjoint(*(chain(*sources[split]) for split in SPLITS))
-    if recipe.lora.enabled:
-        if dry_run and not Path(recipe.models.policy.path).is_dir():
-            lines.append("policy: `lora.target_modules` is not checked in a dry run, which asks the hub nothing")
-        else:
-            try_lora(recipe)
+    if recipe.lora.enabled and dry_run and not Path(recipe.models.policy.path).is_dir():
+        lines.append("policy: `lora.target_modules` is not checked in a dry run, which asks the hub nothing")
+    elif recipe.lora.enabled:
+        try_lora(recipe)
     batch = (
         f"global batch {schedule.global_batch}: {processes} process(es) x {schedule.device_batch} prompt(s) at a time "
         f"x {accumulation}"
@@ -371,7 +363,7 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         lines.append(f"test: {remark}")
     else:
         if recipe.ranked("train").exists():
-            check_disjoint(read_ranked(recipe.ranked("train")), placed(loaded[0]))
+            check_disjoint(read_ranked(recipe.ranked("train")), loaded[0].placed())
         answers = len(loaded[0]) * settings.samples
         lines.append(
             f"test: {recipe.tested().data.test.path}: {len(loaded[0])} prompts, {answers} answers of the run and "
@@ -416,6 +408,16 @@ def check_wandb(recipe: Recipe) -> None:
         )
 
 
+def check_local_weights(role: str, model: Model) -> None:
+    """Refuse a folder whose files are not the weights of the class that the role asks for.
+
+    Of a hub model, whose files may not be here yet, the same is asked when it is loaded, and so it is of an ArmoRM.
+    """
+    scores = role in ("reward", "evaluator")
+    if Path(model.path).is_dir() and not (scores and ARMORM in (load_config(model).architectures or [])):
+        check_weights(model, scores)
+
+
 def check_templates(stage: str, recipe: Recipe, roles: tuple[str, ...]) -> None:
     """Load the models' tokenizers; refuse prompts whose roles one of the templates refuses.
 
@@ -457,6 +459,10 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
         print(as_yaml(recipe))
     else:
         check_templates(stage, recipe, roles)
+        for role in roles:
+            check_local_weights(role, getattr(recipe.models, role))
+        if stage == "run":
+            check_wandb(recipe)
     for line in lines:
         print(f"plan: {line}")
 

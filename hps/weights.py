@@ -122,12 +122,18 @@ def load_weights(kind: type, model: Model, exact: bool = False, **settings) -> A
     return loaded
 
 
-def check_weights(kind: type, model: Model) -> None:
-    """Refuse a folder or hub name whose files are not the weights of `kind`. Names and shapes alone are compared.
+def check_weights(model: Model, scores: bool = False) -> None:
+    """Refuse a folder or hub name whose files are not a model's weights. Names and shapes alone are compared.
 
     For models that another library loads, and to know it early.
+
+    Args:
+        scores: of a reward model (a sequence classifier), else of a language model.
     """
-    load_weights(kind, model, device_map="meta")
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    load_weights(kind, model, exact=scores, device_map="meta")
 
 
 def _check_keys(info: dict, path: str, kind: str, exact: bool) -> None:
