@@ -20,6 +20,7 @@ from statistics import mean
 
 from annotation.canary import canary_folder, check_canaries
 from annotation.reward_models import load_reward_model
+from annotation.score import TooLong
 from hps.chat import check_records, load_tokenizer
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
@@ -33,7 +34,10 @@ SPELLED = 8  # records whose responses are tokenised before the model loads; the
 
 
 class Scorer:
-    """The worker: a reward model of its own; candidates in, ranked records out. A bad score comes out as `error`."""
+    """The worker: a reward model of its own; candidates in, ranked records out.
+
+    A bad score comes out as `error`, a conversation beyond the model's context as `refused`.
+    """
 
     def __init__(self, model: dict, dtype: str, batch_tokens: int, canaries: str):
         self.model = load_reward_model(Model(**model), dtype, batch_tokens)
@@ -45,6 +49,8 @@ class Scorer:
             try:
                 rewards = self.model.score(record["prompt"], record["responses"], record["truncated"])
                 result = {"record": rank(record, rewards)}
+            except TooLong as error:
+                result = {"refused": {"reason": "conversation too long for the reward model", **error.facts}}
             except InputError as error:
                 result = {"error": f"{item['where']}: prompt {record['prompt_id']}: {error}"}
             yield {"key": item["key"], **result}
@@ -157,7 +163,9 @@ def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
             raise InputError(result["error"])
         split, _, name = result["key"].partition("/")
         ranked, ledger = files[split]
-        if "lost" in result:
+        if "refused" in result:
+            ledger.append({"prompt_id": name, **result["refused"]})
+        elif "lost" in result:
             ledger.append({"prompt_id": name, "reason": "its worker died twice", "cause": result["lost"]})
         else:
             ranked.append(result["record"])

@@ -28,10 +28,25 @@ from hps.shared_prefix import (
     prove,
     run,
 )
-from hps.weights import load_config, load_weights
+from hps.weights import context_length, load_config, load_weights
 
 # A score may differ by this share of its size from another kernel's or another batch's (fp32: about 1e-6 seen).
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+class TooLong(InputError):
+    """A conversation is longer than the reward model's context.
+
+    Args:
+        tokens, limit: of the conversation, and of the context.
+    """
+
+    def __init__(self, tokens: int, limit: float):
+        super().__init__(
+            f"a conversation has {tokens} tokens, and the reward model has positions for {limit:g}",
+            remedy="lower `generation.max_prompt_tokens` or `generation.max_new_tokens`, or use another reward model",
+        )
+        self.facts = {"tokens": tokens, "limit": limit}
 
 
 class ConversationScorer:
@@ -72,9 +87,12 @@ class ConversationScorer:
         """For each response its `score`, and what else the model says of it; equal token rows have one score.
 
         Raises:
+            TooLong: a conversation does not fit into the model's context.
             InputError: a score is not finite; the message gives the response's number.
         """
         rows = [tuple(row) for row in self.conversations(messages, responses, truncated)]
+        if (longest := max(map(len, rows))) > (limit := context_length(self.model.config)):
+            raise TooLong(longest, limit)
         distinct = list(dict.fromkeys(rows))  # twice the same row could differ by rounding, and be ranked by it
         details = self._details([list(row) for row in distinct])
         if not all(math.isfinite(each["score"]) for each in details):

@@ -10,7 +10,6 @@ plan is printed all the same.
 """
 
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -25,7 +24,7 @@ from hps.manifest import check_model, file_hash
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.recipe import SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
 from hps.records import Indexed, check_prompt, prompt_id, read_jsonl, read_ranked, unread_fields
-from hps.weights import check_weights, load_config, refusal
+from hps.weights import check_weights, context_length, load_config, refusal
 from hps.workers import accumulation_steps, check_gpus, process_count
 
 USAGE = "python -m hps.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
@@ -94,19 +93,6 @@ def check_fits(stage: str, recipe: Recipe, role: str, tokenizer: bool = True) ->
                 )
     if tokenizer:
         check_vocabulary(load_tokenizer(model.path, model.revision), config.get_text_config().vocab_size, model.path)
-
-
-def context_length(config: Any) -> float:
-    """Tokens for which a model has positions; infinite where nothing ends (recurrent layers, ALiBi).
-
-    A scaling that was trained with (YaRN, LongRoPE, Llama 3) is in the configuration's own length. The two that are
-    switched on afterwards multiply it.
-    """
-    config = config.get_text_config()
-    names = ("max_position_embeddings", "max_seq_len")  # MPT has the second
-    length = min((value for name in names if isinstance(value := getattr(config, name, None), int)), default=math.inf)
-    rope = getattr(config, "rope_parameters", None) or {}
-    return length * (rope.get("factor") or 1) if rope.get("rope_type") in ("linear", "dynamic") else length
 
 
 def check_vocabulary(tokenizer: Any, rows: int, where: str) -> None:

@@ -473,12 +473,18 @@ def prove(model, longest: float, own: Callable = own_log_probs, ours: Callable =
         own: a value of (model, prompt, response) from the class's forward pass.
         ours: values of (model, rows, gathers), of all responses.
     """
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return Trial(type(model), model.config, own, ours).layout(longest)
-    except Exception as error:  # whatever a foreign architecture raises: it has not been shown to be able
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        return replace(SEPARATE, reason=f"a small model of this class cannot be tried ({text})")
+    key = (type(model), model.config.to_json_string(), model.config._attn_implementation, longest, own, ours)
+    if key not in _PROVEN:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                _PROVEN[key] = Trial(type(model), model.config, own, ours).layout(longest)
+        except Exception as error:  # whatever a foreign architecture raises: it has not been shown to be able
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            _PROVEN[key] = replace(SEPARATE, reason=f"a small model of this class cannot be tried ({text})")
+    return _PROVEN[key]
+
+
+_PROVEN: dict[tuple, Layout] = {}  # a trial takes a second or two, and a process may load several models of a class
 
 
 class Trial:

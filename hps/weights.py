@@ -5,6 +5,7 @@ from anywhere, whatever a recipe says.
 """
 
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -91,6 +92,19 @@ def load_config(model: Model) -> Any:
             "`transformers_weights` in config.json names the file of the weights", where=model.path, remedy=_SAVE
         )
     return config
+
+
+def context_length(config: Any) -> float:
+    """Tokens for which a model has positions; infinite where nothing ends (recurrent layers, ALiBi).
+
+    A scaling that was trained with (YaRN, LongRoPE, Llama 3) is in the configuration's own length. The two that are
+    switched on afterwards multiply it.
+    """
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # MPT has the second
+    length = min((value for name in names if isinstance(value := getattr(config, name, None), int)), default=math.inf)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return length * (rope.get("factor") or 1) if rope.get("rope_type") in ("linear", "dynamic") else length
 
 
 def load_weights(kind: type, model: Model, exact: bool = False, **settings) -> Any:

@@ -266,3 +266,14 @@ def test_a_prompt_that_ends_its_worker_twice_is_in_the_ledger(recipe, monkeypatc
     assert line == {"prompt_id": "p1", "reason": "its worker died twice", "cause": "ActorDiedError: killed"}
     assert "p1" not in [record["prompt_id"] for _, record in read_ranked(recipe.ranked("train"))]
     annotate(recipe)  # finished: nothing is scored again
+
+
+def test_a_conversation_beyond_the_reward_models_context_goes_to_the_ledger(recipe, tiny_reward):
+    """The second prompt has a response of 2,000 words, the context 1,024 positions; the others are ranked."""
+    long = candidate(1, "Short.", "word " * 2000)
+    write_candidates(recipe, {"train": [candidate(0), long, candidate(2)], "test": [candidate(3)]})
+    annotate(recipe)
+    assert ids(recipe.ranked("train")) == ["p0", "p2"]
+    ((_, line),) = read_jsonl(stage.ledger_path(recipe, "train"))
+    assert line["prompt_id"] == "p1" and line["reason"] == "conversation too long for the reward model"
+    assert line["limit"] == 1024 < line["tokens"]
