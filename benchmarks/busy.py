@@ -1,11 +1,12 @@
-"""What a busy core beside ours costs, and what the OpenMP settings of the drivers do about it.
+"""What a busy core beside ours costs, and what the OpenMP setting of the drivers does about it (environment.sh).
 
-Threads that wait for one another at the end of every product spin: with a core taken away, one waits for the scheduler
-and the others burn the time of whoever would let it on. The work is a chain of small products, as a layer of the small
-model is; each figure is a process of its own, because OpenMP reads its settings once. The busy process is a loop.
+Threads wait for one another at the end of every product, and spin meanwhile: when another process takes a core, one
+thread waits for its turn there, and the others burn their cores until then. The work is a chain of small products, as
+in a layer of the small model; each figure is a process of its own, because OpenMP reads its settings once. The busy
+process is an empty loop.
 
 Run     .venv-train/bin/python -m benchmarks.busy
-        .venv-infer/bin/python -m benchmarks.busy --preload    # Intel's OpenMP, which vLLM's environment brings
+        .venv-infer/bin/python -m benchmarks.busy --preload    # Intel's OpenMP, which lies in that environment
 """
 
 import os
@@ -19,13 +20,8 @@ import torch
 
 from benchmarks.measure import finish, machine, options, show
 
-SETTINGS = {
-    "default": {},
-    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
-    "KMP_BLOCKTIME=0": {"KMP_BLOCKTIME": "0"},
-    "KMP_BLOCKTIME=1": {"KMP_BLOCKTIME": "1"},
-    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
-}
+GNU = ("", "GOMP_SPINCOUNT=10000", "OMP_WAIT_POLICY=PASSIVE")
+INTEL = ("", "KMP_BLOCKTIME=1", "KMP_BLOCKTIME=0", "OMP_WAIT_POLICY=PASSIVE")
 
 
 def passes(seconds: float) -> float:
@@ -43,14 +39,15 @@ def passes(seconds: float) -> float:
     return done / (time.monotonic() - start)
 
 
-def measured(environment: dict, seconds: float, busy: bool) -> float:
-    """`passes` in a process with this environment, alone or beside a busy one."""
-    names = {name for setting in SETTINGS.values() for name in setting}
-    clean = {name: value for name, value in os.environ.items() if name not in names}
+def measured(setting: str, library: str, seconds: float, busy: bool) -> float:
+    """`passes` in a process with a setting (`NAME=value`, or none), alone or beside a busy one."""
+    known = {each.partition("=")[0] for each in (*GNU, *INTEL)}
+    environment = {name: value for name, value in os.environ.items() if name not in known}
+    environment |= dict([setting.split("=")] if setting else []) | ({"LD_PRELOAD": library} if library else {})
     beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
         command = [sys.executable, "-m", "benchmarks.busy", "--work", str(seconds)]
-        done = subprocess.run(command, env=clean | environment, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     finally:
         if beside:
             beside.kill()
@@ -68,19 +65,18 @@ def main() -> None:
     if arguments.work:
         print(passes(arguments.work))
         return
-    extra = {"LD_PRELOAD": str(Path(sys.prefix) / "lib" / "libiomp5.so")} if arguments.preload else {}
+    library, settings = (str(Path(sys.prefix) / "lib" / "libiomp5.so"), INTEL) if arguments.preload else ("", GNU)
     rates: dict[tuple[str, bool], list[float]] = {}
     for _ in range(arguments.turns):  # in turns, so that a slow spell of the machine meets all
-        for name, setting in SETTINGS.items():
+        for setting in settings:
             for busy in (False, True):
-                rates.setdefault((name, busy), []).append(measured(extra | setting, arguments.seconds, busy))
+                rates.setdefault((setting, busy), []).append(measured(setting, library, arguments.seconds, busy))
     middle = {key: statistics.median(values) for key, values in rates.items()}
-    rows = [
-        [name, middle[name, False], middle[name, True], middle[name, False] / middle[name, True]] for name in SETTINGS
-    ]
+    rows = [[setting or "default", middle[setting, False], middle[setting, True]] for setting in settings]
+    rows = [[*row, row[1] / row[2]] for row in rows]
     show("passes a second", ["setting", "alone", "beside a busy process", "times slower"], rows)
     figures = {name: {"alone": alone, "busy": busy, "times": times} for name, alone, busy, times in rows}
-    finish(arguments, {"machine": machine(), "preload": bool(extra), "settings": figures})
+    finish(arguments, {"machine": machine(), "preload": library, "settings": figures})
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def check_fits(stage: str, recipe: Recipe, role: str, tokenizer: bool = True) ->
     if stage != "gene" or any(getattr(recipe.data, split).responses for split in SPLITS):
         for keys in LENGTHS[stage, role]:
             needed = sum(get(recipe, key) for key in keys)
-            if needed > length:
+            asked = "evaluation.answer_tokens" not in keys or recipe.evaluation.answers
+            if asked and needed > length:
                 raise InputError(
                     f"`models.{role}` has positions for {length:g} tokens, and {' + '.join(keys)} is {needed}",
                     where=model.path,

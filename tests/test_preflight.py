@@ -137,7 +137,8 @@ def test_bad_ranked_lines_of_run(recipe, rewards, message):
 def test_a_context_shorter_than_the_lengths_is_refused(recipe, tokenizer, stage):
     """Of the generator 1,024 + 2,048 tokens; of the policy `schedule.max_length`."""
     shutil.rmtree(recipe.parent / "policy")
-    write_config(recipe.parent / "policy", tokenizer, model_type="gpt2", n_positions=3071)
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    write_config(recipe.parent / "policy", tokenizer, model_type="gpt2", max_position_embeddings=3071, **ends)
     asked = "generation.max_prompt_tokens + generation.max_new_tokens is 3072"
     settings = []
     if stage == "run":
