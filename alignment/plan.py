@@ -188,7 +188,8 @@ class Plan:
             stage = stage_of(step, self._steps, schedule.gamma_stages)
             record = self.records[self.prompts[index]]
             row, figures = draw(record, self.recipe, self.gammas[stage], rng)
-            self._equal += (epoch == 0) * (len(equal_to(record, row["preferred"])) - 1)
+            if epoch == 0:
+                self._equal += len(equal_to(record, row["preferred"])) - 1
             check_spread(row["rewards"], self.recipe.loss, self._where(row["prompt_id"]))
             for name, value in figures.items():
                 self._figures[stage][name].append(value)
