@@ -1,7 +1,8 @@
 """The reward models: the one owner of their input and of their scores.
 
-Prompt and response are one conversation, templated once (`hps.chat.conversation_token_ids`). The released code
-templates the prompt with the assistant's header and templates the reply again: header and BOS stand twice.
+Prompt and response are one conversation, templated once (`hps.chat.conversation_token_ids`), with the response as it
+was sampled. The released code templates the prompt with the assistant's header and templates the reply again: header
+and BOS are there twice.
 
 The responses of a prompt share the computation of the prompt where the model's class can (hps/shared_prefix.py); what
 follows the backbone is the class's own forward pass, in float32.

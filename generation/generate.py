@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from hps.chat import check_records, end_of_turn_ids, load_tokenizer, naming, prompt_token_ids, special_tokens_in
 from hps.cli import parse, progress
@@ -194,19 +195,20 @@ def generate(recipe: Recipe) -> None:
     prompts = {split: load_prompts(recipe, split) for split in SPLITS}  # every line is checked before a model loads
     check_disjoint(*(prompts[split][0].placed() for split in SPLITS))
     folder = recipe.candidates("train").parent
-    settings = stage_settings(recipe)
+    settings, tokenizer = stage_settings(recipe), None
+    if not (folder / "manifest.json").exists():  # before the claim: data that is put right then finds no other one
+        check_fits("gene", recipe, "generator")
+        tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
+        for indexed, _ in prompts.values():
+            check_records(tokenizer, indexed.placed())
     with hold(folder):
         if claim(folder, settings):
             print(f"generation: finished before, {folder}")
         else:
-            _generate(recipe, prompts, folder, settings)
+            _generate(recipe, prompts, folder, settings, tokenizer)
 
 
-def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings: dict) -> None:
-    check_fits("gene", recipe, "generator")
-    tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
-    for indexed, _ in prompts.values():
-        check_records(tokenizer, indexed.placed())
+def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings: dict, tokenizer: Any) -> None:
     writers = {split: SplitWriter(recipe, split, *prompts[split], tokenizer) for split in SPLITS}
     total = sum(len(writer.prompts) for writer in writers.values())
     done = sum(len(writer.done) for writer in writers.values())

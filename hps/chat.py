@@ -2,11 +2,13 @@
 
 Templates are applied at the model call and give token ids at once. Templated text is never stored and never tokenised
 again, because a tokenizer that adds a BOS would add a second one (the released code does; see docs/formats.md).
-The reward model's input has its own owner, annotation/score.py.
+What is trained and scored is what was sampled: a response's tokens stand behind the prompt with the assistant's header,
+decode to the stored text, and one end-of-turn token follows unless it was cut (docs/formats.md).
 
 A template and its texts are tokenised together, so a text could open and end turns. Here it cannot: a template is given
-role and content alone, what spells a control token becomes ordinary text (`inert`), and every conversation is counted
-against an innocent one. A template whose turns are marked by ordinary text gives no such hold; `load_tokenizer` warns.
+role and content alone, what spells a control token becomes ordinary text (`inert`), the control tokens of a prompt are
+those of an innocent one, and a response has none. Where ordinary text marks the turns there is no such hold;
+`load_tokenizer` warns.
 """
 
 import re
@@ -39,7 +41,7 @@ def load_tokenizer(path: str, revision: str | None = None):
         _check_kept(tokenizer, encode(tokenizer, text), text, path)
     try:
         template = tokenizer.get_chat_template()
-    except ValueError:  # also where it has several, and none is the default
+    except (ValueError, AttributeError):  # also where it has several and none is the default, or a class without any
         raise InputError("the tokenizer has no chat template", where=path, remedy="use a chat model") from None
     if RANDOM.search(template):
         raise InputError("the chat template draws at random", where=path, remedy="give a copy without it")
@@ -61,7 +63,7 @@ def _loaded(path: str, revision: str | None):
     try:
         own = own_tokenizer(path, revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-        if own and _misread(tokenizer, own):
+        if own and (not isinstance(tokenizer, PreTrainedTokenizerFast) or _misread(tokenizer, own)):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise refusal(path, error, "tokenizer") from None
@@ -108,10 +110,11 @@ def sampled_text(tokenizer: Any, ids: list[int], truncated: bool) -> str:
 
 def same_tokens(ours: Any, other: Any) -> bool:
     """Whether two tokenizers give the same ids to probe texts and decode them alike."""
-    rows = [encode(ours, text) for text in (*TEXTS, *ours.all_special_tokens)]
-    return all(
-        encode(other, _decoded(ours, ids)) == ids and _decoded(other, ids) == _decoded(ours, ids) for ids in rows
-    )
+    for text in (*TEXTS, *ours.all_special_tokens):
+        ids = encode(ours, text)
+        if encode(other, text) != ids or _decoded(other, ids) != _decoded(ours, ids):
+            return False
+    return True
 
 
 def prompt_token_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
@@ -471,7 +474,10 @@ def _remarks(tokenizer: Any) -> Iterator[str]:
         yield f"the chat template writes no token behind an answer; {ended} is trained as its end (docs/formats.md)"
     asked = _rendered(tokenizer, [QUESTION], opens=True)
     for reply in REPLIES[:2]:
-        said = _rendered(tokenizer, [QUESTION, {"role": "assistant", "content": reply}], opens=False)
+        try:
+            said = _rendered(tokenizer, [QUESTION, {"role": "assistant", "content": reply}], opens=False)
+        except InputError:  # a template may want the last turn to be the user's
+            return
         common = next((at for at, pair in enumerate(zip(asked, said, strict=False)) if pair[0] != pair[1]), len(asked))
         if not said[common:].lstrip().startswith(reply):
             yield (

@@ -122,14 +122,12 @@ def last_header(tokenizer, style: str, row: list[int]) -> int:
 
 
 def conversation(tokenizer, response: str, cut: bool) -> list[int]:
-    """Template by the library; of a truncated response everything from its end of turn on is taken off."""
-    ids = tokenizer.apply_chat_template(
-        [*MESSAGES, {"role": "assistant", "content": response}], return_dict=False, tokenize=True
-    )
-    if not cut:
-        return ids
-    ends = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|im_end|>"])
-    return ids[: max(index for index, token in enumerate(ids) if token in ends)]
+    """The library's prompt with the assistant's header, the response's own tokens (Llama-3's template would strip it),
+    and unless it is cut what the template writes behind an answer of one token."""
+    asked = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([*MESSAGES, {"role": "assistant", "content": "x"}], return_dict=False)
+    said = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return [*asked, *said, *([] if cut else whole[len(asked) + 1 :])]
 
 
 def expected(folder, tokenizer, rows: list[list[int]], style: str, gate_shift: int = 0) -> list[dict]:

@@ -24,6 +24,7 @@ from hps.chat import (
     load_tokenizer,
     prompt_token_ids,
     response_token_ids,
+    same_tokens,
     sampled_text,
 )
 from hps.errors import InputError
@@ -297,6 +298,15 @@ def test_a_template_without_an_end_is_said_and_one_that_can_have_none_refused(dr
     assert response_token_ids(endless, MESSAGES, "12", truncated=True) == encode(endless, "12")
 
 
+def test_a_template_that_refuses_to_end_with_an_answer(drawn, tmp_path):
+    """It can still be asked, and what it answers is put behind the question."""
+    drawn.chat_template = "{{ raise_exception('ask') if messages[-1].role == 'assistant' }}" + CHATML
+    drawn.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="is trained as its end"):
+        tokenizer = load_tokenizer(str(tmp_path))
+    assert decoded(tokenizer, response_token_ids(tokenizer, MESSAGES, "12", False)) == "12<|endoftext|>"
+
+
 def test_a_clock_in_a_template_always_says_the_same_day(drawn, monkeypatch, tmp_path):
     drawn.chat_template = "Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML
     asked, seen = [{"role": "user", "content": "Hi"}], []
@@ -386,6 +396,7 @@ def test_a_tokenizer_is_read_as_its_own_file_says(_, tmp_path, monkeypatch):
         loaded = load_tokenizer(str(tmp_path))
         assert encode(loaded, text) == encode(source, text) and decoded(loaded, encode(loaded, text)) == text
         assert prompt_token_ids(loaded, MESSAGES) == prompt_token_ids(source, MESSAGES)
+    assert same_tokens(source, loaded) and not same_tokens(source, broken)
     assert model_tokens(str(tmp_path)) == model_tokens(str(SMOLLM)) is not None
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", lambda *_, **__: broken)
     with pytest.raises(InputError, match=r"transformers does not read its tokenizer.json: the ids of .The quick"):

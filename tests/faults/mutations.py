@@ -59,7 +59,7 @@ BF16 = "test_shared_prefix.py::test_log_probabilities_of_a_bf16_model_are_float3
 BEFORE, IN_STEP = f"{STEP}[hps-before]", f"{STEP}[hps-in step]"
 
 TRAIN, TRAINER, REFERENCE = "alignment/train.py", "alignment/trainer.py", "alignment/reference.py"
-SHARED, HELD_OUT = "alignment/shared_prefix.py", "evaluation/held_out.py"
+SHARED, HELD_OUT = "hps/shared_prefix.py", "evaluation/held_out.py"
 SCORE, ANNOTATE, PLAN, MARGINS = (
     "annotation/score.py",
     "annotation/annotate.py",
