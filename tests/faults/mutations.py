@@ -110,7 +110,7 @@ MUTATIONS = [
     dropped("the learning rate is not passed on", TRAIN, "        learning_rate=optimizer.learning_rate,", RATES),
     dropped("LoRA's alpha is not passed on", TRAIN, "        lora_alpha=lora.alpha,", BEFORE),
     dropped("LoRA's rank is not passed on", TRAIN, "        r=lora.r,", BEFORE),
-    dropped("LoRA's targets are not passed on", TRAIN, "        target_modules=list(lora.target_modules),", BEFORE),
+    dropped("LoRA's targets are not passed on", TRAIN, "        target_modules=lora.targets,", BEFORE),
     dropped(
         "the seed is not passed on",
         TRAIN,
@@ -126,15 +126,15 @@ MUTATIONS = [
     Mutation(
         "row_tokens is not passed on",
         TRAIN,
-        "shared, recipe.training.row_tokens)",
-        "shared)",
+        "layout, recipe.training.row_tokens)",
+        "layout)",
         (f"{STEP}[hps-checkpointing]",),
     ),
     Mutation(
         "prompts are never shared",
         TRAIN,
-        "PlanCollator(tokenizer.pad_token_id, shared,",
-        "PlanCollator(tokenizer.pad_token_id, False,",
+        "PlanCollator(tokenizer.pad_token_id, layout,",
+        "PlanCollator(tokenizer.pad_token_id, replace(layout, shared=0),",
         (BEFORE,),
     ),
     Mutation(
@@ -241,7 +241,7 @@ MUTATIONS = [
     dropped(
         "the reference's key lacks the layout",
         REFERENCE,
-        '        "shared_prefix": trainer.data_collator.shared,',
+        '        "layout": asdict(trainer.data_collator.layout),',
         CACHE,
     ),
     Mutation(
@@ -289,9 +289,32 @@ MUTATIONS = [
     Mutation(
         "the bias of a reward head is dropped",
         SCORE,
-        "linear(last, head.weight.float(), bias)",
-        "linear(last, head.weight.float())",
+        "OwnHead(self.model, self.model.forward, output)(states[:, 0]).squeeze(-1)",
+        "(states[:, 0] @ self.model.score.weight.float().T).squeeze(-1)",
         ("test_score.py::test_the_bias_of_the_head_counts",),
+    ),
+    Mutation(
+        "what a class does to its logits is left out",
+        SHARED,
+        "self.forward(input_ids=ids, use_cache=False).logits.reshape(len(states), -1)",
+        "self.model.get_output_embeddings()(states)",
+        ("test_shared_prefix.py::test_what_a_class_can_is_found_by_trying_and_its_values_are_its_own[logits divided]",),
+    ),
+    Mutation(
+        "windows are not looked for",
+        SHARED,
+        "if not SHORT < number < longest or",
+        "if True or",
+        (
+            "test_shared_prefix.py::test_what_a_class_can_is_found_by_trying_and_its_values_are_its_own[a window of 1024]",
+        ),
+    ),
+    Mutation(
+        "missing weights are not refused",
+        "hps/weights.py",
+        '("missing", "mismatched", "unexpected")',
+        '("mismatched", "unexpected")',
+        ("test_weights.py::test_weights_that_are_not_the_models_are_refused",),
     ),
     Mutation(
         "annotation ends truncated responses",
