@@ -312,7 +312,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_a_class_can_is_found_by_trying_and_its_values_are_its_own(name):
+def test_layout_and_values_are_the_classs(name):
     """The layout; then values in its rows against `model(...)`, of conversations on both sides of the shortest limit.
 
     They have 9 to 50 tokens; the shortest window is of 32.

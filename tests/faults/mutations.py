@@ -298,16 +298,14 @@ MUTATIONS = [
         SHARED,
         "self.forward(input_ids=ids, use_cache=False).logits.reshape(len(states), -1)",
         "self.model.get_output_embeddings()(states)",
-        ("test_shared_prefix.py::test_what_a_class_can_is_found_by_trying_and_its_values_are_its_own[logits divided]",),
+        ("test_shared_prefix.py::test_layout_and_values_are_the_classs[logits divided]",),
     ),
     Mutation(
         "windows are not looked for",
         SHARED,
         "if not SHORT < number < longest or",
         "if True or",
-        (
-            "test_shared_prefix.py::test_what_a_class_can_is_found_by_trying_and_its_values_are_its_own[a window of 1024]",
-        ),
+        ("test_shared_prefix.py::test_layout_and_values_are_the_classs[a window of 1024]",),
     ),
     Mutation(
         "missing weights are not refused",
