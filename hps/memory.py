@@ -107,7 +107,10 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
         return [f"memory: not estimated, {str(error).splitlines()[0]}"]
     responses, schedule = responses_per_prompt(recipe), recipe.schedule
     tokens = schedule.device_batch * responses * schedule.max_length
-    held = activations(config.get_text_config(), tokens, recipe.training.gradient_checkpointing)
+    try:
+        held = activations(config.get_text_config(), tokens, recipe.training.gradient_checkpointing)
+    except (AttributeError, TypeError):  # a size of `layer_bytes` that this configuration does not have
+        return [f"memory: not estimated, the formulas are of Llama's layers, and this is {config.model_type}"]
     frozen_copy = not recipe.lora.enabled and recipe.loss.family != "simpo"
     chosen = deepspeed_stage(recipe)
     lines = [

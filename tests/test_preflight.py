@@ -49,7 +49,7 @@ def recipe(tmp_path, write_lines, tokenizer):
 
 def preflight(*arguments, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "hps.preflight", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def unknown_key(folder):
