@@ -4,9 +4,9 @@ Writes  `<output>/reference/<key>/<run>-<process>.jsonl`, a line a micro-batch: 
         `log_probs`, of its responses in their order, nats
 
 In the first step the policy is the reference, so s = log pi_theta - log pi_ref must be 0. In bf16 it is only if both
-passes hold the same rows: a response that is computed beside others differs by tenths of a nat. So
-the reference takes the micro-batches of the training as they are, `schedule.device_batch` consecutive rows of the plan
-on any number of processes, through the same collator and autocast.
+passes hold the same rows: a response that is computed beside others differs by tenths of a nat. So the reference takes
+the micro-batches of the training as they are, `schedule.device_batch` consecutive rows of the plan on any number of
+processes, through the same collator and autocast.
 
 The folder's name is a hash of the model and of how it computes; a micro-batch bears the hash of its token ids, behind
 templates and `schedule.max_length`. A change of model, tokenizer, data, plan or lengths asks for other values, so a
