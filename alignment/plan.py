@@ -320,9 +320,10 @@ def stage_table(figures: dict[int, dict[str, array]], gammas: list[float], prefe
 
 def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
     """The plan on the screen."""
+    equal = facts["responses_equal_to_the_preferred"]
     print(
-        f"plan: {facts['prompts']} prompts, left out: {facts['left_out'] or 'none'}, and "
-        f"{facts['responses_equal_to_the_preferred']} responses equal to the preferred; {facts['rows']} rows in "
+        f"plan: {facts['prompts']} prompts, left out: {facts['left_out'] or 'none'}"
+        f"{f' and {equal} responses equal to the preferred' if equal else ''}; {facts['rows']} rows in "
         f"{facts['steps']} steps of {facts['global_batch']} "
         f"({facts['rows_to_fill_the_last_step']} rows fill up the last step) -> {path}"
     )

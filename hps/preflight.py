@@ -222,7 +222,7 @@ def try_lora(recipe: Recipe) -> None:
         raise refusal(policy.path, error) from None
     if check_lora_targets(model, recipe):
         try:
-            LoraModel(model, LoraConfig(r=recipe.lora.r, target_modules=list(recipe.lora.target_modules)), "default")
+            LoraModel(model, LoraConfig(r=recipe.lora.r, target_modules=recipe.lora.targets), "default")
         except ValueError as error:
             raise InputError(f"`lora.target_modules`: {str(error).splitlines()[0]}", where=policy.path) from None
 

@@ -31,6 +31,8 @@ ROW_TOKENS = 2048
 # Of the trial, relative to a value, by the precision it is made in. Some classes compute norms and soft-max in float32
 # whatever the weights are; another computation, in a small model with large weights, is off by far more.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+FEW, LARGEST = 2_000_000, 100_000_000  # weights that a trial is made to have, and has at most
+NARROW = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 128}
 SHORT = 4  # what a window of the configuration is shrunk to in the trial; most of its conversations are longer
 
 
@@ -539,9 +541,11 @@ class Trial:
         Narrow where the class allows it, else of its full width; in float64 where its kernels allow it.
         """
         for dtype in TOLERANCE:
-            for narrow in (True, False):
+            for narrow in (NARROW, {**NARROW, "head_dim": None}, None):
                 try:
-                    small = small_config(config, narrow)
+                    small = small_config(self.architecture, config, narrow)
+                    if (weights := count_weights(self.architecture, small)) > LARGEST:
+                        raise ValueError(f"it would have {weights:,} weights")
                     model = with_large_weights(self.architecture(small).to(dtype).eval())
                     if self.own(model, *self.pairs[0]).isfinite().all():
                         return small, model
@@ -552,13 +556,9 @@ class Trial:
 
     def _shrunk(self, path: tuple[str, ...]):
         """The model with one number of its configuration made SHORT; None where class or weights do not allow it."""
-        changed = copy.deepcopy(self.config)
-        part: Any = changed
-        for name in path[:-1]:
-            part = part[name] if isinstance(part, dict) else getattr(part, name)
         weights = dict(self.model.named_parameters())
         try:
-            part.update({path[-1]: SHORT}) if isinstance(part, dict) else setattr(part, path[-1], SHORT)
+            changed = with_number(copy.deepcopy(self.config), path, SHORT)
             with torch.device("meta"):
                 shapes = {name: weight.shape for name, weight in self.architecture(changed).named_parameters()}
             if shapes != {name: weight.shape for name, weight in weights.items()}:
@@ -582,29 +582,87 @@ def with_large_weights(model):
     return model
 
 
-def small_config(config, narrow: bool):
-    """The configuration with few layers and 64 tokens; every kind of layer that it lists is kept.
+def small_config(architecture: type, config, narrow: dict[str, int | None] | None):
+    """The configuration with few layers and 64 tokens, and with every kind of layer that the class makes of it.
 
     Args:
-        narrow: with a small hidden size and few heads, too.
+        narrow: sizes to have, where the configuration has them (None: leave it); whatever else makes many weights is
+            made small, too. Not every class takes it; without it depth and vocabulary alone differ.
     """
     small = copy.deepcopy(config)
     text = small.get_text_config()
-    kinds = vars(text).get("layer_types")
-    layers = min(4, text.num_hidden_layers)
-    if kinds:
-        layers = max(layers, max(kinds.index(kind) for kind in kinds) + 1)
-        text.layer_types = kinds[:layers]
-    text.num_hidden_layers, text.vocab_size, text.intermediate_size = layers, 64, 128
-    if narrow:
-        grouped = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        text.num_key_value_heads = max(1, 4 * grouped // text.num_attention_heads)
-        text.hidden_size, text.num_attention_heads = 64, 4
-        if getattr(text, "head_dim", None):
-            text.head_dim = 16
+    text.vocab_size = 64
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(text, name, 0 if name == "pad_token_id" else None)  # no token of the trial is 0
+        setattr(text, name, 0)  # no token of the trial is 0
+    heads, grouped = (vars(text).get(name) for name in ("num_attention_heads", "num_key_value_heads"))
+    for name, size in (narrow or {}).items():
+        if size and vars(text).get(name):
+            setattr(text, name, size)
+    if narrow and heads and grouped:  # as many to a group as before
+        text.num_key_value_heads = max(1, text.num_attention_heads * grouped // heads)
+    layers = _layers_of_every_kind(architecture, small, text.num_hidden_layers)
+    if kinds := vars(text).get("layer_types"):
+        text.layer_types = kinds[:layers]
+    text.num_hidden_layers = layers
+    if narrow:
+        _fewer_weights(architecture, small)
     return small
+
+
+def _layers_of_every_kind(architecture: type, config, layers: int) -> int:
+    """How many layers, at least 4 if there are, have everything that a later one has: modules, and their settings."""
+    with torch.device("meta"):
+        model = architecture(config)
+    stacks = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == layers]
+    kinds = [
+        frozenset(_kind(module) for stack in stacks for module in stack[place].modules()) for place in range(layers)
+    ]
+    last = max((kinds.index(kind) for kind in kinds), default=0)
+    return min(layers, max(4, last + 1))
+
+
+def _kind(module: torch.nn.Module) -> tuple:
+    """A module's class and simple settings, but for its place among the layers."""
+    settings = {name: value for name, value in vars(module).items() if name != "layer_idx" and not name.startswith("_")}
+    return type(module), tuple(
+        (name, value) for name, value in sorted(settings.items()) if isinstance(value, bool | int | str | None)
+    )
+
+
+def _fewer_weights(architecture: type, config) -> None:
+    """Make the largest numbers of a configuration smaller, as long as there are many weights and they become fewer."""
+    weights = count_weights(architecture, config)
+    for path, number in sorted(whole_numbers(config), key=lambda found: -found[1]):
+        for smaller in (64, 16, 8):
+            if weights < FEW or number <= smaller:
+                break
+            with_number(config, path, smaller)
+            try:
+                fewer = count_weights(architecture, config)
+            except Exception:  # a number that the class does not take
+                fewer = weights
+            if fewer < weights:
+                weights = fewer
+                break
+            with_number(config, path, number)
+
+
+def count_weights(architecture: type, config) -> int:
+    """Of a model with this configuration, without making it."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in architecture(config).parameters())
+
+
+def with_number(config, path: tuple[str, ...], number: int):
+    """The configuration, with another number at a place of `whole_numbers`."""
+    part: Any = config
+    for name in path[:-1]:
+        part = part[name] if isinstance(part, dict) else getattr(part, name)
+    if isinstance(part, dict):
+        part[path[-1]] = number
+    else:
+        setattr(part, path[-1], number)
+    return config
 
 
 def whole_numbers(part, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:

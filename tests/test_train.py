@@ -286,7 +286,7 @@ def test_rows_are_read_in_the_order_of_the_plan(ranked_recipe, monkeypatch):
 
     class Spy(stage.PlanCollator):
         def __call__(self, examples):
-            seen.extend(dict(example) for example in examples)
+            seen.extend(dict(example) for example in examples if "reference" in example)  # not the reference's own pass
             return super().__call__(examples)
 
     monkeypatch.setattr(stage, "PlanCollator", Spy)
@@ -506,28 +506,15 @@ def test_wandb_offline_and_tensorboard(ranked_recipe, tiny_recipe, run_module, m
 # ---- what is refused ----
 
 
-def with_huge_reward(recipe: Recipe) -> int:
-    """Give a prompt rewards whose difference is infinite in fp32; its first row of the plan."""
-    path = recipe.ranked("train")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[5]["rewards"][0], lines[5]["rewards"][-1] = 3e38, -3e38  # their difference is infinite in fp32
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plan(recipe)
-    return next(row for row, entry in enumerate(read_plan(recipe)) if entry["prompt_id"] == lines[5]["prompt_id"])
-
-
 def test_a_loss_that_is_not_finite_ends_the_training(ranked_recipe):
-    """The prompt comes in the second step of the plan: the checkpoint of the first is kept, and no more."""
-    settings = ("loss.family=exo", "loss.preference=pl", "training.save_steps=1", "schedule.epochs=1")
-    recipe = next(
-        recipe
-        for recipe in (ranked_recipe(*settings, f"seed={seed}", f"run=seed-{seed}") for seed in range(20))
-        if with_huge_reward(recipe) >= 4
+    """A learning rate so high that the second step's logits are not numbers: the checkpoint of the first is kept."""
+    recipe = ranked_recipe(
+        "optimizer.learning_rate=1e37", "lora.alpha=1000000", "training.save_steps=1", "schedule.epochs=1"
     )
-    row = with_huge_reward(recipe)
+    plan(recipe)
     with pytest.raises(InputError) as error:
         train(recipe)
-    place = rf"step 2: the loss is not finite, with \S+/plan.jsonl:{row + 1} \(prompt `\w+`, \S+train.jsonl:6\); look"
+    place = r"step 2: the loss is not finite, with \S+/plan.jsonl:[5-8] \(prompt `\w+`, \S+train.jsonl:\d\); look"
     assert re.match(place, str(error.value))
     folder = recipe.run_folder()
     assert last_checkpoint(folder / "steps") == str(folder / "steps" / "checkpoint-1")

@@ -22,6 +22,7 @@ from alignment.trainer import HPSTrainer
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.recipe import Recipe
 from hps.records import read_ranked, write_lines
+from hps.shared_prefix import SEPARATE
 
 BETA, GAMMA = 0.3, 0.7
 
@@ -145,6 +146,7 @@ def test_a_step_is_its_formula(uneven, method, way):
     trained = {name: value.detach().double() for name, value in trainer.model.named_parameters() if value.requires_grad}
     if trainer.is_adapted:
         assert {name.split(".")[-4] for name in trained} == set(recipe.lora.target_modules)
+    trainer._check_start = lambda *given: None  # it would refuse such a policy
     add_reference(recipe, trainer)
     rows = rows_of_passes(trainer)
     trainer.train()
@@ -319,7 +321,7 @@ def test_a_reference_of_another_precision_is_another(ranked_recipe):
     folders = [cache_folder(recipe, trainer)]
     trainer.model.set_attn_implementation("eager")
     folders.append(cache_folder(recipe, trainer))
-    trainer.data_collator.shared = False
+    trainer.data_collator.layout = SEPARATE
     folders.append(cache_folder(recipe, trainer))
     trainer.model.to(torch.bfloat16)
     folders.append(cache_folder(recipe, trainer))

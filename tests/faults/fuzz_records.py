@@ -333,7 +333,7 @@ def index(path: Path, read: list[tuple[str, dict]]) -> None:
 def plan(_: Path, read: list[tuple[str, dict]]) -> None:
     """Both schedules' plans of the ranked records, with every number that enters them finite.
 
-    Only where all rewards tie there is none.
+    Only where all rewards tie, or all responses are one, there is none.
     """
     for settings in ({"standardize_rewards": False}, {"standardize_rewards": True}):
         schedule = Schedule(epochs=1, global_batch=2, **settings)
@@ -341,9 +341,14 @@ def plan(_: Path, read: list[tuple[str, dict]]) -> None:
         try:
             made = Plan({record["prompt_id"]: record for _, record in read}, recipe)
         except InputError as error:
-            assert all(record["rewards"][0] == record["rewards"][-1] for _, record in read), f"no plan: {error}"
+            assert all(_without_preference(record) for _, record in read), f"no plan: {error}"
             raise
         json.dumps([list(made.rows()), made.facts()], allow_nan=False)
+
+
+def _without_preference(record: dict) -> bool:
+    texts = {(text.strip(), cut) for text, cut in zip(record["responses"], record["truncated"], strict=True)}
+    return record["rewards"][0] == record["rewards"][-1] or len(texts) == 1
 
 
 def summed(_: Path, read: list[tuple[str, dict]]) -> None:
@@ -703,7 +708,7 @@ def make_file(rng: random.Random, form: Format) -> tuple[bytes, Damaged]:
 def own_value(line: bytes) -> object:
     """A line by Python's own reader, or None."""
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
 
