@@ -31,6 +31,8 @@ from hps.shared_prefix import (
 )
 from hps.weights import context_length, load_config, load_weights
 
+# Tokens of a forward pass whose activations stay in a processor's caches; more are slower there (docs/performance.md).
+CACHED_TOKENS = 1024
 # A score may differ by this share of its size from another kernel's or another batch's (fp32: about 1e-6 seen).
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
@@ -126,9 +128,12 @@ class ConversationScorer:
         prompt, tails = rows[0][:shared], [row[shared:] for row in rows]
         if len({row[0] for row in rows}) > 1:
             raise ValueError("rows must begin with the same token")
+        budget, pad = self.batch_tokens, self.tokenizer.pad_token_id
+        if self.device.type == "cpu":
+            budget = min(budget, max(CACHED_TOKENS, 4 * shared))
         found, wanted, output = [], iter(places), None
-        for part in portions(len(prompt), list(map(len, tails)), self.batch_tokens, bool(self.layout.shared)):
-            made = make_rows(self.layout, [prompt], [[tails[index] for index in part]], self.tokenizer.pad_token_id)
+        for part in portions(len(prompt), list(map(len, tails)), budget, bool(self.layout.shared)):
+            made = make_rows(self.layout, [prompt], [[tails[index] for index in part]], pad, budget)
             made = {name: value.to(self.device) for name, value in made.items()}
             flat, output = run(self.model, self.model.base_model, "last_hidden_state", made)
             for (begin, start), positions in zip(made["starts"].tolist(), wanted, strict=False):

@@ -22,6 +22,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 # Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass holds a few such tensors.
@@ -309,7 +311,10 @@ def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
     if "segments" not in rows:
         return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "use_cache": False}
     mask = attention_mask(rows["segments"])
-    if model.config._attn_implementation != "sdpa":  # eager attention adds its mask
+    if model.config._attn_implementation == "sdpa":
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = block_attention
+        mask.blocks = blocks(rows)
+    else:  # eager attention adds its mask
         lowest = torch.finfo(model.dtype).min
         mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
     return {
@@ -318,6 +323,66 @@ def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
         "position_ids": rows["position_ids"],
         "use_cache": False,
     }
+
+
+@dataclass(frozen=True)
+class Block:
+    """A prompt and its responses in a row; R responses of at most L tokens.
+
+    Attributes:
+        row, start, end: the prompt's row, its first place and the one behind it.
+        places: (R, L), of the responses' tokens in the row, 0 on padding.
+        taken: (R, L), False on padding.
+        visible: (R, 1, L, prompt + L), which of the prompt and of its own tokens a response's token sees.
+    """
+
+    row: int
+    start: int
+    end: int
+    places: torch.Tensor
+    taken: torch.Tensor
+    visible: torch.Tensor
+
+
+def blocks(rows: dict[str, torch.Tensor]) -> list[Block]:
+    """The prompts of `shared_rows` with their responses, in the order of the rows."""
+    width, device = rows["input_ids"].shape[1], rows["input_ids"].device
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for (prompt, start), size in zip(rows["starts"].tolist(), rows["sizes"].tolist(), strict=True):
+        groups.setdefault(prompt, []).append((start % width, size))
+    found = []
+    for prompt, responses in sorted(groups.items()):
+        first = prompt % width
+        end = min(start for start, _ in responses)
+        starts, sizes = (torch.tensor(each, device=device)[:, None] for each in zip(*responses, strict=True))
+        steps = torch.arange(int(sizes.max()), device=device)
+        taken = steps < sizes
+        own = torch.ones(len(steps), len(steps), dtype=torch.bool, device=device).tril()
+        visible = torch.cat([own.new_ones(len(steps), end - first), own], dim=1).expand(len(responses), 1, -1, -1)
+        found.append(Block(prompt // width, first, end, (starts + steps) * taken, taken, visible))
+    return found
+
+
+def block_attention(module, query, key, value, attention_mask, **settings):
+    """The library's sdpa, block by block where the mask is of shared rows: what no token sees is not computed.
+
+    A response reads copies of its prompt's keys and values. The arguments are those of the library's attention
+    functions: (rows, heads, tokens, head size); another mask goes to the library as it is.
+    """
+    if (found := getattr(attention_mask, "blocks", None)) is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    result = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    for block in found:
+        prompt = [each[block.row : block.row + 1, :, block.start : block.end] for each in (query, key, value)]
+        result[block.row, block.start : block.end] = sdpa_attention_forward(module, *prompt, None, **settings)[0][0]
+        own = [each[block.row][:, block.places].transpose(0, 1) for each in (query, key, value)]
+        seen = [
+            torch.cat([before.expand(len(after), -1, -1, -1), after], dim=2)
+            for before, after in zip(prompt[1:], own[1:], strict=True)
+        ]
+        output = sdpa_attention_forward(module, own[0], *seen, block.visible, **settings)[0]
+        result[block.row, block.places[block.taken]] = output[block.taken]
+    return result, None
 
 
 def run(model, module: Callable, name: str, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ModelOutput]:
@@ -428,8 +493,7 @@ def response_log_probs(model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
     Args:
         model: with a response head (`add_response_head`), wrapped or not.
     """
-    inputs = {name: value for name, value in rows.items() if name not in ("sizes", "starts")}
-    return by_response(model(**inputs).log_probs, rows["sizes"])
+    return by_response(model(**rows).log_probs, rows["sizes"])
 
 
 def by_response(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
