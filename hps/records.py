@@ -130,7 +130,6 @@ def parse_json(raw: bytes, path: str | Path, line: int = 1, remedy: str | None =
             nesting that Python does not read.
     """
     try:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
         text = raw.rstrip(b"\r\n").decode("utf-8")  # an error at the end is on the last line
         return json.loads(text, object_pairs_hook=_unique)
     except _RepeatedKey as error:
@@ -178,16 +177,16 @@ def _object_with_repeated_key(text: str) -> int:
             raise
 
     decoder.parse_object = parse_object
-    with suppress(_RepeatedKey):
+    with suppress(_RepeatedKey, RecursionError):  # it nests less deeply than the other scanner
         json.scanner.py_make_scanner(decoder)(text, len(text) - len(text.lstrip()))
-    return places[0]
+    return places[0] if places else 0
 
 
 def read_json(path: str | Path, remedy: str = "make it again, or put the old file back") -> dict:
     """A file that is one JSON object. InputError: it cannot be read, or holds something else."""
     path = Path(path)
     try:
-        value = parse_json(path.read_bytes(), path, remedy=remedy)
+        value = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, remedy=remedy)
     except OSError as error:
         raise InputError(f"cannot read the file ({error.strerror})", where=str(path), remedy=remedy) from None
     if not isinstance(value, dict):

@@ -29,6 +29,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from alignment.curves import PANELS, series
@@ -38,8 +39,9 @@ from evaluation.judge import CRITERIA, GRID, check_verdict, read_verdicts
 from evaluation.margins import margins, read_columns
 from evaluation.metrics import answer_figures, change_figures
 from evaluation.summary import columns
+from hps.chat import load_tokenizer
 from hps.errors import InputError
-from hps.recipe import Loss, Recipe, Schedule
+from hps.recipe import REPOSITORY, Loss, Recipe, Schedule
 from hps.records import (
     Appender,
     Check,
@@ -370,14 +372,15 @@ def cached(path: Path, read: list[tuple[str, dict]]) -> None:
     assert read_verdicts(path) == {line["key"]: line for line in lines}, "read_verdicts has other verdicts"
 
 
+@cache
+def embedded_tokenizer():
+    return load_tokenizer(str(REPOSITORY / "models" / "smollm2-135m-instruct"))
+
+
 def imported(path: Path, read: list[tuple[str, dict]]) -> None:
     """The import writes only what the reader of ranked files reads, and counts every row."""
-
-    def tokenize(texts, **_) -> dict:
-        return {"input_ids": [text.split() for text in texts]}
-
     ranked, ledger = io.StringIO(), io.StringIO()
-    counts = convert(read_rows(path), tokenize, ranked, ledger)
+    counts = convert(read_rows(path), embedded_tokenizer(), ranked, ledger)
     assert counts["read"] == len(read) == counts["written"] + counts["rejected"], f"the import counts {counts}"
     copy = path.with_suffix(".ranked")
     copy.write_text(ranked.getvalue(), encoding="utf-8")
@@ -505,11 +508,11 @@ BYTES = {
     "garbage": inserted(b"\x01\x02garbage", b'"', b"}{", b",", b"]", b"\\", b"\\u12", b"\n", b"\r", b"\x0b", b" "),
     "NUL": inserted(b"\x00", b"\x00" * 4096),
     "deep nesting": nested,
+    "BOM": lambda _, line: b"\xef\xbb\xbf" + line,  # not counted as text where a line begins
     "huge number": huge,
 }
 SURELY_BAD = {
     "not UTF-8": inserted(b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", "ß".encode("latin-1") + b" "),
-    "BOM": lambda _, line: b"\xef\xbb\xbf" + line,
     "UTF-16": lambda _, line: line.decode("utf-8").encode("utf-16"),
 }
 SURELY_GOOD = {
@@ -706,9 +709,15 @@ def make_file(rng: random.Random, form: Format) -> tuple[bytes, Damaged]:
 
 
 def own_value(line: bytes) -> object:
-    """A line by Python's own reader, or None."""
+    """A line by Python's own reader, or None; an object with a key twice has no value."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key appears twice")
+        return dict(pairs)
+
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=once)
     except (ValueError, RecursionError):
         return None
 
@@ -755,7 +764,7 @@ def judge(form: Format, path: Path, data: bytes, file: Damaged) -> tuple[int, st
         return len(found), None, [("exception", exception)]
     lines, mark = expected_of(data, file, form)
     faults = list(lost(path, lines, mark, found, message, file))
-    if message and lines and len(found) < len(lines):
+    if message and lines and len(found) < len(lines) and not lines[len(found)][1].startswith(b"\xef\xbb\xbf"):
         faults += alone(form, path, lines[len(found)][1], message)
     if not form.listed:
         faults += reopened(path, data)
