@@ -400,8 +400,8 @@ def check_local_weights(role: str, model: Model) -> None:
 
     Of a hub model, whose files may not be here yet, the same is asked when it is loaded, and so it is of an ArmoRM.
     """
-    scores = role in ("reward", "evaluator")
-    if Path(model.path).is_dir() and not (scores and ARMORM in (load_config(model).architectures or [])):
+    scores, files = role in ("reward", "evaluator"), Path(model.path).glob("*.safetensors")
+    if any(files) and not (scores and ARMORM in (load_config(model).architectures or [])):
         check_weights(model, scores)
 
 

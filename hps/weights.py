@@ -118,6 +118,8 @@ def load_weights(kind: type, model: Model, exact: bool = False, **settings) -> A
         InputError: there are no weights as safetensors, they are not where `refuse_pickles` wants them, the model needs
             code of its own, or weights are missing: transformers would make random numbers of them.
     """
+    from safetensors import SafetensorError
+
     load_config(model)
     try:
         _check_files(model)
@@ -130,6 +132,8 @@ def load_weights(kind: type, model: Model, exact: bool = False, **settings) -> A
             output_loading_info=True,
             **settings,
         )
+    except SafetensorError as error:
+        raise InputError(f"damaged weights ({error})", where=model.path, remedy="copy the model again") from None
     except (OSError, ValueError) as error:
         raise refusal(model.path, error) from None
     _check_keys(info, model.path, kind.__name__, exact)

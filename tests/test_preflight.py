@@ -142,7 +142,10 @@ def test_a_context_shorter_than_the_lengths_is_refused(recipe, tokenizer, stage)
     asked = "generation.max_prompt_tokens + generation.max_new_tokens is 3072"
     settings = []
     if stage == "run":
-        settings, asked = ["schedule.max_length=3072", "--dry-run"], "schedule.max_length is 3072"
+        settings, asked = (
+            ["schedule.max_length=3072", "lora.target_modules=[c_attn]", "--dry-run"],
+            "schedule.max_length is 3072",
+        )
     role = {"gene": "generator", "run": "policy"}[stage]
     assert_refused(preflight(stage, recipe, *settings), f"`models.{role}` has positions for 3071 tokens, and {asked}")
 
@@ -225,9 +228,11 @@ def test_an_evaluator_that_ranked_the_candidates_is_named(recipe, tmp_path):
     same = [same_model(Model(str(tmp_path / "reward")), Model(str(tmp_path / name))) for name in ("copy", "other")]
     assert same == [True, False]
     assert same_model(Model("a/b", "1"), Model("a/b")) and not same_model(Model("a/b", "1"), Model("a/b", "2"))
-    done = preflight("gene", recipe, f"models.evaluator.path={tmp_path / 'copy'}")
+    (tmp_path / "reward" / "model.safetensors").unlink()  # it would be looked into
+    done = preflight("gene", recipe, f"models.evaluator.path={tmp_path / 'reward'}")
     assert "WARNING: `models.evaluator` is `models.reward`" in done.stdout
-    assert "WARNING" not in preflight("gene", recipe, f"models.evaluator.path={tmp_path / 'other'}").stdout
+    (tmp_path / "reward" / "model.safetensors").write_bytes(b"123")
+    assert_refused(preflight("gene", recipe), f"{tmp_path / 'reward'}: damaged weights (")
 
 
 @pytest.mark.parametrize(
