@@ -381,6 +381,7 @@ def check_wandb(recipe: Recipe) -> None:
     from wandb.sdk.lib import wbauth
 
     settings = wandb.setup().settings
+    wandb.teardown()  # it would keep settings that the training has yet to make
     if settings.mode != "online":
         return
     try:

@@ -371,10 +371,13 @@ def block_attention(module, query, key, value, attention_mask, **settings):
     """
     if (found := getattr(attention_mask, "blocks", None)) is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    result = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    result = None
     for block in found:
         prompt = [each[block.row : block.row + 1, :, block.start : block.end] for each in (query, key, value)]
-        result[block.row, block.start : block.end] = sdpa_attention_forward(module, *prompt, None, **settings)[0][0]
+        output = sdpa_attention_forward(module, *prompt, None, **settings)[0][0]
+        if result is None:  # of the output's dtype, which autocast may have made another than the query's
+            result = output.new_zeros(query.shape[0], query.shape[2], *output.shape[1:])
+        result[block.row, block.start : block.end] = output
         own = [each[block.row][:, block.places].transpose(0, 1) for each in (query, key, value)]
         seen = [
             torch.cat([before.expand(len(after), -1, -1, -1), after], dim=2)

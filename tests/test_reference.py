@@ -337,11 +337,17 @@ def test_values_by_hand():
 
 @pytest.mark.slow
 def test_a_model_that_cannot_share_says_so_and_trains(ranked_recipe, capsys):
-    """Eager attention takes no such mask: separate rows."""
-    recipe = run(ranked_recipe("training.attention=eager"))
+    """A rotary embedding that depends on the longest conversation beside it, beyond the model's first 1,024 tokens."""
+    recipe = ranked_recipe("schedule.max_length=1100")
+    config = Path(recipe.models.policy.path) / "config.json"
+    copy = config.parent.with_name("dynamic")
+    shutil.copytree(config.parent, copy, dirs_exist_ok=True)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (copy / "config.json").write_text(json.dumps({**json.loads(config.read_text()), "rope_parameters": rope}))
+    recipe = run(ranked_recipe("schedule.max_length=1100", f"models.policy.path={copy}"))
     printed = capsys.readouterr().out
-    assert "prompts are computed once for each response, not shared: its attention is eager" in printed
-    assert "attention eager, separate rows" in printed
+    assert "conversations of more than 1024 tokens have rows of their own: `max_position_embeddings` of its" in printed
+    assert "attention sdpa, shared prompts" in printed
     assert len(log_of(recipe)) == 4
 
 
