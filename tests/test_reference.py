@@ -4,6 +4,7 @@ found again, never stale."""
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,18 +158,16 @@ def test_in_bf16_the_policy_begins_as_the_reference_bit_for_bit(ranked_recipe, m
 
 
 def test_in_bf16_another_layout_gives_another_reference(ranked_recipe):
-    """Why the reference has the rows of the step: the same responses, each in a micro-batch of its own."""
+    """Why the reference has the rows of the step: the same responses, each in a row of its own."""
     differences = {}
     for bf16 in (True, False):
         recipe = ranked_recipe("loss.preference=pl", "loss.list_size=null", f"run={bf16}")
         trainer = trainer_of(recipe, bf16)
-        together = trainer.reference_log_probs(micro_batch(trainer.rows, 2, 0))
-        alone = [
-            trainer.reference_log_probs([{**row, "response_ids": [ids], "rewards": [0.0], "weights": [[1.0]]}])[0]
-            for row in micro_batch(trainer.rows, 2, 0)
-            for ids in row["response_ids"]
-        ]
-        differences[bf16] = max(abs(one - other) for one, other in zip(together, alone, strict=True))
+        batch = micro_batch(trainer.rows, 2, 0)
+        shared = trainer.reference_log_probs(batch)
+        trainer.data_collator.layout = replace(trainer.data_collator.layout, shared=0)
+        apart = trainer.reference_log_probs(batch)
+        differences[bf16] = max(abs(one - other) for one, other in zip(shared, apart, strict=True))
     assert differences[True] > 1e-3 and differences[True] > 100 * differences[False]
 
 
