@@ -64,8 +64,8 @@ SEPARATE = Layout(shared=0, padded=0, gathers=False, reason="it was not tried")
 def split_group(prompt: int, responses: list[int], limit: int) -> list[list[int]]:
     """Which of a prompt's responses share a row, in their order, so that a row has at most `limit` tokens.
 
-    Attention is computed over the whole row, so a long list is cheaper, and takes far less memory, in several rows with
-    the prompt in each. A response that is too long by itself has a row of its own.
+    A long list takes less memory in several rows with the prompt in each, and where attention is computed over a whole
+    row (eager), less time. A response that is too long by itself has a row of its own.
     """
     parts: list[list[int]] = [[]]
     used = prompt
@@ -103,7 +103,7 @@ def fill_rows(sizes: list[int], budget: int | None) -> list[list[int]]:
     Args:
         sizes: tokens of each group.
         budget: tokens of a row; the longest group's where that is more, or where it is None. A longer row saves
-            padding and costs attention, which is computed over the whole row.
+            padding and costs attention where that is computed over a whole row.
 
     Returns:
         Indices of `sizes`, by row.
