@@ -139,6 +139,7 @@ def test_places_of_draws_by_hand():
 
     record = {"prompt_id": "p", "rewards": [9.0, 5.0, 4.0, 2.0, 1.0], "token_counts": [5, 4, 10, 2, 1]}
     record["sources"] = ["generated", "generated", "given_1", "given_2", "generated"]
+    record |= {"responses": list("abcde"), "truncated": [False] * 5}
     row = {"preferred": 2, "dispreferred": [0, 4], "weights": [0.25, 0.75]}
     recipe = load_recipe(REPOSITORY / "configs" / "quickstart.yaml", ["schedule.best=human"])
     place, reward, length = draws.row_figures(row, record, recipe)
