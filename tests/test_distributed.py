@@ -120,7 +120,7 @@ from alignment import train
 
 config = train.training_config
 train.training_config = lambda recipe, processes: config(recipe, processes, bf16=True)
-train.run_main(train.main)
+train.run_main(train.main, by_torchrun=True)
 """
 
 
