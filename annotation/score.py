@@ -129,10 +129,11 @@ class ConversationScorer:
         if len({row[0] for row in rows}) > 1:
             raise ValueError("rows must begin with the same token")
         budget, pad = self.batch_tokens, self.tokenizer.pad_token_id
+        together = max(map(len, rows)) <= self.layout.shared
         if self.device.type == "cpu":
             budget = min(budget, max(CACHED_TOKENS, 4 * shared))
         found, wanted, output = [], iter(places), None
-        for part in portions(len(prompt), list(map(len, tails)), budget, bool(self.layout.shared)):
+        for part in portions(len(prompt), list(map(len, tails)), budget, together):
             made = make_rows(self.layout, [prompt], [[tails[index] for index in part]], pad, budget)
             made = {name: value.to(self.device) for name, value in made.items()}
             flat, output = run(self.model, self.model.base_model, "last_hidden_state", made)
