@@ -14,40 +14,40 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from statistics import mean
+from statistics import NormalDist, mean
 
-from annotation.canary import canary_folder, check_canaries
-from annotation.reward_models import load_reward_model
+import numpy as np
+
+from annotation.reward_models import load_scorer, run_scorers
 from annotation.score import TooLong
-from hps.chat import check_records, load_tokenizer
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
+from hps.functions import announce, located
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import check_fits
 from hps.recipe import SPLITS, Model, Recipe
-from hps.records import PARALLEL, Appender, done_ids, read_candidates, read_ranked, write_json
-from hps.workers import run_workers
-
-SPELLED = 8  # records whose responses are tokenised before the model loads; the others are as they are scored
+from hps.records import PARALLEL, QUIET, Appender, canonical, done_ids, read_candidates, read_ranked, write_json
 
 
 class Scorer:
-    """The worker: a reward model of its own; candidates in, ranked records out.
+    """The worker: a scorer of its own; candidates in, ranked records out.
 
     A bad score comes out as `error`, a conversation beyond the model's context as `refused`.
     """
 
-    def __init__(self, model: dict, dtype: str, batch_tokens: int, canaries: str):
-        self.model = load_reward_model(Model(**model), dtype, batch_tokens)
-        check_canaries(self.model, Path(canaries), Model(**model))
+    def __init__(self, **arguments):
+        self.model = load_scorer(**arguments)
 
     def stream(self, items: Iterator[dict]) -> Iterator[dict]:
         for item in items:
             record = item["record"]
             try:
-                rewards = self.model.score(record["prompt"], record["responses"], record["truncated"])
+                rewards = self.model.score(
+                    record["prompt"], record["responses"], record["truncated"], record["prompt_id"]
+                )
                 result = {"record": rank(record, rewards)}
             except TooLong as error:
                 result = {"refused": {"reason": "conversation too long for the reward model", **error.facts}}
@@ -59,8 +59,29 @@ class Scorer:
 def rank(record: dict, rewards: list[float]) -> dict:
     """The record with `rewards`, its parallel lists sorted by reward, best first; ties keep their order."""
     order = sorted(range(len(rewards)), key=lambda index: -rewards[index])
-    ranked = {name: [record[name][index] for index in order] for name in PARALLEL}
+    ranked = {name: [record[name][index] for index in order] for name in (*PARALLEL, QUIET) if name in record}
     return {**record, **ranked, "rewards": [rewards[index] for index in order]}
+
+
+def add_noise(record: dict, deviation: float, seed: int) -> dict:
+    """A ranked record, ranked again by rewards with Gaussian noise; what they were is kept.
+
+    A response's noise depends on seed, prompt and its text alone: the order of the work does not matter, and equal
+    responses stay equal.
+    """
+    rewards = []
+    for text, reward in zip(record["responses"], record["rewards"], strict=True):
+        digest = sha256(canonical([seed, record["prompt_id"], text]).encode()).digest()
+        uniform = (int.from_bytes(digest[:6]) + 0.5) / 2**48  # more bits would round to 1
+        rewards.append(reward + deviation * NormalDist().inv_cdf(uniform))
+    return rank({**record, QUIET: record["rewards"]}, rewards)
+
+
+def changed_order(rewards: list[float], quiet: list[float]) -> float:
+    """The share of pairs of different rewards without noise whose order the noise turned; 0 where all are equal."""
+    now, before = (np.sign(np.subtract.outer(values, values)) for values in (rewards, quiet))
+    pairs = np.count_nonzero(before)
+    return float(np.count_nonzero(now * before < 0) / pairs) if pairs else 0.0
 
 
 def summarize(path: Path) -> dict:
@@ -77,6 +98,8 @@ def summarize(path: Path) -> dict:
         sums["worst"] += rewards[-1]
         sums["standard_deviation"] += math.sqrt(mean((reward - middle) ** 2 for reward in rewards))
         sums["tokens"] += sum(record["token_counts"])
+        if QUIET in record:
+            sums["pairs_turned_by_noise"] += changed_order(rewards, record[QUIET])
         ties += len(rewards) - len(set(rewards))
         sources[record["sources"][0]] += 1
     if not prompts:
@@ -87,15 +110,26 @@ def summarize(path: Path) -> dict:
 
 def stage_settings(recipe: Recipe) -> dict:
     """What decides the ranking; a change of any of it needs another output folder."""
-    return {
+    settings = {
         "dtype": recipe.annotation.dtype,
         "model": model_hash(recipe.models.reward),
         "candidates": {split: file_hash(recipe.candidates(split)) for split in SPLITS},
     }
+    if recipe.models.reward.function:
+        settings |= {"dtype": None, "tokenizer": model_hash(recipe.models.generator)}
+    if recipe.annotation.noise:  # omitted without, so that older claims still match
+        settings["noise"] = {"standard_deviation": recipe.annotation.noise, "seed": recipe.seed}
+    return settings
+
+
+def function_files(model: Model) -> list[Path]:
+    """The file of a function that is not ours, among a stage's inputs; those of this repository change with it."""
+    return [located(model.function)[0]] if model.function and ":" in model.function else []
 
 
 def annotate(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
+    announce(recipe, "reward")
     check_model(recipe.models.reward, "models.reward")
     if not (recipe.candidates("train").parent / "manifest.json").exists():
         raise InputError(
@@ -125,7 +159,7 @@ def _annotate(recipe: Recipe, folder: Path, settings: dict) -> None:
     for split, figures in summary.items():
         print(f"annotation: {split}: {json.dumps(figures)}")
     outputs = [path for split in SPLITS for path in (recipe.ranked(split), ledger_path(recipe, split))]
-    inputs = [recipe.candidates(split) for split in SPLITS]
+    inputs = [*(recipe.candidates(split) for split in SPLITS), *function_files(recipe.models.reward)]
     finish(folder, recipe, settings, [*outputs, folder / "summary.json"], inputs)
 
 
@@ -142,22 +176,14 @@ def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
     print(f"annotation: {total - done} prompts to score, {done} scored before", flush=True)
     if total == done:
         return
-    tokenizer = load_tokenizer(recipe.models.reward.path, recipe.models.reward.revision)
-    for split in SPLITS:
-        check_records(tokenizer, read_candidates(recipe.candidates(split)), spelled=SPELLED)
+    records = chain.from_iterable(read_candidates(recipe.candidates(split)) for split in SPLITS)
     items = (  # read as there is room
         {"key": f"{split}/{record['prompt_id']}", "where": where, "record": record}
         for split in SPLITS
         for where, record in read_candidates(recipe.candidates(split))
         if record["prompt_id"] not in finished[split]
     )
-    arguments = {
-        "model": asdict(recipe.models.reward),
-        "dtype": recipe.annotation.dtype,
-        "batch_tokens": recipe.annotation.batch_tokens,
-        "canaries": str(canary_folder(recipe)),
-    }
-    results = run_workers(Scorer, arguments, items, recipe.annotation.workers, total - done)
+    results = run_scorers(Scorer, recipe, "reward", records, items, total - done)
     for result in progress(results, total, "annotation", " prompts", done):
         if "error" in result:
             raise InputError(result["error"])
@@ -168,7 +194,8 @@ def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
         elif "lost" in result:
             ledger.append({"prompt_id": name, "reason": "its worker died twice", "cause": result["lost"]})
         else:
-            ranked.append(result["record"])
+            record, noise = result["record"], recipe.annotation.noise
+            ranked.append(add_noise(record, noise, recipe.seed) if noise else record)
 
 
 def main() -> None:

@@ -10,33 +10,29 @@ was trained to please.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-from annotation.annotate import SPELLED
-from annotation.canary import canary_folder, check_canaries
-from annotation.reward_models import load_reward_model
-from hps.chat import check_records, load_tokenizer
+from annotation.annotate import function_files
+from annotation.reward_models import load_scorer, run_scorers
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
+from hps.functions import announce
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import check_fits, evaluated_prompts
-from hps.recipe import Model, Recipe
+from hps.recipe import Recipe
 from hps.records import Appender, done_ids, read_answers
-from hps.workers import run_workers
 
 
 class AnswerScorer:
-    """The worker: a reward model of its own; what `with_given` makes in, details of `answers` and of `given` out."""
+    """The worker: a scorer of its own; what `with_given` makes in, details of `answers` and of `given` out."""
 
-    def __init__(self, model: dict, dtype: str, batch_tokens: int, canaries: str):
-        self.model = load_reward_model(Model(**model), dtype, batch_tokens)
-        check_canaries(self.model, Path(canaries), Model(**model))
+    def __init__(self, **arguments):
+        self.model = load_scorer(**arguments)
 
     def stream(self, items: Iterator[dict]) -> Iterator[dict]:
         for item in items:
             try:
-                details = self.model.score_details(item["prompt"], item["responses"], item["truncated"])
+                details = self.model.score_details(item["prompt"], item["responses"], item["truncated"], item["key"])
                 result = {"answers": details[: item["answers"]], "given": details[item["answers"] :]}
             except InputError as error:
                 result = {"error": f"{item['where']}: prompt {item['key']}: {error}"}
@@ -49,6 +45,7 @@ def scores_path(recipe: Recipe, sft: bool) -> Path:
 
 def score(recipe: Recipe, sft: bool) -> None:
     """Run the stage; see the module's docstring."""
+    announce(recipe, "evaluator")
     check_model(recipe.models.evaluator, "models.evaluator")
     path = scores_path(recipe, sft)
     answers = path.parent.parent / "answers"
@@ -59,12 +56,15 @@ def score(recipe: Recipe, sft: bool) -> None:
         "model": model_hash(recipe.models.evaluator),
         "answers": file_hash(answers / "test.jsonl"),
     }
+    if recipe.models.evaluator.function:
+        settings |= {"dtype": None, "tokenizer": model_hash(recipe.models.policy)}
     with hold(path.parent):
         if claim(path.parent, settings):
             print(f"scores: finished before, {path}")
         else:
             _score(recipe, sft, answers / "test.jsonl", path)
-            finish(path.parent, recipe, settings, [path], [answers / "test.jsonl"])
+            inputs = [answers / "test.jsonl", *function_files(recipe.models.evaluator)]
+            finish(path.parent, recipe, settings, [path], inputs)
 
 
 def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
@@ -96,15 +96,7 @@ def _scored(recipe: Recipe, answers: Path, items: Iterator[dict], count: int) ->
     """What `AnswerScorer` makes of so many items on all devices; no model is loaded where there are none."""
     if not count:
         return iter(())
-    tokenizer = load_tokenizer(recipe.models.evaluator.path, recipe.models.evaluator.revision)
-    check_records(tokenizer, read_answers(answers), spelled=SPELLED)
-    arguments = {
-        "model": asdict(recipe.models.evaluator),
-        "dtype": recipe.annotation.dtype,
-        "batch_tokens": recipe.annotation.batch_tokens,
-        "canaries": str(canary_folder(recipe)),
-    }
-    return run_workers(AnswerScorer, arguments, items, recipe.annotation.workers, count)
+    return run_scorers(AnswerScorer, recipe, "evaluator", read_answers(answers), items, count)
 
 
 def with_given(record: dict, prompt: dict | None) -> dict:

@@ -1,13 +1,67 @@
-"""Load a reward model, of whichever class its configuration names."""
+"""Load what scores, a reward model of whichever class its configuration names or a function, and run it on all devices."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 from annotation.armorm import ArmoRM
+from annotation.canary import canary_folder, check_canaries
 from annotation.score import ConversationScorer, RewardModel
-from hps.preflight import ARMORM
-from hps.recipe import Model
+from hps.chat import check_records, load_tokenizer
+from hps.functions import FunctionScorer
+from hps.preflight import ARMORM, WRITERS
+from hps.recipe import Model, Recipe, Reward
 from hps.weights import load_config
+from hps.workers import run_workers
+
+SPELLED = 8  # records whose responses are tokenised before the model loads; the others are as they are scored
 
 
 def load_reward_model(model: Model, dtype: str = "auto", batch_tokens: int = 16384) -> ConversationScorer:
     """The reward model of a folder or hub name; the arguments are those of `ConversationScorer`."""
     kind = ArmoRM if ARMORM in (load_config(model).architectures or []) else RewardModel
     return kind(model, dtype, batch_tokens)
+
+
+def load_scorer(
+    model: dict, role: str, writer: dict, dtype: str, batch_tokens: int, canaries: str
+) -> ConversationScorer | FunctionScorer:
+    """What a worker scores with; a reward model has scored the canaries (annotation/canary.py).
+
+    Args:
+        model, role: of the recipe.
+        writer: the model whose responses are scored.
+        canaries: folder of their records.
+    """
+    reward = Reward(**model)
+    if reward.function:
+        return FunctionScorer(reward.function, f"models.{role}.function", Model(**writer))
+    found = load_reward_model(reward, dtype, batch_tokens)
+    check_canaries(found, Path(canaries), reward)
+    return found
+
+
+def run_scorers(
+    worker: type, recipe: Recipe, role: str, records: Iterable[tuple[str, dict]], items: Iterator[dict], count: int
+) -> Iterator[dict]:
+    """What a worker, made with the arguments of `load_scorer`, makes of so many items on all devices.
+
+    A function works in this process, or in as many as `annotation.workers` says, and holds no GPU.
+
+    Args:
+        records: with their places; a tokenizer that cannot serve them is refused before a model loads.
+    """
+    model, writer = getattr(recipe.models, role), getattr(recipe.models, WRITERS[role])
+    reader = writer if model.function else model
+    check_records(load_tokenizer(reader.path, reader.revision), records, spelled=SPELLED)
+    arguments = {
+        "model": asdict(model),
+        "role": role,
+        "writer": asdict(writer),
+        "dtype": recipe.annotation.dtype,
+        "batch_tokens": recipe.annotation.batch_tokens,
+        "canaries": str(canary_folder(recipe)),
+    }
+    if model.function and recipe.annotation.workers is None:
+        return worker(**arguments).stream(items)
+    return run_workers(worker, arguments, items, recipe.annotation.workers, count, gpus_each=0 if model.function else 1)

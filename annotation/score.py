@@ -82,12 +82,19 @@ class ConversationScorer:
             for response, cut in zip(responses, truncated, strict=True)
         ]
 
-    def score(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> list[float]:
+    def score(
+        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
+    ) -> list[float]:
         """Scores of the responses to one prompt, in their order. InputError: as `score_details`."""
         return [details["score"] for details in self.score_details(messages, responses, truncated)]
 
-    def score_details(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> list[dict]:
+    def score_details(
+        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
+    ) -> list[dict]:
         """For each response its `score`, and what else the model says of it; equal token rows have one score.
+
+        Args:
+            prompt_id: for functions in a model's place (hps/functions.py); a model does not look at it.
 
         Raises:
             TooLong: a conversation does not fit into the model's context.

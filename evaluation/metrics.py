@@ -29,7 +29,7 @@ from evaluation.statistics import LEVEL, bootstrap, few, figure, interval, perce
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import fingerprint, write_manifest
-from hps.preflight import SAME_MODEL, evaluated_prompts, same_model
+from hps.preflight import SAME_FUNCTION, SAME_MODEL, evaluated_prompts, same_model
 from hps.recipe import SFT, Recipe
 from hps.records import Check, Indexed, check_answers, read_answers, shorten, write_json, write_lines
 from hps.run_records import AGAIN, check_divergence, check_scores
@@ -376,14 +376,14 @@ def _inputs(recipe: Recipe, sft: bool) -> dict[str, dict]:
     return {str(path): fingerprint(path) for path in [recipe.tested().data.test.path, *sorted(paths)]}
 
 
-def print_metrics(metrics: dict, path: Path) -> None:
-    """The figures on the screen."""
+def print_metrics(metrics: dict, path: Path, function: bool = False) -> None:
+    """The figures on the screen; `function`: the evaluator is one."""
     print(
         f"metrics: {metrics['run']}: {metrics['samples']} answers to {metrics['prompts']} prompts; mean "
         f"[95 % interval]{few(metrics['prompts'])} -> {path}"
     )
     if metrics["evaluator_is_reward"]:
-        print(f"metrics: WARNING: {SAME_MODEL}")
+        print(f"metrics: {SAME_FUNCTION if function else f'WARNING: {SAME_MODEL}'}")
     for reason, count in metrics["left_out"].items():
         print(f"metrics: left out: {count} x {reason}")
     for name, value in metrics["figures"].items():
@@ -393,7 +393,8 @@ def print_metrics(metrics: dict, path: Path) -> None:
 def main() -> None:
     recipe, options = parse(__doc__, dry_run=False, sft="figures of the model before training")
     metrics = evaluate(recipe, options.sft)
-    print_metrics(metrics, evaluated(recipe, options.sft) / "metrics.json")
+    function = recipe.models.evaluator.function is not None
+    print_metrics(metrics, evaluated(recipe, options.sft) / "metrics.json", function)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from evaluation.margins import Columns, margins, read_columns
 from hps.errors import InputError
+from hps.functions import identity
 from hps.manifest import file_hash, git_commit, versions
-from hps.recipe import REPOSITORY, SPLITS, Recipe
+from hps.recipe import REPOSITORY, SPLITS, Model, Recipe
 from hps.records import read_jsonl, write_json
 from hps.run_records import check_pair
 
@@ -64,7 +65,7 @@ def result_key(recipe: Recipe, sft: bool = False) -> dict:
     tested = recipe.tested()
     roles = ("policy", "evaluator") if sft else ("generator", "policy", "reward", "evaluator")
     key = {
-        "models": {role: asdict(getattr(recipe.models, role)) for role in roles},
+        "models": {role: _model(getattr(recipe.models, role)) for role in roles},
         "test": _split(tested, "test", sft),
         **{name: _without_devices(recipe, name) for name in ("generation", "evaluation")},
     }
@@ -88,8 +89,18 @@ def _split(recipe: Recipe, split: str, prompts_only: bool = False) -> dict:
     return settings
 
 
+def _model(model: Model) -> dict:
+    """Path and revision of a model, or name of a function; of a user's own function the file's hash, too."""
+    if not model.function:
+        return {"path": model.path, "revision": model.revision}
+    return identity(model.function) if ":" in model.function else {"function": model.function}
+
+
 def _without_devices(recipe: Recipe, section: str) -> dict:
-    return {name: value for name, value in asdict(getattr(recipe, section)).items() if name not in DEVICES[section]}
+    values = asdict(getattr(recipe, section))
+    if section == "annotation" and not values["noise"]:  # omitted, so that older keys still match
+        del values["noise"]
+    return {name: value for name, value in values.items() if name not in DEVICES[section]}
 
 
 def find(run: Evaluated, scale: str) -> dict | None:

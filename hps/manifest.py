@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from hps.errors import InputError, is_full_disk
+from hps.functions import check_function, function_hash
 from hps.recipe import REPOSITORY, Model, Recipe, as_dict
 from hps.records import canonical, read_json, write_json
 from hps.tokens import model_tokens
@@ -36,11 +37,14 @@ def file_hash(path: str | Path) -> str:
 
 
 def model_hash(model: Model) -> dict:
-    """What identifies a model: hashes of a local folder's weights and tokenizer, or name and commit on the hub.
+    """What identifies a model: hashes of a local folder's weights and tokenizer, or name and commit on the hub; of a
+    function in its place its file's hash (`hps.functions.function_hash`).
 
     `tokenizer` is every other file of the folder but pickles and texts for people: what a tokenizer reads has many
     names. `tokens` are the ids that probe texts get.
     """
+    if model.function:
+        return function_hash(model.function)
     folder = Path(model.path)
     if not folder.is_dir():
         commit = _hub_commit(model)
@@ -81,7 +85,13 @@ def _hub_commit(model: Model) -> str:
 
 
 def check_model(model: Model, field: str) -> None:
-    """Refuse a local path without a model, or with pickled weights; hub names (`owner/name`) pass."""
+    """Refuse a local path without a model, or with pickled weights; hub names (`owner/name`) pass.
+
+    Refuse a function that is not in its file, or whose file may not run (`hps.functions.check_function`).
+    """
+    if model.function:
+        check_function(model.function, f"{field}.function")
+        return
     path = Path(model.path)
     if path.is_dir():
         if not (path / "config.json").exists():

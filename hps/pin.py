@@ -31,7 +31,7 @@ def roles(recipe: Recipe) -> tuple[str, ...]:
 
 def hub_models(recipe: Recipe) -> dict[str, Model]:
     """The recipe's models that are hub names, by role; InputError for a local path where nothing is."""
-    models = {role: getattr(recipe.models, role) for role in roles(recipe)}
+    models = {role: model for role in roles(recipe) if not (model := getattr(recipe.models, role)).function}
     for role, model in models.items():
         check_model(model, f"models.{role}")
     return {role: model for role, model in models.items() if not Path(model.path).is_dir()}
@@ -170,7 +170,9 @@ def pin(path: str) -> None:
         write_atomic(file, after)
     for role in roles(recipe):
         if role in written:
-            print(f"pin: {role}: {_outcome(models.get(role), commits.get(role))}")
+            function = getattr(recipe.models, role).function
+            outcome = f"the function {function}" if function else _outcome(models.get(role), commits.get(role))
+            print(f"pin: {role}: {outcome}")
         else:
             print(f"pin: {role}: {getattr(recipe.models, role).path}, a default; write it into the recipe to pin it")
 

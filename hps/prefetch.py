@@ -49,9 +49,10 @@ def prefetch(recipe: Recipe, path: str) -> None:
     models = hub_models(recipe)
     fetched: dict[tuple, Path] = {}
     for role in roles(recipe):
-        model = models.get(role)
+        model, named = models.get(role), getattr(recipe.models, role)
         if model is None:
-            print(f"prefetch: {role}: {getattr(recipe.models, role).path} is a local folder")
+            kind = f"the function {named.function}" if named.function else f"{named.path} is a local folder"
+            print(f"prefetch: {role}: {kind}")
             continue
         if model.revision is None:
             print(

@@ -17,12 +17,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from hps.chat import check_records, load_tokenizer, prompt_token_ids
+from hps.chat import check_records, load_tokenizer, naming, prompt_token_ids
 from hps.cli import parse
 from hps.errors import InputError, run_main
+from hps.functions import FunctionScorer, announce, identity, located, shown
 from hps.manifest import check_model, file_hash
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
-from hps.recipe import SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
+from hps.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
 from hps.records import Indexed, check_prompt, prompt_id, read_jsonl, read_ranked, unread_fields
 from hps.weights import check_weights, context_length, load_config, refusal
 from hps.workers import accumulation_steps, check_gpus, process_count
@@ -43,6 +44,9 @@ SAME_MODEL = (
     "`models.evaluator` is `models.reward`: answers are judged by the model that ranked the candidates, and the policy "
     "was trained to please it"
 )
+SAME_FUNCTION = "ranked and evaluated by the same function: this is the true reward of the experiment"
+WRITERS = {"reward": "generator", "evaluator": "policy"}  # whose responses they score
+TRIED = 8  # prompts of a split on which a function is tried before a model loads
 ARMORM = "LlamaForRewardModelWithGating"  # its labels are its objectives; annotation/armorm.py makes one score of them
 
 
@@ -80,6 +84,8 @@ def check_fits(stage: str, recipe: Recipe, role: str, tokenizer: bool = True) ->
         tokenizer: load and check it, too.
     """
     model: Model = getattr(recipe.models, role)
+    if model.function:
+        return
     config = load_config(model)
     length = context_length(config)
     if stage != "gene" or any(getattr(recipe.data, split).responses for split in SPLITS):
@@ -195,7 +201,12 @@ def _conversation(record: dict) -> str:
 
 
 def same_model(one: Model, other: Model) -> bool:
-    """Whether two models have the same weights: by their files where both are folders, else by name and revision."""
+    """Whether two models have the same weights: by their files where both are folders, else by name and revision.
+
+    Functions are the same by name and file.
+    """
+    if one.function or other.function:
+        return bool(one.function and other.function) and identity(one.function) == identity(other.function)
     folders = [Path(model.path) for model in (one, other)]
     if not all(folder.is_dir() for folder in folders):
         return one.path == other.path and (one.revision == other.revision or None in (one.revision, other.revision))
@@ -401,12 +412,12 @@ def check_local_weights(role: str, model: Model) -> None:
 
     Of a hub model, whose files may not be here yet, the same is asked when it is loaded, and so it is of an ArmoRM.
     """
-    scores, files = role in ("reward", "evaluator"), Path(model.path).glob("*.safetensors")
+    scores, files = role in SCORERS, Path(model.path).glob("*.safetensors")
     if any(files) and not (scores and ARMORM in (load_config(model).architectures or [])):
         check_weights(model, scores)
 
 
-def check_templates(stage: str, recipe: Recipe, roles: tuple[str, ...]) -> None:
+def check_templates(stage: str, recipe: Recipe, roles: list[str]) -> None:
     """Load the models' tokenizers; refuse prompts whose roles one of the templates refuses.
 
     The judge reads a message of its own.
@@ -424,21 +435,51 @@ def check_templates(stage: str, recipe: Recipe, roles: tuple[str, ...]) -> None:
             check_records(tokenizer, file)
 
 
+def try_function(stage: str, recipe: Recipe, role: str) -> None:
+    """Run a function on the first prompts of a driver, each with a given response or a short one."""
+    writer = getattr(recipe.models, WRITERS[role])
+    scorer = FunctionScorer(getattr(recipe.models, role).function, f"models.{role}.function", writer)
+    files = [load_prompts(recipe, split)[0] for split in SPLITS] if stage == "gene" else [evaluated_prompts(recipe)[0]]
+    for prompts in files:
+        for where, record in islice(prompts.placed(), TRIED):
+            with naming(f"{where}: prompt {record['prompt_id']}"):
+                scorer.score(record["prompt"], record["responses"][:1] or ["Yes."], [False], record["prompt_id"])
+
+
+def scorer_lines(stage: str, recipe: Recipe) -> list[str]:
+    """What stands out of how a recipe ranks and evaluates."""
+    lines, models = [], recipe.models
+    if stage == "gene" and recipe.annotation.noise:
+        deviation = recipe.annotation.noise
+        lines.append(
+            f"reward: Gaussian noise of standard deviation {deviation:g} is added to the rewards of the ranking"
+        )
+    if stage != "run" and same_model(models.reward, models.evaluator):
+        lines.append(SAME_FUNCTION if models.reward.function else f"WARNING: {SAME_MODEL}")
+    return lines
+
+
 def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     """Check one driver's inputs; print the plan, and with `dry_run` the whole resolved recipe."""
     lines, roles = [], (*STAGES[stage], *(["judge"] if stage == "evaluate" and recipe.judge.enabled else []))
+    functions = [role for role in roles if getattr(recipe.models, role).function]
+    announce(recipe, *functions)
+    for role in functions:
+        check_model(getattr(recipe.models, role), f"models.{role}")
+        path, name = located(getattr(recipe.models, role).function)
+        lines.append(f"{role}: function {name} of {shown(path)}")
+    roles = [role for role in roles if role not in functions]
     for role in roles:
         model: Model = getattr(recipe.models, role)
         _, remark = attempt(check_model, model, f"models.{role}", dry_run=dry_run)
         kind = remark or ("local folder" if Path(model.path).is_dir() else f"hub, revision {model.revision or 'open'}")
         lines.append(f"{role}: {model.path}: {kind}")
-        if role in ("reward", "evaluator") and not remark:
+        if role in SCORERS and not remark:
             if dry_run and not Path(model.path).is_dir():
                 lines.append(f"{role}: its number of labels is not checked in a dry run, which asks the hub nothing")
             else:
                 check_labels(model, role)
-    if stage != "run" and same_model(recipe.models.reward, recipe.models.evaluator):
-        lines.append(f"WARNING: {SAME_MODEL}")
+    lines += scorer_lines(stage, recipe)
     lines += {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage](recipe, dry_run)
     for role in roles:
         if not dry_run or (Path(getattr(recipe.models, role).path) / "config.json").exists():
@@ -449,6 +490,8 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
         check_templates(stage, recipe, roles)
         for role in roles:
             check_local_weights(role, getattr(recipe.models, role))
+        for role in functions:
+            try_function(stage, recipe, role)
         if stage == "run":
             check_wandb(recipe)
     for line in lines:

@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -25,6 +25,8 @@ PROFILES = REPOSITORY / "configs" / "profiles.yaml"
 DEFAULT_RECIPE = "configs/quickstart.yaml"
 SPLITS = ("train", "test")
 SFT = "sft"  # the folder of the model before training, beside the runs
+SCORERS = ("reward", "evaluator")  # the roles of which a function can do the work
+SHIPPED = "annotation/rewards.py"  # the functions that a recipe names without a file
 RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are no run
 
 
@@ -34,6 +36,18 @@ class Model:
 
     path: str = MISSING
     revision: str | None = None
+    function: ClassVar[None] = None
+
+
+@dataclass
+class Reward(Model):
+    """A reward model, or a `function` instead of one (hps/functions.py).
+
+    `function` is the name of a shipped one, or `file.py:name`, the file in this repository or beside the recipe.
+    """
+
+    path: str | None = None
+    function: str | None = None
 
 
 @dataclass
@@ -46,8 +60,8 @@ class Models:
 
     generator: Model = field(default_factory=lambda: Model(path="RLHFlow/Llama3-v2-DPO"))
     policy: Model = field(default_factory=lambda: Model(path="RLHFlow/Llama3-SFT-v2.0"))
-    reward: Model = field(default_factory=lambda: Model(path="Skywork/Skywork-Reward-Llama-3.1-8B"))
-    evaluator: Model = field(default_factory=lambda: Model(path="RLHFlow/ArmoRM-Llama3-8B-v0.1"))
+    reward: Reward = field(default_factory=lambda: Reward(path="Skywork/Skywork-Reward-Llama-3.1-8B"))
+    evaluator: Reward = field(default_factory=lambda: Reward(path="RLHFlow/ArmoRM-Llama3-8B-v0.1"))
     judge: Model = field(default_factory=lambda: Model(path="Qwen/Qwen2.5-72B-Instruct"))
 
 
@@ -92,11 +106,15 @@ class Generation:
 
 @dataclass
 class Annotation:
-    """Scoring by the reward model. `batch_tokens` bounds prompt copies + responses of one forward pass."""
+    """Scoring by the reward model. `batch_tokens` bounds prompt copies + responses of one forward pass.
+
+    `noise` is the standard deviation of the Gaussian noise that is added to the rewards of the ranking.
+    """
 
     batch_tokens: int = 16384
     dtype: str = "auto"
     workers: int | None = None
+    noise: float = 0.0
 
 
 @dataclass
@@ -292,6 +310,7 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("generation.max_sequences", 1, None),
     ("annotation.batch_tokens", 1, None),
     ("annotation.workers", 1, None),
+    ("annotation.noise", 0, None),
     ("loss.beta", 1e-9, None),
     ("loss.label_smoothing", 0, 0.499999),
     ("loss.samples", 1, None),
@@ -357,7 +376,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read, merge, resolve and check a recipe.
 
     Args:
-        path: the YAML file; relative paths inside it are relative to the working folder.
+        path: the YAML file; relative paths inside it are relative to the working folder, those of reward functions to
+            the recipe's folder, or to this repository.
         overrides: `key=value` strings of the command line, the value in YAML.
 
     Raises:
@@ -366,7 +386,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     place = _Place(path)
     raw = place.read()
     recipe = OmegaConf.structured(Recipe)
-    recipe.merge_with(_profile(raw, overrides or [], place))
+    profile = _profile(raw, overrides or [], place)
+    _merge(recipe, lambda: OmegaConf.create(profile), place, "profile")
     for name, section in raw.items():
         _merge(recipe, lambda name=name, section=section: OmegaConf.create({name: section}), place, name)
     for override in overrides or []:
@@ -386,6 +407,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         problem = f"`{key}` is missing" if missing else _first_line(error)
         raise InputError(problem, where=place.of(key), remedy="add the field to the recipe") from None
     _check(typed, place)
+    for role in SCORERS:
+        _settle_scorer(getattr(typed.models, role), f"models.{role}", place)
     return typed
 
 
@@ -430,7 +453,9 @@ def _refuse_resolver(text: str, where: str, key: str) -> None:
 
 def _merge(recipe, make, place: "_Place", name: str) -> None:
     try:
-        recipe.merge_with(make())
+        layer = make()
+        recipe.merge_with(layer)
+        _take_place(recipe, OmegaConf.to_container(layer), place)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError) as error:
         key = _key_of(error) or str(name)
         where = place.of(str(name) if str(name) in place.overridden else key)
@@ -441,6 +466,73 @@ def _merge(recipe, make, place: "_Place", name: str) -> None:
             ) from None
         remedy = "give a list: [one, two]" if "ListConfig" in text else "give a value of the right type"
         raise InputError(f"`{key}`: {text}", where=where, remedy=remedy) from None
+
+
+def _take_place(recipe, layer: Any, place: "_Place") -> None:
+    """A function takes the place of a model that an earlier layer (default, profile, recipe) names, and vice versa."""
+    models = layer.get("models") if isinstance(layer, dict) else None
+    for role in SCORERS:
+        given = models.get(role) if isinstance(models, dict) else None
+        if not isinstance(given, dict):
+            continue
+        if given.get("path") is not None and given.get("function") is not None:
+            key = f"models.{role}.function"
+            raise InputError(f"`models.{role}` has both a `path` and a `function`", where=place.of(key), remedy=LEAVE)
+        if given.get("function") is not None:
+            recipe.models[role].path = recipe.models[role].revision = None
+        elif given.get("path") is not None:
+            recipe.models[role].function = None
+
+
+LEAVE = "leave one of them out"
+
+
+def _settle_scorer(scorer: Reward, key: str, place: "_Place") -> None:
+    """Check that a model or a function is named, and settle which file a function is in."""
+    written = [place.overridden.get(f"{key}.{name}", "=null") for name in ("path", "function")]
+    if not any(override.endswith("=null") for override in written):
+        raise InputError(f"`{key}` has both a `path` and a `function`", where="command line", remedy=LEAVE)
+    if scorer.function is None:
+        if scorer.path is None:
+            raise InputError(f"`{key}.path` is missing", where=place.of(key), remedy="name a model, or a `function`")
+        return
+    if scorer.revision is not None:
+        raise InputError(
+            f"`{key}.revision` is of a model, and `{key}.function` is given", where=place.of(key), remedy=LEAVE
+        )
+    scorer.function = _settled(scorer.function, f"{key}.function", place)
+
+
+def _settled(function: str, key: str, place: "_Place") -> str:
+    """The name of a shipped function, or `file.py:name`: the file below this repository, else with its whole path."""
+    file, separator, name = function.rpartition(":")
+    if not name.isidentifier() or (separator and not file.endswith(".py")):
+        raise InputError(
+            f"`{key}` is `{function}`",
+            where=place.of(key),
+            remedy=f"give the name of a function of {SHIPPED}, or `file.py:name`",
+        )
+    if not separator:
+        return name
+    beside = place.path.parent.resolve()
+    places = [(folder / file).resolve() for folder in (beside, REPOSITORY)]
+    path = next((found for found in places if found.is_file()), None)
+    if path is None:
+        raise InputError(
+            f"`{key}`: there is no file {file} beside the recipe, and none in this repository",
+            where=place.of(key),
+            remedy="write its path from the recipe's folder",
+        )
+    if path.is_relative_to(REPOSITORY):
+        within = path.relative_to(REPOSITORY).as_posix()
+        return name if within == SHIPPED else f"{within}:{name}"
+    if not path.is_relative_to(beside):
+        raise InputError(
+            f"`{key}`: {path} is neither below the recipe's folder nor in this repository",
+            where=place.of(key),
+            remedy="put the file beside the recipe: a recipe runs no other code",
+        )
+    return f"{path}:{name}"
 
 
 def _key_of(error: Exception) -> str:

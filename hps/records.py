@@ -5,7 +5,8 @@ Formats (one JSON object a line, UTF-8):
 - prompts:    `prompt` (chat messages), optional `responses` (given ones, best first; or TRL's `chosen` and
               `rejected`), optional `prompt_id`; other fields are counted by the preflight and not read
 - candidates: `prompt_id`, `prompt`, `responses`, `sources`, `token_counts`, `truncated` (parallel lists)
-- ranked:     a candidates line with `rewards`, all lists sorted by reward, best first
+- ranked:     a candidates line with `rewards`, all lists sorted by reward, best first; where noise was added to them,
+              also `rewards_without_noise`
 - answers:    `prompt_id`, `prompt`, `responses`, `token_counts`, `truncated` (parallel lists): a model's answers
 - ledger:     `prompt_id`, `reason`, and what the reason needs: everything dropped, merged or refused
 
@@ -43,6 +44,7 @@ AGAIN = "remove the line, so that its prompt is done again"
 Check = Callable[[dict, str], dict]  # record and `path:line` in, the record out, or an InputError
 ROLES = ("system", "user", "assistant")
 PARALLEL = ("responses", "sources", "token_counts", "truncated")
+QUIET = "rewards_without_noise"  # of a ranked record, where the ranking added noise (`annotation.noise`)
 PAIR = ("chosen", "rejected")  # TRL's names of two given responses
 PROMPT_FIELDS = ("prompt", "prompt_id", "responses", *PAIR)
 NOTES = ("topic", "source")  # of our own prompts files, for the reader
@@ -540,13 +542,13 @@ def check_parallel(record: dict, field: str, where: str) -> None:
         )
 
 
-def check_rewards(record: dict, where: str) -> None:
-    """Refuse `rewards` that are not one finite number for each response."""
-    check_parallel(record, "rewards", where)
-    for index, reward in enumerate(record["rewards"]):
+def check_rewards(record: dict, where: str, field: str = "rewards") -> None:
+    """Refuse rewards that are not one finite number for each response."""
+    check_parallel(record, field, where)
+    for index, reward in enumerate(record[field]):
         if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not abs(reward) <= LARGEST_REWARD:
             raise InputError(
-                f"`rewards[{index}]` is {shorten(reward)}",
+                f"`{field}[{index}]` is {shorten(reward)}",
                 where=where,
                 remedy=f"give a finite number within {LARGEST_REWARD:.1e}, so that single precision holds differences; "
                 "score it again",
@@ -577,6 +579,8 @@ def check_ranked(record: dict, where: str) -> dict:
     """Return the record, named; InputError as `check_candidates`, and for rewards missing, not finite, or unsorted."""
     check_strings(record, "responses", where)
     check_rewards(record, where)
+    if QUIET in record:
+        check_rewards(record, where, QUIET)
     record = check_candidates(record, where)
     if len(record["responses"]) < 2:
         raise InputError(

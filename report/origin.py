@@ -27,10 +27,10 @@ def folders(recipe: Recipe) -> list[Path]:
 
 
 def models(settings, name: str = "") -> Iterator[tuple[str, dict]]:
-    """Every model in a stage's settings: its name there, and what `hps.manifest.model_hash` says of it."""
+    """Every model or function in a stage's settings: its name there, and what `hps.manifest.model_hash` says of it."""
     if not isinstance(settings, dict):
         return
-    if {"path", "weights"} <= settings.keys() or {"hub", "revision"} <= settings.keys():
+    if any(names <= settings.keys() for names in ({"path", "weights"}, {"hub", "revision"}, {"function", "sha256"})):
         yield name, settings
         return
     for key, value in settings.items():
@@ -70,8 +70,9 @@ def origin(recipe: Recipe) -> dict:
             stage = str(path.parent) if path.name == "manifest.json" else str(path).removesuffix(".manifest.json")
             stages.append({"name": stage, "commit": manifest["git_commit"] or "unknown", "versions": versions})
             for role, model in models(_settings(path, manifest)):
-                title = model.get("hub") or model["path"]
-                used[role, title] = model.get("revision") or model.get("weights") or "no revision pinned"
+                title = model.get("hub") or model.get("path") or model["function"]
+                found = model.get("revision") or model.get("weights") or model.get("sha256")
+                used[role, title] = found or "no revision pinned"
             named = list(manifest["inputs"].items())
             named += [(str(path.parent / name), found) for name, found in manifest["outputs"].items()]
             for name, found in named:

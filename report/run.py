@@ -108,7 +108,8 @@ def metrics(folder: Path, before: Path) -> dict | None:
     scores, evaluator = folder / "scores" / "manifest.json", None
     if scores.exists():  # a user may have deleted them: the figures stand
         with intact(scores, AGAIN):
-            evaluator = read_manifest(scores)["recipe"]["models"]["evaluator"]["path"]
+            model = read_manifest(scores)["recipe"]["models"]["evaluator"]
+            evaluator = model["path"] or f"the function {model['function'].rpartition('/')[2]}"
     return {"prompts": prompts, "evaluator": evaluator, "lines": lines}
 
 

@@ -1,0 +1,278 @@
+"""Rewards that are Python functions: which file they are in, what identifies them, and their scores.
+
+A recipe names one for the ranking, for the evaluation, or for both (`models.reward.function`,
+`models.evaluator.function`). It has the signature of TRL's online trainers:
+
+    def short(prompts, completions, completion_ids, **kwargs) -> list[float]
+
+The lists have an entry for each response to one prompt: the prompt's messages, the response as
+`[{"role": "assistant", "content": text}]`, its token ids by the tokenizer of the model that wrote it; in `kwargs` also
+`truncated` and `prompt_id`.
+
+A function's file imports the standard library, installed packages and `annotation.rewards`, and nothing else of this
+repository or beside it: so the hash of the file and the versions of the packages identify the reward.
+"""
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hps.errors import InputError
+from hps.recipe import REPOSITORY, SHIPPED, Model, Recipe
+from hps.records import LARGEST_REWARD
+
+SHIPPED_MODULE = SHIPPED.removesuffix(".py").replace("/", ".")
+SIGNATURE = "def NAME(prompts, completions, **kwargs)"
+
+
+def located(function: str) -> tuple[Path, str]:
+    """The file and the name of a function as a loaded recipe has it."""
+    file, _, name = function.rpartition(":")
+    return REPOSITORY / (file or SHIPPED), name
+
+
+def shown(path: Path) -> str:
+    """A file's name for the reader: below this repository without the way to it."""
+    return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
+
+
+def announce(recipe: Recipe, *roles: str) -> None:
+    """Say which functions of a recipe will run, and of which files, before anything of them does."""
+    for role in roles:
+        if function := getattr(recipe.models, role).function:
+            path, name = located(function)
+            print(f"{role} function: {name} of {shown(path)}", flush=True)
+
+
+def identity(function: str) -> dict:
+    """Name and file's hash: the same function, wherever the file is."""
+    path, name = located(function)
+    title = name if path == REPOSITORY / SHIPPED else f"{path.name}:{name}"
+    return {"function": title, "sha256": sha256(_read(path)).hexdigest()}
+
+
+def function_hash(function: str) -> dict:
+    """`identity`, and `packages`: versions of what the file imports (of `annotation.rewards` its hash).
+
+    Raises:
+        InputError: as `check_function`.
+    """
+    path, _ = located(function)
+    return {**identity(function), "packages": dict(sorted(_imported(_parse(path), path)))}
+
+
+def check_function(function: str, field: str) -> int:
+    """Look for a function in its file without running it; return its line.
+
+    Raises:
+        InputError: the file is no Python, has no such function, or imports what may not be imported or is not there.
+    """
+    path, name = located(function)
+    tree = _parse(path)
+    for _ in _imported(tree, path):
+        pass
+    found = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if name not in found:
+        public = ", ".join(each for each in found if not each.startswith("_"))
+        raise InputError(
+            f"`{field}`: the file has no function `{name}`",
+            where=shown(path),
+            remedy=f"it has: {public}" if public else f"define one: {SIGNATURE}",
+        )
+    return found[name]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"cannot read the function's file ({error.strerror})", where=shown(path), remedy="put the file back"
+        ) from None
+
+
+def _parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(_read(path), str(path))
+    except (SyntaxError, ValueError) as error:  # a null byte is a ValueError
+        line = getattr(error, "lineno", None) or 1
+        raise InputError(
+            f"this is no Python ({getattr(error, 'msg', error)})", where=f"{shown(path)}:{line}", remedy="correct it"
+        ) from None
+
+
+def _imported(tree: ast.Module, path: Path) -> Iterator[tuple[str, str]]:
+    """Every package that a file imports, anywhere in it, with its version."""
+    for line, name in _import_names(tree):
+        top = name.partition(".")[0]
+        if name == SHIPPED_MODULE:
+            shipped = REPOSITORY / SHIPPED
+            yield SHIPPED_MODULE, sha256(_read(shipped)).hexdigest()
+            yield from _imported(_parse(shipped), shipped)
+        elif top in sys.stdlib_module_names:
+            continue
+        elif top and top in _distributions() and not (REPOSITORY / top).is_dir():
+            yield from ((package, version(package)) for package in _distributions()[top])
+        else:
+            raise InputError(
+                f"the file imports `{name}`, which is no installed package",
+                where=f"{shown(path)}:{line}",
+                remedy=f"install it in this environment, or move its code here (of this repository {SHIPPED_MODULE} "
+                "alone may be imported)",
+            )
+
+
+def _import_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name of each module that is imported; a relative one begins with a dot."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, "." * node.level + (node.module or "")
+
+
+@cache  # a look at every package takes half a second
+def _distributions() -> dict[str, list[str]]:
+    return {name: sorted(set(packages)) for name, packages in packages_distributions().items()}
+
+
+class FunctionScorer:
+    """A function in the place of a reward model, with the same `score` and `score_details`.
+
+    Args:
+        function: as a loaded recipe has it.
+        field: of the recipe, for errors.
+        tokenizer: the model that writes the responses; `completion_ids` are by its tokenizer.
+
+    Raises:
+        InputError: as `check_function`; the file raises when it is loaded.
+    """
+
+    def __init__(self, function: str, field: str, tokenizer: Model):
+        from hps.chat import load_tokenizer  # imports torch, which the stages without a model do not need
+
+        self.path, self.name = located(function)
+        self.title = f"`{field}` `{self.name}`"
+        self.line = check_function(function, field)
+        self.function = self._load()
+        self.tokenizer = load_tokenizer(tokenizer.path, tokenizer.revision)
+        self.tried = False
+
+    def _load(self) -> Callable:
+        """The function, of the bytes that are hashed: a compiled file of an earlier version is not looked at."""
+        module = ModuleType(f"hps_function_{self.path.stem}")
+        module.__file__ = str(self.path)
+        sys.modules[module.__name__] = module  # dataclasses look there
+        try:
+            exec(compile(_read(self.path), str(self.path), "exec"), module.__dict__)
+            return getattr(module, self.name)
+        except (Exception, SystemExit) as error:
+            raise self._refusal(error, f"the file of {self.title} raised") from None
+
+    def score(
+        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
+    ) -> list[float]:
+        """Scores of the responses to one prompt, in their order. InputError: as `score_details`."""
+        return [details["score"] for details in self.score_details(messages, responses, truncated, prompt_id)]
+
+    def score_details(
+        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
+    ) -> list[dict]:
+        """For each response its `score`.
+
+        Raises:
+            InputError: the function raises, gives no list of one finite number for each response, or gives equal
+                responses, or the first prompt's at a second call, other scores.
+        """
+        scores = self._call(messages, responses, truncated, prompt_id)
+        again = scores if self.tried else self._call(messages, responses, truncated, prompt_id)
+        self.tried, first = True, {}
+        for number, (text, cut) in enumerate(zip(responses, truncated, strict=True)):
+            seen = first.setdefault((text, cut), number)
+            for other, when in ((again[number], "at a second call"), (scores[seen], f"as response {seen + 1}")):
+                if other != scores[number]:
+                    raise self._refuse(
+                        f"gives response {number + 1} the score {scores[number]}, and {other} {when}",
+                        "equal responses must get equal scores: draw nothing at random, and keep no state",
+                    )
+        return [{"score": score} for score in scores]
+
+    def _call(
+        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None
+    ) -> list[float]:
+        from hps.chat import response_token_ids
+
+        columns = {
+            "prompts": [[dict(message) for message in messages] for _ in responses],
+            "completions": [[{"role": "assistant", "content": text}] for text in responses],
+            "completion_ids": [
+                response_token_ids(self.tokenizer, messages, text, cut)
+                for text, cut in zip(responses, truncated, strict=True)
+            ],
+            "truncated": list(truncated),
+            "prompt_id": [prompt_id] * len(responses),
+        }
+        try:
+            found = self.function(**columns)
+        except (Exception, SystemExit) as error:
+            raise self._refusal(error, f"{self.title} raised{self._culprit(columns)}") from None
+        if not isinstance(found, list):
+            raise self._refuse(f"returns {type(found).__name__}", "return a list of floats")
+        if len(found) != len(responses):
+            raise self._refuse(
+                f"returns {len(found)} scores for {len(responses)} responses", "return one for each of `completions`"
+            )
+        return [self._number(value, number) for number, value in enumerate(found, 1)]
+
+    def _culprit(self, columns: dict[str, list]) -> str:
+        """Which response the function raises on, if it does on one alone."""
+        for number in range(len(columns["completions"])):
+            try:
+                self.function(**{name: [values[number]] for name, values in columns.items()})
+            except (Exception, SystemExit):
+                return f" on response {number + 1}"
+        return ""
+
+    def _number(self, value: Any, number: int) -> float:
+        """A score as a float; scalars of numpy and torch are numbers, too."""
+        plain = value
+        if callable(getattr(value, "item", None)):
+            try:
+                plain = value.item()
+            except (ValueError, RuntimeError):  # an array of several numbers
+                plain = None
+        if isinstance(plain, bool) or not isinstance(plain, (int, float)):
+            raise self._refuse(f"gives response {number} {_short(value)}", "return a float for each response")
+        if not abs(plain) <= LARGEST_REWARD:
+            raise self._refuse(
+                f"gives response {number} the score {_short(plain)}",
+                f"return finite numbers within {LARGEST_REWARD:.1e}",
+            )
+        return float(plain)
+
+    def _refuse(self, problem: str, remedy: str) -> InputError:
+        return InputError(f"{self.title} {problem}", where=f"{shown(self.path)}:{self.line}", remedy=remedy)
+
+    def _refusal(self, error: BaseException, problem: str) -> InputError:
+        """An exception of the function, with the last line of its file that was at work."""
+        line, trace = getattr(self, "line", 1), error.__traceback__
+        while trace:
+            if trace.tb_frame.f_code.co_filename == str(self.path):
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        text = " ".join(str(error).split())[:300]
+        remedy = f"correct the function ({SIGNATURE})" if isinstance(error, TypeError) else "correct the function"
+        return InputError(
+            f"{problem} {type(error).__name__}: {text}".rstrip(": "), where=f"{shown(self.path)}:{line}", remedy=remedy
+        )
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
