@@ -1,4 +1,4 @@
-"""Load what scores, a reward model of whichever class its configuration names or a function, and run it on all devices."""
+"""Load what scores, a reward model of any of the classes here or a function, and run it on all devices."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict

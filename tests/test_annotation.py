@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from annotation import annotate as stage
+from annotation import reward_models
 from annotation.annotate import annotate, rank, summarize
 from annotation.score import RewardModel
 from hps.errors import InputError
@@ -260,7 +261,7 @@ def test_a_prompt_that_ends_its_worker_twice_is_in_the_ledger(recipe, monkeypatc
             found = {"lost": "ActorDiedError: killed"} if number == 1 else {"record": rank(item["record"], rewards)}
             yield {"key": item["key"], **found}
 
-    monkeypatch.setattr(stage, "run_workers", workers)
+    monkeypatch.setattr(reward_models, "run_workers", workers)
     annotate(recipe)
     ((_, line),) = read_jsonl(recipe.ranked("train").with_name("train.ledger.jsonl"))
     assert line == {"prompt_id": "p1", "reason": "its worker died twice", "cause": "ActorDiedError: killed"}
