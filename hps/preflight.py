@@ -451,9 +451,7 @@ def scorer_lines(stage: str, recipe: Recipe) -> list[str]:
     lines, models = [], recipe.models
     if stage == "gene" and recipe.annotation.noise:
         deviation = recipe.annotation.noise
-        lines.append(
-            f"reward: Gaussian noise of standard deviation {deviation:g} is added to the rewards of the ranking"
-        )
+        lines.append(f"reward: Gaussian noise of standard deviation {deviation:g} is added to the ranking rewards")
     if stage != "run" and same_model(models.reward, models.evaluator):
         lines.append(SAME_FUNCTION if models.reward.function else f"WARNING: {SAME_MODEL}")
     return lines

@@ -479,7 +479,7 @@ def _take_place(recipe, layer: Any, place: "_Place") -> None:
             key = f"models.{role}.function"
             raise InputError(f"`models.{role}` has both a `path` and a `function`", where=place.of(key), remedy=LEAVE)
         if given.get("function") is not None:
-            recipe.models[role].path = recipe.models[role].revision = None
+            recipe.models[role].path, recipe.models[role].revision = None, given.get("revision")
         elif given.get("path") is not None:
             recipe.models[role].function = None
 

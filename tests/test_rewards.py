@@ -152,7 +152,8 @@ def test_a_function_takes_the_models_place(load, file, tiny_recipe):
     )
     bare = tiny_recipe.with_name("bare.yaml")
     bare.write_text(
-        "output: x\nmodels: {reward: {function: checks}}\ndata: {train: {path: a}, test: {path: b}}\nprofile: released\n"
+        "output: x\nprofile: released\nmodels: {reward: {function: checks}}\n"
+        "data: {train: {path: a}, test: {path: b}}\n"
     )
     recipe = load_recipe(bare)
     assert recipe.models.reward == Reward(function="checks") and recipe.models.evaluator.path.startswith("RLHFlow/")
@@ -346,10 +347,8 @@ def test_a_bad_score_names_the_record(load, file):
     file.write_text(
         "def short(prompts, completions, prompt_id, **kwargs):\n    return [1 / (prompt_id[0] != 'p2')] * 4\n"
     )
-    start = (
-        f"{recipe.candidates('train')}:3: prompt p2: {file}:2: `models.reward.function` `short` raised on response 1 "
-    )
-    assert refusal(annotate, recipe).startswith(start + "ZeroDivisionError")
+    start = f"{recipe.candidates('train')}:3: prompt p2: {file}:2: `models.reward.function` `short` raised on "
+    assert refusal(annotate, recipe).startswith(start + "response 1 ZeroDivisionError: ")
     assert [record["prompt_id"] for record in ranked(recipe)["train"]] == ["p0", "p1"]
     file.write_text(SHORT)
     assert "model.sha256 was" in refusal(annotate, recipe)  # what was scored is another function's
