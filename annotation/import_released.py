@@ -109,7 +109,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         yield from read_jsonl(path)
         return
     with open_data(path) as file:
-        rows = parse_json(file.read(), path)
+        rows = parse_json(file.read().removeprefix(codecs.BOM_UTF8), path)
     assert isinstance(rows, list)  # by its first character
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"

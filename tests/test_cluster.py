@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPOSITORY, Rounding
+from conftest import REPOSITORY, Rounding, ranked_records
 
 from alignment.plan import plan
 from hps.errors import InputError
@@ -148,8 +148,8 @@ def test_the_slurm_script_trains(ranked_recipe, tiny_recipe, run_module, slurm, 
     """Preflight, plan, merge and margins once; the launch on both."""
     settings = ["data.train.responses=0", "data.test.responses=0"]
     recipe = ranked_recipe(*NODES)
-    ranking = recipe.ranked("test")
-    shutil.copy(recipe.ranked("train"), ranking)
+    others = ranked_records(12)[8:]  # the first 8 are the train prompts
+    recipe.ranked("test").write_text("".join(json.dumps(record) + "\n" for record in others))
     words = ["bash", REPOSITORY / "cluster" / "train.sbatch", tiny_recipe, *NODES, *settings]
     done = subprocess.run(words, env=slurm, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
