@@ -29,7 +29,7 @@ from hps.functions import announce, located
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import check_fits
 from hps.recipe import SPLITS, Model, Recipe
-from hps.records import PARALLEL, QUIET, Appender, canonical, done_ids, read_candidates, read_ranked, write_json
+from hps.records import PARALLEL, WITHOUT_NOISE, Appender, canonical, done_ids, read_candidates, read_ranked, write_json
 
 
 class Scorer:
@@ -59,7 +59,7 @@ class Scorer:
 def rank(record: dict, rewards: list[float]) -> dict:
     """The record with `rewards`, its parallel lists sorted by reward, best first; ties keep their order."""
     order = sorted(range(len(rewards)), key=lambda index: -rewards[index])
-    ranked = {name: [record[name][index] for index in order] for name in (*PARALLEL, QUIET) if name in record}
+    ranked = {name: [record[name][index] for index in order] for name in (*PARALLEL, WITHOUT_NOISE) if name in record}
     return {**record, **ranked, "rewards": [rewards[index] for index in order]}
 
 
@@ -74,12 +74,12 @@ def add_noise(record: dict, deviation: float, seed: int) -> dict:
         digest = sha256(canonical([seed, record["prompt_id"], text]).encode()).digest()
         uniform = (int.from_bytes(digest[:6]) + 0.5) / 2**48  # more bits would round to 1
         rewards.append(reward + deviation * NormalDist().inv_cdf(uniform))
-    return rank({**record, QUIET: record["rewards"]}, rewards)
+    return rank({**record, WITHOUT_NOISE: record["rewards"]}, rewards)
 
 
-def changed_order(rewards: list[float], quiet: list[float]) -> float:
+def turned_pairs(rewards: list[float], without_noise: list[float]) -> float:
     """The share of pairs of different rewards without noise whose order the noise turned; 0 where all are equal."""
-    now, before = (np.sign(np.subtract.outer(values, values)) for values in (rewards, quiet))
+    now, before = (np.sign(np.subtract.outer(values, values)) for values in (rewards, without_noise))
     pairs = np.count_nonzero(before)
     return float(np.count_nonzero(now * before < 0) / pairs) if pairs else 0.0
 
@@ -98,8 +98,8 @@ def summarize(path: Path) -> dict:
         sums["worst"] += rewards[-1]
         sums["standard_deviation"] += math.sqrt(mean((reward - middle) ** 2 for reward in rewards))
         sums["tokens"] += sum(record["token_counts"])
-        if QUIET in record:
-            sums["pairs_turned_by_noise"] += changed_order(rewards, record[QUIET])
+        if WITHOUT_NOISE in record:
+            sums["pairs_turned_by_noise"] += turned_pairs(rewards, record[WITHOUT_NOISE])
         ties += len(rewards) - len(set(rewards))
         sources[record["sources"][0]] += 1
     if not prompts:

@@ -26,6 +26,7 @@ DEFAULT_RECIPE = "configs/quickstart.yaml"
 SPLITS = ("train", "test")
 SFT = "sft"  # the folder of the model before training, beside the runs
 SCORERS = ("reward", "evaluator")  # the roles of which a function can do the work
+LEAVE = "leave one of them out"
 SHIPPED = "annotation/rewards.py"  # the functions that a recipe names without a file
 RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are no run
 
@@ -482,9 +483,6 @@ def _take_place(recipe, layer: Any, place: "_Place") -> None:
             recipe.models[role].path, recipe.models[role].revision = None, given.get("revision")
         elif given.get("path") is not None:
             recipe.models[role].function = None
-
-
-LEAVE = "leave one of them out"
 
 
 def _settle_scorer(scorer: Reward, key: str, place: "_Place") -> None:

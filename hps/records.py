@@ -44,7 +44,7 @@ AGAIN = "remove the line, so that its prompt is done again"
 Check = Callable[[dict, str], dict]  # record and `path:line` in, the record out, or an InputError
 ROLES = ("system", "user", "assistant")
 PARALLEL = ("responses", "sources", "token_counts", "truncated")
-QUIET = "rewards_without_noise"  # of a ranked record, where the ranking added noise (`annotation.noise`)
+WITHOUT_NOISE = "rewards_without_noise"  # of a ranked record, where the ranking added noise (`annotation.noise`)
 PAIR = ("chosen", "rejected")  # TRL's names of two given responses
 PROMPT_FIELDS = ("prompt", "prompt_id", "responses", *PAIR)
 NOTES = ("topic", "source")  # of our own prompts files, for the reader
@@ -579,8 +579,8 @@ def check_ranked(record: dict, where: str) -> dict:
     """Return the record, named; InputError as `check_candidates`, and for rewards missing, not finite, or unsorted."""
     check_strings(record, "responses", where)
     check_rewards(record, where)
-    if QUIET in record:
-        check_rewards(record, where, QUIET)
+    if WITHOUT_NOISE in record:
+        check_rewards(record, where, WITHOUT_NOISE)
     record = check_candidates(record, where)
     if len(record["responses"]) < 2:
         raise InputError(

@@ -374,7 +374,8 @@ def test_no_model(tmp_path):
 def test_an_armorm_ranks(folders, tmp_path):
     model = Model(str(folders["llama3"]))
     check_labels(model)
-    scorer = Scorer({"path": model.path, "revision": None}, "float32", 16384, str(tmp_path / "canaries"))
+    given = {"model": {"path": model.path}, "role": "reward", "writer": {}, "dtype": "float32", "batch_tokens": 16384}
+    scorer = Scorer(**given, canaries=str(tmp_path / "canaries"))
     responses = RESPONSES[:3]
     record = {"prompt_id": "p", "prompt": MESSAGES, "responses": responses, "truncated": TRUNCATED[:3]}
     record |= {"sources": ["generated"] * 3, "token_counts": [1, 2, 3]}

@@ -10,17 +10,21 @@ from conftest import REPOSITORY
 
 from annotation import annotate as stage
 from annotation import answers as scoring
-from annotation.annotate import add_noise, annotate, changed_order, rank, summarize
+from annotation.annotate import add_noise, annotate, rank, summarize, turned_pairs
 from annotation.rewards import brevity, checks, sentiment
+from evaluation.metrics import print_metrics
 from evaluation.results import result_key
 from hps import functions
 from hps.errors import InputError
 from hps.functions import FunctionScorer, function_hash
 from hps.manifest import check_model, model_hash
+from hps.pin import pin
+from hps.prefetch import prefetch
 from hps.preflight import preflight, same_model
 from hps.recipe import Model, Reward, as_dict, as_yaml, load_recipe
 from hps.records import read_jsonl, read_ranked, write_json
 from hps.verify import verify
+from report.origin import models
 
 SHORT = "def short(prompts, completions, **kwargs):\n    return [-float(len(c[0]['content'])) for c in completions]\n"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -437,6 +441,19 @@ def test_the_preflight_says_and_tries_what_will_run(load, tiny_recipe, file, cap
     )
 
 
+def test_pages_and_commands_name_a_function(load, tiny_recipe, capsys):
+    recipe = load("{function: sentiment}")
+    pin(str(tiny_recipe))
+    prefetch(recipe, str(tiny_recipe))
+    said = capsys.readouterr().out
+    assert "pin: reward: the function sentiment\n" in said and "prefetch: reward: the function sentiment\n" in said
+    settings = {"model": model_hash(recipe.models.reward), "noise": {"seed": 7}}
+    assert list(models(settings)) == [("model", settings["model"])]
+    metrics = {"run": "sft", "samples": 1, "prompts": 40, "evaluator_is_reward": True, "left_out": {}, "figures": {}}
+    print_metrics(metrics, Path("x"), function=True)
+    assert "ranked and evaluated by the same function" in capsys.readouterr().out
+
+
 # ---- noise ----
 
 
@@ -445,8 +462,8 @@ def test_noise_is_of_seed_prompt_and_text_alone():
     noisy = add_noise(record, 2.0, seed=7)
     again = add_noise(rank(candidate(1, "d", "c", "b", "a"), [1.0, 2.0, 3.0, 4.0]), 2.0, seed=7)
     assert noisy["rewards"] == again["rewards"] and noisy["responses"] == again["responses"]
-    quiet = dict(zip(noisy["responses"], noisy["rewards_without_noise"], strict=True))
-    assert quiet == {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
+    before = dict(zip(noisy["responses"], noisy["rewards_without_noise"], strict=True))
+    assert before == {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
     assert noisy["rewards"] == sorted(noisy["rewards"], reverse=True)
     others = [add_noise(record, 2.0, seed=8), add_noise({**record, "prompt_id": "q"}, 2.0, seed=7)]
     assert all(set(other["rewards"]).isdisjoint(noisy["rewards"]) for other in others)
@@ -467,8 +484,8 @@ def test_noise_is_gaussian():
 
 def test_the_share_of_pairs_that_noise_turned():
     """Without noise 3 > 2 > 1 = 1: five pairs have an order. Now 2 is first: one of five is turned."""
-    assert changed_order([9.0, 8.0, 1.0, 0.5], [2.0, 3.0, 1.0, 1.0]) == 0.2
-    assert changed_order([2.0, 1.0], [1.0, 1.0]) == 0.0
+    assert turned_pairs([9.0, 8.0, 1.0, 0.5], [2.0, 3.0, 1.0, 1.0]) == 0.2
+    assert turned_pairs([2.0, 1.0], [1.0, 1.0]) == 0.0
 
 
 def test_a_noisy_ranking_goes_on_where_it_was_stopped(load):
