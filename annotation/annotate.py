@@ -1,9 +1,11 @@
-"""Score every candidate with the reward model and rank.
+"""Score every candidate with the reward model, or a function in its place (hps/functions.py), and rank.
 
 Reads   `<output>/candidates/{train,test}.jsonl` (candidates)
 Writes  `<output>/ranked/{train,test}.jsonl` (ranked: candidates with `rewards`, sorted), `{train,test}.ledger.jsonl`,
         `summary.json`, `manifest.json` (last); beside the output folder `canaries/` (annotation/canary.py)
 Run     python -m annotation.annotate configs/quickstart.yaml
+
+With `annotation.noise` Gaussian noise is added to the rewards; what they were stays as `rewards_without_noise`.
 
 A run that was killed is continued by the same command. A score that is not finite stops the run and names the record;
 what was scored before stays.
