@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole method on the embedded models and data, on a laptop without a GPU: candidates, ranking, alignment, figures.
+# The whole method on the embedded models and data, on a laptop without a GPU: candidates, ranking, alignment, and
+# what the aligned model answers to prompts that it never saw.
 #
 #   bash quickstart.sh [key=value ...] [--dry-run]
 #
@@ -22,9 +23,10 @@ bash setup.sh train
 start=$SECONDS
 bash gene.sh "$RECIPE" "$@"
 bash run.sh "$RECIPE" "$@"
+bash evaluate.sh "$RECIPE" "$@"
 case " $* " in *" --dry-run "*) exit 0 ;; esac
 echo
 .venv-train/bin/python -m evaluation.summary "$RECIPE" "$@"
 echo "quickstart: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after the set-up"
-# run.sh has made it; its path is to be the last line.
+# evaluate.sh has made it; its path is to be the last line.
 .venv-train/bin/python -m report.run "$RECIPE" "$@"

@@ -204,6 +204,7 @@ def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu, left_out: Counter) -> 
             answers_before, scores_before = base.of(name)
             before = answer_figures(answers_before, scores_before["answers"])
             figures |= change_figures(figures, before, _line(moved, name, folder / "divergence"))
+            figures["reward_win_rate"] = win_rate(scores["answers"], scores_before["answers"])
         yield {"prompt_id": name, **{key: round(value, 6) for key, value in figures.items()}}
 
 
@@ -215,6 +216,12 @@ def change_figures(after: dict, before: dict, moved: dict) -> dict[str, float]:
         "kl_sampled": statistics.mean(moved["kl"]),
         "log_ratio_sampled": statistics.mean(moved["log_ratio"]),
     }
+
+
+def win_rate(after: list[dict], before: list[dict]) -> float:
+    """Share of all pairs (an answer after, one before) in which the one after has the higher reward; a tie is half."""
+    pairs = [(ours["score"], theirs["score"]) for ours in after for theirs in before]
+    return statistics.mean((ours > theirs) + (ours == theirs) / 2 for ours, theirs in pairs)
 
 
 def evaluated(recipe: Recipe, sft: bool) -> Path:

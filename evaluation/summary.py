@@ -1,14 +1,17 @@
-"""One screenful about a finished run: where everything is, rewards, held-out figures, answers before and after.
+"""One screenful about a finished run: did it learn, on prompts that it never saw, and where everything is.
 
-Reads   what gene.sh and run.sh wrote for the recipe
+Reads   what gene.sh, run.sh and, if it has run, evaluate.sh wrote for the recipe
 Run     python -m evaluation.summary configs/quickstart.yaml
 """
 
 import json
 import shutil
 import textwrap
+from collections.abc import Iterator
+from itertools import islice
 
-from evaluation.statistics import estimate, figure
+from evaluation.metrics import Answered
+from evaluation.statistics import LEVEL, estimate, figure, signed
 from hps.cli import parse
 from hps.errors import InputError, printable, run_main
 from hps.recipe import SPLITS, Recipe
@@ -55,18 +58,79 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
             f"{figures['worst']:7.3f}   {figures['standard_deviation']:.3f}"
         )
     metrics = _read(run / "evaluation" / "margins.json")
-    lines += ["", "Held-out figures (mean [95 % interval]; RM_DPO in nats)"]
+    lines += ["", "Held-out pairs (mean [95 % interval]; RM_DPO in nats)"]
     for name, figures in metrics["sets"].items():
         margin, before, after = (figures[key] for key in ("rm_dpo", "accuracy_before", "accuracy_after"))
         lines.append(
             f"  {name:8s} {figures['pairs']:4d} pairs  RM_DPO {estimate(margin)}  "
             f"accuracy before {figure(before['mean'])}, after {figure(after['mean'])}"
         )
-    lines += ["", "Answers to test prompts: before | after"]
-    for _, answer in read_jsonl(run / "evaluation" / "answers.jsonl", check_greedy):
-        question = textwrap.shorten(printable(answer["prompt"][-1]["content"]), width - 4, placeholder=" ...")
-        lines += [f"> {question}", *columns(answer["before"], answer["after"], width), ""]
+    learned = outcome(recipe)
+    lines += ["", "Answers to test prompts: before | after" + (", each with its reward" if learned else "")]
+    for prompt, before, after in _scored(recipe) if learned else _greedy(recipe):
+        question = textwrap.shorten(printable(prompt[-1]["content"]), width - 4, placeholder=" ...")
+        lines += [f"> {question}", *columns(before, after, width), ""]
+    if learned:
+        lines += [f"Did it learn? {learned['title']}", *(f"  {name:43s} {text}" for name, text in learned["lines"])]
     return lines
+
+
+def outcome(recipe: Recipe) -> dict | None:
+    """What training changed in the answers to prompts that the policy never saw: a title, and names with estimates.
+
+    None until evaluate.sh has run. The reward is the evaluator's; where that is the function that ranked, the truth.
+    """
+    after, before = (folder / "metrics.json" for folder in (recipe.evaluated_folder(), recipe.tested().sft_folder()))
+    if not (after.exists() and before.exists()):
+        return None
+    metrics, earlier = _read(after), _read(before)["figures"]
+    figures = metrics["figures"]
+    if "reward_win_rate" not in figures:  # of an earlier version
+        return None
+    title = (
+        f"{metrics['samples']} answers to each of {metrics['prompts']} test prompts, reward by {evaluator(recipe)} "
+        f"(mean [{LEVEL:.0%} interval])"
+    )
+    lines = {
+        "reward before training": estimate(earlier["reward_mean"]),
+        "reward after": estimate(figures["reward_mean"]),
+        "change, prompt by prompt": estimate(figures["reward_mean_change"], write=signed),
+        "share of answers that beat one from before": estimate(figures["reward_win_rate"]),
+        "KL from the model before training (nats)": estimate(figures["kl_sampled"]),
+        "tokens of an answer before training": estimate(earlier["tokens_mean"], 1),
+        "tokens after": estimate(figures["tokens_mean"], 1),
+    }
+    return {"title": title, "lines": list(lines.items())}
+
+
+def evaluator(recipe: Recipe) -> str:
+    """What scored the answers, as the recipe names it."""
+    return recipe.models.evaluator.path
+
+
+def side_by_side(recipe: Recipe) -> Iterator[dict]:
+    """The first test prompts, each with the first of its answers before and after: `text` and `score`."""
+    folders = {"before": recipe.tested().sft_folder(), "after": recipe.evaluated_folder()}
+    sides = {name: Answered(folder) for name, folder in folders.items()}
+    both = (name for name in sides["after"].answers if name in sides["before"].answers)
+    for name in islice(both, recipe.evaluation.answers):
+        found = {side: answered.of(name) for side, answered in sides.items()}
+        answers = {
+            side: {"text": record["responses"][0], "score": scores["answers"][0]["score"]}
+            for side, (record, scores) in found.items()
+        }
+        yield {"prompt": found["after"][0]["prompt"], **answers}
+
+
+def _scored(recipe: Recipe) -> Iterator[tuple[list[dict], str, str]]:
+    for shown in side_by_side(recipe):
+        before, after = (f"({figure(shown[side]['score'], 2)}) {shown[side]['text']}" for side in ("before", "after"))
+        yield shown["prompt"], before, after
+
+
+def _greedy(recipe: Recipe) -> Iterator[tuple[list[dict], str, str]]:
+    for _, answer in read_jsonl(recipe.run_folder() / "evaluation" / "answers.jsonl", check_greedy):
+        yield answer["prompt"], answer["before"], answer["after"]
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignment.plan import read_plan
 from evaluation.statistics import FEW, figure, interval
+from evaluation.summary import outcome, side_by_side
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.recipe import DEFAULT_RECIPE, Recipe
@@ -26,7 +27,7 @@ from report import run_pictures
 from report.answers import answers
 from report.draws import read_draws, rewards_by_source
 from report.origin import origin
-from report.page import intact, render, write_page
+from report.page import LONGEST, cut_texts, intact, render, write_page
 
 # Figures that a reader looks for first, in this order.
 NAMES = {
@@ -40,6 +41,7 @@ NAMES = {
     "reward_mean": "reward, mean answer",
     "reward_best_change": "reward, best answer: change",
     "reward_mean_change": "reward, mean answer: change",
+    "reward_win_rate": "share of answers that beat one from before",
     "kl_sampled": "KL on own answers (nats)",
     "bleu_best": "BLEU, best answer",
     "tokens_mean": "length (tokens)",
@@ -201,6 +203,8 @@ def report(recipe: Recipe, arguments: list[str]) -> str:
     steps = lines[-1]["step"]
     with intact(evaluated, AGAIN):
         shown, left = answers(recipe)
+        learned = outcome(recipe)
+        examples = cut_texts(list(side_by_side(recipe)) if learned and shown else [], LONGEST)
     title = f"{Path(recipe.output).name}: {recipe.run}"
     if recipe.evaluation.on is not None:
         title += f", tested on {evaluated.name}"
@@ -211,6 +215,8 @@ def report(recipe: Recipe, arguments: list[str]) -> str:
         loss=settings.loss,
         plan=plan_table(run / "plan.json"),
         steps=steps,
+        learned=learned,
+        examples=examples,
         held_out=held_out(evaluated, steps),
         metrics=metrics(evaluated, recipe.tested().sft_folder()),
         win_rates=win_rates(evaluated),

@@ -104,6 +104,7 @@ def test_an_unfinished_run_is_refused(ranked_recipe, sampled):
         stage.answer([ranked_recipe()])
 
 
+@pytest.mark.slow
 def test_another_test_split_has_folders_of_its_own(run, sampled, tiny_recipe, tmp_path):
     other = tmp_path / "other.yaml"
     text = tiny_recipe.read_text().replace(str(tmp_path / "runs"), str(tmp_path / "elsewhere"))

@@ -231,6 +231,7 @@ def test_nodes_of_the_environment(monkeypatch):
             node_count()
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_see_the_plan(ranked_recipe, tiny_recipe, run_module):
     environment = rendezvous()
     result = run_module("alignment.launch", tiny_recipe, *NODES, env=environment)

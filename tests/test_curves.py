@@ -56,6 +56,7 @@ def test_field_that_no_line_has(write_lines, tmp_path, axes):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_command_line(write_lines, tmp_path, run_module):
     path = write_lines([line(1), line(2)])
     result = run_module("alignment.curves", path, tmp_path / "out.png")

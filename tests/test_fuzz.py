@@ -45,6 +45,8 @@ from hps.records import (
     write_lines,
 )
 
+pytestmark = pytest.mark.slow  # thousands of examples; tests/test_losses.py has the formulas by hand for the quick run
+
 READERS = (read_jsonl, read_prompts, read_candidates, read_ranked, read_answers, read_ledger, read_rows)
 
 
@@ -521,7 +523,6 @@ def check_row_of_plan(row: dict, record: dict, recipe: Recipe) -> None:
         assert rewards[row["dispreferred"][0]] == min(rewards[i] for i in allowed)
 
 
-@pytest.mark.slow
 @examples(400)
 @given(plans(), st.randoms(use_true_random=False))
 def test_any_plan_has_every_usable_prompt_once_an_epoch(case, rng):
@@ -773,7 +774,6 @@ def quick_disk(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
-@pytest.mark.slow
 def test_fuzzed_record_files_give_clear_errors_only(quick_disk, tmp_path):
     """Another seed than the program's own run of 50,000 files."""
     report = fuzz(5000, 1, tmp_path)

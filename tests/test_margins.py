@@ -361,6 +361,7 @@ def test_the_floor_of_fp32_is_next_to_nothing(finished, enabled):
     assert kl > 0.1 and 0 <= floor["kl"] < 1e-4 * kl and 0 < floor["s"] < 1e-3
 
 
+@pytest.mark.slow
 def test_the_floor_of_bf16_is_not(finished):
     """Weights in bf16 do not move by a thousandth of their way, so that nothing is measured of them."""
     recipe = finished(trained=True)

@@ -6,6 +6,7 @@ import pytest
 from sacrebleu import corpus_bleu
 
 from evaluation import metrics as stage
+from evaluation.summary import outcome, side_by_side
 from hps.errors import InputError
 from hps.records import read_jsonl, read_prompts, write_json
 from hps.verify import check_stage
@@ -196,7 +197,31 @@ def test_metrics_of_a_run(evaluated):
     assert figures["log_ratio_sampled"]["mean"] == 1.0
     assert figures["tokens_mean_change"]["mean"] == pytest.approx(1 / 3, abs=1e-4)
     assert figures["reward_best"]["mean"] == 1 + 1.5 and figures["reward_mean_change"]["mean"] == 1.5
+    # Of 9 pairs of answers: 3 ties; then 6 won and 2 ties; 8 and 1; 9.
+    assert figures["reward_win_rate"]["mean"] == pytest.approx((4.5 + 7 + 8.5 + 9) / 36, abs=1e-4)
     assert metrics["sets"] == {"written": {"pairs": 4}}
+
+
+def test_what_training_changed(evaluated):
+    """The lines that quickstart ends with; nothing before both models are evaluated."""
+    evaluated.evaluation.answers = 3
+    stage.evaluate(evaluated, sft=True)
+    assert outcome(evaluated) is None
+    stage.evaluate(evaluated, sft=False)
+    learned = outcome(evaluated)
+    path = evaluated.models.evaluator.path
+    assert learned["title"] == f"{evaluated.evaluation.samples} answers to each of 4 test prompts, reward by {path} (mean [95% interval])"
+    lines = dict(learned["lines"])
+    assert lines["reward before training"] == "0.000 [0.000, 0.000]"
+    assert lines["reward after"].startswith("1.500 [") and lines["change, prompt by prompt"].startswith("+1.500 [")
+    assert lines["share of answers that beat one from before"].startswith("0.806 [")
+    assert lines["KL from the model before training (nats)"] == "3.000 [3.000, 3.000]"
+    assert lines["tokens after"] == "12.0 [12.0, 12.0]"
+    shown = list(side_by_side(evaluated))
+    prompts = [record for _, record in read_prompts(evaluated.data.test.path, evaluated.evaluation.answers)]
+    assert [each["prompt"] for each in shown] == [record["prompt"] for record in prompts]
+    assert shown[2]["before"] == {"text": prompts[2]["responses"][0], "score": 0.0}
+    assert shown[2]["after"] == {"text": prompts[2]["responses"][0], "score": 2.0}
 
 
 def test_a_prompt_that_one_of_the_models_has_not_answered_is_counted(evaluated):

@@ -247,6 +247,7 @@ def test_a_link_to_a_recipe_stays_a_link(hub, recipe_file, tmp_path):
     assert link.is_symlink() and A in link.read_text()
 
 
+@pytest.mark.slow
 def test_the_command_honours_offline_mode(run_module, recipe_file):
     import os
 

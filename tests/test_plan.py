@@ -856,6 +856,7 @@ def test_missing_policy_folder(light_recipe, ranked, run_module):
     assert_one_error(result, "error: `models.policy.path`: there is no model folder", "nowhere/policy")
 
 
+@pytest.mark.slow
 def test_plan_is_written_and_read_back(light_recipe, ranked, run_module):
     path = ranked(ranked_records(6))
     result = run_module("alignment.plan", light_recipe)

@@ -443,6 +443,7 @@ def test_one_name_on_two_prompts(write_lines):
         Indexed(path, check_prompt)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_texts(write_lines):
     """Of 2,000 records of 10 kB the index keeps less than 1 MB."""
     path = write_lines([prompt_of(number, "x" * 10_000) for number in range(2000)])

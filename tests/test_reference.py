@@ -171,6 +171,7 @@ def test_in_bf16_another_layout_gives_another_reference(ranked_recipe):
     assert differences[True] > 1e-3 and differences[True] > 100 * differences[False]
 
 
+@pytest.mark.slow
 def test_a_reference_of_another_model_is_refused_at_the_first_step(ranked_recipe):
     """Its rows moved on by one; and the policy a little another than the reference."""
     recipe = ranked_recipe("loss.preference=bt")
@@ -196,6 +197,7 @@ def test_what_rounding_explains_by_hand():
     assert rounding(torch.float32, tokens, log_probs).tolist() == pytest.approx([64 * 2**-23, 1440 * 2**-23])
 
 
+@pytest.mark.slow
 def test_the_folder_bears_what_decides_the_bits(ranked_recipe):
     settings = {
         "as it is": [], "rows": ["training.row_tokens=1000"], "separate": ["training.shared_prefix=false"],

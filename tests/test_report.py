@@ -347,6 +347,22 @@ def test_answers_stand_side_by_side_with_scores(trained, monkeypatch):
     assert answers_of.answers(trained)[1] == 2 and "2 more are left out of this page" in report(trained, [])
 
 
+def test_the_page_opens_with_what_training_changed(trained):
+    evaluated(trained)
+    trained.evaluation.answers = 2
+    path = trained.evaluated_folder() / "metrics.json"
+    entry = {"mean": 0.25, "interval": [0.125, 0.375]}
+    names = ("reward_mean", "reward_mean_change", "reward_win_rate", "kl_sampled", "tokens_mean")
+    for each in (path, trained.sft_folder() / "metrics.json"):
+        write_json(each, {"prompts": 2, "samples": 2, "figures": dict.fromkeys(names, entry)})
+    page = report(trained, [])
+    before, after = page.index('<h2 id="learned">'), page.index('<h2 id="figures">')
+    opening = page[before:after]
+    assert "change, prompt by prompt</th><td>+0.250 [+0.125, +0.375]</td>" in opening
+    assert opening.count("<article") == 2 and "reward 2.000" in opening and "reward 1.500" in opening
+    assert "&lt;script&gt;alert" in opening and "<script>alert" not in page
+
+
 def test_figures_stand_where_their_scores_were_deleted(trained):
     evaluated(trained)
     shutil.rmtree(trained.run_folder() / "scores")

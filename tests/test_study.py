@@ -149,6 +149,7 @@ def test_a_folder_keeps_its_key(study, answered):
     assert (study / "key.json").read_text() == "{}" and page.read_bytes() == text
 
 
+@pytest.mark.slow
 def test_two_data_sets_as_in_table_three(tmp_path, answered):
     """Two of the prompts of each of two data sets, by seed and not the first; figures of each and together.
 
@@ -230,6 +231,7 @@ def test_beside_the_paper():
     assert "Rows of the paper without a model here: DPO-BT 3.82, DPO-PL 3.69, DPO-HPS 3.93." in text
 
 
+@pytest.mark.slow
 def test_names_of_models_are_inert_in_table_and_page():
     """Of a name nothing is markup: what Markdown or HTML could read is an entity, the end of a line as well."""
     key = {"models": [HOSTILE, "b"], "criteria": CRITERIA, "seed": 0, "sets": {HOSTILE: ["p"], "y": ["q"]}}

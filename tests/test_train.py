@@ -280,6 +280,7 @@ def test_full_fine_tuning_keeps_nothing_along_the_way(ranked_recipe):
     assert not (recipe.run_folder() / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_rows_are_read_in_the_order_of_the_plan(ranked_recipe, monkeypatch):
     """A spy on the collator; two steps of two micro-batches an epoch."""
     seen = []

@@ -229,6 +229,7 @@ def test_a_random_judge_is_exposed():
     assert abs(result["judge"]["repeat_correlation"]) < 0.2
 
 
+@pytest.mark.slow
 def test_the_sign_test_alone_shows_a_random_judge_without_repeats():
     """By chance 5 in 100 random judges pass; of twenty seeds at most four (P(more) = 0.003)."""
     passed = sum(not judged_by(dice, repeats=1, seed=seed)["flags"] for seed in range(20))
