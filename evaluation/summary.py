@@ -104,8 +104,9 @@ def outcome(recipe: Recipe) -> dict | None:
 
 
 def evaluator(recipe: Recipe) -> str:
-    """What scored the answers, as the recipe names it."""
-    return recipe.models.evaluator.path
+    """What scored the answers: a model, or the name of a function, whose file the recipe may give."""
+    found = recipe.models.evaluator
+    return found.path or f"the function {found.function.rpartition('/')[2]}"
 
 
 def side_by_side(recipe: Recipe) -> Iterator[dict]:
