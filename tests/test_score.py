@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from annotation.score import RewardModel
 from hps.errors import InputError
 from hps.recipe import Model
-from hps.shared_prefix import Layout, common_prefix, portions
+from hps.shared_prefix import Layout, common_prefix, portions, run
 
 MESSAGES = [
     {"role": "user", "content": "My bread does not rise. What can I do?"},
@@ -81,6 +81,22 @@ def test_shared_and_plain_scores_are_equal_in_any_batches(reward, batch_tokens, 
     rows = reward.conversations(MESSAGES, RESPONSES, TRUNCATED)
     same(reward.score_rows(rows), library_scores(reward, rows))
     same(reward.score_rows_plain(rows), library_scores(reward, rows))
+
+
+def test_rows_beyond_the_shared_window_count_their_prompts(reward, monkeypatch):
+    """Two of the longest fit into a forward pass, the prompt in each row; a budget without it would let all in."""
+    rows = reward.conversations(MESSAGES, RESPONSES, TRUNCATED)
+    budget, seen = 2 * max(map(len, rows)), []
+
+    def counting(model, module, name, made):
+        seen.append(int(made["attention_mask"].sum()))
+        return run(model, module, name, made)
+
+    monkeypatch.setattr(reward, "layout", Layout(shared=8, padded=math.inf, gathers=True, reason="a window"))
+    monkeypatch.setattr(reward, "batch_tokens", budget)
+    monkeypatch.setattr("annotation.score.run", counting)
+    same(reward.score_rows(rows), library_scores(reward, rows))
+    assert sum(seen) == sum(map(len, rows)) and max(seen) <= budget and len(seen) < len(rows)
 
 
 @pytest.mark.parametrize("responses", [["One."], ["Same."] * 3])
