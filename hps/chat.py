@@ -79,7 +79,7 @@ def _loaded(path: str, revision: str | None):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         if own and (not isinstance(tokenizer, PreTrainedTokenizerFast) or _misread(tokenizer, own)):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the library of tokenizers raises no narrower class
         raise refusal(path, error, "tokenizer") from None
     if own and (text := _misread(tokenizer, own)):
         raise InputError(
@@ -306,7 +306,7 @@ def _rendered(tokenizer: Any, messages: list[dict], opens: bool) -> str:
         return tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=opens, tokenize=False
         )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
             f"the chat template refuses the roles {roles} ({error})",

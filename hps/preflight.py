@@ -9,7 +9,6 @@ Bad input ends with one line and exit status 2. With `--dry-run` what does not e
 plan is printed all the same.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from hps.errors import InputError, run_main
 from hps.manifest import check_model, file_hash
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.recipe import SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
-from hps.records import Indexed, check_prompt, prompt_id, read_jsonl, read_ranked, unread_fields
+from hps.records import Indexed, check_prompt, prompt_id, read_json, read_jsonl, read_ranked, unread_fields
 from hps.weights import UNUSABLE, check_weights, context_length, load_config, refusal
 from hps.workers import accumulation_steps, check_gpus, process_count
 
@@ -56,13 +55,8 @@ def check_labels(model: Model, role: str = "reward") -> None:
         config = load_config(model)
         labels, architectures = config.num_labels, config.architectures
     else:
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(
-                f"broken JSON ({error})", where=str(path), remedy="give the folder of a saved model"
-            ) from None
-        labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+        config = read_json(path, "give the folder of a saved model")
+        labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
         architectures = config.get("architectures")
     if labels != 1 and ARMORM not in (architectures or []):
         raise InputError(

@@ -243,7 +243,7 @@ def refusal(path: str, error: Exception, what: str = "model") -> InputError:
         )
     if not isinstance(error, (OSError, ValueError)):
         text = f"{type(error).__name__}: {text}"
-        return InputError(f"no {what} that can be loaded there ({text})", where=path, remedy="check its config.json")
+        return InputError(f"no {what} that can be loaded there ({text})", where=path, remedy="check its JSON files")
     return InputError(
         f"no {what} there ({text})",
         where=path,

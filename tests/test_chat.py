@@ -378,6 +378,24 @@ def test_a_tokenizer_that_loses_characters_is_refused(tokenizer, tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": "BertTokenizer"}'),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("special_tokens_map.json", "[]"),
+        ("chat_template.jinja", "{{ 1 / 0 }}"),
+        ("chat_template.jinja", "{% for"),
+    ],
+)
+def test_files_that_are_no_tokenizers_are_one_line(file, content, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match="no tokenizer that can be loaded there|the chat template refuses"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_tokenizer_that_strips_texts_is_refused(tokenizer, tmp_path):
     """The line end of the header would become part of the answer."""
     stripping = copy.deepcopy(tokenizer)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from conftest import make_reward_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from annotation.score import RewardModel
+from annotation.score import RewardModel, TooLong
 from hps.errors import InputError
 from hps.recipe import Model
 from hps.shared_prefix import Layout, common_prefix, portions, run
@@ -191,6 +191,34 @@ def test_the_releases_concatenation_would_be_found(llama3_reward):
 
 
 # ---- what is refused ----
+
+
+def test_positions_that_begin_behind_the_padding(tokenizer, tmp_path):
+    """RoBERTa's 42 positions hold 41 tokens if the padding token is 0; its conversations have rows of their own."""
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=42,
+        num_labels=1,
+    )
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = RewardModel(Model(str(tmp_path)), "float32")
+    longest = 42 - 1 - tokenizer.pad_token_id
+    asked, before = [{"role": "user", "content": "a"}], 0
+    for size in range(longest):
+        rows = model.conversations(asked, ["b " * size], [True])
+        if len(rows[0]) > longest:
+            with pytest.raises(TooLong, match=f"has {len(rows[0])} tokens, and the reward model has positions for"):
+                model.score(asked, ["b " * size], [True])
+            break
+        before = len(rows[0])
+        model.score(asked, ["b " * size], [True])
+    assert before in (longest - 1, longest)
 
 
 def test_two_labels_are_refused(tokenizer, tmp_path):
