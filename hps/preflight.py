@@ -366,7 +366,10 @@ def check_wandb(recipe: Recipe) -> None:
     from wandb.errors import Error
     from wandb.sdk.lib import wbauth
 
-    settings = wandb.setup().settings
+    try:
+        settings = wandb.setup().settings
+    except ValueError as error:  # of a WANDB_... variable
+        raise InputError(f"`training.wandb`: {error}", where="environment") from None
     wandb.teardown()  # it would keep settings that the training has yet to make
     if settings.mode != "online":
         return

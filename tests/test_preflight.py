@@ -194,6 +194,8 @@ def test_wandb_without_a_key_is_refused(recipe, tmp_path):
     (ranked / "test.jsonl").write_text("")
     message = "environment: `training.wandb` is true, and there is no key for http://127.0.0.1:9; run"
     assert_refused(preflight("run", recipe, *data, env=clean), message)
+    done = preflight("run", recipe, *data, env=clean | {"WANDB_MODE": "of"})
+    assert_refused(done, "environment: `training.wandb`: 1 validation error for Settings mode Input should be")
     for settings in ({"WANDB_MODE": "offline"}, {"WANDB_API_KEY": "a" * 40}):
         done = preflight("run", recipe, *data, env=clean | settings)
         assert done.returncode == 0, done.stderr
