@@ -38,7 +38,7 @@ from hps.chat import load_tokenizer, naming, prompt_token_ids, response_token_id
 from hps.cli import parse
 from hps.errors import InputError, run_main
 from hps.manifest import check_model, claim, file_hash, finish, hold
-from hps.preflight import check_fits, check_lora_targets, check_wandb
+from hps.preflight import check_fits, check_wandb, try_lora
 from hps.recipe import Recipe
 from hps.records import parse_json, shorten, write_atomic
 from hps.shared_prefix import prove
@@ -354,9 +354,9 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
     rows = TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
-    model = load_policy(recipe, config.bf16)
     if recipe.lora.enabled:
-        check_lora_targets(model, recipe)
+        try_lora(recipe)
+    model = load_policy(recipe, config.bf16)
     layout = prove(model, recipe.schedule.max_length)
     if not recipe.training.shared_prefix:
         layout = replace(layout, shared=0, reason="`training.shared_prefix` is false")

@@ -101,7 +101,7 @@ class ConversationScorer:
             InputError: a score is not finite; the message gives the response's number.
         """
         rows = [tuple(row) for row in self.conversations(messages, responses, truncated)]
-        if (longest := max(map(len, rows))) > (limit := context_length(self.model.config)):
+        if (longest := max(map(len, rows))) > (limit := longest_conversation(self.model)):
             raise TooLong(longest, limit)
         distinct = list(dict.fromkeys(rows))  # twice the same row could differ by rounding, and be ranked by it
         details = self._details([list(row) for row in distinct])
@@ -192,6 +192,17 @@ class RewardModel(ConversationScorer):
             return [float(own_score(self.model, row, [])) for row in rows]
         finally:
             self.model.config.pad_token_id = pad
+
+
+def longest_conversation(model: Any) -> float:
+    """Tokens that a model has positions for; RoBERTa's begin behind that of the padding token."""
+    tables = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.Embedding)}
+    behind = [
+        table.num_embeddings - table.padding_idx - 1
+        for name, table in tables.items()
+        if "position" in name and table.padding_idx is not None
+    ]
+    return min([context_length(model.config), *behind])
 
 
 def own_score(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 from hps.errors import InputError
@@ -26,7 +27,7 @@ from hps.tokens import TEXTS, encoder, own_tokenizer, probe_texts
 from hps.weights import refusal
 
 DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it has no clock
-FORMATS = (*(f"%{letter}" for letter in "aAwdbBmyYHIpMSfjUWVGucxX"), "%-d", "%-m", "%-H", "%-I", "%-M", "%-S", "%-j")
+CLOCK_FORMAT = re.compile(r"%[-_^0#]?[A-Za-z]")
 
 
 def load_tokenizer(path: str, revision: str | None = None):
@@ -39,6 +40,12 @@ def load_tokenizer(path: str, revision: str | None = None):
     tokenizer = _loaded(path, revision)
     for text in TEXTS:
         _check_kept(tokenizer, encode(tokenizer, text), text, path)
+    if not _decoded(tokenizer, encode(tokenizer, "a\n")).endswith("\n"):
+        raise InputError(
+            "the tokenizer drops a line end at the end of a text, as templates have between header and answer",
+            where=path,
+            remedy="use a model whose tokenizer keeps it",
+        )
     try:
         template = tokenizer.get_chat_template()
     except (ValueError, AttributeError):  # also where it has several and none is the default, or a class without any
@@ -60,12 +67,19 @@ def _loaded(path: str, revision: str | None):
     """What transformers loads if its ids are those of `tokenizer.json`, else that file alone."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    own = own_tokenizer(path, revision)
+    if own is None and (others := sorted(Path(path).glob("*.model"))):  # one environment has the library for it
+        raise InputError(
+            f"{others[0].name} is there and no tokenizer.json, which every environment reads alike",
+            where=path,
+            remedy="write one: .venv-infer/bin/python -c 'from transformers import AutoTokenizer as A; "
+            f'A.from_pretrained("{path}").save_pretrained("{path}")\'',
+        )
     try:
-        own = own_tokenizer(path, revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         if own and (not isinstance(tokenizer, PreTrainedTokenizerFast) or _misread(tokenizer, own)):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the library of tokenizers raises no narrower class
         raise refusal(path, error, "tokenizer") from None
     if own and (text := _misread(tokenizer, own)):
         raise InputError(
@@ -270,7 +284,8 @@ def _still(template: str) -> str:
     """The template with its clock at DAY: tokens must not depend on the day on which they are made."""
     if "strftime_now" not in template:
         return template
-    replaced = "".join(f" | replace('{form}', '{DAY.strftime(form)}')" for form in FORMATS)
+    forms = sorted(set(CLOCK_FORMAT.findall(template)))
+    replaced = "".join(f" | replace('{form}', '{DAY.strftime(form)}')" for form in forms)
     return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}{template}"
 
 
@@ -291,7 +306,7 @@ def _rendered(tokenizer: Any, messages: list[dict], opens: bool) -> str:
         return tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=opens, tokenize=False
         )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
             f"the chat template refuses the roles {roles} ({error})",

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from hps.errors import InputError
 from hps.recipe import REPOSITORY, Recipe
+from hps.weights import UNUSABLE
 
 GIVEN = 2  # written responses of a prompt in the paper's data sets
 SHAPES = {
@@ -167,5 +168,5 @@ def _architecture(recipe: Recipe):
         return None, f"{model.path} is not on this machine"
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), source
-    except (OSError, ValueError) as error:
-        return None, str(error).splitlines()[0]
+    except UNUSABLE as error:
+        return None, " ".join(str(error).split())

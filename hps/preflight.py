@@ -9,7 +9,6 @@ Bad input ends with one line and exit status 2. With `--dry-run` what does not e
 plan is printed all the same.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -24,8 +23,8 @@ from hps.functions import FunctionScorer, announce, identity, located, shown
 from hps.manifest import check_model, file_hash
 from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
-from hps.records import Indexed, check_prompt, prompt_id, read_jsonl, read_ranked, unread_fields
-from hps.weights import check_weights, context_length, load_config, refusal
+from hps.records import Indexed, check_prompt, prompt_id, read_json, read_jsonl, read_ranked, unread_fields
+from hps.weights import UNUSABLE, check_weights, context_length, load_config, refusal
 from hps.workers import accumulation_steps, check_gpus, process_count
 
 USAGE = "python -m hps.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
@@ -60,13 +59,8 @@ def check_labels(model: Model, role: str = "reward") -> None:
         config = load_config(model)
         labels, architectures = config.num_labels, config.architectures
     else:
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(
-                f"broken JSON ({error})", where=str(path), remedy="give the folder of a saved model"
-            ) from None
-        labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+        config = read_json(path, "give the folder of a saved model")
+        labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
         architectures = config.get("architectures")
     if labels != 1 and ARMORM not in (architectures or []):
         raise InputError(
@@ -217,47 +211,39 @@ def same_model(one: Model, other: Model) -> bool:
 
 
 def try_lora(recipe: Recipe) -> None:
-    """Try the recipe's LoRA on the policy's architecture, without weights. InputError: as `check_lora_targets`.
+    """Try the recipe's LoRA on the policy's architecture, without weights.
 
-    What PEFT cannot adapt is found by PEFT.
+    Raises:
+        InputError: an entry of `lora.target_modules` names no module (PEFT is content when one of several is found);
+            PEFT cannot adapt one, or it is the LM head, which TRL refuses.
     """
     import torch
     from peft import LoraConfig, LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
-    policy = recipe.models.policy
+    policy, targets = recipe.models.policy, recipe.lora.targets
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(policy), trust_remote_code=False)
-    except ValueError as error:
+    except UNUSABLE as error:
         raise refusal(policy.path, error) from None
-    if check_lora_targets(model, recipe):
-        try:
-            LoraModel(model, LoraConfig(r=recipe.lora.r, target_modules=recipe.lora.targets), "default")
-        except ValueError as error:
-            raise InputError(f"`lora.target_modules`: {str(error).splitlines()[0]}", where=policy.path) from None
-
-
-def check_lora_targets(model: Any, recipe: Recipe) -> bool:
-    """Refuse an entry of `lora.target_modules` that names no module of the policy; PEFT is content when one of several
-    is found.
-
-    Returns:
-        Whether the targets are names; `all-linear` is not.
-    """
-    targets = recipe.lora.target_modules
-    if targets in ("all-linear", ["all-linear"]):
-        return False
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            ends = {name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "in_features")}
-            raise InputError(
-                f"`lora.target_modules`: the policy has no module `{target}`",
-                where=recipe.models.policy.path,
-                remedy=f"give some of its linear layers: {', '.join(sorted(ends))}",
-            )
-    return True
+    parts = dict(model.named_modules())
+    linear = {name.rpartition(".")[2] for name, part in parts.items() if isinstance(part, (torch.nn.Linear, Conv1D))}
+    remedy = f"give some of its linear layers: {', '.join(sorted(linear))}"
+    for target in [] if targets == "all-linear" else targets:
+        if not any(f".{name}".endswith(f".{target}") for name in parts):
+            problem = f"`lora.target_modules`: the policy has no module `{target}`"
+            raise InputError(problem, where=policy.path, remedy=remedy)
+    try:
+        LoraModel(model, LoraConfig(r=recipe.lora.r, target_modules=targets), "default")
+    except ValueError as error:
+        raise InputError(f"`lora.target_modules`: {str(error).splitlines()[0]}", where=policy.path) from None
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise InputError(
+            "`lora.target_modules`: the LM head cannot be adapted", where=policy.path, remedy="leave it out"
+        )
 
 
 def attempt(check, *arguments, dry_run: bool):
@@ -391,7 +377,10 @@ def check_wandb(recipe: Recipe) -> None:
     from wandb.errors import Error
     from wandb.sdk.lib import wbauth
 
-    settings = wandb.setup().settings
+    try:
+        settings = wandb.setup().settings
+    except ValueError as error:  # of a WANDB_... variable
+        raise InputError(f"`training.wandb`: {error}", where="environment") from None
     wandb.teardown()  # it would keep settings that the training has yet to make
     if settings.mode != "online":
         return

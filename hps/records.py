@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import tempfile
 import zlib
 from array import array
@@ -52,7 +53,7 @@ NOTES = ("topic", "source")  # of our own prompts files, for the reader
 PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
 RESEMBLANCE = 0.8  # share of equal letters above which an unknown field is a misspelt known one
 GZIP = b"\x1f\x8b"  # JSON never begins so
-CONVERT = """python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1]))]'"""
+CONVERT = """python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin.buffer)]'"""
 
 
 def canonical(value) -> str:
@@ -82,6 +83,8 @@ def read_jsonl(path: str | Path, check: Check | None = None) -> Iterator[tuple[s
 @contextmanager
 def open_data(path: str | Path) -> Iterator[BinaryIO]:
     """A file for reading, unpacked where its bytes are gzip's. InputError: it cannot be read, or unpacked."""
+    if stat.S_ISFIFO(os.stat(path).st_mode if os.path.exists(path) else 0):
+        raise InputError("a pipe can be read once only", where=str(path), remedy="write its contents to a file")
     try:
         with open(path, "rb") as file:
             zipped = file.read(len(GZIP)) == GZIP
@@ -117,10 +120,12 @@ def _lines(path: str | Path, shown: str | Path | None = None) -> Iterator[tuple[
 
 def _refuse_array(path: str | Path, number: int) -> None:
     lines = Path(path).with_suffix(".lines.jsonl")  # another file: the shell empties it before Python reads
+    with open(path, "rb") as file:
+        reads = "gzip -dc" if file.read(len(GZIP)) == GZIP else "cat"
     raise InputError(
         "expected a JSON object, found a JSON array: this file is JSON, not JSON Lines",
         where=f"{path}:{number}",
-        remedy=f"write one object a line: {CONVERT} {shlex.quote(str(path))} > {shlex.quote(str(lines))}",
+        remedy=f"write one object a line: {reads} {shlex.quote(str(path))} | {CONVERT} > {shlex.quote(str(lines))}",
     )
 
 
@@ -238,7 +243,9 @@ def check_messages(messages, where: str) -> None:
     """Refuse a `prompt` that is not a non-empty list of chat messages ending with the user's turn."""
     if not isinstance(messages, list) or not messages:
         raise InputError(
-            f"`prompt` is {shorten(messages)}", where=where, remedy="give a non-empty list of chat messages"
+            f"`prompt` is {shorten(messages)}",
+            where=where,
+            remedy='give a non-empty list of chat messages: [{"role": "user", "content": "..."}]',
         )
     for index, message in enumerate(messages):
         field = f"`prompt[{index}]`"

@@ -11,12 +11,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from hps.errors import InputError
 from hps.recipe import Model
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"  # what transformers and PEFT look for first
 INDEX = "model.safetensors.index.json"
+# What transformers raises for a config.json that it cannot use; the last is the hub client's.
+UNUSABLE = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, StrictDataclassError)
 _SHARD = re.compile(r"[^/\\]+\.safetensors")  # a file of the folder itself
 _SAVE = "give a copy of the model with safetensors (`save_pretrained` of transformers writes it)"
 
@@ -84,7 +88,7 @@ def load_config(model: Model) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except UNUSABLE as error:
         raise refusal(model.path, error) from None
     # It may name a pickle, or an index that we do not see.
     if getattr(config, "transformers_weights", None) is not None:
@@ -134,7 +138,7 @@ def load_weights(kind: type, model: Model, exact: bool = False, **settings) -> A
         )
     except SafetensorError as error:
         raise InputError(f"damaged weights ({error})", where=model.path, remedy="copy the model again") from None
-    except (OSError, ValueError) as error:
+    except UNUSABLE as error:
         raise refusal(model.path, error) from None
     _check_keys(info, model.path, kind.__name__, exact)
     return loaded
@@ -224,7 +228,7 @@ def check_adapter(model: Any, folder: Path, name: str) -> None:
 
 def refusal(path: str, error: Exception, what: str = "model") -> InputError:
     """What transformers says when it cannot load something (`what`), as one line."""
-    text = str(error).strip().splitlines()[0]
+    text = " ".join(str(error).split())[:300]
     if "trust_remote_code" in str(error):
         return InputError(
             f"the {what} brings Python code of its own, which is never run",
@@ -237,6 +241,9 @@ def refusal(path: str, error: Exception, what: str = "model") -> InputError:
             where=path,
             remedy="give a copy of the model with safetensors",
         )
+    if not isinstance(error, (OSError, ValueError)):
+        text = f"{type(error).__name__}: {text}"
+        return InputError(f"no {what} that can be loaded there ({text})", where=path, remedy="check its JSON files")
     return InputError(
         f"no {what} there ({text})",
         where=path,

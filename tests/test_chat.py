@@ -321,6 +321,8 @@ def test_a_clock_in_a_template_always_says_the_same_day(drawn, monkeypatch, tmp_
         assert f"02 Jan {year}" in drawn.apply_chat_template(asked, tokenize=False)
         seen.append(decoded(drawn, prompt_token_ids(drawn, asked)))
     assert seen[0] == seen[1] and seen[0].startswith("Today is 26 Jul 2024.\n")
+    drawn.chat_template = "{{ strftime_now('%F %e %p') }}" + CHATML  # whatever a format says
+    assert drawn.decode(prompt_token_ids(drawn, asked)).startswith("2024-07-26 26 AM<|im_start|>")
     drawn.chat_template = CHATML + "{{ ['a', 'b'] | random }}"
     drawn.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="the chat template draws at random"):
@@ -376,6 +378,33 @@ def test_a_tokenizer_that_loses_characters_is_refused(tokenizer, tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": "BertTokenizer"}'),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("special_tokens_map.json", "[]"),
+        ("chat_template.jinja", "{{ 1 / 0 }}"),
+        ("chat_template.jinja", "{% for"),
+    ],
+)
+def test_files_that_are_no_tokenizers_are_one_line(file, content, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match="no tokenizer that can be loaded there|the chat template refuses"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_strips_texts_is_refused(tokenizer, tmp_path):
+    """The line end of the header would become part of the answer."""
+    stripping = copy.deepcopy(tokenizer)
+    stripping.backend_tokenizer.normalizer = normalizers.Strip()
+    stripping.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the tokenizer drops a line end at the end of a text"):
+        load_tokenizer(str(tmp_path))
+
+
 BOTH = pytest.mark.parametrize("_", ["train", pytest.param("infer", marks=pytest.mark.infer)])
 
 
@@ -400,6 +429,15 @@ def test_a_tokenizer_is_read_as_its_own_file_says(_, tmp_path, monkeypatch):
     assert model_tokens(str(tmp_path)) == model_tokens(str(SMOLLM)) is not None
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", lambda *_, **__: broken)
     with pytest.raises(InputError, match=r"transformers does not read its tokenizer.json: the ids of .The quick"):
+        load_tokenizer(str(tmp_path))
+
+
+@BOTH
+def test_a_tokenizer_without_its_own_file_is_refused_by_both(_, tmp_path):
+    """SentencePiece's library is in one environment alone: generation would run, and training refuse its model."""
+    load_tokenizer(str(SMOLLM)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+    with pytest.raises(InputError, match=r"tokenizer\.model is there and no tokenizer\.json, .*; write one: \S+python"):
         load_tokenizer(str(tmp_path))
 
 

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 from conftest import DATA, REPOSITORY
-from transformers import AutoConfig
+from transformers import AutoConfig, GPT2Config, MambaConfig
 
 from hps.errors import InputError
-from hps.preflight import check_vocabulary, context_length, evaluated_prompts, same_model
+from hps.preflight import check_vocabulary, context_length, evaluated_prompts, same_model, try_lora
 from hps.recipe import Model, load_recipe
 
 pytestmark = pytest.mark.slow
@@ -194,6 +194,8 @@ def test_wandb_without_a_key_is_refused(recipe, tmp_path):
     (ranked / "test.jsonl").write_text("")
     message = "environment: `training.wandb` is true, and there is no key for http://127.0.0.1:9; run"
     assert_refused(preflight("run", recipe, *data, env=clean), message)
+    done = preflight("run", recipe, *data, env=clean | {"WANDB_MODE": "of"})
+    assert_refused(done, "environment: `training.wandb`: 1 validation error for Settings mode Input should be")
     for settings in ({"WANDB_MODE": "offline"}, {"WANDB_API_KEY": "a" * 40}):
         done = preflight("run", recipe, *data, env=clean | settings)
         assert done.returncode == 0, done.stderr
@@ -242,11 +244,36 @@ def test_an_evaluator_that_ranked_the_candidates_is_named(recipe, tmp_path):
         ("[q_proj,v_prj]", "`lora.target_modules`: the policy has no module `v_prj`; give some of its linear layers: "),
         ("[proj]", "the policy has no module `proj`"),  # a part of a name is none
         ("[q_proj,input_layernorm]", "`lora.target_modules`: Target module LlamaRMSNorm"),
+        ("[q_proj,lm_head]", "`lora.target_modules`: the LM head cannot be adapted"),  # TRL refuses it
     ],
 )
 def test_lora_targets_without_a_module_are_refused(recipe, targets, message):
     """Of two entries one is found: PEFT would adapt that and say nothing."""
     assert_refused(preflight("run", recipe, f"lora.target_modules={targets}", "--dry-run"), message)
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "message"),
+    [
+        (
+            GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=600),
+            "[q_proj]",
+            "layers: c_attn, c_fc, c_proj, lm_head",
+        ),
+        (
+            MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=600),
+            "[all-linear]",
+            "Module 'out_proj' is incomp",
+        ),
+    ],
+    ids=["GPT-2's layers are no torch.nn.Linear", "PEFT does not adapt all of Mamba"],
+)
+def test_lora_of_other_architectures(recipe, tmp_path, tokenizer, config, targets, message):
+    config.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    overrides = [f"models.policy.path={tmp_path / 'policy'}", f"lora.target_modules={targets}"]
+    with pytest.raises(InputError, match=message):
+        try_lora(load_recipe(recipe, overrides))
 
 
 def test_the_stage_must_be_named():

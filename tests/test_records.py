@@ -1,5 +1,6 @@
 """Record formats: what is refused and where, stable names, and files that survive a kill at any byte."""
 
+import codecs
 import errno
 import gzip
 import json
@@ -177,10 +178,19 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
             read()
 
 
-def test_a_json_array_is_named_with_a_command_that_helps(tmp_path):
+def test_a_pipe_is_refused(tmp_path):
+    """It would be read twice: to wait for ever, or to miss what the first reading took."""
+    os.mkfifo(tmp_path / "data.jsonl")
+    with pytest.raises(InputError, match=r"data\.jsonl: a pipe can be read once only"):
+        list(read_prompts(tmp_path / "data.jsonl"))
+
+
+@pytest.mark.parametrize("form", ["plain", "BOM", "gzip"])
+def test_a_json_array_is_named_with_a_command_that_helps(form, tmp_path):
     """The command is run as it is printed; the new file has the array's records."""
     path = tmp_path / "my data.jsonl"
-    path.write_text(json.dumps([PROMPT, {"prompt": [USER]}], indent=1))
+    content = json.dumps([PROMPT, {"prompt": [USER]}], indent=1).encode()
+    path.write_bytes({"plain": content, "BOM": codecs.BOM_UTF8 + content, "gzip": gzip.compress(content)}[form])
     with pytest.raises(InputError, match="my data.jsonl:1: expected a JSON object, found a JSON array") as error:
         list(read_prompts(path))
     command = str(error.value).partition("write one object a line: ")[2]

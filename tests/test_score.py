@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from conftest import make_reward_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from annotation.score import RewardModel
+from annotation.score import RewardModel, TooLong
 from hps.errors import InputError
 from hps.recipe import Model
-from hps.shared_prefix import Layout, common_prefix, portions
+from hps.shared_prefix import Layout, common_prefix, portions, run
 
 MESSAGES = [
     {"role": "user", "content": "My bread does not rise. What can I do?"},
@@ -81,6 +81,22 @@ def test_shared_and_plain_scores_are_equal_in_any_batches(reward, batch_tokens, 
     rows = reward.conversations(MESSAGES, RESPONSES, TRUNCATED)
     same(reward.score_rows(rows), library_scores(reward, rows))
     same(reward.score_rows_plain(rows), library_scores(reward, rows))
+
+
+def test_rows_beyond_the_shared_window_count_their_prompts(reward, monkeypatch):
+    """Two of the longest fit into a forward pass, the prompt in each row; a budget without it would let all in."""
+    rows = reward.conversations(MESSAGES, RESPONSES, TRUNCATED)
+    budget, seen = 2 * max(map(len, rows)), []
+
+    def counting(model, module, name, made):
+        seen.append(int(made["attention_mask"].sum()))
+        return run(model, module, name, made)
+
+    monkeypatch.setattr(reward, "layout", Layout(shared=8, padded=math.inf, gathers=True, reason="a window"))
+    monkeypatch.setattr(reward, "batch_tokens", budget)
+    monkeypatch.setattr("annotation.score.run", counting)
+    same(reward.score_rows(rows), library_scores(reward, rows))
+    assert sum(seen) == sum(map(len, rows)) and max(seen) <= budget and len(seen) < len(rows)
 
 
 @pytest.mark.parametrize("responses", [["One."], ["Same."] * 3])
@@ -175,6 +191,34 @@ def test_the_releases_concatenation_would_be_found(llama3_reward):
 
 
 # ---- what is refused ----
+
+
+def test_positions_that_begin_behind_the_padding(tokenizer, tmp_path):
+    """RoBERTa's 42 positions hold 41 tokens if the padding token is 0; its conversations have rows of their own."""
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=42,
+        num_labels=1,
+    )
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = RewardModel(Model(str(tmp_path)), "float32")
+    longest = 42 - 1 - tokenizer.pad_token_id
+    asked, before = [{"role": "user", "content": "a"}], 0
+    for size in range(longest):
+        rows = model.conversations(asked, ["b " * size], [True])
+        if len(rows[0]) > longest:
+            with pytest.raises(TooLong, match=f"has {len(rows[0])} tokens, and the reward model has positions for"):
+                model.score(asked, ["b " * size], [True])
+            break
+        before = len(rows[0])
+        model.score(asked, ["b " * size], [True])
+    assert before in (longest - 1, longest)
 
 
 def test_two_labels_are_refused(tokenizer, tmp_path):

@@ -1,5 +1,6 @@
 """hps/weights.py: what is loaded is what the files hold, or it is refused; nothing is made of random numbers."""
 
+import json
 import shutil
 
 import pytest
@@ -43,6 +44,23 @@ def test_weights_that_are_not_the_models_are_refused(change, fault, tiny_model, 
     for load in (lambda: load_weights(AutoModelForCausalLM, model), lambda: check_weights(model)):
         with pytest.raises(InputError, match=f"copy: weights {fault} for AutoModelForCausalLM: "):
             load()
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "ImportError: .*optimum"),
+        ({"hidden_act": "foo"}, "KeyError: 'foo'"),
+        ({"vocab_size": "600"}, "StrictDataclassFieldValidationError: .*vocab_size"),
+        ({"num_attention_heads": 3, "head_dim": None}, "hidden size .128. is not a multiple"),
+    ],
+    ids=["a library is missing", "unknown activation", "text for a number", "heads that do not divide"],
+)
+def test_a_configuration_that_cannot_be_used_is_one_line(config, fault, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "copy")
+    (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **config}))
+    with pytest.raises(InputError, match=f"copy: no model that can be loaded there .*{fault}"):
+        check_weights(Model(str(folder)))
 
 
 def test_more_than_the_model_is_named_for_a_policy_and_refused_for_a_reward_model(tiny_model, tiny_reward, tmp_path):
