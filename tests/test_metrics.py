@@ -210,7 +210,8 @@ def test_what_training_changed(evaluated):
     stage.evaluate(evaluated, sft=False)
     learned = outcome(evaluated)
     path = evaluated.models.evaluator.path
-    assert learned["title"] == f"{evaluated.evaluation.samples} answers to each of 4 test prompts, reward by {path} (mean [95% interval])"
+    samples = evaluated.evaluation.samples
+    assert learned["title"] == (f"{samples} answers to each of 4 test prompts, reward by {path} (mean [95% interval])")
     lines = dict(learned["lines"])
     assert lines["reward before training"] == "0.000 [0.000, 0.000]"
     assert lines["reward after"].startswith("1.500 [") and lines["change, prompt by prompt"].startswith("+1.500 [")
