@@ -231,9 +231,10 @@ def sampled(split: str, most: int | None = None) -> Iterator[tuple[list, list[st
 
 
 def pairwise_loss(scores, rewards):
-    """Bradley-Terry over all pairs of a prompt's answers with different true rewards; (answers,) each, to ().
+    """Bradley-Terry: the mean of -log sigmoid(better score - worse score) over all pairs with different true rewards.
 
-    The mean of -log sigmoid(score of the better - score of the worse).
+    Args:
+        scores, rewards: (answers,), of the answers to one prompt.
     """
     from torch.nn.functional import softplus
 
@@ -242,7 +243,11 @@ def pairwise_loss(scores, rewards):
 
 
 def train_proxy(settings: Settings, output: Path) -> None:
-    """Train on all answers to the reward prompts; the answers to a prompt share its computation."""
+    """Train on the answers to the reward prompts, and on all their beginnings.
+
+    An answer that is cut anywhere is an answer too, with a true reward of its own. The backbone is causal, so one pass
+    gives the scores of all beginnings; the answers to a prompt share its computation as well.
+    """
     import torch
     from peft import get_peft_model
     from transformers import get_cosine_schedule_with_warmup
@@ -252,11 +257,14 @@ def train_proxy(settings: Settings, output: Path) -> None:
     base = MODELS / LANGUAGE_MODEL
     tokenizer = load_tokenizer(str(base))
     groups = []
-    for messages, answers, cut, rewards in sampled("reward"):
+    for messages, answers, cut, _ in sampled("reward"):
+        rows = [conversation_token_ids(tokenizer, messages, *each) for each in zip(answers, cut, strict=True)]
+        shared = common_prefix(rows)
+        tails = [row[shared:] for row in rows]
+        parts = [tail[: end + 1] for tail in tails for end in range(len(tail))]
+        rewards = truth(tokenizer.batch_decode(parts, skip_special_tokens=True))
         if len(set(rewards)) > 1:
-            rows = [conversation_token_ids(tokenizer, messages, *each) for each in zip(answers, cut, strict=True)]
-            shared = common_prefix(rows)
-            groups.append((rows[0][:shared], [row[shared:] for row in rows], torch.tensor(rewards)))
+            groups.append((rows[0][:shared], tails, torch.tensor(rewards)))
     torch.manual_seed(settings.seed)
     wrapped = get_peft_model(reward_backbone(base, settings.layers, settings.seed), lora(settings))
     model, rng = wrapped.get_base_model(), random.Random(settings.seed)
@@ -270,8 +278,11 @@ def train_proxy(settings: Settings, output: Path) -> None:
         prompts, answers, rewards = zip(*order[step * settings.batch :][: settings.batch], strict=True)
         rows = shared_rows(prompts, answers, tokenizer.pad_token_id)
         states, _ = run(model, model.base_model, "last_hidden_state", rows)
-        scores = model.score(states[rows["starts"][:, 1] + rows["sizes"] - 1])[:, 0]
-        losses = map(pairwise_loss, scores.split([len(each) for each in answers]), rewards)
+        places = [
+            torch.arange(start, start + size) for (_, start), size in zip(rows["starts"], rows["sizes"], strict=True)
+        ]
+        scores = model.score(states[torch.cat(places)])[:, 0]
+        losses = map(pairwise_loss, scores.split(list(map(len, rewards))), rewards)
         loss = sum(losses) / len(prompts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -312,7 +323,10 @@ def report_proxy(folder: Path) -> dict:
     rank = {"prompts": len(correlations), "mean": round(mean, 4)}
     return {
         "pairs by true difference": figures,
-        "rank correlation within a prompt": {**rank, "interval": [round(mean - error, 4), round(mean + error, 4)]},
+        "rank correlation within a prompt": {
+            **rank,
+            "interval": [round(float(bound), 4) for bound in (mean - error, mean + error)],
+        },
     }
 
 

