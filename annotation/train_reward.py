@@ -141,14 +141,13 @@ def report(folder: Path, seed: int) -> dict:
     for pair in written + contrast_pairs(written, 1, seed + 1000):
         better, worse = model.score(pair.messages, [pair.better, pair.worse], [False, pair.cut])
         right.setdefault(pair.kind, []).append(better > worse)
-    return {
-        kind: {
-            "pairs": len(hits),
-            "accuracy": round(sum(hits) / len(hits), 4),
-            "interval": wilson(sum(hits), len(hits)),
-        }
-        for kind, hits in right.items()
-    }
+    return {kind: accuracy(hits) for kind, hits in right.items()}
+
+
+def accuracy(hits: list[bool]) -> dict:
+    """How many pairs, the share that is right, and Wilson's interval."""
+    share = round(sum(hits) / len(hits), 4)
+    return {"pairs": len(hits), "accuracy": share, "interval": wilson(sum(hits), len(hits))}
 
 
 def train(name: str, settings: Settings, output: Path) -> None:
@@ -315,9 +314,8 @@ def report_proxy(folder: Path) -> dict:
             correlations.append(spearmanr(scores, rewards).statistic)
     figures = {}
     for name, low, high in SIZES:
-        hits = [right for difference, right in pairs if low < difference <= high]
-        figures[name] = {"pairs": len(hits), "accuracy": round(sum(hits) / len(hits), 4)}
-        figures[name]["interval"] = wilson(sum(hits), len(hits))
+        if hits := [right for difference, right in pairs if low < difference <= high]:
+            figures[name] = accuracy(hits)
     error = 1.96 * np.std(correlations, ddof=1) / math.sqrt(len(correlations))
     mean = float(np.mean(correlations))
     rank = {"prompts": len(correlations), "mean": round(mean, 4)}

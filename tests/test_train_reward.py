@@ -21,7 +21,7 @@ def test_pairwise_loss_by_hand():
 
 @pytest.mark.slow
 def test_the_proxy_learns_the_truth_of_a_tiny_world(tiny_model, tmp_path, monkeypatch):
-    """Answers of praise, of blame and of neither, by a tiny model with random weights; the report is on other prompts."""
+    """Praise (0.44), blame (-0.54) and neither, by a tiny model with random weights; the report is on other prompts."""
     answers = ["a good day", "a bad day", "a long day", "the good road", "the bad road", "the long road"]
 
     def sampled(split, most=None):
@@ -37,7 +37,7 @@ def test_the_proxy_learns_the_truth_of_a_tiny_world(tiny_model, tmp_path, monkey
     merge_reward_model(tmp_path / "proxy", tiny_model, 2, tmp_path / "merged")
     figures = train_reward.report_proxy(tmp_path / "merged")
     sizes = figures["pairs by true difference"]
-    assert sizes["0-0.25"]["pairs"] + sizes["0.25-0.5"]["pairs"] + sizes[">0.5"]["pairs"] == sizes["all"]["pairs"] == 48
-    assert sizes[">0.5"]["pairs"] == sizes["0.5-1"]["pairs"] + sizes[">1"]["pairs"] == 16
+    assert sizes["0.25-0.5"]["pairs"] + sizes[">0.5"]["pairs"] == sizes["all"]["pairs"] == 48
+    assert sizes[">0.5"]["pairs"] == sizes["0.5-1"]["pairs"] == 32
     assert sizes["all"]["accuracy"] > 0.9
     assert figures["rank correlation within a prompt"]["mean"] > 0.9
