@@ -24,6 +24,7 @@ import random
 from itertools import cycle, product
 from operator import itemgetter
 from pathlib import Path
+from statistics import mean, stdev
 
 import yaml
 
@@ -149,7 +150,7 @@ def splits() -> dict[str, list[str]]:
 
 
 def prompts(name: str, split: str) -> list[dict]:
-    """The prompts of a set and split; a thing has as many as any other (or one less), each of another template."""
+    """The prompts of a set and split; no two prompts of a thing have the same template for their last message."""
     rng, things = random.Random(f"{SEED} {name} {split}"), splits()[split]
     templates = REVIEWS if name == "reviews" else QUESTIONS
     grid = [(thing, last) for thing in things for last in rng.sample(templates, -(-PROMPTS[split] // len(things)))]
@@ -185,9 +186,13 @@ def sampled(records: list[dict], samples: dict[str, dict]) -> list[dict]:
     return found[:TEST]
 
 
-def files(folder: Path = FOLDER) -> dict[str, str]:
-    """Name and text of the six files, from the templates and the samples in `folder`."""
-    samples = {record["prompt_id"]: record for _, record in read_jsonl(folder / SAMPLES)}
+def read_samples(folder: Path = FOLDER) -> dict[str, dict]:
+    """The model's answers by `prompt_id`: `responses` and `truncated`."""
+    return {record["prompt_id"]: record for _, record in read_jsonl(folder / SAMPLES)}
+
+
+def files(samples: dict[str, dict]) -> dict[str, str]:
+    """Name and text of the six files, from the templates and the samples."""
     made = {}
     for name, split in product(SETS, SPLITS):
         records = prompts(name, split)
@@ -228,6 +233,22 @@ def pack(folder: Path) -> None:
     (FOLDER / SAMPLES).write_bytes(gzip.compress(_lines(kept).encode(), mtime=0))
 
 
+def measure(name: str, split: str, samples: dict[str, dict]) -> dict:
+    """Of the answers to the prompts of a set and split: how many, and their true reward."""
+    found = [samples[prompt_id(record["prompt"])] for record in prompts(name, split)]
+    rewards = [truth(each["responses"]) for each in found]
+    flat = [reward for each in rewards for reward in each]
+    return {
+        "prompts": len(found),
+        "answers": len(flat),
+        "mean": round(mean(flat), 3),
+        "sd within a prompt": round(mean(stdev(each) for each in rewards), 3),
+        "below 0": round(mean(reward < 0 for reward in flat), 3),
+        "exactly 0": round(mean(reward == 0 for reward in flat), 3),
+        "cut": round(mean(cut for each in found for cut in each["truncated"]), 3),
+    }
+
+
 def _lines(records: list[dict]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
@@ -244,9 +265,12 @@ def main() -> None:
         return
     if options.what == "pack":
         pack(options.folder)
-    for name, text in files().items():
+    samples = read_samples()
+    for name, text in files(samples).items():
         write_atomic(FOLDER / name, text)
         print(f"testbed: {name}: {len(text.splitlines())} prompts")
+    for name, split in product(SETS, ("reward", "test")):
+        print(f"testbed: answers, {name}, {split}: {json.dumps(measure(name, split, samples))}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def sets(testbed):
 
 
 def test_the_testbed_is_what_its_program_writes(testbed):
-    made = testbed.files()
+    made = testbed.files(testbed.read_samples())
     assert sorted(made) == sorted(path.name for path in testbed.FOLDER.glob("*.jsonl"))
     for name, text in made.items():
         assert text == (testbed.FOLDER / name).read_text(), name
