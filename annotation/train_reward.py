@@ -55,7 +55,7 @@ class Settings:
 SETTINGS = {
     "train": Settings(layers=10, seed=1),
     "eval": Settings(layers=8, seed=2),
-    "proxy": Settings(layers=10, seed=3, batch=4, learning_rate=5e-4, lora_r=16),
+    "proxy": Settings(layers=4, seed=3, batch=2, learning_rate=1e-3, lora_r=16),
 }
 # Pairs by the size of their true difference: name, more than, at most.
 SIZES = (("0-0.25", 0, 0.25), ("0.25-0.5", 0.25, 0.5), ("0.5-1", 0.5, 1), (">1", 1, 2), (">0.5", 0.5, 2), ("all", 0, 2))
