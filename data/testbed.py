@@ -1,9 +1,9 @@
 """Write the two testbed sets: prompts whose answers have a reward that is known exactly (VADER's sentiment).
 
 `reviews` are single turns, `chats` have several. Templates and a list of things make the prompts; a thing belongs to
-one split, and its name has no word that VADER scores: a prompt does not say whether to praise or to blame. Test prompts
-carry two of four answers sampled from SmolLM2-135M-Instruct, the one with the highest sentiment and the one with the
-lowest, in this order.
+one split, and (but for one of `reward`) has no word that VADER scores: no prompt asks for praise or for blame. Test
+prompts carry two of four answers sampled from SmolLM2-135M-Instruct, the one with the highest sentiment and the one
+with the lowest, in this order.
 
 Reads   `data/testbed/samples.jsonl.gz`: the model's answers to the reward and the test prompts
 Writes  `data/testbed/{reviews,chats}_{train,test,reward}.jsonl` (prompts; `topic` is the thing; test: `responses`,
