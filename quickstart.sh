@@ -28,5 +28,3 @@ case " $* " in *" --dry-run "*) exit 0 ;; esac
 echo
 .venv-train/bin/python -m evaluation.summary "$RECIPE" "$@"
 echo "quickstart: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after the set-up"
-# evaluate.sh has made it; its path is to be the last line.
-.venv-train/bin/python -m report.run "$RECIPE" "$@"

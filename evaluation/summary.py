@@ -43,7 +43,6 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
         f"  candidates   {recipe.candidates('train').parent}      ranked   {recipe.ranked('train').parent}",
         f"  checkpoint   {run / 'checkpoint'}      plan     {run / 'plan.jsonl'}",
         f"  figures      {run / 'evaluation' / 'margins.json'}      curves   {run / 'curves.png'}",
-        f"  page         {run / 'report.html'}",
         "",
         "Rewards of the candidates (means over prompts: best, mean, worst; standard deviation within a prompt)",
     ]
@@ -72,7 +71,7 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
         lines += [f"> {question}", *columns(before, after, width), ""]
     if learned:
         lines += [f"Did it learn? {learned['title']}", *(f"  {name:43s} {text}" for name, text in learned["lines"])]
-    return lines
+    return [*lines, "", f"page: {run / 'report.html'}"]
 
 
 def outcome(recipe: Recipe) -> dict | None:

@@ -173,6 +173,7 @@ def test_scores_go_on_behind_a_line_that_was_cut(run, sampled, tiny_reward, cut)
 
 
 @pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.slow
 def test_divergence_goes_on_behind_a_line_that_was_cut(run, sampled, cut):
     divergence = pytest.importorskip("evaluation.divergence")
     recipe = run("evaluation.samples=2", "lora.enabled=false")

@@ -28,6 +28,7 @@ def points(axes) -> dict[str, tuple[list, list]]:
     return {name: tuple(map(list, curve.get_data())) for name, curve in zip(NAMES, drawn, strict=True)}
 
 
+@pytest.mark.slow
 def test_picture_of_a_log(write_lines, tmp_path, axes):
     draw_curves(write_lines([line(step) for step in (1, 2, 3)]), tmp_path / "curves.png")
     picture = (tmp_path / "curves.png").read_bytes()
@@ -37,6 +38,7 @@ def test_picture_of_a_log(write_lines, tmp_path, axes):
     assert all(axis.get_title() and axis.get_xlabel() == "step" for axis in axes)
 
 
+@pytest.mark.slow
 def test_missing_figures_leave_a_gap(write_lines, tmp_path, axes):
     """Step 2 has no gamma and a loss that is not a number (it stands as text in the log)."""
     middle = line(2, loss="nan")

@@ -69,6 +69,7 @@ def test_a_checkpoint_that_is_gone_or_changed_is_found(tmp_path):
     assert checkpoint(tmp_path)[0] == 10 and not lost_checkpoint(before, checkpoint(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_process_that_lost_its_parent_is_killed_too():
     """The script's shell ends, what it started in the background goes on: no child of it, but of its session."""
     words = ["bash", "-c", f"{sys.executable} -c 'import time; time.sleep(60)' & sleep 60"]

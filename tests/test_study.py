@@ -186,6 +186,7 @@ def test_prompts_are_chosen_by_seed_whatever_the_order_of_the_file():
     assert list(choose(texts, None, "seed", "file")) == list(texts)
 
 
+@pytest.mark.slow
 def test_ratings_come_back_to_their_models(study, tmp_path):
     """alpha gets 4, beta 2 from both, however they were shuffled; then everything agrees."""
 

@@ -62,7 +62,8 @@ def test_the_summary_fits_and_has_every_figure(recipe, width):
     assert (
         "  written    60 pairs  RM_DPO 1.500 [0.750, 2.250]  accuracy before 0.500, after 0.900" in lines
     )  # fmt: skip
-    answers = lines[lines.index("Answers to test prompts: before | after") + 1 :]
+    assert lines[-1] == f"page: {run / 'report.html'}"
+    answers = lines[lines.index("Answers to test prompts: before | after") + 1 : -1]
     assert answers[0].startswith("> word word")
     assert answers[0].endswith(" ...")
     assert answers[1].startswith("old old")

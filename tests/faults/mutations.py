@@ -317,13 +317,13 @@ MUTATIONS = [
     Mutation(
         "annotation ends truncated responses",
         ANNOTATE,
-        'record["responses"], record["truncated"])',
-        'record["responses"], [False] * len(record["responses"]))',
+        'record["responses"], record["truncated"], record["prompt_id"]',
+        'record["responses"], [False] * len(record["responses"]), record["prompt_id"]',
         (REWARDS,),
     ),
     Mutation(
         "annotation.dtype is not passed on",
-        ANNOTATE,
+        "annotation/reward_models.py",
         '"dtype": recipe.annotation.dtype,\n        "batch_tokens"',
         '"dtype": "auto",\n        "batch_tokens"',
         (REWARDS,),
