@@ -1,8 +1,9 @@
-"""Score the answers to the test prompts with the reward model of the evaluation.
+"""Score the answers to the test prompts with the reward of the evaluation.
 
 Reads   `<output>/<run>/answers/test.jsonl` (answers), or with --sft those under `<output>/sft/`; `data.test.path`
 Writes  `scores/scores.jsonl` beside the answers' folder, a line a prompt: `answers` and, with --sft, `given` (the given
-        responses of the prompt), for each `score` and what else the reward model gives; `manifest.json` (last)
+        responses of the prompt), for each `score` and what else the reward model gives; `manifest.json` (last).
+        With `evaluation.proxy` the same by `models.reward`, the proxy that ranked, in `proxy_scores/`
 Run     python -m annotation.answers configs/quickstart.yaml [--sft]
 
 `models.evaluator` is another model than the one that ranked the candidates: a policy is not judged by the model that it
@@ -21,6 +22,7 @@ from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import check_fits, evaluated_prompts
 from hps.recipe import Recipe
 from hps.records import Appender, done_ids, read_answers
+from hps.run_records import SCORES
 
 
 class AnswerScorer:
@@ -39,36 +41,37 @@ class AnswerScorer:
             yield {"key": item["key"], **result}
 
 
-def scores_path(recipe: Recipe, sft: bool) -> Path:
-    return (recipe.tested().sft_folder() if sft else recipe.evaluated_folder()) / "scores" / "scores.jsonl"
+def scores_path(recipe: Recipe, sft: bool, role: str = "evaluator") -> Path:
+    return (recipe.tested().sft_folder() if sft else recipe.evaluated_folder()) / SCORES[role] / "scores.jsonl"
 
 
-def score(recipe: Recipe, sft: bool) -> None:
+def score(recipe: Recipe, sft: bool, role: str = "evaluator") -> None:
     """Run the stage; see the module's docstring."""
-    announce(recipe, "evaluator")
-    check_model(recipe.models.evaluator, "models.evaluator")
-    path = scores_path(recipe, sft)
+    announce(recipe, role)
+    scorer = getattr(recipe.models, role)
+    check_model(scorer, f"models.{role}")
+    path = scores_path(recipe, sft, role)
     answers = path.parent.parent / "answers"
     if not (answers / "manifest.json").exists():
         raise InputError("the answers are not finished", where=str(answers), remedy="run `bash evaluate.sh`")
     settings = {
         "dtype": recipe.annotation.dtype,
-        "model": model_hash(recipe.models.evaluator),
+        "model": model_hash(scorer),
         "answers": file_hash(answers / "test.jsonl"),
     }
-    if recipe.models.evaluator.function:
+    if scorer.function:
         settings |= {"dtype": None, "tokenizer": model_hash(recipe.models.policy)}
     with hold(path.parent):
         if claim(path.parent, settings):
             print(f"scores: finished before, {path}")
         else:
-            _score(recipe, sft, answers / "test.jsonl", path)
-            inputs = [answers / "test.jsonl", *function_files(recipe.models.evaluator)]
+            _score(recipe, sft, role, answers / "test.jsonl", path)
+            inputs = [answers / "test.jsonl", *function_files(scorer)]
             finish(path.parent, recipe, settings, [path], inputs)
 
 
-def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
-    check_fits("evaluate", recipe, "evaluator")
+def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> None:
+    check_fits("evaluate", recipe, role)
     with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
         done = done_ids(path)
         total = sum(1 for _ in read_answers(answers))  # checks every line
@@ -79,7 +82,7 @@ def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
             for where, record in read_answers(answers)
             if record["prompt_id"] not in done
         )
-        results = _scored(recipe, answers, items, total - len(done))
+        results = _scored(recipe, role, answers, items, total - len(done))
         for result in progress(results, total, "scores", " prompts", len(done)):
             if "error" in result:
                 raise InputError(result["error"])
@@ -92,11 +95,11 @@ def _score(recipe: Recipe, sft: bool, answers: Path, path: Path) -> None:
             file.append({"prompt_id": result["key"], **{name: result[name] for name in ("answers", "given")}})
 
 
-def _scored(recipe: Recipe, answers: Path, items: Iterator[dict], count: int) -> Iterator[dict]:
+def _scored(recipe: Recipe, role: str, answers: Path, items: Iterator[dict], count: int) -> Iterator[dict]:
     """What `AnswerScorer` makes of so many items on all devices; no model is loaded where there are none."""
     if not count:
         return iter(())
-    return run_scorers(AnswerScorer, recipe, "evaluator", read_answers(answers), items, count)
+    return run_scorers(AnswerScorer, recipe, role, read_answers(answers), items, count, writer=recipe.models.policy)
 
 
 def with_given(record: dict, prompt: dict | None) -> dict:
@@ -117,6 +120,8 @@ def with_given(record: dict, prompt: dict | None) -> dict:
 def main() -> None:
     recipe, options = parse(__doc__, dry_run=False, sft="answers of the model before training")
     score(recipe, options.sft)
+    if recipe.evaluation.proxy:
+        score(recipe, options.sft, "reward")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,13 @@ def load_scorer(
 
 
 def run_scorers(
-    worker: type, recipe: Recipe, role: str, records: Iterable[tuple[str, dict]], items: Iterator[dict], count: int
+    worker: type,
+    recipe: Recipe,
+    role: str,
+    records: Iterable[tuple[str, dict]],
+    items: Iterator[dict],
+    count: int,
+    writer: Model | None = None,
 ) -> Iterator[dict]:
     """What a worker, made with the arguments of `load_scorer`, makes of so many items on all devices.
 
@@ -50,8 +56,9 @@ def run_scorers(
 
     Args:
         records: with their places; a tokenizer that cannot serve them is refused before a model loads.
+        writer: the model whose responses are scored; by default the one that the role is for.
     """
-    model, writer = getattr(recipe.models, role), getattr(recipe.models, WRITERS[role])
+    model, writer = getattr(recipe.models, role), writer or getattr(recipe.models, WRITERS[role])
     reader = writer if model.function else model
     check_records(load_tokenizer(reader.path, reader.revision), records, spelled=SPELLED)
     arguments = {

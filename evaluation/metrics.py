@@ -1,7 +1,8 @@
 """Everything measured of a run, per prompt and with intervals: BLEU, reward, divergence, lengths, margins.
 
 Reads   `<output>/<run>/`: `answers/test.jsonl`, `scores/scores.jsonl`, `divergence/divergence.jsonl`,
-        `evaluation/margins.json`; `<output>/sft/`: answers and scores of the model before training; `data.test.path`
+        `evaluation/margins.json`; `<output>/sft/`: answers and scores of the model before training; of both, with
+        `evaluation.proxy`, `proxy_scores/scores.jsonl`; `data.test.path`
 Writes  `<output>/<run>/metrics.jsonl` (a line a prompt), `metrics.json` (means with intervals), `metrics.manifest.json`
         (last); with --sft the same under `<output>/sft/`, of the model before training
 Run     python -m evaluation.metrics configs/quickstart.yaml [--sft]
@@ -32,7 +33,7 @@ from hps.manifest import fingerprint, write_manifest
 from hps.preflight import SAME_FUNCTION, SAME_MODEL, evaluated_prompts, same_model
 from hps.recipe import SFT, Recipe
 from hps.records import Check, Indexed, check_answers, read_answers, shorten, write_json, write_lines
-from hps.run_records import AGAIN, check_divergence, check_scores
+from hps.run_records import AGAIN, SCORES, check_divergence, check_scores
 
 MANIFEST = "metrics.manifest.json"
 REPEATED = 4  # words of a sequence that counts as repeated
@@ -186,6 +187,7 @@ def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu, left_out: Counter) -> 
     folder = evaluated(recipe, sft)
     mine = base if sft else Answered(folder)
     moved = {} if sft else _by_prompt(folder / "divergence" / "divergence.jsonl", check_divergence)
+    proxies = [Answered(each, "reward") for each in _folders(recipe, sft)] if recipe.evaluation.proxy else []
     for name, prompt in evaluated_prompts(recipe)[0].items():
         if name not in mine.answers:
             left_out["prompt without answers (the ledger beside them says why)"] += 1
@@ -205,6 +207,11 @@ def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu, left_out: Counter) -> 
             before = answer_figures(answers_before, scores_before["answers"])
             figures |= change_figures(figures, before, _line(moved, name, folder / "divergence"))
             figures["reward_win_rate"] = win_rate(scores["answers"], scores_before["answers"])
+        if proxies:
+            by_proxy = [statistics.mean(each["score"] for each in proxy.of(name)[1]["answers"]) for proxy in proxies]
+            figures["proxy_mean"] = by_proxy[0]
+            if not sft:
+                figures["proxy_mean_change"] = by_proxy[0] - by_proxy[1]
         yield {"prompt_id": name, **{key: round(value, 6) for key, value in figures.items()}}
 
 
@@ -229,19 +236,27 @@ def evaluated(recipe: Recipe, sft: bool) -> Path:
     return recipe.tested().sft_folder() if sft else recipe.evaluated_folder()
 
 
+def _folders(recipe: Recipe, sft: bool) -> list[Path]:
+    """The evaluation's folder, and that of the model before training where it is another one."""
+    return list(dict.fromkeys((evaluated(recipe, sft), evaluated(recipe, sft=True))))
+
+
 class Answered:
     """The answers of a folder of evaluate.sh and their scores, by prompt; those of one prompt belong together.
+
+    Args:
+        role: of what scored them, `evaluator` or `reward`.
 
     Raises:
         InputError: answers or scores are not finished, or a line is damaged; of a prompt that is asked for, there are
             no scores, or not as many as texts.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, role: str = "evaluator"):
         _finished(folder / "answers")
         self.answers = Indexed(folder / "answers" / "test.jsonl", check_answers)
-        self.scores = _by_prompt(folder / "scores" / "scores.jsonl", check_scores)
-        self._folder = folder
+        self._folder, self._scored = folder, folder / SCORES[role]
+        self.scores = _by_prompt(self._scored / "scores.jsonl", check_scores)
 
     def of(self, name: str) -> tuple[dict, dict]:
         """The record of a prompt's answers, and the line of their scores."""
@@ -253,7 +268,7 @@ class Answered:
         return self._scores(name, "given", count)["given"]
 
     def _scores(self, name: str, field: str, count: int) -> dict:
-        line = _line(self.scores, name, self._folder / "scores")
+        line = _line(self.scores, name, self._scored)
         if len(line[field]) != count:
             raise InputError(
                 f"`{field}` has {len(line[field])} scores for {count} texts",
@@ -376,10 +391,11 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
 
 def _inputs(recipe: Recipe, sft: bool) -> dict[str, dict]:
     """Fingerprints of the files that the figures are made of."""
-    base, folder = evaluated(recipe, sft=True), evaluated(recipe, sft)
-    paths = [each / name for each in {base, folder} for name in ("answers/test.jsonl", "scores/scores.jsonl")]
+    names = ["answers/test.jsonl", "scores/scores.jsonl"]
+    names += ["proxy_scores/scores.jsonl"] * recipe.evaluation.proxy
+    paths = [each / name for each in _folders(recipe, sft) for name in names]
     if not sft:
-        paths += [folder / name for name in ("divergence/divergence.jsonl", "evaluation/margins.json")]
+        paths += [evaluated(recipe, sft) / name for name in ("divergence/divergence.jsonl", "evaluation/margins.json")]
     return {str(path): fingerprint(path) for path in [recipe.tested().data.test.path, *sorted(paths)]}
 
 

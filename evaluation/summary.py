@@ -90,11 +90,16 @@ def outcome(recipe: Recipe) -> dict | None:
         f"{metrics['samples']} answers to each of {metrics['prompts']} test prompts, reward by {evaluator(recipe)} "
         f"(mean [{LEVEL:.0%} interval])"
     )
+    proxy = {}
+    if "proxy_mean_change" in figures:  # what ranked, beside what judges
+        proxy["score of what ranked, before"] = estimate(earlier["proxy_mean"])
+        proxy["score of what ranked, change"] = estimate(figures["proxy_mean_change"], write=signed)
     lines = {
         "reward before training": estimate(earlier["reward_mean"]),
         "reward after": estimate(figures["reward_mean"]),
         "change, prompt by prompt": estimate(figures["reward_mean_change"], write=signed),
         "share of answers that beat one from before": estimate(figures["reward_win_rate"]),
+        **proxy,
         "KL from the model before training (nats)": estimate(figures["kl_sampled"]),
         "tokens of an answer before training": estimate(earlier["tokens_mean"], 1),
         "tokens after": estimate(figures["tokens_mean"], 1),

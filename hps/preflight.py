@@ -37,6 +37,7 @@ LENGTHS = {
     ("run", "policy"): [("schedule.max_length",), ("generation.max_prompt_tokens", "evaluation.answer_tokens")],
     ("evaluate", "policy"): [SAMPLED],
     ("evaluate", "evaluator"): [SAMPLED],
+    ("evaluate", "reward"): [SAMPLED],
     ("evaluate", "judge"): [("judge.max_prompt_tokens", "judge.max_new_tokens")],
 }
 SAME_MODEL = (
@@ -446,9 +447,15 @@ def scorer_lines(stage: str, recipe: Recipe) -> list[str]:
     return lines
 
 
+def roles_of(stage: str, recipe: Recipe) -> list[str]:
+    """The models that a driver uses."""
+    asked = {"judge": recipe.judge.enabled, "reward": recipe.evaluation.proxy}
+    return [*STAGES[stage], *(role for role, wanted in asked.items() if stage == "evaluate" and wanted)]
+
+
 def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     """Check one driver's inputs; print the plan, and with `dry_run` the whole resolved recipe."""
-    lines, roles = [], (*STAGES[stage], *(["judge"] if stage == "evaluate" and recipe.judge.enabled else []))
+    lines, roles = [], roles_of(stage, recipe)
     functions = [role for role in roles if getattr(recipe.models, role).function]
     announce(recipe, *functions)
     for role in functions:

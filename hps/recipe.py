@@ -220,8 +220,9 @@ class Evaluation:
 
     `prompts` of the test split are evaluated, the first ones (null: all). `checkpoints` is the number of points before
     the end of the training at which the policy is kept and its margins are taken. `samples` answers to a prompt are
-    what BLEU, reward and KL are taken on. `on` names another recipe whose test split and ranking are evaluated instead
-    (transfer, Tables 5 and 7).
+    what BLEU, reward and KL are taken on. `proxy`: `models.reward` scores them, too: what the policy was trained to
+    please stands beside what `models.evaluator` says. `on` names another recipe whose test split and ranking are
+    evaluated instead (transfer, Tables 5 and 7).
     """
 
     bootstrap: int = 2000
@@ -230,6 +231,7 @@ class Evaluation:
     prompts: int | None = None
     checkpoints: int = 4
     samples: int = 5
+    proxy: bool = False
     on: str | None = None
 
 

@@ -19,6 +19,7 @@ from hps.records import MOST, check_finite, check_messages, shorten
 
 AGAIN = "put the file back as it was written, or delete its folder and run the stage again"
 SETS = ("written", "ranked")  # of held-out pairs
+SCORES = {"evaluator": "scores", "reward": "proxy_scores"}  # folder of the answers' scores by the role of what scores
 
 
 @dataclass(frozen=True)

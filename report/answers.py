@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hps.recipe import Recipe
 from hps.records import Lines, read_answers, read_jsonl
-from hps.run_records import check_greedy, check_scores
+from hps.run_records import SCORES, check_greedy, check_scores
 from report.page import fitting
 
 MOST_PROMPTS, MOST_BYTES = 200, 3_000_000
@@ -22,7 +22,8 @@ def answers(recipe: Recipe) -> tuple[list[dict], int]:
 
     Left out are those that the page has no room for, and those that one of the two models alone has answered.
 
-    An answer is `text` and, where it is scored, `score`, `tokens` and `cut`.
+    An answer is `text` and, where it is scored, `score`, `tokens` and `cut`; `proxy` is the score of what ranked, where
+    it has scored the answers, too.
     """
     run, sft = recipe.evaluated_folder(), recipe.tested().sft_folder()
     if all((folder / "scores" / "manifest.json").exists() for folder in (run, sft)):
@@ -54,10 +55,15 @@ def _scored_on_both(run: Path, sft: Path) -> tuple[list[dict], int]:
     return shown, len(known | set(ours)) - len(shown)
 
 
+def _scores(folder: Path, role: str, wanted: set[str]) -> dict[str, list[dict]]:
+    lines = (line for _, line in read_jsonl(folder / SCORES[role] / "scores.jsonl", check_scores))
+    return {line["prompt_id"]: line["answers"] for line in lines if line["prompt_id"] in wanted}
+
+
 def _scored(folder: Path, wanted: set[str]) -> Iterator[tuple[str, dict]]:
     """The prompts that are wanted, with their answers by score."""
-    lines = (line for _, line in read_jsonl(folder / "scores" / "scores.jsonl", check_scores))
-    scores = {line["prompt_id"]: line["answers"] for line in lines if line["prompt_id"] in wanted}
+    scores = _scores(folder, "evaluator", wanted)
+    proxies = _scores(folder, "reward", wanted) if (folder / SCORES["reward"] / "manifest.json").exists() else {}
     for _, record in read_answers(folder / "answers" / "test.jsonl"):
         if record["prompt_id"] not in wanted:
             continue
@@ -68,5 +74,7 @@ def _scored(folder: Path, wanted: set[str]) -> Iterator[tuple[str, dict]]:
                 strict=True,
             )
         ]  # fmt: skip
+        for answer, by_proxy in zip(found, proxies.get(record["prompt_id"], []), strict=False):
+            answer["proxy"] = by_proxy["score"]
         found.sort(key=lambda answer: -answer["score"])
         yield record["prompt_id"], {"prompt": record["prompt"], "answers": found}

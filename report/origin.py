@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hps.recipe import Recipe
 from hps.records import read_json
+from hps.run_records import SCORES
 from hps.verify import read_manifest
 from report.page import intact
 
@@ -21,8 +22,8 @@ def folders(recipe: Recipe) -> list[Path]:
     tested, run, evaluated = recipe.tested(), recipe.run_folder(), recipe.evaluated_folder()
     found = [recipe.candidates("train").parent, recipe.ranked("train").parent]
     found += [tested.candidates("test").parent, tested.ranked("test").parent, run]
-    found += [run / "merged", *(evaluated / name for name in ("evaluation", "answers", "scores", "divergence"))]
-    found += [evaluated, *(tested.sft_folder() / name for name in ("answers", "scores", "."))]
+    found += [run / "merged", *(evaluated / name for name in ("evaluation", "answers", *SCORES.values(), "divergence"))]
+    found += [evaluated, *(tested.sft_folder() / name for name in ("answers", *SCORES.values(), "."))]
     return list(dict.fromkeys(found))
 
 

@@ -42,6 +42,8 @@ NAMES = {
     "reward_best_change": "reward, best answer: change",
     "reward_mean_change": "reward, mean answer: change",
     "reward_win_rate": "share of answers that beat one from before",
+    "proxy_mean": "score of what ranked, mean answer",
+    "proxy_mean_change": "score of what ranked: change",
     "kl_sampled": "KL on own answers (nats)",
     "bleu_best": "BLEU, best answer",
     "tokens_mean": "length (tokens)",

@@ -1,6 +1,7 @@
 """generation/answers.py and annotation/answers.py without an engine: whose answers, what is kept, how they go on."""
 
 import json
+from argparse import Namespace
 
 import pytest
 
@@ -147,6 +148,23 @@ def test_scores_of_answers_and_of_the_given_responses(run, sampled, monkeypatch,
     scoring.score(recipe, False)
     assert scoring.scores_path(recipe, False).read_bytes() == before
     assert json.loads((scoring.scores_path(recipe, False).parent / "manifest.json").read_text())["settings"]["model"]
+
+
+def test_what_ranked_scores_the_answers_too(run, sampled, tiny_reward, monkeypatch):
+    """`evaluation.proxy`: the true reward is a function, the proxy a model; each has a file of its own."""
+    settings = ["models.evaluator.function=sentiment", f"models.reward.path={tiny_reward}", "evaluation.samples=2"]
+    recipe = run(*settings, "evaluation.proxy=true")
+    stage.answer([recipe])
+    monkeypatch.setattr(scoring, "parse", lambda *_, **__: (recipe, Namespace(sft=False)))
+    scoring.main()
+    by = {}
+    for role in ("evaluator", "reward"):
+        lines = [line for _, line in read_jsonl(scoring.scores_path(recipe, False, role))]
+        by[role] = [answer["score"] for line in lines for answer in line["answers"]]
+        assert len(by[role]) == 8 and [line["given"] for line in lines] == [[]] * 4
+    assert all(-1 <= score <= 1 for score in by["evaluator"]) and by["evaluator"] != by["reward"]
+    settings = json.loads((recipe.run_folder() / "proxy_scores" / "manifest.json").read_text())["settings"]
+    assert settings["model"]["path"] == str(tiny_reward)
 
 
 # What a kill leaves of the second line: a half, or all of it but the newline, which is whole JSON and yet not done.

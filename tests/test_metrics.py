@@ -176,6 +176,8 @@ def evaluated(ranked_recipe):
             moved.append({**name, "kl": [1.0, 2.0, 6.0], "log_ratio": [0.0, 1.0, 2.0], "tokens": counts})
         write_stage(folder / "answers", "test.jsonl", lines)
         write_stage(folder / "scores", "scores.jsonl", scores)
+        proxies = [{**line, "answers": [{"score": 10.0 + 5 * place}] * 3, "given": []} for line in scores]
+        write_stage(folder / "proxy_scores", "scores.jsonl", proxies)
         if place:
             write_stage(folder / "divergence", "divergence.jsonl", moved)
             (folder / "evaluation").mkdir()
@@ -223,6 +225,21 @@ def test_what_training_changed(evaluated):
     assert [each["prompt"] for each in shown] == [record["prompt"] for record in prompts]
     assert shown[2]["before"] == {"text": prompts[2]["responses"][0], "score": 0.0}
     assert shown[2]["after"] == {"text": prompts[2]["responses"][0], "score": 2.0}
+
+
+def test_what_ranked_stands_beside_what_judges(evaluated):
+    """By it the answers had 10 before training and have 15 after."""
+    evaluated.evaluation.proxy = True
+    before, after = (stage.evaluate(evaluated, sft)["figures"] for sft in (True, False))
+    assert before["proxy_mean"]["mean"] == 10 and "proxy_mean_change" not in before
+    assert (after["proxy_mean"]["mean"], after["proxy_mean_change"]["mean"]) == (15, 5)
+    lines = dict(outcome(evaluated)["lines"])
+    assert lines["score of what ranked, before"] == "10.000 [10.000, 10.000]"
+    assert lines["score of what ranked, change"] == "+5.000 [+5.000, +5.000]"
+    inputs = json.loads((evaluated.run_folder() / stage.MANIFEST).read_text())["inputs"]
+    assert sum("proxy_scores" in name for name in inputs) == 2
+    evaluated.evaluation.proxy = False
+    assert "proxy_mean" not in stage.evaluate(evaluated, sft=False)["figures"]
 
 
 def test_a_prompt_that_one_of_the_models_has_not_answered_is_counted(evaluated):

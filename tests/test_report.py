@@ -331,6 +331,10 @@ def test_answers_stand_side_by_side_with_scores(trained, monkeypatch):
     assert left == 0 and [entry["id"] for entry in shown] == ["p1", "p2"]
     assert [answer["score"] for answer in shown[0]["before"]] == [2.0, 1.0]
     assert shown[0]["after"][0] == {"text": HOSTILE, "score": 3.0, "tokens": 1, "cut": False}
+    proxies = trained.run_folder() / "proxy_scores"  # of what ranked, where it has scored the answers, too
+    shutil.copytree(trained.run_folder() / "scores", proxies)
+    assert answers_of.answers(trained)[0][0]["after"][0]["proxy"] == 3.0
+    shutil.rmtree(proxies)
     page = report(trained, ["mine.yaml"])
     assert data_of(page)["answers"] == shown
     assert "0.500</td><td>[0.250, 0.750]" in page
