@@ -329,6 +329,7 @@ PAPER = {
     "training.wandb": False, "training.tensorboard": False,
     "evaluation.bootstrap": 2000, "evaluation.answers": 3, "evaluation.answer_tokens": 256,
     "evaluation.prompts": None, "evaluation.checkpoints": 4, "evaluation.samples": 5, "evaluation.on": None,
+    "evaluation.proxy": False,
     "judge.enabled": False, "judge.answers": 1, "judge.repeats": 1, "judge.max_new_tokens": 256,
     "judge.max_prompt_tokens": 6144, "judge.temperature": 0.0, "judge.tensor_parallel": 8,
 }  # fmt: skip
