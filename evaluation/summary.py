@@ -8,12 +8,13 @@ import json
 import shutil
 import textwrap
 from collections.abc import Iterator
-from itertools import islice
+from statistics import mean
 
 from evaluation.metrics import Answered
 from evaluation.statistics import LEVEL, estimate, figure, signed
 from hps.cli import parse
 from hps.errors import InputError, printable, run_main
+from hps.preflight import evaluated_prompts
 from hps.recipe import SPLITS, Recipe
 from hps.records import read_jsonl
 from hps.run_records import check_greedy
@@ -65,7 +66,8 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
             f"accuracy before {figure(before['mean'])}, after {figure(after['mean'])}"
         )
     learned = outcome(recipe)
-    lines += ["", "Answers to test prompts: before | after" + (", each with its reward" if learned else "")]
+    how = ", each the one of middle reward; from the least to the greatest change" if learned else ""
+    lines += ["", f"Answers to test prompts: before | after{how}"]
     for prompt, before, after in _scored(recipe) if learned else _greedy(recipe):
         question = textwrap.shorten(printable(prompt[-1]["content"]), width - 4, placeholder=" ...")
         lines += [f"> {question}", *columns(before, after, width), ""]
@@ -114,17 +116,32 @@ def evaluator(recipe: Recipe) -> str:
 
 
 def side_by_side(recipe: Recipe) -> Iterator[dict]:
-    """The first test prompts, each with the first of its answers before and after: `text` and `score`."""
-    folders = {"before": recipe.tested().sft_folder(), "after": recipe.evaluated_folder()}
+    """Prompts from the least to the greatest change in reward, evenly spaced over all that both models have answered.
+
+    Each with `text` and `score` of the answer of middle reward before and after training, and the `change` of its mean.
+    """
+    folders = {"after": recipe.evaluated_folder(), "before": recipe.tested().sft_folder()}
     sides = {name: Answered(folder) for name, folder in folders.items()}
-    both = (name for name in sides["after"].answers if name in sides["before"].answers)
-    for name in islice(both, recipe.evaluation.answers):
-        found = {side: answered.of(name) for side, answered in sides.items()}
-        answers = {
-            side: {"text": record["responses"][0], "score": scores["answers"][0]["score"]}
-            for side, (record, scores) in found.items()
-        }
-        yield {"prompt": found["after"][0]["prompt"], **answers}
+    prompts = evaluated_prompts(recipe)[0]
+    both = [name for name in prompts if all(name in side.answers for side in sides.values())]
+
+    def change(name: str) -> float:
+        after, before = (mean(each["score"] for each in sides[side].of(name)[1]["answers"]) for side in sides)
+        return after - before
+
+    ranked = sorted((change(name), name) for name in both)
+    count = min(recipe.evaluation.answers, len(ranked))
+    for place in range(count):
+        difference, name = ranked[(2 * place + 1) * len(ranked) // (2 * count)]
+        found = {side: _middle(*answered.of(name)) for side, answered in sides.items()}
+        yield {"prompt": prompts[name]["prompt"], "change": difference, **found}
+
+
+def _middle(answers: dict, scores: dict) -> dict:
+    """The answer of middle reward, of two middle ones the lower."""
+    ranked = sorted(zip((each["score"] for each in scores["answers"]), answers["responses"], strict=True))
+    score, text = ranked[(len(ranked) - 1) // 2]
+    return {"text": text, "score": score}
 
 
 def _scored(recipe: Recipe) -> Iterator[tuple[list[dict], str, str]]:

@@ -220,11 +220,13 @@ def test_what_training_changed(evaluated):
     assert lines["share of answers that beat one from before"].startswith("0.806 [")
     assert lines["KL from the model before training (nats)"] == "3.000 [3.000, 3.000]"
     assert lines["tokens after"] == "12.0 [12.0, 12.0]"
+    evaluated.evaluation.answers = 2  # of four prompts, whose changes are 0, 1, 2, 3, in their order
     shown = list(side_by_side(evaluated))
-    prompts = [record for _, record in read_prompts(evaluated.data.test.path, evaluated.evaluation.answers)]
-    assert [each["prompt"] for each in shown] == [record["prompt"] for record in prompts]
-    assert shown[2]["before"] == {"text": prompts[2]["responses"][0], "score": 0.0}
-    assert shown[2]["after"] == {"text": prompts[2]["responses"][0], "score": 2.0}
+    prompts = [record for _, record in read_prompts(evaluated.data.test.path, 4)]
+    assert [each["prompt"] for each in shown] == [prompts[1]["prompt"], prompts[3]["prompt"]]
+    assert [each["change"] for each in shown] == [1, 3]
+    assert shown[1]["before"] == {"text": prompts[3]["responses"][0], "score": 0.0}
+    assert shown[1]["after"] == {"text": prompts[3]["responses"][0], "score": 3.0}
 
 
 def test_what_ranked_stands_beside_what_judges(evaluated):
