@@ -14,7 +14,6 @@ from evaluation.metrics import Answered
 from evaluation.statistics import LEVEL, estimate, figure, signed
 from hps.cli import parse
 from hps.errors import InputError, printable, run_main
-from hps.preflight import evaluated_prompts
 from hps.recipe import SPLITS, Recipe
 from hps.records import read_jsonl
 from hps.run_records import check_greedy
@@ -122,8 +121,7 @@ def side_by_side(recipe: Recipe) -> Iterator[dict]:
     """
     folders = {"after": recipe.evaluated_folder(), "before": recipe.tested().sft_folder()}
     sides = {name: Answered(folder) for name, folder in folders.items()}
-    prompts = evaluated_prompts(recipe)[0]
-    both = [name for name in prompts if all(name in side.answers for side in sides.values())]
+    both = [name for name in sides["after"].answers if name in sides["before"].answers]
 
     def change(name: str) -> float:
         after, before = (mean(each["score"] for each in sides[side].of(name)[1]["answers"]) for side in sides)
@@ -134,7 +132,7 @@ def side_by_side(recipe: Recipe) -> Iterator[dict]:
     for place in range(count):
         difference, name = ranked[(2 * place + 1) * len(ranked) // (2 * count)]
         found = {side: _middle(*answered.of(name)) for side, answered in sides.items()}
-        yield {"prompt": prompts[name]["prompt"], "change": difference, **found}
+        yield {"prompt": sides["after"].answers[name]["prompt"], "change": difference, **found}
 
 
 def _middle(answers: dict, scores: dict) -> dict:

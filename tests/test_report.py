@@ -363,7 +363,7 @@ def test_the_page_opens_with_what_training_changed(trained):
     before, after = page.index('<h2 id="learned">'), page.index('<h2 id="figures">')
     opening = page[before:after]
     assert "change, prompt by prompt</th><td>+0.250 [+0.125, +0.375]</td>" in opening
-    assert opening.count("<article") == 2 and "reward 2.000" in opening and "reward 1.500" in opening
+    assert opening.count("<article") == 2 and opening.count("reward 1.000") == 4  # the lower of two answers
     assert "&lt;script&gt;alert" in opening and "<script>alert" not in page
 
 
