@@ -39,6 +39,7 @@ def checks(prompts: list, completions: list, **kwargs) -> list[float]:
     | "three sentences", "20 words", "one line" (also "exactly"), for n and k found | 1 - abs(k - n) / n, at least 0 |
     | "at most", "no more than", "up to" n | 1 up to n, then as above |
     | "at least" n | k / n up to n, then 1 |
+    | "fewer than 20 words", "two or three lines", "1,500 words", "twenty-one words" | not read |
     | "no letter e", "without the letter e" | share of the words without it |
     | "in capital letters", "in lower case" ("no capital letters") | share of the letters that are |
     | "no commas", "without commas" | 1 / (1 + commas) |
@@ -63,7 +64,10 @@ def _texts(completions: list) -> list[str]:
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 MOST, LEAST = r"at most|no more than|up to", r"at least"
-COUNT = re.compile(rf"(?:\b({MOST}|{LEAST}) )?\b(\d+|{'|'.join(NUMBERS)})[ -](sentence|word|line)s?\b")
+# Not a count: a part of a longer number ("1,500", "twenty-one") or of a range, and a bound that excludes its number.
+UNREAD = r"(?<![\w,.–-])(?<!than )(?<!under )(?<!below )(?<!over )(?<!or )(?<!to )(?<!between )"
+COUNT = re.compile(rf"(?:\b({MOST}|{LEAST}) |{UNREAD})(\d+|{'|'.join(NUMBERS)})[ -](sentence|word|line)s?\b")
+RANGE = re.compile(r"\bbetween \S+ and \S+")
 NO_LETTER = re.compile(r"\b(?:no|without|avoid|not use)(?: using)?(?: the)? letter \W?([a-z])\b")
 LOWER = re.compile(r"\bin lower[ -]?case|\bno capital letters|\bwithout capital letters")
 UPPER = re.compile(r"\bin (?:all )?(?:capital letters|capitals|upper[ -]?case)")
@@ -76,7 +80,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
 def _instructions(request: str) -> Iterator[Grade]:
     """A grade for each verifiable instruction of a message in lower case."""
-    for bound, number, unit in COUNT.findall(request):
+    for bound, number, unit in COUNT.findall(RANGE.sub("", request)):
         wanted = NUMBERS.index(number) + 1 if number in NUMBERS else int(number)
         if wanted:
             yield lambda text, n=wanted, unit=unit, bound=bound: _near(_count(text, unit), n, bound)

@@ -30,6 +30,7 @@ DEVICES = {
     "annotation": ("batch_tokens", "workers"),
     "evaluation": ("answers", "answer_tokens", "on"),
 }
+NEW = ("noise", "proxy")  # of annotation and evaluation: not in a key while they are off
 
 
 @dataclass
@@ -98,8 +99,9 @@ def _model(model: Model) -> dict:
 
 def _without_devices(recipe: Recipe, section: str) -> dict:
     values = asdict(getattr(recipe, section))
-    if section == "annotation" and not values["noise"]:  # omitted, so that older keys still match
-        del values["noise"]
+    for name in NEW:  # omitted, so that older keys still match
+        if not values.get(name, True):
+            del values[name]
     return {name: value for name, value in values.items() if name not in DEVICES[section]}
 
 

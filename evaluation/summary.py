@@ -92,7 +92,8 @@ def outcome(recipe: Recipe) -> dict | None:
         f"(mean [{LEVEL:.0%} interval])"
     )
     proxy = {}
-    if "proxy_mean_change" in figures:  # what ranked, beside what judges
+    # What ranked, beside what judges; a later run without `evaluation.proxy` writes the earlier figures again.
+    if "proxy_mean_change" in figures and "proxy_mean" in earlier:
         proxy["score of what ranked, before"] = estimate(earlier["proxy_mean"])
         proxy["score of what ranked, change"] = estimate(figures["proxy_mean_change"], write=signed)
     lines = {

@@ -81,7 +81,7 @@ def check_function(function: str, field: str) -> int:
     if name not in found:
         public = ", ".join(each for each in found if not each.startswith("_"))
         raise InputError(
-            f"`{field}`: the file has no function `{name}`",
+            f"`{field}`: the file has no `def {name}` at the left margin",
             where=shown(path),
             remedy=f"it has: {public}" if public else f"define one: {SIGNATURE}",
         )
@@ -100,10 +100,12 @@ def _read(path: Path) -> bytes:
 def _parse(path: Path) -> ast.Module:
     try:
         return ast.parse(_read(path), str(path))
-    except (SyntaxError, ValueError) as error:  # a null byte is a ValueError
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # a null byte; nested too deep
         line = getattr(error, "lineno", None) or 1
         raise InputError(
-            f"this is no Python ({getattr(error, 'msg', error)})", where=f"{shown(path)}:{line}", remedy="correct it"
+            f"this is no Python ({getattr(error, 'msg', '') or str(error) or 'nested too deeply'})",
+            where=f"{shown(path)}:{line}",
+            remedy="correct it",
         ) from None
 
 
@@ -203,12 +205,13 @@ class FunctionScorer:
                     )
         return [{"score": score} for score in scores]
 
-    def _call(
+    def _columns(
         self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None
-    ) -> list[float]:
+    ) -> dict[str, list]:
+        """The arguments of a call, made for it: the function may change them."""
         from hps.chat import response_token_ids
 
-        columns = {
+        return {
             "prompts": [[dict(message) for message in messages] for _ in responses],
             "completions": [[{"role": "assistant", "content": text}] for text in responses],
             "completion_ids": [
@@ -218,11 +221,17 @@ class FunctionScorer:
             "truncated": list(truncated),
             "prompt_id": [prompt_id] * len(responses),
         }
+
+    def _call(
+        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None
+    ) -> list[float]:
+        columns = self._columns(messages, responses, truncated, prompt_id)
         try:
             found = self.function(**columns)
         except (Exception, SystemExit) as error:
-            raise self._refusal(error, f"{self.title} raised{self._culprit(columns)}") from None
-        if not isinstance(found, list):
+            culprit = self._culprit(messages, responses, truncated, prompt_id)
+            raise self._refusal(error, f"{self.title} raised{culprit}") from None
+        if type(found) is not list:
             raise self._refuse(f"returns {type(found).__name__}", "return a list of floats")
         if len(found) != len(responses):
             raise self._refuse(
@@ -230,13 +239,14 @@ class FunctionScorer:
             )
         return [self._number(value, number) for number, value in enumerate(found, 1)]
 
-    def _culprit(self, columns: dict[str, list]) -> str:
+    def _culprit(self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None) -> str:
         """Which response the function raises on, if it does on one alone."""
-        for number in range(len(columns["completions"])):
+        for number, (text, cut) in enumerate(zip(responses, truncated, strict=True), 1):
+            columns = self._columns(messages, [text], [cut], prompt_id)
             try:
-                self.function(**{name: [values[number]] for name, values in columns.items()})
+                self.function(**columns)
             except (Exception, SystemExit):
-                return f" on response {number + 1}"
+                return f" on response {number}"
         return ""
 
     def _number(self, value: Any, number: int) -> float:
@@ -245,7 +255,7 @@ class FunctionScorer:
         if callable(getattr(value, "item", None)):
             try:
                 plain = value.item()
-            except (ValueError, RuntimeError):  # an array of several numbers
+            except Exception:  # an array of several numbers; a class of the user's
                 plain = None
         if isinstance(plain, bool) or not isinstance(plain, (int, float)):
             raise self._refuse(f"gives response {number} {_short(value)}", "return a float for each response")
@@ -266,13 +276,21 @@ class FunctionScorer:
             if trace.tb_frame.f_code.co_filename == str(self.path):
                 line = trace.tb_lineno
             trace = trace.tb_next
-        text = " ".join(str(error).split())[:300]
+        text = _shown(error, str)[:300]
         remedy = f"correct the function ({SIGNATURE})" if isinstance(error, TypeError) else "correct the function"
         return InputError(
             f"{problem} {type(error).__name__}: {text}".rstrip(": "), where=f"{shown(self.path)}:{line}", remedy=remedy
         )
 
 
+def _shown(value: Any, write: Callable[[Any], str]) -> str:
+    """A value of the user's code in one line; its class where the value cannot be written."""
+    try:
+        return " ".join(write(value).split())
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
 def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    text = _shown(value, repr)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -515,8 +515,11 @@ def _settled(function: str, key: str, place: "_Place") -> str:
     if not separator:
         return name
     beside = place.path.parent.resolve()
-    places = [(folder / file).resolve() for folder in (beside, REPOSITORY)]
-    path = next((found for found in places if found.is_file()), None)
+    try:
+        places = [(folder / file).resolve() for folder in (beside, REPOSITORY)]
+        path = next((found for found in places if found.is_file()), None)
+    except (OSError, ValueError, RuntimeError):  # a name too long, a null byte, a link to itself
+        path = None
     if path is None:
         raise InputError(
             f"`{key}`: there is no file {file} beside the recipe, and none in this repository",

@@ -241,6 +241,8 @@ def test_what_ranked_stands_beside_what_judges(evaluated):
     inputs = json.loads((evaluated.run_folder() / stage.MANIFEST).read_text())["inputs"]
     assert sum("proxy_scores" in name for name in inputs) == 2
     evaluated.evaluation.proxy = False
+    stage.evaluate(evaluated, sft=True)  # for another run, without the proxy
+    assert not any("ranked" in name for name, _ in outcome(evaluated)["lines"])
     assert "proxy_mean" not in stage.evaluate(evaluated, sft=False)["figures"]
 
 

@@ -298,6 +298,12 @@ CHANGES = [
 ]
 
 
+def test_committed_results_are_found():
+    """A new field of the recipe must not make its default another result: 2.5 hours would be done again."""
+    runs = [run for table in ("2", "6", "8", "ablation") for run in reproduce.needed(table, "quickstart")]
+    assert len(runs) > 30 and not [run.name for run in runs if find(run, "quickstart") is None]
+
+
 @pytest.mark.parametrize("override", CHANGES)
 def test_a_changed_setting_is_another_result(scripts, override):
     assert result_key(evaluation(override).recipe) != result_key(evaluation().recipe)

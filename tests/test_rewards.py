@@ -131,6 +131,18 @@ def test_checks(request_, texts, grades):
     assert asking(request_, *texts) == pytest.approx(grades)
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        *("Write 1,500 words", "Write 2.5 lines", "Use twenty-one words", "Give 2-3 sentences", "Two or three lines"),
+        *("fewer than 4 words", "more than 4 words", "under 4 words", "between two and four lines", "2 to 4 lines"),
+    ],
+)
+def test_a_number_that_is_no_count_is_not_graded(request_):
+    with pytest.raises(ValueError, match="no instruction that `checks` can verify"):
+        asking(request_, "a b c")
+
+
 def test_only_the_last_message_instructs():
     messages = [{"role": "user", "content": "One line."}, {"role": "assistant", "content": "No."}]
     with pytest.raises(ValueError, match="no instruction that `checks` can verify"):
@@ -182,6 +194,8 @@ def test_the_resolved_recipe_is_a_recipe(load, tiny_recipe):
         ("{function: mine.txt:short}", "is `mine.txt:short`; give the name"),
         ("{function: other.py:short}", "there is no file other.py beside the recipe, and none in this repository"),
         ("{function: sub/../../outside.py:f}", "is neither below the recipe's folder nor in this repository"),
+        ("{function: loop.py:f}", "there is no file loop.py beside the recipe"),
+        ("{function: " + "a" * 999 + ".py:f}", "beside the recipe, and none in this repository"),
         ("{function: link.py:f}", "is neither below the recipe's folder nor in this repository"),
     ],
 )
@@ -190,6 +204,7 @@ def test_bad_names_are_refused_with_their_line(load, tiny_recipe, tmp_path, rewa
     outside.write_text("def f(): pass\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "link.py").symlink_to(outside)
+    (tmp_path / "loop.py").symlink_to(tmp_path / "loop.py")
     text = refusal(load, reward)
     assert text.startswith(f"{tiny_recipe}:6: ") and message in text
 
@@ -215,8 +230,15 @@ def test_noise_is_bounded(load):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def other(): pass\n", "mine.py: `models.reward.function`: the file has no function `f`; it has: other"),
-        ("f = 1\n", "the file has no function `f`; define one: def NAME(prompts, completions, **kwargs)"),
+        (
+            "def other(): pass\n",
+            "mine.py: `models.reward.function`: the file has no `def f` at the left margin; it has: other",
+        ),
+        ("f = 1\n", "the file has no `def f` at the left margin; define one: def NAME(prompts, completions, **kwargs)"),
+        ("class f: pass\n", "has no `def f` at the left margin"),
+        ("async def f(**kwargs): return []\n", "has no `def f` at the left margin"),
+        ("if True:\n    def f(**kwargs): return []\n", "has no `def f` at the left margin"),
+        ("x = " + "-" * 100_000 + "1\n", "mine.py:1: this is no Python (nested too deeply); correct it"),
         ("def f(:\n", "mine.py:1: this is no Python (invalid syntax); correct it"),
         ("\n\0", "this is no Python (source code string cannot contain null bytes)"),
         (
@@ -262,6 +284,14 @@ F = "def f(prompts, completions, **kwargs):\n    "
             "mine.py:1: `models.reward.function` `f` raised on response 1 TypeError: f() got an unexpected keyword "
             "argument 'completion_ids'; correct the function (def NAME(prompts, completions, **kwargs))",
         ),
+        (
+            F + "prompts.clear()\n    return [1 / (c[0]['content'] != 'two') for c in completions]",
+            "raised on response 2 ZeroDivisionError",
+        ),
+        ("class E(Exception):\n    def __str__(self): raise E\n" + F + "raise E", "on response 1 E: a E; correct"),
+        ("class R:\n    def __repr__(self): raise KeyError\n" + F + "return [R()] * 3", "gives response 1 a R; return"),
+        ("class R:\n    def item(self): raise KeyError\n" + F + "return [R()] * 3", "response 1 <hps_function"),
+        ("class L(list):\n    def __len__(self): return 3\n" + F + "return L()", "`f` returns L; return a list"),
         ("import random\n" + F + "return [random.random() for _ in prompts]", "equal responses must get equal scores"),
         (F + "return [0.0, 1.0, 2.0]", "gives response 3 the score 2.0, and 0.0 as response 1; equal responses"),
     ],
