@@ -16,7 +16,7 @@ from hps.cli import parse
 from hps.errors import InputError, printable, run_main
 from hps.recipe import SPLITS, Recipe
 from hps.records import read_jsonl
-from hps.run_records import check_greedy
+from hps.run_records import SCORES, check_greedy
 
 
 def columns(left: str, right: str, width: int) -> list[str]:
@@ -59,10 +59,9 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
     metrics = _read(run / "evaluation" / "margins.json")
     lines += ["", "Held-out pairs (mean [95 % interval]; RM_DPO in nats)"]
     for name, figures in metrics["sets"].items():
-        margin, before, after = (figures[key] for key in ("rm_dpo", "accuracy_before", "accuracy_after"))
         lines.append(
-            f"  {name:8s} {figures['pairs']:4d} pairs  RM_DPO {estimate(margin)}  "
-            f"accuracy before {figure(before['mean'])}, after {figure(after['mean'])}"
+            f"  {name:8s} {figures['pairs']:4d} pairs  RM_DPO {estimate(figures['rm_dpo'])}  "
+            f"above zero in {estimate(figures['rm_dpo_accuracy'])} of the pairs"
         )
     learned = outcome(recipe)
     how = ", each the one of middle reward; from the least to the greatest change" if learned else ""
@@ -118,10 +117,13 @@ def evaluator(recipe: Recipe) -> str:
 def side_by_side(recipe: Recipe) -> Iterator[dict]:
     """Prompts from the least to the greatest change in reward, evenly spaced over all that both models have answered.
 
-    Each with `text` and `score` of the answer of middle reward before and after training, and the `change` of its mean.
+    Each with `text` and `score` of the answer of middle reward before and after training (`proxy`: the score of what
+    ranked, where it has scored the answers), and the `change` of its mean reward.
     """
     folders = {"after": recipe.evaluated_folder(), "before": recipe.tested().sft_folder()}
     sides = {name: Answered(folder) for name, folder in folders.items()}
+    scored = all((folder / SCORES["reward"] / "manifest.json").exists() for folder in folders.values())
+    proxies = {name: Answered(folder, "reward") for name, folder in folders.items()} if scored else {}
     both = [name for name in sides["after"].answers if name in sides["before"].answers]
 
     def change(name: str) -> float:
@@ -132,15 +134,20 @@ def side_by_side(recipe: Recipe) -> Iterator[dict]:
     count = min(recipe.evaluation.answers, len(ranked))
     for place in range(count):
         difference, name = ranked[(2 * place + 1) * len(ranked) // (2 * count)]
-        found = {side: _middle(*answered.of(name)) for side, answered in sides.items()}
+        found = {}
+        for side, answered in sides.items():
+            by_proxy = proxies[side].of(name)[1]["answers"] if scored else []
+            found[side] = _middle(*answered.of(name), by_proxy)
         yield {"prompt": sides["after"].answers[name]["prompt"], "change": difference, **found}
 
 
-def _middle(answers: dict, scores: dict) -> dict:
+def _middle(answers: dict, scores: dict, proxies: list[dict]) -> dict:
     """The answer of middle reward, of two middle ones the lower."""
-    ranked = sorted(zip((each["score"] for each in scores["answers"]), answers["responses"], strict=True))
-    score, text = ranked[(len(ranked) - 1) // 2]
-    return {"text": text, "score": score}
+    rewards = [each["score"] for each in scores["answers"]]
+    ranked = sorted(range(len(rewards)), key=rewards.__getitem__)
+    middle = ranked[(len(ranked) - 1) // 2]
+    found = {"text": answers["responses"][middle], "score": rewards[middle]}
+    return found | {"proxy": proxies[middle]["score"]} if proxies else found
 
 
 def _scored(recipe: Recipe) -> Iterator[tuple[list[dict], str, str]]:

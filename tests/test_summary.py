@@ -28,8 +28,7 @@ def write_results(recipe) -> None:
     metrics = {
         "pairs": 60,
         "rm_dpo": {"mean": 1.5, "interval": [0.75, 2.25]},
-        "accuracy_before": {"mean": 0.5, "interval": [0.4, 0.6]},
-        "accuracy_after": {"mean": 0.9, "interval": [0.8, 0.95]},
+        "rm_dpo_accuracy": {"mean": 0.9, "interval": [0.8, 0.95]},
     }
     evaluation = recipe.run_folder() / "evaluation"
     write_json(evaluation / "margins.json", {"sets": {"written": metrics}})
@@ -60,7 +59,7 @@ def test_the_summary_fits_and_has_every_figure(recipe, width):
     assert "  train   60 prompts    1.250   0.500  -0.250   0.612" in lines
     assert "  test    59 prompts    1.250   0.500  -0.250   0.612" in lines
     assert (
-        "  written    60 pairs  RM_DPO 1.500 [0.750, 2.250]  accuracy before 0.500, after 0.900" in lines
+        "  written    60 pairs  RM_DPO 1.500 [0.750, 2.250]  above zero in 0.900 [0.800, 0.950] of the pairs" in lines
     )  # fmt: skip
     assert lines[-1] == f"page: {run / 'report.html'}"
     answers = lines[lines.index("Answers to test prompts: before | after") + 1 : -1]
