@@ -354,8 +354,6 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
     rows = TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
-    if recipe.lora.enabled:
-        try_lora(recipe)
     model = load_policy(recipe, config.bf16)
     layout = prove(model, recipe.schedule.max_length)
     if not recipe.training.shared_prefix:
@@ -439,6 +437,8 @@ def train(recipe: Recipe) -> None:
 def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
     check_wandb(recipe)
     check_fits("run", recipe, "policy")
+    if recipe.lora.enabled:
+        try_lora(recipe)  # before the arguments: with ZeRO-3's, transformers would shard the model that is tried
     tokenizer = load_tokenizer(recipe.models.policy.path, recipe.models.policy.revision)
     trainer = build_trainer(recipe, tokenizer, training_config(recipe, state.num_processes))
     _announce(recipe, trainer)
