@@ -29,10 +29,9 @@ bash setup.sh train
 "$TRAIN" -m ruff check .
 "$TRAIN" -m ruff format --check .
 .venv-train/bin/shellcheck ./*.sh cluster/*.sbatch .ci/run
-# A process a core, and a file's tests in one process.
-side_by_side=(--numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
-# The tests of training hold on a CPU (bit-equality, fp32), also where there are GPUs: one thread each.
-CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 "$TRAIN" -m pytest -m "not infer$also" --durations 10 "${side_by_side[@]}" "$@"
-# Every test of the inference environment starts an engine or Ray: none of them is quick. Engines share no GPU.
-[[ "$(<models/.device.venv-infer)" == cpu ]] || side_by_side=()
-[[ -n "$also" ]] || "$INFER" -m pytest -m infer --durations 10 "${side_by_side[@]}" "$@"
+# The tests of training hold on a CPU (bit-equality, fp32), also where there are GPUs: a process a core, one thread each,
+# a file's tests in one process.
+CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 "$TRAIN" -m pytest -m "not infer$also" --durations 10 \
+    --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
+# Every test of the inference environment starts an engine or Ray, which take every core: none of them is quick.
+[[ -n "$also" ]] || "$INFER" -m pytest -m infer --durations 10 "$@"
