@@ -27,10 +27,10 @@ from annotation.reward_models import load_scorer, run_scorers
 from annotation.score import TooLong
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
-from hps.functions import announce, located
+from hps.functions import announce, function_files
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import check_fits
-from hps.recipe import SPLITS, Model, Recipe
+from hps.recipe import SPLITS, Recipe
 from hps.records import PARALLEL, WITHOUT_NOISE, Appender, canonical, done_ids, read_candidates, read_ranked, write_json
 
 
@@ -122,11 +122,6 @@ def stage_settings(recipe: Recipe) -> dict:
     if recipe.annotation.noise:  # omitted without, so that older claims still match
         settings["noise"] = {"standard_deviation": recipe.annotation.noise, "seed": recipe.seed}
     return settings
-
-
-def function_files(model: Model) -> list[Path]:
-    """The file of a function that is not ours, among a stage's inputs; those of this repository change with it."""
-    return [located(model.function)[0]] if model.function and ":" in model.function else []
 
 
 def annotate(recipe: Recipe) -> None:

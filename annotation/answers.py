@@ -13,11 +13,10 @@ was trained to please.
 from collections.abc import Iterator
 from pathlib import Path
 
-from annotation.annotate import function_files
 from annotation.reward_models import load_scorer, run_scorers
 from hps.cli import parse, progress
 from hps.errors import InputError, run_main
-from hps.functions import announce
+from hps.functions import announce, function_files
 from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
 from hps.preflight import check_fits, evaluated_prompts
 from hps.recipe import Recipe

@@ -14,6 +14,7 @@ from evaluation.metrics import Answered
 from evaluation.statistics import LEVEL, estimate, figure, signed
 from hps.cli import parse
 from hps.errors import InputError, printable, run_main
+from hps.functions import scorer_name
 from hps.recipe import SPLITS, Recipe
 from hps.records import read_jsonl
 from hps.run_records import SCORES, check_greedy
@@ -77,7 +78,7 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
 def outcome(recipe: Recipe) -> dict | None:
     """What training changed in the answers to prompts that the policy never saw: a title, and names with estimates.
 
-    None until evaluate.sh has run. The reward is the evaluator's; where that is the function that ranked, the truth.
+    None until evaluate.sh has run. The reward is the evaluator's: the true one where a function defines it.
     """
     after, before = (folder / "metrics.json" for folder in (recipe.evaluated_folder(), recipe.tested().sft_folder()))
     if not (after.exists() and before.exists()):
@@ -86,8 +87,9 @@ def outcome(recipe: Recipe) -> dict | None:
     figures = metrics["figures"]
     if "reward_win_rate" not in figures:  # of an earlier version
         return None
+    judge = scorer_name(recipe.models.evaluator.path, recipe.models.evaluator.function)
     title = (
-        f"{metrics['samples']} answers to each of {metrics['prompts']} test prompts, reward by {evaluator(recipe)} "
+        f"{metrics['samples']} answers to each of {metrics['prompts']} test prompts, reward by {judge} "
         f"(mean [{LEVEL:.0%} interval])"
     )
     proxy = {}
@@ -108,27 +110,21 @@ def outcome(recipe: Recipe) -> dict | None:
     return {"title": title, "lines": list(lines.items())}
 
 
-def evaluator(recipe: Recipe) -> str:
-    """What scored the answers: a model, or the name of a function, whose file the recipe may give."""
-    found = recipe.models.evaluator
-    return found.path or f"the function {found.function.rpartition('/')[2]}"
-
-
 def side_by_side(recipe: Recipe) -> Iterator[dict]:
     """Prompts from the least to the greatest change in reward, evenly spaced over all that both models have answered.
 
     Each with `text` and `score` of the answer of middle reward before and after training (`proxy`: the score of what
     ranked, where it has scored the answers), and the `change` of its mean reward.
     """
-    folders = {"after": recipe.evaluated_folder(), "before": recipe.tested().sft_folder()}
+    folders = {"before": recipe.tested().sft_folder(), "after": recipe.evaluated_folder()}
     sides = {name: Answered(folder) for name, folder in folders.items()}
     scored = all((folder / SCORES["reward"] / "manifest.json").exists() for folder in folders.values())
     proxies = {name: Answered(folder, "reward") for name, folder in folders.items()} if scored else {}
     both = [name for name in sides["after"].answers if name in sides["before"].answers]
 
     def change(name: str) -> float:
-        after, before = (mean(each["score"] for each in sides[side].of(name)[1]["answers"]) for side in sides)
-        return after - before
+        means = {side: mean(each["score"] for each in sides[side].of(name)[1]["answers"]) for side in sides}
+        return means["after"] - means["before"]
 
     ranked = sorted((change(name), name) for name in both)
     count = min(recipe.evaluation.answers, len(ranked))

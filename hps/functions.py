@@ -50,6 +50,16 @@ def announce(recipe: Recipe, *roles: str) -> None:
             print(f"{role} function: {name} of {shown(path)}", flush=True)
 
 
+def function_files(model: Model) -> list[Path]:
+    """The file of a function of the user's, among a stage's inputs; the shipped ones change with the repository."""
+    return [located(model.function)[0]] if model.function and ":" in model.function else []
+
+
+def scorer_name(path: str | None, function: str | None) -> str:
+    """What scored, for the reader: a model by its path, or a function without the way to its file."""
+    return path or f"the function {function.rpartition('/')[2]}"
+
+
 def identity(function: str) -> dict:
     """Name and file's hash: the same function, wherever the file is."""
     path, name = located(function)

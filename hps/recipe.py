@@ -220,9 +220,9 @@ class Evaluation:
 
     `prompts` of the test split are evaluated, the first ones (null: all). `checkpoints` is the number of points before
     the end of the training at which the policy is kept and its margins are taken. `samples` answers to a prompt are
-    what BLEU, reward and KL are taken on. `proxy`: `models.reward` scores them, too: what the policy was trained to
-    please stands beside what `models.evaluator` says. `on` names another recipe whose test split and ranking are
-    evaluated instead (transfer, Tables 5 and 7).
+    what BLEU, reward and KL are taken on. With `proxy`, `models.reward` scores them as well as `models.evaluator`, so
+    that a reader can compare what the policy was trained for with what it is judged by. `on` names another recipe whose
+    test split and ranking are evaluated instead (transfer, Tables 5 and 7).
     """
 
     bootstrap: int = 2000

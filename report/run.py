@@ -19,6 +19,7 @@ from evaluation.statistics import FEW, figure, interval
 from evaluation.summary import outcome, side_by_side
 from hps.cli import parse
 from hps.errors import InputError, run_main
+from hps.functions import scorer_name
 from hps.recipe import DEFAULT_RECIPE, Recipe
 from hps.records import read_json, read_jsonl
 from hps.run_records import check_log_line
@@ -113,7 +114,7 @@ def metrics(folder: Path, before: Path) -> dict | None:
     if scores.exists():  # a user may have deleted them: the figures stand
         with intact(scores, AGAIN):
             model = read_manifest(scores)["recipe"]["models"]["evaluator"]
-            evaluator = model["path"] or f"the function {model['function'].rpartition('/')[2]}"
+            evaluator = scorer_name(model["path"], model.get("function"))
     return {"prompts": prompts, "evaluator": evaluator, "lines": lines}
 
 

@@ -212,6 +212,28 @@ def ranked_records(count: int, responses: int = 5) -> list[dict]:
     return records
 
 
+def candidate(number: int, *responses: str) -> dict:
+    """A candidates record with four responses, or those given."""
+    responses = list(responses) or [f"Answer {number}.", "No.", f"It is {number} times {number}.", "Perhaps"]
+    return {
+        "prompt_id": f"p{number}",
+        "prompt": [{"role": "user", "content": f"What is {number} squared?"}],
+        "responses": responses,
+        "sources": ["given_1", "given_2", *["generated"] * (len(responses) - 2)],
+        "token_counts": [len(response.split()) for response in responses],
+        "truncated": [response == "Perhaps" for response in responses],
+    }
+
+
+def write_candidates(recipe, records: dict[str, list[dict]]) -> None:
+    """Finished candidates by split, as the generation leaves them."""
+    for split, lines in records.items():
+        path = recipe.candidates(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path.parent / "manifest.json").write_text("{}")
+
+
 @pytest.fixture
 def ranked_recipe(tiny_recipe, monkeypatch):
     """Load the tiny recipe with overrides, with ranked files in its output folder (written once a test).

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, candidate, write_candidates
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from annotation import annotate as stage
@@ -17,7 +17,7 @@ from annotation.annotate import annotate, rank, summarize
 from annotation.score import RewardModel
 from hps.errors import InputError
 from hps.recipe import Model, load_recipe
-from hps.records import read_jsonl, read_ranked, write_json
+from hps.records import read_jsonl, read_ranked
 
 SPLITS = {"train": 6, "test": 3}
 
@@ -29,27 +29,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def candidate(number: int, *responses: str) -> dict:
-    responses = list(responses) or [f"Answer {number}.", "No.", f"It is {number} times {number}.", "Perhaps"]
-    return {
-        "prompt_id": f"p{number}",
-        "prompt": [{"role": "user", "content": f"What is {number} squared?"}],
-        "responses": responses,
-        "sources": ["given_1", "given_2", *["generated"] * (len(responses) - 2)],
-        "token_counts": [len(response.split()) for response in responses],
-        "truncated": [response == "Perhaps" for response in responses],
-    }
-
-
-def write_candidates(recipe, records: dict[str, list[dict]]) -> None:
-    """Finished candidates, as the generation leaves them."""
-    for split, lines in records.items():
-        path = recipe.candidates(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_json(path.parent / "manifest.json", {})
 
 
 @pytest.fixture

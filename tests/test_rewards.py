@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, candidate, write_candidates
 
 from annotation import annotate as stage
 from annotation import answers as scoring
@@ -28,26 +28,7 @@ from report.origin import models
 
 SHORT = "def short(prompts, completions, **kwargs):\n    return [-float(len(c[0]['content'])) for c in completions]\n"
 MESSAGES = [{"role": "user", "content": "Hi"}]
-
-
-def candidate(number: int, *responses: str) -> dict:
-    responses = list(responses) or [f"Answer {number}.", "No.", f"It is {number} times {number}.", "Perhaps"]
-    return {
-        "prompt_id": f"p{number}",
-        "prompt": [{"role": "user", "content": f"What is {number} squared?"}],
-        "responses": responses,
-        "sources": ["given_1", "given_2", *["generated"] * (len(responses) - 2)],
-        "token_counts": [len(response.split()) for response in responses],
-        "truncated": [response == "Perhaps" for response in responses],
-    }
-
-
-def write_candidates(recipe, count: int = 4) -> None:
-    for split, numbers in (("train", range(count)), ("test", range(count, count + 2))):
-        path = recipe.candidates(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(candidate(number)) + "\n" for number in numbers))
-    write_json(path.parent / "manifest.json", {})
+CANDIDATES = {"train": [candidate(number) for number in range(4)], "test": [candidate(4), candidate(5)]}
 
 
 @pytest.fixture
@@ -66,7 +47,7 @@ def load(tiny_recipe, file):
         text = re.sub(r"  reward: .*", f"  reward: {reward}", tiny_recipe.read_text())
         tiny_recipe.write_text(text)
         recipe = load_recipe(tiny_recipe, list(overrides))
-        write_candidates(recipe)
+        write_candidates(recipe, CANDIDATES)
         return recipe
 
     return load
@@ -549,7 +530,7 @@ def test_the_example_of_the_documentation_ranks(tiny_recipe):
     assert first == "models:"
     tiny_recipe.write_text(re.sub(r"  reward: .*", line, tiny_recipe.read_text()))
     recipe = load_recipe(tiny_recipe)
-    write_candidates(recipe)
+    write_candidates(recipe, CANDIDATES)
     annotate(recipe)
     for record in ranked(recipe)["train"]:
         assert record["rewards"] == [float("?" in text) for text in record["responses"]]
