@@ -24,11 +24,9 @@ bash setup.sh train
 "$INFER" -m hps.preflight evaluate "$@"
 case " $* " in *" --dry-run "*) exit 0 ;; esac
 "$INFER" -m generation.answers "$@"
-"$INFER" -m annotation.answers "$@" --sft # of the model before training
 "$INFER" -m annotation.answers "$@"
 "$TRAIN" -m evaluation.margins "$@"
 "$TRAIN" -m evaluation.divergence "$@"
-"$TRAIN" -m evaluation.metrics "$@" --sft
 "$TRAIN" -m evaluation.metrics "$@"
 "$INFER" -m evaluation.judge "$@"
 "$TRAIN" -m evaluation.win_rate "$@"

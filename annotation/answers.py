@@ -1,10 +1,11 @@
 """Score the answers to the test prompts with the reward of the evaluation.
 
-Reads   `<output>/<run>/answers/test.jsonl` (answers), or with --sft those under `<output>/sft/`; `data.test.path`
-Writes  `scores/scores.jsonl` beside the answers' folder, a line a prompt: `answers` and, with --sft, `given` (the given
-        responses of the prompt), for each `score` and what else the reward model gives; `manifest.json` (last).
-        With `evaluation.proxy` the same by `models.reward`, the proxy that ranked, in `proxy_scores/`
-Run     python -m annotation.answers configs/quickstart.yaml [--sft]
+Reads   `answers/test.jsonl` under `<output>/sft/` (the model before training) and `<output>/<run>/`; `data.test.path`
+Writes  `scores/scores.jsonl` beside each answers' folder, a line a prompt: `answers` and, for the model before training,
+        `given` (the given responses of the prompt), for each `score` and what else the reward model gives;
+        `manifest.json` (last). With `evaluation.proxy` the same by `models.reward`, the proxy that ranked, in
+        `proxy_scores/`
+Run     python -m annotation.answers configs/quickstart.yaml
 
 `models.evaluator` is another model than the one that ranked the candidates: a policy is not judged by the model that it
 was trained to please.
@@ -117,10 +118,11 @@ def with_given(record: dict, prompt: dict | None) -> dict:
 
 
 def main() -> None:
-    recipe, options = parse(__doc__, dry_run=False, sft="answers of the model before training")
-    score(recipe, options.sft)
-    if recipe.evaluation.proxy:
-        score(recipe, options.sft, "reward")
+    recipe, _ = parse(__doc__, dry_run=False)
+    for sft in (True, False):
+        score(recipe, sft)
+        if recipe.evaluation.proxy:
+            score(recipe, sft, "reward")
 
 
 if __name__ == "__main__":

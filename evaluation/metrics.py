@@ -4,8 +4,8 @@ Reads   `<output>/<run>/`: `answers/test.jsonl`, `scores/scores.jsonl`, `diverge
         `evaluation/margins.json`; `<output>/sft/`: answers and scores of the model before training; of both, with
         `evaluation.proxy`, `proxy_scores/scores.jsonl`; `data.test.path`
 Writes  `<output>/<run>/metrics.jsonl` (a line a prompt), `metrics.json` (means with intervals), `metrics.manifest.json`
-        (last); with --sft the same under `<output>/sft/`, of the model before training
-Run     python -m evaluation.metrics configs/quickstart.yaml [--sft]
+        (last); the same under `<output>/sft/`, of the model before training
+Run     python -m evaluation.metrics configs/quickstart.yaml
 
 A figure is the best of a prompt's answers (`_best`, the paper's) or their mean (`_mean`). docs/evaluation.md describes
 every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes seconds and is done anew at each call.
@@ -414,10 +414,10 @@ def print_metrics(metrics: dict, path: Path, function: bool = False) -> None:
 
 
 def main() -> None:
-    recipe, options = parse(__doc__, dry_run=False, sft="figures of the model before training")
-    metrics = evaluate(recipe, options.sft)
+    recipe, _ = parse(__doc__, dry_run=False)
     function = recipe.models.evaluator.function is not None
-    print_metrics(metrics, evaluated(recipe, options.sft) / "metrics.json", function)
+    for sft in (True, False):
+        print_metrics(evaluate(recipe, sft), evaluated(recipe, sft) / "metrics.json", function)
 
 
 if __name__ == "__main__":

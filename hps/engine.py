@@ -15,6 +15,7 @@ from pathlib import Path
 from hps.chat import load_tokenizer, same_tokens, sampled_text
 from hps.errors import InputError
 from hps.recipe import Generation, Model
+from hps.weights import load_config
 
 # Read by vLLM at import. No usage reports; errors only: on a CPU a screen of warnings says what vLLM does without.
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -78,6 +79,8 @@ class Engine:
         # vLLM loads tokenizers by rules of its own. It gets ours as a folder, for schemas; texts are decoded here.
         self._folder = tempfile.TemporaryDirectory()
         self._tokenizer.save_pretrained(self._folder.name)
+        # Without a configuration beside it vLLM tries twice to read one, waits in between and prints errors.
+        load_config(model).save_pretrained(self._folder.name)
         extra = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if not self._cuda:
             extra = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}

@@ -155,7 +155,7 @@ def test_what_ranked_scores_the_answers_too(run, sampled, tiny_reward, monkeypat
     settings = ["models.evaluator.function=sentiment", f"models.reward.path={tiny_reward}", "evaluation.samples=2"]
     recipe = run(*settings, "evaluation.proxy=true")
     stage.answer([recipe])
-    monkeypatch.setattr(scoring, "parse", lambda *_, **__: (recipe, Namespace(sft=False)))
+    monkeypatch.setattr(scoring, "parse", lambda *_, **__: (recipe, Namespace()))
     scoring.main()
     by = {}
     for role in ("evaluator", "reward"):
