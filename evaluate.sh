@@ -21,10 +21,10 @@ case " $* " in *" -h "* | *" --help "*)
 esac
 bash setup.sh infer
 bash setup.sh train
-"$INFER" -m hps.preflight evaluate "$@"
+"$INFER" -m pipeline.preflight evaluate "$@"
 case " $* " in *" --dry-run "*) exit 0 ;; esac
-"$INFER" -m generation.answers "$@"
-"$INFER" -m annotation.answers "$@"
+"$INFER" -m generation.sample_answers "$@"
+"$INFER" -m annotation.score_answers "$@"
 "$TRAIN" -m evaluation.margins "$@"
 "$TRAIN" -m evaluation.divergence "$@"
 "$TRAIN" -m evaluation.metrics "$@"

@@ -19,7 +19,7 @@ case " $* " in *" -h "* | *" --help "*)
     ;;
 esac
 bash setup.sh infer
-"$PYTHON" -m hps.preflight gene "$@"
+"$PYTHON" -m pipeline.preflight gene "$@"
 case " $* " in *" --dry-run "*) exit 0 ;; esac
 "$PYTHON" -m generation.generate "$@"
 "$PYTHON" -m annotation.annotate "$@"

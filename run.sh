@@ -19,7 +19,7 @@ case " $* " in *" -h "* | *" --help "*)
     ;;
 esac
 bash setup.sh train
-"$PYTHON" -m hps.preflight run "$@"
+"$PYTHON" -m pipeline.preflight run "$@"
 case " $* " in *" --dry-run "*) exit 0 ;; esac
 "$PYTHON" -m alignment.plan "$@"
 "$PYTHON" -m alignment.launch "$@"

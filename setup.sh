@@ -54,7 +54,7 @@ main() {
             say "$VENV stands: $(du -sh "$VENV" | cut -f1), $SECONDS s"
         fi
     fi
-    "$VENV/bin/python" -m hps.embedded
+    "$VENV/bin/python" -m tools.embedded
 }
 
 find_browser() { # the tests of the pages are skipped without one: no reason to fail

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from hps.errors import run_main
-from hps.records import read_jsonl
-from hps.run_records import check_log_line
+from pipeline.records import read_jsonl
+from pipeline.run_records import check_log_line
 
 PANELS = [
     ("loss (nats)", ["loss"]),

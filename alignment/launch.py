@@ -12,10 +12,10 @@ import os
 import socket
 import sys
 
-from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.recipe import Recipe
-from hps.workers import accumulation_steps, node_count, process_count
+from pipeline.cli import parse
+from pipeline.recipe import Recipe
+from pipeline.workers import accumulation_steps, node_count, process_count
 
 
 def torchrun(arguments: list[str]) -> None:

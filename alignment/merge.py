@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hps.chat import load_tokenizer, prompt_token_ids
-from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.manifest import claim, finish, hold, model_hash
-from hps.recipe import Model, Recipe
-from hps.weights import check_weights, load_adapter, load_weights
+from pipeline.cli import parse
+from pipeline.recipe import Model, Recipe
+from pipeline.stage import claim, finish, hold, model_hash
+from pipeline.weights import check_weights, load_adapter, load_weights
 
 PROBE = [{"role": "user", "content": "Name three things that float, two that sink, and say why in a sentence each."}]
 # Of a log-probability, in nats: what adding the adapter to the weights may change by float32's rounding, and what share

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.manifest import check_model, claim, file_hash, hold, model_hash
-from hps.recipe import Loss, Recipe, Schedule, stages_without_steps
-from hps.records import Indexed, Lines, check_ranked, read_json, write_json, write_lines
-from hps.run_records import check_plan_row
+from pipeline.cli import parse
+from pipeline.recipe import Loss, Recipe, Schedule, stages_without_steps
+from pipeline.records import Indexed, Lines, check_ranked, read_json, write_json, write_lines
+from pipeline.run_records import check_plan_row
+from pipeline.stage import check_model, claim, file_hash, hold, model_hash
 
 WIDEST = 2**24  # nats: the largest number beside which single precision still sees 1
 

@@ -32,17 +32,17 @@ from trl import DPOConfig
 from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
 from alignment.plan import ranked_prompts, read_plan, run_settings, weights_of
-from alignment.reference import add_reference
-from alignment.trainer import HPSTrainer, PlanCollator, not_finite
 from hps.chat import load_tokenizer, naming, prompt_token_ids, response_token_ids
-from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.manifest import check_model, claim, file_hash, finish, hold
-from hps.preflight import check_fits, check_wandb, try_lora
-from hps.recipe import Recipe
-from hps.records import parse_json, shorten, write_atomic
+from hps.reference import add_reference
 from hps.shared_prefix import prove
-from hps.weights import load_config, load_weights
+from hps.trainer import HPSTrainer, PlanCollator, not_finite
+from pipeline.cli import parse
+from pipeline.preflight import check_fits, check_wandb, try_lora
+from pipeline.recipe import Recipe
+from pipeline.records import parse_json, shorten, write_atomic
+from pipeline.stage import check_model, claim, file_hash, finish, hold
+from pipeline.weights import load_config, load_weights
 
 COMPLETE = "complete"  # a checkpoint's last file
 
@@ -346,7 +346,7 @@ def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
 
 
 def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
-    """The trainer on the plan's rows; without the reference's log-probabilities (`alignment.reference`)."""
+    """The trainer on the plan's rows; without the reference's log-probabilities (`hps.reference`)."""
     # `setdefault`: a user's own settings win. The id makes a continued run go on in the same record.
     os.environ.setdefault("WANDB_PROJECT", "hps")
     os.environ.setdefault("WANDB_RUN_ID", file_hash(recipe.run_folder() / "claim.json")[:16])

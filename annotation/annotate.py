@@ -1,4 +1,4 @@
-"""Score every candidate with the reward model, or a function in its place (hps/functions.py), and rank.
+"""Score every candidate with the reward model, or a function in its place (pipeline/functions.py), and rank.
 
 Reads   `<output>/candidates/{train,test}.jsonl` (candidates)
 Writes  `<output>/ranked/{train,test}.jsonl` (ranked: candidates with `rewards`, sorted), `{train,test}.ledger.jsonl`,
@@ -23,15 +23,24 @@ from statistics import NormalDist, mean
 
 import numpy as np
 
-from annotation.reward_models import load_scorer, run_scorers
-from annotation.score import TooLong
-from hps.cli import parse, progress
+from annotation.reward_model import TooLong
+from annotation.scorers import load_scorer, run_scorers
 from hps.errors import InputError, run_main
-from hps.functions import announce, function_files
-from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
-from hps.preflight import check_fits
-from hps.recipe import SPLITS, Recipe
-from hps.records import PARALLEL, WITHOUT_NOISE, Appender, canonical, done_ids, read_candidates, read_ranked, write_json
+from pipeline.cli import parse, progress
+from pipeline.functions import announce, function_files
+from pipeline.preflight import check_fits
+from pipeline.recipe import SPLITS, Recipe
+from pipeline.records import (
+    PARALLEL,
+    WITHOUT_NOISE,
+    Appender,
+    canonical,
+    done_ids,
+    read_candidates,
+    read_ranked,
+    write_json,
+)
+from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
 
 
 class Scorer:

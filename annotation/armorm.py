@@ -23,12 +23,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 
-from annotation.score import ConversationScorer
+from annotation.reward_model import ConversationScorer
 from hps.chat import common_end, prompt_token_ids
 from hps.errors import InputError
-from hps.recipe import Model
 from hps.shared_prefix import prove, run
-from hps.weights import load_config, load_weights
+from pipeline.recipe import Model
+from pipeline.weights import load_config, load_weights
 
 
 class Gate(nn.Module):

@@ -13,11 +13,11 @@ import json
 import re
 from pathlib import Path
 
-from annotation.score import PROBE_TOLERANCE, ConversationScorer
+from annotation.reward_model import PROBE_TOLERANCE, ConversationScorer
 from hps.errors import InputError
-from hps.manifest import model_hash, versions
-from hps.recipe import Model, Recipe
-from hps.records import canonical, write_json
+from pipeline.recipe import Model, Recipe
+from pipeline.records import canonical, write_json
+from pipeline.stage import model_hash, versions
 
 
 def _user(text: str) -> dict:

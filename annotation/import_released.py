@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hps.chat import inert, load_tokenizer, special_tokens_in
-from hps.cli import split_arguments
 from hps.errors import InputError, run_main
-from hps.manifest import claim, file_hash, finish, hold, model_hash
-from hps.recipe import SPLITS, Model, Recipe, load_recipe
-from hps.records import (
+from pipeline.cli import split_arguments
+from pipeline.recipe import SPLITS, Model, Recipe, load_recipe
+from pipeline.records import (
     check_parallel,
     check_prompt,
     check_ranked,
@@ -46,6 +45,7 @@ from hps.records import (
     refuse_misspelt,
     shorten,
 )
+from pipeline.stage import claim, file_hash, finish, hold, model_hash
 
 
 @dataclass(frozen=True)

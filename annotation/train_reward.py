@@ -25,10 +25,10 @@ from pathlib import Path
 
 from annotation.rewards import sentiment
 from hps.chat import conversation_token_ids, load_tokenizer
-from hps.embedded import ADAPTERS, LANGUAGE_MODEL, MODELS, REWARD_NAMES, merge_reward_model, reward_backbone
 from hps.errors import run_main
-from hps.recipe import REPOSITORY, Model
-from hps.records import read_jsonl, read_prompts, write_json
+from pipeline.recipe import REPOSITORY, Model
+from pipeline.records import read_jsonl, read_prompts, write_json
+from tools.embedded import ADAPTERS, LANGUAGE_MODEL, MODELS, REWARD_NAMES, merge_reward_model, reward_backbone
 
 SETS = ("dialogue", "safety")
 DATA = REPOSITORY / "data" / "quickstart"
@@ -117,7 +117,7 @@ def _broken(messages: list, text: str, rng: random.Random) -> Pair:
 
 
 def pair_ids(tokenizer, pair: Pair) -> dict:
-    """The two conversations' token ids, made as annotation/score.py makes them."""
+    """The two conversations' token ids, made as annotation/reward_model.py makes them."""
     return {
         "chosen_ids": conversation_token_ids(tokenizer, pair.messages, pair.better, truncated=False),
         "rejected_ids": conversation_token_ids(tokenizer, pair.messages, pair.worse, truncated=pair.cut),
@@ -134,7 +134,7 @@ def wilson(successes: int, count: int, z: float = 1.96) -> list[float]:
 
 def report(folder: Path, seed: int) -> dict:
     """Accuracy of a merged reward model on the test split, by kind of pair, with intervals."""
-    from annotation.score import RewardModel
+    from annotation.reward_model import RewardModel
 
     model = RewardModel(Model(path=str(folder)), dtype="float32")
     written = written_pairs("test")
@@ -296,7 +296,7 @@ def report_proxy(folder: Path) -> dict:
     import numpy as np
     from scipy.stats import spearmanr
 
-    from annotation.score import RewardModel
+    from annotation.reward_model import RewardModel
 
     model = RewardModel(Model(path=str(folder)), dtype="float32")
     pairs, correlations = [], []

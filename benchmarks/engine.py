@@ -18,8 +18,8 @@ from measure import finish, machine, options, show
 
 from generation import generate as stage
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
-from hps.recipe import REPOSITORY, load_recipe
-from hps.records import read_candidates, read_prompts
+from pipeline.recipe import REPOSITORY, load_recipe
+from pipeline.records import read_candidates, read_prompts
 
 SETTINGS = ["data.train.limit=60", "data.test.limit=12"]
 

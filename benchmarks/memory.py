@@ -24,7 +24,7 @@ from pathlib import Path
 from measure import finish, options, show
 from stages import FAMILIES, prompts_file
 
-from hps.recipe import REPOSITORY
+from pipeline.recipe import REPOSITORY
 
 CHILD = Path(__file__).with_name("stages.py")
 START = 8  # prompts: as good as none

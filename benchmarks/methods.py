@@ -17,8 +17,8 @@ import sys
 
 from measure import finish, machine, options
 
-from hps.recipe import CHOICES, REPOSITORY, load_recipe
-from hps.records import read_jsonl
+from pipeline.recipe import CHOICES, REPOSITORY, load_recipe
+from pipeline.records import read_jsonl
 
 RECIPE = "configs/quickstart.yaml"
 FOLDER = "runs/methods"

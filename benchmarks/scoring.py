@@ -13,8 +13,8 @@ import sys
 from measure import finish, machine, medians, options, show, timed
 from training import tokens_of
 
-from annotation.score import RewardModel
-from hps.recipe import REPOSITORY, load_recipe
+from annotation.reward_model import RewardModel
+from pipeline.recipe import REPOSITORY, load_recipe
 
 RESPONSE = 70
 SHAPES = [(150, 16), (150, 100), (600, 50)]  # tokens of the prompt, responses

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hps.recipe import REPOSITORY, Recipe, load_recipe
-from hps.records import write_json, write_lines
+from pipeline.recipe import REPOSITORY, Recipe, load_recipe
+from pipeline.records import write_json, write_lines
 
 TRAIN, INFER = ".venv-train", ".venv-infer"
 WORDS = ["it", "is", "safe", "to", "keep", "a", "plant", "near", "the", "open", "window"]
@@ -121,11 +121,11 @@ def plan(recipe: Recipe) -> Work:
 def training(recipe: Recipe) -> Work:
     from accelerate import PartialState
 
-    from alignment.reference import micro_batch, unknown_values
     from alignment.train import TokenRows
-    from alignment.trainer import PlanCollator, RowsWithReference
     from hps.chat import load_tokenizer
+    from hps.reference import micro_batch, unknown_values
     from hps.shared_prefix import SHARED
+    from hps.trainer import PlanCollator, RowsWithReference
 
     tokenizer = load_tokenizer(recipe.models.policy.path)
 
@@ -158,7 +158,7 @@ def finished_run(recipe: Recipe) -> Work:
 
 def answers(recipe: Recipe) -> Work:
     from generation import generate
-    from generation.answers import answer
+    from generation.sample_answers import answer
 
     warm(recipe)
     generate.Generator = Texts
@@ -166,7 +166,7 @@ def answers(recipe: Recipe) -> Work:
 
 
 def scores(recipe: Recipe) -> Work:
-    from annotation import answers
+    from annotation import score_answers as answers
 
     class FixedScores(answers.AnswerScorer):
         def __init__(self, **arguments: Any):

@@ -23,13 +23,13 @@ from measure import finish, machine, medians, options, show, timed
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
-from alignment.reference import add_reference
 from alignment.train import load_policy, lora_config, training_config
-from alignment.trainer import HPSTrainer, PlanCollator
 from hps.chat import load_tokenizer
-from hps.recipe import REPOSITORY, Recipe, load_recipe
-from hps.records import read_prompts
+from hps.reference import add_reference
 from hps.shared_prefix import SHARED, Layout
+from hps.trainer import HPSTrainer, PlanCollator
+from pipeline.recipe import REPOSITORY, Recipe, load_recipe
+from pipeline.records import read_prompts
 
 SHAPES = [(170, 50), (60, 100)]  # tokens of the prompt, of each response
 PROMPTS = 2  # of a step

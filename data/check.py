@@ -21,7 +21,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from hps.errors import run_main
-from hps.records import canonical, read_prompts
+from pipeline.records import canonical, read_prompts
 
 FOLDER = Path(__file__).resolve().parent / "quickstart"
 SETS = ("dialogue", "safety")

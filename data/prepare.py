@@ -30,9 +30,9 @@ from pathlib import Path
 import yaml
 
 from hps.errors import InputError, run_main
-from hps.manifest import file_hash
-from hps.pin import COMMIT, hub_error_types
-from hps.records import ROLES, canonical, prompt_id, shorten, write_atomic, write_json
+from pipeline.records import ROLES, canonical, prompt_id, shorten, write_atomic, write_json
+from pipeline.stage import file_hash
+from tools.pin import COMMIT, hub_error_types
 
 DATA = Path(__file__).resolve().parent
 SOURCES = DATA / "sources.yaml"

@@ -29,9 +29,9 @@ from statistics import mean, stdev
 import yaml
 
 from annotation.train_reward import truth
-from hps.embedded import LANGUAGE_MODEL, MODELS
 from hps.errors import InputError, run_main
-from hps.records import prompt_id, read_candidates, read_jsonl, write_atomic
+from pipeline.records import prompt_id, read_candidates, read_jsonl, write_atomic
+from tools.embedded import LANGUAGE_MODEL, MODELS
 
 SEED = 19
 SETS = ("reviews", "chats")

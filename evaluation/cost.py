@@ -13,11 +13,11 @@ The assumptions stand in configs/matrix.yaml, `cost` of each scale, and are prin
                  a token each
 """
 
+from alignment.memory import responses_per_prompt
 from evaluation.results import Evaluated
 from hps.errors import InputError
-from hps.memory import responses_per_prompt
-from hps.preflight import load_prompts
-from hps.recipe import Recipe
+from pipeline.preflight import load_prompts
+from pipeline.recipe import Recipe
 
 HOUR = 3600
 STARTS = 8  # Python processes of run.sh and evaluate.sh that load a model

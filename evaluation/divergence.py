@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 
 from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, rounding_floor
-from hps.cli import parse, progress
 from hps.errors import InputError, run_main
-from hps.manifest import claim, file_hash, finish, hold, model_hash
-from hps.recipe import Model, Recipe
-from hps.records import Appender, done_ids, read_answers
+from pipeline.cli import parse, progress
+from pipeline.recipe import Model, Recipe
+from pipeline.records import Appender, done_ids, read_answers
+from pipeline.stage import claim, file_hash, finish, hold, model_hash
 
 
 def divergence_path(recipe: Recipe) -> Path:

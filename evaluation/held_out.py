@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids, sampled_text
-from hps.recipe import Model, Recipe
 from hps.shared_prefix import Layout, make_rows, prove, scored_logits
-from hps.weights import ADAPTER, check_adapter, load_adapter, load_weights, refuse_pickles
+from pipeline.recipe import Model, Recipe
+from pipeline.weights import ADAPTER, check_adapter, load_adapter, load_weights, refuse_pickles
 
 FINAL = "final"  # the policy at the end of the training
 NULL = 1e-3  # share of the policy's way from the reference at which `rounding_floor` measures

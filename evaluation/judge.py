@@ -22,15 +22,15 @@ from typing import Any
 
 from generation.generate import Generator
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
-from hps.cli import parse, progress
-from hps.engine import Engine
 from hps.errors import InputError, run_main
-from hps.manifest import check_model, hold, model_hash, write_manifest
-from hps.preflight import check_fits
-from hps.recipe import Generation, Model, Recipe
-from hps.records import Appender, canonical, check_finite, read_answers, read_jsonl, shorten, write_json
-from hps.weights import check_weights
-from hps.workers import check_gpus, run_workers
+from pipeline.cli import parse, progress
+from pipeline.engine import Engine
+from pipeline.preflight import check_fits
+from pipeline.recipe import Generation, Model, Recipe
+from pipeline.records import Appender, canonical, check_finite, read_answers, read_jsonl, shorten, write_json
+from pipeline.stage import check_model, hold, model_hash, write_manifest
+from pipeline.weights import check_weights
+from pipeline.workers import check_gpus, run_workers
 
 CRITERIA = ("correctness", "helpfulness", "safety", "clarity")
 GRID = [half / 2 if half % 2 else half // 2 for half in range(11)]  # 0, 0.5, 1, ... 5

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, kept_checkpoints, rounding_floor
-from evaluation.statistics import LEVEL, bootstrap, few, figure, interval
-from hps.cli import parse, progress
+from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from hps.errors import InputError, run_main
-from hps.manifest import claim, file_hash, finish, hold, model_hash
-from hps.preflight import evaluated_prompts
-from hps.recipe import Model, Recipe
-from hps.records import Appender, read_jsonl, read_ranked, shorten, write_json
-from hps.run_records import AGAIN, SETS, check_pair
+from pipeline.cli import parse, progress
+from pipeline.preflight import evaluated_prompts
+from pipeline.recipe import Model, Recipe
+from pipeline.records import Appender, read_jsonl, read_ranked, shorten, write_json
+from pipeline.run_records import AGAIN, SETS, check_pair
+from pipeline.stage import claim, file_hash, finish, hold, model_hash
 
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
 

@@ -10,7 +10,7 @@ training.
 
 import numpy as np
 
-from evaluation.statistics import percentile_interval
+from evaluation.intervals import percentile_interval
 from evaluation.tables import Cell, resamples, summary
 
 PAIRED = ("rm_dpo", "rm_dpo_ranked", "reward_mean", "bleu_mean", "kl")

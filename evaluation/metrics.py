@@ -26,14 +26,14 @@ from sacrebleu.tokenizers.tokenizer_char import TokenizerChar
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
-from evaluation.statistics import LEVEL, bootstrap, few, figure, interval, percentile_interval
-from hps.cli import parse
+from evaluation.intervals import LEVEL, bootstrap, few, figure, interval, percentile_interval
 from hps.errors import InputError, run_main
-from hps.manifest import fingerprint, write_manifest
-from hps.preflight import SAME_FUNCTION, SAME_MODEL, evaluated_prompts, same_model
-from hps.recipe import SFT, Recipe
-from hps.records import Check, Indexed, check_answers, read_answers, shorten, write_json, write_lines
-from hps.run_records import AGAIN, SCORES, check_divergence, check_scores
+from pipeline.cli import parse
+from pipeline.preflight import SAME_FUNCTION, SAME_MODEL, evaluated_prompts, same_model
+from pipeline.recipe import SFT, Recipe
+from pipeline.records import Check, Indexed, check_answers, read_answers, shorten, write_json, write_lines
+from pipeline.run_records import AGAIN, SCORES, check_divergence, check_scores
+from pipeline.stage import fingerprint, write_manifest
 
 MANIFEST = "metrics.manifest.json"
 REPEATED = 4  # words of a sequence that counts as repeated

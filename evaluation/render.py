@@ -7,8 +7,8 @@ The argument of each is what evaluation.table_files writes as JSON: `title`, `re
 import re
 from pathlib import Path
 
+from evaluation.intervals import estimate, signed
 from evaluation.matched import MATCHED, PAIRED
-from evaluation.statistics import estimate, signed
 from evaluation.tables import EXTRA
 
 MARK = "†"

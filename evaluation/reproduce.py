@@ -19,14 +19,14 @@ import time
 from pathlib import Path
 
 from evaluation.cost import estimate
-from evaluation.judged import collect_judged, compared, find_judged
+from evaluation.matrix import Run, load_matrix, select
 from evaluation.results import Evaluated, collect, find
+from evaluation.table4 import collect_judged, compared, find_judged
 from evaluation.table_files import write_table
 from hps.errors import InputError, run_main
-from hps.manifest import hold
-from hps.matrix import Run, load_matrix, select
-from hps.recipe import REPOSITORY, Recipe, load_recipe
-from hps.records import write_atomic
+from pipeline.recipe import REPOSITORY, Recipe, load_recipe
+from pipeline.records import write_atomic
+from pipeline.stage import hold
 
 TABLES = ("2", "4", "5", "6", "7", "8", "ablation")
 TRANSFER = ("5", "7")
@@ -173,7 +173,7 @@ class Driver:
         lines = dict.fromkeys(shlex.join(self.arguments(evaluation)) for evaluation in together)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, "".join(line + "\n" for line in lines))
-        command = ".venv-infer/bin/python -m generation.answers"
+        command = ".venv-infer/bin/python -m generation.sample_answers"
         if problem := self._attempt(command, ["--runs", str(path)], recipe, "answers"):
             print(f"reproduce: answers with one engine: {problem}; they are made run by run", flush=True)
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from evaluation.margins import Columns, margins, read_columns
 from hps.errors import InputError
-from hps.functions import identity
-from hps.manifest import file_hash, git_commit, versions
-from hps.recipe import REPOSITORY, SPLITS, Model, Recipe
-from hps.records import read_jsonl, write_json
-from hps.run_records import check_pair
+from pipeline.functions import identity
+from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe
+from pipeline.records import read_jsonl, write_json
+from pipeline.run_records import check_pair
+from pipeline.stage import file_hash, git_commit, versions
 
 FINAL = "final"
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")

@@ -10,14 +10,14 @@ import textwrap
 from collections.abc import Iterator
 from statistics import mean
 
+from evaluation.intervals import LEVEL, estimate, figure, signed
 from evaluation.metrics import Answered
-from evaluation.statistics import LEVEL, estimate, figure, signed
-from hps.cli import parse
 from hps.errors import InputError, printable, run_main
-from hps.functions import scorer_name
-from hps.recipe import SPLITS, Recipe
-from hps.records import read_jsonl
-from hps.run_records import SCORES, check_greedy
+from pipeline.cli import parse
+from pipeline.functions import scorer_name
+from pipeline.recipe import SPLITS, Recipe
+from pipeline.records import read_jsonl
+from pipeline.run_records import SCORES, check_greedy
 
 
 def columns(left: str, right: str, width: int) -> list[str]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evaluation.intervals import percentile_interval
 from evaluation.results import FINAL
-from evaluation.statistics import percentile_interval
-from hps.recipe import REPOSITORY
+from pipeline.recipe import REPOSITORY
 
 PAPER = REPOSITORY / "results" / "paper.json"
 COLUMNS = ("bleu", "reward", "rm_dpo", "rm_r_dpo")

@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from evaluation.intervals import LEVEL, bootstrap
 from evaluation.judge import CRITERIA, cache_path, judged_answers, read_verdicts, verdict_key
-from evaluation.statistics import LEVEL, bootstrap
-from hps.cli import split_arguments
 from hps.errors import InputError, run_main
-from hps.manifest import fingerprint, hold, write_manifest
-from hps.recipe import Judge, Recipe, load_recipe
-from hps.records import write_json
+from pipeline.cli import split_arguments
+from pipeline.recipe import Judge, Recipe, load_recipe
+from pipeline.records import write_json
+from pipeline.stage import fingerprint, hold, write_manifest
 
 SIDES = ("run", "against")
 NOT_JUDGED = "not judged"

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from hps.chat import check_records, end_of_turn_ids, load_tokenizer, naming, prompt_token_ids, special_tokens_in
-from hps.cli import parse, progress
-from hps.engine import Engine, Sample
 from hps.errors import run_main
-from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
-from hps.preflight import check_disjoint, check_fits, load_prompts
-from hps.recipe import SPLITS, Generation, Model, Recipe
-from hps.records import Appender, Indexed, done_ids, read_candidates, read_ledger, write_json, write_lines
-from hps.weights import ADAPTER, check_weights, refuse_pickles
-from hps.workers import run_workers
+from pipeline.cli import parse, progress
+from pipeline.engine import Engine, Sample
+from pipeline.preflight import check_disjoint, check_fits, load_prompts
+from pipeline.recipe import SPLITS, Generation, Model, Recipe
+from pipeline.records import Appender, Indexed, done_ids, read_candidates, read_ledger, write_json, write_lines
+from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
+from pipeline.weights import ADAPTER, check_weights, refuse_pickles
+from pipeline.workers import run_workers
 
 
 class Generator:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from hps.errors import InputError
-from hps.records import shorten
 from hps.tokens import TEXTS, encoder, own_tokenizer, probe_texts
-from hps.weights import refusal
+from pipeline.records import shorten
+from pipeline.weights import refusal
 
 DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it has no clock
 CLOCK_FORMAT = re.compile(r"%[-_^0#]?[A-Za-z]")

@@ -2,7 +2,7 @@
 
 Releases of transformers differ in how they rebuild a tokenizer from its configuration: one of them loses every space of
 a DeepSeek tokenizer. The file itself, read by the library that wrote it, gives the same ids everywhere. So `hps.chat`
-holds what transformers loads against it, and a claim holds the hash of its ids (`hps.manifest.model_hash`): stages in
+holds what transformers loads against it, and a claim holds the hash of its ids (`pipeline.stage.model_hash`): stages in
 different environments that use one tokenizer compare.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hps.errors import InputError
-from hps.records import canonical
+from pipeline.records import canonical
 
 FILE = "tokenizer.json"
 # Each begins with a letter: many tokenizers drop or add a space in front of a text.

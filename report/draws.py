@@ -16,8 +16,8 @@ import numpy as np
 
 from alignment.plan import training_list
 from hps.errors import InputError
-from hps.recipe import Recipe
-from hps.records import Lines, read_ranked
+from pipeline.recipe import Recipe
+from pipeline.records import Lines, read_ranked
 
 MOST_SOURCES = 6  # groups of a histogram; what more there are stand in one
 OTHER = "other sources"

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from hps.errors import InputError, run_main
-from hps.records import Lines, read_ranked
+from pipeline.records import Lines, read_ranked
 from report.page import fitting, render, write_page
 
 FIELDS = ("prompt_id", "prompt", "responses", "rewards", "sources", "token_counts", "truncated")

@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from hps.recipe import Recipe
-from hps.records import read_json
-from hps.run_records import SCORES
-from hps.verify import read_manifest
+from pipeline.recipe import Recipe
+from pipeline.records import read_json
+from pipeline.run_records import SCORES
 from report.page import intact
+from tools.verify import read_manifest
 
 
 def folders(recipe: Recipe) -> list[Path]:
@@ -28,7 +28,7 @@ def folders(recipe: Recipe) -> list[Path]:
 
 
 def models(settings, name: str = "") -> Iterator[tuple[str, dict]]:
-    """Every model or function in a stage's settings: its name there, and what `hps.manifest.model_hash` says of it."""
+    """Every model or function in a stage's settings: its name there, and its identity (`pipeline.stage.model_hash`)."""
     if not isinstance(settings, dict):
         return
     if any(names <= settings.keys() for names in ({"path", "weights"}, {"hub", "revision"}, {"function", "sha256"})):

@@ -18,9 +18,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from evaluation.statistics import figure
+from evaluation.intervals import figure
 from hps.errors import InputError
-from hps.records import write_atomic
+from pipeline.records import write_atomic
 
 HERE = Path(__file__).parent
 LONGEST = 4000  # characters of a text on a page that bounds its size

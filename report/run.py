@@ -15,20 +15,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.plan import read_plan
-from evaluation.statistics import FEW, figure, interval
+from evaluation.intervals import FEW, figure, interval
 from evaluation.summary import outcome, side_by_side
-from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.functions import scorer_name
-from hps.recipe import DEFAULT_RECIPE, Recipe
-from hps.records import read_json, read_jsonl
-from hps.run_records import check_log_line
-from hps.verify import read_manifest
+from pipeline.cli import parse
+from pipeline.functions import scorer_name
+from pipeline.recipe import DEFAULT_RECIPE, Recipe
+from pipeline.records import read_json, read_jsonl
+from pipeline.run_records import check_log_line
 from report import run_pictures
-from report.answers import answers
+from report.answer_examples import answers
 from report.draws import read_draws, rewards_by_source
 from report.origin import origin
 from report.page import LONGEST, cut_texts, intact, render, write_page
+from tools.verify import read_manifest
 
 # Figures that a reader looks for first, in this order.
 NAMES = {

@@ -8,8 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from alignment.curves import series
-from hps.records import read_jsonl
-from hps.run_records import check_pair
+from pipeline.records import read_jsonl
+from pipeline.run_records import check_pair
 from report.draws import Draws
 from report.figures import (
     Picture,

@@ -15,8 +15,8 @@ import re
 
 import numpy as np
 
-from evaluation.statistics import estimate, figure, percentile_interval, signed
-from hps.recipe import REPOSITORY
+from evaluation.intervals import estimate, figure, percentile_interval, signed
+from pipeline.recipe import REPOSITORY
 from report.figures import IN_RED, NAME, Pictures, forest, forest_height, named, picture
 from report.page import render
 

@@ -10,13 +10,13 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
+from evaluation.intervals import estimate, figure, signed
 from evaluation.matched import MATCHED, PAIRED
 from evaluation.render import MARK, MARKED
-from evaluation.statistics import estimate, figure, signed
 from evaluation.tables import EXTRA
 from hps.errors import InputError, run_main
-from hps.manifest import file_hash
-from hps.records import read_json
+from pipeline.records import read_json
+from pipeline.stage import file_hash
 from report.figures import IN_RED, Pictures, forest, forest_height, frontier, picture
 from report.page import intact, render, write_page
 

@@ -190,7 +190,7 @@ def ranked_records(count: int, responses: int = 5) -> list[dict]:
     """Ranked records with words of the embedded data, for tests of what comes after the ranking."""
     import random
 
-    from hps.records import read_prompts
+    from pipeline.records import read_prompts
 
     rng = random.Random(0)
     records = []
@@ -243,7 +243,7 @@ def ranked_recipe(tiny_recipe, monkeypatch):
     """
     import torch
 
-    from hps.recipe import Recipe, load_recipe
+    from pipeline.recipe import Recipe, load_recipe
 
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -376,7 +376,7 @@ def results(recipe) -> tuple[list[dict], dict]:
     """Lines of the log and weights of the checkpoint of a finished training."""
     from safetensors.torch import load_file
 
-    from hps.records import read_jsonl
+    from pipeline.records import read_jsonl
 
     lines = [line for _, line in read_jsonl(recipe.run_folder() / "log.jsonl")]
     (weights,) = (recipe.run_folder() / "checkpoint").glob("*.safetensors")

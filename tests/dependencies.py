@@ -16,7 +16,7 @@ from textwrap import fill
 
 from packaging.requirements import Requirement
 
-from hps.recipe import REPOSITORY
+from pipeline.recipe import REPOSITORY
 
 TARGET = REPOSITORY / "docs" / "dependencies.md"
 KINDS = ("train", "infer")

@@ -12,12 +12,12 @@ from conftest import REPOSITORY, candidate, write_candidates
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from annotation import annotate as stage
-from annotation import reward_models
+from annotation import scorers as reward_models
 from annotation.annotate import annotate, rank, summarize
-from annotation.score import RewardModel
+from annotation.reward_model import RewardModel
 from hps.errors import InputError
-from hps.recipe import Model, load_recipe
-from hps.records import read_jsonl, read_ranked
+from pipeline.recipe import Model, load_recipe
+from pipeline.records import read_jsonl, read_ranked
 
 SPLITS = {"train": 6, "test": 3}
 

@@ -1,15 +1,15 @@
-"""generation/answers.py and annotation/answers.py without an engine: whose answers, what is kept, how they go on."""
+"""Sampling and scoring of answers without an engine: whose answers, what is kept, how they go on."""
 
 import json
 from argparse import Namespace
 
 import pytest
 
-from annotation import answers as scoring
-from generation import answers as stage
+from annotation import score_answers as scoring
+from generation import sample_answers as stage
 from hps.errors import InputError
-from hps.preflight import evaluated_prompts
-from hps.records import read_answers, read_jsonl
+from pipeline.preflight import evaluated_prompts
+from pipeline.records import read_answers, read_jsonl
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def test_runs_of_a_file(tiny_recipe, tmp_path):
 
 def test_scores_of_answers_and_of_the_given_responses(run, sampled, monkeypatch, tiny_reward):
     """With a real, tiny evaluator: a line a prompt, the given ones scored beside the model's before training."""
-    from annotation.reward_models import load_reward_model
-    from hps.recipe import Model
+    from annotation.scorers import load_reward_model
+    from pipeline.recipe import Model
 
     recipe = run("evaluation.samples=2", f"models.evaluator.path={tiny_reward}")
     stage.answer([recipe])

@@ -10,12 +10,12 @@ from transformers import LlamaModel
 
 from annotation.annotate import Scorer
 from annotation.armorm import ArmoRM
-from annotation.reward_models import load_reward_model
-from annotation.score import RewardModel
+from annotation.reward_model import RewardModel
+from annotation.scorers import load_reward_model
 from hps.chat import inert
 from hps.errors import InputError
-from hps.preflight import check_labels
-from hps.recipe import Model
+from pipeline.preflight import check_labels
+from pipeline.recipe import Model
 
 MESSAGES = [
     {"role": "user", "content": "My bread does not rise. What can I do?"},

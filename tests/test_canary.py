@@ -9,11 +9,11 @@ from transformers import AutoModelForSequenceClassification
 
 from annotation.annotate import annotate
 from annotation.canary import CANARIES, canary_folder, check_canaries, record_path
-from annotation.score import RewardModel
+from annotation.reward_model import RewardModel
 from hps.errors import InputError
-from hps.manifest import model_hash, versions
-from hps.recipe import Model, load_recipe
-from hps.records import write_json
+from pipeline.recipe import Model, load_recipe
+from pipeline.records import write_json
+from pipeline.stage import model_hash, versions
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,8 +28,8 @@ from hps.chat import (
     sampled_text,
 )
 from hps.errors import InputError
-from hps.records import read_prompts
 from hps.tokens import model_tokens
+from pipeline.records import read_prompts
 
 SMOLLM = REPOSITORY / "models" / "smollm2-135m-instruct"
 MESSAGES = [

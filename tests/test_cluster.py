@@ -16,7 +16,7 @@ from conftest import REPOSITORY, Rounding, ranked_records
 
 from alignment.plan import plan
 from hps.errors import InputError
-from hps.workers import node_count
+from pipeline.workers import node_count
 
 SETTINGS = ["schedule.device_batch=1", "optimizer.learning_rate=2e-3", "optimizer.scheduler=constant"]
 ZERO2 = f"training.deepspeed={REPOSITORY / 'configs' / 'deepspeed' / 'zero2.json'}"
@@ -157,7 +157,7 @@ def test_the_slurm_script_trains(ranked_recipe, tiny_recipe, run_module, slurm, 
     calls = [line.split(f" {sys.executable} -m ") for line in (tmp_path / "srun.log").read_text().splitlines()]
     modules = [(how, rest.split()[0]) for how, rest in calls]
     assert modules == [
-        ("srun on 1:", "hps.preflight"),
+        ("srun on 1:", "pipeline.preflight"),
         ("srun on 1:", "alignment.plan"),
         ("srun on 2:", "alignment.launch"),
         ("srun on 1:", "alignment.merge"),

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 
 from annotation.train_reward import truth
 from hps.errors import InputError
-from hps.records import prompt_id, read_prompts, unread_fields
+from pipeline.records import prompt_id, read_prompts, unread_fields
 
 pytestmark = pytest.mark.train  # scikit-learn is in the training environment
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import REPOSITORY, write_tiny_recipe
 
-from hps.records import read_answers, read_jsonl, read_ranked
+from pipeline.records import read_answers, read_jsonl, read_ranked
 
 pytestmark = [pytest.mark.slow, pytest.mark.train]
 

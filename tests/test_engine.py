@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY, tiny_config
 
 from hps.chat import end_of_turn_ids, prompt_token_ids
-from hps.records import read_candidates, read_jsonl
+from pipeline.records import read_candidates, read_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.infer]
 
@@ -22,8 +22,8 @@ COUNTS = {f"p{number}": 8 for number in range(32)}
 # Builds an engine and prints what it samples; run as a process of its own for each seed.
 IN_A_FRESH_PROCESS = """
 import json, sys
-from hps.engine import Engine
-from hps.recipe import Generation, Model
+from pipeline.engine import Engine
+from pipeline.recipe import Generation, Model
 model, stop_ids, seed, settings, prompts = json.loads(sys.argv[1])
 engine = Engine(Model(model), Generation(**settings), set(stop_ids), seed)
 print(json.dumps({key: [sample.text for sample in samples] for key, samples in engine.stream(prompts)}))
@@ -70,8 +70,8 @@ def coin(llama3_tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine_and_first(coin):
     """An engine, and the first thing that it sampled."""
-    from hps.engine import Engine
-    from hps.recipe import Generation, Model
+    from pipeline.engine import Engine
+    from pipeline.recipe import Generation, Model
 
     folder, ids, ends = coin
     engine = Engine(Model(str(folder)), Generation(**SETTINGS), ends, seed=7)

@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 BENCHMARKS = REPOSITORY / "benchmarks"
 CHILD = """
 import stages
-from hps.records import read_jsonl
+from pipeline.records import read_jsonl
 
 KB = 1024
 

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from test_losses import FAMILIES, METHODS, brute_force_pair, loss_of, one_hot
 from torch.nn.functional import pad
 
-from alignment.losses import hps_loss, pair_loss, preference_loss
 from alignment.plan import equal_to, gamma_stages, hardness_weights, training_list, usable
 from annotation.import_released import check_row, parse_prompt, read_rows
-from hps import records
 from hps.errors import InputError
-from hps.preflight import load_prompts
-from hps.recipe import Data, Generation, Loss, Recipe, Schedule, Split
-from hps.records import (
+from hps.losses import hps_loss, pair_loss, preference_loss
+from pipeline import records
+from pipeline.preflight import load_prompts
+from pipeline.recipe import Data, Generation, Loss, Recipe, Schedule, Split
+from pipeline.records import (
     LARGEST_REWARD,
     MOST,
     Appender,

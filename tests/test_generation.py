@@ -9,12 +9,12 @@ import pytest
 
 from generation import generate as stage
 from generation.generate import SplitWriter, assemble, generate, stage_settings, summarize
-from hps.engine import Sample
 from hps.errors import InputError, run_main
-from hps.manifest import claim
-from hps.preflight import check_templates, load_prompts
-from hps.recipe import load_recipe
-from hps.records import Appender, read_candidates, read_jsonl
+from pipeline.engine import Sample
+from pipeline.preflight import check_templates, load_prompts
+from pipeline.recipe import load_recipe
+from pipeline.records import Appender, read_candidates, read_jsonl
+from pipeline.stage import claim
 
 USER = [{"role": "user", "content": "Hi"}]
 

@@ -10,8 +10,8 @@ from tokenizers import normalizers
 
 from annotation.import_released import check_row, import_released, parse_prompt, rank_row, read_rows
 from hps.errors import InputError
-from hps.recipe import load_recipe
-from hps.records import read_jsonl, read_ranked
+from pipeline.recipe import load_recipe
+from pipeline.records import read_jsonl, read_ranked
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -159,7 +159,7 @@ def test_both_splits_can_be_imported_and_nothing_is_overwritten(recipe, write_li
 
 
 def test_annotation_does_not_add_to_an_imported_ranking(recipe, write_lines):
-    from hps.manifest import claim
+    from pipeline.stage import claim
 
     import_released(str(write_lines([row()])), recipe)
     with pytest.raises(InputError, match="holds results of other settings"):

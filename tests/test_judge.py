@@ -16,9 +16,9 @@ from evaluation import judge as stage
 from evaluation.judge import CRITERIA, CUT, GRID, NO_SCORES, TOO_LONG, judge_message, read_scores, verdict_key
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
-from hps.recipe import load_recipe
-from hps.records import Appender, read_jsonl, read_prompts
-from hps.verify import check_stage
+from pipeline.recipe import load_recipe
+from pipeline.records import Appender, read_jsonl, read_prompts
+from tools.verify import check_stage
 
 PROMPTS, REPEATS, SAME = 12, 2, 3  # of which both models answer SAME with the same text
 USER = [{"role": "user", "content": "Are lilies ok in a flat with two cats?"}]

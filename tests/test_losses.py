@@ -1,4 +1,4 @@
-"""alignment/losses.py against numbers derived by hand and against brute force in float64."""
+"""hps/losses.py against numbers derived by hand and against brute force in float64."""
 
 import itertools
 import math
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.losses import (
+from alignment.plan import hardness_weights
+from hps.losses import (
     bt_loss,
     exo_list_loss,
     exo_pair_loss,
@@ -25,8 +26,7 @@ from alignment.losses import (
     sppo_pair_loss,
     win_probability,
 )
-from alignment.plan import hardness_weights
-from hps.recipe import CHOICES, Loss
+from pipeline.recipe import CHOICES, Loss
 
 LOG_3 = math.log(3.0)
 FAMILIES, PREFERENCES = CHOICES["loss.family"], CHOICES["loss.preference"]

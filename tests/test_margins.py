@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from evaluation import margins as stage
 from evaluation.divergence import answer_figures
 from evaluation.held_out import divergence, rounding_floor
-from evaluation.statistics import bootstrap
+from evaluation.intervals import bootstrap
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError, run_main
-from hps.records import read_jsonl, read_prompts
+from pipeline.records import read_jsonl, read_prompts
 
 PAIRS = [
     {"tokens": [10, 30], "policy": [-10.0, -40.0], "reference": [-12.0, -38.0], "kl": [1.5]},

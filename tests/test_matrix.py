@@ -1,4 +1,4 @@
-"""hps/matrix.py: the trainings of the paper's tables, each once."""
+"""evaluation/matrix.py: the trainings of the paper's tables, each once."""
 
 import copy
 import subprocess
@@ -6,9 +6,9 @@ import subprocess
 import pytest
 from conftest import REPOSITORY
 
+from evaluation.matrix import expand, load_matrix, select
 from hps.errors import InputError
-from hps.matrix import expand, load_matrix, select
-from hps.recipe import load_recipe
+from pipeline.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def test_shared_trainings_are_one_run_and_names_are_unique():
 
 def test_commands_are_what_was_resolved(run_module):
     """The printed lines are shell, and load as the recipe that the expander saw."""
-    result = run_module("hps.matrix", "6")
+    result = run_module("evaluation.matrix", "6")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 8
@@ -77,7 +77,7 @@ def test_unknown_scale_is_refused():
 
 @pytest.mark.parametrize("table", ["3", "two"])
 def test_unknown_table_is_one_line(run_module, table):
-    result = run_module("hps.matrix", table)
+    result = run_module("evaluation.matrix", table)
     assert result.returncode == 2
     assert result.stderr == (
         f"error: command line: there is no table `{table}`; give some of 2, 4, 5, 6, 7, 8, ablation, or none\n"

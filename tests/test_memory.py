@@ -1,4 +1,4 @@
-"""hps/memory.py: counts against real tensors, shares by hand."""
+"""alignment/memory.py: counts against real tensors, shares by hand."""
 
 import json
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hps.errors import InputError
-from hps.memory import (
+from alignment.memory import (
     activations,
     count_weights,
     deepspeed_stage,
@@ -16,7 +15,8 @@ from hps.memory import (
     responses_per_prompt,
     states,
 )
-from hps.recipe import REPOSITORY, load_recipe
+from hps.errors import InputError
+from pipeline.recipe import REPOSITORY, load_recipe
 
 RECIPE = REPOSITORY / "configs" / "hh_rlhf.yaml"
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from alignment.plan import plan
-from alignment.reference import add_reference
 from alignment.train import build_trainer, training_config
 from hps.chat import load_tokenizer
-from hps.recipe import CHOICES
+from hps.reference import add_reference
+from pipeline.recipe import CHOICES
 
 FAMILIES, PREFERENCES = CHOICES["loss.family"], CHOICES["loss.preference"]
 VARIANTS = {

@@ -8,8 +8,8 @@ from sacrebleu import corpus_bleu
 from evaluation import metrics as stage
 from evaluation.summary import outcome, side_by_side
 from hps.errors import InputError
-from hps.records import read_jsonl, read_prompts, write_json
-from hps.verify import check_stage
+from pipeline.records import read_jsonl, read_prompts, write_json
+from tools.verify import check_stage
 
 CAT = "the cat is on the mat"
 

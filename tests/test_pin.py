@@ -15,9 +15,9 @@ import yaml
 from conftest import REPOSITORY
 from huggingface_hub import errors
 
-from hps import pin, prefetch
 from hps.errors import InputError
-from hps.recipe import load_recipe
+from pipeline.recipe import load_recipe
+from tools import pin, prefetch
 
 RECIPES = [REPOSITORY / "configs" / f"{name}.yaml" for name in ("quickstart", "hh_rlhf", "pku_safe")]
 A, B, C = "a" * 40, "b" * 40, "1" * 40
@@ -252,7 +252,7 @@ def test_the_command_honours_offline_mode(run_module, recipe_file):
     import os
 
     path = recipe_file(FLOW)
-    result = run_module("hps.pin", path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    result = run_module("tools.pin", path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and "without HF_HUB_OFFLINE" in result.stderr
     assert path.read_text() == FLOW + REST
@@ -294,7 +294,7 @@ def test_prefetch_takes_pinned_revisions_and_no_pickles(snapshots, recipe_file, 
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "warning" in line] == [
         "prefetch: warning: policy: the revision of org/pol is open, a later download may differ; "
-        "`python -m hps.pin recipe.yaml` writes it into the recipe"
+        "`python -m tools.pin recipe.yaml` writes it into the recipe"
     ]
     assert "HF_HUB_OFFLINE=1" in lines[-1]
 

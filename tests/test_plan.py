@@ -21,9 +21,9 @@ from alignment.plan import (
 )
 from alignment.plan import usable as usable_of
 from hps.errors import InputError
-from hps.manifest import claim
-from hps.recipe import Loss, Recipe, Schedule, load_recipe, stages_without_steps
-from hps.records import check_ranked
+from pipeline.recipe import Loss, Recipe, Schedule, load_recipe, stages_without_steps
+from pipeline.records import check_ranked
+from pipeline.stage import claim
 
 
 def recipe_of(preference: str = "hps", seed: int = 7, loss: dict | None = None, **schedule) -> Recipe:

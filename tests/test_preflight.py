@@ -13,8 +13,8 @@ from conftest import DATA, REPOSITORY
 from transformers import AutoConfig, GPT2Config, MambaConfig
 
 from hps.errors import InputError
-from hps.preflight import check_vocabulary, context_length, evaluated_prompts, same_model, try_lora
-from hps.recipe import Model, load_recipe
+from pipeline.preflight import check_vocabulary, context_length, evaluated_prompts, same_model, try_lora
+from pipeline.recipe import Model, load_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def recipe(tmp_path, write_lines, tokenizer):
 
 
 def preflight(*arguments, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "hps.preflight", *map(str, arguments)]
+    command = [sys.executable, "-m", "pipeline.preflight", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, **kwargs)
 
 

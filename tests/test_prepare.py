@@ -21,9 +21,9 @@ from conftest import REPOSITORY
 from huggingface_hub import errors
 
 from hps.errors import InputError
-from hps.preflight import load_prompts
-from hps.recipe import load_recipe
-from hps.records import read_jsonl, read_prompts
+from pipeline.preflight import load_prompts
+from pipeline.recipe import load_recipe
+from pipeline.records import read_jsonl, read_prompts
 
 A, B = "a" * 40, "1" * 40
 CURATED = {"hh_rlhf": ("yqcca/HH-RLHF", "online_hh.json"), "pku_safe": ("yqcca/PKU-Safety", "pkusafe.json")}

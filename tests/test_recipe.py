@@ -8,7 +8,7 @@ import yaml
 from conftest import REPOSITORY
 
 from hps.errors import InputError
-from hps.recipe import BOUNDS, CHOICES, OWNERS, PROFILES, Loss, as_dict, as_yaml, load_recipe
+from pipeline.recipe import BOUNDS, CHOICES, OWNERS, PROFILES, Loss, as_dict, as_yaml, load_recipe
 
 RECIPE = """\
 output: runs/test

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from annotation.import_released import read_rows
 from hps.errors import InputError
-from hps.records import (
+from pipeline.records import (
     Appender,
     Indexed,
     check_candidates,

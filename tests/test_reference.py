@@ -1,4 +1,4 @@
-"""alignment/reference.py and shared rows in training: equal to the reference in step, bit for bit at the first step,
+"""hps/reference.py and shared rows in training: equal to the reference in step, bit for bit at the first step,
 found again, never stale."""
 
 import json
@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from alignment import train as stage
 from alignment.plan import plan
-from alignment.reference import Values, add_reference, batch_key, cache_folder, known_values, micro_batch
 from alignment.train import build_trainer, train, training_config
-from alignment.trainer import HPSTrainer, rounding
 from hps.chat import load_tokenizer
 from hps.errors import InputError
-from hps.records import read_jsonl
+from hps.reference import Values, add_reference, batch_key, cache_folder, known_values, micro_batch
+from hps.trainer import HPSTrainer, rounding
+from pipeline.records import read_jsonl
 
 SETTINGS = ("schedule.epochs=2", "optimizer.learning_rate=2e-3")
 

@@ -11,11 +11,11 @@ from conftest import REPOSITORY, make_plan, ranked_records
 from matplotlib.figure import Figure
 
 from alignment.plan import plan, run_settings
-from evaluation.statistics import FEW, estimate, few, figure, signed
+from evaluation.intervals import FEW, estimate, few, figure, signed
 from hps.errors import InputError
-from hps.manifest import file_hash, fingerprint, finish, write_manifest
-from hps.records import Lines, write_json
-from report import answers as answers_of
+from pipeline.records import Lines, write_json
+from pipeline.stage import file_hash, fingerprint, finish, write_manifest
+from report import answer_examples as answers_of
 from report import draws, run_pictures
 from report.draws import Draws
 from report.explore import explorer
@@ -135,7 +135,7 @@ def test_many_points_are_a_sample():
 
 def test_places_of_draws_by_hand():
     """y_1 is the third of five; the list without it is 0, 1, 3, 4: index 0 has place 1, index 4 place 4."""
-    from hps.recipe import load_recipe
+    from pipeline.recipe import load_recipe
 
     record = {"prompt_id": "p", "rewards": [9.0, 5.0, 4.0, 2.0, 1.0], "token_counts": [5, 4, 10, 2, 1]}
     record["sources"] = ["generated", "generated", "given_1", "given_2", "generated"]

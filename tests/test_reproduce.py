@@ -11,14 +11,14 @@ import time
 
 import pytest
 
-from evaluation import judged, reproduce, results, table_files
+from evaluation import matrix, reproduce, results, table_files
+from evaluation import table4 as judged
 from evaluation.cost import judge_seconds
+from evaluation.matrix import load_matrix
 from evaluation.results import Evaluated, find, result_key
-from hps import matrix
 from hps.errors import InputError
-from hps.manifest import hold
-from hps.matrix import load_matrix
-from hps.records import read_prompts, write_json
+from pipeline.records import read_prompts, write_json
+from pipeline.stage import hold
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +95,7 @@ def test_every_run_once_then_found_again(scripts, tmp_path):
     assert reproduce.reproduce("8", "quickstart", None) == 0
     assert len(scripts.of("run.sh")) == len(scripts.of("evaluate.sh")) == 10
     assert len(scripts.of("gene.sh")) == 1
-    assert len(scripts.of(".venv-infer/bin/python -m generation.answers")) == 1
+    assert len(scripts.of(".venv-infer/bin/python -m generation.sample_answers")) == 1
     folder = tmp_path / "results" / "quickstart"
     assert len(list((folder / "runs" / "pku_safe").glob("*.json"))) == 11  # with the model before training
     table = json.loads((folder / "table8.json").read_text())
@@ -132,7 +132,7 @@ def test_without_a_ranking_nothing_trains(scripts):
 
 
 def test_answers_with_one_engine_may_fail(scripts):
-    scripts.broken = {(".venv-infer/bin/python -m generation.answers", "dpo-bt")}
+    scripts.broken = {(".venv-infer/bin/python -m generation.sample_answers", "dpo-bt")}
     assert reproduce.reproduce("8", "quickstart", None) == 0
 
 
@@ -287,7 +287,7 @@ def test_win_rates_are_found_again(scripts, tmp_path, monkeypatch):
 
 
 def evaluation(*overrides: str) -> Evaluated:
-    from hps.recipe import load_recipe
+    from pipeline.recipe import load_recipe
 
     return Evaluated(load_recipe("configs/small_safety.yaml", list(overrides)), "pku_safe", "pku_safe")
 

@@ -9,22 +9,22 @@ import pytest
 from conftest import REPOSITORY, candidate, write_candidates
 
 from annotation import annotate as stage
-from annotation import answers as scoring
+from annotation import score_answers as scoring
 from annotation.annotate import add_noise, annotate, rank, summarize, turned_pairs
 from annotation.rewards import brevity, checks, sentiment
 from evaluation.metrics import print_metrics
 from evaluation.results import result_key
-from hps import functions
 from hps.errors import InputError
-from hps.functions import FunctionScorer, function_hash
-from hps.manifest import check_model, model_hash
-from hps.pin import pin
-from hps.prefetch import prefetch
-from hps.preflight import preflight, same_model
-from hps.recipe import Model, Reward, as_dict, as_yaml, load_recipe
-from hps.records import read_jsonl, read_ranked, write_json
-from hps.verify import verify
+from pipeline import functions
+from pipeline.functions import FunctionScorer, function_hash
+from pipeline.preflight import preflight, same_model
+from pipeline.recipe import Model, Reward, as_dict, as_yaml, load_recipe
+from pipeline.records import read_jsonl, read_ranked, write_json
+from pipeline.stage import check_model, model_hash
 from report.origin import models
+from tools.pin import pin
+from tools.prefetch import prefetch
+from tools.verify import verify
 
 SHORT = "def short(prompts, completions, **kwargs):\n    return [-float(len(c[0]['content'])) for c in completions]\n"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -227,7 +227,7 @@ def test_noise_is_bounded(load):
             "mine.py:2: the file imports `helpers`, which is no installed package; install",
         ),
         ("def f():\n    from . import helpers\n", "mine.py:2: the file imports `.`"),
-        ("from hps.records import canonical\n", "mine.py:1: the file imports `hps.records`"),
+        ("from pipeline.records import canonical\n", "mine.py:1: the file imports `pipeline.records`"),
     ],
 )
 def test_a_bad_file_is_refused_without_running_it(file, text, message):
@@ -416,7 +416,7 @@ def test_a_result_of_a_model_has_the_key_it_always_had(load, tiny_recipe, tiny_r
 def test_answers_are_scored_by_a_function(load, capsys):
     """The evaluation's side, by tokens of the policy: the model before training, with the given responses."""
     recipe = load("{function: brevity}", "models.evaluator.function=brevity", "evaluation.samples=2")
-    from hps.preflight import evaluated_prompts
+    from pipeline.preflight import evaluated_prompts
 
     prompts = evaluated_prompts(recipe)[0]
     folder = recipe.sft_folder() / "answers"

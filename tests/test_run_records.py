@@ -1,11 +1,11 @@
-"""hps.run_records: what training and evaluation wrote is refused with its place where a field is not as it was."""
+"""pipeline.run_records: what training and evaluation wrote is refused with its place where a field is not as it was."""
 
 import pytest
 
 from evaluation.margins import read_columns
-from hps import run_records
 from hps.errors import InputError
-from hps.records import Indexed, Lines, read_jsonl
+from pipeline import run_records
+from pipeline.records import Indexed, Lines, read_jsonl
 
 TERM = {
     "preferred": 0,

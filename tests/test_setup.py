@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from hps import embedded
+from tools import embedded
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = """
@@ -50,7 +50,7 @@ def make_repository(root: Path, *requirements: str) -> Path:
     (root / "hps").mkdir(parents=True)
     shutil.copy(ROOT / "setup.sh", root)
     (root / "hps/__init__.py").touch()
-    (root / "hps/embedded.py").write_text("print('embedded models')\n")
+    (root / "tools/embedded.py").write_text("print('embedded models')\n")
     (root / "pyproject.toml").write_text(PYPROJECT)
     # An exact setuptools, as in the real files: the editable install builds with it.
     (root / "requirements-train-cpu.txt").write_text("\n".join(["setuptools==84.2.1", *requirements]) + "\n")

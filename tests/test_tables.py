@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from evaluation import matched, render, table_files, tables
+from evaluation.matrix import load_matrix, select
 from evaluation.results import Evaluated
-from hps.matrix import load_matrix, select
-from hps.recipe import REPOSITORY, load_recipe
+from pipeline.recipe import REPOSITORY, load_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -29,8 +29,8 @@ from alignment.plan import plan, read_plan
 from alignment.train import TokenRows, last_checkpoint, logged, train
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.errors import InputError
-from hps.recipe import Recipe
-from hps.records import read_jsonl, read_ranked
+from pipeline.recipe import Recipe
+from pipeline.records import read_jsonl, read_ranked
 
 
 def run(recipe: Recipe) -> Recipe:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from annotation import train_reward
-from hps.embedded import merge_reward_model
+from tools.embedded import merge_reward_model
 
 pytestmark = pytest.mark.train
 

@@ -1,4 +1,4 @@
-"""alignment/trainer.py on TRL 1.16.0: what is relied upon of the parent, and that nothing but the loss differs.
+"""hps/trainer.py on TRL 1.16.0: what is relied upon of the parent, and that nothing but the loss differs.
 
 The module pays for the imports of TRL once (10 seconds and more); each training here has a few steps of a tiny model.
 """
@@ -18,12 +18,12 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 
 from alignment import train as stage
-from alignment.losses import pair_loss, response_scores
 from alignment.plan import plan, read_plan
 from alignment.train import TokenRows, build_trainer, lora_config, training_config
-from alignment.trainer import COLUMNS, NOT_HONOURED, HPSTrainer, PlanCollator
 from hps.chat import load_tokenizer
-from hps.recipe import Loss
+from hps.losses import pair_loss, response_scores
+from hps.trainer import COLUMNS, NOT_HONOURED, HPSTrainer, PlanCollator
+from pipeline.recipe import Loss
 
 LISTS = [
     {

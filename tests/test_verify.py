@@ -1,4 +1,4 @@
-"""hps/verify.py and the fingerprints of the manifest: one flipped byte is named, everything that differs is found."""
+"""tools/verify.py and the fingerprints of the manifest: one flipped byte is named, everything that differs is found."""
 
 import json
 import random
@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from hps.errors import InputError
-from hps.manifest import claim, file_hash, fingerprint, finish, hold, model_hash, write_manifest
-from hps.recipe import Model, load_recipe
-from hps.verify import difference, verify
+from pipeline.recipe import Model, load_recipe
+from pipeline.stage import claim, file_hash, fingerprint, finish, hold, model_hash, write_manifest
+from tools.verify import difference, verify
 
 TEXT = b'{"a": 1}\n{"b": 22}\n{"c": 333}\n'
 
@@ -254,8 +254,8 @@ def test_figures_without_their_manifest_are_not_finished(finished, tiny_recipe, 
 
 
 def test_the_program(finished, run_module):
-    whole = run_module("hps.verify", finished)
+    whole = run_module("tools.verify", finished)
     assert whole.returncode == 0 and "0 wrong" in whole.stdout
     flip(finished / "data.jsonl", 3)
-    damaged = run_module("hps.verify", finished)
+    damaged = run_module("tools.verify", finished)
     assert damaged.returncode == 1 and "byte 4 (line 1)" in damaged.stdout and not damaged.stderr

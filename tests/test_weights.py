@@ -1,4 +1,4 @@
-"""hps/weights.py: what is loaded is what the files hold, or it is refused; nothing is made of random numbers."""
+"""pipeline/weights.py: what is loaded is what the files hold, or it is refused; nothing is made of random numbers."""
 
 import json
 import shutil
@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from alignment.merge import merged_model
-from annotation.score import RewardModel
+from annotation.reward_model import RewardModel
 from hps.chat import load_tokenizer
 from hps.errors import InputError
-from hps.recipe import Model, load_recipe
-from hps.weights import ADAPTER, check_weights, load_adapter, load_weights
+from pipeline.recipe import Model, load_recipe
+from pipeline.weights import ADAPTER, check_weights, load_adapter, load_weights
 
 
 def changed(source, folder, change):

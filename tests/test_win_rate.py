@@ -10,9 +10,9 @@ from evaluation import win_rate as stage
 from evaluation.judge import CRITERIA, GRID, TOO_LONG, cache_path, verdict_key
 from evaluation.win_rate import compare, flags, sign_test, spearman
 from hps.errors import InputError, run_main
-from hps.recipe import Judge, load_recipe
-from hps.records import Appender
-from hps.verify import check_stage
+from pipeline.recipe import Judge, load_recipe
+from pipeline.records import Appender
+from tools.verify import check_stage
 
 
 def answers_of(model: str, lengths, samples: int = 1) -> list[dict]:

@@ -16,13 +16,13 @@ from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from alignment.plan import plan, run_settings
-from alignment.reference import add_reference, cache_folder
 from alignment.train import build_trainer, training_config
-from alignment.trainer import HPSTrainer
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
-from hps.recipe import Recipe
-from hps.records import read_ranked, write_lines
+from hps.reference import add_reference, cache_folder
 from hps.shared_prefix import SEPARATE
+from hps.trainer import HPSTrainer
+from pipeline.recipe import Recipe
+from pipeline.records import read_ranked, write_lines
 
 BETA, GAMMA = 0.3, 0.7
 

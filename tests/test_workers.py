@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from hps.actors import Supervisor
 from hps.errors import InputError
-from hps.recipe import REPOSITORY, load_recipe
-from hps.records import read_candidates, read_jsonl
-from hps.workers import count_devices, run_workers
+from pipeline.actors import Supervisor
+from pipeline.recipe import REPOSITORY, load_recipe
+from pipeline.records import read_candidates, read_jsonl
+from pipeline.workers import count_devices, run_workers
 from tests.faults.interrupt import heed_interrupts
 
 ITEMS = [{"key": str(number), "number": number, "text": "größer\n"} for number in range(40)]

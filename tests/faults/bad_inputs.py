@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hps.recipe import REPOSITORY
+from pipeline.recipe import REPOSITORY
 
 RECIPE = "configs/quickstart.yaml"
 INFER, TRAIN = ".venv-infer/bin/python", ".venv-train/bin/python"

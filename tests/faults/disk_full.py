@@ -4,7 +4,7 @@ Run     .venv-train/bin/python -m tests.faults.disk_full [key=value ...]     (as
 
 The quickstart with few prompts writes onto a tmpfs. Before each stage a file of ballast leaves the stage too little
 room; it must end with status 2 and one line that says where, without a traceback. Then the ballast goes, and the same
-command must finish, with the lines that stood there before unchanged; after the last stage `hps.verify` must find
+command must finish, with the lines that stood there before unchanged; after the last stage `tools.verify` must find
 nothing wrong and the adapter must be, bit for bit, that of a training with room. Ends with status 1 when something
 differs, or when a stage never met the full disk.
 """
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hps.recipe import REPOSITORY, load_recipe
+from pipeline.recipe import REPOSITORY, load_recipe
 
 RECIPE = "configs/quickstart.yaml"
 SETTINGS = ["data.train.limit=12", "data.test.limit=4", "schedule.global_batch=4", "schedule.device_batch=4"]
@@ -36,8 +36,8 @@ STAGES = [
     ("alignment.train", TRAIN, [0, 24 * KB, 1000 * KB, 6000 * KB]),
     ("alignment.merge", TRAIN, [0, 100 * KB * KB]),
     ("evaluation.margins", TRAIN, [0, 8 * KB]),
-    ("generation.answers", INFER, [0, 16 * KB]),
-    ("annotation.answers", INFER, [0, 4 * KB]),
+    ("generation.sample_answers", INFER, [0, 16 * KB]),
+    ("annotation.score_answers", INFER, [0, 4 * KB]),
     ("evaluation.divergence", TRAIN, [0, 4 * KB]),
     ("evaluation.metrics", TRAIN, [0, 4 * KB]),
     ("evaluation.judge", INFER, [0, 4 * KB]),
@@ -45,7 +45,7 @@ STAGES = [
     ("report.run", TRAIN, [0, 4 * KB]),
 ]
 # They append line by line: one of the attempts must meet the full disk behind finished lines, not at once.
-BY_LINES = {"generation.generate", "annotation.annotate", "evaluation.margins", "generation.answers"}
+BY_LINES = {"generation.generate", "annotation.annotate", "evaluation.margins", "generation.sample_answers"}
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def main() -> None:
             wrong, times = run_stage(module, python, rooms, disk, settings)
             problems, met = problems + wrong, met + times
         verified = subprocess.run(
-            [TRAIN, "-m", "hps.verify", disk / "out"], cwd=REPOSITORY, capture_output=True, text=True
+            [TRAIN, "-m", "tools.verify", disk / "out"], cwd=REPOSITORY, capture_output=True, text=True
         )
         if verified.returncode:
             problems.append(verified.stdout + verified.stderr)

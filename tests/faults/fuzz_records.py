@@ -41,8 +41,8 @@ from evaluation.metrics import answer_figures, change_figures
 from evaluation.summary import columns
 from hps.chat import load_tokenizer
 from hps.errors import InputError
-from hps.recipe import REPOSITORY, Loss, Recipe, Schedule
-from hps.records import (
+from pipeline.recipe import REPOSITORY, Loss, Recipe, Schedule
+from pipeline.records import (
     Appender,
     Check,
     Indexed,
@@ -56,7 +56,7 @@ from hps.records import (
     read_prompts,
     read_ranked,
 )
-from hps.run_records import (
+from pipeline.run_records import (
     PAIRS,
     PLAN_ROW,
     SETS,

@@ -5,7 +5,7 @@ Run     .venv-train/bin/python -m tests.faults.interrupt [key=value ...]
 SIGINT goes to the script's whole process group, as a terminal sends it: gene.sh with two engines (actors of Ray),
 run.sh with two processes (torchrun). A line a state: the seconds until the script and every process that it started
 were gone. Each must end with status 130 and without a traceback, what was finished must still stand; in the end both
-scripts finish, every prompt once, and `hps.verify` finds nothing wrong. Ends with status 1 when something fails.
+scripts finish, every prompt once, and `tools.verify` finds nothing wrong. Ends with status 1 when something fails.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from collections.abc import Callable
 
 import psutil
 
-from hps.recipe import REPOSITORY
-from hps.records import read_jsonl
+from pipeline.recipe import REPOSITORY
+from pipeline.records import read_jsonl
 from tests.faults.kill import FOLDER, RECIPE, SETTINGS, checkpoint, command, finished, lost, run
 
 TWO = ["generation.workers=2", "annotation.workers=2", "training.processes=2", "schedule.device_batch=2"]
@@ -143,7 +143,7 @@ def whole(settings: list[str]) -> list[str]:
     names = [record["prompt_id"] for s in ("train", "test") for _, record in read_jsonl(OUTPUT / f"ranked/{s}.jsonl")]
     refused = sum(lines(f"{stage}/*.ledger.jsonl") for stage in ("candidates", "ranked"))
     print(f"finished: {len(names)} prompts ranked, {len(set(names))} of them different, {refused} ledger lines")
-    words = [sys.executable, "-m", "hps.verify", OUTPUT]
+    words = [sys.executable, "-m", "tools.verify", OUTPUT]
     verified = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
     wrong = [] if len(names) == len(set(names)) else ["a prompt is ranked twice"]
     return wrong if verified.returncode == 0 else [*wrong, verified.stdout]

@@ -14,7 +14,7 @@ pairs, of the log those that the newest complete checkpoint covers, and that che
 - gene: every prompt once; rewards equal to 1e-5 to those of an annotation that nothing disturbed, of the same texts
 - run: the plan, the adapter and the loss of every step bit for bit as undisturbed; margins equal to 1e-6
 
-and `hps.verify` must find nothing wrong. The recipe is the quickstart's with fewer prompts. Ends with status 1 when
+and `tools.verify` must find nothing wrong. The recipe is the quickstart's with fewer prompts. Ends with status 1 when
 something is lost or differs.
 """
 
@@ -33,8 +33,8 @@ from pathlib import Path
 
 import psutil
 
-from hps.recipe import REPOSITORY, load_recipe
-from hps.records import read_jsonl, read_ranked
+from pipeline.recipe import REPOSITORY, load_recipe
+from pipeline.records import read_jsonl, read_ranked
 
 RECIPE = "configs/quickstart.yaml"
 SETTINGS = ["data.train.limit=12", "data.test.limit=4", "schedule.global_batch=4", "schedule.device_batch=4"]
@@ -235,7 +235,7 @@ def same_run(output: Path, whole: Path) -> list[str]:
 def check(script: str, output: Path, whole: Path, settings: list[str]) -> list[str]:
     wrong = same_candidates(output, settings) if script == "gene" else same_run(output, whole)
     verified = subprocess.run(
-        [sys.executable, "-m", "hps.verify", output.relative_to(REPOSITORY)],
+        [sys.executable, "-m", "tools.verify", output.relative_to(REPOSITORY)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

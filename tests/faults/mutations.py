@@ -20,7 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SOURCES = ("alignment", "annotation", "configs", "data", "evaluation", "generation", "hps", "report", "tests")
+SOURCES = (
+    "alignment",
+    "annotation",
+    "configs",
+    "data",
+    "evaluation",
+    "generation",
+    "hps",
+    "pipeline",
+    "report",
+    "tests",
+    "tools",
+)
 FILES = ("pyproject.toml",)
 # What every test imports, once for all of them: a process for each mutation is forked from one that has it.
 PRELOAD = ["pytest", "torch", "transformers", "peft", "datasets", "trl.trainer.dpo_trainer", "trl.experimental.cpo"]
@@ -58,10 +70,10 @@ RESAMPLED = "test_margins.py::test_figures_are_resampled_as_the_recipe_says"
 BF16 = "test_shared_prefix.py::test_log_probabilities_of_a_bf16_model_are_float32"
 BEFORE, IN_STEP = f"{STEP}[hps-before]", f"{STEP}[hps-in step]"
 
-TRAIN, TRAINER, REFERENCE = "alignment/train.py", "alignment/trainer.py", "alignment/reference.py"
+TRAIN, TRAINER, REFERENCE = "alignment/train.py", "hps/trainer.py", "hps/reference.py"
 SHARED, HELD_OUT = "hps/shared_prefix.py", "evaluation/held_out.py"
 SCORE, ANNOTATE, PLAN, MARGINS = (
-    "annotation/score.py",
+    "annotation/reward_model.py",
     "annotation/annotate.py",
     "alignment/plan.py",
     "evaluation/margins.py",
@@ -309,7 +321,7 @@ MUTATIONS = [
     ),
     Mutation(
         "missing weights are not refused",
-        "hps/weights.py",
+        "pipeline/weights.py",
         '("missing", "mismatched", "unexpected")',
         '("mismatched", "unexpected")',
         ("test_weights.py::test_weights_that_are_not_the_models_are_refused",),
@@ -323,7 +335,7 @@ MUTATIONS = [
     ),
     Mutation(
         "annotation.dtype is not passed on",
-        "annotation/reward_models.py",
+        "annotation/scorers.py",
         '"dtype": recipe.annotation.dtype,\n        "batch_tokens"',
         '"dtype": "auto",\n        "batch_tokens"',
         (REWARDS,),

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hps.errors import InputError
-from hps.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from pipeline.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 
 
 def parse(

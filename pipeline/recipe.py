@@ -5,7 +5,7 @@ The defaults below are the profile `paper`; `profile: released` or `recommended`
 wrong types, impossible values and combinations without a meaning are refused with one line that names file, line,
 field, value and remedy. Look at one:
 
-    python -m hps.recipe configs/quickstart.yaml loss.beta=0.25
+    python -m pipeline.recipe configs/quickstart.yaml loss.beta=0.25
 """
 
 import math
@@ -42,7 +42,7 @@ class Model:
 
 @dataclass
 class Reward(Model):
-    """A reward model, or a `function` instead of one (hps/functions.py).
+    """A reward model, or a `function` instead of one (pipeline/functions.py).
 
     `function` is the name of a shipped one, or `file.py:name`, the file in this repository or beside the recipe.
     """
@@ -780,7 +780,7 @@ def as_yaml(recipe: Recipe) -> str:
 
 def main() -> None:
     # Here, because the command line needs the recipe.
-    from hps.cli import parse
+    from pipeline.cli import parse
 
     print(as_yaml(parse(__doc__, dry_run=False)[0]), end="")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from hps.chat import load_tokenizer, same_tokens, sampled_text
 from hps.errors import InputError
-from hps.recipe import Generation, Model
-from hps.weights import load_config
+from pipeline.recipe import Generation, Model
+from pipeline.weights import load_config
 
 # Read by vLLM at import. No usage reports; errors only: on a CPU a screen of warnings says what vLLM does without.
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from hps.errors import InputError
-from hps.recipe import Model
+from pipeline.recipe import Model
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"  # what transformers and PEFT look for first
@@ -247,5 +247,5 @@ def refusal(path: str, error: Exception, what: str = "model") -> InputError:
     return InputError(
         f"no {what} there ({text})",
         where=path,
-        remedy="check the model's path in the recipe; fill the hub's cache with `python -m hps.prefetch`",
+        remedy="check the model's path in the recipe; fill the hub's cache with `python -m tools.prefetch`",
     )

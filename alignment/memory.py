@@ -26,8 +26,8 @@ import warnings
 from pathlib import Path
 
 from hps.errors import InputError
-from hps.recipe import REPOSITORY, Recipe
-from hps.weights import UNUSABLE
+from pipeline.recipe import REPOSITORY, Recipe
+from pipeline.weights import UNUSABLE
 
 GIVEN = 2  # written responses of a prompt in the paper's data sets
 SHAPES = {

@@ -28,12 +28,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from alignment.trainer import HPSTrainer
-from hps.cli import progress
 from hps.errors import InputError
-from hps.manifest import model_hash
-from hps.recipe import Recipe
-from hps.records import Appender
+from hps.trainer import HPSTrainer
+from pipeline.cli import progress
+from pipeline.recipe import Recipe
+from pipeline.records import Appender
+from pipeline.stage import model_hash
 
 KEY = 32  # characters of a key: 128 bits of a hash are enough to tell millions of micro-batches apart
 

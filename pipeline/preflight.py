@@ -1,9 +1,9 @@
 """Look before a long run: check recipe, data and models without loading a model, and print the resolved plan.
 
 Reads   the recipe, the data files, the models' `config.json`
-Run     python -m hps.preflight gene configs/quickstart.yaml --dry-run
-        python -m hps.preflight run configs/hh_rlhf.yaml --dry-run
-        python -m hps.preflight evaluate configs/hh_rlhf.yaml --dry-run
+Run     python -m pipeline.preflight gene configs/quickstart.yaml --dry-run
+        python -m pipeline.preflight run configs/hh_rlhf.yaml --dry-run
+        python -m pipeline.preflight evaluate configs/hh_rlhf.yaml --dry-run
 
 Bad input ends with one line and exit status 2. With `--dry-run` what does not exist yet is marked as missing and the
 plan is printed all the same.
@@ -16,18 +16,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from alignment.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.chat import check_records, load_tokenizer, naming, prompt_token_ids
-from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.functions import FunctionScorer, announce, identity, located, shown
-from hps.manifest import check_model, file_hash
-from hps.memory import deepspeed_stage, memory_lines, responses_per_prompt
-from hps.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
-from hps.records import Indexed, check_prompt, prompt_id, read_json, read_jsonl, read_ranked, unread_fields
-from hps.weights import UNUSABLE, check_weights, context_length, load_config, refusal
-from hps.workers import accumulation_steps, check_gpus, process_count
+from pipeline.cli import parse
+from pipeline.functions import FunctionScorer, announce, identity, located, shown
+from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
+from pipeline.records import Indexed, check_prompt, prompt_id, read_json, read_jsonl, read_ranked, unread_fields
+from pipeline.stage import check_model, file_hash
+from pipeline.weights import UNUSABLE, check_weights, context_length, load_config, refusal
+from pipeline.workers import accumulation_steps, check_gpus, process_count
 
-USAGE = "python -m hps.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
+USAGE = "python -m pipeline.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}
 SAMPLED = ("generation.max_prompt_tokens", "generation.max_new_tokens")
 # The tokens that a model of a driver has to read: each a sum of settings.

@@ -9,10 +9,10 @@ import torch
 from conftest import make_reward_model
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from annotation.score import RewardModel, TooLong
+from annotation.reward_model import RewardModel, TooLong
 from hps.errors import InputError
-from hps.recipe import Model
 from hps.shared_prefix import Layout, common_prefix, portions, run
+from pipeline.recipe import Model
 
 MESSAGES = [
     {"role": "user", "content": "My bread does not rise. What can I do?"},
@@ -94,7 +94,7 @@ def test_rows_beyond_the_shared_window_count_their_prompts(reward, monkeypatch):
 
     monkeypatch.setattr(reward, "layout", Layout(shared=8, padded=math.inf, gathers=True, reason="a window"))
     monkeypatch.setattr(reward, "batch_tokens", budget)
-    monkeypatch.setattr("annotation.score.run", counting)
+    monkeypatch.setattr("annotation.reward_model.run", counting)
     same(reward.score_rows(rows), library_scores(reward, rows))
     assert sum(seen) == sum(map(len, rows)) and max(seen) <= budget and len(seen) < len(rows)
 

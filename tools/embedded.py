@@ -8,7 +8,7 @@ All are ordinary fp32 checkpoints with a tokenizer, as transformers and vLLM loa
 Reads annotation/embedded/<name>/reward.json: {"layers": layers kept, "base": the language model's folder in models/}.
 Writes beside each model source.json: what it was made from; a model is made again when that no longer holds.
 
-    python -m hps.embedded
+    python -m tools.embedded
 """
 
 import argparse

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from hps.errors import InputError
-from hps.manifest import check_model, claim, file_hash, finish, git_commit, hold, model_hash, versions
-from hps.recipe import Model, load_recipe
+from pipeline.recipe import Model, load_recipe
+from pipeline.stage import check_model, claim, file_hash, finish, git_commit, hold, model_hash, versions
 
 SETTINGS = {"seed": 7, "model": {"path": "models/a", "weights": "00ff"}, "responses": [6, 2]}
 
@@ -133,7 +133,7 @@ def test_a_hub_model_is_known_by_name_and_commit(monkeypatch, tmp_path, tiny_mod
 def test_a_second_run_on_a_folder_is_refused(tmp_path):
     """The holder is another process; when it ends, however it ends, the folder is free."""
     code = (
-        "import pathlib, sys, time\nfrom hps.manifest import hold\n"
+        "import pathlib, sys, time\nfrom pipeline.stage import hold\n"
         "with hold(pathlib.Path(sys.argv[1])):\n    print(1, flush=True)\n    time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:

@@ -304,5 +304,5 @@ def connect(workers: int = 1):
 def run_actors(
     worker: type, arguments: dict, items: Iterable[dict], workers: int, gpus_each: int, window: int
 ) -> Iterator[dict]:
-    """As `hps.workers.run_workers`, on actors."""
+    """As `pipeline.workers.run_workers`, on actors."""
     return Supervisor(connect(workers), worker, arguments, workers, gpus_each, window).run(iter(items))

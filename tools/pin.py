@@ -3,7 +3,7 @@
 Reads   a recipe: `path` and `revision` of `models.*`; the hub
 Writes  the same file: `revision: "<commit>"` beside each hub name, with the profile's names where the recipe has no
         `models` section; every other byte stays as it was
-Run     python -m hps.pin configs/hh_rlhf.yaml
+Run     python -m tools.pin configs/hh_rlhf.yaml
 
 A model without a revision gets the newest commit of its repository, a branch or tag the commit it points to; a full
 commit hash and a local folder are left alone. Nothing is written unless everything can be resolved.
@@ -17,9 +17,9 @@ from pathlib import Path
 import yaml
 
 from hps.errors import InputError, run_main
-from hps.manifest import check_model
-from hps.recipe import DEFAULT_RECIPE, Model, Recipe, load_recipe
-from hps.records import write_atomic
+from pipeline.recipe import DEFAULT_RECIPE, Model, Recipe, load_recipe
+from pipeline.records import write_atomic
+from pipeline.stage import check_model
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -3,7 +3,7 @@
 - plan rows:   what each step trains on (alignment/plan.py)
 - log lines:   a step's figures (alignment/train.py)
 - pairs:       log-probabilities of the held-out pairs (evaluation/margins.py)
-- scores:      rewards of the answers to a prompt (annotation/answers.py)
+- scores:      rewards of the answers to a prompt (annotation/score_answers.py)
 - divergence:  how far the policy has moved on its own answers (evaluation/divergence.py)
 - greedy:      a few answers before and after training (evaluation/margins.py)
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hps.errors import InputError
-from hps.records import MOST, check_finite, check_messages, shorten
+from pipeline.records import MOST, check_finite, check_messages, shorten
 
 AGAIN = "put the file back as it was written, or delete its folder and run the stage again"
 SETS = ("written", "ranked")  # of held-out pairs

@@ -16,10 +16,10 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from alignment.losses import implicit_reward, preference_loss, response_scores, simpo_reward
 from hps.errors import InputError
-from hps.recipe import Loss
+from hps.losses import implicit_reward, preference_loss, response_scores, simpo_reward
 from hps.shared_prefix import SEPARATE, Layout, add_response_head, make_rows, response_log_probs
+from pipeline.recipe import Loss
 
 COLUMNS = ("row", "prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma", "reference")
 # Settings of the parent that this loss does not honour, with the only value that is accepted.

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from annotation.armorm import ArmoRM
 from annotation.canary import canary_folder, check_canaries
-from annotation.score import ConversationScorer, RewardModel
+from annotation.reward_model import ConversationScorer, RewardModel
 from hps.chat import check_records, load_tokenizer
-from hps.functions import FunctionScorer
-from hps.preflight import ARMORM, WRITERS
-from hps.recipe import Model, Recipe, Reward
-from hps.weights import load_config
-from hps.workers import run_workers
+from pipeline.functions import FunctionScorer
+from pipeline.preflight import ARMORM, WRITERS
+from pipeline.recipe import Model, Recipe, Reward
+from pipeline.weights import load_config
+from pipeline.workers import run_workers
 
 SPELLED = 8  # records whose responses are tokenised before the model loads; the others are as they are scored
 

@@ -8,7 +8,7 @@ The responses of a prompt share the computation of the prompt where the model's 
 follows the backbone is the class's own forward pass, in float32.
 
 `RewardModel` (a sequence classifier) and `annotation.armorm.ArmoRM` are a `ConversationScorer`;
-annotation.reward_models loads either.
+annotation.scorers loads either.
 """
 
 import math
@@ -19,7 +19,6 @@ from transformers import AutoModelForSequenceClassification
 
 from hps.chat import conversation_token_ids, load_tokenizer
 from hps.errors import InputError
-from hps.recipe import Model
 from hps.shared_prefix import (
     Layout,
     OwnHead,
@@ -29,7 +28,8 @@ from hps.shared_prefix import (
     prove,
     run,
 )
-from hps.weights import context_length, load_config, load_weights
+from pipeline.recipe import Model
+from pipeline.weights import context_length, load_config, load_weights
 
 # Tokens of a forward pass whose activations stay in a processor's caches; more are slower there (docs/performance.md).
 CACHED_TOKENS = 1024
@@ -94,7 +94,7 @@ class ConversationScorer:
         """For each response its `score`, and what else the model says of it; equal token rows have one score.
 
         Args:
-            prompt_id: for functions in a model's place (hps/functions.py); a model does not look at it.
+            prompt_id: for functions in a model's place (pipeline/functions.py); a model does not look at it.
 
         Raises:
             TooLong: a conversation does not fit into the model's context.

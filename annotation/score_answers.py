@@ -1,11 +1,11 @@
 """Score the answers to the test prompts with the reward of the evaluation.
 
 Reads   `answers/test.jsonl` under `<output>/sft/` (the model before training) and `<output>/<run>/`; `data.test.path`
-Writes  `scores/scores.jsonl` beside each answers' folder, a line a prompt: `answers` and, for the model before training,
-        `given` (the given responses of the prompt), for each `score` and what else the reward model gives;
+Writes  `scores/scores.jsonl` beside each answers' folder, a line a prompt: `answers` and, for the model before
+        training, `given` (the given responses of the prompt), for each `score` and what else the reward model gives;
         `manifest.json` (last). With `evaluation.proxy` the same by `models.reward`, the proxy that ranked, in
         `proxy_scores/`
-Run     python -m annotation.answers configs/quickstart.yaml
+Run     python -m annotation.score_answers configs/quickstart.yaml
 
 `models.evaluator` is another model than the one that ranked the candidates: a policy is not judged by the model that it
 was trained to please.
@@ -14,15 +14,15 @@ was trained to please.
 from collections.abc import Iterator
 from pathlib import Path
 
-from annotation.reward_models import load_scorer, run_scorers
-from hps.cli import parse, progress
+from annotation.scorers import load_scorer, run_scorers
 from hps.errors import InputError, run_main
-from hps.functions import announce, function_files
-from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
-from hps.preflight import check_fits, evaluated_prompts
-from hps.recipe import Recipe
-from hps.records import Appender, done_ids, read_answers
-from hps.run_records import SCORES
+from pipeline.cli import parse, progress
+from pipeline.functions import announce, function_files
+from pipeline.preflight import check_fits, evaluated_prompts
+from pipeline.recipe import Recipe
+from pipeline.records import Appender, done_ids, read_answers
+from pipeline.run_records import SCORES
+from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
 
 
 class AnswerScorer:

@@ -1,7 +1,7 @@
 """Check what finished stages left: every file that a manifest names, the recipe in it, the inputs and the models.
 
 Reads   every `manifest.json`, `NAME.manifest.json` and `claim.json` below a folder
-Run     python -m hps.verify runs/quickstart
+Run     python -m tools.verify runs/quickstart
 
 A line for each stage. Of a file with one flipped byte the byte is named, with its line and what it was; of a file with
 more damage, that it differs. Ends with exit status 1 when something is not as its manifest says. A stage that is not
@@ -16,8 +16,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from hps.errors import InputError, run_main
-from hps.manifest import fingerprint, model_hash, text_hash
-from hps.recipe import Model
+from pipeline.recipe import Model
+from pipeline.stage import fingerprint, model_hash, text_hash
 
 MANIFEST = "manifest.json"
 # Files that nobody claims, because each call makes them anew: without `NAME.manifest.json` it was stopped in between.
@@ -69,7 +69,7 @@ def difference(path: Path, expected: dict) -> str | None:
 
 
 def models(settings) -> Iterator[dict]:
-    """The hashes of local models (`hps.manifest.model_hash`) anywhere in a stage's settings."""
+    """The hashes of local models (`pipeline.stage.model_hash`) anywhere in a stage's settings."""
     if isinstance(settings, dict):
         if {"path", "weights", "tokenizer"} <= settings.keys():
             yield settings

@@ -1,7 +1,7 @@
 """Devices: how many there are, and one worker class on one or many, in process or as actors of Ray.
 
 A worker is a class whose `stream` takes items and yields results. The class runs unchanged in process (one worker on a
-CPU) and as supervised actors of Ray (hps.actors: GPUs or several workers on this machine, or on the cluster that
+CPU) and as supervised actors of Ray (pipeline.actors: GPUs or several workers on this machine, or on the cluster that
 `RAY_ADDRESS` names); a single writer, the caller, takes what comes out.
 """
 
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from hps.errors import InputError
-from hps.recipe import Recipe
+from pipeline.recipe import Recipe
 
 
 def count_devices(requested: int | None, gpus_each: int = 1) -> int:
@@ -17,7 +17,7 @@ def count_devices(requested: int | None, gpus_each: int = 1) -> int:
     if requested is not None:
         return requested
     if os.environ.get("RAY_ADDRESS"):
-        from hps.actors import connect, places
+        from pipeline.actors import connect, places
 
         return max(1, sum(places(node, gpus_each) for node in connect().nodes() if node["Alive"] and _gpus(node)))
     import torch
@@ -115,7 +115,7 @@ def run_workers(
         window: items that are with an actor at a time.
 
     Yields:
-        Results; from actors `{"key": ..., "lost": why}` of an item that ended two of them (hps.actors).
+        Results; from actors `{"key": ..., "lost": why}` of an item that ended two of them (pipeline.actors).
     """
     import torch
 
@@ -125,6 +125,6 @@ def run_workers(
         window = min(window, -(-most // count))  # a short job is everybody's, not the first one's
     if count == 1 and workers is None and not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
         return worker(**arguments).stream(iter(items))
-    from hps.actors import run_actors
+    from pipeline.actors import run_actors
 
     return run_actors(worker, arguments, items, count, gpus_each, max(1, window))

@@ -4,8 +4,8 @@ Reads   `data.test.path` (the first `evaluation.prompts`), `<output>/<run>/check
 Writes  `<output>/<run>/answers/`: `test.jsonl` (answers: `prompt_id`, `prompt`, `responses`, `token_counts`,
         `truncated`), `ledger.jsonl`, `manifest.json` (last); `<output>/sft/answers/` the same of the model before
         training, once for all runs
-Run     python -m generation.answers configs/quickstart.yaml
-        python -m generation.answers --runs FILE     # many runs, with one engine: a line of FILE is a command line
+Run     python -m generation.sample_answers configs/quickstart.yaml
+        python -m generation.sample_answers --runs FILE   # many runs, one engine: a line of FILE is a command line
 
 The engine and the sampling are those of the candidates (`generation.*`). Unlike there, equal and empty answers stay:
 they are what the policy answers. Adapters on one model share an engine.
@@ -21,12 +21,12 @@ from pathlib import Path
 
 from generation.generate import sample
 from hps.chat import check_records, load_tokenizer, naming, prompt_token_ids
-from hps.cli import progress, split_arguments
 from hps.errors import InputError, run_main
-from hps.manifest import check_model, claim, file_hash, finish, hold, model_hash
-from hps.preflight import check_fits, evaluated_prompts
-from hps.recipe import Model, Recipe, load_recipe
-from hps.records import Appender, Indexed, done_ids
+from pipeline.cli import progress, split_arguments
+from pipeline.preflight import check_fits, evaluated_prompts
+from pipeline.recipe import Model, Recipe, load_recipe
+from pipeline.records import Appender, Indexed, done_ids
+from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
 
 
 @dataclass
