@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from hps.errors import InputError, run_main
+from hps.settings import Loss, Schedule, stages_without_steps
 from pipeline.cli import parse
-from pipeline.recipe import Loss, Recipe, Schedule, stages_without_steps
+from pipeline.recipe import Recipe
 from pipeline.records import Indexed, Lines, check_ranked, read_json, write_json, write_lines
 from pipeline.run_records import check_plan_row
 from pipeline.stage import check_model, claim, file_hash, hold, model_hash

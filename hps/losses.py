@@ -14,7 +14,7 @@ defaults.
 import torch
 from torch.nn.functional import logsigmoid
 
-from pipeline.recipe import Loss
+from hps.settings import Loss
 
 
 def implicit_reward(policy_logps: torch.Tensor, reference_logps: torch.Tensor, beta: float) -> torch.Tensor:

@@ -18,8 +18,8 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from hps.errors import InputError
 from hps.losses import implicit_reward, preference_loss, response_scores, simpo_reward
+from hps.settings import Loss
 from hps.shared_prefix import SEPARATE, Layout, add_response_head, make_rows, response_log_probs
-from pipeline.recipe import Loss
 
 COLUMNS = ("row", "prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma", "reference")
 # Settings of the parent that this loss does not honour, with the only value that is accepted.

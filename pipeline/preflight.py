@@ -19,9 +19,10 @@ from typing import Any
 from alignment.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.chat import check_records, load_tokenizer, naming, prompt_token_ids
 from hps.errors import InputError, run_main
+from hps.settings import stages_without_steps
 from pipeline.cli import parse
 from pipeline.functions import FunctionScorer, announce, identity, located, shown
-from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml, get, stages_without_steps
+from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml, get
 from pipeline.records import Indexed, check_prompt, prompt_id, read_json, read_jsonl, read_ranked, unread_fields
 from pipeline.stage import check_model, file_hash
 from pipeline.weights import UNUSABLE, check_weights, context_length, load_config, refusal

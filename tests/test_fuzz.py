@@ -24,9 +24,10 @@ from alignment.plan import equal_to, gamma_stages, hardness_weights, training_li
 from annotation.import_released import check_row, parse_prompt, read_rows
 from hps.errors import InputError
 from hps.losses import hps_loss, pair_loss, preference_loss
+from hps.settings import Loss, Schedule
 from pipeline import records
 from pipeline.preflight import load_prompts
-from pipeline.recipe import Data, Generation, Loss, Recipe, Schedule, Split
+from pipeline.recipe import Data, Generation, Recipe, Split
 from pipeline.records import (
     LARGEST_REWARD,
     MOST,

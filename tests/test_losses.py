@@ -26,7 +26,8 @@ from hps.losses import (
     sppo_pair_loss,
     win_probability,
 )
-from pipeline.recipe import CHOICES, Loss
+from hps.settings import Loss
+from pipeline.recipe import CHOICES
 
 LOG_3 = math.log(3.0)
 FAMILIES, PREFERENCES = CHOICES["loss.family"], CHOICES["loss.preference"]

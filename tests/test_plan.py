@@ -21,7 +21,8 @@ from alignment.plan import (
 )
 from alignment.plan import usable as usable_of
 from hps.errors import InputError
-from pipeline.recipe import Loss, Recipe, Schedule, load_recipe, stages_without_steps
+from hps.settings import Loss, Schedule, stages_without_steps
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import check_ranked
 from pipeline.stage import claim
 

@@ -8,7 +8,8 @@ import yaml
 from conftest import REPOSITORY
 
 from hps.errors import InputError
-from pipeline.recipe import BOUNDS, CHOICES, OWNERS, PROFILES, Loss, as_dict, as_yaml, load_recipe
+from hps.settings import Loss
+from pipeline.recipe import BOUNDS, CHOICES, OWNERS, PROFILES, as_dict, as_yaml, load_recipe
 
 RECIPE = """\
 output: runs/test

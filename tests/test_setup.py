@@ -30,7 +30,7 @@ build-backend = "setuptools.build_meta"
 name = "tiny"
 version = "0.1.0"
 [tool.setuptools]
-packages = ["hps"]
+packages = ["hps", "tools"]
 """
 
 
@@ -47,9 +47,10 @@ def setup(root: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def make_repository(root: Path, *requirements: str) -> Path:
-    (root / "hps").mkdir(parents=True)
+    for package in ("hps", "tools"):
+        (root / package).mkdir(parents=True)
+        (root / package / "__init__.py").touch()
     shutil.copy(ROOT / "setup.sh", root)
-    (root / "hps/__init__.py").touch()
     (root / "tools/embedded.py").write_text("print('embedded models')\n")
     (root / "pyproject.toml").write_text(PYPROJECT)
     # An exact setuptools, as in the real files: the editable install builds with it.

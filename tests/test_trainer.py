@@ -22,8 +22,8 @@ from alignment.plan import plan, read_plan
 from alignment.train import TokenRows, build_trainer, lora_config, training_config
 from hps.chat import load_tokenizer
 from hps.losses import pair_loss, response_scores
+from hps.settings import Loss
 from hps.trainer import COLUMNS, NOT_HONOURED, HPSTrainer, PlanCollator
-from pipeline.recipe import Loss
 
 LISTS = [
     {

@@ -41,7 +41,8 @@ from evaluation.metrics import answer_figures, change_figures
 from evaluation.summary import columns
 from hps.chat import load_tokenizer
 from hps.errors import InputError
-from pipeline.recipe import REPOSITORY, Loss, Recipe, Schedule
+from hps.settings import Loss, Schedule
+from pipeline.recipe import REPOSITORY, Recipe
 from pipeline.records import (
     Appender,
     Check,
