@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Lint and tests.
 #
-#   bash test.sh            everything, end-to-end runs on the real engine included
+#   bash test.sh            what the repository does, with both drivers on the real engine
 #   bash test.sh fast       the quick subset
+#   bash test.sh full       faults, fuzzing and stress as well
 #
 # Further arguments go to pytest.
 set -euo pipefail
@@ -18,20 +19,20 @@ case "${1:-}" in -h | --help)
     exit 0
     ;;
 esac
-also=""
-if [[ "${1:-}" == fast ]]; then
-    shift
-    also=" and not slow"
-fi
+only=" and not full"
+case "${1:-}" in
+    fast) shift && only=" and not full and not slow" ;;
+    full) shift && only="" ;;
+esac
 bash setup.sh infer
 bash setup.sh train
-[[ -n "$also" ]] || bash setup.sh browser
+[[ "$only" == *slow ]] || bash setup.sh browser
 "$TRAIN" -m ruff check .
 "$TRAIN" -m ruff format --check .
 .venv-train/bin/shellcheck ./*.sh cluster/*.sbatch .ci/run
 # The tests of training hold on a CPU (bit-equality, fp32), also where there are GPUs: a process a core, one thread each,
 # a file's tests in one process.
-CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 "$TRAIN" -m pytest -m "not infer$also" --durations 10 \
+CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 "$TRAIN" -m pytest -m "not infer$only" --durations 10 \
     --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
 # Every test of the inference environment starts an engine or Ray, which take every core: none of them is quick.
-[[ -n "$also" ]] || "$INFER" -m pytest -m infer --durations 10 "$@"
+[[ "$only" == *slow ]] || "$INFER" -m pytest -m "infer$only" --durations 10 "$@"

@@ -61,6 +61,7 @@ def test_two_nodes_train_as_one_process(ranked_recipe, tiny_recipe, rounding):
     rounding.check(recipe)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_lost_node_ends_the_other_and_both_go_on(ranked_recipe, tiny_recipe, rounding):
     """SIGKILL in the middle of the training for the group that keeps the rendezvous, the worse loss of the two.
@@ -143,6 +144,7 @@ exit "$status"
     return environment | {"SRUN_LOG": str(tmp_path / "srun.log")}
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_slurm_script_trains(ranked_recipe, tiny_recipe, run_module, slurm, rounding, tmp_path):
     """Preflight, plan, merge and margins once; the launch on both."""
@@ -238,6 +240,7 @@ def test_a_node_that_does_not_see_the_plan(ranked_recipe, tiny_recipe, run_modul
     assert result.returncode == 2 and "does not see the plan; make it first" in result.stderr
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_nodes_with_folders_of_their_own_are_refused(ranked_recipe, tiny_recipe, tmp_path):
     """Each has a plan, so that only a look at the other's folder tells: two outputs stand for two disks.

@@ -96,6 +96,7 @@ def test_two_processes_train_as_one(ranked_recipe, tiny_recipe, run_module, meth
         check_shards(recipe.run_folder() / "steps" / "checkpoint-4", stage, sum(v.numel() for v in weights.values()))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_all_weights_train_in_shards_as_in_one_process(ranked_recipe, tiny_recipe, run_module, stage):
@@ -171,6 +172,7 @@ def stopped(recipe, command: list[str], step: int, sent: int) -> None:
     assert not (recipe.run_folder() / "manifest.json").exists()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_signals_end_all_processes_and_the_same_command_continues(ranked_recipe, tiny_recipe, run_module):
     """ZeRO-2, stopped twice: in the end steps, losses and weights are those of one process that nothing disturbed."""
@@ -225,6 +227,7 @@ def test_every_variable_that_says_one_of_several_is_known(monkeypatch):
     assert os.environ["RANK"] == "1"
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_processes(ranked_recipe, tiny_recipe, run_module):
     """A learning rate so high that the second step's logits are not numbers; no process waits for the other."""

@@ -96,6 +96,7 @@ def test_evaluation(finished):
     assert len(answers) == 4 and {len(record["responses"]) for record in answers} == {3}
 
 
+@pytest.mark.full
 def test_a_second_start_does_nothing_again(finished):
     recipe, output = finished
     # The metrics are computed anew from the files at each call, and must come out equal.
@@ -139,6 +140,7 @@ def kill_gene(recipe, moment) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.full
 def test_gene_killed_twice_has_every_prompt_once(tmp_path, tiny_model, tiny_reward):
     """Once while candidates are being written, once at a moment drawn from the time that the rest takes."""
     recipe = write_tiny_recipe(tmp_path, tiny_model, tiny_reward)

@@ -124,6 +124,7 @@ def test_the_source_is_read_lazily(engine_and_first, coin):
     assert max(ahead) == 4
 
 
+@pytest.mark.full
 def test_the_same_seed_gives_the_same_samples_in_another_process(engine_and_first, coin):
     """And another seed other ones. On one device, with the same prompts in the same order."""
     _, first = engine_and_first
@@ -158,6 +159,7 @@ def killed_at(command: list[str], folder, lines: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1] for path in paths}
 
 
+@pytest.mark.full
 def test_killed_twice_and_run_again(tiny_recipe, tmp_path):
     """Every prompt is exactly once in the candidates or refused in the ledger; finished lines stay as they were."""
     overrides = ["data.train.limit=40", "data.test.limit=10", "generation.max_sequences=4"]

@@ -367,6 +367,7 @@ def judged(tiny_model, tmp_path_factory):
     return recipe, left, done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 def test_killed_and_started_again(judged):
@@ -380,6 +381,7 @@ def test_killed_and_started_again(judged):
     assert len(keys) == len(set(keys)) and set(keys) == set(stage.wanted_verdicts(recipe))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 def test_random_weights_give_scores_on_the_grid(judged):
@@ -392,6 +394,7 @@ def test_random_weights_give_scores_on_the_grid(judged):
     assert set(scores) <= set(GRID) and len(set(scores)) > 3
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 def test_a_finished_judge_starts_no_engine(judged, monkeypatch):
@@ -404,6 +407,7 @@ def test_a_finished_judge_starts_no_engine(judged, monkeypatch):
     assert stage.cache_path(judged[0]).read_bytes() == before
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 def test_the_win_rate_is_taken_from_the_verdicts(judged):

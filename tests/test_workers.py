@@ -113,12 +113,14 @@ def test_an_item_that_ends_two_actors_is_given_up(ray, at_13, why):
     assert results == [item for item in DOUBLED if item["key"] != "13"]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 def test_an_actor_that_dies_once_is_replaced(ray, tmp_path):
     assert run(2, at_13=str(tmp_path / "died")) == DOUBLED
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 def test_one_supervised_worker_survives_a_deadly_item(ray):
@@ -134,6 +136,7 @@ def test_bad_input_ends_the_run_as_it_is(ray):
         run(2, at_13="refuses")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 def test_actors_that_die_whatever_they_get_end_the_run(ray):
@@ -141,6 +144,7 @@ def test_actors_that_die_whatever_they_get_end_the_run(ray):
         run(2, at_13="always dies")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -150,6 +154,7 @@ def test_few_items_on_a_broken_device_are_not_given_up(ray, count):
         run(2, items=ITEMS[:count], at_13="always dies")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 def test_the_last_item_of_all_is_given_up(ray):
@@ -157,6 +162,7 @@ def test_the_last_item_of_all_is_given_up(ray):
     assert [item["key"] for item in run(1, items=ITEMS[:1], at_13="always dies") if "lost" in item] == ["0"]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 def test_deadly_items_one_after_another_are_each_given_up(ray):
@@ -227,6 +233,7 @@ class TwoNodes:
         actor.killed = True
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dies_after", [0, 20])
 def test_a_lost_node_with_many_actors_does_not_end_the_run(dies_after):
     """16 actors on two nodes, one node goes, before the first result or after some: everything comes back once."""
@@ -318,6 +325,7 @@ def names_of_all(recipe) -> list[str]:
     return names
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.infer
 def test_two_engines_interrupted_and_one_of_them_killed(tiny_recipe, tmp_path):

@@ -5,6 +5,8 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
+pytestmark = pytest.mark.full
+
 BENCHMARKS = REPOSITORY / "benchmarks"
 CHILD = """
 import stages

@@ -14,6 +14,8 @@ from faults.bad_inputs import Case, line
 from faults.kill import checkpoint, finished, kill_all, lost, lost_checkpoint, rewards, same_run, started_by
 from faults.mutations import MUTATIONS
 
+pytestmark = pytest.mark.full
+
 
 def test_lines_that_are_gone_or_changed_are_lost(tmp_path):
     path = tmp_path / "ranked" / "train.jsonl"

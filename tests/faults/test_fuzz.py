@@ -46,7 +46,7 @@ from pipeline.records import (
     write_lines,
 )
 
-pytestmark = pytest.mark.slow  # thousands of examples; tests/test_losses.py has the formulas by hand for the quick run
+pytestmark = pytest.mark.full  # thousands of examples; tests/test_losses.py has the formulas by hand for the quick run
 
 READERS = (read_jsonl, read_prompts, read_candidates, read_ranked, read_answers, read_ledger, read_rows)
 
