@@ -421,7 +421,20 @@ def _settled(function: str, key: str, source: "_Source") -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves a scalar as it is written (or null): the field's type says what it means."""
+    """Leaves a scalar as it is written (or null), because the field's type says what it means; refuses a key twice."""
+
+    def parse(self) -> tuple[yaml.Node | None, Any]:
+        """The document's node and value. YAMLError: broken, given twice, or an alias inside its own anchor."""
+        node = self.get_single_node()
+        return node, self.construct_object(node, deep=True) if node else None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = set()
+        for key, _ in node.value:
+            if str(key.value) in names:
+                raise ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
+            names.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
@@ -442,10 +455,8 @@ class _Source:
         """The file's values, its scalars as text. InputError: it cannot be read, or is not a mapping in YAML."""
         file = str(self.path)
         try:
-            loader = _Loader(self.path.read_text(encoding="utf-8"))
-            node = loader.get_single_node()
+            node, values = _Loader(self.path.read_text(encoding="utf-8")).parse()
             self._walk(node, "")
-            values = loader.construct_object(node, deep=True) if node else {}
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise InputError(f"cannot read the recipe ({reason})", where=file, remedy="see configs/") from None
@@ -454,18 +465,15 @@ class _Source:
             raise InputError(f"broken YAML ({error.problem})", where=f"{file}:{line}") from None
         except (yaml.YAMLError, RecursionError) as error:  # a forbidden character; an alias inside its own anchor
             raise InputError(f"broken YAML ({str(error).splitlines()[0]})", where=file) from None
-        if not isinstance(values, dict):
+        if not isinstance(values or {}, dict):
             raise InputError("the recipe is not a mapping of sections", where=file)
-        return values
+        return values or {}
 
     def _walk(self, node: yaml.Node | None, prefix: str) -> None:
-        """Note the lines of the fields. ConstructorError: one is given twice, of which YAML would take the last."""
+        """Note the lines of the fields."""
         for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
-            name = f"{prefix}{key.value}"
-            if name in self.lines:
-                raise ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
-            self.lines[name] = key.start_mark.line + 1
-            self._walk(value, f"{name}.")
+            self.lines[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            self._walk(value, f"{prefix}{key.value}.")
 
     def override(self, text: str) -> dict:
         """A `key=value` of the command line as nested mappings, its scalars as text."""
@@ -475,7 +483,7 @@ class _Source:
             raise InputError(f"`{text}` is not an override", where="command line", remedy=remedy)
         self.overridden[key] = text
         try:
-            layer = yaml.load(value, _Loader)  # a SafeLoader
+            _, layer = _Loader(value).parse()
         except yaml.YAMLError:
             raise self.error(key, f"`{key}` is broken YAML", "put the value in quotes") from None
         for name in reversed(key.split(".")):

@@ -335,7 +335,7 @@ def test_recipes_do_not_read_the_environment(tiny_recipe, text, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     with pytest.raises(InputError, match="`output` refers to `[^`]+`, which is not a field") as error:
         load_recipe(tiny_recipe, [f"output='{text}'"])
-    assert str(error.value).startswith("command line, `output='${")
+    assert str(error.value).startswith(f"command line, `output='{text}'`: ")
     lines = tiny_recipe.read_text().splitlines()
     tiny_recipe.write_text("\n".join([f"output: '{text}'", *lines[1:]]))
     with pytest.raises(InputError, match=r"recipe\.yaml:1: `output` refers to"):
