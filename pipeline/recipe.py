@@ -448,11 +448,10 @@ class _Source:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise InputError(f"cannot read the recipe ({reason})", where=file, remedy="see configs/") from None
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else "?"
-            raise InputError(f"broken YAML ({error.problem})", where=f"{file}:{line}") from None
-        except (yaml.YAMLError, RecursionError) as error:  # a forbidden character; an alias inside its own anchor
-            raise InputError(f"broken YAML ({str(error).splitlines()[0]})", where=file) from None
+        except (yaml.YAMLError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise InputError(f"broken YAML ({problem})", where=f"{file}:{mark.line + 1}" if mark else file) from None
         if not isinstance(values or {}, dict):
             raise InputError("the recipe is not a mapping of sections", where=file)
         return values or {}
