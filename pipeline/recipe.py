@@ -471,7 +471,7 @@ class _Source:
         self.overridden[key] = text
         try:
             _, layer = _Loader(value).parse()
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             raise self.error(key, f"`{key}` is broken YAML", "put the value in quotes") from None
         for name in reversed(key.split(".")):
             layer = {name: layer}
