@@ -235,11 +235,10 @@ def test_every_setting_of_one_choice_alone_has_an_owner():
     assert sorted([*OWNERS, *shared]) == sorted(field.name for field in fields(Loss))
 
 
-def readme_table() -> dict[str, str]:
-    """Field to default from the table «The recipe»; `.name` and `_name` go on from the row's first field."""
+def table_of_fields() -> dict[str, str]:
+    """Field to default from docs/recipe.md; `.name` and `_name` go on from the row's first field."""
     table = {}
-    section = (REPOSITORY / "README.md").read_text().partition("## The recipe")[2].partition("\n## ")[0]
-    for line in section.splitlines():
+    for line in (REPOSITORY / "docs" / "recipe.md").read_text().splitlines():
         if not line.startswith("| `"):
             continue
         first, _, default = (cell.strip() for cell in line.strip("|").split("|"))
@@ -251,8 +250,8 @@ def readme_table() -> dict[str, str]:
     return table
 
 
-def test_the_readme_tells_every_field_and_its_default():
-    table = readme_table()
+def test_the_page_tells_every_field_and_its_default():
+    table = table_of_fields()
     told = {name for name in table if name in PAPER}
     roles = ("generator", "policy", "reward", "evaluator", "judge")
     grouped = (*(f"models.{role}." for role in roles), "data.train.")
