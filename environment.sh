@@ -1,4 +1,4 @@
-# What every driver sets for its stages, unless the user has set it. Sourced, not run.
+# What every driver shares: --help, and what it sets for its stages unless the user has set it. Sourced, not run.
 # shellcheck shell=bash
 
 # Deprecation warnings between libraries; a user can do nothing about them.
@@ -7,3 +7,9 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
 # burn theirs (docs/operations.md, "Speed"). After 10000 turns, some microseconds, a thread sleeps. Both environments
 # load torch's GNU OpenMP.
 [[ -n "${OMP_WAIT_POLICY:-}" ]] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
+
+case " $* " in *" -h "* | *" --help "*) # the comment at the top of the driver
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "${0##*/}"
+    exit 0
+    ;;
+esac

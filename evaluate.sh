@@ -14,11 +14,6 @@ TRAIN=.venv-train/bin/python
 source ./environment.sh
 # ------------------
 
-case " $* " in *" -h "* | *" --help "*)
-    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' evaluate.sh
-    exit 0
-    ;;
-esac
 bash setup.sh infer
 bash setup.sh train
 "$INFER" -m pipeline.preflight evaluate "$@"

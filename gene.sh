@@ -13,11 +13,6 @@ PYTHON=.venv-infer/bin/python
 source ./environment.sh
 # ------------------
 
-case " $* " in *" -h "* | *" --help "*)
-    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' gene.sh
-    exit 0
-    ;;
-esac
 bash setup.sh infer
 "$PYTHON" -m pipeline.preflight gene "$@"
 case " $* " in *" --dry-run "*) exit 0 ;; esac

@@ -10,13 +10,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ---- settings ----
 RECIPE=configs/quickstart.yaml
+source ./environment.sh
 # ------------------
 
-case " $* " in *" -h "* | *" --help "*)
-    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' quickstart.sh
-    exit 0
-    ;;
-esac
 # Both environments first, so that the time printed at the end is the method's alone.
 bash setup.sh infer
 bash setup.sh train

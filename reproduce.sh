@@ -13,11 +13,6 @@ PYTHON=.venv-train/bin/python
 source ./environment.sh
 # ------------------
 
-case " $* " in *" -h "* | *" --help "*)
-    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' reproduce.sh
-    exit 0
-    ;;
-esac
 bash setup.sh infer
 bash setup.sh train
 "$PYTHON" -m evaluation.reproduce "$@"
