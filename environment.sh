@@ -1,9 +1,15 @@
-# What every driver sets for its stages, unless the user has set it. Sourced, not run.
+# What every driver shares: --help, and what it sets for its stages unless the user has set it. Sourced, not run.
 # shellcheck shell=bash
 
-# Libraries announce to one another what they will rename; a user can do nothing about it.
+# Deprecation warnings between libraries; a user can do nothing about them.
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
 # OpenMP's threads spin while they wait for one another. Beside a busy process a thread waits for its core, and the others
-# spin that long (docs/performance.md). 10000 turns are some microseconds, then a thread sleeps. Both environments load
-# GNU's OpenMP, which torch brings.
+# burn theirs (docs/operations.md, "Speed"). After 10000 turns, some microseconds, a thread sleeps. Both environments
+# load torch's GNU OpenMP.
 [[ -n "${OMP_WAIT_POLICY:-}" ]] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
+
+case " $* " in *" -h "* | *" --help "*) # the comment at the top of the driver
+    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "${0##*/}"
+    exit 0
+    ;;
+esac

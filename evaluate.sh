@@ -3,8 +3,8 @@
 #
 #   bash evaluate.sh [RECIPE] [key=value ...] [--dry-run]
 #
-# RECIPE defaults to configs/quickstart.yaml; `bash run.sh` with the same arguments comes first. The answers of the model
-# before training are made once for all runs of a recipe. Interrupted, the same command continues.
+# RECIPE defaults to configs/quickstart.yaml. Run `bash run.sh` with the same arguments first. The model before training
+# answers once for all runs of a recipe. Interrupted, the same command continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -14,11 +14,6 @@ TRAIN=.venv-train/bin/python
 source ./environment.sh
 # ------------------
 
-case " $* " in *" -h "* | *" --help "*)
-    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' evaluate.sh
-    exit 0
-    ;;
-esac
 bash setup.sh infer
 bash setup.sh train
 "$INFER" -m pipeline.preflight evaluate "$@"

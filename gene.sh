@@ -3,8 +3,8 @@
 #
 #   bash gene.sh [RECIPE] [key=value ...] [--dry-run]
 #
-# RECIPE defaults to configs/quickstart.yaml. Killed at any moment, the same command continues. Several devices work
-# as actors of Ray; RAY_ADDRESS names a cluster.
+# RECIPE defaults to configs/quickstart.yaml. Killed at any moment, the same command continues. Several devices run as
+# actors of Ray; RAY_ADDRESS names a cluster.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -13,11 +13,6 @@ PYTHON=.venv-infer/bin/python
 source ./environment.sh
 # ------------------
 
-case " $* " in *" -h "* | *" --help "*)
-    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' gene.sh
-    exit 0
-    ;;
-esac
 bash setup.sh infer
 "$PYTHON" -m pipeline.preflight gene "$@"
 case " $* " in *" --dry-run "*) exit 0 ;; esac

@@ -4,20 +4,16 @@
 #
 #   bash quickstart.sh [key=value ...] [--dry-run]
 #
-# Minutes after the set-up. Interrupted, the same command continues; what is finished is not done again.
+# Takes minutes after the set-up. Interrupted, the same command continues; finished work is not repeated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ---- settings ----
 RECIPE=configs/quickstart.yaml
+source ./environment.sh
 # ------------------
 
-case " $* " in *" -h "* | *" --help "*)
-    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' quickstart.sh
-    exit 0
-    ;;
-esac
-# Both environments first, so that what follows is the method alone and its time can be told.
+# Both environments first, so that the time printed at the end is the method's alone.
 bash setup.sh infer
 bash setup.sh train
 start=$SECONDS

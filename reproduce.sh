@@ -4,7 +4,7 @@
 #   bash reproduce.sh table2|table4|table5|table6|table7|table8|ablation [--scale quickstart|paper] [--dry-run]
 #
 # --scale quickstart (default): a 135M model on a CPU; paper: the paper's settings. Finished runs are found again by
-# their files in results/, a run that fails is listed and the others go on. Interrupted, the same command continues.
+# their files in results/. A run that fails is listed, and the others go on. Interrupted, the same command continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -13,11 +13,6 @@ PYTHON=.venv-train/bin/python
 source ./environment.sh
 # ------------------
 
-case " $* " in *" -h "* | *" --help "*)
-    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' reproduce.sh
-    exit 0
-    ;;
-esac
 bash setup.sh infer
 bash setup.sh train
 "$PYTHON" -m evaluation.reproduce "$@"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Ranked candidates to an aligned model: the plan, the training, the held-out figures, a page that shows them.
+# Ranked candidates to an aligned model: the plan, the training, the held-out margins, a page that shows them.
 #
 #   bash run.sh [RECIPE] [key=value ...] [--dry-run]
 #
-# RECIPE defaults to configs/quickstart.yaml. Interrupted, the same command continues from the last checkpoint. Several
-# GPUs, or a DeepSpeed file in the recipe, are started by torchrun.
+# RECIPE defaults to configs/quickstart.yaml. Interrupted, the same command continues from the last checkpoint. With
+# several GPUs or a DeepSpeed file in the recipe, torchrun starts the training.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -13,11 +13,6 @@ PYTHON=.venv-train/bin/python
 source ./environment.sh
 # ------------------
 
-case " $* " in *" -h "* | *" --help "*)
-    sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' run.sh
-    exit 0
-    ;;
-esac
 bash setup.sh train
 "$PYTHON" -m pipeline.preflight run "$@"
 case " $* " in *" --dry-run "*) exit 0 ;; esac

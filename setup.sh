@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Builds one of the two environments and the embedded models; returns at once when both stand.
+# Builds one of the two environments and the embedded models; returns at once when both exist.
 #
 #   bash setup.sh infer|train [cpu|cuda]
 #   bash setup.sh browser
 #
 #   infer   .venv-infer: vLLM, Ray             requirements-infer.txt, on the CPU requirements-infer-cpu.txt
 #   train   .venv-train: TRL, DeepSpeed        requirements-train.txt, on the CPU requirements-train-cpu.txt
-#   browser finds Chromium or Chrome for the tests of the pages, or installs Debian's where that can be done
+#   browser Chromium or Chrome for the tests of the pages: finds one, or installs Debian's where it can
 #
-# Left out, the second argument is the one of the first time, at first cuda where nvidia-smi runs, else cpu. On the CPU
-# the environments take 4 GB and 2 GB and, from a fast network, three to five minutes each. An environment is built anew
-# when its requirement file or the repository's place changes, and after an interruption; pip's cache then spares the
-# downloads. Nothing needs to be activated. The settings below can be given in the environment.
+# The second argument defaults to that of the first time, and the first time to cuda where nvidia-smi runs, otherwise
+# cpu. On the CPU the environments take 4 GB and 2 GB and, on a fast network, three to five minutes each. An environment
+# is rebuilt when its requirement file or the repository's path changes, and after an interruption; pip's cache then
+# saves the downloads. Nothing needs to be activated. The settings below can be given in the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# Before anything else: macOS has a bash that cannot read the rest of this file.
+# First of all: macOS has a bash that cannot parse the rest of this file.
 case "$(uname -s) $(uname -m)" in
     "Linux x86_64") ;;
     *)
@@ -26,38 +26,38 @@ case "$(uname -s) $(uname -m)" in
 esac
 
 # ---- settings ----
-# The interpreter to build from; empty: the first of python3.11, python3.12, python3 that fits.
+# The interpreter to build from; if empty, the first of python3.11, python3.12, python3 that fits.
 PYTHON="${PYTHON:-}"
-# Asked for torch alone, and only if pip's own sources lack the CPU build.
+# Used for torch alone, and only if pip's own sources lack the CPU build.
 TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
-# A ready-made flash-attn takes a minute; where it would have to be compiled for longer than this, sdpa serves.
+# A ready-made flash-attn takes a minute. If it would compile for longer than this, PyTorch's sdpa takes its place.
 FLASH_ATTN_LIMIT="${FLASH_ATTN_LIMIT:-20m}"
 # ------------------
 
 main() {
     parse_arguments "$@"
     local stamp="$VENV/setup-stamp" environment project state
-    # Comments do not count. The path does: an environment copied with its clone would import from the old place.
+    # Comments do not count. The path does: an environment copied with its clone would import from the old path.
     environment="$({ echo "$PWD $DEVICE" && sed 's/ *#.*//; /^$/d' "$REQUIREMENTS"; } | sha256sum | cut -c1-64)"
     project="$(sha256sum <pyproject.toml | cut -c1-64)"
     if ! is_built "$stamp" "$environment $project"; then
         take_lock
-        if ! is_built "$stamp" "$environment $project"; then # the other set-up may have built it
+        if ! is_built "$stamp" "$environment $project"; then # another set-up may have built it meanwhile
             state="$(cat "$stamp" 2>/dev/null || true)"
-            rm -f "$stamp" # first of all: whatever is interrupted from here on is no finished environment
+            rm -f "$stamp" # before any change: an interrupted environment must not look finished
             if [[ "${state% *}" != "$environment" || ! -x "$VENV/bin/python" ]]; then
                 build_environment
             fi
             install_project
             echo "$environment $project" >"$stamp.new"
             mv "$stamp.new" "$stamp"
-            say "$VENV stands: $(du -sh "$VENV" | cut -f1), $SECONDS s"
+            say "$VENV is ready: $(du -sh "$VENV" | cut -f1), $SECONDS s"
         fi
     fi
     "$VENV/bin/python" -m tools.embedded
 }
 
-find_browser() { # the tests of the pages are skipped without one: no reason to fail
+find_browser() { # without one the tests of the pages are skipped, so this never fails
     local name
     for name in chromium chromium-browser google-chrome google-chrome-stable; do
         if command -v "$name" >/dev/null; then
@@ -86,7 +86,7 @@ parse_arguments() {
     [[ $# -le 2 ]] || die 2 "setup.sh: '$3' is one argument too many; usage: bash setup.sh infer|train [cpu|cuda]"
     DEVICE="${2:-}"
     CHOSEN="as asked"
-    # The device of the first time holds: a login node without a driver must not replace what a GPU node uses.
+    # Keep the device of the first time: a login node without a driver must not replace what a GPU node uses.
     DEVICE_FILE="models/.device$VENV"
     if [[ -z "$DEVICE" && -f "$DEVICE_FILE" ]]; then
         DEVICE="$(<"$DEVICE_FILE")" CHOSEN="as the first time; bash setup.sh $1 cpu|cuda changes it"
@@ -152,7 +152,7 @@ install_cpu() { # the file is a complete lock: --no-deps
     local torch sources=()
     torch="$(grep -o '^torch==[^ ]*' "$REQUIREMENTS" || true)"
     if [[ -n "$torch" ]]; then
-        # An index that cannot be reached costs seconds for every package, so it is asked for this one alone.
+        # An unreachable index costs seconds for every package, so it is used for this one alone.
         if ! "$VENV/bin/python" -m pip install --dry-run --no-deps "$torch" >>"$VENV/setup.log" 2>&1; then
             say "pip's sources have no $torch: taking it from $TORCH_CPU_INDEX"
             sources=(--extra-index-url "$TORCH_CPU_INDEX")
@@ -178,7 +178,7 @@ install_flash_attn() { # after torch, which its build imports
         "$python" -c 'import flash_attn' >>"$log" 2>&1; then
         say "$1 installed"
     else
-        # One that is installed but cannot be imported would be chosen all the same.
+        # transformers would choose one that is installed, even if it cannot be imported.
         "$python" -m pip uninstall -y flash-attn >>"$log" 2>&1
         say "$1 cannot be built or imported here: attention is PyTorch's sdpa (same results, slower on long sequences)"
     fi
@@ -188,7 +188,7 @@ install_project() { # with the environment's own setuptools: no isolated build, 
     pip_install "this repository, editable" --no-deps --no-build-isolation --editable .
 }
 
-pip_install() { # what it is called, arguments of pip install; all output in the log, the telling part of it here
+pip_install() { # name for the screen, arguments of pip install; the log has all output, the screen the main lines
     local name="$1" log="$VENV/setup.log" start=$SECONDS
     shift
     say "installing $name"
@@ -199,7 +199,7 @@ pip_install() { # what it is called, arguments of pip install; all output in the
     say "installed $name in $((SECONDS - start)) s"
 }
 
-# Of pip's several hundred lines: a count, the big downloads, and the long silence at the end.
+# From pip's several hundred lines: a count, the big downloads, and a word before the long silence at the end.
 # shellcheck disable=SC2016  # awk's variables, not the shell's
 PIP_PROGRESS='
     /^(Collecting|Processing|Requirement already)/ && ++n % 25 == 0 { print "[setup]   " n " packages found" }

@@ -30,9 +30,9 @@ bash setup.sh train
 "$TRAIN" -m ruff check .
 "$TRAIN" -m ruff format --check .
 .venv-train/bin/shellcheck ./*.sh cluster/*.sbatch .ci/run
-# The tests of training hold on a CPU (bit-equality, fp32), also where there are GPUs: a process a core, one thread each,
-# a file's tests in one process.
+# GPUs are hidden, because the tests of training are written for a CPU (bit-equality, fp32). One process per core, one
+# thread each, all tests of a file in one process.
 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 "$TRAIN" -m pytest -m "not infer$only" --durations 10 \
     --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
-# Every test of the inference environment starts an engine or Ray, which take every core: none of them is quick.
+# Every test of the inference environment starts an engine or Ray, which use all cores: none is quick.
 [[ "$only" == *slow ]] || "$INFER" -m pytest -m "infer$only" --durations 10 "$@"

@@ -2,7 +2,7 @@
 
 Reads   the policy's `config.json` (its folder, or the hub's cache), else `configs/shapes/` for the paper's 8B policies
 
-In bf16, with P weights of which T train, on G GPUs (docs/memory.md):
+In bf16, with P weights of which T train, on G GPUs (docs/operations.md):
 
     weights      2 P            ZeRO-3: / G
     gradients    2 T            ZeRO-2, 3: / G
@@ -112,7 +112,7 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     frozen_copy = not recipe.lora.enabled and recipe.loss.family != "simpo"
     chosen = deepspeed_stage(recipe)
     lines = [
-        f"memory per GPU in bf16, by formulas, not measured (docs/memory.md): {weights:,} weights ({source}), "
+        f"memory per GPU in bf16, by formulas, not measured (docs/operations.md): {weights:,} weights ({source}), "
         f"{trainable:,} train, {responses} responses of a prompt, {gpus} process(es)"
     ]
     for stage in (1, 2, 3):

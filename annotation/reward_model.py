@@ -31,7 +31,7 @@ from hps.shared_prefix import (
 from pipeline.recipe import Model
 from pipeline.weights import context_length, load_config, load_weights
 
-# Tokens of a forward pass whose activations stay in a processor's caches; more are slower there (docs/performance.md).
+# Tokens of a forward pass whose activations stay in a processor's caches; more are slower there.
 CACHED_TOKENS = 1024
 # A score may differ by this share of its size from another kernel's or another batch's (fp32: about 1e-6 seen).
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}

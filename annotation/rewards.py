@@ -4,7 +4,7 @@
 `brevity`     minus the number of a response's tokens
 `checks`      how well a response follows instructions of the prompt that a program can verify, in [0, 1]
 
-Their arguments are described in pipeline/functions.py. docs/reward_models.md shows how to write one of your own.
+Their arguments are described in pipeline/functions.py. docs/operations.md shows how to write one of your own.
 """
 
 import re

@@ -28,7 +28,7 @@ class HeldOut:
     training is another adapter. Full fine-tuning keeps nothing along the training (alignment.train.KeptCheckpoints).
 
     Both are computed in fp32 on every device. s and the divergence are small differences of large numbers: in bf16 an
-    adapter with almost no effect shows half a nat of s (docs/evaluation.md).
+    adapter with almost no effect shows half a nat of s.
 
     Args:
         along: load the policies along the training, too.

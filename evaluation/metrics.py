@@ -7,7 +7,7 @@ Writes  `<output>/<run>/metrics.jsonl` (a line a prompt), `metrics.json` (means 
         (last); the same under `<output>/sft/`, of the model before training
 Run     python -m evaluation.metrics configs/quickstart.yaml
 
-A figure is the best of a prompt's answers (`_best`, the paper's) or their mean (`_mean`). docs/evaluation.md describes
+A figure is the best of a prompt's answers (`_best`, the paper's) or their mean (`_mean`). docs/results.md describes
 every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes seconds and is done anew at each call.
 """
 

@@ -481,7 +481,7 @@ def _remarks(tokenizer: Any) -> Iterator[str]:
     if not opens_turns_by_tokens(tokenizer):
         yield (
             "the chat template opens turns with ordinary text, so that a prompt or a response can open one "
-            "(docs/security.md)"
+            "(docs/operations.md)"
         )
     turn = _turn(tokenizer)
     if not _control(tokenizer).of(turn.tail) and turn.end is not None:

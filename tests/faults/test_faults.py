@@ -1,6 +1,6 @@
 """The programs of tests/faults can fail: lost lines, changed rewards, wrong words are found.
 
-The programs themselves take minutes; docs/reliability.md has their figures.
+The programs themselves take minutes; docs/operations.md has their figures.
 """
 
 import subprocess
