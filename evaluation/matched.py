@@ -10,8 +10,8 @@ training.
 
 import numpy as np
 
+from evaluation.cells import Cell, resamples, summary
 from evaluation.intervals import percentile_interval
-from evaluation.tables import Cell, resamples, summary
 
 PAIRED = ("rm_dpo", "rm_dpo_ranked", "reward_mean", "bleu_mean", "kl")
 MATCHED = {

@@ -11,10 +11,12 @@ changed recipe does.
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from evaluation.cells import FINAL
 from evaluation.margins import Columns, margins, read_columns
+from evaluation.matrix import method_name
 from hps.errors import InputError
 from pipeline.functions import identity
 from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe
@@ -22,7 +24,6 @@ from pipeline.records import read_jsonl, write_json
 from pipeline.run_records import check_pair
 from pipeline.stage import file_hash, git_commit, versions
 
-FINAL = "final"
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
 # Settings that change no figure, or only how fast it comes.
 DEVICES = {
@@ -41,6 +42,12 @@ class Evaluated:
     data: str
     on: str
     sft: bool = False
+    arguments: list[str] = field(default_factory=list)  # of the command line that trains it
+
+    def tested_arguments(self) -> list[str]:
+        """What evaluate.sh gets."""
+        on = self.recipe.evaluation.on
+        return [*self.arguments, *([f"evaluation.on={on}"] if on else [])]
 
     @property
     def name(self) -> str:
@@ -136,7 +143,7 @@ def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:
     records = [record for _, record in read_jsonl(folder / "metrics.jsonl")]
     result = {
         "run": run.name,
-        "method": "SFT" if run.sft else f"{run.recipe.loss.family}-{run.recipe.loss.preference}".upper(),
+        "method": "SFT" if run.sft else method_name(run.recipe),
         "data": run.data,
         "on": run.on,
         "seed": run.recipe.seed,

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from alignment.plan import plan, run_settings
 from evaluation.intervals import FEW, estimate, few, figure, signed
+from evaluation.render import number
 from hps.errors import InputError
 from pipeline.records import Lines, write_json
 from pipeline.stage import file_hash, fingerprint, finish, write_manifest
@@ -23,7 +24,7 @@ from report.figures import MOST_POINTS, MOST_STEPS, Picture, curve, forest, hist
 from report.origin import origin
 from report.page import HERE, counted, cut_texts, fitting, render, script_json
 from report.run import report, short_names
-from report.table import number, page
+from report.table import page
 
 pytestmark = pytest.mark.slow
 
@@ -555,7 +556,7 @@ def test_every_committed_table_has_a_page(path):
         for row in part["matched"].get("cells", {}).values():
             assert all(number(entry) in text for entry in row.values())
         if part["matched"]:
-            assert f"KL of y_1 {figure(part['matched']['kl']['written'])} nats on the written pairs" in text
+            assert f"preferred response {figure(part['matched']['kl']['written'])} nats on the written pairs" in text
     for name in ("sft", "dpo-hps"):
         result = path.parent / "runs" / "pku_safe" / f"{name}.json"
         assert f"<td>runs/pku_safe/{name}.json</td><td><code>{file_hash(result)}</code></td>" in text
