@@ -225,8 +225,9 @@ def test_what_training_changed(evaluated):
     prompts = [record for _, record in read_prompts(evaluated.data.test.path, 4)]
     assert [each["prompt"] for each in shown] == [prompts[1]["prompt"], prompts[3]["prompt"]]
     assert [each["change"] for each in shown] == [1, 3]
-    assert shown[1]["before"] == {"text": prompts[3]["responses"][0], "score": 0.0, "proxy": 10.0}
-    assert shown[1]["after"] == {"text": prompts[3]["responses"][0], "score": 3.0, "proxy": 15.0}
+    middle = {"text": prompts[3]["responses"][0], "cut": False}
+    assert shown[1]["before"] == middle | {"score": 0.0, "tokens": 10, "proxy": 10.0}
+    assert shown[1]["after"] == middle | {"score": 3.0, "tokens": 11, "proxy": 15.0}
 
 
 def test_what_ranked_stands_beside_what_judges(evaluated):

@@ -1,4 +1,4 @@
-"""evaluation/cells.py, paper.py, matched.py and tables.py: cells by hand, reading at one divergence, flags on the paper's figures."""
+"""evaluation/cells.py, paper.py, matched.py and tables.py: cells by hand, one divergence, the paper's flags."""
 
 import copy
 import json
