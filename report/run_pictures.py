@@ -60,10 +60,9 @@ def rewards(splits: dict[str, dict[str, array]]) -> Pictures | None:
 
 def length(draws: Draws) -> Pictures:
     """Reward margin of the trained rows against how much longer y_1 is, by gamma."""
-    panel = scatter(
-        "reward margin and length", draws.length_gap, draws.reward_gap, draws.stages(), "y_1 longer by (tokens)",
-        "reward margin",
-    )  # fmt: skip
+    _, rewards, lengths = draws.figures
+    title, across, up = "reward margin and length", "y_1 longer by (tokens)", "reward margin"
+    panel = scatter(title, lengths, rewards, draws.stages(), across, up)
     text = (
         f"Each of {len(draws.step)} rows of the plan: by how many tokens y_1 is longer across, by how much its reward "
         "is higher up, coloured by gamma."

@@ -6,6 +6,7 @@ import shutil
 from array import array
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, make_plan, ranked_records
 from matplotlib.figure import Figure
@@ -175,7 +176,7 @@ def test_draws_agree_with_the_plans_own_table(ranked_recipe, write_lines, overri
     stages, first = facts["stages"], 0
     for stage in stages:
         last = first + stage["rows"]
-        for name, values in (("rank", found.place), ("reward_gap", found.reward_gap), ("length_gap", found.length_gap)):
+        for name, values in zip(("rank", "reward_gap", "length_gap"), found.figures, strict=True):
             assert sum(values[first:last]) / stage["rows"] == pytest.approx(stage[name], abs=6e-4), (stage, name)
         first = last
     assert first == len(rows) == len(found.step)
@@ -391,7 +392,7 @@ def test_gamma_and_hardness_are_of_hps_alone():
     lines = [{"step": step, "loss": 0.5, "gamma": 0.0, "rewards/accuracies": 0.5} for step in (1, 2)]
     titles = {}
     for preference in ("hps", "bt"):
-        found = run_pictures.training(lines, Draws(array("l", [1, 2]), place=array("d", [3.0, 1.0])), preference)
+        found = run_pictures.training(lines, Draws(np.array([1, 2]), np.zeros(2), np.array([[3.0, 1.0]])), preference)
         titles[preference] = [panel.text.partition(",")[0] for panel in found.panels]
         assert ("gamma" in found.caption) == (preference == "hps")
     assert titles["bt"] == ["loss (nats)", "share of pairs in order"]

@@ -329,7 +329,7 @@ def changed(ratings: dict, **fields) -> dict:
         (lambda r: {**r, "rater": 3}, "`rater` is 3; it must be from 1 to 2"),
         (lambda r: {**r, "rater": True}, "`rater` is true"),
         (lambda r: {**r, "rater": 1.0}, "`rater` is 1.0"),
-        (lambda r: {"study": r["study"], "rater": 1}, "`ratings` is null, no list; export it"),
+        (lambda r: {"study": r["study"], "rater": 1}, "`ratings` is null, no list; export the file"),
         (lambda r: [r], "expected an object with ratings"),
         (lambda r: "{", "broken JSON"),
         (lambda r: "[" * 100_000, "unreadable JSON"),
@@ -373,7 +373,7 @@ def test_a_key_that_is_none(study, tmp_path):
     renamed = {**key, "models": ["beta", "alpha"]}
     for number, (text, said) in enumerate(
         (
-            (None, "cannot read the key"),
+            (None, "cannot read the file"),
             ("{", "broken JSON"),
             ("[1]", "this is no key"),
             ("{}", "`study` is null"),
