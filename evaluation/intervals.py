@@ -15,11 +15,14 @@ def few(count: int) -> str:
     return "" if count >= FEW else f"; intervals of fewer than {FEW} prompts are too narrow"
 
 
-def bootstrap(values: np.ndarray, samples: int, seed: int) -> dict:
-    """Mean of (n,) values and the percentile bootstrap interval of the mean, over prompts."""
+def bootstrap(values: np.ndarray, samples: int, seed: int, statistic: Callable = np.mean) -> dict:
+    """A statistic of (n, ...) values of n prompts, and its percentile bootstrap interval over the prompts.
+
+    `scipy.stats.bootstrap` refuses a single prompt, which a tried-out recipe has.
+    """
     rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(samples)])
-    return {"mean": round(float(values.mean()), 4), "interval": percentile_interval(means)}
+    drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(samples)]
+    return {"mean": round(float(statistic(values)), 4), "interval": percentile_interval(np.array(drawn))}
 
 
 def percentile_interval(resampled: np.ndarray) -> list[float]:

@@ -14,7 +14,7 @@ every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes s
 import json
 import statistics
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from sacrebleu.tokenizers.tokenizer_char import TokenizerChar
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
-from evaluation.intervals import LEVEL, bootstrap, few, figure, interval, percentile_interval
+from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from hps.errors import InputError, run_main
 from pipeline.cli import parse
 from pipeline.preflight import SAME_FUNCTION, SAME_MODEL, evaluated_prompts, same_model
@@ -86,13 +86,7 @@ class Bleu:
 
         The answers to a prompt are drawn together: they are not independent.
         """
-        rng = np.random.default_rng(seed)
-        drawn = [counts[rng.integers(0, len(counts), len(counts))].sum(axis=0) for _ in range(samples)]
-        mean = self._score(counts.sum(axis=0))
-        return {
-            "mean": round(mean, 4),
-            "interval": percentile_interval(np.array([self._score(each) for each in drawn])),
-        }
+        return bootstrap(counts, samples, seed, lambda drawn: self._score(drawn.sum(axis=0)))
 
     def _counts(self, answer: str, reference: str) -> list[int]:
         """Of one answer: matches and n-grams of each order, lengths."""
@@ -327,39 +321,21 @@ def _with_reference(recipe: Recipe, sft: bool) -> Iterator[list[tuple[str, str]]
             yield [(text, given[0].strip()) for text in record["responses"]]
 
 
-class Figures:
-    """Columns of the prompts' figures: 8 bytes each."""
-
-    def __init__(self):
-        self.prompts = 0
-        self.columns: dict[str, array] = {}
-
-    def add(self, record: dict) -> None:
-        self.prompts += 1
-        for name, value in record.items():
-            if name != "prompt_id":
-                self.columns.setdefault(name, array("d")).append(value)
-
-    def aggregate(self, recipe: Recipe) -> dict:
-        """Means with intervals of every figure, over the prompts that have it."""
-        return {
-            name: {**bootstrap(np.array(values), recipe.evaluation.bootstrap, recipe.seed), "prompts": len(values)}
-            for name, values in self.columns.items()
-        }
-
-
 def evaluate(recipe: Recipe, sft: bool) -> dict:
     """Run the stage; see the module's docstring."""
     folder = evaluated(recipe, sft)
     if not sft:
         _finished(folder / "evaluation")
-    bleu, left_out, figures = Bleu(), Counter(), Figures()
+    bleu, left_out = Bleu(), Counter()
+    columns: dict[str, array] = defaultdict(lambda: array("d"))
 
     def lines() -> Iterator[str]:
         for record in prompt_figures(recipe, sft, bleu, left_out):
-            figures.add(record)
             yield json.dumps(record) + "\n"
-        if not figures.prompts:
+            for name, value in record.items():
+                if name != "prompt_id":
+                    columns[name].append(value)
+        if not columns:
             raise InputError("no prompt has answers", where=str(folder), remedy="see answers/ledger.jsonl in it")
 
     tokenizers = bleu_tokenizers(recipe, sft)
@@ -367,15 +343,19 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
         left_out[f"corpus BLEU: prompts need different tokenizers ({', '.join(sorted(tokenizers))})"] += 1
     (folder / MANIFEST).unlink(missing_ok=True)  # that of earlier figures
     write_lines(folder / "metrics.jsonl", lines())
+    samples, seed = recipe.evaluation.bootstrap, recipe.seed
+    figures = {
+        name: {**bootstrap(np.array(values), samples, seed), "prompts": len(values)} for name, values in columns.items()
+    }
     metrics = {
         "run": SFT if sft else recipe.run,
-        "prompts": figures.prompts,
+        "prompts": len(columns["tokens_mean"]),
         "samples": recipe.evaluation.samples,
         "temperature": recipe.generation.temperature,
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,
         "left_out": left_out,
-        "figures": {**figures.aggregate(recipe), **corpus_bleu(recipe, sft, bleu, tokenizers)},
+        "figures": {**figures, **corpus_bleu(recipe, sft, bleu, tokenizers)},
         "bleu_tokenizers": tokenizers,
         "bleu_signatures": bleu.signatures(),
         "evaluator_is_reward": same_model(recipe.models.reward, recipe.models.evaluator),

@@ -10,7 +10,6 @@ changed recipe does.
 """
 
 import json
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -170,11 +169,8 @@ def columns(records: list[dict]) -> dict[str, list]:
 
 def pair_columns(path: Path) -> dict[str, dict]:
     """For each set the `prompt_id`s and, by step and at the end, a column for each of `PAIR_FIGURES`."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for _, pair in read_jsonl(path, check_pair):
-        names[pair["set"]].append(pair["prompt_id"])
     sets = read_columns(read_jsonl(path, check_pair))
-    return {name: {"prompt_id": names[name], "points": _points(columns)} for name, columns in sets.items()}
+    return {name: {"prompt_id": columns.prompts, "points": _points(columns)} for name, columns in sets.items()}
 
 
 def _points(columns: Columns) -> dict[str, dict[str, list[float]]]:
