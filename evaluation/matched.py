@@ -55,22 +55,24 @@ def _by_name(names: list[str], values: np.ndarray, wanted: list[str]) -> np.ndar
     return values.mean(axis=0)[[place[name] for name in wanted]]
 
 
+def _rewards(sft: dict) -> dict[str, float]:
+    """Mean reward of the answers of the model before training, by prompt."""
+    table = sft["prompts"]
+    rewards = zip(table["prompt_id"], table["reward_mean"], strict=True)
+    return {name: value for name, value in rewards if value is not None}
+
+
 def rewarded(cell: Cell, sft: dict | None) -> set[str]:
     """The prompts that the policy and the model before training have answered, and that have a written pair."""
     after, kl = cell.column("reward_mean"), cell.column("kl")
-    if sft is None or after is None or kl is None:
-        return set()
-    table = sft["prompts"]
-    before = {name for name, value in zip(table["prompt_id"], table["reward_mean"], strict=True) if value is not None}
-    return before & set(after[0]) & set(kl[0])
+    return set() if sft is None or after is None or kl is None else _rewards(sft).keys() & set(after[0]) & set(kl[0])
 
 
 def reward_curve(cell: Cell, sft: dict, prompts: set[str]) -> Curve:
     """As `curve`, of the mean reward of the answers to prompts of `rewarded`: before and after the training."""
-    names, table = sorted(prompts), sft["prompts"]
-    before = dict(zip(table["prompt_id"], table["reward_mean"], strict=True))
+    names, rewards = sorted(prompts), _rewards(sft)
     moved, after = (_by_name(*cell.column(name), names) for name in ("kl", "reward_mean"))
-    return np.stack([np.zeros(len(names)), moved]), np.stack([np.array([before[name] for name in names]), after])
+    return np.stack([np.zeros(len(names)), moved]), np.stack([np.array([rewards[name] for name in names]), after])
 
 
 def resampled(table: np.ndarray) -> np.ndarray:
@@ -193,18 +195,15 @@ def within_ablation(cells: list[Cell]) -> list[tuple[str, Cell, Cell]]:
 
 def differences(pairs: list[tuple[str, Cell, Cell]], sft: dict | None) -> list[dict]:
     """The first less the second of each pair: at the end, at one divergence, and by seed."""
-    rows = []
-    for label, one, other in pairs:
-        figures = {name: paired(one, other, name) for name in PAIRED}
-        rows.append(
-            {
-                "label": label,
-                "figures": {name: value for name, value in figures.items() if value},
-                "matched": matched_differences(one, other, sft),
-                "by_seed": by_seed(one, other, sft),
-            }
-        )
-    return rows
+    return [
+        {
+            "label": label,
+            "figures": {name: found for name in PAIRED if (found := paired(one, other, name))},
+            "matched": matched_differences(one, other, sft),
+            "by_seed": by_seed(one, other, sft),
+        }
+        for label, one, other in pairs
+    ]
 
 
 def matched_differences(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict]:
@@ -251,18 +250,11 @@ def paired(one: Cell, other: Cell, name: str) -> dict | None:
     return {key: found[key] for key in ("mean", "interval", "prompts")}
 
 
-def frontier(cell: Cell) -> dict:
+def frontier(cell: Cell) -> dict[str, list[dict]]:
     """Means along the training: step, KL and what is read against it, for each set of pairs."""
-    found = {}
-    for pairs in ("written", "ranked"):
-        found[pairs] = [
-            {
-                "step": point,
-                **{
-                    name: round(float(cell.point(pairs, point, name)[1].mean()), 4)
-                    for name in ("kl", "rm_dpo", "rm_dpo_accuracy")
-                },
-            }
-            for point in cell.points(pairs)
-        ]
-    return found
+
+    def means(pairs: str, step: str) -> dict:
+        names = ("kl", "rm_dpo", "rm_dpo_accuracy")
+        return {"step": step} | {n: round(float(cell.point(pairs, step, n)[1].mean()), 4) for n in names}
+
+    return {pairs: [means(pairs, step) for step in cell.points(pairs)] for pairs in ("written", "ranked")}

@@ -10,17 +10,16 @@ their data set. For two models the difference is taken within each resample, whe
 """
 
 import itertools
-import json
 import re
 
 import numpy as np
 
 from evaluation.intervals import estimate, figure, percentile_interval, signed
-from pipeline.recipe import REPOSITORY
+from evaluation.paper import paper_marks
+from evaluation.render import markdown_table
 from report.figures import IN_RED, NAME, Pictures, forest, forest_height, named, picture
 from report.page import render
 
-PAPER = REPOSITORY / "results" / "paper.json"
 RESAMPLES = 10_000
 TOGETHER = "All prompts"
 DIGITS = 2  # as the marks
@@ -102,31 +101,20 @@ def figures(ratings: np.ndarray, key: dict) -> dict:
         sets[name] = list(range(start, start + len(prompts)))
         start += len(prompts)
     together = part(ratings, list(sets.values()), key)
+    averages = {model: means["average"]["mean"] for model, means in together["means"].items()}
+    several = sets if len(sets) > 1 else {}
     return {
         "together": together,
-        "sets": {
-            name: part(ratings[:, places], [list(range(len(places)))], key)
-            for name, places in sets.items()
-            if len(sets) > 1
-        },
-        "paper": beside_the_paper({model: means["average"]["mean"] for model, means in together["means"].items()}),
+        "sets": {name: part(ratings[:, at], [list(range(len(at)))], key) for name, at in several.items()},
+        "paper": beside_the_paper(averages),
     }
-
-
-def paper_means() -> dict[str, float]:
-    """The paper's Table 3: the mean of the four criteria by model."""
-    return json.loads(PAPER.read_text(encoding="utf-8"))["table3_human_quality"]
 
 
 def beside_the_paper(means: dict[str, float]) -> dict[str, dict]:
     """Name and mean of the paper's row, and the difference of ours from it, for models whose name is the paper's."""
-    rows = {name.casefold(): (name, mean) for name, mean in paper_means().items()}
-    return {
-        model: {"name": rows[model.casefold()][0], "mean": rows[model.casefold()][1]}
-        | {"difference": round(mean - rows[model.casefold()][1], 4)}
-        for model, mean in means.items()
-        if model.casefold() in rows
-    }
+    paper = {name.casefold(): {"name": name, "mean": mean} for name, mean in paper_marks().items()}
+    found = {model: paper[model.casefold()] for model in means if model.casefold() in paper}
+    return {model: row | {"difference": round(means[model] - row["mean"], 4)} for model, row in found.items()}
 
 
 def _parts(result: dict) -> list[tuple[str, dict]]:
@@ -181,7 +169,7 @@ def remarks(result: dict) -> list[str]:
 
 
 def _paper_remark(result: dict) -> str:
-    names = paper_means()
+    names = paper_marks()
     matched = {paper["name"] for paper in result["paper"].values()}
     left = [f"{name} {mean:.2f}" for name, mean in names.items() if name not in matched]
     return (
@@ -198,14 +186,12 @@ def table(result: dict) -> str:
     for remark in remarks(result):
         lines += [remark, ""]
     for section in sections(result):
-        lines += [f"## {_cell(section['title'])}", "", *_rows(section["head"], section["rows"]), ""]
-        lines += [*_rows(section["differences"]["head"], section["differences"]["rows"]), ""]
+        lines += [f"## {_cell(section['title'])}", "", *_rows(section), "", *_rows(section["differences"]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *([_cell(row[0]), *row[1:]] for row in rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def _rows(grid: dict) -> list[str]:
+    return markdown_table(grid["head"], [[_cell(row[0]), *row[1:]] for row in grid["rows"]])
 
 
 def _cell(text: str) -> str:
