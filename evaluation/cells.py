@@ -11,7 +11,7 @@ import numpy as np
 from evaluation.intervals import percentile_interval
 
 COLUMNS = ("bleu", "reward", "rm_dpo", "rm_r_dpo")
-# Of ours: where a column's values per prompt stand. `figures` are those of the answers, the others of a set of pairs.
+# Where a column's values per prompt are: `figures` are those of the answers, the others of a set of pairs.
 SOURCES = {
     "bleu": ("figures", "bleu_best"),
     "reward": ("figures", "reward_best"),
@@ -90,7 +90,7 @@ def resamples(count: int) -> np.ndarray:
 
 
 def cell_figures(cell: Cell) -> dict:
-    """Every column of a cell that it has; the paper's figure and the difference where the paper has one."""
+    """Every column that a cell has; the paper's figure and the difference where the paper has one."""
     figures: dict[str, dict] = {}
     for name in dict.fromkeys((*COLUMNS, *SOURCES)):
         found = cell.column(name)

@@ -84,7 +84,7 @@ def resampled(table: np.ndarray) -> np.ndarray:
 def reached(curves: list[Curve]) -> np.ndarray:
     """(1 + samples,) the largest mean KL that all curves reach, nats; of all prompts, then of each resample.
 
-    It is found anew in each resample: where one policy moves less on the drawn prompts, the others are read there too.
+    Every resample has its own: where one policy moves less on the drawn prompts, the others are read there too.
     """
     return np.min([resampled(kl).max(axis=0) for kl, _ in curves], axis=0)
 
@@ -194,7 +194,7 @@ def within_ablation(cells: list[Cell]) -> list[tuple[str, Cell, Cell]]:
 
 
 def differences(pairs: list[tuple[str, Cell, Cell]], sft: dict | None) -> list[dict]:
-    """The first less the second of each pair: at the end, at one divergence, and by seed."""
+    """The first minus the second of each pair: at the end, at one divergence, and by seed."""
     return [
         {
             "label": label,
@@ -224,7 +224,7 @@ def matched_differences(one: Cell, other: Cell, sft: dict | None) -> dict[str, d
 def by_seed(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict[str, float]]:
     """Means of `matched_differences` of each seed that both cells have, where there are several.
 
-    The intervals are over prompts; whether a difference survives another seed stands here.
+    The intervals are over prompts; this shows whether a difference survives another seed.
     """
     ours, theirs = ({result["seed"]: result for result in cell.results} for cell in (one, other))
     seeds = [seed for seed in ours if seed in theirs]

@@ -8,7 +8,7 @@ Writes  `<output>/<run>/metrics.jsonl` (a line a prompt), `metrics.json` (means 
 Run     python -m evaluation.metrics configs/quickstart.yaml
 
 A figure is the best of a prompt's answers (`_best`, the paper's) or their mean (`_mean`). docs/evaluation.md describes
-every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes seconds and is done anew at each call.
+every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes seconds and runs again at each call.
 """
 
 import json
@@ -31,7 +31,7 @@ from hps.errors import InputError, run_main
 from pipeline.cli import parse
 from pipeline.preflight import SAME_FUNCTION, SAME_MODEL, evaluated_prompts, same_model
 from pipeline.recipe import SFT, Recipe
-from pipeline.records import Check, Indexed, check_answers, read_answers, shorten, write_json, write_lines
+from pipeline.records import Check, Indexed, check_answers, read_answers, read_json, shorten, write_json, write_lines
 from pipeline.run_records import AGAIN, SCORES, check_divergence, check_scores
 from pipeline.stage import fingerprint, write_manifest
 
@@ -110,7 +110,7 @@ class Bleu:
 
 
 def forget_texts() -> None:
-    """Empty sacrebleu's caches. They hold the last 65,536 texts and their tokens; only a prompt's own are of use."""
+    """Empty sacrebleu's caches, which keep the last 65,536 texts; only those of the current prompt are useful."""
     for tokenizer in (Tokenizer13a, TokenizerRegexp, TokenizerZh, TokenizerChar):
         tokenizer.__call__.cache_clear()
 
@@ -176,7 +176,7 @@ def bleu_figures(answers: dict, rewards: list[dict], given: list[str], given_rew
 
 
 def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu, left_out: Counter) -> Iterator[dict]:
-    """A record of figures for each prompt, as it is asked for; what was left out of which figure is counted."""
+    """Yield a record of figures for each prompt; count in `left_out` what a figure had to leave out."""
     base = Answered(evaluated(recipe, sft=True))
     folder = evaluated(recipe, sft)
     mine = base if sft else Answered(folder)
@@ -258,7 +258,7 @@ class Answered:
         return answers, self._scores(name, "answers", len(answers["responses"]))
 
     def given(self, name: str, count: int) -> list[dict]:
-        """The scores of a prompt's given responses, of which there are so many."""
+        """The scores of a prompt's `count` given responses."""
         return self._scores(name, "given", count)["given"]
 
     def _scores(self, name: str, field: str, count: int) -> dict:
@@ -361,8 +361,7 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
         "evaluator_is_reward": same_model(recipe.models.reward, recipe.models.evaluator),
     }
     if not sft:
-        margins = folder / "evaluation" / "margins.json"
-        metrics["sets"] = json.loads(margins.read_text(encoding="utf-8"))["sets"]
+        metrics["sets"] = read_json(folder / "evaluation" / "margins.json")["sets"]
     write_json(folder / "metrics.json", metrics)
     outputs = [folder / name for name in ("metrics.jsonl", "metrics.json")]
     write_manifest(folder / MANIFEST, recipe, {"seed": recipe.seed}, outputs, _inputs(recipe, sft))

@@ -6,9 +6,9 @@ Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,
 Run     python -m evaluation.reproduce table2 --scale quickstart [--dry-run] [--only TEXT]
 
 Everything shared is made once: candidates and ranking, the reference's log-probabilities, the answers of the model
-before training, one engine for the answers of many runs. A run whose result file stands, also one that came with the
-clone, is not run again unless its recipe has changed. A run that fails is listed and the others go on. Killed at any
-moment, the same command continues.
+before training, one engine for the answers of many runs. A run that has a result file, for example one that came with the
+clone, does not run again unless its recipe has changed. A run that fails is listed and the others go on. After a kill
+the same command continues.
 """
 
 import argparse
@@ -136,14 +136,14 @@ def last_line(path: Path) -> str:
 
 
 def groups(table: str, evaluations: list[Evaluated]) -> list[list[Evaluated]]:
-    """What is found or missing together: an evaluation alone; of the judged table all runs of a data set."""
+    """What is found or missing together: one evaluation; in the judged table all runs of a data set."""
     if table != JUDGED:
         return [[evaluation] for evaluation in evaluations]
     return [compared(evaluations, data) for data in dict.fromkeys(evaluation.data for evaluation in evaluations)]
 
 
 def missing(table: str, scale: str, group: list[Evaluated]) -> tuple[list[Evaluated], list[Evaluated]]:
-    """What of a group has to be run, and what has to be judged."""
+    """What has to be run, and what has to be judged."""
     if table != JUDGED:
         return [evaluation for evaluation in group if find(evaluation, scale) is None], []
     if find_judged(group, scale) is not None:

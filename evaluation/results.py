@@ -19,7 +19,7 @@ from evaluation.matrix import method_name
 from hps.errors import InputError
 from pipeline.functions import identity
 from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe
-from pipeline.records import read_jsonl, write_json
+from pipeline.records import read_json, read_jsonl, write_json
 from pipeline.run_records import check_pair
 from pipeline.stage import file_hash, git_commit, versions
 
@@ -112,7 +112,7 @@ def _without_devices(recipe: Recipe, section: str) -> dict:
 
 
 def find(run: Evaluated, scale: str) -> dict | None:
-    """The committed or earlier result of this very recipe, if there is one."""
+    """The committed or earlier result of exactly this recipe, if there is one."""
     return read_result(run.path(scale), result_key(run.recipe, run.sft))
 
 
@@ -138,7 +138,7 @@ def read_result(path: Path, key: dict) -> dict | None:
 def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:
     """Write the result file of an evaluation that is finished; `seconds` of the stages that ran for it."""
     folder = run.folder()
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "metrics.json")
     records = [record for _, record in read_jsonl(folder / "metrics.jsonl")]
     result = {
         "run": run.name,

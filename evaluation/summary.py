@@ -4,20 +4,20 @@ Reads   what gene.sh, run.sh and, if it has run, evaluate.sh wrote for the recip
 Run     python -m evaluation.summary configs/quickstart.yaml
 """
 
-import json
 import shutil
 import textwrap
 from collections.abc import Iterator
 from itertools import zip_longest
+from pathlib import Path
 from statistics import mean
 
 from evaluation.before_after import SIDES, BeforeAfter
 from evaluation.intervals import LEVEL, estimate, figure, signed
-from hps.errors import InputError, printable, run_main
+from hps.errors import printable, run_main
 from pipeline.cli import parse
 from pipeline.functions import scorer_name
 from pipeline.recipe import SPLITS, Recipe
-from pipeline.records import read_jsonl
+from pipeline.records import read_json, read_jsonl
 from pipeline.run_records import check_greedy
 
 
@@ -28,11 +28,8 @@ def columns(left: str, right: str, width: int) -> list[str]:
     return [f"{a:<{half}} | {b}" for a, b in zip_longest(*sides, fillvalue="")]
 
 
-def _read(path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError("there is no such file", where=str(path), remedy="run gene.sh and run.sh first") from None
+def _read(path: Path) -> dict:
+    return read_json(path, remedy="run gene.sh and run.sh first")
 
 
 def summarize(recipe: Recipe, width: int) -> list[str]:

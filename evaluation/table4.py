@@ -38,7 +38,7 @@ def judged_path(scale: str, data: str) -> Path:
 
 
 def find_judged(runs: list[Evaluated], scale: str) -> dict | None:
-    """The win rates of these very runs by this very judge, if they stand."""
+    """The win rates of exactly these runs by exactly this judge, if there are any."""
     return read_result(judged_path(scale, runs[0].data), judged_key(runs))
 
 

@@ -5,9 +5,9 @@ Writes  `<output>/<run>/win_rate.json`, `win_rate.manifest.json` (last)
 Run     python -m evaluation.win_rate configs/quickstart.yaml judge.enabled=true --against runs/quickstart/sft
 
 For each prompt the four scores are averaged over criteria, answers and repeats; the higher average wins, equal ones tie
-(the paper's Table 4). Intervals: percentile bootstrap over prompts. The diagnostics know three bad judges: one that
-gives everybody the same, one that gives points for length, and one that throws dice. Each flag says in words which
-figure is beyond which of the thresholds below; a flag is a reason to read some verdicts, no proof.
+(the paper's Table 4). Intervals: percentile bootstrap over prompts. The diagnostics look for three kinds of bad judge:
+constant, in love with length, random. A flag says which figure is beyond which of the thresholds below. It is a reason
+to read some verdicts, not a proof.
 """
 
 import argparse
@@ -33,12 +33,12 @@ SIDES = ("run", "against")
 NOT_JUDGED = "not judged"
 
 # Thresholds of the flags, and why.
-SIGNIFICANCE = 0.05  # what chance does more often than this is put down to chance
+SIGNIFICANCE = 0.05  # of the p-values
 MOST_COMMON = 0.5  # one verdict on half of all answers: the judge hardly looks at them
 TIES = 0.5  # of prompts with different answers: less than half would decide the comparison
-DISTINCT, ENOUGH = 5, 20  # average scores, of 41 that there are; fewer than 20 verdicts may not show more
+DISTINCT, ENOUGH = 5, 20  # average scores, of 41 possible; fewer than 20 verdicts need not show more
 LENGTH_CORRELATION = 0.4  # length would explain a sixth of the variance of the ranks (0.4 squared)
-LONGER_WINS = 0.7  # or less than 0.3: length alone would foretell seven of ten decisions
+LONGER_WINS = 0.7  # or less than 0.3: length alone would predict seven of ten decisions
 AGREEMENT = 0.5  # a test-retest correlation is the share of the scores' variance that is no noise: half
 
 
@@ -144,7 +144,7 @@ def _scores(means: np.ndarray, samples: int, seed: int) -> dict:
 
 
 def judge_facts(pairs: dict[str, tuple[Graded, Graded]], difference: np.ndarray) -> dict:
-    """Diagnostics of the judge: is it constant, does it count words, does it throw dice."""
+    """Diagnostics of the judge: is it constant, does it count words, is it random."""
     different = np.array([ours.texts != theirs.texts for ours, theirs in pairs.values()])
     return {
         **_spread(pairs),

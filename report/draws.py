@@ -2,8 +2,8 @@
 
 Reads   `<output>/<run>/plan.jsonl`, `<output>/ranked/*.jsonl`
 
-Called by report.run. The ranked file is read once, from its beginning, whatever the order of the plan: a paper's run
-has 60,000 rows and more, and of each prompt 100 responses. Of those, numbers alone are kept.
+Called by report.run. The ranked file is read once, in its own order, and only numbers are kept: a run of the paper has
+more than 60,000 rows and 100 responses a prompt.
 """
 
 from array import array
@@ -19,7 +19,7 @@ from hps.errors import InputError
 from pipeline.recipe import Recipe
 from pipeline.records import Lines, read_ranked
 
-MOST_SOURCES = 6  # groups of a histogram; what more there are stand in one
+MOST_SOURCES = 6  # groups of a histogram; the smallest ones are merged
 OTHER = "other sources"
 
 

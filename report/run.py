@@ -61,7 +61,7 @@ def figures_table(figures: dict) -> list[dict]:
 
 
 def trained(recipe: Recipe) -> tuple[Recipe, dict]:
-    """The recipe in the manifest of a finished training, typed and as it stands there.
+    """The recipe in the manifest of a finished training, typed and as written there.
 
     What the page says of the run is this one: the command line may have other values where they decide no checkpoint.
 
@@ -160,10 +160,8 @@ def plan_table(path: Path) -> dict:
     with intact(path, AGAIN):
         plan = read_json(path)
         stages = [{name: stage[name] for name in columns} for stage in plan["stages"]]
-        return {name: plan[name] for name in ("prompts", "global_batch")} | {
-            "stages": stages,
-            "left_out": dict(plan["left_out"]),
-        }
+        facts = {name: plan[name] for name in ("prompts", "global_batch")}
+        return facts | {"stages": stages, "left_out": dict(plan["left_out"])}
 
 
 def read_log(path: Path) -> list[dict]:

@@ -67,16 +67,16 @@ def read_named(named: list[str]) -> dict[str, list[str]]:
 
 
 def read_lines(path: str) -> Lines:
-    """A model's answers to a data set. InputError: there are none, or a prompt stands twice."""
+    """A model's answers to a data set. InputError: there are none, or a prompt is there twice."""
     found: Lines = {}
     for where, record in read_answers(path):
         name = record["prompt_id"]
         if name in found:
-            problem = f"`prompt_id` {shorten(name)} stands twice, first in {found[name][0]}"
+            problem = f"`prompt_id` {shorten(name)} is there twice, first in {found[name][0]}"
             raise InputError(problem, where=where, remedy="leave one of the lines")
         found[name] = (where, record)
     if not found:
-        raise InputError("the file holds no answers", where=path, remedy="run `bash evaluate.sh` again")
+        raise InputError("the file has no answers", where=path, remedy="run `bash evaluate.sh` again")
     return found
 
 
@@ -113,17 +113,17 @@ def _spoken(record: dict) -> list[tuple[str, str]]:
 
 
 def choose(texts: dict[str, dict], count: int | None, seed: str, where: str) -> dict[str, dict]:
-    """So many prompts of a data set, drawn by seed whatever the order in the file; all where `count` is None."""
+    """`count` prompts of a data set, drawn by seed whatever their order in the file; all if `count` is None."""
     if count is None:
         return texts
     if count > len(texts):
         remedy = f"give at most {len(texts)}, or answer more prompts"
-        raise InputError(f"`--prompts` is {count}, the file holds {len(texts)}", where=where, remedy=remedy)
+        raise InputError(f"`--prompts` is {count}, the file has {len(texts)}", where=where, remedy=remedy)
     return {name: texts[name] for name in _shuffled(random.Random(seed), sorted(texts))[:count]}
 
 
 def _shuffled(rng: random.Random, things: Sequence[Thing]) -> list[Thing]:
-    """By `random()` alone, whose sequence Python keeps from version to version; that of `sample` it may change."""
+    """Uses only `random()`, whose sequence Python guarantees between versions; that of `sample` may change."""
     return sorted(things, key=lambda _: rng.random())
 
 
@@ -163,7 +163,7 @@ def read_texts(files: dict[str, list[str]], names: list[str], prompts: int | Non
 
 
 def study_name(key: dict) -> str:
-    """What tells a study from any other: a hash of all that its key holds."""
+    """The study's identity: a hash of everything in its key."""
     return hashlib.sha256(canonical({name: key[name] for name in key if name != "study"}).encode()).hexdigest()[:16]
 
 
@@ -200,12 +200,12 @@ def build(
     """Write the key, then the pages, so that whatever page is out there can be read.
 
     Args:
-        seed: None draws one that nobody can guess, or takes that of the key in the folder. Who knows it can tell the
-            models behind the answers.
-        prompts: so many of each data set; None for all.
+        seed: None draws one that nobody can guess, or takes that of the key in the folder. Whoever knows it can tell
+            which model wrote which answer.
+        prompts: how many of each data set; None for all.
 
     Raises:
-        InputError: as `read_named` and `read_texts`; a number is no number of things; the folder holds another study.
+        InputError: as `read_named` and `read_texts`; a number is too small; the folder has another study.
     """
     _check_least("--raters", raters, 1)
     _check_least("--prompts", prompts, 1)
@@ -228,7 +228,7 @@ def build(
     key["study"] = study_name(key)
     if before and before != key:
         problem = (
-            f"the folder holds the key of another study, {before['study']}, without which nobody can read its ratings"
+            f"the folder has the key of another study, {before['study']}, without which nobody can read its ratings"
         )
         raise InputError(problem, where=str(path), remedy="give another folder with `--to`")
     _write(to, key, {name: text for found in texts.values() for name, text in found.items()})
@@ -273,7 +273,9 @@ def read_ratings(path: str | Path, key: dict) -> tuple[int, np.ndarray]:
         name, answer, criterion = line["prompt_id"], line["answer"], line["criterion"]
         at = (names.index(name), orders[name][answer], key["criteria"].index(criterion))
         if not np.isnan(found[at]):
-            raise InputError(f"`{name}`, answer {answer}, `{criterion}` stands twice", where=place, remedy="leave one")
+            raise InputError(
+                f"`{name}`, answer {answer}, `{criterion}` is there twice", where=place, remedy="leave one"
+            )
         found[at] = line["value"]
     if missing := int(np.isnan(found).sum()):
         remedy = "ask the rater for them: the page loads this file and goes on"
@@ -321,14 +323,14 @@ def import_ratings(key_path: Path, files: list[str]) -> dict:
     """Figures of the raters' files, written beside the key.
 
     Raises:
-        InputError: as `read_key` and `read_ratings`; a rater stands in two files.
+        InputError: as `read_key` and `read_ratings`; a rater is in two files.
     """
     key = read_key(key_path)
     found: dict[int, tuple[str, np.ndarray]] = {}
     for path in files:
         rater, ratings = read_ratings(path, key)
         if rater in found:
-            problem = f"rater {rater} stands in {found[rater][0]} too"
+            problem = f"rater {rater} is in {found[rater][0]} too"
             raise InputError(problem, where=str(path), remedy="give one of them")
         found[rater] = (str(path), ratings)
     result = {

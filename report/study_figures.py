@@ -3,7 +3,7 @@
 Reads   ratings un-blinded by `report.study`: (raters, prompts, models, criteria); `results/paper.json`
 Writes  nothing itself: `report.study import` writes what is made here
 
-Intervals are percentile intervals of a bootstrap that draws raters and prompts anew, both, with replacement (Owen 2007,
+Intervals are percentile intervals of a bootstrap that resamples both raters and prompts, with replacement (Owen 2007,
 "The pigeonhole bootstrap"): other raters than these would have marked more strictly, and other prompts been harder. The
 raters drawn are the same for all prompts of a resample, so that a strict one stays strict; prompts are drawn within
 their data set. For two models the difference is taken within each resample, where what both share cancels.
@@ -152,16 +152,15 @@ def remarks(result: dict) -> list[str]:
     found = [
         f"Raters: {result['raters']}; prompts: {counts}; models: {len(result['together']['means'])}. "
         "Criteria from 1.00 (worst) to 5.00 (best).",
-        "Mean [95 % interval] over raters and prompts: a bootstrap that draws both anew, prompts within their data "
-        "set.",
-        "A difference of two models is taken within each resample. Where its interval holds zero, the study does not "
+        "Mean [95 % interval] over raters and prompts: a bootstrap that resamples both, prompts within their data set.",
+        "A difference of two models is taken within each resample. Where its interval includes zero, the study does not "
         f"tell the two apart. Pairs compared: {pairs}; no interval is widened for their number.",
     ]
     if result["raters"] == 1:
-        found.append("With one rater the intervals are over prompts alone and say nothing about other raters.")
+        found.append("With one rater the intervals are over prompts only and say nothing about other raters.")
     elif result["raters"] < 10:
         found.append(
-            "With fewer than 10 raters the intervals are too short: those of 5 hold the truth in about 87 of 100."
+            "With fewer than 10 raters the intervals are too short: those of 5 contain the truth in about 87 of 100."
         )
     if result["missing_raters"]:
         found.append(f"Not in yet: raters {', '.join(map(str, result['missing_raters']))}.")
@@ -175,7 +174,7 @@ def _paper_remark(result: dict) -> str:
     return (
         "Column «paper»: the mean of the four criteria in the paper's Table 3 (15 + 15 prompts, 20 raters, no "
         f"intervals), for models named as its rows are ({', '.join(names)}; capitals do not matter). «difference»: our "
-        "average less it. Other models, prompts and raters than the paper's are in that difference, too."
+        "average minus it. Other models, prompts and raters than the paper's are in that difference, too."
         + (f" Rows of the paper without a model here: {', '.join(left)}." if left else "")
     )
 
@@ -224,7 +223,9 @@ def pictures(title: str, each: dict, paper: dict[str, dict]) -> list[Pictures]:
     caption += " Each picture has its own scale, not the marks' 1 to 5."
     return [
         Pictures(means, caption),
-        Pictures(differences, "Differences: where the line holds zero, the study does not tell the two models apart."),
+        Pictures(
+            differences, "Differences: where the line includes zero, the study does not tell the two models apart."
+        ),
     ]
 
 

@@ -91,7 +91,7 @@ def _frontiers(frontiers: dict[str, dict]) -> Pictures:
 
 
 def origin(path: Path, scale: str) -> dict[str, list[dict]]:
-    """By data set, the result file of every run of the table that stands beside it: what made it, and its hash.
+    """By data set, the result file of every run of the table, if it is there: what made it, and its hash.
 
     Args:
         path: of the table's JSON, whose name says which table it is.
