@@ -6,9 +6,9 @@ Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,
 Run     python -m evaluation.reproduce table2 --scale quickstart [--dry-run] [--only TEXT]
 
 Everything shared is made once: candidates and ranking, the reference's log-probabilities, the answers of the model
-before training, one engine for the answers of many runs. A run that has a result file, for example one that came with the
-clone, does not run again unless its recipe has changed. A run that fails is listed and the others go on. After a kill
-the same command continues.
+before training, one engine for the answers of many runs. A run that has a result file, for example from the clone, does
+not run again unless its recipe has changed. A run that fails is listed and the others go on. After a kill the same
+command continues.
 """
 
 import argparse

@@ -153,8 +153,8 @@ def remarks(result: dict) -> list[str]:
         f"Raters: {result['raters']}; prompts: {counts}; models: {len(result['together']['means'])}. "
         "Criteria from 1.00 (worst) to 5.00 (best).",
         "Mean [95 % interval] over raters and prompts: a bootstrap that resamples both, prompts within their data set.",
-        "A difference of two models is taken within each resample. Where its interval includes zero, the study does not "
-        f"tell the two apart. Pairs compared: {pairs}; no interval is widened for their number.",
+        "A difference of two models is taken within each resample. Where its interval includes zero, the study does "
+        f"not tell the two apart. Pairs compared: {pairs}; no interval is widened for their number.",
     ]
     if result["raters"] == 1:
         found.append("With one rater the intervals are over prompts only and say nothing about other raters.")
