@@ -6,6 +6,7 @@ import pytest
 from sacrebleu import corpus_bleu
 
 from evaluation import metrics as stage
+from evaluation import text_figures
 from evaluation.summary import outcome, side_by_side
 from hps.errors import InputError
 from pipeline.records import read_jsonl, read_prompts, write_json
@@ -54,7 +55,7 @@ def test_tokenized_texts_are_not_kept(bleu):
         answers = answers_of(CAT, f"answer {number}", tokens=[6, 2])
         stage.bleu_figures(answers, [{"score": 0.0}] * 2, [CAT], [{"score": 0.0}], bleu)
         bleu.counts([[(text, CAT) for text in answers["responses"]]])
-    for tokenizer in (stage.Tokenizer13a, stage.TokenizerRegexp):
+    for tokenizer in (text_figures.Tokenizer13a, text_figures.TokenizerRegexp):
         assert 0 < tokenizer.__call__.cache_info().currsize <= 3
 
 
