@@ -110,8 +110,8 @@ def histogram(title: str, groups: Mapping[str, Sequence[float]], label: str) -> 
         bins = np.histogram_bin_edges([], bins=min(40, max(5, count // 8)), range=ends)
         for name, group in arrays.items():
             heights, _ = np.histogram(group, bins=bins, density=True)
-            (line,) = axis.step(bins, [*heights, heights[-1]], where="post", label=f"{named(name)} ({len(group)})")
-            axis.fill_between(bins, [*heights, heights[-1]], step="post", alpha=0.25, color=line.get_color())
+            line = axis.stairs(heights, bins, label=f"{named(name)} ({len(group)})")
+            axis.stairs(heights, bins, fill=True, alpha=0.25, color=line.get_edgecolor())
         axis.set(title=title, xlabel=label, ylabel="density")
         axis.legend()
 
