@@ -24,7 +24,7 @@ import numpy as np
 
 from evaluation.judge import CRITERIA
 from hps.errors import InputError, run_main
-from pipeline.records import canonical, check_storable, parse_json, read_answers, shorten, write_atomic, write_json
+from pipeline.records import canonical, check_storable, read_answers, read_json, shorten, write_atomic, write_json
 from pipeline.stage import file_hash
 from report.page import render
 from report.study_figures import figures, results_page, table
@@ -169,22 +169,18 @@ def study_name(key: dict) -> str:
 
 def read_key(path: Path) -> dict:
     """The key of a study. InputError: it cannot be read, or is not as `build` wrote it."""
-    key, remedy = _read(path), "give the key.json that `build` wrote, unchanged"
-    if not isinstance(key, dict) or key.get("study") != study_name(key):
-        found = shorten(key.get("study") if isinstance(key, dict) else key)
+    remedy = "give the key.json that `build` wrote, unchanged"
+    key = _read(path, remedy)
+    if key.get("study") != study_name(key):
+        found = shorten(key.get("study"))
         problem = f"this is no key, or a changed one: `study` is {found}, which is not the hash of the other fields"
         raise InputError(problem, where=str(path), remedy=remedy)
     return key
 
 
-def _read(path: Path) -> object:
-    """The JSON of a key or of ratings. InputError: it cannot be read, or has texts that no file can hold."""
-    try:
-        value = parse_json(path.read_bytes(), path)
-    except OSError as error:
-        raise InputError(
-            f"cannot read the file ({error.strerror})", where=str(path), remedy="correct the path"
-        ) from None
+def _read(path: Path, remedy: str) -> dict:
+    """A JSON object. InputError: it cannot be read, or has texts that no file can hold."""
+    value = read_json(path, remedy)
     check_storable(value, str(path))
     return value
 
@@ -285,11 +281,8 @@ def read_ratings(path: str | Path, key: dict) -> tuple[int, np.ndarray]:
 
 def _read_file(path: Path, key: dict) -> tuple[int, list]:
     """Rater and ratings of a file of this study."""
-    given = _read(path)
-    problem, remedy = None, AGAIN
-    if not isinstance(given, dict):
-        problem = f"expected an object with ratings, found {shorten(given)}"
-    elif given.get("study") != key["study"]:
+    given, problem, remedy = _read(path, AGAIN), None, AGAIN
+    if given.get("study") != key["study"]:
         problem = f"`study` is {shorten(given.get('study'))}, the key's is {key['study']}"
         remedy = "give the key of that study with `--key`"
     elif type(given.get("rater")) is not int or not 1 <= given["rater"] <= key["raters"]:

@@ -330,7 +330,7 @@ def changed(ratings: dict, **fields) -> dict:
         (lambda r: {**r, "rater": True}, "`rater` is true"),
         (lambda r: {**r, "rater": 1.0}, "`rater` is 1.0"),
         (lambda r: {"study": r["study"], "rater": 1}, "`ratings` is null, no list; export the file"),
-        (lambda r: [r], "expected an object with ratings"),
+        (lambda r: [r], "expected a JSON object"),
         (lambda r: "{", "broken JSON"),
         (lambda r: "[" * 100_000, "unreadable JSON"),
         (lambda r: {**r, "ratings": [3]}, "rating 1: expected an object, found 3"),
@@ -375,7 +375,7 @@ def test_a_key_that_is_none(study, tmp_path):
         (
             (None, "cannot read the file"),
             ("{", "broken JSON"),
-            ("[1]", "this is no key"),
+            ("[1]", "expected a JSON object"),
             ("{}", "`study` is null"),
             (json.dumps(renamed), "a changed one"),
             ('{"study": "\\ud800"}', "half a character"),
