@@ -40,7 +40,7 @@ def curve(cell: Cell, pairs: str, figure: str, prompts: set[str] | None = None) 
     if not points:
         return None
     kl, values = (
-        np.stack([_by_name(*cell.point(pairs, point, name), names) for point in points]) for name in ("kl", figure)
+        np.stack([_values(cell.point(pairs, point, name), names) for point in points]) for name in ("kl", figure)
     )
     if figure != "rm_dpo_accuracy":
         start = np.zeros((1, kl.shape[1]))
@@ -49,29 +49,33 @@ def curve(cell: Cell, pairs: str, figure: str, prompts: set[str] | None = None) 
     return kl[:last], values[:last]
 
 
-def _by_name(names: list[str], values: np.ndarray, wanted: list[str]) -> np.ndarray:
-    """(wanted,) means over the seeds."""
-    place = {name: number for number, name in enumerate(names)}
-    return values.mean(axis=0)[[place[name] for name in wanted]]
+def by_prompt(found: tuple[list[str], np.ndarray] | None) -> dict[str, float]:
+    """Means over the seeds of a column or point of a cell; empty where it has none."""
+    return dict(zip(found[0], found[1].mean(axis=0), strict=True)) if found else {}
 
 
-def _rewards(sft: dict) -> dict[str, float]:
+def _values(found: tuple[list[str], np.ndarray], names: list[str]) -> np.ndarray:
+    means = by_prompt(found)
+    return np.array([means[name] for name in names])
+
+
+def _rewards(sft: dict | None) -> dict[str, float]:
     """Mean reward of the answers of the model before training, by prompt."""
-    table = sft["prompts"]
+    table = sft["prompts"] if sft else {"prompt_id": [], "reward_mean": []}
     rewards = zip(table["prompt_id"], table["reward_mean"], strict=True)
     return {name: value for name, value in rewards if value is not None}
 
 
 def rewarded(cell: Cell, sft: dict | None) -> set[str]:
     """The prompts that the policy and the model before training have answered, and that have a written pair."""
-    after, kl = cell.column("reward_mean"), cell.column("kl")
-    return set() if sft is None or after is None or kl is None else _rewards(sft).keys() & set(after[0]) & set(kl[0])
+    after, kl = (by_prompt(cell.column(name)) for name in ("reward_mean", "kl"))
+    return _rewards(sft).keys() & after.keys() & kl.keys()
 
 
 def reward_curve(cell: Cell, sft: dict, prompts: set[str]) -> Curve:
     """As `curve`, of the mean reward of the answers to prompts of `rewarded`: before and after the training."""
     names, rewards = sorted(prompts), _rewards(sft)
-    moved, after = (_by_name(*cell.column(name), names) for name in ("kl", "reward_mean"))
+    moved, after = (_values(cell.column(name), names) for name in ("kl", "reward_mean"))
     return np.stack([np.zeros(len(names)), moved]), np.stack([np.array([rewards[name] for name in names]), after])
 
 
@@ -239,14 +243,11 @@ def by_seed(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict[str, flo
 
 def paired(one: Cell, other: Cell, name: str) -> dict | None:
     """The mean difference of a column over the prompts that both have, each averaged over its seeds."""
-    columns = [cell.column(name) for cell in (one, other)]
-    if any(column is None or not column[1].size for column in columns):
+    ours, theirs = (by_prompt(cell.column(name)) for cell in (one, other))
+    differences = [ours[prompt] - theirs[prompt] for prompt in ours if prompt in theirs]
+    if not differences:
         return None
-    values = [dict(zip(names, seeds.mean(axis=0), strict=True)) for names, seeds in columns]
-    names = [prompt for prompt in values[0] if prompt in values[1]]
-    if not names:
-        return None
-    found = summary(np.array([[values[0][prompt] - values[1][prompt] for prompt in names]]))
+    found = summary(np.array([differences]))
     return {key: found[key] for key in ("mean", "interval", "prompts")}
 
 
