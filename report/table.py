@@ -33,6 +33,7 @@ NAMES = {
     "accuracy_written": "RM_DPO above zero, share of written pairs",
     "accuracy_ranked": "RM_DPO above zero, share of ranked pairs",
     "kl": "KL of y_1, written pairs (nats)",
+    "KL": "KL (nats)",
     "kl_sampled": "KL on own answers (nats)",
     "tokens_change": "length, change (tokens)",
     "win": "win (% of the prompts)",
