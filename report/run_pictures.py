@@ -1,6 +1,6 @@
 """The pictures of a run's page: training, rewards of the candidates, reward against length, held-out margins.
 
-Called by report.run, which has read the files; report.figures draws.
+Called by report.run, which has read the files; report.pictures draws.
 """
 
 from array import array
@@ -11,7 +11,7 @@ from alignment.curves import PANELS, series
 from pipeline.records import read_jsonl
 from pipeline.run_records import check_pair
 from report.draws import Draws
-from report.figures import Picture, Pictures, before_after, curve, histogram, intervals, picture, sampled, scatter
+from report.pictures import Picture, Pictures, before_after, curve, histogram, intervals, picture, sampled, scatter
 
 
 def _told(title: str, series: dict[str, tuple[list, list]]) -> str:

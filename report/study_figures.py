@@ -17,8 +17,8 @@ import numpy as np
 from evaluation.intervals import estimate, figure, percentile_interval, signed
 from evaluation.paper import paper_marks
 from evaluation.render import markdown_table
-from report.figures import IN_RED, NAME, Pictures, forest, forest_height, named, picture
 from report.page import render
+from report.pictures import IN_RED, NAME, Pictures, forest, forest_height, named, picture
 
 RESAMPLES = 10_000
 TOGETHER = "All prompts"

@@ -17,8 +17,8 @@ from hps.errors import InputError, run_main
 from pipeline.records import read_json
 from pipeline.run_records import SETS
 from pipeline.stage import file_hash
-from report.figures import IN_RED, Pictures, forest, forest_height, frontier, picture
 from report.page import intact, render, write_page
+from report.pictures import IN_RED, Pictures, forest, forest_height, frontier, picture
 
 # Of each part, where there are figures: what a reader compares first.
 FOREST = ("rm_dpo", "rm_dpo_ranked", "reward", "kl", "win")

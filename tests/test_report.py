@@ -21,9 +21,9 @@ from report import answer_examples as answers_of
 from report import draws, run_pictures
 from report.draws import Draws
 from report.explore import explorer
-from report.figures import MOST_POINTS, MOST_STEPS, Picture, curve, forest, histogram, picture, scatter, thinned
 from report.origin import origin
 from report.page import HERE, counted, cut_texts, fitting, render, script_json
+from report.pictures import MOST_POINTS, MOST_STEPS, Picture, curve, forest, histogram, picture, scatter, thinned
 from report.run import report, short_names
 from report.table import page
 
