@@ -8,13 +8,13 @@ Writes  `<output>/<run>/metrics.jsonl` (a line a prompt), `metrics.json` (means 
 Run     python -m evaluation.metrics configs/quickstart.yaml
 
 A figure is the best of a prompt's answers (`_best`, the paper's) or their mean (`_mean`). docs/evaluation.md describes
-every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes seconds and runs again at each call.
+every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes seconds and is done anew at each call.
 """
 
 import json
 import statistics
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from hps.errors import InputError, run_main
 from pipeline.cli import parse
 from pipeline.preflight import SAME_FUNCTION, SAME_MODEL, evaluated_prompts, same_model
 from pipeline.recipe import SFT, Recipe
-from pipeline.records import Check, Indexed, check_answers, read_answers, read_json, shorten, write_json, write_lines
+from pipeline.records import Check, Indexed, check_answers, read_answers, shorten, write_json, write_lines
 from pipeline.run_records import AGAIN, SCORES, check_divergence, check_scores
 from pipeline.stage import fingerprint, write_manifest
 
@@ -212,21 +212,39 @@ def _with_reference(recipe: Recipe, sft: bool) -> Iterator[list[tuple[str, str]]
             yield [(text, given[0].strip()) for text in record["responses"]]
 
 
+class Figures:
+    """Columns of the prompts' figures: 8 bytes each."""
+
+    def __init__(self):
+        self.prompts = 0
+        self.columns: dict[str, array] = {}
+
+    def add(self, record: dict) -> None:
+        self.prompts += 1
+        for name, value in record.items():
+            if name != "prompt_id":
+                self.columns.setdefault(name, array("d")).append(value)
+
+    def aggregate(self, recipe: Recipe) -> dict:
+        """Means with intervals of every figure, over the prompts that have it."""
+        return {
+            name: {**bootstrap(np.array(values), recipe.evaluation.bootstrap, recipe.seed), "prompts": len(values)}
+            for name, values in self.columns.items()
+        }
+
+
 def evaluate(recipe: Recipe, sft: bool) -> dict:
     """Run the stage; see the module's docstring."""
     folder = evaluated(recipe, sft)
     if not sft:
         _finished(folder / "evaluation")
-    bleu, left_out = Bleu(), Counter()
-    columns: dict[str, array] = defaultdict(lambda: array("d"))
+    bleu, left_out, figures = Bleu(), Counter(), Figures()
 
     def lines() -> Iterator[str]:
         for record in prompt_figures(recipe, sft, bleu, left_out):
+            figures.add(record)
             yield json.dumps(record) + "\n"
-            for name, value in record.items():
-                if name != "prompt_id":
-                    columns[name].append(value)
-        if not columns:
+        if not figures.prompts:
             raise InputError("no prompt has answers", where=str(folder), remedy="see answers/ledger.jsonl in it")
 
     tokenizers = bleu_tokenizers(recipe, sft)
@@ -234,25 +252,22 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
         left_out[f"corpus BLEU: prompts need different tokenizers ({', '.join(sorted(tokenizers))})"] += 1
     (folder / MANIFEST).unlink(missing_ok=True)  # that of earlier figures
     write_lines(folder / "metrics.jsonl", lines())
-    samples, seed = recipe.evaluation.bootstrap, recipe.seed
-    figures = {
-        name: {**bootstrap(np.array(values), samples, seed), "prompts": len(values)} for name, values in columns.items()
-    }
     metrics = {
         "run": SFT if sft else recipe.run,
-        "prompts": len(columns["tokens_mean"]),
+        "prompts": figures.prompts,
         "samples": recipe.evaluation.samples,
         "temperature": recipe.generation.temperature,
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,
         "left_out": left_out,
-        "figures": {**figures, **corpus_bleu(recipe, sft, bleu, tokenizers)},
+        "figures": {**figures.aggregate(recipe), **corpus_bleu(recipe, sft, bleu, tokenizers)},
         "bleu_tokenizers": tokenizers,
         "bleu_signatures": bleu.signatures(),
         "evaluator_is_reward": same_model(recipe.models.reward, recipe.models.evaluator),
     }
     if not sft:
-        metrics["sets"] = read_json(folder / "evaluation" / "margins.json")["sets"]
+        margins = folder / "evaluation" / "margins.json"
+        metrics["sets"] = json.loads(margins.read_text(encoding="utf-8"))["sets"]
     write_json(folder / "metrics.json", metrics)
     outputs = [folder / name for name in ("metrics.jsonl", "metrics.json")]
     write_manifest(folder / MANIFEST, recipe, {"seed": recipe.seed}, outputs, _inputs(recipe, sft))
