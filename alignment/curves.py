@@ -15,8 +15,8 @@ from pipeline.run_records import check_log_line
 PANELS = [
     ("loss (nats)", ["loss"]),
     ("implicit reward (beta x nats)", ["rewards/chosen", "rewards/rejected", "rewards/margins"]),
-    ("share of pairs in order", ["rewards/accuracies"]),
     ("gamma", ["gamma"]),
+    ("share of pairs in order", ["rewards/accuracies"]),
     ("log-probability (nats)", ["logps/chosen", "logps/rejected"]),
     ("response length (tokens)", ["lengths/chosen", "lengths/rejected"]),
 ]

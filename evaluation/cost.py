@@ -1,6 +1,6 @@
 """Hours and disk of the runs that a table still needs, by formulas, for the dry run of reproduce.sh.
 
-The assumptions stand in configs/matrix.yaml, `cost` of each scale, and are printed with the result:
+The assumptions are in configs/matrix.yaml (`cost` of each scale) and are printed with the result:
 
     generation   new tokens / (tokens_per_second x devices)
     a pass       2 x weights x tokens operations forward; training with LoRA 4 x (forward, and backward without the

@@ -6,20 +6,23 @@ from collections.abc import Callable
 import numpy as np
 
 LEVEL = 0.95
-# Below so many prompts the percentile interval is too narrow; of a single one it has no width at all.
+# With fewer prompts the percentile interval is too narrow; with a single one it has no width.
 FEW = 20
 
 
 def few(count: int) -> str:
-    """What to say of the intervals of so many prompts: nothing, or that they are too narrow."""
+    """A warning that the intervals of so few prompts are too narrow; empty for more."""
     return "" if count >= FEW else f"; intervals of fewer than {FEW} prompts are too narrow"
 
 
-def bootstrap(values: np.ndarray, samples: int, seed: int) -> dict:
-    """Mean of (n,) values and the percentile bootstrap interval of the mean, over prompts."""
+def bootstrap(values: np.ndarray, samples: int, seed: int, statistic: Callable = np.mean) -> dict:
+    """A statistic of (n, ...) values of n prompts, and its percentile bootstrap interval over the prompts.
+
+    `scipy.stats.bootstrap` refuses a single prompt, which a tried-out recipe has.
+    """
     rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(samples)])
-    return {"mean": round(float(values.mean()), 4), "interval": percentile_interval(means)}
+    drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(samples)]
+    return {"mean": round(float(statistic(values)), 4), "interval": percentile_interval(np.array(drawn))}
 
 
 def percentile_interval(resampled: np.ndarray) -> list[float]:
@@ -44,7 +47,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 def interval(entry: dict, digits: int = 3, write: Callable[[float, int], str] = figure) -> str:
     """`[low, high]`; `write` is `figure` or, for a difference, `signed`.
 
-    An end keeps the sign that rounding takes from it: whether the interval holds zero is to be seen.
+    An end that rounds to zero keeps its sign, so that one sees whether the interval includes zero.
     """
     ends = ((end, write(end, digits)) for end in entry["interval"])
     return f"[{', '.join(f'-{text}' if end < 0 and float(text) == 0 else text for end, text in ends)}]"

@@ -14,7 +14,7 @@ over prompts.
 """
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -101,49 +101,42 @@ def pair_figures(pair: dict, scorer: HeldOut) -> dict:
 
 
 class Columns:
-    """The numbers of a set's pairs, without the texts: 8 bytes each, so that a file of any length fits.
+    """The numbers of a set's pairs, without the texts, so that a file of any length fits.
 
-    `by_step` has the columns of the policy (`MOVING`), by the step at which it was kept, None at the end.
+    `prompts` are the pairs' ids, `steps` those at which the policy was kept, in order.
     """
 
-    FIXED, MOVING = ("tokens", "characters", "reference"), ("policy", "kl")
+    FIXED, MOVING = ("tokens", "characters", "reference"), ("policy", "kl")  # MOVING: by step, None at the end
 
     def __init__(self):
-        self.fixed = {name: array("d") for name in self.FIXED}
-        self.by_step: dict[int | None, dict[str, array]] = {}
+        self.prompts: list[str] = []
+        self.steps: list[int] = []
+        self._values: dict[tuple[str, int | None], array] = defaultdict(lambda: array("d"))
 
     def add(self, pair: dict, where: str) -> None:
         """Take a line of `pairs.jsonl`. InputError: it was measured at other steps than those before."""
-        steps = [kept["step"] for kept in pair.get("along", [])]
-        if len(self) and steps != self.steps:
-            raise InputError(
-                f"`along` was measured at the steps {shorten(steps)}, the lines before at {shorten(self.steps)}",
-                where=where,
-                remedy=AGAIN,
-            )
-        characters = [len(text) for text in pair["responses"]]
-        _extend(self.fixed, {**pair, "characters": characters})
-        for step, figures in (*((kept["step"], kept) for kept in pair.get("along", [])), (None, pair)):
-            columns = self.by_step.setdefault(step, {name: array("d") for name in self.MOVING})
-            _extend(columns, figures)
-
-    @property
-    def steps(self) -> list[int]:
-        """At which the policy was kept, in order."""
-        return [step for step in self.by_step if step is not None]
-
-    def at(self, step: int | None) -> dict[str, np.ndarray]:
-        """All columns: `tokens`, `characters`, `reference`, `policy` (pairs, 2), `kl` of y_1 (pairs,)."""
-        columns = {**self.fixed, **self.by_step[step]}
-        return {name: np.array(values).reshape((-1,) if name == "kl" else (-1, 2)) for name, values in columns.items()}
+        kept = {each["step"]: each for each in pair.get("along", [])}
+        if len(self) and list(kept) != self.steps:
+            found, before = shorten(list(kept)), shorten(self.steps)
+            problem = f"`along` was measured at the steps {found}, the lines before at {before}"
+            raise InputError(problem, where=where, remedy=AGAIN)
+        self.prompts.append(pair["prompt_id"])
+        self.steps = list(kept)
+        fixed = {**pair, "characters": [len(text) for text in pair["responses"]]}
+        for name in self.FIXED:
+            self._values[name, None].extend(fixed[name])
+        for step, figures in {**kept, None: pair}.items():
+            for name in self.MOVING:
+                self._values[name, step].extend(figures[name])
 
     def __len__(self) -> int:
-        return len(self.fixed["tokens"]) // 2
+        return len(self.prompts)
 
-
-def _extend(columns: dict[str, array], figures: dict) -> None:
-    for name, values in columns.items():
-        values.extend(figures[name])
+    def at(self, step: int | None) -> Iterator[np.ndarray]:
+        """`tokens`, `characters`, `reference`, `policy` (pairs, 2), `kl` of y_1 (pairs,)."""
+        for name in (*self.FIXED, *self.MOVING):
+            values = np.array(self._values[name, step if name in self.MOVING else None])
+            yield values if name == "kl" else values.reshape(-1, 2)
 
 
 def read_columns(pairs: Iterable[tuple[str, dict]]) -> dict[str, Columns]:
@@ -156,7 +149,7 @@ def read_columns(pairs: Iterable[tuple[str, dict]]) -> dict[str, Columns]:
 
 def margins(columns: Columns, step: int | None = None) -> dict[str, np.ndarray]:
     """Per-pair figures, each (pairs,), of the policy that was kept at a step, or at the end."""
-    tokens, characters, reference, policy, kl = columns.at(step).values()
+    tokens, characters, reference, policy, kl = columns.at(step)
     ratios = policy - reference
     margin = ratios[:, 0] - ratios[:, 1]
     figures = {
@@ -219,10 +212,8 @@ def set_figures(columns: Columns, recipe: Recipe) -> dict:
     """Means with intervals of one set of pairs, and `along`: the same at each step at which the policy was kept."""
 
     def means(step: int | None) -> dict:
-        return {
-            figure: bootstrap(values, recipe.evaluation.bootstrap, recipe.seed)
-            for figure, values in margins(columns, step).items()
-        }
+        figures = margins(columns, step).items()
+        return {name: bootstrap(values, recipe.evaluation.bootstrap, recipe.seed) for name, values in figures}
 
     along = [{"step": step, **means(step)} for step in columns.steps]
     return {"pairs": len(columns), **means(None), "along": along}

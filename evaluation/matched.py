@@ -10,8 +10,8 @@ training.
 
 import numpy as np
 
+from evaluation.cells import Cell, resamples, summary
 from evaluation.intervals import percentile_interval
-from evaluation.tables import Cell, resamples, summary
 
 PAIRED = ("rm_dpo", "rm_dpo_ranked", "reward_mean", "bleu_mean", "kl")
 MATCHED = {
@@ -40,7 +40,7 @@ def curve(cell: Cell, pairs: str, figure: str, prompts: set[str] | None = None) 
     if not points:
         return None
     kl, values = (
-        np.stack([_by_name(*cell.point(pairs, point, name), names) for point in points]) for name in ("kl", figure)
+        np.stack([_values(cell.point(pairs, point, name), names) for point in points]) for name in ("kl", figure)
     )
     if figure != "rm_dpo_accuracy":
         start = np.zeros((1, kl.shape[1]))
@@ -49,28 +49,34 @@ def curve(cell: Cell, pairs: str, figure: str, prompts: set[str] | None = None) 
     return kl[:last], values[:last]
 
 
-def _by_name(names: list[str], values: np.ndarray, wanted: list[str]) -> np.ndarray:
-    """(wanted,) means over the seeds."""
-    place = {name: number for number, name in enumerate(names)}
-    return values.mean(axis=0)[[place[name] for name in wanted]]
+def by_prompt(found: tuple[list[str], np.ndarray] | None) -> dict[str, float]:
+    """Means over the seeds of a column or point of a cell; empty where it has none."""
+    return dict(zip(found[0], found[1].mean(axis=0), strict=True)) if found else {}
+
+
+def _values(found: tuple[list[str], np.ndarray], names: list[str]) -> np.ndarray:
+    means = by_prompt(found)
+    return np.array([means[name] for name in names])
+
+
+def _rewards(sft: dict | None) -> dict[str, float]:
+    """Mean reward of the answers of the model before training, by prompt."""
+    table = sft["prompts"] if sft else {"prompt_id": [], "reward_mean": []}
+    rewards = zip(table["prompt_id"], table["reward_mean"], strict=True)
+    return {name: value for name, value in rewards if value is not None}
 
 
 def rewarded(cell: Cell, sft: dict | None) -> set[str]:
     """The prompts that the policy and the model before training have answered, and that have a written pair."""
-    after, kl = cell.column("reward_mean"), cell.column("kl")
-    if sft is None or after is None or kl is None:
-        return set()
-    table = sft["prompts"]
-    before = {name for name, value in zip(table["prompt_id"], table["reward_mean"], strict=True) if value is not None}
-    return before & set(after[0]) & set(kl[0])
+    after, kl = (by_prompt(cell.column(name)) for name in ("reward_mean", "kl"))
+    return _rewards(sft).keys() & after.keys() & kl.keys()
 
 
 def reward_curve(cell: Cell, sft: dict, prompts: set[str]) -> Curve:
     """As `curve`, of the mean reward of the answers to prompts of `rewarded`: before and after the training."""
-    names, table = sorted(prompts), sft["prompts"]
-    before = dict(zip(table["prompt_id"], table["reward_mean"], strict=True))
-    moved, after = (_by_name(*cell.column(name), names) for name in ("kl", "reward_mean"))
-    return np.stack([np.zeros(len(names)), moved]), np.stack([np.array([before[name] for name in names]), after])
+    names, rewards = sorted(prompts), _rewards(sft)
+    moved, after = (_values(cell.column(name), names) for name in ("kl", "reward_mean"))
+    return np.stack([np.zeros(len(names)), moved]), np.stack([np.array([rewards[name] for name in names]), after])
 
 
 def resampled(table: np.ndarray) -> np.ndarray:
@@ -82,7 +88,7 @@ def resampled(table: np.ndarray) -> np.ndarray:
 def reached(curves: list[Curve]) -> np.ndarray:
     """(1 + samples,) the largest mean KL that all curves reach, nats; of all prompts, then of each resample.
 
-    It is found anew in each resample: where one policy moves less on the drawn prompts, the others are read there too.
+    Every resample has its own: where one policy moves less on the drawn prompts, the others are read there too.
     """
     return np.min([resampled(kl).max(axis=0) for kl, _ in curves], axis=0)
 
@@ -192,19 +198,16 @@ def within_ablation(cells: list[Cell]) -> list[tuple[str, Cell, Cell]]:
 
 
 def differences(pairs: list[tuple[str, Cell, Cell]], sft: dict | None) -> list[dict]:
-    """The first less the second of each pair: at the end, at one divergence, and by seed."""
-    rows = []
-    for label, one, other in pairs:
-        figures = {name: paired(one, other, name) for name in PAIRED}
-        rows.append(
-            {
-                "label": label,
-                "figures": {name: value for name, value in figures.items() if value},
-                "matched": matched_differences(one, other, sft),
-                "by_seed": by_seed(one, other, sft),
-            }
-        )
-    return rows
+    """The first minus the second of each pair: at the end, at one divergence, and by seed."""
+    return [
+        {
+            "label": label,
+            "figures": {name: found for name in PAIRED if (found := paired(one, other, name))},
+            "matched": matched_differences(one, other, sft),
+            "by_seed": by_seed(one, other, sft),
+        }
+        for label, one, other in pairs
+    ]
 
 
 def matched_differences(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict]:
@@ -225,7 +228,7 @@ def matched_differences(one: Cell, other: Cell, sft: dict | None) -> dict[str, d
 def by_seed(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict[str, float]]:
     """Means of `matched_differences` of each seed that both cells have, where there are several.
 
-    The intervals are over prompts; whether a difference survives another seed stands here.
+    The intervals are over prompts; this shows whether a difference survives another seed.
     """
     ours, theirs = ({result["seed"]: result for result in cell.results} for cell in (one, other))
     seeds = [seed for seed in ours if seed in theirs]
@@ -240,29 +243,19 @@ def by_seed(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict[str, flo
 
 def paired(one: Cell, other: Cell, name: str) -> dict | None:
     """The mean difference of a column over the prompts that both have, each averaged over its seeds."""
-    columns = [cell.column(name) for cell in (one, other)]
-    if any(column is None or not column[1].size for column in columns):
+    ours, theirs = (by_prompt(cell.column(name)) for cell in (one, other))
+    differences = [ours[prompt] - theirs[prompt] for prompt in ours if prompt in theirs]
+    if not differences:
         return None
-    values = [dict(zip(names, seeds.mean(axis=0), strict=True)) for names, seeds in columns]
-    names = [prompt for prompt in values[0] if prompt in values[1]]
-    if not names:
-        return None
-    found = summary(np.array([[values[0][prompt] - values[1][prompt] for prompt in names]]))
+    found = summary(np.array([differences]))
     return {key: found[key] for key in ("mean", "interval", "prompts")}
 
 
-def frontier(cell: Cell) -> dict:
+def frontier(cell: Cell) -> dict[str, list[dict]]:
     """Means along the training: step, KL and what is read against it, for each set of pairs."""
-    found = {}
-    for pairs in ("written", "ranked"):
-        found[pairs] = [
-            {
-                "step": point,
-                **{
-                    name: round(float(cell.point(pairs, point, name)[1].mean()), 4)
-                    for name in ("kl", "rm_dpo", "rm_dpo_accuracy")
-                },
-            }
-            for point in cell.points(pairs)
-        ]
-    return found
+
+    def means(pairs: str, step: str) -> dict:
+        names = ("kl", "rm_dpo", "rm_dpo_accuracy")
+        return {"step": step} | {n: round(float(cell.point(pairs, step, n)[1].mean()), 4) for n in names}
+
+    return {pairs: [means(pairs, step) for step in cell.points(pairs)] for pairs in ("written", "ranked")}

@@ -35,11 +35,6 @@ class Run:
     tables: set = field(default_factory=set)
 
     @property
-    def method(self) -> str:
-        """As in the paper's tables, e.g. DPO-HPS."""
-        return f"{self.recipe.loss.family}-{self.recipe.loss.preference}".upper()
-
-    @property
     def name(self) -> str:
         return f"{self.data}/{self.recipe.run}"
 
@@ -49,7 +44,12 @@ class Run:
 
     def command(self) -> str:
         tables = ", ".join(map(str, sorted(self.tables, key=str)))
-        return f"bash run.sh {' '.join(self.arguments())}  # Table {tables}: {self.method}"
+        return f"bash run.sh {' '.join(self.arguments())}  # Table {tables}: {method_name(self.recipe)}"
+
+
+def method_name(recipe: Recipe) -> str:
+    """As in the paper's tables, e.g. DPO-HPS."""
+    return f"{recipe.loss.family}-{recipe.loss.preference}".upper()
 
 
 def load_matrix(scale: str) -> dict:

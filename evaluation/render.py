@@ -1,25 +1,98 @@
-"""How a table looks: Markdown, LaTeX, and a picture of margins against KL.
-
-The argument of each is what evaluation.table_files writes as JSON: `title`, `remarks`, `parts` (a data set each:
-`title`, `columns`, `rows` of `label` and `figures`, `paired`, `matched`, `frontier`), `flags`, `failed`.
-"""
+"""How a table looks: Markdown, LaTeX, and a picture of margins against KL. evaluation.tables describes its fields."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from evaluation.cells import EXTRA
 from evaluation.intervals import estimate, signed
 from evaluation.matched import MATCHED, PAIRED
-from evaluation.tables import EXTRA
 
 MARK = "†"
 MARKED = f"{MARK} below the KL of the first point that was measured: on the straight line from 0 to that point."
 
 
+@dataclass
+class Grid:
+    """Cells as texts; `head` names the columns, and the first cell of a row is its label."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+
+    @property
+    def marked(self) -> bool:
+        return any(MARK in cell for row in self.rows for cell in row)
+
+
 def number(entry: dict, digits: int = 3) -> str:
-    """`mean [low, high]`, or a dash; marked where it was read before the first point, or at another KL."""
+    """`mean [low, high]`, or a dash; marked where it was read before the first point that was measured."""
     if "mean" not in entry:
         return "-"
     return estimate(entry, digits) + (MARK if entry.get("before_first_point") else "")
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else signed(value)
+
+
+def measured(part: dict, names: list[str]) -> list[str]:
+    """The columns for which a row has a figure of ours."""
+    return [name for name in names if any("mean" in row["figures"].get(name, {}) for row in part["rows"])]
+
+
+def seeds_of(row: dict) -> int:
+    return max((entry.get("seeds", 0) for entry in row["figures"].values()), default=0)
+
+
+def comparisons(part: dict) -> list[Grid]:
+    """The rows against each other: in pairs at the end, at the largest KL of each pair and by seed; all at one KL."""
+    return [*_paired(part["paired"]), *_at_one_kl(part["matched"])]
+
+
+def _paired(rows: list[dict]) -> list[Grid]:
+    if not rows:
+        return []
+    names = [*MATCHED, "reward_mean"]
+    ends, matched, seeds = [], [], []
+    for row in rows:
+        found, label = row["matched"], row["label"]
+        kls = [f"{found[name]['at_kl']:.3f}" for name in ("rm_dpo", "rm_dpo_ranked", "reward_mean") if name in found]
+        ends.append([label, *(number(row["figures"].get(name, {})) for name in PAIRED)])
+        matched.append([label, ", ".join(kls) or "-", *(number(found.get(name, {})) for name in names)])
+        seeds += [[label, seed, *(_signed(found.get(n)) for n in names)] for seed, found in row["by_seed"].items()]
+    grids = [
+        Grid("Differences, paired over the prompts, at the end of the training", ["", *PAIRED], ends),
+        Grid(
+            "The same at the largest KL that both reached (on written pairs, on ranked ones, for the reward)",
+            ["", "KL", *names],
+            matched,
+        ),
+        Grid("And by seed, which the intervals over prompts leave out", ["", "seed", *names], seeds),
+    ]
+    return [grid for grid in grids if grid.rows]
+
+
+def _at_one_kl(found: dict) -> list[Grid]:
+    if not found:
+        return []
+    kl = found["kl"]
+    names = list(dict.fromkeys(name for row in found["cells"].values() for name in row))
+    rows = []
+    for label, row in found["cells"].items():
+        entries = [row.get(name, {}) for name in names]
+        places = [f" (at {entry['at_kl']:.3f})" if "at_kl" in entry else "" for entry in entries]
+        rows.append([label, *(number(entry) + place for entry, place in zip(entries, places, strict=True))])
+    caption = (
+        f"At one divergence (KL on the preferred response {kl['written']:.3f} nats on the written pairs, "
+        f"{kl['ranked']:.3f} on the ranked ones)"
+    )
+    return [Grid(caption, ["", *names], rows)]
+
+
+# ---- Markdown ----
 
 
 def markdown(table: dict) -> str:
@@ -35,113 +108,47 @@ def markdown(table: dict) -> str:
 
 
 def _part_lines(part: dict) -> list[str]:
-    names = [name for name in part["columns"] if any(name in row["figures"] for row in part["rows"])]
+    names = measured(part, part["columns"])
     printed = any("paper" in entry for row in part["rows"] for entry in row["figures"].values())
     head = ["", *(text for name in names for text in ([f"{name}, ours", "paper", "difference"] if printed else [name]))]
-    lines = [f"## {part['title']}", "", _row(head), _row(["---"] * len(head))]
+    rows = []
     for row in part["rows"]:
-        cells = [row["label"]]
-        for name in names:
-            entry = row["figures"].get(name, {})
-            cells.append(number(entry))
-            if printed:
-                cells += [str(entry.get("paper", "-")), _signed(entry.get("difference"))]
-        lines.append(_row(cells))
-    extra = [name for name in EXTRA if name not in part["columns"]]
-    extra = [name for name in extra if any("mean" in row["figures"].get(name, {}) for row in part["rows"])]
-    if extra:
-        lines += ["", "Ours alone:", "", _row(["", "seeds", *extra]), _row(["---"] * (len(extra) + 2))]
-        for row in part["rows"]:
-            seeds = max((entry.get("seeds", 0) for entry in row["figures"].values()), default=0)
-            lines.append(_row([row["label"], str(seeds), *(number(row["figures"].get(name, {})) for name in extra)]))
-    lines += [f"- {row['label']}: {flag}" for row in part["rows"] for flag in row.get("flags", [])]
-    return [*lines, "", *_paired_lines(part["paired"]), *_matched_lines(part["matched"])]
-
-
-def _matched_lines(found: dict) -> list[str]:
-    if not found:
-        return []
-    kl = found["kl"]
-    names = list(dict.fromkeys(name for row in found["cells"].values() for name in row))
-    lines = [
-        f"At one divergence (KL on the preferred response {kl['written']:.3f} nats on the written pairs, "
-        f"{kl['ranked']:.3f} on the ranked ones):",
-        "",
-        _row(["", *names]),
-        _row(["---"] * (len(names) + 1)),
-    ]
-    for label, row in found["cells"].items():
-        cells = [number(row.get(name, {})) for name in names]
-        cells = [
-            f"{c} (at {row[n]['at_kl']:.3f})" if "at_kl" in row.get(n, {}) else c
-            for n, c in zip(names, cells, strict=True)
+        rows.append([row["label"]])
+        for entry in (row["figures"].get(name, {}) for name in names):
+            paper = [str(entry.get("paper", "-")), _signed(entry.get("difference"))] if printed else []
+            rows[-1] += [number(entry), *paper]
+    lines = [f"## {part['title']}", "", *markdown_table(head, rows)]
+    if extra := measured(part, [name for name in EXTRA if name not in part["columns"]]):
+        rows = [
+            [row["label"], str(seeds_of(row)), *(number(row["figures"].get(name, {})) for name in extra)]
+            for row in part["rows"]
         ]
-        lines.append(_row([label, *cells]))
-    return [*lines, *_explained(found["cells"].values()), ""]
+        lines += ["", "Ours alone:", "", *markdown_table(["", "seeds", *extra], rows)]
+    lines += [*(f"- {row['label']}: {flag}" for row in part["rows"] for flag in row.get("flags", [])), ""]
+    for grid in comparisons(part):
+        lines += [f"{grid.caption}:", "", *markdown_table(grid.head, grid.rows)]
+        lines += ["", MARKED, ""] if grid.marked else [""]
+    return lines
 
 
-def _explained(rows) -> list[str]:
-    """The footnote of the mark, where it stands."""
-    marked = any(entry.get("before_first_point") for row in rows for entry in row.values())
-    return ["", MARKED] if marked else []
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def _paired_lines(rows: list[dict]) -> list[str]:
-    if not rows:
-        return []
-    lines = ["Differences, paired over the prompts, at the end of the training:", ""]
-    lines += [_row(["", *PAIRED]), _row(["---"] * (len(PAIRED) + 1))]
-    for row in rows:
-        lines.append(_row([row["label"], *(number(row["figures"].get(name, {})) for name in PAIRED)]))
-    names = [*MATCHED, "reward_mean"]
-    lines += [
-        "",
-        "The same at the largest KL that both reached (on written pairs, on ranked ones, for the reward):",
-        "",
-    ]
-    lines += [_row(["", "KL", *names]), _row(["---"] * (len(names) + 2))]
-    for row in rows:
-        found = row["matched"]
-        kls = [found[name]["at_kl"] for name in ("rm_dpo", "rm_dpo_ranked", "reward_mean") if name in found]
-        cells = [number(found.get(name, {})) for name in names]
-        lines.append(_row([row["label"], ", ".join(f"{kl:.3f}" for kl in kls) or "-", *cells]))
-    lines += _explained(row["matched"] for row in rows)
-    seeded = [row for row in rows if row["by_seed"]]
-    if seeded:
-        lines += ["", "And by seed, which the intervals over prompts leave out:", ""]
-        lines += [_row(["", "seed", *names]), _row(["---"] * (len(names) + 2))]
-    for row in seeded:
-        for seed, found in row["by_seed"].items():
-            lines.append(_row([row["label"], seed, *(_signed(found.get(name)) for name in names)]))
-    return [*lines, ""]
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else signed(value)
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+# ---- LaTeX ----
 
 
 def latex(table: dict) -> str:
     """The table as a booktabs tabular for each part; ours with its interval, the paper's in brackets."""
     lines = [f"% {table['title']}"]
     for part in table["parts"]:
-        names = [name for name in part["columns"] if any(name in row["figures"] for row in part["rows"])]
-        lines += [
-            f"% {part['title']}",
-            rf"\begin{{tabular}}{{l{'r' * len(names)}}}",
-            r"\toprule",
-            " & ".join(["", *map(_tex, names)]) + r" \\",
-            r"\midrule",
-        ]
+        names = measured(part, part["columns"])
+        lines += [f"% {part['title']}", rf"\begin{{tabular}}{{l{'r' * len(names)}}}", r"\toprule"]
+        lines += [" & ".join(["", *map(_tex, names)]) + r" \\", r"\midrule"]
         for row in part["rows"]:
-            cells = [_tex(row["label"])]
-            for name in names:
-                entry = row["figures"].get(name, {})
-                cells.append(f"{number(entry)} ({entry['paper']})" if "paper" in entry else number(entry))
-            lines.append(" & ".join(cells) + r" \\")
+            entries = [row["figures"].get(name, {}) for name in names]
+            cells = [number(entry) + (f" ({entry['paper']})" if "paper" in entry else "") for entry in entries]
+            lines.append(" & ".join([_tex(row["label"]), *cells]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", ""]
     return "\n".join(lines)
 
@@ -150,30 +157,26 @@ def _tex(text: str) -> str:
     return re.sub(r"([_%&#$])", r"\\\1", text)
 
 
+# ---- the picture ----
+
+
 def draw_frontier(table: dict, target: Path) -> None:
     """Margins and accuracy against KL along the training, a line a row; nothing without points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     parts = [part for part in table["parts"] if any(points["ranked"] for points in part["frontier"].values())]
     if not parts:
         return
     panels = (("ranked", "rm_dpo"), ("ranked", "rm_dpo_accuracy"), ("written", "rm_dpo"))
-    figure, axes = pyplot.subplots(len(parts), 3, figsize=(15, 5 * len(parts)), layout="constrained", squeeze=False)
-    for row, each in zip(axes, parts, strict=True):
+    figure = Figure(figsize=(15, 5 * len(parts)), layout="constrained")
+    for row, part in zip(figure.subplots(len(parts), 3, squeeze=False), parts, strict=True):
         for axis, (pairs, name) in zip(row, panels, strict=True):
-            for number, (title, points) in enumerate(each["frontier"].items()):
+            for place, (title, points) in enumerate(part["frontier"].items()):
                 # The share of pairs in order has no value before the first step.
                 start = [] if name == "rm_dpo_accuracy" else [0.0]
-                x = [*start, *(point["kl"] for point in points[pairs])]
-                y = [*start, *(point[name] for point in points[pairs])]
-                style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+                x, y = ([*start, *(point[each] for point in points[pairs])] for each in ("kl", name))
+                style = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}
                 axis.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=title, **style)
-            axis.set_title(f"{each['title']}: {name}, {pairs} pairs", fontsize=10)
+            axis.set_title(f"{part['title']}: {name}, {pairs} pairs", fontsize=10)
             axis.set_xlabel("KL on the preferred response (nats)")
             axis.grid(alpha=0.3)
         row[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(target, dpi=110)
-    pyplot.close(figure)

@@ -6,9 +6,9 @@ Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,
 Run     python -m evaluation.reproduce table2 --scale quickstart [--dry-run] [--only TEXT]
 
 Everything shared is made once: candidates and ranking, the reference's log-probabilities, the answers of the model
-before training, one engine for the answers of many runs. A run whose result file stands, also one that came with the
-clone, is not run again unless its recipe has changed. A run that fails is listed and the others go on. Killed at any
-moment, the same command continues.
+before training, one engine for the answers of many runs. A run that has a result file, for example from the clone, does
+not run again unless its recipe has changed. A run that fails is listed and the others go on. After a kill the same
+command continues.
 """
 
 import argparse
@@ -16,44 +16,20 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 from evaluation.cost import estimate
-from evaluation.matrix import Run, load_matrix, select
+from evaluation.matrix import load_matrix
+from evaluation.render import draw_frontier, latex, markdown
 from evaluation.results import Evaluated, collect, find
 from evaluation.table4 import collect_judged, compared, find_judged
-from evaluation.table_files import write_table
+from evaluation.tables import JUDGED, TITLES, Results, assemble, needed, stem
 from hps.errors import InputError, run_main
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
-from pipeline.records import write_atomic
+from pipeline.records import write_atomic, write_json
 from pipeline.stage import hold
-
-TABLES = ("2", "4", "5", "6", "7", "8", "ablation")
-TRANSFER = ("5", "7")
-JUDGED = "4"
-
-
-def needed(table: str, scale: str) -> list[Evaluated]:
-    """The evaluations that a table shows: of its runs, and of the model before training."""
-    matrix = load_matrix(scale)
-    runs = select(scale, {int(table) if table.isdigit() else table})
-    found: list[Evaluated] = []
-    for run in runs:
-        on = other_data(run.data, matrix) if table in TRANSFER else run.data
-        recipe = load_recipe(REPOSITORY / run.path, [*run.overrides, *transfer_override(run.data, on, matrix)])
-        if not any(evaluation.sft and evaluation.on == on for evaluation in found):
-            found.append(Evaluated(recipe, on, on, sft=True))
-        found.append(Evaluated(recipe, run.data, on))
-    return found
-
-
-def other_data(data: str, matrix: dict) -> str:
-    (other,) = (name for name in matrix["recipes"] if name != data)
-    return other
-
-
-def transfer_override(data: str, on: str, matrix: dict) -> list[str]:
-    return [] if data == on else [f"evaluation.on={matrix['recipes'][on]}"]
+from report.table import page
 
 
 def with_a_run(todo: list[Evaluated], evaluations: list[Evaluated]) -> list[Evaluated]:
@@ -64,146 +40,115 @@ def with_a_run(todo: list[Evaluated], evaluations: list[Evaluated]) -> list[Eval
 
 
 class Driver:
-    """Runs the scripts for one scale, each stage's output in a log, and remembers what failed."""
+    """Runs the scripts for one scale, each stage's output in a log, and remembers what failed and how long it took."""
 
-    def __init__(self, scale: str, runs: dict[str, Run], lock: int):
-        self.scale, self.runs, self.lock = scale, runs, lock
+    def __init__(self, scale: str, lock: int):
+        self.scale, self.lock = scale, lock
         self.failed: dict[str, str] = {}  # by `Evaluated.title`
-
-    def arguments(self, evaluation: Evaluated) -> list[str]:
-        """The command line of an evaluation's recipe."""
-        run = self.runs[f"{evaluation.data}/{evaluation.recipe.run}"]
-        on = evaluation.recipe.evaluation.on
-        return [*run.arguments(), *([f"evaluation.on={on}"] if on else [])]
+        self.seconds: dict[str, dict[str, float]] = defaultdict(dict)  # by `Evaluated.title` and script
 
     def call(self, script: str, arguments: list[str], recipe: Recipe, name: str) -> float:
         """Run a script or module, output into `<output>/logs/`; return its seconds. CalledProcessError: it failed."""
         log = Path(recipe.output) / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = ["bash", script] if script.endswith(".sh") else script.split()
-        print(f"reproduce: {' '.join([*command, *arguments])}  > {log}", flush=True)
+        command = [*(["bash", script] if script.endswith(".sh") else script.split()), *arguments]
+        print(f"reproduce: {' '.join(command)}  > {log}", flush=True)
         started = time.monotonic()
         with log.open("a", encoding="utf-8") as file:
             # The script inherits the lock: when this process is killed alone, a new one waits for what still runs.
-            subprocess.run(
-                [*command, *arguments],
-                cwd=REPOSITORY,
-                stdout=file,
-                stderr=file,
-                stdin=subprocess.DEVNULL,
-                check=True,
-                pass_fds=[self.lock],
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "pass_fds": [self.lock]}
+            subprocess.run(command, cwd=REPOSITORY, check=True, **streams)
         return round(time.monotonic() - started, 1)
 
-    def rank(self, todo: list[Evaluated], matrix: dict) -> list[Evaluated]:
-        """Candidates and ranking of every recipe that is needed; the runs for which they are there."""
-        states: dict[str, str | None] = {}
-        for evaluation in todo:
-            for data in dict.fromkeys((evaluation.data, evaluation.on)):
-                if data not in states:
-                    path = matrix["recipes"][data]
-                    states[data] = self._attempt("gene.sh", [path], load_recipe(REPOSITORY / path), f"gene-{data}")
-        ready = []
-        for evaluation in todo:
-            problems = [states[data] for data in (evaluation.data, evaluation.on) if states[data]]
-            if problems:
-                self.failed[evaluation.title] = problems[0]
-            else:
-                ready.append(evaluation)
-        return ready
-
-    def _attempt(self, script: str, arguments: list[str], recipe: Recipe, name: str) -> str | None:
-        """None, or why it failed."""
+    def attempt(
+        self, script: str, arguments: list[str], recipe: Recipe, name: str, seconds: dict | None = None
+    ) -> str | None:
+        """None, or why it failed; how long it took is put into `seconds`."""
         try:
-            self.seconds = self.call(script, arguments, recipe, name)
+            took = self.call(script, arguments, recipe, name)
         except subprocess.CalledProcessError as error:
             log = Path(recipe.output) / "logs" / f"{name}.log"
             return f"{script} ended with status {error.returncode}, see {log}: {last_line(log)}"
+        if seconds is not None:
+            seconds[script] = took
         return None
 
-    def work(self, todo: list[Evaluated]) -> None:
-        """Train, answer with one engine, evaluate, collect; failures are remembered."""
-        seconds: dict[str, dict] = {}
-        trained = [evaluation for evaluation in todo if not evaluation.sft and self._train(evaluation, seconds)]
-        self._answer(trained)
-        # The model before training is evaluated with the first run that is.
-        waiting = {evaluation.on: evaluation for evaluation in todo if evaluation.sft}
-        for evaluation in trained:
-            name, log = evaluation.title, f"evaluate-{evaluation.name}"
-            problem = self._attempt("evaluate.sh", self.arguments(evaluation), evaluation.recipe, log)
-            if problem:
-                self.failed[name] = problem
-                continue
-            seconds[name]["evaluate.sh"] = self.seconds
-            self._collect(evaluation, seconds[name])
-            if evaluation.on in waiting:
-                self._collect(waiting.pop(evaluation.on), {})
-
-    def judge(self, run: Evaluated) -> bool:
-        """Whether the run's answers, and those of the model before training, are judged now."""
-        arguments = [*self.arguments(run), "judge.enabled=true"]
-        problem = self._attempt("evaluate.sh", arguments, run.recipe, f"judge-{run.name}")
+    def step(self, run: Evaluated, script: str, arguments: list[str], name: str) -> bool:
+        """Whether a script succeeded for a run; if not, why is remembered."""
+        problem = self.attempt(script, arguments, run.recipe, name, self.seconds[run.title])
         if problem:
             self.failed[run.title] = problem
         return problem is None
 
-    def _collect(self, evaluation: Evaluated, seconds: dict[str, float]) -> None:
-        collect(evaluation, self.scale, seconds)
-        print(f"reproduce: {evaluation.path(self.scale).relative_to(REPOSITORY)}", flush=True)
+    def rank(self, todo: list[Evaluated], recipes: dict[str, str]) -> list[Evaluated]:
+        """Candidates and ranking of every recipe that is needed; the evaluations for which they are there."""
+        problems = {}
+        for data in dict.fromkeys(data for run in todo for data in (run.data, run.on)):
+            recipe = load_recipe(REPOSITORY / recipes[data])
+            problems[data] = self.attempt("gene.sh", [recipes[data]], recipe, f"gene-{data}")
+        failed = {run.title: problems[run.data] or problems[run.on] for run in todo}
+        self.failed |= {title: problem for title, problem in failed.items() if problem}
+        return [run for run in todo if not failed[run.title]]
 
-    def _train(self, evaluation: Evaluated, seconds: dict) -> bool:
-        """Whether the run's checkpoint is there now."""
-        name = evaluation.name
-        arguments = self.runs[f"{evaluation.data}/{name}"].arguments()
-        problem = self._attempt("run.sh", arguments, evaluation.recipe, f"run-{name}")
-        if problem:
-            self.failed[evaluation.title] = problem
-            return False
-        seconds[evaluation.title] = {"run.sh": self.seconds}
-        return True
+    def work(self, todo: list[Evaluated]) -> None:
+        """Train, answer with one engine, evaluate, collect."""
+        runs = [run for run in todo if not run.sft]
+        trained = [run for run in runs if self.step(run, "run.sh", run.arguments, f"run-{run.name}")]
+        self.answer(trained)
+        # The model before training is evaluated with the first run that is.
+        waiting = {run.on: run for run in todo if run.sft}
+        for run in trained:
+            if self.step(run, "evaluate.sh", run.tested_arguments(), f"evaluate-{run.name}"):
+                for each in (run, waiting.pop(run.on, None)):
+                    if each is not None:
+                        collect(each, self.scale, self.seconds[each.title])
+                        print(f"reproduce: {each.path(self.scale).relative_to(REPOSITORY)}", flush=True)
 
-    def _answer(self, trained: list[Evaluated]) -> None:
+    def answer(self, trained: list[Evaluated]) -> None:
         """All answers that are missing, with one engine. What fails here is tried again run by run."""
-        together = [evaluation for evaluation in trained if evaluation.recipe.lora.enabled]
+        together = [run for run in trained if run.recipe.lora.enabled]
         if len(together) < 2:
             return
         recipe = together[0].recipe
         path = Path(recipe.output) / "logs" / "answers.txt"
-        lines = dict.fromkeys(shlex.join(self.arguments(evaluation)) for evaluation in together)
+        lines = dict.fromkeys(shlex.join(run.tested_arguments()) for run in together)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, "".join(line + "\n" for line in lines))
         command = ".venv-infer/bin/python -m generation.sample_answers"
-        if problem := self._attempt(command, ["--runs", str(path)], recipe, "answers"):
+        if problem := self.attempt(command, ["--runs", str(path)], recipe, "answers"):
             print(f"reproduce: answers with one engine: {problem}; they are made run by run", flush=True)
+
+    def judge(self, runs: list[Evaluated]) -> dict | None:
+        """Win rates of the first run against the others; None where something failed."""
+        found = find_judged(runs, self.scale)
+        if found is None and all(
+            self.step(run, "evaluate.sh", [*run.tested_arguments(), "judge.enabled=true"], f"judge-{run.name}")
+            for run in runs
+        ):
+            found = collect_judged(runs, self.scale)
+        return found
 
 
 def last_line(path: Path) -> str:
     """The last line of a log that says something."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
-def judge_all(driver: Driver, evaluations: list[Evaluated]) -> dict[str, dict]:
-    """Win rates of DPO-HPS against the others, by data set; of those where nothing failed."""
-    found = {}
-    for data in dict.fromkeys(evaluation.data for evaluation in evaluations):
-        runs = compared(evaluations, data)
-        judged = find_judged(runs, driver.scale)
-        if judged is None and all(driver.judge(run) for run in runs):
-            judged = collect_judged(runs, driver.scale)
-        if judged is not None:
-            found[data] = judged
-    return found
-
-
-def missing(table: str, scale: str, evaluations: list[Evaluated]) -> list[Evaluated]:
-    """What has to be run: evaluations without a result, and for the judge those whose answers are not here."""
+def groups(table: str, evaluations: list[Evaluated]) -> list[list[Evaluated]]:
+    """What is found or missing together: one evaluation; in the judged table all runs of a data set."""
     if table != JUDGED:
-        return [evaluation for evaluation in evaluations if find(evaluation, scale) is None]
-    groups = [compared(evaluations, data) for data in dict.fromkeys(evaluation.data for evaluation in evaluations)]
-    to_judge = [run for runs in groups if find_judged(runs, scale) is None for run in runs]
-    return [run for run in to_judge if not (run.folder() / "metrics.json").exists()]
+        return [[evaluation] for evaluation in evaluations]
+    return [compared(evaluations, data) for data in dict.fromkeys(evaluation.data for evaluation in evaluations)]
+
+
+def missing(table: str, scale: str, group: list[Evaluated]) -> tuple[list[Evaluated], list[Evaluated]]:
+    """What has to be run, and what has to be judged."""
+    if table != JUDGED:
+        return [evaluation for evaluation in group if find(evaluation, scale) is None], []
+    if find_judged(group, scale) is not None:
+        return [], []
+    return [run for run in group if not (run.folder() / "metrics.json").exists()], group
 
 
 def reproduce(table: str, scale: str, only: str | None) -> int:
@@ -212,20 +157,23 @@ def reproduce(table: str, scale: str, only: str | None) -> int:
     Raises:
         InputError: no run's name contains `only`.
     """
-    matrix = load_matrix(scale)
     evaluations = needed(table, scale)
     if only is not None and not any(only in evaluation.name for evaluation in evaluations):
         names = ", ".join(dict.fromkeys(evaluation.name for evaluation in evaluations))
         raise InputError(f"no run's name contains `{only}`", where="--only", remedy=f"the runs are {names}")
     with hold(REPOSITORY / "results" / scale) as lock:
-        driver = Driver(scale, {run.name: run for run in select(scale, set())}, lock)
-        todo = missing(table, scale, evaluations)
+        driver = Driver(scale, lock)
+        together = groups(table, evaluations)
+        todo = [evaluation for group in together for evaluation in missing(table, scale, group)[0]]
         found = len(evaluations) - len(todo)
         todo = with_a_run([e for e in todo if only is None or e.sft or only in e.name], evaluations)
         print(f"reproduce: table {table}: {found} results found, {len(todo)} to do", flush=True)
         if todo:
-            driver.work(driver.rank(todo, matrix))
-        judged = judge_all(driver, evaluations) if table == JUDGED else None
+            driver.work(driver.rank(todo, load_matrix(scale)["recipes"]))
+        judged = None
+        if table == JUDGED:
+            rates = {group[0].data: driver.judge(group) for group in together}
+            judged = {data: rate for data, rate in rates.items() if rate is not None}
         results = [(evaluation, find(evaluation, scale)) for evaluation in evaluations]
         for path in write_table(table, scale, results, driver.failed, judged):
             print(f"reproduce: {path.relative_to(REPOSITORY)}")
@@ -234,42 +182,52 @@ def reproduce(table: str, scale: str, only: str | None) -> int:
     return len(driver.failed)
 
 
+def write_table(
+    table: str, scale: str, results: Results, failed: dict[str, str], judged: dict[str, dict] | None
+) -> list[Path]:
+    """Write the files of a table; return their paths."""
+    found = assemble(table, scale, results, failed, judged)
+    folder = REPOSITORY / "results" / scale
+    paths = [folder / f"{stem(table)}.{suffix}" for suffix in ("json", "md", "tex", "png", "html")]
+    json, md, tex, png, html = paths
+    write_json(json, found)
+    write_atomic(md, markdown(found))
+    write_atomic(tex, latex(found))
+    draw_frontier(found, png)
+    write_atomic(html, page(json))
+    return paths
+
+
 def plan(table: str, scale: str) -> list[str]:
     """What `reproduce` would do: the runs, hours, disk; a line each."""
-    matrix = load_matrix(scale)
-    evaluations = needed(table, scale)
-    groups = [[evaluation] for evaluation in evaluations]
-    if table == JUDGED:
-        groups = [compared(evaluations, data) for data in dict.fromkeys(e.data for e in evaluations)]
     lines, todo, judged = [], [], []
-    for group in groups:
+    for group in groups(table, needed(table, scale)):
         try:
-            remaining, remark = missing(table, scale, group), ""
-            to_judge = table == JUDGED and find_judged(group, scale) is None
+            (remaining, to_judge), remark = missing(table, scale, group), ""
         except InputError as error:
-            remaining, remark, to_judge = group, f"; MISSING: {error}", table == JUDGED
+            remaining, to_judge, remark = group, group if table == JUDGED else [], f"; MISSING: {error}"
         todo += remaining
-        judged += group if to_judge else []
+        judged += to_judge
         for evaluation in group:
             on = f" on {evaluation.on}" if evaluation.on != evaluation.data else ""
             state = f"to do{remark}" if evaluation in remaining else "to judge" if to_judge else "result found"
             lines.append(f"{evaluation.data}{on}: {evaluation.name}: {state}")
-    return [*lines, *estimate(todo, judged, matrix["cost"])]
+    return [*lines, *estimate(todo, judged, load_matrix(scale)["cost"])]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help=f"one of {', '.join(f'table{t}' if t.isdigit() else t for t in TABLES)}")
+    parser.add_argument("table", help=f"one of {', '.join(map(stem, TITLES))}")
     parser.add_argument("--scale", default="quickstart", help="of configs/matrix.yaml: quickstart (default) or paper")
     parser.add_argument("--only", metavar="TEXT", help="only runs whose name contains this")
     parser.add_argument("--dry-run", action="store_true", help="print runs, hours and disk; run nothing")
     options = parser.parse_args()
     table = options.table.removeprefix("table")
-    if table not in TABLES:
+    if table not in TITLES:
         raise InputError(
             f"there is no table `{options.table}` to reproduce",
             where="command line",
-            remedy=f"give one of {', '.join(TABLES)} (Table 3 is a human study)",
+            remedy=f"give one of {', '.join(TITLES)} (Table 3 is a human study)",
         )
     if options.dry_run:
         print("\n".join(f"plan: {line}" for line in plan(table, options.scale)))

@@ -10,19 +10,19 @@ changed recipe does.
 """
 
 import json
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from evaluation.cells import FINAL
 from evaluation.margins import Columns, margins, read_columns
+from evaluation.matrix import method_name
 from hps.errors import InputError
 from pipeline.functions import identity
 from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe
-from pipeline.records import read_jsonl, write_json
+from pipeline.records import read_json, read_jsonl, write_json
 from pipeline.run_records import check_pair
 from pipeline.stage import file_hash, git_commit, versions
 
-FINAL = "final"
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
 # Settings that change no figure, or only how fast it comes.
 DEVICES = {
@@ -41,6 +41,12 @@ class Evaluated:
     data: str
     on: str
     sft: bool = False
+    arguments: list[str] = field(default_factory=list)  # of the command line that trains it
+
+    def tested_arguments(self) -> list[str]:
+        """What evaluate.sh gets."""
+        on = self.recipe.evaluation.on
+        return [*self.arguments, *([f"evaluation.on={on}"] if on else [])]
 
     @property
     def name(self) -> str:
@@ -106,7 +112,7 @@ def _without_devices(recipe: Recipe, section: str) -> dict:
 
 
 def find(run: Evaluated, scale: str) -> dict | None:
-    """The committed or earlier result of this very recipe, if there is one."""
+    """The committed or earlier result of exactly this recipe, if there is one."""
     return read_result(run.path(scale), result_key(run.recipe, run.sft))
 
 
@@ -132,11 +138,11 @@ def read_result(path: Path, key: dict) -> dict | None:
 def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:
     """Write the result file of an evaluation that is finished; `seconds` of the stages that ran for it."""
     folder = run.folder()
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "metrics.json")
     records = [record for _, record in read_jsonl(folder / "metrics.jsonl")]
     result = {
         "run": run.name,
-        "method": "SFT" if run.sft else f"{run.recipe.loss.family}-{run.recipe.loss.preference}".upper(),
+        "method": "SFT" if run.sft else method_name(run.recipe),
         "data": run.data,
         "on": run.on,
         "seed": run.recipe.seed,
@@ -163,11 +169,8 @@ def columns(records: list[dict]) -> dict[str, list]:
 
 def pair_columns(path: Path) -> dict[str, dict]:
     """For each set the `prompt_id`s and, by step and at the end, a column for each of `PAIR_FIGURES`."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for _, pair in read_jsonl(path, check_pair):
-        names[pair["set"]].append(pair["prompt_id"])
     sets = read_columns(read_jsonl(path, check_pair))
-    return {name: {"prompt_id": names[name], "points": _points(columns)} for name, columns in sets.items()}
+    return {name: {"prompt_id": columns.prompts, "points": _points(columns)} for name, columns in sets.items()}
 
 
 def _points(columns: Columns) -> dict[str, dict[str, list[float]]]:

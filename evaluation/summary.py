@@ -4,36 +4,32 @@ Reads   what gene.sh, run.sh and, if it has run, evaluate.sh wrote for the recip
 Run     python -m evaluation.summary configs/quickstart.yaml
 """
 
-import json
 import shutil
 import textwrap
 from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
 from statistics import mean
 
+from evaluation.before_after import SIDES, BeforeAfter
 from evaluation.intervals import LEVEL, estimate, figure, signed
-from evaluation.metrics import Answered
-from hps.errors import InputError, printable, run_main
+from hps.errors import printable, run_main
 from pipeline.cli import parse
 from pipeline.functions import scorer_name
 from pipeline.recipe import SPLITS, Recipe
-from pipeline.records import read_jsonl
-from pipeline.run_records import SCORES, check_greedy
+from pipeline.records import read_json, read_jsonl
+from pipeline.run_records import check_greedy
 
 
 def columns(left: str, right: str, width: int) -> list[str]:
     """Two texts side by side, each wrapped to half of the width."""
     half = (width - 3) // 2
-    sides = [textwrap.wrap(printable(text), half) or [""] for text in (left, right)]
-    height = max(map(len, sides))
-    rows = zip(*(side + [""] * (height - len(side)) for side in sides), strict=True)
-    return [f"{a:<{half}} | {b}" for a, b in rows]
+    sides = (textwrap.wrap(printable(text), half) or [""] for text in (left, right))
+    return [f"{a:<{half}} | {b}" for a, b in zip_longest(*sides, fillvalue="")]
 
 
-def _read(path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError("there is no such file", where=str(path), remedy="run gene.sh and run.sh first") from None
+def _read(path: Path) -> dict:
+    return read_json(path, remedy="run gene.sh and run.sh first")
 
 
 def summarize(recipe: Recipe, width: int) -> list[str]:
@@ -113,42 +109,31 @@ def outcome(recipe: Recipe) -> dict | None:
 def side_by_side(recipe: Recipe) -> Iterator[dict]:
     """Prompts from the least to the greatest change in reward, evenly spaced over all that both models have answered.
 
-    Each with `text` and `score` of the answer of middle reward before and after training (`proxy`: the score of what
-    ranked, where it has scored the answers), and the `change` of its mean reward.
+    Each with the answer of middle reward before and after training (`BeforeAfter.of`), and the `change` of its mean
+    reward.
     """
-    folders = {"before": recipe.tested().sft_folder(), "after": recipe.evaluated_folder()}
-    sides = {name: Answered(folder) for name, folder in folders.items()}
-    scored = all((folder / SCORES["reward"] / "manifest.json").exists() for folder in folders.values())
-    proxies = {name: Answered(folder, "reward") for name, folder in folders.items()} if scored else {}
-    both = [name for name in sides["after"].answers if name in sides["before"].answers]
+    both = BeforeAfter(recipe)
 
     def change(name: str) -> float:
-        means = {side: mean(each["score"] for each in sides[side].of(name)[1]["answers"]) for side in sides}
-        return means["after"] - means["before"]
+        before, after = (mean(answer["score"] for answer in both.of(name)[side]) for side in SIDES)
+        return after - before
 
-    ranked = sorted((change(name), name) for name in both)
+    ranked = sorted((change(name), name) for name in both.prompts)
     count = min(recipe.evaluation.answers, len(ranked))
     for place in range(count):
         difference, name = ranked[(2 * place + 1) * len(ranked) // (2 * count)]
-        found = {}
-        for side, answered in sides.items():
-            by_proxy = proxies[side].of(name)[1]["answers"] if scored else []
-            found[side] = _middle(*answered.of(name), by_proxy)
-        yield {"prompt": sides["after"].answers[name]["prompt"], "change": difference, **found}
+        found = both.of(name)
+        yield found | {"change": difference} | {side: _middle(found[side]) for side in SIDES}
 
 
-def _middle(answers: dict, scores: dict, proxies: list[dict]) -> dict:
+def _middle(answers: list[dict]) -> dict:
     """The answer of middle reward, of two middle ones the lower."""
-    rewards = [each["score"] for each in scores["answers"]]
-    ranked = sorted(range(len(rewards)), key=rewards.__getitem__)
-    middle = ranked[(len(ranked) - 1) // 2]
-    found = {"text": answers["responses"][middle], "score": rewards[middle]}
-    return found | {"proxy": proxies[middle]["score"]} if proxies else found
+    return sorted(answers, key=lambda answer: answer["score"])[(len(answers) - 1) // 2]
 
 
 def _scored(recipe: Recipe) -> Iterator[tuple[list[dict], str, str]]:
     for shown in side_by_side(recipe):
-        before, after = (f"({figure(shown[side]['score'], 2)}) {shown[side]['text']}" for side in ("before", "after"))
+        before, after = (f"({figure(shown[side]['score'], 2)}) {shown[side]['text']}" for side in SIDES)
         yield shown["prompt"], before, after
 
 

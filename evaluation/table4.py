@@ -6,6 +6,7 @@ Writes  `results/<scale>/win_rate/<data>.json`: `key` (the runs' settings, the j
 
 from pathlib import Path
 
+from evaluation.matrix import method_name
 from evaluation.results import Evaluated, read_result, result_key
 from evaluation.win_rate import win_rates
 from pipeline.recipe import REPOSITORY
@@ -36,19 +37,15 @@ def judged_path(scale: str, data: str) -> Path:
 
 
 def find_judged(runs: list[Evaluated], scale: str) -> dict | None:
-    """The win rates of these very runs by this very judge, if they stand."""
+    """The win rates of exactly these runs by exactly this judge, if there are any."""
     return read_result(judged_path(scale, runs[0].data), judged_key(runs))
 
 
 def collect_judged(runs: list[Evaluated], scale: str) -> dict:
     """Compare the judged runs and write the result."""
     ours, *others = runs
-    folders = {"SFT": ours.recipe.sft_folder(), **{label(run): run.recipe.run_folder() for run in others}}
+    folders = {"SFT": ours.recipe.sft_folder(), **{method_name(run.recipe): run.recipe.run_folder() for run in others}}
     against = win_rates(ours.recipe, list(folders.values()))["against"]
     found = {"key": judged_key(runs), "against": {name: against[str(folder)] for name, folder in folders.items()}}
     write_json(judged_path(scale, ours.data), found)
     return found
-
-
-def label(run: Evaluated) -> str:
-    return f"{run.recipe.loss.family}-{run.recipe.loss.preference}".upper()

@@ -1,201 +1,179 @@
-"""The paper's tables with ours beside them: figures with intervals, differences, and what to be wary of.
+"""The tables of the paper: which evaluations each needs, its rows, and everything that is read from them.
 
-Reads   `results/paper.json` (every figure of the paper's tables), the results of the runs (evaluation.results)
-
-A cell is one method's runs over the seeds: values per prompt are averaged over the seeds, the interval is a bootstrap
-over prompts, and the spread over seeds stands beside it. evaluation.matched reads the cells at one divergence.
+evaluation.cells has a row's figures, evaluation.matched how rows differ, evaluation.render how a table looks.
+evaluation.reproduce writes the files.
 """
 
-import json
-from collections import Counter
-from dataclasses import dataclass
+from evaluation.cells import COLUMNS, Cell, cell_figures, same_prompts
+from evaluation.matched import against_baselines, differences, frontier, matched, within_ablation
+from evaluation.matrix import load_matrix, method_name, select
+from evaluation.paper import length_term_flags, paper_rows, paper_wins, percentage_flags
+from evaluation.results import Evaluated
+from pipeline.recipe import REPOSITORY, Recipe, load_recipe
 
-import numpy as np
-
-from evaluation.intervals import percentile_interval
-from evaluation.results import FINAL
-from pipeline.recipe import REPOSITORY
-
-PAPER = REPOSITORY / "results" / "paper.json"
-COLUMNS = ("bleu", "reward", "rm_dpo", "rm_r_dpo")
-# Of ours: where a column's values per prompt stand. `figures` are those of the answers, the others of a set of pairs.
-SOURCES = {
-    "bleu": ("figures", "bleu_best"),
-    "reward": ("figures", "reward_best"),
-    "rm_dpo": ("written", "rm_dpo"),
-    "rm_r_dpo": ("written", "rm_r_dpo"),
-    "kl": ("written", "kl"),
-    "bleu_mean": ("figures", "bleu_mean"),
-    "reward_mean": ("figures", "reward_mean"),
-    "kl_sampled": ("figures", "kl_sampled"),
-    "tokens_change": ("figures", "tokens_mean_change"),
-    "rm_dpo_ranked": ("ranked", "rm_dpo"),
-    "accuracy_written": ("written", "rm_dpo_accuracy"),
-    "accuracy_ranked": ("ranked", "rm_dpo_accuracy"),
+TITLES = {
+    "2": "Table 2: fine-tuning, fifteen methods",
+    "4": "Table 4: win rate of DPO-HPS",
+    "5": "Table 5: transfer to the data set that was not trained on",
+    "6": "Table 6: responses of a prompt",
+    "7": "Table 7: responses of a prompt, transfer",
+    "8": "Table 8: beta",
+    "ablation": "Ablation: the factor N and gamma (not in the paper)",
 }
-EXTRA = ("kl", "rm_dpo_ranked", "accuracy_ranked", "accuracy_written", "reward_mean", "kl_sampled", "tokens_change")
-SAMPLES, SEED = 2000, 42  # of the bootstrap
-EQUAL = 0.0015  # the paper prints three decimals: a difference of two figures is known to that
+JUDGED = "4"
+TRANSFER = ("5", "7")
+SETS = {"hh_rlhf": "HH-RLHF", "pku_safe": "PKU-SafeRLHF"}
+SMALL = {"hh_rlhf": "dialogue (in the place of HH-RLHF)", "pku_safe": "safety (in the place of PKU-SafeRLHF)"}
+PAPERS_DATA = {"6": "hh_rlhf", "7": "pku_safe", "8": "hh_rlhf"}  # where the paper shows one data set alone
+PLACES = {
+    "6": "The paper's rows are those of HH-RLHF with n of 5, 20, 50, 100, set beside ours in the order of n.",
+    "7": "The paper's rows have n of 5, 20, 50, 100, set beside ours in the order of n.",
+    "8": "The paper's rows are those of HH-RLHF.",
+}
+Results = list[tuple[Evaluated, dict | None]]  # None: not run yet
 
 
-@dataclass
-class Cell:
-    """Results of one method (one for each seed) and its label in the table."""
-
-    label: str
-    results: list[dict]
-    paper: dict | None = None
-
-    def column(self, name: str) -> tuple[list[str], np.ndarray] | None:
-        """Prompt ids and (seeds, prompts) values of a column; None when the cell does not have it."""
-        place, figure = SOURCES[name]
-        if place == "figures":
-            tables = [result["prompts"] for result in self.results]
-            if any(figure not in table for table in tables):
-                return None
-            return _aligned([(table["prompt_id"], table[figure]) for table in tables])
-        return self.point(place, FINAL, figure)
-
-    def point(self, pairs: str, point: str, figure: str) -> tuple[list[str], np.ndarray] | None:
-        """Ids and (seeds, prompts) of a figure of a set of pairs at a point of the training."""
-        tables = [result["pairs"].get(pairs) for result in self.results]
-        if any(table is None or point not in table["points"] for table in tables):
-            return None
-        return _aligned([(table["prompt_id"], table["points"][point][figure]) for table in tables])
-
-    def points(self, pairs: str) -> list[str]:
-        """Points of the training that all seeds have, in order."""
-        names = [list(result["pairs"].get(pairs, {"points": {}})["points"]) for result in self.results]
-        return [name for name in names[0] if all(name in other for other in names)] if names else []
+def stem(table: str) -> str:
+    """The name of a table's files and of its argument on the command line."""
+    return f"table{table}" if table.isdigit() else table
 
 
-def _aligned(tables: list[tuple[list[str], list]]) -> tuple[list[str], np.ndarray]:
-    """Ids that all seeds have a value for, and the values in that order."""
-    rows = [{name: value for name, value in zip(*table, strict=True) if value is not None} for table in tables]
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    return names, np.array([[row[name] for name in names] for row in rows], dtype=float)
-
-
-def summary(values: np.ndarray) -> dict:
-    """Mean, interval and spread of (seeds, prompts) values."""
-    mean = values.mean(axis=0)
-    picks = resamples(len(mean))
-    found = {
-        "mean": round(float(mean.mean()), 4),
-        "interval": percentile_interval(mean[picks].mean(axis=1)),
-        "prompts": len(mean),
-        "seeds": len(values),
-    }
-    if len(values) > 1:
-        found["seed_standard_deviation"] = round(float(values.mean(axis=1).std(ddof=1)), 4)
+def needed(table: str, scale: str) -> list[Evaluated]:
+    """The evaluations that a table shows: of its runs, and of the model before training."""
+    matrix = load_matrix(scale)
+    found: list[Evaluated] = []
+    for run in select(scale, {int(table) if table.isdigit() else table}):
+        on, overrides = run.data, run.overrides
+        if table in TRANSFER:
+            (on,) = (name for name in matrix["recipes"] if name != run.data)
+            overrides = [*overrides, f"evaluation.on={matrix['recipes'][on]}"]
+        recipe = load_recipe(REPOSITORY / run.path, overrides)
+        if not any(evaluation.sft and evaluation.on == on for evaluation in found):
+            found.append(Evaluated(recipe, on, on, sft=True))
+        found.append(Evaluated(recipe, run.data, on, arguments=run.arguments()))
     return found
 
 
-def resamples(count: int) -> np.ndarray:
-    """(SAMPLES, count) indices of a bootstrap over so many prompts; the same for every figure, so that pairs stay."""
-    return np.random.default_rng(SEED).integers(0, count, (SAMPLES, count))
+def label(table: str, recipe: Recipe) -> str:
+    """The row of a run; runs that differ in the seed alone share one."""
+    if table in ("6", "7"):
+        return f"{method_name(recipe)}, n = {recipe.schedule.subsample or 'all'}"
+    if table == "8":
+        return f"{method_name(recipe)}, beta = {recipe.loss.beta:g}"
+    if table == "ablation":
+        start, end = recipe.schedule.gamma_start, recipe.schedule.gamma_end
+        gamma = f"{start:g}" if start == end else f"{start:g} to {end:g}"
+        return f"N {'on' if recipe.loss.factor_n else 'off'}, gamma {gamma}"
+    return method_name(recipe)
 
 
-def cell_figures(cell: Cell) -> dict:
-    """Every column of a cell that it has; the paper's figure and the difference where the paper has one."""
-    figures: dict[str, dict] = {}
-    for name in dict.fromkeys((*COLUMNS, *SOURCES)):
-        found = cell.column(name)
-        if found is not None and found[1].size:
-            figures[name] = summary(found[1])
-        printed = (cell.paper or {}).get(name)
-        if printed is not None:
-            entry = figures.setdefault(name, {})
-            entry["paper"] = printed
-            if "mean" in entry:
-                entry["difference"] = round(entry["mean"] - printed, 4)
-    return figures
+def cells_of(table: str, results: Results, on: str) -> list[Cell]:
+    """The rows of one data set, in the order of the matrix; the model before training first."""
+    grouped: dict[str, list[dict]] = {}
+    for evaluation, result in results:
+        if result is not None and evaluation.on == on:
+            name = "SFT" if evaluation.sft else label(table, evaluation.recipe)
+            grouped.setdefault(name, []).append(result)
+    return [Cell(name, found) for name, found in grouped.items()]
 
 
-# ---- the paper's own figures ----
-
-
-def load_paper() -> dict:
-    return json.loads(PAPER.read_text(encoding="utf-8"))
-
-
-def paper_rows(number: str, data: str) -> dict[str, dict]:
-    """The rows of a table of the paper for one data set, by label; none for the ablation."""
-    paper = load_paper()
-    if number in ("2", "5"):
-        table = paper["table2_fine_tuning" if number == "2" else "table5_transfer"]
-        return {method: values[data] for method, values in table.items()}
-    names = {"6": "table6_responses_fine_tuning_hh_rlhf", "7": "table7_responses_transfer_hh_to_pku"}
-    names["8"] = "table8_beta_fine_tuning_hh_rlhf"
-    if number not in names:
-        return {}
-    what = "beta" if number == "8" else "responses"
-    return {
-        f"{method}, {'beta' if number == '8' else 'n'} = {row[what]:g}": row[method]
-        for row in paper[names[number]]
-        for method in ("DPO-BT", "DPO-HPS")
-    }
-
-
-def length_term_flags(rows: dict[str, dict], title: str) -> list[str]:
-    """Rows whose RM_R-DPO - RM_DPO is not the table's common one.
-
-    That difference is -0.01 times the difference of the test pairs' lengths, so with fixed test pairs it is the same
-    for every method.
-    """
-    gaps = {
-        label: round(row["rm_r_dpo"] - row["rm_dpo"], 3)
-        for label, row in rows.items()
-        if row.get("rm_dpo") is not None and row.get("rm_r_dpo") is not None
-    }
-    if not gaps:
-        return []
-    common = Counter(gaps.values()).most_common(1)[0][0]
-    count = sum(abs(gap - common) <= EQUAL for gap in gaps.values())
-    if count < 3:
-        low, high = min(gaps.values()), max(gaps.values())
-        return [
-            f"{title}: RM_R-DPO - RM_DPO, which depends on the test pairs' lengths alone, has no common value in the "
-            f"paper ({low:.3f} to {high:.3f} over {len(gaps)} rows)"
-        ]
-    return [
-        f"{title}: {label}: RM_R-DPO - RM_DPO is {gap:.3f} in the paper, {common:.3f} in {count} of {len(gaps)} rows; "
-        f"it depends on the test pairs' lengths alone"
-        for label, gap in gaps.items()
-        if abs(gap - common) > EQUAL
-    ]
-
-
-def percentage_flags(rows: dict[str, dict], title: str) -> list[str]:
-    """Win, lose and tie that do not add up to 100 %."""
-    sums = {label: sum(row[name] for name in ("win", "lose", "tie")) for label, row in rows.items()}
-    return [
-        f"{title}: {label}: the paper's percentages add up to {total:.3f}"
-        for label, total in sums.items()
-        if abs(total - 100) > EQUAL
-    ]
-
-
-def same_prompts(cells: list[Cell]) -> tuple[list[Cell], dict[str, str]]:
-    """The cells whose runs were evaluated on the prompts of the first one, and why others were not kept, by label.
-
-    Figures on different prompts cannot be compared, and would be paired wrongly.
-    """
-    wanted: dict[str, set[str]] = {}
-    kept, odd = [], {}
+def give_paper(table: str, cells: list[Cell], rows: dict[str, dict]) -> None:
+    """Put the paper's row beside each of ours: by label, or for n, which a small scale cannot have, by place."""
     for cell in cells:
-        problem = None
-        for result in cell.results:
-            for pairs, table in result["pairs"].items():
-                names = set(table["prompt_id"])
-                others = names ^ wanted.setdefault(pairs, names)
-                if others:
-                    problem = (
-                        f"its {pairs} pairs differ from the first row's in {len(others)} prompts, e.g. "
-                        f"{sorted(others)[0]}; delete its result file and run it again"
-                    )
-        if problem:
-            odd[cell.label] = problem
-        else:
-            kept.append(cell)
-    return kept, odd
+        cell.paper = rows.get(cell.label)
+    if table not in ("6", "7"):
+        return
+    cells.sort(key=_method_and_size)
+    for name in ("DPO-BT", "DPO-HPS"):
+        ours = [cell for cell in cells if cell.label.startswith(name)]
+        theirs = [row for row in rows if row.startswith(name)]
+        for cell, row in zip(ours, theirs, strict=False):
+            cell.paper = rows[row]
+            cell.label = f"{cell.label} (paper: {row.rpartition(' ')[2]})"
+
+
+def _method_and_size(cell: Cell) -> tuple[bool, str, float]:
+    """The model before training, then a method's rows in the order of n."""
+    name, _, size = cell.label.partition(", n = ")
+    return name != "SFT", name, float((size or "0").replace("all", "inf"))
+
+
+def part(table: str, scale: str, results: Results, on: str) -> tuple[dict, list[str], dict[str, str]]:
+    """One data set's rows with everything read from them, the flags on the paper's, and rows that do not fit."""
+    cells, odd = same_prompts(cells_of(table, results, on))
+    data = PAPERS_DATA.get(table, on)
+    rows = paper_rows(table, data)
+    give_paper(table, cells, rows)
+    sft = next((cell.results[0] for cell in cells if cell.label == "SFT"), None)
+    trained = [cell for cell in cells if cell.label != "SFT"]
+    found = {
+        "data": on,
+        "title": SETS[on] if scale == "paper" else SMALL[on],
+        "columns": ["kl", *COLUMNS] if table in ("8", "ablation") else list(COLUMNS),
+        "rows": [{"label": cell.label, "figures": cell_figures(cell)} for cell in cells],
+        "paired": differences(within_ablation(trained) if table == "ablation" else against_baselines(trained), sft),
+        # The ablation's rows end at KLs that have no point in common: they are read in pairs alone.
+        "matched": {} if table == "ablation" else matched(trained, sft),
+        "frontier": {cell.label: frontier(cell) for cell in trained},
+    }
+    return found, length_term_flags(rows, f"Table {table}, {SETS[data]}"), odd
+
+
+def judged_part(scale: str, data: str, judged: dict) -> dict:
+    """Win, lose and tie of DPO-HPS against each model, ours and the paper's, in percent of the prompts."""
+    rows = []
+    for name, result in judged["against"].items():
+        figures = {}
+        for outcome, printed in paper_wins(data)[name].items():
+            ours = {"mean": result[outcome]["percent"], "interval": result[outcome]["interval"]}
+            figures[outcome] = {**ours, "paper": printed, "difference": round(ours["mean"] - printed, 3)}
+        rows.append({"label": f"against {name}", "figures": figures, "flags": result["flags"]})
+    title, columns = SETS[data] if scale == "paper" else SMALL[data], ["win", "lose", "tie"]
+    nothing = {"paired": [], "matched": {}, "frontier": {}}
+    return {"data": data, "title": title, "columns": columns, "rows": rows, **nothing}
+
+
+def remarks(table: str, scale: str) -> list[str]:
+    """What a reader must know before the figures."""
+    lines = [
+        f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`. Mean [95 % interval, bootstrap over prompts]; "
+        "BLEU and reward: best of the answers to a prompt; RM_DPO, RM_R-DPO, KL in nats; `_ranked`: best against worst "
+        "candidate by the training reward model, `_written`: the given pair; `accuracy`: share of pairs with RM_DPO "
+        "above zero."
+    ]
+    if scale != "paper":
+        lines += [
+            "",
+            "**Another scale than the paper's:** another model, another evaluator, other data. The paper's figures "
+            "stand beside ours to compare signs and orders of methods, not values. " + PLACES.get(table, ""),
+        ]
+    return lines
+
+
+def assemble(
+    table: str, scale: str, results: Results, failed: dict[str, str], judged: dict[str, dict] | None = None
+) -> dict:
+    """A table as its JSON file has it.
+
+    Args:
+        failed: evaluations that could not be made, and why.
+        judged: of Table 4, the win rates by data set.
+
+    Returns:
+        `title`, `scale`, `remarks`; `parts`, one a data set, with `title`, `columns`, `rows` of `label` and `figures`,
+        `paired`, `matched`, `frontier`; `flags` on the paper's figures; `failed`: what is not in the table, and why.
+    """
+    missing = {evaluation.title: "not run yet" for evaluation, result in results if result is None}
+    found = {"title": TITLES[table], "scale": scale, "remarks": remarks(table, scale)}
+    found |= {"parts": [], "flags": [], "failed": {**missing, **failed}}
+    if judged is not None:
+        found["parts"] = [judged_part(scale, data, judged[data]) for data in judged]
+        for data, title in SETS.items():
+            found["flags"] += percentage_flags(paper_wins(data), f"Table 4, {title}")
+        return found
+    for on in dict.fromkeys(evaluation.on for evaluation, _ in results):
+        each, flags, odd = part(table, scale, results, on)
+        found["parts"].append(each)
+        found["flags"] += flags
+        found["failed"] |= {f"{on}: {name}": why for name, why in odd.items()}
+    return found

@@ -5,19 +5,20 @@ Writes  `<output>/<run>/win_rate.json`, `win_rate.manifest.json` (last)
 Run     python -m evaluation.win_rate configs/quickstart.yaml judge.enabled=true --against runs/quickstart/sft
 
 For each prompt the four scores are averaged over criteria, answers and repeats; the higher average wins, equal ones tie
-(the paper's Table 4). Intervals: percentile bootstrap over prompts. The diagnostics know three bad judges: one that
-gives everybody the same, one that gives points for length, and one that throws dice. Each flag says in words which
-figure is beyond which of the thresholds below; a flag is a reason to read some verdicts, no proof.
+(the paper's Table 4). Intervals: percentile bootstrap over prompts. The diagnostics look for three kinds of bad judge:
+constant, in love with length, random. A flag says which figure is beyond which of the thresholds below. It is a reason
+to read some verdicts, not a proof.
 """
 
 import argparse
-import math
 from collections import Counter
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from evaluation.intervals import LEVEL, bootstrap
 from evaluation.judge import CRITERIA, cache_path, judged_answers, read_verdicts, verdict_key
@@ -30,12 +31,12 @@ SIDES = ("run", "against")
 NOT_JUDGED = "not judged"
 
 # Thresholds of the flags, and why.
-SIGNIFICANCE = 0.05  # what chance does more often than this is put down to chance
+SIGNIFICANCE = 0.05  # of the p-values
 MOST_COMMON = 0.5  # one verdict on half of all answers: the judge hardly looks at them
 TIES = 0.5  # of prompts with different answers: less than half would decide the comparison
-DISTINCT, ENOUGH = 5, 20  # average scores, of 41 that there are; fewer than 20 verdicts may not show more
+DISTINCT, ENOUGH = 5, 20  # average scores, of 41 possible; fewer than 20 verdicts need not show more
 LENGTH_CORRELATION = 0.4  # length would explain a sixth of the variance of the ranks (0.4 squared)
-LONGER_WINS = 0.7  # or less than 0.3: length alone would foretell seven of ten decisions
+LONGER_WINS = 0.7  # or less than 0.3: length alone would predict seven of ten decisions
 AGREEMENT = 0.5  # a test-retest correlation is the share of the scores' variance that is no noise: half
 
 
@@ -93,7 +94,8 @@ def compare(
     pairs = _pairs(sides, left_out)
     if not pairs:
         raise InputError(
-            f"no prompt has verdicts on both models ({dict(left_out)})", remedy="run `python -m evaluation.judge` first"
+            f"no prompt has verdicts on both models ({dict(+left_out)})",
+            remedy="run `python -m evaluation.judge` first",
         )
     means = np.array([[np.nanmean(one.scores, axis=(0, 1)) for one in pair] for pair in pairs.values()])
     # (prompts, sides, criteria); rounded, because averages of thirds that are equal differ in their last bits
@@ -101,7 +103,7 @@ def compare(
     facts = judge_facts(pairs, difference)
     return {
         "prompts": len(pairs),
-        "left_out": dict(left_out),
+        "left_out": dict(+left_out),
         **_outcomes(difference, samples, seed),
         "difference": bootstrap(difference, samples, seed),
         "scores": {side: _scores(means[:, place], samples, seed) for place, side in enumerate(SIDES)},
@@ -117,8 +119,6 @@ def _pairs(sides: dict[str, dict[str, Graded]], left_out: Counter) -> dict[str, 
     pairs = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
     judged = {name: pair for name, pair in pairs.items() if not any(np.isnan(one.scores).all() for one in pair)}
     left_out.update({"prompts: no verdict on a model": len(pairs) - len(judged)})
-    for reason in [reason for reason, count in left_out.items() if not count]:
-        del left_out[reason]
     return judged
 
 
@@ -142,7 +142,7 @@ def _scores(means: np.ndarray, samples: int, seed: int) -> dict:
 
 
 def judge_facts(pairs: dict[str, tuple[Graded, Graded]], difference: np.ndarray) -> dict:
-    """Diagnostics of the judge: is it constant, does it count words, does it throw dice."""
+    """Diagnostics of the judge: is it constant, does it count words, is it random."""
     different = np.array([ours.texts != theirs.texts for ours, theirs in pairs.values()])
     return {
         **_spread(pairs),
@@ -150,7 +150,7 @@ def judge_facts(pairs: dict[str, tuple[Graded, Graded]], difference: np.ndarray)
         "tie_rate": _round((difference[different] == 0).mean()) if different.any() else None,
         **_length(np.array([ours.tokens - theirs.tokens for ours, theirs in pairs.values()]), difference),
         **_agreement(pairs),
-        "sign_test": _round(sign_test(int((difference > 0).sum()), int((difference < 0).sum()))),
+        "sign_test": sign_test(int((difference > 0).sum()), int((difference < 0).sum())),
     }
 
 
@@ -179,15 +179,14 @@ def _spread(pairs: dict[str, tuple[Graded, Graded]]) -> dict:
 
 def _length(longer: np.ndarray, difference: np.ndarray) -> dict:
     """Rank correlation of the difference in score with the difference in length (tokens), and how the longer fares."""
-    rho = spearman(difference, longer)
+    rho, p = correlation(stats.spearmanr, difference, longer)
     decided = (difference != 0) & (longer != 0)
     wins = int((difference * longer > 0)[decided].sum())
     return {
-        "length_correlation": _round(rho),
-        # Without any relation the rank correlation of n pairs has variance 1 / (n - 1).
-        "length_correlation_p": None if rho is None else _round(_two_sided(rho * math.sqrt(len(longer) - 1))),
+        "length_correlation": rho,
+        "length_correlation_p": p,
         "longer_wins": _round(wins / decided.sum()) if decided.any() else None,
-        "longer_wins_p": _round(sign_test(wins, int(decided.sum()) - wins)),
+        "longer_wins_p": sign_test(wins, int(decided.sum()) - wins),
     }
 
 
@@ -199,71 +198,42 @@ def _agreement(pairs: dict[str, tuple[Graded, Graded]]) -> dict:
     both = both[~np.isnan(both).any(axis=(1, 2))]
     equal = (both[:, 0] == both[:, 1]).all(axis=1)
     return {
-        "repeat_correlation": _round(correlation(*both.mean(axis=2).T)),
+        "repeat_correlation": correlation(stats.pearsonr, *both.mean(axis=2).T)[0],
         "repeat_equal": _round(equal.mean()) if len(both) else None,
     }
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided: how probable so uneven a split is, or a more uneven one, when each decision is a toss of a coin."""
-    total = wins + losses
-    tail = term = 1  # of all 2^total outcomes, those with 0, 1, ... min(wins, losses) heads
-    for heads in range(min(wins, losses)):
-        term = term * (total - heads) // (heads + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**total)
+    """Two-sided p-value of wins and losses as tosses of a fair coin."""
+    return _round(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Rank correlation, tied values at their mean rank; None where one side is constant."""
-    return correlation(_ranks(x), _ranks(y))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]
-
-
-def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Pearson's; None for fewer than three pairs, or where one side is constant."""
+def correlation(coefficient: Callable, x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
+    """A coefficient of scipy.stats and its p-value; None for fewer than three pairs, or where one side is constant."""
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
+        return None, None
+    return tuple(map(_round, coefficient(x, y)))
 
 
-def _two_sided(z: float) -> float:
-    return math.erfc(abs(z) / math.sqrt(2))
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None else round(float(value), 4)
+def _round(value: float) -> float:
+    return round(float(value), 4)
 
 
 def flags(facts: dict) -> list[str]:
     """What in the diagnostics is beyond a threshold, in plain words."""
-    return [*_constant_flags(facts), *_length_flags(facts), *_random_flags(facts)]
-
-
-def _constant_flags(facts: dict) -> list[str]:
+    common, ties, averages = facts["most_common"], facts["tie_rate"], facts["distinct_averages"]
+    rho, share, again = facts["length_correlation"], facts["longer_wins"], facts["repeat_correlation"]
     found = []
-    if facts["most_common"] > MOST_COMMON:
+    if common > MOST_COMMON:
         found.append(
-            f"constant judge? {facts['most_common']:.0%} of the verdicts are the same four scores "
-            f"(threshold {MOST_COMMON:.0%})"
+            f"constant judge? {common:.0%} of the verdicts are the same four scores (threshold {MOST_COMMON:.0%})"
         )
-    if facts["tie_rate"] is not None and facts["tie_rate"] > TIES:
-        found.append(f"constant judge? {facts['tie_rate']:.0%} of different answers tie (threshold {TIES:.0%})")
-    if facts["verdicts"] >= ENOUGH and facts["distinct_averages"] < DISTINCT:
+    if ties is not None and ties > TIES:
+        found.append(f"constant judge? {ties:.0%} of different answers tie (threshold {TIES:.0%})")
+    if facts["verdicts"] >= ENOUGH and averages < DISTINCT:
         found.append(
-            f"constant judge? {facts['verdicts']} verdicts have {facts['distinct_averages']} different averages "
-            f"(threshold {DISTINCT})"
+            f"constant judge? {facts['verdicts']} verdicts have {averages} different averages (threshold {DISTINCT})"
         )
-    return found
-
-
-def _length_flags(facts: dict) -> list[str]:
-    found = []
-    rho, share = facts["length_correlation"], facts["longer_wins"]
     if rho is not None and abs(rho) > LENGTH_CORRELATION and facts["length_correlation_p"] < SIGNIFICANCE:
         found.append(
             f"judge of length? score and length differ together, rank correlation {rho:.2f} "
@@ -274,12 +244,6 @@ def _length_flags(facts: dict) -> list[str]:
             f"judge of length? the longer answer wins {share:.0%} of what is decided "
             f"(thresholds {1 - LONGER_WINS:.0%} and {LONGER_WINS:.0%})"
         )
-    return found
-
-
-def _random_flags(facts: dict) -> list[str]:
-    found = []
-    again = facts["repeat_correlation"]
     if again is not None and again < AGREEMENT:
         found.append(
             f"random judge? its two verdicts on one answer correlate by {again:.2f} (threshold {AGREEMENT}), "

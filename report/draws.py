@@ -2,14 +2,14 @@
 
 Reads   `<output>/<run>/plan.jsonl`, `<output>/ranked/*.jsonl`
 
-Called by report.run. The ranked file is read once, from its beginning, whatever the order of the plan: a paper's run
-has 60,000 rows and more, and of each prompt 100 responses. Of those, numbers alone are kept.
+Called by report.run. The ranked file is read once, in its own order, and only numbers are kept: a run of the paper has
+more than 60,000 rows and 100 responses a prompt.
 """
 
 from array import array
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from hps.errors import InputError
 from pipeline.recipe import Recipe
 from pipeline.records import Lines, read_ranked
 
-MOST_SOURCES = 6  # groups of a histogram; what more there are stand in one
+MOST_SOURCES = 6  # groups of a histogram; the smallest ones are merged
 OTHER = "other sources"
 
 
@@ -27,20 +27,18 @@ OTHER = "other sources"
 class Draws:
     """Of each row of a plan, in its order: step (from 1), gamma (NaN: none), and what `row_figures` says of it."""
 
-    step: array = field(default_factory=lambda: array("l"))
-    gamma: array = field(default_factory=lambda: array("d"))
-    place: array = field(default_factory=lambda: array("d"))
-    reward_gap: array = field(default_factory=lambda: array("d"))
-    length_gap: array = field(default_factory=lambda: array("d"))
+    step: np.ndarray
+    gamma: np.ndarray
+    figures: np.ndarray  # (3, rows): place, reward gap, length gap
 
     def places(self) -> tuple[list[int], list[float]]:
         """Steps, and the mean place of what each draws."""
         steps, where = np.unique(self.step, return_inverse=True)
-        return steps.tolist(), (np.bincount(where, self.place) / np.bincount(where)).tolist()
+        return steps.tolist(), (np.bincount(where, self.figures[0]) / np.bincount(where)).tolist()
 
     def stages(self) -> list[str]:
         """The name of each row's gamma."""
-        return ["all" if gamma != gamma else f"gamma {gamma:g}" for gamma in self.gamma]
+        return ["all" if np.isnan(gamma) else f"gamma {gamma:g}" for gamma in self.gamma]
 
 
 def row_figures(row: dict, record: dict, recipe: Recipe) -> tuple[float, float, float]:
@@ -75,25 +73,24 @@ def read_draws(rows: Lines, path: Path, recipe: Recipe) -> tuple[Draws, dict[str
     Raises:
         InputError: a row names a prompt or a response that the ranked file does not have.
     """
-    draws, numbers = Draws(), defaultdict(lambda: array("l"))
+    numbers: dict[str, array] = defaultdict(lambda: array("l"))
+    step, gamma = array("l"), array("d")
     for number, row in enumerate(rows):
         numbers[row["prompt_id"]].append(number)
-        draws.step.append(row["step"] + 1)
-        draws.gamma.append(float("nan") if row["gamma"] is None else row["gamma"])
-    for values in (draws.place, draws.reward_gap, draws.length_gap):
-        values.extend([float("nan")] * len(rows))
+        step.append(row["step"] + 1)
+        gamma.append(np.nan if row["gamma"] is None else row["gamma"])
+    figures = np.full((3, len(rows)), np.nan)
     rewards: dict[str, array] = defaultdict(lambda: array("f"))
     for where, record in read_ranked(path):
         add_rewards(rewards, record)
         for number in numbers.pop(record["prompt_id"], ()):
             try:
-                found = row_figures(rows[number], record, recipe)
+                figures[:, number] = row_figures(rows[number], record, recipe)
             except (IndexError, ValueError):
                 raise _not_its_plan(rows.where(number), where) from None
-            draws.place[number], draws.reward_gap[number], draws.length_gap[number] = found
     for left in numbers.values():
         raise _not_its_plan(rows.where(left[0]), str(path))
-    return draws, grouped(rewards)
+    return Draws(np.array(step), np.array(gamma), figures), grouped(rewards)
 
 
 def _not_its_plan(row: str, record: str) -> InputError:

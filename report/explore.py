@@ -1,4 +1,4 @@
-"""A page on which a ranked file can be looked at: what «hard» means, for a gamma moved by a slider.
+"""This page shows what "hard" means on your data: a ranked file, with a slider for gamma.
 
 Reads   a ranked file (`prompt`, `responses`, `rewards`, `sources`, `token_counts`, `truncated`)
 Writes  an HTML file, beside the ranked file if not told otherwise

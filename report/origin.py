@@ -39,7 +39,7 @@ def models(settings, name: str = "") -> Iterator[tuple[str, dict]]:
 
 
 def manifests(recipe: Recipe) -> list[Path]:
-    """The manifests that stand, in the order of the work.
+    """The manifests that exist, in the order of the work.
 
     Raises:
         InputError: the win rate's file is damaged.
@@ -54,7 +54,7 @@ def manifests(recipe: Recipe) -> list[Path]:
 
 
 def origin(recipe: Recipe) -> dict:
-    """Of everything that stands `stages` (name, commit, versions), `models` and `files` (name, hash); `changed`.
+    """`stages` (name, commit, versions), `models` and `files` (name, hash) of everything that is there; `changed`.
 
     `changed` are the files that have two hashes, one here and one there: name, and by hash the stages that name it.
 

@@ -15,10 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
-from evaluation.intervals import figure
+from evaluation.intervals import figure, signed
+from evaluation.render import number
 from hps.errors import InputError
 from pipeline.records import write_atomic
 
@@ -93,7 +94,7 @@ def render(template: str, title: str, data: Any, **context) -> str:
         loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"figure": figure, "counted": counted}
+    environment.filters |= {"figure": figure, "signed": signed, "number": number, "counted": counted}
     return environment.get_template(f"{template}.html").render(
         title=title,
         policy=Markup(policy),
@@ -114,7 +115,7 @@ def intact(path: Path, remedy: str) -> Iterator[None]:
     """A file (or folder) whose JSON has not the fields that the code inside takes from it becomes an InputError."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         problem = f"this is damaged, or another version wrote it ({type(error).__name__}: {error})"
         raise InputError(problem, where=str(path), remedy=remedy) from None
 

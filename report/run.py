@@ -60,7 +60,7 @@ def figures_table(figures: dict) -> list[dict]:
 
 
 def trained(recipe: Recipe) -> tuple[Recipe, dict]:
-    """The recipe in the manifest of a finished training, typed and as it stands there.
+    """The recipe in the manifest of a finished training, typed and as written there.
 
     What the page says of the run is this one: the command line may have other values where they decide no checkpoint.
 
@@ -100,22 +100,25 @@ def metrics(folder: Path, before: Path) -> dict | None:
         folder: of the run's evaluation.
         before: that of the model before training.
     """
-    path = folder / "metrics.json"
-    if not path.exists():
+    if not (folder / "metrics.json").exists():
         return None
-    with intact(path, AGAIN):
-        found = read_json(path)
-        prompts, lines = found["prompts"], figures_table(found["figures"])
-    if (before / path.name).exists():
-        with intact(before / path.name, AGAIN):
-            earlier = {line["name"]: line["mean"] for line in figures_table(read_json(before / path.name)["figures"])}
+    prompts, lines = sampled(folder / "metrics.json")
+    if (before / "metrics.json").exists():
+        earlier = {line["name"]: line["mean"] for line in sampled(before / "metrics.json")[1]}
         lines = [line | {"before": earlier.get(line["name"])} for line in lines]
     scores, evaluator = folder / "scores" / "manifest.json", None
-    if scores.exists():  # a user may have deleted them: the figures stand
+    if scores.exists():  # a user may have deleted them: the figures stay
         with intact(scores, AGAIN):
             model = read_manifest(scores)["recipe"]["models"]["evaluator"]
             evaluator = scorer_name(model["path"], model.get("function"))
     return {"prompts": prompts, "evaluator": evaluator, "lines": lines}
+
+
+def sampled(path: Path) -> tuple[int, list[dict]]:
+    """Prompts and figures of a `metrics.json`."""
+    with intact(path, AGAIN):
+        found = read_json(path)
+        return found["prompts"], figures_table(found["figures"])
 
 
 def win_rates(folder: Path) -> list[dict]:
@@ -127,10 +130,8 @@ def win_rates(folder: Path) -> list[dict]:
     with intact(path, AGAIN):
         against = read_json(path)["against"]
         for title, found in zip(short_names(list(against)), against.values(), strict=True):
-            lines = [
-                line(f"{outcome} (% of the prompts)", found[outcome]["percent"], found[outcome], digits=1)
-                for outcome in ("win", "lose", "tie")
-            ]
+            outcomes = {f"{name} (% of the prompts)": found[name] for name in ("win", "lose", "tie")}
+            lines = [line(name, each["percent"], each, digits=1) for name, each in outcomes.items()]
             for side, name in (("run", "average score of this run"), ("against", "average score of the other")):
                 average = found["scores"][side]["average"]
                 lines.append(line(name, average["mean"], average, digits=2))
@@ -160,10 +161,8 @@ def plan_table(path: Path) -> dict:
     with intact(path, AGAIN):
         plan = read_json(path)
         stages = [{name: stage[name] for name in columns} for stage in plan["stages"]]
-        return {name: plan[name] for name in ("prompts", "global_batch")} | {
-            "stages": stages,
-            "left_out": dict(plan["left_out"]),
-        }
+        facts = {name: plan[name] for name in ("prompts", "global_batch")}
+        return facts | {"stages": stages, "left_out": dict(plan["left_out"])}
 
 
 def read_log(path: Path) -> list[dict]:

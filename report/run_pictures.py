@@ -1,46 +1,17 @@
 """The pictures of a run's page: training, rewards of the candidates, reward against length, held-out margins.
 
-Called by report.run, which has read the files; report.figures draws.
+Called by report.run, which has read the files; report.pictures draws.
 """
 
 from array import array
 from collections import defaultdict
 from pathlib import Path
 
-from alignment.curves import series
+from alignment.curves import PANELS, series
 from pipeline.records import read_jsonl
 from pipeline.run_records import check_pair
 from report.draws import Draws
-from report.figures import (
-    Picture,
-    Pictures,
-    before_after,
-    curve,
-    histogram,
-    intervals,
-    picture,
-    sampled,
-    scatter,
-)
-
-# Of the log: title, and the figures that share the panel.
-PANELS = (
-    ("loss (nats)", ("loss",)),
-    ("implicit reward (beta x nats)", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
-    ("gamma", ("gamma",)),
-    ("share of pairs in order", ("rewards/accuracies",)),
-    ("response length (tokens)", ("lengths/chosen", "lengths/rejected")),
-)
-
-
-def _of(lines: list[dict], names: tuple[str, ...]) -> dict[str, tuple[list, list]]:
-    """Steps and values of figures of the log; a figure that no line has is left out."""
-    found = {}
-    for name in names:
-        points = series(lines, name)
-        if points[0]:
-            found[name.partition("/")[2] or name] = points
-    return found
+from report.pictures import Picture, Pictures, before_after, curve, histogram, intervals, picture, sampled, scatter
 
 
 def _told(title: str, series: dict[str, tuple[list, list]]) -> str:
@@ -51,18 +22,19 @@ def _told(title: str, series: dict[str, tuple[list, list]]) -> str:
 
 
 def training(lines: list[dict], draws: Draws | None, preference: str) -> Pictures:
-    """Loss, margin, lengths by the log; of hps gamma, too, and the hardness of the draws by the plan."""
+    """The panels of `curves.png` by the log; of hps the hardness of the draws by the plan, too."""
     panels = []
     hps = preference == "hps"
     for title, names in PANELS:
         if title == "gamma" and not hps:
             continue
-        figures = _of(lines, names)
-        if figures:
-            panels.append(picture(curve(title, figures, stairs=title == "gamma"), _told(title, figures)))
+        found = {name.partition("/")[2] or name: series(lines, name) for name in names}
+        found = {name: points for name, points in found.items() if points[0]}
+        if found:
+            panels.append(picture(curve(title, found, stairs=title == "gamma"), _told(title, found)))
         if title == "gamma" and draws is not None:
-            title, figures = "hardness: rank of the drawn (1 = hardest)", {"mean rank": draws.places()}
-            panels.append(picture(curve(title, figures), _told(title, figures)))
+            title, found = "hardness: rank of the drawn (1 = hardest)", {"mean rank": draws.places()}
+            panels.append(picture(curve(title, found), _told(title, found)))
     gamma = (
         "The higher gamma, the harder the negatives that are drawn, up to the ones nearly as good as y_1: a margin "
         "that shrinks there need not be a policy that learns less. "
@@ -88,10 +60,9 @@ def rewards(splits: dict[str, dict[str, array]]) -> Pictures | None:
 
 def length(draws: Draws) -> Pictures:
     """Reward margin of the trained rows against how much longer y_1 is, by gamma."""
-    panel = scatter(
-        "reward margin and length", draws.length_gap, draws.reward_gap, draws.stages(), "y_1 longer by (tokens)",
-        "reward margin",
-    )  # fmt: skip
+    _, rewards, lengths = draws.figures
+    title, across, up = "reward margin and length", "y_1 longer by (tokens)", "reward margin"
+    panel = scatter(title, lengths, rewards, draws.stages(), across, up)
     text = (
         f"Each of {len(draws.step)} rows of the plan: by how many tokens y_1 is longer across, by how much its reward "
         "is higher up, coloured by gamma."
@@ -113,14 +84,10 @@ def margins(path: Path, sets: dict, steps: int) -> Pictures:
         panels.append(picture(before_after(f"{name} pairs: log pi(y_1) - log pi(y_2)", before, after), text))
     # Before the first step the policy is the reference: the margin of every pair is zero.
     start = (0, {"mean": 0.0, "interval": [0.0, 0.0]})
-    along = {
-        f"{name} pairs": [
-            start,
-            *((entry["step"], entry["rm_dpo"]) for entry in figures["along"] if entry["step"] < steps),
-            (steps, figures["rm_dpo"]),
-        ]
-        for name, figures in sets.items()
-    }
+    along = {}
+    for name, figures in sets.items():
+        kept = [(entry["step"], entry["rm_dpo"]) for entry in figures["along"] if entry["step"] < steps]
+        along[f"{name} pairs"] = [start, *kept, (steps, figures["rm_dpo"])]
     if along:
         ends = ", ".join(f"{name} {points[-1][1]['mean']:.3f}" for name, points in along.items())
         text = f"RM_DPO with 95 % intervals along the training, from zero; at its end: {ends} nats."

@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,16 +24,21 @@ import numpy as np
 
 from evaluation.judge import CRITERIA
 from hps.errors import InputError, run_main
-from pipeline.records import canonical, check_storable, parse_json, read_answers, shorten, write_atomic, write_json
+from pipeline.records import canonical, check_storable, read_answers, read_json, shorten, write_atomic, write_json
 from pipeline.stage import file_hash
 from report.page import render
 from report.study_figures import figures, results_page, table
 
 LOWEST, HIGHEST = 1.0, 5.0
+AGAIN = "export the file from the page again"
 MOST_MODELS = 26  # the page names the answers A to Z
 
 Thing = TypeVar("Thing")
 Lines = dict[str, tuple[str, dict]]  # place and record of a file by `prompt_id`
+
+
+def _wrong_command(problem: str, remedy: str) -> InputError:
+    return InputError(problem, where="command line", remedy=remedy)
 
 
 def read_named(named: list[str]) -> dict[str, list[str]]:
@@ -46,45 +51,32 @@ def read_named(named: list[str]) -> dict[str, list[str]]:
     for text in named:
         name, _, paths = text.partition("=")
         if not name or not all(paths.split(",")):
-            raise InputError(
-                f"`{text}` is no model",
-                where="command line",
-                remedy="write NAME=FILE, or NAME=FILE,FILE for two data sets",
-            )
+            raise _wrong_command(f"`{text}` is no model", "write NAME=FILE, or NAME=FILE,FILE for two data sets")
         if name in files:
-            raise InputError(f"the model `{name}` is given twice", where="command line", remedy="give each a name")
+            raise _wrong_command(f"the model `{name}` is given twice", "give each a name")
         files[name] = paths.split(",")
     if not 2 <= len(files) <= MOST_MODELS:
-        raise InputError(
-            f"a study compares at least two models and at most {MOST_MODELS}, here are {len(files)}",
-            where="command line",
-            remedy="write NAME=FILE for each",
-        )
-    first = next(iter(files))
-    for name, paths in files.items():
-        if len(paths) != len(files[first]):
-            raise InputError(
-                f"`{name}` has {len(paths)} files, `{first}` has {len(files[first])}",
-                where="command line",
-                remedy="give of every model a file for each data set, in the same order",
-            )
+        problem = f"a study compares at least two models and at most {MOST_MODELS}, here are {len(files)}"
+        raise _wrong_command(problem, "write NAME=FILE for each")
+    (first, wanted), *others = files.items()
+    for name, paths in others:
+        if len(paths) != len(wanted):
+            problem = f"`{name}` has {len(paths)} files, `{first}` has {len(wanted)}"
+            raise _wrong_command(problem, "give of every model a file for each data set, in the same order")
     return files
 
 
 def read_lines(path: str) -> Lines:
-    """A model's answers to a data set. InputError: there are none, or a prompt stands twice."""
+    """A model's answers to a data set. InputError: there are none, or a prompt is there twice."""
     found: Lines = {}
     for where, record in read_answers(path):
         name = record["prompt_id"]
         if name in found:
-            raise InputError(
-                f"`prompt_id` {shorten(name)} stands twice, first in {found[name][0]}",
-                where=where,
-                remedy="leave one of the lines",
-            )
+            problem = f"`prompt_id` {shorten(name)} is there twice, first in {found[name][0]}"
+            raise InputError(problem, where=where, remedy="leave one of the lines")
         found[name] = (where, record)
     if not found:
-        raise InputError("the file holds no answers", where=path, remedy="run `bash evaluate.sh` again")
+        raise InputError("the file has no answers", where=path, remedy="run `bash evaluate.sh` again")
     return found
 
 
@@ -99,29 +91,21 @@ def read_set(files: dict[str, str]) -> dict[str, dict]:
     for other in others:
         _check_same_prompts(first, lines[first], other, lines[other])
     return {
-        name: {
-            "prompt": record["prompt"],
-            "answers": [lines[model][name][1]["responses"][0] for model in lines],
-        }
+        name: {"prompt": record["prompt"], "answers": [found[name][1]["responses"][0] for found in lines.values()]}
         for name, (_, record) in lines[first].items()
     }
 
 
 def _check_same_prompts(first: str, lines: Lines, other: str, others: Lines) -> None:
+    remedy = "answer the same prompts with every model"
     if alone := lines.keys() ^ others.keys():
         name = min(alone)
-        raise InputError(
-            f"prompt {shorten(name)} is answered by one of `{first}` and `{other}` alone, as {len(alone)} are",
-            where=(lines.get(name) or others[name])[0],
-            remedy="answer the same prompts with every model",
-        )
+        problem = f"prompt {shorten(name)} is answered by one of `{first}` and `{other}` alone, as {len(alone)} are"
+        raise InputError(problem, where=(lines.get(name) or others[name])[0], remedy=remedy)
     for name, (where, record) in others.items():
         if _spoken(record) != _spoken(lines[name][1]):
-            raise InputError(
-                f"`prompt` of {shorten(name)} is another one than in {lines[name][0]}",
-                where=where,
-                remedy="answer the same prompts with every model",
-            )
+            problem = f"`prompt` of {shorten(name)} is another one than in {lines[name][0]}"
+            raise InputError(problem, where=where, remedy=remedy)
 
 
 def _spoken(record: dict) -> list[tuple[str, str]]:
@@ -129,20 +113,17 @@ def _spoken(record: dict) -> list[tuple[str, str]]:
 
 
 def choose(texts: dict[str, dict], count: int | None, seed: str, where: str) -> dict[str, dict]:
-    """So many prompts of a data set, drawn by seed whatever the order in the file; all where `count` is None."""
+    """`count` prompts of a data set, drawn by seed whatever their order in the file; all if `count` is None."""
     if count is None:
         return texts
     if count > len(texts):
-        raise InputError(
-            f"`--prompts` is {count}, the file holds {len(texts)}",
-            where=where,
-            remedy=f"give at most {len(texts)}, or answer more prompts",
-        )
+        remedy = f"give at most {len(texts)}, or answer more prompts"
+        raise InputError(f"`--prompts` is {count}, the file has {len(texts)}", where=where, remedy=remedy)
     return {name: texts[name] for name in _shuffled(random.Random(seed), sorted(texts))[:count]}
 
 
 def _shuffled(rng: random.Random, things: Sequence[Thing]) -> list[Thing]:
-    """By `random()` alone, whose sequence Python keeps from version to version; that of `sample` it may change."""
+    """Uses only `random()`, whose sequence Python guarantees between versions; that of `sample` may change."""
     return sorted(things, key=lambda _: rng.random())
 
 
@@ -154,18 +135,15 @@ def order_of(seed: int, rater: int, prompts: list[str], models: int) -> list[tup
 
 def _check_least(option: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
-        raise InputError(f"`{option}` is {value}", where="command line", remedy=f"it must be {least} or more")
+        raise _wrong_command(f"`{option}` is {value}", f"it must be {least} or more")
 
 
 def name_sets(given: str | None, count: int) -> list[str]:
     """Names of the data sets, from `--sets`. InputError: another number than there are files, or one twice."""
     names = given.split(",") if given else [f"data set {number}" for number in range(1, count + 1)]
     if len(names) != count or len(set(names)) != count or not all(names):
-        raise InputError(
-            f"`--sets` is {given}, each model has {count} {'file' if count == 1 else 'files'}",
-            where="command line",
-            remedy="give each data set one name, with commas between them",
-        )
+        problem = f"`--sets` is {given}, each model has {count} {'file' if count == 1 else 'files'}"
+        raise _wrong_command(problem, "give each data set one name, with commas between them")
     return names
 
 
@@ -175,44 +153,42 @@ def read_texts(files: dict[str, list[str]], names: list[str], prompts: int | Non
     for place, name in enumerate(names):
         chosen = {model: paths[place] for model, paths in files.items()}
         first = next(iter(chosen.values()))
-        sets[name] = choose(read_set(chosen), prompts, f"{seed}/prompts/{place}", first)
-        for other in list(sets)[:-1]:
-            if both := sets[name].keys() & sets[other].keys():
-                raise InputError(
-                    f"prompt {shorten(min(both))} is in `{other}` too", where=first, remedy="leave it out of one"
-                )
+        texts = choose(read_set(chosen), prompts, f"{seed}/prompts/{place}", first)
+        for other, found in sets.items():
+            if both := texts.keys() & found.keys():
+                problem = f"prompt {shorten(min(both))} is in `{other}` too"
+                raise InputError(problem, where=first, remedy="leave it out of one")
+        sets[name] = texts
     return sets
 
 
 def study_name(key: dict) -> str:
-    """What tells a study from any other: a hash of all that its key holds."""
+    """The study's identity: a hash of everything in its key."""
     return hashlib.sha256(canonical({name: key[name] for name in key if name != "study"}).encode()).hexdigest()[:16]
 
 
 def read_key(path: Path) -> dict:
     """The key of a study. InputError: it cannot be read, or is not as `build` wrote it."""
-    try:
-        key = parse_json(path.read_bytes(), path)
-    except OSError as error:
-        raise InputError(
-            f"cannot read the key ({error.strerror})", where=str(path), remedy="give the key.json that `build` wrote"
-        ) from None
-    check_storable(key, str(path))
-    if not isinstance(key, dict) or key.get("study") != study_name(key):
-        found = shorten(key.get("study") if isinstance(key, dict) else key)
-        raise InputError(
-            f"this is no key, or a changed one: `study` is {found}, which is not the hash of the other fields",
-            where=str(path),
-            remedy="give the key.json that `build` wrote, unchanged",
-        )
+    remedy = "give the key.json that `build` wrote, unchanged"
+    key = _read(path, remedy)
+    if key.get("study") != study_name(key):
+        found = shorten(key.get("study"))
+        problem = f"this is no key, or a changed one: `study` is {found}, which is not the hash of the other fields"
+        raise InputError(problem, where=str(path), remedy=remedy)
     return key
+
+
+def _read(path: Path, remedy: str) -> dict:
+    """A JSON object. InputError: it cannot be read, or has texts that no file can hold."""
+    value = read_json(path, remedy)
+    check_storable(value, str(path))
+    return value
 
 
 def build(
     to: Path,
     named: list[str],
     raters: int,
-    *,
     seed: int | None = None,
     prompts: int | None = None,
     sets: str | None = None,
@@ -220,12 +196,12 @@ def build(
     """Write the key, then the pages, so that whatever page is out there can be read.
 
     Args:
-        seed: None draws one that nobody can guess, or takes that of the key in the folder. Who knows it can tell the
-            models behind the answers.
-        prompts: so many of each data set; None for all.
+        seed: None draws one that nobody can guess, or takes that of the key in the folder. Whoever knows it can tell
+            which model wrote which answer.
+        prompts: how many of each data set; None for all.
 
     Raises:
-        InputError: as `read_named` and `read_texts`; a number is no number of things; the folder holds another study.
+        InputError: as `read_named` and `read_texts`; a number is too small; the folder has another study.
     """
     _check_least("--raters", raters, 1)
     _check_least("--prompts", prompts, 1)
@@ -247,11 +223,10 @@ def build(
     }
     key["study"] = study_name(key)
     if before and before != key:
-        raise InputError(
-            f"the folder holds the key of another study, {before['study']}, without which nobody can read its ratings",
-            where=str(path),
-            remedy="give another folder with `--to`",
+        problem = (
+            f"the folder has the key of another study, {before['study']}, without which nobody can read its ratings"
         )
+        raise InputError(problem, where=str(path), remedy="give another folder with `--to`")
     _write(to, key, {name: text for found in texts.values() for name, text in found.items()})
 
 
@@ -260,9 +235,8 @@ def _write(to: Path, key: dict, texts: dict[str, dict]) -> None:
     try:
         pages.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"cannot make the folder ({error.strerror})", where=str(pages), remedy="give another `--to`"
-        ) from None
+        problem = f"cannot make the folder ({error.strerror})"
+        raise InputError(problem, where=str(pages), remedy="give another `--to`") from None
     write_json(to / "key.json", key)
     for rater in range(1, key["raters"] + 1):
         items = [
@@ -285,89 +259,72 @@ def read_ratings(path: str | Path, key: dict) -> tuple[int, np.ndarray]:
         InputError: the file is of another study or damaged, a rating is missing, doubled, or not from 1.00 to 5.00.
     """
     where = str(path)
-    rater, lines = _read_file(path, key)
+    rater, lines = _read_file(Path(path), key)
     names = [name for found in key["sets"].values() for name in found]
     orders = dict(order_of(key["seed"], rater, names, len(key["models"])))
-    places = {name: place for place, name in enumerate(names)}
     found = np.full((len(names), len(key["models"]), len(key["criteria"])), np.nan)
     for number, line in enumerate(lines, 1):
         place = f"{where}: rating {number}"
-        _check_rating(line, key, places, place)
+        _check_rating(line, key, orders, place)
         name, answer, criterion = line["prompt_id"], line["answer"], line["criterion"]
-        at = (places[name], orders[name][answer], key["criteria"].index(criterion))
+        at = (names.index(name), orders[name][answer], key["criteria"].index(criterion))
         if not np.isnan(found[at]):
-            raise InputError(f"`{name}`, answer {answer}, `{criterion}` stands twice", where=place, remedy="leave one")
+            raise InputError(
+                f"`{name}`, answer {answer}, `{criterion}` is there twice", where=place, remedy="leave one"
+            )
         found[at] = line["value"]
-    missing = int(np.isnan(found).sum())
-    if missing:
-        raise InputError(
-            f"{missing} of {found.size} ratings are missing",
-            where=where,
-            remedy="ask the rater for them: the page loads this file and goes on",
-        )
+    if missing := int(np.isnan(found).sum()):
+        remedy = "ask the rater for them: the page loads this file and goes on"
+        raise InputError(f"{missing} of {found.size} ratings are missing", where=where, remedy=remedy)
     return rater, found
 
 
-def _read_file(path: str | Path, key: dict) -> tuple[int, list]:
+def _read_file(path: Path, key: dict) -> tuple[int, list]:
     """Rater and ratings of a file of this study."""
-    where, again = str(path), "export it from the page again"
-    try:
-        given = parse_json(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise InputError(f"cannot read the file ({error.strerror})", where=where, remedy="correct the path") from None
-    check_storable(given, where)
-    if not isinstance(given, dict):
-        raise InputError(f"expected an object with ratings, found {shorten(given)}", where=where, remedy=again)
+    given, problem, remedy = _read(path, AGAIN), None, AGAIN
     if given.get("study") != key["study"]:
-        raise InputError(
-            f"`study` is {shorten(given.get('study'))}, the key's is {key['study']}",
-            where=where,
-            remedy="give the key of that study with `--key`",
-        )
-    rater, lines = given.get("rater"), given.get("ratings")
-    if type(rater) is not int or not 1 <= rater <= key["raters"]:
-        raise InputError(f"`rater` is {shorten(rater)}", where=where, remedy=f"it must be from 1 to {key['raters']}")
-    if not isinstance(lines, list):
-        raise InputError(f"`ratings` is {shorten(lines)}, no list", where=where, remedy=again)
-    return rater, lines
+        problem = f"`study` is {shorten(given.get('study'))}, the key's is {key['study']}"
+        remedy = "give the key of that study with `--key`"
+    elif type(given.get("rater")) is not int or not 1 <= given["rater"] <= key["raters"]:
+        problem = f"`rater` is {shorten(given.get('rater'))}"
+        remedy = f"it must be from 1 to {key['raters']}"
+    elif not isinstance(given.get("ratings"), list):
+        problem = f"`ratings` is {shorten(given.get('ratings'))}, no list"
+    if problem:
+        raise InputError(problem, where=str(path), remedy=remedy)
+    return given["rater"], given["ratings"]
 
 
-def _check_rating(line: object, key: dict, names: dict[str, int], where: str) -> None:
-    again = "export the file from the page again"
+def _check_rating(line: object, key: dict, prompts: Container[str], where: str) -> None:
     if not isinstance(line, dict):
-        raise InputError(f"expected an object, found {shorten(line)}", where=where, remedy=again)
+        raise InputError(f"expected an object, found {shorten(line)}", where=where, remedy=AGAIN)
     name, answer, criterion, value = (line.get(field) for field in ("prompt_id", "answer", "criterion", "value"))
-    if not isinstance(name, str) or name not in names:
-        raise InputError(f"`prompt_id` is {shorten(name)}, no prompt of this study", where=where, remedy=again)
-    if type(answer) is not int or not 0 <= answer < len(key["models"]):  # 1.0 and true are no places
-        raise InputError(
-            f"`answer` is {shorten(answer)}, not a whole number from 0 to {len(key['models']) - 1}",
-            where=where,
-            remedy=again,
-        )
-    if criterion not in key["criteria"]:
-        raise InputError(
-            f"`criterion` is {shorten(criterion)}, none of {', '.join(key['criteria'])}", where=where, remedy=again
-        )
-    if type(value) not in (int, float) or not LOWEST <= value <= HIGHEST or round(value, 2) != value:
-        remedy = "it must be from 1.00 to 5.00, with at most two decimals"
-        raise InputError(f"`value` is {shorten(value)}", where=where, remedy=remedy)
+    problem, remedy, models = None, AGAIN, len(key["models"])
+    if not isinstance(name, str) or name not in prompts:
+        problem = f"`prompt_id` is {shorten(name)}, no prompt of this study"
+    elif type(answer) is not int or not 0 <= answer < models:  # 1.0 and true are no places
+        problem = f"`answer` is {shorten(answer)}, not a whole number from 0 to {models - 1}"
+    elif criterion not in key["criteria"]:
+        problem = f"`criterion` is {shorten(criterion)}, none of {', '.join(key['criteria'])}"
+    elif type(value) not in (int, float) or not LOWEST <= value <= HIGHEST or round(value, 2) != value:
+        problem, remedy = f"`value` is {shorten(value)}", "it must be from 1.00 to 5.00, with at most two decimals"
+    if problem:
+        raise InputError(problem, where=where, remedy=remedy)
 
 
 def import_ratings(key_path: Path, files: list[str]) -> dict:
     """Figures of the raters' files, written beside the key.
 
     Raises:
-        InputError: as `read_key` and `read_ratings`; a rater stands in two files.
+        InputError: as `read_key` and `read_ratings`; a rater is in two files.
     """
     key = read_key(key_path)
     found: dict[int, tuple[str, np.ndarray]] = {}
     for path in files:
         rater, ratings = read_ratings(path, key)
         if rater in found:
-            raise InputError(
-                f"rater {rater} stands in {found[rater][0]} too", where=str(path), remedy="give one of them"
-            )
+            problem = f"rater {rater} is in {found[rater][0]} too"
+            raise InputError(problem, where=str(path), remedy="give one of them")
         found[rater] = (str(path), ratings)
     result = {
         "study": key["study"],
@@ -399,17 +356,11 @@ def main() -> None:
     reading.add_argument("files", nargs="+", metavar="FILE")
     reading.add_argument("--key", required=True)
     options = parser.parse_args()
-    if options.command == "build":
-        build(
-            Path(options.to),
-            options.models,
-            options.raters,
-            seed=options.seed,
-            prompts=options.prompts,
-            sets=options.sets,
-        )
-    else:
+    if options.command == "import":
         import_ratings(Path(options.key), options.files)
+        return
+    chosen = {name: getattr(options, name) for name in ("seed", "prompts", "sets")}
+    build(Path(options.to), options.models, options.raters, **chosen)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,23 @@
 Reads   ratings un-blinded by `report.study`: (raters, prompts, models, criteria); `results/paper.json`
 Writes  nothing itself: `report.study import` writes what is made here
 
-Intervals are percentile intervals of a bootstrap that draws raters and prompts anew, both, with replacement (Owen 2007,
+Intervals are percentile intervals of a bootstrap that resamples both raters and prompts, with replacement (Owen 2007,
 "The pigeonhole bootstrap"): other raters than these would have marked more strictly, and other prompts been harder. The
 raters drawn are the same for all prompts of a resample, so that a strict one stays strict; prompts are drawn within
 their data set. For two models the difference is taken within each resample, where what both share cancels.
 """
 
 import itertools
-import json
 import re
 
 import numpy as np
 
 from evaluation.intervals import estimate, figure, percentile_interval, signed
-from pipeline.recipe import REPOSITORY
-from report.figures import IN_RED, NAME, Pictures, forest, forest_height, named, picture
+from evaluation.paper import paper_marks
+from evaluation.render import markdown_table
 from report.page import render
+from report.pictures import IN_RED, NAME, Pictures, forest, forest_height, named, picture
 
-PAPER = REPOSITORY / "results" / "paper.json"
 RESAMPLES = 10_000
 TOGETHER = "All prompts"
 DIGITS = 2  # as the marks
@@ -102,31 +101,20 @@ def figures(ratings: np.ndarray, key: dict) -> dict:
         sets[name] = list(range(start, start + len(prompts)))
         start += len(prompts)
     together = part(ratings, list(sets.values()), key)
+    averages = {model: means["average"]["mean"] for model, means in together["means"].items()}
+    several = sets if len(sets) > 1 else {}
     return {
         "together": together,
-        "sets": {
-            name: part(ratings[:, places], [list(range(len(places)))], key)
-            for name, places in sets.items()
-            if len(sets) > 1
-        },
-        "paper": beside_the_paper({model: means["average"]["mean"] for model, means in together["means"].items()}),
+        "sets": {name: part(ratings[:, at], [list(range(len(at)))], key) for name, at in several.items()},
+        "paper": beside_the_paper(averages),
     }
-
-
-def paper_means() -> dict[str, float]:
-    """The paper's Table 3: the mean of the four criteria by model."""
-    return json.loads(PAPER.read_text(encoding="utf-8"))["table3_human_quality"]
 
 
 def beside_the_paper(means: dict[str, float]) -> dict[str, dict]:
     """Name and mean of the paper's row, and the difference of ours from it, for models whose name is the paper's."""
-    rows = {name.casefold(): (name, mean) for name, mean in paper_means().items()}
-    return {
-        model: {"name": rows[model.casefold()][0], "mean": rows[model.casefold()][1]}
-        | {"difference": round(mean - rows[model.casefold()][1], 4)}
-        for model, mean in means.items()
-        if model.casefold() in rows
-    }
+    paper = {name.casefold(): {"name": name, "mean": mean} for name, mean in paper_marks().items()}
+    found = {model: paper[model.casefold()] for model in means if model.casefold() in paper}
+    return {model: row | {"difference": round(means[model] - row["mean"], 4)} for model, row in found.items()}
 
 
 def _parts(result: dict) -> list[tuple[str, dict]]:
@@ -164,16 +152,15 @@ def remarks(result: dict) -> list[str]:
     found = [
         f"Raters: {result['raters']}; prompts: {counts}; models: {len(result['together']['means'])}. "
         "Criteria from 1.00 (worst) to 5.00 (best).",
-        "Mean [95 % interval] over raters and prompts: a bootstrap that draws both anew, prompts within their data "
-        "set.",
-        "A difference of two models is taken within each resample. Where its interval holds zero, the study does not "
-        f"tell the two apart. Pairs compared: {pairs}; no interval is widened for their number.",
+        "Mean [95 % interval] over raters and prompts: a bootstrap that resamples both, prompts within their data set.",
+        "A difference of two models is taken within each resample. Where its interval includes zero, the study does "
+        f"not tell the two apart. Pairs compared: {pairs}; no interval is widened for their number.",
     ]
     if result["raters"] == 1:
-        found.append("With one rater the intervals are over prompts alone and say nothing about other raters.")
+        found.append("With one rater the intervals are over prompts only and say nothing about other raters.")
     elif result["raters"] < 10:
         found.append(
-            "With fewer than 10 raters the intervals are too short: those of 5 hold the truth in about 87 of 100."
+            "With fewer than 10 raters the intervals are too short: those of 5 contain the truth in about 87 of 100."
         )
     if result["missing_raters"]:
         found.append(f"Not in yet: raters {', '.join(map(str, result['missing_raters']))}.")
@@ -181,13 +168,13 @@ def remarks(result: dict) -> list[str]:
 
 
 def _paper_remark(result: dict) -> str:
-    names = paper_means()
+    names = paper_marks()
     matched = {paper["name"] for paper in result["paper"].values()}
     left = [f"{name} {mean:.2f}" for name, mean in names.items() if name not in matched]
     return (
         "Column «paper»: the mean of the four criteria in the paper's Table 3 (15 + 15 prompts, 20 raters, no "
         f"intervals), for models named as its rows are ({', '.join(names)}; capitals do not matter). «difference»: our "
-        "average less it. Other models, prompts and raters than the paper's are in that difference, too."
+        "average minus it. Other models, prompts and raters than the paper's are in that difference, too."
         + (f" Rows of the paper without a model here: {', '.join(left)}." if left else "")
     )
 
@@ -198,14 +185,12 @@ def table(result: dict) -> str:
     for remark in remarks(result):
         lines += [remark, ""]
     for section in sections(result):
-        lines += [f"## {_cell(section['title'])}", "", *_rows(section["head"], section["rows"]), ""]
-        lines += [*_rows(section["differences"]["head"], section["differences"]["rows"]), ""]
+        lines += [f"## {_cell(section['title'])}", "", *_rows(section), "", *_rows(section["differences"]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *([_cell(row[0]), *row[1:]] for row in rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def _rows(grid: dict) -> list[str]:
+    return markdown_table(grid["head"], [[_cell(row[0]), *row[1:]] for row in grid["rows"]])
 
 
 def _cell(text: str) -> str:
@@ -238,7 +223,9 @@ def pictures(title: str, each: dict, paper: dict[str, dict]) -> list[Pictures]:
     caption += " Each picture has its own scale, not the marks' 1 to 5."
     return [
         Pictures(means, caption),
-        Pictures(differences, "Differences: where the line holds zero, the study does not tell the two models apart."),
+        Pictures(
+            differences, "Differences: where the line includes zero, the study does not tell the two models apart."
+        ),
     ]
 
 

@@ -32,7 +32,9 @@ for pair, texts in zip(PAIRS, (["a" * 40, "b" * 140], ["a", "b"], ["a" * 300, "b
 
 
 def columns_of(pairs: list[dict]) -> stage.Columns:
-    return stage.read_columns(("pairs.jsonl", {"set": "written", **pair}) for pair in pairs)["written"]
+    return stage.read_columns(("pairs.jsonl", {"set": "written", "prompt_id": "p", **pair}) for pair in pairs)[
+        "written"
+    ]
 
 
 def test_margins_by_hand():

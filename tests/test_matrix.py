@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from conftest import REPOSITORY
 
-from evaluation.matrix import expand, load_matrix, select
+from evaluation.matrix import expand, load_matrix, method_name, select
 from hps.errors import InputError
 from pipeline.recipe import load_recipe
 
@@ -35,7 +35,7 @@ def test_shared_trainings_are_one_run_and_names_are_unique():
     """30 of Table 2, 6 more for n, 8 for beta, 23 for the ablation; DPO-HPS on HH-RLHF stands in every table."""
     runs = expand(load_matrix("paper"))
     assert len(runs) == 30 + 6 + 8 + 23
-    assert [run.method for run in runs if run.tables == {2, 4, 5, 6, 7, 8, "ablation"}] == ["DPO-HPS"]
+    assert [method_name(run.recipe) for run in runs if run.tables == {2, 4, 5, 6, 7, 8, "ablation"}] == ["DPO-HPS"]
     folders = [run.recipe.run_folder() for run in runs]
     assert len(set(folders)) == len(folders)
 

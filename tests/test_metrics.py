@@ -6,6 +6,7 @@ import pytest
 from sacrebleu import corpus_bleu
 
 from evaluation import metrics as stage
+from evaluation import text_figures
 from evaluation.summary import outcome, side_by_side
 from hps.errors import InputError
 from pipeline.records import read_jsonl, read_prompts, write_json
@@ -54,7 +55,7 @@ def test_tokenized_texts_are_not_kept(bleu):
         answers = answers_of(CAT, f"answer {number}", tokens=[6, 2])
         stage.bleu_figures(answers, [{"score": 0.0}] * 2, [CAT], [{"score": 0.0}], bleu)
         bleu.counts([[(text, CAT) for text in answers["responses"]]])
-    for tokenizer in (stage.Tokenizer13a, stage.TokenizerRegexp):
+    for tokenizer in (text_figures.Tokenizer13a, text_figures.TokenizerRegexp):
         assert 0 < tokenizer.__call__.cache_info().currsize <= 3
 
 
@@ -225,8 +226,9 @@ def test_what_training_changed(evaluated):
     prompts = [record for _, record in read_prompts(evaluated.data.test.path, 4)]
     assert [each["prompt"] for each in shown] == [prompts[1]["prompt"], prompts[3]["prompt"]]
     assert [each["change"] for each in shown] == [1, 3]
-    assert shown[1]["before"] == {"text": prompts[3]["responses"][0], "score": 0.0, "proxy": 10.0}
-    assert shown[1]["after"] == {"text": prompts[3]["responses"][0], "score": 3.0, "proxy": 15.0}
+    middle = {"text": prompts[3]["responses"][0], "cut": False}
+    assert shown[1]["before"] == middle | {"score": 0.0, "tokens": 10, "proxy": 10.0}
+    assert shown[1]["after"] == middle | {"score": 3.0, "tokens": 11, "proxy": 15.0}
 
 
 def test_what_ranked_stands_beside_what_judges(evaluated):

@@ -6,12 +6,14 @@ import shutil
 from array import array
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, make_plan, ranked_records
 from matplotlib.figure import Figure
 
 from alignment.plan import plan, run_settings
 from evaluation.intervals import FEW, estimate, few, figure, signed
+from evaluation.render import number
 from hps.errors import InputError
 from pipeline.records import Lines, write_json
 from pipeline.stage import file_hash, fingerprint, finish, write_manifest
@@ -19,11 +21,11 @@ from report import answer_examples as answers_of
 from report import draws, run_pictures
 from report.draws import Draws
 from report.explore import explorer
-from report.figures import MOST_POINTS, MOST_STEPS, Picture, curve, forest, histogram, picture, scatter, thinned
 from report.origin import origin
 from report.page import HERE, counted, cut_texts, fitting, render, script_json
+from report.pictures import MOST_POINTS, MOST_STEPS, Picture, curve, forest, histogram, picture, scatter, thinned
 from report.run import report, short_names
-from report.table import number, page
+from report.table import page
 
 pytestmark = pytest.mark.slow
 
@@ -174,7 +176,7 @@ def test_draws_agree_with_the_plans_own_table(ranked_recipe, write_lines, overri
     stages, first = facts["stages"], 0
     for stage in stages:
         last = first + stage["rows"]
-        for name, values in (("rank", found.place), ("reward_gap", found.reward_gap), ("length_gap", found.length_gap)):
+        for name, values in zip(("rank", "reward_gap", "length_gap"), found.figures, strict=True):
             assert sum(values[first:last]) / stage["rows"] == pytest.approx(stage[name], abs=6e-4), (stage, name)
         first = last
     assert first == len(rows) == len(found.step)
@@ -390,7 +392,7 @@ def test_gamma_and_hardness_are_of_hps_alone():
     lines = [{"step": step, "loss": 0.5, "gamma": 0.0, "rewards/accuracies": 0.5} for step in (1, 2)]
     titles = {}
     for preference in ("hps", "bt"):
-        found = run_pictures.training(lines, Draws(array("l", [1, 2]), place=array("d", [3.0, 1.0])), preference)
+        found = run_pictures.training(lines, Draws(np.array([1, 2]), np.zeros(2), np.array([[3.0, 1.0]])), preference)
         titles[preference] = [panel.text.partition(",")[0] for panel in found.panels]
         assert ("gamma" in found.caption) == (preference == "hps")
     assert titles["bt"] == ["loss (nats)", "share of pairs in order"]
@@ -555,7 +557,7 @@ def test_every_committed_table_has_a_page(path):
         for row in part["matched"].get("cells", {}).values():
             assert all(number(entry) in text for entry in row.values())
         if part["matched"]:
-            assert f"KL of y_1 {figure(part['matched']['kl']['written'])} nats on the written pairs" in text
+            assert f"preferred response {figure(part['matched']['kl']['written'])} nats on the written pairs" in text
     for name in ("sft", "dpo-hps"):
         result = path.parent / "runs" / "pku_safe" / f"{name}.json"
         assert f"<td>runs/pku_safe/{name}.json</td><td><code>{file_hash(result)}</code></td>" in text

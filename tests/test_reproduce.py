@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from evaluation import matrix, reproduce, results, table_files
+from evaluation import matrix, reproduce, results, tables
 from evaluation import table4 as judged
 from evaluation.cost import judge_seconds
 from evaluation.matrix import load_matrix
@@ -82,7 +82,7 @@ def scripts(tmp_path, monkeypatch):
     """Reproduce Table 8 at the small scale into a folder of its own."""
     replaced = Scripts()
     (tmp_path / "results" / "quickstart").mkdir(parents=True)
-    for module in (reproduce, results, table_files, judged):
+    for module in (reproduce, results, judged, tables):
         monkeypatch.setattr(module, "REPOSITORY", tmp_path)
     for name in ("configs", "data", "models"):
         (tmp_path / name).symlink_to(reproduce.Path(__file__).resolve().parent.parent / name)
@@ -183,7 +183,8 @@ def test_two_data_sets_do_not_hide_each_other(scripts, monkeypatch):
     """The same method fails on both sets: two failures, and every run has its own seconds."""
     both = load_matrix("quickstart")
     both["grids"] = [{"tables": [2], "data": list(both["recipes"]), "values": {"loss.preference": ["bt", "hps"]}}]
-    monkeypatch.setattr(reproduce, "load_matrix", lambda scale: both)
+    for module in (reproduce, tables):
+        monkeypatch.setattr(module, "load_matrix", lambda scale: both)
     monkeypatch.setattr(matrix, "all_runs", lambda scale: matrix.expand(both))
     scripts.broken = {("run.sh", "dpo-bt")}
     assert reproduce.reproduce("2", "quickstart", None) == 2
@@ -199,7 +200,7 @@ def test_only_what_no_run_is_called(scripts):
 @pytest.mark.parametrize("text", ['{"run": "x"}', '{"run": "x", "ke', "[]"])
 def test_a_damaged_result_is_named(scripts, text):
     reproduce.reproduce("8", "quickstart", "beta0.5")
-    (run,) = (e for e in reproduce.needed("8", "quickstart") if e.name == "dpo-bt-beta0.5")
+    (run,) = (e for e in tables.needed("8", "quickstart") if e.name == "dpo-bt-beta0.5")
     run.path("quickstart").write_text(text)
     with pytest.raises(InputError, match="dpo-bt-beta0.5.json: this is no result .*; take it from git again"):
         find(run, "quickstart")
@@ -233,7 +234,7 @@ def test_a_script_that_outlives_its_driver_keeps_the_lock(tmp_path, monkeypatch)
     if child == 0:
         with hold(tmp_path / "results") as lock:
             recipe = evaluation(f"output={tmp_path / 'runs'}").recipe
-            reproduce.Driver("quickstart", {}, lock).call(str(script), [], recipe, "x")
+            reproduce.Driver("quickstart", lock).call(str(script), [], recipe, "x")
         os._exit(0)
     while not started.exists():
         time.sleep(0.01)
@@ -300,7 +301,7 @@ CHANGES = [
 
 def test_committed_results_are_found():
     """A new field of the recipe must not make its default another result: 2.5 hours would be done again."""
-    runs = [run for table in ("2", "6", "8", "ablation") for run in reproduce.needed(table, "quickstart")]
+    runs = [run for table in ("2", "6", "8", "ablation") for run in tables.needed(table, "quickstart")]
     assert len(runs) > 30 and not [run.name for run in runs if find(run, "quickstart") is None]
 
 
@@ -323,7 +324,7 @@ def test_a_changed_data_file_is_another_result(scripts, tmp_path):
 
 def test_a_result_of_other_settings_is_not_found(scripts):
     reproduce.reproduce("8", "quickstart", "beta0.5")
-    (run,) = (e for e in reproduce.needed("8", "quickstart") if e.name == "dpo-bt-beta0.5")
+    (run,) = (e for e in tables.needed("8", "quickstart") if e.name == "dpo-bt-beta0.5")
     assert find(run, "quickstart")["run"] == "dpo-bt-beta0.5"
     run.recipe.seed = 7
     assert find(run, "quickstart") is None

@@ -141,7 +141,7 @@ def test_a_folder_keeps_its_key(study, answered):
     assert (study / "key.json").read_bytes() == before and page.read_bytes() == text
     other = [f"alpha={answered('alpha', 2)}", f"beta={answered('beta', 2)}"]
     for files, raters, seed in ((named, 2, 6), (named, 3, None), (other, 2, None)):
-        with pytest.raises(InputError, match=r"key\.json: the folder holds the key of another study, .*`--to`"):
+        with pytest.raises(InputError, match=r"key\.json: the folder has the key of another study, .*`--to`"):
             build(study, files, raters=raters, seed=seed)
     (study / "key.json").write_text("{}")
     with pytest.raises(InputError, match=r"key\.json: this is no key, or a changed one"):
@@ -205,7 +205,7 @@ def test_ratings_come_back_to_their_models(study, tmp_path):
     assert json.loads((study / "study.json").read_text()) == result
     text = (study / "study.md").read_text()
     assert "| alpha | 4.00 [4.00, 4.00] |" in text and "| alpha − beta | +2.00 [+2.00, +2.00] |" in text
-    assert "a bootstrap that draws both anew" in text and "fewer than 10 raters the intervals are too short" in text
+    assert "a bootstrap that resamples both" in text and "fewer than 10 raters the intervals are too short" in text
     assert "All prompts" in (study / "study.html").read_text()
 
 
@@ -329,8 +329,8 @@ def changed(ratings: dict, **fields) -> dict:
         (lambda r: {**r, "rater": 3}, "`rater` is 3; it must be from 1 to 2"),
         (lambda r: {**r, "rater": True}, "`rater` is true"),
         (lambda r: {**r, "rater": 1.0}, "`rater` is 1.0"),
-        (lambda r: {"study": r["study"], "rater": 1}, "`ratings` is null, no list; export it"),
-        (lambda r: [r], "expected an object with ratings"),
+        (lambda r: {"study": r["study"], "rater": 1}, "`ratings` is null, no list; export the file"),
+        (lambda r: [r], "expected a JSON object"),
         (lambda r: "{", "broken JSON"),
         (lambda r: "[" * 100_000, "unreadable JSON"),
         (lambda r: {**r, "ratings": [3]}, "rating 1: expected an object, found 3"),
@@ -362,7 +362,7 @@ def test_what_is_refused(study, tmp_path, change, said):
 
 def test_a_rater_twice_is_refused(study, tmp_path):
     paths = [save(tmp_path, rated(study, 1, lambda *_: 3), name) for name in ("a.json", "b.json")]
-    with pytest.raises(InputError, match=r"b\.json: rater 1 stands in .*a\.json too"):
+    with pytest.raises(InputError, match=r"b\.json: rater 1 is in .*a\.json too"):
         import_ratings(study / "key.json", paths)
 
 
@@ -373,9 +373,9 @@ def test_a_key_that_is_none(study, tmp_path):
     renamed = {**key, "models": ["beta", "alpha"]}
     for number, (text, said) in enumerate(
         (
-            (None, "cannot read the key"),
+            (None, "cannot read the file"),
             ("{", "broken JSON"),
-            ("[1]", "this is no key"),
+            ("[1]", "expected a JSON object"),
             ("{}", "`study` is null"),
             (json.dumps(renamed), "a changed one"),
             ('{"study": "\\ud800"}', "half a character"),
@@ -403,8 +403,8 @@ def test_models_that_cannot_be_compared(tmp_path, answered, write_lines):
         ([a, f"{c},x"], "`c` has 2 files, `a` has 1"),
         ([a, b], r'jsonl:3: prompt "p2" is answered by one of `a` and `b` alone, as 1 are'),
         ([a, other], r'd\.jsonl:1: `prompt` of "p0" is another one than in .*jsonl:1'),
-        ([a, twice], r'e\.jsonl:3: `prompt_id` "p0" stands twice, first in .*e\.jsonl:1'),
-        ([a, empty], r"f\.jsonl: the file holds no answers"),
+        ([a, twice], r'e\.jsonl:3: `prompt_id` "p0" is there twice, first in .*e\.jsonl:1'),
+        ([a, empty], r"f\.jsonl: the file has no answers"),
     ):
         with pytest.raises(InputError, match=said):
             build(tmp_path / "study", named, raters=1)
@@ -418,7 +418,7 @@ def test_models_that_cannot_be_compared(tmp_path, answered, write_lines):
         ({"seed": -1}, "`--seed` is -1; it must be 0 or more"),
         ({"prompts": 0}, "`--prompts` is 0; it must be 1 or more"),
         ({"prompts": -1}, "`--prompts` is -1"),
-        ({"prompts": 4}, r"jsonl: `--prompts` is 4, the file holds 3; give at most 3"),
+        ({"prompts": 4}, r"jsonl: `--prompts` is 4, the file has 3; give at most 3"),
         ({"sets": "hh,pku"}, "`--sets` is hh,pku, each model has 1 file;"),
     ],
 )

@@ -92,5 +92,5 @@ def test_any_terminal_gets_every_text(monkeypatch):
 def test_what_has_not_run_yet_is_named(recipe, missing):
     write_results(recipe)
     (recipe.run_folder().parent / missing).unlink()
-    with pytest.raises(InputError, match=rf"{missing}: there is no such file; run gene\.sh and run\.sh first"):
+    with pytest.raises(InputError, match=rf"{missing}: cannot read the file .*; run gene\.sh and run\.sh first"):
         summarize(recipe, 100)

@@ -1,4 +1,4 @@
-"""evaluation/tables.py and table_files.py: cells by hand, reading at one divergence, flags on the paper's figures."""
+"""evaluation/cells.py, paper.py, matched.py and tables.py: cells by hand, one divergence, the paper's flags."""
 
 import copy
 import json
@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from evaluation import matched, render, table_files, tables
+from evaluation import matched, paper, render, reproduce, tables
+from evaluation.cells import SAMPLES, Cell, cell_figures
 from evaluation.matrix import load_matrix, select
 from evaluation.results import Evaluated
 from pipeline.recipe import REPOSITORY, load_recipe
@@ -37,8 +38,8 @@ def result(seed: int = 42, shift: float = 0.0, steps: tuple[str, ...] = ("3", "f
 
 def test_a_cell_averages_over_the_seeds():
     """Margins 3 and 5 on average over the prompts: 4, standard deviation over the two seeds sqrt 2."""
-    cell = tables.Cell("DPO-HPS", [result(), result(43, shift=2.0)], {"rm_dpo": 2.723, "bleu": 0.232})
-    figures = tables.cell_figures(cell)
+    cell = Cell("DPO-HPS", [result(), result(43, shift=2.0)], {"rm_dpo": 2.723, "bleu": 0.232})
+    figures = cell_figures(cell)
     assert figures["rm_dpo"]["mean"] == 4.0 and figures["rm_dpo"]["paper"] == 2.723
     assert figures["rm_dpo"]["difference"] == pytest.approx(1.277)
     assert figures["rm_dpo"]["seeds"] == 2 and figures["rm_dpo"]["prompts"] == 4
@@ -54,14 +55,14 @@ def test_a_cell_averages_over_the_seeds():
 
 def test_prompts_that_a_seed_lacks_are_left_out_of_the_mean():
     other = result(43, reward_best=[1.0, None, 3.0, 8.0])
-    names, values = tables.Cell("x", [result(), other]).column("reward")
+    names, values = Cell("x", [result(), other]).column("reward")
     assert names == ["a", "c", "d"] and values.tolist() == [[1, 3, 4], [1, 3, 8]]
 
 
 def test_hps_is_paired_with_the_baselines_of_its_family_and_setting():
     """HPS has margins 2 above BT's at every prompt: the difference is 2 without any width, though margins vary."""
-    cells = [tables.Cell("DPO-BT, n = 4", [result()]), tables.Cell("DPO-HPS, n = 4", [result(shift=2.0)])]
-    cells += [tables.Cell("DPO-BT, n = 8", [result()]), tables.Cell("EXO-HPS, n = 4", [result()])]
+    cells = [Cell("DPO-BT, n = 4", [result()]), Cell("DPO-HPS, n = 4", [result(shift=2.0)])]
+    cells += [Cell("DPO-BT, n = 8", [result()]), Cell("EXO-HPS, n = 4", [result()])]
     (row,) = matched.differences(matched.against_baselines(cells), None)
     assert row["label"] == "DPO-HPS, n = 4 less BT" and row["by_seed"] == {}
     assert row["figures"]["rm_dpo"] == {"mean": 2.0, "interval": [2.0, 2.0], "prompts": 4}
@@ -70,8 +71,8 @@ def test_hps_is_paired_with_the_baselines_of_its_family_and_setting():
 
 def test_differences_by_seed():
     """Seed 42: 2 above the baseline, seed 43: 1 below; seed 44 has no baseline."""
-    ours = tables.Cell("DPO-HPS", [result(shift=2.0), result(43, shift=-1.0), result(44)])
-    theirs = tables.Cell("DPO-BT", [result(), result(43)])
+    ours = Cell("DPO-HPS", [result(shift=2.0), result(43, shift=-1.0), result(44)])
+    theirs = Cell("DPO-BT", [result(), result(43)])
     (row,) = matched.differences(matched.against_baselines([ours, theirs]), None)
     assert {seed: found["rm_dpo"] for seed, found in row["by_seed"].items()} == {"42": 2.0, "43": -1.0}
 
@@ -79,7 +80,7 @@ def test_differences_by_seed():
 def test_the_ablation_is_read_in_pairs():
     """N on and off at each gamma that both have, and the scheduled gamma and each fixed one of the same N."""
     labels = ["N off, gamma -5 to 5", "N off, gamma -5", "N off, gamma 0", "N on, gamma -5"]
-    cells = [tables.Cell(label, [result(shift=place)]) for place, label in enumerate(labels)]
+    cells = [Cell(label, [result(shift=place)]) for place, label in enumerate(labels)]
     rows = {
         row["label"]: row["figures"]["rm_dpo"]["mean"]
         for row in matched.differences(matched.within_ablation(cells), None)
@@ -93,7 +94,7 @@ def test_the_ablation_is_read_in_pairs():
 
 def test_what_lies_below_the_first_point_is_marked():
     """Both are read at KL 0.25, one was first measured at 1: half its margin of 1, no share in order."""
-    far, near = tables.Cell("far", [result()]), tables.Cell("near", [result()])
+    far, near = Cell("far", [result()]), Cell("near", [result()])
     for pairs in near.results[0]["pairs"].values():
         pairs["points"] = {"final": {**pairs["points"]["final"], "kl": [0.25] * 4}}
     found = matched.matched([far, near], None)["cells"]
@@ -113,7 +114,7 @@ def test_pairs_are_those_of_one_prompt_whatever_their_order():
         for figures in pairs["points"].values():
             for values in figures.values():
                 values.reverse()
-    cells = [tables.Cell("a", [result()]), tables.Cell("b", [turned])]
+    cells = [Cell("a", [result()]), Cell("b", [turned])]
     found = matched.difference_at_kl(*(matched.curve(cell, "ranked", "rm_dpo") for cell in cells))
     assert found["mean"] == 0.0 and found["interval"] == [0.0, 0.0]
 
@@ -132,10 +133,7 @@ def test_differences_are_paired_by_prompt_where_others_were_answered():
     """Rewards vary widely over the prompts and are equal in both cells at each: 0 without any width, though one cell
     lacks `a` and the other `d`; by position `b` would stand beside `a`."""
     rewards = {"reward_mean": [-9.0, 0.0, 4.0, 30.0]}
-    cells = [
-        tables.Cell(label, [without(result(**rewards), {lacks})])
-        for label, lacks in (("DPO-HPS", "a"), ("DPO-BT", "d"))
-    ]
+    cells = [Cell(label, [without(result(**rewards), {lacks})]) for label, lacks in (("DPO-HPS", "a"), ("DPO-BT", "d"))]
     sft = {"prompts": {"prompt_id": NAMES[::-1], "reward_mean": [1.0, 2.0, 3.0, None]}}
     found = matched.matched_differences(*cells, sft)["reward_mean"]
     assert found == {"mean": 0.0, "interval": [0.0, 0.0], "at_kl": 2.0}
@@ -143,7 +141,7 @@ def test_differences_are_paired_by_prompt_where_others_were_answered():
     assert (
         rows["DPO-HPS"]["reward_mean"] == rows["DPO-BT"]["reward_mean"] == rows["DPO-BT"]["reward_mean"] | {"mean": 2.0}
     )
-    nobody = tables.Cell("x", [without(result(), set(NAMES))])
+    nobody = Cell("x", [without(result(), set(NAMES))])
     assert "reward_mean" not in matched.matched_differences(cells[0], nobody, sft)
     assert matched.paired(cells[0], nobody, "reward_mean") is None
 
@@ -156,14 +154,14 @@ def test_pairs_that_one_cell_lacks_are_left_out_of_the_difference():
         for figures in pairs["points"].values():
             for name, values in figures.items():
                 figures[name] = values[1:]
-    found = matched.matched_differences(tables.Cell("a", [result()]), tables.Cell("b", [short]), None)
+    found = matched.matched_differences(Cell("a", [result()]), Cell("b", [short]), None)
     assert found["rm_dpo"] == {"mean": 0.0, "interval": [0.0, 0.0], "at_kl": 2.0}
 
 
 @pytest.mark.parametrize("kl", [0.12344, 0.12346, 1 / 3])
 def test_what_is_read_at_the_first_point_is_not_below_it(kl):
     """Both were measured at one KL, which four decimals round down or up."""
-    cells = [tables.Cell(name, [result(steps=("final",))]) for name in "ab"]
+    cells = [Cell(name, [result(steps=("final",))]) for name in "ab"]
     for cell in cells:
         for pairs in cell.results[0]["pairs"].values():
             pairs["points"]["final"]["kl"] = [kl, kl, kl / 3, kl / 7]
@@ -174,27 +172,27 @@ def test_what_is_read_at_the_first_point_is_not_below_it(kl):
 
 def test_a_reward_beyond_the_end_of_its_curve_says_where_it_was_read():
     curve = (np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[0.0, 0.0], [2.0, 2.0]]))
-    entry = matched.read_at(curve, np.full(1 + tables.SAMPLES, 4.0))
+    entry = matched.read_at(curve, np.full(1 + SAMPLES, 4.0))
     assert entry["mean"] == 2.0 and entry["at_kl"] == 1.0
 
 
 def read(curve, kl: float) -> float:
     """The value at a KL, over all prompts."""
-    return float(matched.readings(curve, np.full(1 + tables.SAMPLES, kl))[0])
+    return float(matched.readings(curve, np.full(1 + SAMPLES, kl))[0])
 
 
 def test_reading_at_one_divergence_by_hand():
     """KL 0, 1, 4 and margins 0, 1, 3: linear in the root of KL, so at KL 2.25 half way from 1 to 3."""
     found = result()
     found["pairs"]["written"]["points"]["final"]["kl"] = [4.0] * 4
-    kl, margins = matched.curve(tables.Cell("x", [found]), "written", "rm_dpo")
+    kl, margins = matched.curve(Cell("x", [found]), "written", "rm_dpo")
     assert kl.mean(axis=1).tolist() == [0, 1, 4] and margins.mean(axis=1).tolist() == [0, 1, 3]
     assert read((kl, margins), 2.25) == 2.0
     assert read((kl, margins), 0.25) == 0.5
 
 
 def test_the_share_in_order_has_no_value_before_the_first_point():
-    kl, shares = matched.curve(tables.Cell("x", [result()]), "written", "rm_dpo_accuracy")
+    kl, shares = matched.curve(Cell("x", [result()]), "written", "rm_dpo_accuracy")
     assert kl.mean(axis=1).tolist() == [1, 2]
     assert read((kl, shares), 0.1) == 0.75
 
@@ -202,13 +200,13 @@ def test_the_share_in_order_has_no_value_before_the_first_point():
 def test_a_policy_that_comes_back_is_read_on_its_way_out():
     found = result()
     found["pairs"]["written"]["points"]["final"]["kl"] = [0.5] * 4
-    kl, margins = matched.curve(tables.Cell("x", [found]), "written", "rm_dpo")
+    kl, margins = matched.curve(Cell("x", [found]), "written", "rm_dpo")
     assert kl.mean(axis=1).tolist() == [0, 1] and margins.mean(axis=1).tolist() == [0, 1]
 
 
 def test_a_difference_at_one_divergence_is_paired():
     """At KL 1, all that the second reached: 1 less 1 + 4; margins vary over the prompts, their difference does not."""
-    far, near = tables.Cell("far", [result()]), tables.Cell("near", [result(shift=4.0)])
+    far, near = Cell("far", [result()]), Cell("near", [result(shift=4.0)])
     near.results[0]["pairs"]["written"]["points"].pop("final")
     found = matched.difference_at_kl(*(matched.curve(cell, "written", "rm_dpo") for cell in (far, near)))
     assert found == {"mean": -4.0, "interval": [-4.0, -4.0], "at_kl": 1.0}
@@ -217,7 +215,7 @@ def test_a_difference_at_one_divergence_is_paired():
 def test_matched_is_what_every_cell_reached():
     """The second cell stops at KL 1: the first is read there too, and has margin 1; its rewards go
     from 0 to 1 in KL 2, so that they are at the root of one half."""
-    far, near = tables.Cell("far", [result()]), tables.Cell("near", [result(shift=4.0)])
+    far, near = Cell("far", [result()]), Cell("near", [result(shift=4.0)])
     for pairs in near.results[0]["pairs"].values():
         pairs["points"]["final"]["kl"] = [1.0] * 4
         pairs["points"].pop("3")
@@ -238,44 +236,44 @@ def test_flags_on_the_papers_length_term():
 
     In Table 5 it is -0.683 on HH in 5 of 15 rows.
     """
-    flags = tables.length_term_flags(tables.paper_rows("2", "pku_safe"), "Table 2")
+    flags = paper.length_term_flags(paper.paper_rows("2", "pku_safe"), "Table 2")
     assert len(flags) == 15 - 7 and all("-0.608 in 7 of 15" in flag for flag in flags)
-    flags = tables.length_term_flags(tables.paper_rows("5", "hh_rlhf"), "Table 5")
+    flags = paper.length_term_flags(paper.paper_rows("5", "hh_rlhf"), "Table 5")
     assert all("-0.683 in " in flag for flag in flags) and len(flags) <= 15 - 5
-    (flag,) = tables.length_term_flags(tables.paper_rows("2", "hh_rlhf"), "Table 2")
+    (flag,) = paper.length_term_flags(paper.paper_rows("2", "hh_rlhf"), "Table 2")
     assert "no common value in the paper (-1.419 to -0.044 over 15 rows)" in flag
 
 
 def test_consistent_rows_are_not_flagged():
     rows = {str(n): {"rm_dpo": n, "rm_r_dpo": n - 0.6} for n in range(4)}
-    assert tables.length_term_flags(rows, "x") == []
+    assert paper.length_term_flags(rows, "x") == []
     rows["odd"] = {"rm_dpo": 1.0, "rm_r_dpo": 1.5}
-    (flag,) = tables.length_term_flags(rows, "x")
+    (flag,) = paper.length_term_flags(rows, "x")
     assert "odd: RM_R-DPO - RM_DPO is 0.500 in the paper, -0.600 in 4 of 5 rows" in flag
 
 
 def test_percentages_that_do_not_add_up():
     rows = {"good": {"win": 50, "lose": 30, "tie": 20}, "bad": {"win": 50, "lose": 30, "tie": 21}}
-    (flag,) = tables.percentage_flags(rows, "Table 4")
+    (flag,) = paper.percentage_flags(rows, "Table 4")
     assert flag == "Table 4: bad: the paper's percentages add up to 101.000"
 
 
 @pytest.mark.parametrize(("number", "rows"), [("2", 16), ("5", 15), ("6", 8), ("7", 8), ("8", 10), ("ablation", 0)])
 def test_every_table_of_the_paper_is_read(number, rows):
-    assert len(tables.paper_rows(number, "hh_rlhf")) == rows
+    assert len(paper.paper_rows(number, "hh_rlhf")) == rows
 
 
 def test_labels_of_the_matrix_are_those_of_the_paper():
     """At the paper's scale every row of Tables 2, 5 and 8 finds the paper's; Tables 6 and 7 by their place."""
     for number in ("2", "5", "8"):
-        labels = {table_files.label(number, run.recipe) for run in select("paper", {int(number)})}
-        assert labels == set(tables.paper_rows(number, "hh_rlhf")) - {"SFT"}
+        labels = {tables.label(number, run.recipe) for run in select("paper", {int(number)})}
+        assert labels == set(paper.paper_rows(number, "hh_rlhf")) - {"SFT"}
 
 
 def test_sub_samples_stand_beside_the_papers_in_order():
     sizes = ("all", 8, 2, 4)
-    cells = [tables.Cell(f"{method}, n = {n}", []) for method in ("DPO-BT", "DPO-HPS") for n in sizes]
-    table_files.give_paper("6", cells, tables.paper_rows("6", "hh_rlhf"))
+    cells = [Cell(f"{method}, n = {n}", []) for method in ("DPO-BT", "DPO-HPS") for n in sizes]
+    tables.give_paper("6", cells, paper.paper_rows("6", "hh_rlhf"))
     found = {cell.label: cell.paper["rm_dpo"] for cell in cells if cell.label.startswith("DPO-HPS")}
     assert [cell.label.partition(" (")[0] for cell in cells[:2]] == ["DPO-BT, n = 2", "DPO-BT, n = 4"]
     assert found == {
@@ -291,7 +289,7 @@ def test_sub_samples_stand_beside_the_papers_in_order():
 
 @pytest.fixture
 def results_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_files, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(reproduce, "REPOSITORY", tmp_path)
     (tmp_path / "results" / "quickstart").mkdir(parents=True)
     return tmp_path / "results" / "quickstart"
 
@@ -309,7 +307,7 @@ def test_files_of_a_table(results_folder):
         *((run, result()) for run in runs),
     ]
     found[-1] = (found[-1][0], None)
-    paths = table_files.write_table("8", "quickstart", found, {"dpo-bt": "run.sh ended with status 2"}, None)
+    paths = reproduce.write_table("8", "quickstart", found, {"dpo-bt": "run.sh ended with status 2"}, None)
     assert [path.suffix for path in paths] == [".json", ".md", ".tex", ".png", ".html"] and all(
         p.stat().st_size for p in paths
     )
@@ -331,7 +329,7 @@ def test_rows_on_different_prompts_are_left_out(results_folder):
         for figures in pairs["points"].values():
             for name, values in figures.items():
                 figures[name] = values[:3]
-    paths = table_files.write_table("8", "quickstart", [(runs[0], result()), (runs[1], short)], {}, None)
+    paths = reproduce.write_table("8", "quickstart", [(runs[0], result()), (runs[1], short)], {}, None)
     table = json.loads(paths[0].read_text())
     assert [row["label"] for row in table["parts"][0]["rows"]] == ["DPO-BT, beta = 0.1"]
     problem = table["failed"]["pku_safe: DPO-HPS, beta = 0.1"]

@@ -19,6 +19,13 @@ def test_pairwise_loss_by_hand():
     assert loss.item() == pytest.approx((math.log(1 + math.exp(-2)) + math.log(1 + math.exp(3))) / 2, rel=1e-6)
 
 
+def test_wilsons_interval_by_hand():
+    """8 of 10, z = 1.96: centre (0.8 + 0.192) / 1.384 = 0.717, half width 1.96 sqrt(0.016 + 0.0096) / 1.384 = 0.227."""
+    found = train_reward.accuracy([True] * 8 + [False] * 2)
+    assert (found["pairs"], found["accuracy"]) == (10, 0.8)
+    assert found["interval"] == pytest.approx([0.717 - 0.227, 0.717 + 0.227], abs=1e-3)
+
+
 @pytest.mark.slow
 def test_the_proxy_learns_the_truth_of_a_tiny_world(tiny_model, tmp_path, monkeypatch):
     """Praise (0.44), blame (-0.54) and neither, by a tiny model with random weights; the report is on other prompts."""

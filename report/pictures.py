@@ -19,6 +19,8 @@ STYLE = {
     "svg.hashsalt": "hps",
     "svg.fonttype": "path",
     "font.size": 10,
+    "axes.titlesize": 10,
+    "legend.fontsize": 8,
     "axes.grid": True,
     "grid.alpha": 0.3,
     # Names in the data are text: a `$` in one of them is no formula.
@@ -27,6 +29,7 @@ STYLE = {
 MOST_STEPS = 400  # of a curve
 MOST_POINTS = 2000  # of a scatter, all groups together
 NAME = 40  # characters of a name in a legend
+ZERO = {"color": "0.4", "linewidth": 0.8}  # of a line at zero, or of a diagonal
 MARKERS = "osD^vP*X<>"
 IN_RED = " In red the paper's mean: a bar, or an arrow where it lies beyond the edge."  # of a forest
 
@@ -75,6 +78,11 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray
     return means[0], means[1], window
 
 
+def _over_steps(axis: Axes, title: str) -> None:
+    axis.set(title=title, xlabel="step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def curve(title: str, series: Mapping[str, Points], stairs: bool = False) -> Draw:
     """Lines over the steps; `series` are names with steps and values. `stairs`: the value holds until the next step."""
 
@@ -85,11 +93,9 @@ def curve(title: str, series: Mapping[str, Points], stairs: bool = False) -> Dra
             style = {"drawstyle": "steps-mid"} if stairs else {}
             marker = "." if len(steps) <= 50 else ""
             axis.plot(steps, values, label=named(name), marker=marker, markersize=3, **style)
-        axis.set_title(title if window == 1 else f"{title}, means over {window} steps", fontsize=10)
-        axis.set_xlabel("step")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _over_steps(axis, title if window == 1 else f"{title}, means over {window} steps")
         if len(series) > 1:
-            axis.legend(fontsize=8)
+            axis.legend()
 
     return draw
 
@@ -104,12 +110,10 @@ def histogram(title: str, groups: Mapping[str, Sequence[float]], label: str) -> 
         bins = np.histogram_bin_edges([], bins=min(40, max(5, count // 8)), range=ends)
         for name, group in arrays.items():
             heights, _ = np.histogram(group, bins=bins, density=True)
-            (line,) = axis.step(bins, [*heights, heights[-1]], where="post", label=f"{named(name)} ({len(group)})")
-            axis.fill_between(bins, [*heights, heights[-1]], step="post", alpha=0.25, color=line.get_color())
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(label)
-        axis.set_ylabel("density")
-        axis.legend(fontsize=8)
+            line = axis.stairs(heights, bins, label=f"{named(name)} ({len(group)})")
+            axis.stairs(heights, bins, fill=True, alpha=0.25, color=line.get_edgecolor())
+        axis.set(title=title, xlabel=label, ylabel="density")
+        axis.legend()
 
     return draw
 
@@ -123,11 +127,8 @@ def sample(count: int, most: int = MOST_POINTS) -> np.ndarray:
 
 def sampled(count: int) -> str:
     """What a caption says of a scatter of so many points."""
-    return (
-        ""
-        if count <= MOST_POINTS
-        else f" A sample of {MOST_POINTS:,} of the {count:,} points, drawn with a fixed seed."
-    )
+    said = f" A sample of {MOST_POINTS:,} of the {count:,} points, drawn with a fixed seed."
+    return said if count > MOST_POINTS else ""
 
 
 def scatter(title: str, xs: Sequence[float], ys: Sequence[float], groups: Sequence[str], across: str, up: str) -> Draw:
@@ -139,12 +140,10 @@ def scatter(title: str, xs: Sequence[float], ys: Sequence[float], groups: Sequen
         names = list(dict.fromkeys(groups))
         for name, colour in zip(names, colormaps["viridis"](np.linspace(0, 0.9, len(names))), strict=True):
             axis.scatter(x[group == name], y[group == name], s=9, alpha=0.6, label=named(name), color=[colour])
-        axis.axhline(0, color="0.4", linewidth=0.8)
-        axis.axvline(0, color="0.4", linewidth=0.8)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(across)
-        axis.set_ylabel(up)
-        axis.legend(fontsize=8)
+        axis.axhline(0, **ZERO)
+        axis.axvline(0, **ZERO)
+        axis.set(title=title, xlabel=across, ylabel=up)
+        axis.legend()
 
     return draw
 
@@ -155,11 +154,9 @@ def before_after(title: str, before: Sequence[float], after: Sequence[float]) ->
     def draw(axis: Axes) -> None:
         chosen = sample(len(before))
         ends = [min([*before, *after]), max([*before, *after])]
-        axis.plot(ends, ends, color="0.4", linewidth=0.8)
+        axis.plot(ends, ends, **ZERO)
         axis.scatter(np.asarray(before)[chosen], np.asarray(after)[chosen], s=12, alpha=0.7)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("margin before (nats)")
-        axis.set_ylabel("margin after (nats)")
+        axis.set(title=title, xlabel="margin before (nats)", ylabel="margin after (nats)")
 
     return draw
 
@@ -174,12 +171,10 @@ def intervals(title: str, points: Mapping[str, list[tuple[float, dict]]], up: st
             ends = np.array([value["interval"] for _, value in entries])
             errors = np.abs(ends - means[:, None]).T
             axis.errorbar(steps, means, yerr=errors, marker="o", markersize=4, capsize=3, label=named(name))
-        axis.axhline(0, color="0.4", linewidth=0.8)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.axhline(0, **ZERO)
+        _over_steps(axis, title)
         axis.set_ylabel(up)
-        axis.legend(fontsize=8)
+        axis.legend()
 
     return draw
 
@@ -199,7 +194,7 @@ def forest(title: str, rows: list[tuple[str, dict]], zero: bool = True) -> Draw:
             axis.plot(entry["interval"], [place, place], color="tab:blue")
             axis.plot(entry["mean"], place, "o", color="tab:blue", markersize=4)
         if zero:
-            axis.axvline(0, color="0.4", linewidth=0.8)
+            axis.axvline(0, **ZERO)
         left, right = axis.get_xlim()
         for place, (_, entry) in enumerate(reversed(rows)):
             if "paper" in entry:
@@ -211,7 +206,7 @@ def forest(title: str, rows: list[tuple[str, dict]], zero: bool = True) -> Draw:
         # Half a row above and below, however few rows there are.
         axis.set_ylim(-0.5, len(rows) - 0.5)
         axis.set_yticks(range(len(rows)), [named(label) for label, _ in reversed(rows)], fontsize=8)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title)
 
     return draw
 
@@ -236,13 +231,11 @@ def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:
             style = {"color": f"C{colour % 10}", "marker": MARKERS[colour % len(MARKERS)]}
             style["linestyle"] = ("-", "--", ":", "-.")[(len(strokes) - 1 - stroke) % 4]
             axis.plot(xs, ys, label=named(label), markersize=3.5, linewidth=1.2, **style)
-        axis.axhline(0, color="0.4", linewidth=0.8)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("KL on the preferred response (nats)")
-        axis.set_ylabel(up)
+        axis.axhline(0, **ZERO)
+        axis.set(title=title, xlabel="KL on the preferred response (nats)", ylabel=up)
         columns = 3 if max(map(len, lines)) < 12 else 2
         # Outside: with fifteen methods it would hide some. Below, not beside: a phone has no width for it.
-        axis.figure.legend(loc="outside lower center", ncols=columns, fontsize=8, handlelength=3.5)
+        axis.figure.legend(loc="outside lower center", ncols=columns, handlelength=3.5)
 
     return draw
 

@@ -1,0 +1,38 @@
+"""Modules import each other in one direction, imports inside functions included."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+from conftest import REPOSITORY
+
+FOLDERS = ("alignment", "annotation", "data", "evaluation", "generation", "report", "tools")
+MODULES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
+    for folder in FOLDERS
+    for path in (REPOSITORY / folder).rglob("*.py")
+}
+
+
+def imported(text: str) -> set[str]:
+    """The repository's modules that a module imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & MODULES.keys()
+
+
+def test_imports_inside_functions_are_seen():
+    text = "import json\nfrom report import page\n\ndef f():\n    from tools.verify import check\n"
+    assert imported(text) == {"report.page", "tools.verify"}
+
+
+def test_no_import_cycle():
+    graph = {name: imported(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
