@@ -17,7 +17,6 @@ a system turn behind the first one is refused.
 """
 
 import argparse
-import codecs
 import json
 import os
 from collections import Counter
@@ -28,23 +27,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
 from hps.chat import inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, run_main
 from pipeline.cli import split_arguments
 from pipeline.recipe import SPLITS, Model, Recipe, load_recipe
 from pipeline.records import (
+    Messages,
+    Name,
+    Reward,
     check_parallel,
-    check_prompt,
     check_ranked,
-    check_rewards,
-    check_storable,
-    check_strings,
-    open_data,
-    parse_json,
-    read_jsonl,
+    checked,
+    named,
+    read_rows,
     refuse_misspelt,
     shorten,
 )
+from pipeline.responses import distinct, rank
 from pipeline.stage import claim, file_hash, finish, hold, model_hash
 
 
@@ -102,49 +103,32 @@ def parse_prompt(text: str, where: str) -> list[dict]:
     return messages
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield `("path:line", row)` of JSON Lines or `("path: row N", row)` of a JSON list."""
-    path = Path(path)
-    if not _is_list(path):
-        yield from read_jsonl(path)
-        return
-    with open_data(path) as file:
-        rows = parse_json(file.read().removeprefix(codecs.BOM_UTF8), path)
-    assert isinstance(rows, list)  # by its first character
-    for number, row in enumerate(rows, 1):
-        where = f"{path}: row {number}"
-        check_storable(row, where)
-        if not isinstance(row, dict):
-            raise InputError(f"expected a JSON object, found {shorten(row)}", where=where, remedy="one object a row")
-        yield where, row
+RELEASED = ("prompt_id", "prompt", "responses", "rewards", "sources")
 
 
-def _is_list(path: Path) -> bool:
-    with open_data(path) as file:
-        first = next((line for line in file if line.strip()), b"")
-        return first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+class ReleasedRow(TypedDict):
+    prompt: Messages
+    prompt_id: Name
+    responses: list[str]
+    rewards: list[Reward]
+    sources: list[str]
 
 
-def check_row(row: dict, where: str) -> dict:
-    """The row with chat messages as `prompt`, `prompt_id` and `sources` filled in.
+def check_row(row: dict, where: str) -> ReleasedRow:
+    """The row with chat messages as `prompt`, `prompt_id` and `sources` filled in; other fields are left out.
 
     Raises:
         InputError: a field is missing, misspelt or mistyped, the lists differ in length, a reward is not finite.
     """
-    refuse_misspelt(row, ("prompt", "responses", "rewards", "sources", "prompt_id"), where)
-    prompt = row.get("prompt")
-    prompt = parse_prompt(prompt, where) if isinstance(prompt, str) else prompt
-    named = {"prompt": prompt, "responses": row.get("responses"), "prompt_id": row.get("prompt_id")}
-    name = check_prompt(named, where)["prompt_id"]
-    sources = row.get("sources")
-    row = {**row, "sources": ["generated"] * len(row["responses"]) if sources is None else sources}
-    check_rewards(row, where)
-    check_strings(row, "sources", where)
-    check_parallel(row, "sources", where)
+    refuse_misspelt(row, RELEASED, where)
+    row = {name: row[name] for name in RELEASED if row.get(name) is not None}
+    if isinstance(row.get("prompt"), str):
+        row["prompt"] = parse_prompt(row["prompt"], where)
+    if isinstance(row.get("responses"), list):
+        row = {"sources": ["generated"] * len(row["responses"]), **row}
+    row = check_parallel(checked(named(row), ReleasedRow, where), where)
     # White space around a response would merge with the template's tokens, as in generation.
-    responses = [text.strip() for text in row["responses"]]
-    columns = {"responses": responses, "rewards": row["rewards"], "sources": row["sources"]}
-    return {"prompt_id": name, "prompt": prompt, **columns}
+    return {**row, "responses": [text.strip() for text in row["responses"]]}
 
 
 def rank_row(row: dict, tokenizer: Any, refused: Callable[[str], list[str]] = lambda _: []) -> tuple[dict, list[dict]]:
@@ -153,30 +137,25 @@ def rank_row(row: dict, tokenizer: Any, refused: Callable[[str], list[str]] = la
     Args:
         refused: the special tokens for which a response is dropped.
     """
-    kept: dict[tuple[int, ...], tuple[float, str, str]] = {}
-    ledger = []
-    for text, reward, source in zip(row["responses"], row["rewards"], row["sources"], strict=True):
-        line = {"prompt_id": row["prompt_id"], "source": source, "reward": reward}
-        if not text.strip():
-            ledger.append({**line, "reason": "empty response"})
-        elif tokens := refused(text):
-            ledger.append({**line, "reason": "special tokens in a response", "tokens": tokens, "text": text})
-        # As a model sees them: the tokenizer may make one of two spellings.
-        elif (ids := tuple(_ids(tokenizer, inert(tokenizer, text)))) in kept:
-            ledger.append({**line, "reason": "duplicate response", "kept": kept[ids][1], "text": text})
-        else:
-            kept[ids] = (reward, source, text)
-    order = sorted(kept.values(), key=lambda entry: -entry[0])
+    responses = [
+        {"text": text, "source": source, "reward": reward}
+        for text, source, reward in zip(row["responses"], row["sources"], row["rewards"], strict=True)
+    ]
+
+    def seen(text: str) -> tuple[int, ...]:
+        """As a model sees it: the tokenizer may make one of two spellings."""
+        return tuple(_ids(tokenizer, inert(tokenizer, text)))
+
+    kept, ledger = distinct(row["prompt_id"], responses, refused, seen)
     record = {
         "prompt_id": row["prompt_id"],
         "prompt": row["prompt"],
-        "responses": [text for *_, text in order],
-        "rewards": [reward for reward, *_ in order],
-        "sources": [source for _, source, _ in order],
-        "token_counts": [len(_ids(tokenizer, text)) for *_, text in order],
-        "truncated": [False] * len(order),
+        "responses": [response["text"] for response in kept],
+        "sources": [response["source"] for response in kept],
+        "token_counts": [len(_ids(tokenizer, response["text"])) for response in kept],
+        "truncated": [False] * len(kept),
     }
-    return record, ledger
+    return rank(record, [response["reward"] for response in kept]), ledger
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
