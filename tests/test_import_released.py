@@ -8,10 +8,10 @@ import math
 import pytest
 from tokenizers import normalizers
 
-from annotation.import_released import check_row, import_released, parse_prompt, rank_row, read_rows
+from annotation.import_released import check_row, import_released, parse_prompt, rank_row
 from hps.errors import InputError
 from pipeline.recipe import load_recipe
-from pipeline.records import read_jsonl, read_ranked
+from pipeline.records import read_jsonl, read_ranked, read_rows
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -232,7 +232,7 @@ def test_bad_rows_stop_the_import_with_their_place(changes, message, recipe, wri
     ("text", "message"),
     [
         ('{"a": 1}\n{"b": \n', ":2: broken JSON"),
-        ("[1]", ": row 1: expected a JSON object"),
+        ("[1]", ":1: row 1: expected a JSON object"),
         ("[{,}]", ":1: broken"),
         ('[{"a": 1},\n{"b": {"c": [],\n"c": 2}}]', ':2: the key "c" appears twice'),
     ],

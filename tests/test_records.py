@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from annotation.import_released import read_rows
 from hps.errors import InputError
 from pipeline.records import (
     Appender,
@@ -26,6 +25,7 @@ from pipeline.records import (
     read_jsonl,
     read_prompts,
     read_ranked,
+    read_rows,
     unread_fields,
     write_atomic,
     write_json,
