@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, NotRequired, TypeVar
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError, to_json
+from pydantic_core import PydanticCustomError, to_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.errors import InputError
@@ -267,24 +267,25 @@ def _walk(value: object) -> Iterator[tuple[int, object]]:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """As `read_jsonl`, and of a JSON array, which is read whole, `("path:line: row N", record)`."""
-    with open_data(path) as file:
-        if not next(filter(bytes.strip, file), b"").removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            rows = None
-        else:
-            file.seek(0)
-            rows = _elements(file.read().removeprefix(codecs.BOM_UTF8), path)
-    if rows is None:
-        yield from read_jsonl(path)
-        return
-    for number, (line, value) in enumerate(rows, 1):
+    """Yield `("path:line: row N", record)` of JSON Lines or of a JSON array; InputError as `read_jsonl`."""
+    for number, (line, value) in enumerate(read_values(path), 1):
         where = f"{path}:{line}: row {number}"
         check_storable(value, where)
         yield where, _object(value, where)
 
 
-def _elements(raw: bytes, path: str | Path) -> Iterator[tuple[int, object]]:
-    """The elements of a JSON array with the lines on which they begin."""
+def read_values(path: str | Path) -> Iterator[tuple[int, object]]:
+    """Yield the values of JSON Lines, or the elements of a JSON array, with the lines on which they begin.
+
+    An array is read whole. InputError as `read_jsonl`, but any value may stand in a line.
+    """
+    with open_data(path) as file:
+        listed = next(filter(bytes.strip, file), b"").removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        file.seek(0)
+        raw = file.read().removeprefix(codecs.BOM_UTF8) if listed else b""
+    if not listed:
+        yield from ((number, parse_json(line, path, number)) for number, _, line in _lines(path))
+        return
     parse_json(raw, path, unique=False)  # once as a whole: from here on each element is known to be sound
     text, decoder, gap = raw.decode("utf-8"), json.JSONDecoder(object_pairs_hook=_unique), re.compile(r"[\s,]*")
     end = text.index("[") + 1
@@ -325,20 +326,22 @@ def _adapter(kind: type) -> TypeAdapter:
     return TypeAdapter(kind)
 
 
-def checked(record: dict, kind: type[Record], where: str, remedy: str | None = None) -> Record:
-    """Return the record as it is, if its fields are what `kind` says; it may have others.
-
-    Args:
-        kind: a TypedDict.
-        remedy: where another one helps than correcting the field.
+def typed(record: dict, kind: type[Record], where: str, remedy: str | None = None) -> Record:
+    """Return the record as it is, if its fields are what `kind`, a TypedDict, says; it may have others.
 
     Raises:
-        InputError: a field is missing or mistyped; and as `check_finite`, which looks at all fields.
+        InputError: a field is missing or mistyped; `remedy` is what helps, if not to correct it.
     """
     try:
         _adapter(kind).validate_python(record, strict=True)
     except ValidationError as error:
-        raise _refusal(error.errors(include_url=False)[0], where, remedy) from None
+        raise refusal(error, where, remedy) from None
+    return record
+
+
+def checked(record: dict, kind: type[Record], where: str, remedy: str | None = None) -> Record:
+    """As `typed`; InputError for NaN and infinities in any field, too."""
+    typed(record, kind, where, remedy)
     check_finite(record, where)
     return record
 
@@ -355,8 +358,9 @@ def check_finite(record: dict, where: str) -> None:
                 raise InputError(problem, where=where, remedy="give finite numbers, or remove the field")
 
 
-def _refusal(error: ErrorDetails, where: str, remedy: str | None) -> InputError:
-    """A finding of pydantic in one line: "`rewards[1]` is NaN: should be a finite number"."""
+def refusal(found: ValidationError, where: str, remedy: str | None = None) -> InputError:
+    """The first finding of pydantic in one line: "`rewards[1]` is NaN: should be a finite number"."""
+    error = found.errors(include_url=False)[0]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
     wanted = error["msg"].removeprefix("Input ").replace(" after validation", "")
     problem = f"`{name}` is {shorten(error['input'])}: {wanted[0].lower()}{wanted[1:]}"

@@ -783,7 +783,7 @@ def lost(
     good, bad = known(file.good), known(file.bad)
     for (where, record), (number, line) in zip(found, lines, strict=False):
         own = own_value(line) if line else {}
-        if not re.fullmatch(f"{re.escape(str(path))}{mark}{number}", where):
+        if not re.fullmatch(f"{re.escape(str(path))}{mark}{number}(: row \\d+)?", where):
             yield "lost", f"{where} instead of line {number}"
         elif not isinstance(own, dict) or not holds(record, own):
             yield "lost", f"line {number} was changed"
