@@ -28,7 +28,7 @@ from annotation.scorers import load_scorer, run_scorers
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
 from pipeline.functions import announce, function_files
-from pipeline.preflight import check_fits
+from pipeline.models import check_fits
 from pipeline.recipe import SPLITS, Recipe
 from pipeline.records import (
     WITHOUT_NOISE,

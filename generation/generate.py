@@ -21,7 +21,8 @@ from hps.chat import check_records, end_of_turn_ids, load_tokenizer, naming, pro
 from hps.errors import run_main
 from pipeline.cli import parse, progress
 from pipeline.engine import Engine, Sample
-from pipeline.preflight import check_disjoint, check_fits, load_prompts
+from pipeline.models import check_fits
+from pipeline.prompts import check_disjoint, load_prompts
 from pipeline.recipe import SPLITS, Generation, Model, Recipe
 from pipeline.records import Appender, Indexed, done_ids, read_candidates, read_ledger, write_json, write_lines
 from pipeline.responses import distinct

@@ -26,7 +26,7 @@ from hps.errors import InputError
 from hps.losses import hps_loss, pair_loss, preference_loss
 from hps.settings import Loss, Schedule
 from pipeline import records
-from pipeline.preflight import load_prompts
+from pipeline.prompts import load_prompts
 from pipeline.recipe import Data, Generation, Recipe, Split
 from pipeline.records import (
     LARGEST_REWARD,

@@ -12,9 +12,12 @@ import pytest
 from conftest import DATA, REPOSITORY
 from transformers import AutoConfig, GPT2Config, MambaConfig
 
+from alignment.checks import try_lora
 from hps.errors import InputError
-from pipeline.preflight import check_vocabulary, context_length, evaluated_prompts, same_model, try_lora
+from pipeline.models import check_vocabulary, same_model
+from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, load_recipe
+from pipeline.weights import context_length
 
 pytestmark = pytest.mark.slow
 

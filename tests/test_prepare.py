@@ -21,7 +21,7 @@ from conftest import REPOSITORY
 from huggingface_hub import errors
 
 from hps.errors import InputError
-from pipeline.preflight import load_prompts
+from pipeline.prompts import load_prompts
 from pipeline.recipe import load_recipe
 from pipeline.records import read_jsonl, read_prompts
 
