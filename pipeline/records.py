@@ -29,7 +29,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from difflib import SequenceMatcher
 from functools import cache
@@ -348,9 +348,10 @@ def checked(record: dict, kind: type[Record], where: str, remedy: str | None = N
 
 def check_finite(record: dict, where: str) -> None:
     """Refuse NaN and infinities in any field: they are no JSON, and the next stage could not write them."""
-    spelled = to_json(record, inf_nan_mode="constants")  # many times faster than a walk through the values
-    if b"NaN" not in spelled and b"Infinity" not in spelled:
-        return
+    with suppress(ValueError):  # half a character, which `check_storable` refuses
+        spelled = to_json(record, inf_nan_mode="constants")  # many times faster than a walk through the values
+        if b"NaN" not in spelled and b"Infinity" not in spelled:
+            return
     for field, value in record.items():
         for _, inner in _walk(value):
             if isinstance(inner, float) and not math.isfinite(inner):

@@ -120,7 +120,7 @@ def test_testbed_splits_share_no_thing_and_no_prompt(testbed, sets):
 
 def test_a_thing_has_no_sentiment(testbed):
     things = [thing for split in testbed.splits().values() for thing in split]
-    assert len(things) == len(set(things)) == sum(testbed.SPLITS.values()) * len(testbed.THINGS)
+    assert len(things) == len(set(things)) == sum(testbed.SPLITS.values()) * len(testbed.words()["things"])
     # VADER scores "novel", seen only after sampling; no policy is trained or tested on prompts of the reward split.
     assert [thing for thing, score in zip(things, truth(things), strict=True) if score != 0] == ["the thick novel"]
     assert "the thick novel" in testbed.splits()["reward"]
