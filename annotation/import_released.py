@@ -18,14 +18,12 @@ a system turn behind the first one is refused.
 
 import argparse
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
@@ -44,6 +42,7 @@ from pipeline.records import (
     read_rows,
     refuse_misspelt,
     shorten,
+    write_lines,
 )
 from pipeline.responses import distinct, rank
 from pipeline.stage import claim, file_hash, finish, hold, model_hash
@@ -168,18 +167,21 @@ PROMPTS, RESPONSES = "prompts with special tokens, kept", "responses with specia
 def convert(
     rows: Iterator[tuple[str, dict]],
     tokenizer: Any,
-    ranked: TextIO,
-    ledger: TextIO,
+    counts: Counter,
+    ledger: list[dict],
     special: Callable[[str], list[str]] = lambda _: [],
     refuse: bool = False,
-) -> Counter:
-    """Write ranked records and ledger lines; return the counts: `read` = `written` + `rejected`, and the ledger's.
+) -> Iterator[dict]:
+    """Yield ranked records.
 
     Args:
+        counts: is filled: `read` = `written` + `rejected`, and the reasons of the ledger.
+        ledger: is filled with the lines for what is left out.
         special: the special tokens that a text spells.
         refuse: prompts and responses with any are left out; else they are counted.
     """
-    counts, places = Counter(read=0, written=0, rejected=0), {}
+    counts.update(read=0, written=0, rejected=0)
+    places: dict[str, str] = {}
     for where, raw in rows:
         row = check_row(raw, where)
         record, lines = rank_row(row, tokenizer, *[special] * refuse)
@@ -192,33 +194,16 @@ def convert(
         elif len(record["responses"]) < 2:
             lines.append({**named, "reason": "fewer than two distinct responses"})
         else:
-            check_ranked(record, where)
-            _write(ranked, record)
+            yield check_ranked(record, where)
             counts.update({PROMPTS: bool(tokens), RESPONSES: sum(bool(special(text)) for text in record["responses"])})
         places.setdefault(row["prompt_id"], where)
-        for line in lines:
-            _write(ledger, line)
+        ledger += lines
         refused = any("refused" in line for line in lines)
         counts.update(["read", "rejected" if refused else "written", *(line["reason"] for line in lines)])
-    return counts
 
 
-def _write(file: TextIO, record: dict) -> None:
-    file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-@contextmanager
-def renamed_at_end(path: Path) -> Iterator[TextIO]:
-    """A file written under a temporary name and renamed when all went well: streamed, a release has gigabytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def import_released(file: str, recipe: Recipe, split: str = "train", tokenizer_path: str | None = None) -> Counter:
@@ -240,13 +225,16 @@ def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, t
     refuse = recipe.data.special_tokens == "refuse"
     if refuse:  # what does not differ from earlier versions is not claimed
         settings["special_tokens"] = recipe.data.special_tokens
-    with ExitStack() as files:
-        ranked = files.enter_context(renamed_at_end(target))
-        ledger = files.enter_context(renamed_at_end(target.with_suffix(".ledger.jsonl")))
-        counts = convert(read_rows(file), tokenizer, ranked, ledger, partial(special_tokens_in, tokenizer), refuse)
+    counts, ledger, special = Counter(), [], partial(special_tokens_in, tokenizer)
+
+    def ranked() -> Iterator[str]:
+        yield from map(_line, convert(read_rows(file), tokenizer, counts, ledger, special, refuse))
         if not counts["written"]:
             raise InputError(f"no row can be used ({_counted(counts)})", where=file, remedy="check the file")
-        claim(target.parent, settings)
+        claim(target.parent, settings)  # before the file has its name
+
+    write_lines(target, ranked())
+    write_lines(target.with_suffix(".ledger.jsonl"), map(_line, ledger))
     written = [recipe.ranked(name) for name in SPLITS if recipe.ranked(name).exists()]
     outputs = [path for ranked in written for path in (ranked, ranked.with_suffix(".ledger.jsonl"))]
     facts = {"file": file, "sha256": file_hash(file), **counts}

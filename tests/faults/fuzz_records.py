@@ -18,7 +18,6 @@ A file is at fault, and the exit status 1, for
 """
 
 import argparse
-import io
 import json
 import math
 import random
@@ -381,13 +380,13 @@ def embedded_tokenizer():
 
 def imported(path: Path, read: list[tuple[str, dict]]) -> None:
     """The import writes only what the reader of ranked files reads, and counts every row."""
-    ranked, ledger = io.StringIO(), io.StringIO()
-    counts = convert(read_rows(path), embedded_tokenizer(), ranked, ledger)
+    counts, ledger = Counter(), []
+    ranked = list(convert(read_rows(path), embedded_tokenizer(), counts, ledger))
     assert counts["read"] == len(read) == counts["written"] + counts["rejected"], f"the import counts {counts}"
     copy = path.with_suffix(".ranked")
-    copy.write_text(ranked.getvalue(), encoding="utf-8")
+    copy.write_text("".join(json.dumps(line) + "\n" for line in ranked), encoding="utf-8")
     assert sum(1 for _ in read_ranked(copy)) == counts["written"], "the import's own file has other rows"
-    copy.write_text(ledger.getvalue(), encoding="utf-8")
+    copy.write_text("".join(json.dumps(line) + "\n" for line in ledger), encoding="utf-8")
     assert sum(1 for _ in read_jsonl(copy)) >= counts["rejected"], "the import's ledger lacks rows"
 
 
