@@ -7,7 +7,6 @@ from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError
 from pipeline.functions import identity
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, get
-from pipeline.records import read_json
 from pipeline.stage import file_hash
 from pipeline.weights import check_weights, context_length, load_config
 
@@ -36,18 +35,11 @@ def check_labels(model: Model, role: str = "reward") -> None:
 
     Of a hub model only the configuration is fetched.
     """
-    path = Path(model.path) / "config.json"
-    if not Path(model.path).is_dir():
-        config = load_config(model)
-        labels, architectures = config.num_labels, config.architectures
-    else:
-        config = read_json(path, "give the folder of a saved model")
-        labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
-        architectures = config.get("architectures")
-    if labels != 1 and ARMORM not in (architectures or []):
+    config = load_config(model)
+    if config.num_labels != 1 and ARMORM not in (config.architectures or []):
         raise InputError(
-            f"`models.{role}`: the model has {labels} labels",
-            where=str(path),
+            f"`models.{role}`: the model has {config.num_labels} labels",
+            where=model.path,
             remedy="give a sequence classifier with one label, or ArmoRM",
         )
 

@@ -364,11 +364,11 @@ def refusal(found: ValidationError, where: str, remedy: str | None = None) -> In
     error = found.errors(include_url=False)[0]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
     wanted = error["msg"].removeprefix("Input ").replace(" after validation", "")
-    problem = f"`{name}` is {shorten(error['input'])}: {wanted[0].lower()}{wanted[1:]}"
+    problem, cure = f"`{name}` is {shorten(error['input'])}: {wanted[0].lower()}{wanted[1:]}", "correct it"
     if error["type"] == "missing":
-        problem = f"`{name}` is missing"
+        problem, cure = f"`{name}` is missing", "add it"
     field = [part for part in error["loc"] if isinstance(part, str)][-1]
-    return InputError(problem, where=where, remedy=remedy or REMEDIES.get(field, "correct it"))
+    return InputError(problem, where=where, remedy=remedy or REMEDIES.get(field, cure))
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[str, Prompt]]:

@@ -72,7 +72,7 @@ def missing_model(folder):
 
 def two_labels(folder):
     (folder / "reward" / "config.json").write_text('{"id2label": {"0": "A", "1": "B"}}')
-    return "reward/config.json: `models.reward`: the model has 2 labels"
+    return "reward: `models.reward`: the model has 2 labels"
 
 
 def line(text: str, message: str):
