@@ -60,6 +60,7 @@ def recipe_of(folder: str, responses: int, answers: int, overrides: list[str]) -
             f"data.train.responses={responses}",
             f"evaluation.samples={answers}",
             "schedule.epochs=1",
+            "evaluation.proxy=false",
             *overrides,
         ],
     )
