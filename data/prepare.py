@@ -146,31 +146,6 @@ def named(source: Source) -> str:
     return f"dataset {source.repo}" + (f", revision {source.revision}" if source.revision else "")
 
 
-def fetch(source: Source) -> tuple[dict[str, Path], str]:
-    """The source's files in the hub's cache, downloaded where they are not there yet, and the commit they are of."""
-    from huggingface_hub import hf_hub_download
-
-    paths, revision = {}, source.revision
-    for file in source.files:
-        with asking("dataset", f"{named(source)}, file {file}", ", or give local files with --from FOLDER"):
-            path = Path(hf_hub_download(source.repo, file, repo_type="dataset", revision=revision))
-        # The cache keeps a file as .../snapshots/<commit>/<file>. The next ones come from the same commit, whatever is
-        # uploaded meanwhile.
-        revision = path.parents[len(Path(file).parts) - 1].name
-        paths[file] = path
-    return paths, revision
-
-
-def locate(source: Source, folder: Path) -> dict[str, Path]:
-    """The source's files below a local folder, which must all be there."""
-    paths = {file: folder / source.repo / file for file in source.files}
-    for path in paths.values():
-        if not path.is_file():
-            remedy = "lay the folder out as FOLDER/<repo>/<file>, as data/README.md says, or leave --from out"
-            raise InputError("there is no such file", where=str(path), remedy=remedy)
-    return paths
-
-
 def read_rows(path: Path, name: str) -> Iterator[Row]:
     """Rows of a JSON array or of JSON Lines; InputError: broken JSON (with its line), or a row that is no object."""
     for number, (line, record) in enumerate(read_values(path), 1):
@@ -309,15 +284,28 @@ def counted(facts: dict) -> str:
 
 
 def obtain(name: str, split: str, source: Source, folder: Path | None) -> tuple[dict[str, Path], str | None]:
-    """The files of a split and their commit (None: local files, of which that is not known); says which."""
-    title = f"prepare: {name}: {split}: {source.repo}"
+    """The files of a split, from the hub's cache or `<folder>/<repo>`, and their commit; says which.
+
+    Of local files the commit is not known: None.
+    """
+    from huggingface_hub import snapshot_download
+
     if folder is not None:
-        paths = locate(source, folder)
-        print(f"{title}: local files, commit not known")
-        return paths, None
-    paths, commit = fetch(source)
-    remark = "" if source.revision == commit else f" ({source.revision or 'newest'}; `data/prepare.py pin` fixes it)"
-    print(f"{title}: commit {commit}{remark}")
+        root, commit, told = folder / source.repo, None, "local files, commit not known"
+        remedy = "lay the folder out as FOLDER/<repo>/<file>, as data/README.md says, or leave --from out"
+    else:
+        with asking("dataset", named(source), ", or give local files with --from FOLDER"):
+            settings = {"repo_type": "dataset", "revision": source.revision, "allow_patterns": source.files}
+            root = Path(snapshot_download(source.repo, **settings))
+        commit = root.name  # the cache keeps a file as .../snapshots/<commit>/<file>
+        remark = f" ({source.revision or 'newest'}; `data/prepare.py pin` fixes it)"
+        told = f"commit {commit}{'' if source.revision == commit else remark}"
+        remedy = "correct `files` in data/sources.yaml"
+    paths = {file: root / file for file in source.files}
+    for path in paths.values():
+        if not path.is_file():
+            raise InputError("there is no such file", where=str(path), remedy=remedy)
+    print(f"prepare: {name}: {split}: {source.repo}: {told}")
     return paths, commit
 
 
@@ -333,7 +321,7 @@ def prepare(
     Args:
         sources: of this set, by split.
         output: the set's folder.
-        folder: where downloaded files are (see `locate`); None: the hub.
+        folder: where downloaded files are (see `obtain`); None: the hub.
     """
     _refuse_foreign(output)
     original = transcripts if name == "hh_rlhf" else partial(questions, preference=preference)

@@ -71,7 +71,8 @@ def missing_model(folder):
 
 
 def two_labels(folder):
-    (folder / "reward" / "config.json").write_text('{"id2label": {"0": "A", "1": "B"}}')
+    config = json.loads((folder / "reward" / "config.json").read_text())
+    (folder / "reward" / "config.json").write_text(json.dumps({**config, "id2label": {"0": "A", "1": "B"}}))
     return "reward: `models.reward`: the model has 2 labels"
 
 
@@ -92,7 +93,7 @@ FAULTS = {
     "reward model with two labels": two_labels,
     "broken JSON": line('{"prompt": ', "broken JSON at column"),
     "empty prompt": line('{"prompt": []}', "`prompt` is []"),
-    "message without role": line('{"prompt": [{"content": "x"}]}', "`prompt[0]` has no `role`"),
+    "message without role": line('{"prompt": [{"content": "x"}]}', "`prompt[0].role` is missing"),
 }
 
 

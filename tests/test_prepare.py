@@ -1,6 +1,6 @@
 """Preparation of the published data sets (data/prepare.py), on small hand-made files of their formats.
 
-The hub is a double at the library's boundary (`hf_hub_download`, `HfApi.dataset_info`): tests have no network.
+The hub is a double at the library's boundary (`snapshot_download`, `HfApi.dataset_info`): tests have no network.
 """
 
 import gzip
@@ -432,37 +432,42 @@ def response(status: int) -> httpx2.Response:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """hf_hub_download's double: files of `raw`, laid out as the cache has them; returns the calls made."""
+    """snapshot_download's double: files of `raw`, laid out as the cache has them; returns the calls made."""
     calls, newest = [], iter([A, "c" * 40, *[B] * 9])
 
-    def download(repo_id, filename, *, repo_type=None, revision=None):
-        calls.append((repo_id, filename, repo_type, revision))
-        commit = revision or next(newest)
-        data = (tmp_path / "raw" / repo_id / filename).read_bytes()
-        path = tmp_path / "hub" / f"datasets--{repo_id.replace('/', '--')}" / "snapshots" / commit / filename
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        return str(path)
+    def download(repo_id, *, repo_type=None, revision=None, allow_patterns=None):
+        calls.append((repo_id, repo_type, revision, allow_patterns))
+        raw, cache = tmp_path / "raw" / repo_id, tmp_path / "hub" / f"datasets--{repo_id.replace('/', '--')}"
+        folder = cache / "snapshots" / (revision or next(newest))
+        for file in allow_patterns:
+            if (raw / file).exists():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).write_bytes((raw / file).read_bytes())
+        return str(folder)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return calls
 
 
-def test_downloads_ask_for_repo_file_type_and_one_revision(module, hub, place, tmp_path, capsys):
+def test_downloads_ask_for_repo_type_and_files_of_one_revision(module, hub, place, tmp_path, capsys):
     place("hh_rlhf", [given("t")], {HARMLESS: [pair("a")]})
     sources = module.load_sources(module.SOURCES)["hh_rlhf"]
     capsys.readouterr()
     facts = module.prepare("hh_rlhf", sources, tmp_path / "out")
     assert hub == [
-        ("yqcca/HH-RLHF", "online_hh.json", "dataset", None),
-        ("Anthropic/hh-rlhf", HARMLESS, "dataset", None),
-        ("Anthropic/hh-rlhf", HELPFUL, "dataset", "c" * 40),  # the first file's commit, not a newer one
-        ("Anthropic/hh-rlhf", ONLINE, "dataset", "c" * 40),
-        ("Anthropic/hh-rlhf", SAMPLED, "dataset", "c" * 40),
+        ("yqcca/HH-RLHF", "dataset", None, ["online_hh.json"]),
+        ("Anthropic/hh-rlhf", "dataset", None, [HARMLESS, HELPFUL, ONLINE, SAMPLED]),
     ]
     assert [facts["splits"][split]["commit"] for split in ("train", "test")] == [A, "c" * 40]
     remark = f"train: yqcca/HH-RLHF: commit {A} (newest; `data/prepare.py pin` fixes it)"
     assert remark in capsys.readouterr().out
+
+
+def test_a_file_that_the_repository_lacks_is_named(module, hub, place, tmp_path):
+    place("pku_safe", [given("t")], {ALPACA[0]: [question()]})
+    (tmp_path / "raw" / "PKU-Alignment/PKU-SafeRLHF" / ALPACA[1]).unlink()
+    with pytest.raises(InputError, match=rf"{ALPACA[1]}: there is no such file; correct `files` in data/sources.yaml"):
+        module.prepare("pku_safe", module.load_sources(module.SOURCES)["pku_safe"], tmp_path / "out")
 
 
 def test_pinned_revisions_are_asked_for(module, hub, place, tmp_path, capsys):
@@ -471,7 +476,7 @@ def test_pinned_revisions_are_asked_for(module, hub, place, tmp_path, capsys):
     pinned = {split: source.model_copy(update={"revision": B}) for split, source in sources.items()}
     capsys.readouterr()
     facts = module.prepare("pku_safe", pinned, tmp_path / "out")
-    assert {call[2:] for call in hub} == {("dataset", B)} and len(hub) == 4
+    assert [call[1:3] for call in hub] == [("dataset", B)] * 2
     assert facts["splits"]["test"]["commit"] == facts["splits"]["test"]["revision"] == B
     assert "fixes it" not in capsys.readouterr().out
 
@@ -489,7 +494,6 @@ REFUSALS = [
     (errors.GatedRepoError("403", response=response(403)), "access is restricted; ask for access"),
     (errors.RepositoryNotFoundError("404", response=response(404)), "the hub has no such dataset"),
     (errors.RevisionNotFoundError("404", response=response(404)), "the hub has no such revision"),
-    (errors.RemoteEntryNotFoundError("404", response=response(404)), "the repository has no such file; correct"),
 ]
 
 
@@ -498,11 +502,11 @@ def test_refusals_of_the_hub_are_one_line(module, monkeypatch, tmp_path, error, 
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(InputError) as caught:
         module.prepare("hh_rlhf", module.load_sources(module.SOURCES)["hh_rlhf"], tmp_path / "out")
     text = str(caught.value)
-    assert text.startswith("dataset yqcca/HH-RLHF, file online_hh.json: ") and message in text and "\n" not in text
+    assert text.startswith("dataset yqcca/HH-RLHF: ") and message in text and "\n" not in text
     assert not (tmp_path / "out").exists()
 
 
@@ -622,7 +626,7 @@ def test_pin_refuses_what_it_cannot_edit(module, command, commits):
     assert module.SOURCES.read_text() == text
 
 
-@pytest.mark.parametrize(("error", "message"), REFUSALS[:6], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("error", "message"), REFUSALS, ids=lambda value: type(value).__name__)
 def test_pin_without_the_hub_writes_nothing(module, command, monkeypatch, error, message):
     def refuse(*_, **__):
         raise error

@@ -32,7 +32,6 @@ def asking(kind: Literal["model", "dataset"], where: str, otherwise: str = "") -
         ),
         (errors.GatedRepoError, "access is restricted", f"ask for access on the {kind}'s page, then `hf auth login`"),
         (errors.RevisionNotFoundError, "the hub has no such revision", "give a branch, a tag or a commit, or none"),
-        (errors.EntryNotFoundError, "the repository has no such file", "correct the file's name"),
         (
             (errors.RepositoryNotFoundError, errors.HFValidationError),
             f"the hub has no such {kind}, or it is private",
