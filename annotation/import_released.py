@@ -34,6 +34,7 @@ from pipeline.recipe import SPLITS, Model, Recipe, load_recipe
 from pipeline.records import (
     Messages,
     Name,
+    Ranked,
     Reward,
     check_parallel,
     check_ranked,
@@ -130,7 +131,9 @@ def check_row(row: dict, where: str) -> ReleasedRow:
     return {**row, "responses": [text.strip() for text in row["responses"]]}
 
 
-def rank_row(row: dict, tokenizer: Any, refused: Callable[[str], list[str]] = lambda _: []) -> tuple[dict, list[dict]]:
+def rank_row(
+    row: ReleasedRow, tokenizer: Any, refused: Callable[[str], list[str]] = lambda _: []
+) -> tuple[dict, list[dict]]:
     """The ranked record of a checked row, and ledger lines for the responses that were dropped or merged.
 
     Args:
@@ -171,7 +174,7 @@ def convert(
     ledger: list[dict],
     special: Callable[[str], list[str]] = lambda _: [],
     refuse: bool = False,
-) -> Iterator[dict]:
+) -> Iterator[Ranked]:
     """Yield ranked records.
 
     Args:
