@@ -29,6 +29,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig
 
+from alignment.checks import check_wandb, try_lora
 from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
 from alignment.plan import ranked_prompts, read_plan, run_settings, weights_of
@@ -38,7 +39,7 @@ from hps.reference import add_reference
 from hps.shared_prefix import prove
 from hps.trainer import HPSTrainer, PlanCollator, not_finite
 from pipeline.cli import parse
-from pipeline.preflight import check_fits, check_wandb, try_lora
+from pipeline.models import check_fits
 from pipeline.recipe import Recipe
 from pipeline.records import parse_json, shorten, write_atomic
 from pipeline.stage import check_model, claim, file_hash, finish, hold

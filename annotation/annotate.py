@@ -28,10 +28,9 @@ from annotation.scorers import load_scorer, run_scorers
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
 from pipeline.functions import announce, function_files
-from pipeline.preflight import check_fits
+from pipeline.models import check_fits
 from pipeline.recipe import SPLITS, Recipe
 from pipeline.records import (
-    PARALLEL,
     WITHOUT_NOISE,
     Appender,
     canonical,
@@ -40,6 +39,7 @@ from pipeline.records import (
     read_ranked,
     write_json,
 )
+from pipeline.responses import rank
 from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
 
 
@@ -65,13 +65,6 @@ class Scorer:
             except InputError as error:
                 result = {"error": f"{item['where']}: prompt {record['prompt_id']}: {error}"}
             yield {"key": item["key"], **result}
-
-
-def rank(record: dict, rewards: list[float]) -> dict:
-    """The record with `rewards`, its parallel lists sorted by reward, best first; ties keep their order."""
-    order = sorted(range(len(rewards)), key=lambda index: -rewards[index])
-    ranked = {name: [record[name][index] for index in order] for name in (*PARALLEL, WITHOUT_NOISE) if name in record}
-    return {**record, **ranked, "rewards": [rewards[index] for index in order]}
 
 
 def add_noise(record: dict, deviation: float, seed: int) -> dict:

@@ -17,33 +17,34 @@ a system turn behind the first one is refused.
 """
 
 import argparse
-import codecs
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.chat import inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, run_main
 from pipeline.recipe import SPLITS, Model, Recipe, load_recipe, split_arguments
 from pipeline.records import (
+    Messages,
+    Name,
+    Ranked,
+    Reward,
     check_parallel,
-    check_prompt,
     check_ranked,
-    check_rewards,
-    check_storable,
-    check_strings,
-    open_data,
-    parse_json,
-    read_jsonl,
+    checked,
+    named,
+    read_rows,
     refuse_misspelt,
     shorten,
+    write_lines,
 )
+from pipeline.responses import distinct, rank
 from pipeline.stage import claim, file_hash, finish, hold, model_hash
 
 
@@ -101,81 +102,61 @@ def parse_prompt(text: str, where: str) -> list[dict]:
     return messages
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield `("path:line", row)` of JSON Lines or `("path: row N", row)` of a JSON list."""
-    path = Path(path)
-    if not _is_list(path):
-        yield from read_jsonl(path)
-        return
-    with open_data(path) as file:
-        rows = parse_json(file.read().removeprefix(codecs.BOM_UTF8), path)
-    assert isinstance(rows, list)  # by its first character
-    for number, row in enumerate(rows, 1):
-        where = f"{path}: row {number}"
-        check_storable(row, where)
-        if not isinstance(row, dict):
-            raise InputError(f"expected a JSON object, found {shorten(row)}", where=where, remedy="one object a row")
-        yield where, row
+RELEASED = ("prompt_id", "prompt", "responses", "rewards", "sources")
 
 
-def _is_list(path: Path) -> bool:
-    with open_data(path) as file:
-        first = next((line for line in file if line.strip()), b"")
-        return first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+class ReleasedRow(TypedDict):
+    prompt: Messages
+    prompt_id: Name
+    responses: list[str]
+    rewards: list[Reward]
+    sources: list[str]
 
 
-def check_row(row: dict, where: str) -> dict:
-    """The row with chat messages as `prompt`, `prompt_id` and `sources` filled in.
+def check_row(row: dict, where: str) -> ReleasedRow:
+    """The row with chat messages as `prompt`, `prompt_id` and `sources` filled in; other fields are left out.
 
     Raises:
         InputError: a field is missing, misspelt or mistyped, the lists differ in length, a reward is not finite.
     """
-    refuse_misspelt(row, ("prompt", "responses", "rewards", "sources", "prompt_id"), where)
-    prompt = row.get("prompt")
-    prompt = parse_prompt(prompt, where) if isinstance(prompt, str) else prompt
-    named = {"prompt": prompt, "responses": row.get("responses"), "prompt_id": row.get("prompt_id")}
-    name = check_prompt(named, where)["prompt_id"]
-    sources = row.get("sources")
-    row = {**row, "sources": ["generated"] * len(row["responses"]) if sources is None else sources}
-    check_rewards(row, where)
-    check_strings(row, "sources", where)
-    check_parallel(row, "sources", where)
+    refuse_misspelt(row, RELEASED, where)
+    row = {name: row[name] for name in RELEASED if row.get(name) is not None}
+    if isinstance(row.get("prompt"), str):
+        row["prompt"] = parse_prompt(row["prompt"], where)
+    if isinstance(row.get("responses"), list):
+        row = {"sources": ["generated"] * len(row["responses"]), **row}
+    row = check_parallel(checked(named(row), ReleasedRow, where), where)
     # White space around a response would merge with the template's tokens, as in generation.
-    responses = [text.strip() for text in row["responses"]]
-    columns = {"responses": responses, "rewards": row["rewards"], "sources": row["sources"]}
-    return {"prompt_id": name, "prompt": prompt, **columns}
+    return {**row, "responses": [text.strip() for text in row["responses"]]}
 
 
-def rank_row(row: dict, tokenizer: Any, refused: Callable[[str], list[str]] = lambda _: []) -> tuple[dict, list[dict]]:
+def rank_row(
+    row: ReleasedRow, tokenizer: Any, refused: Callable[[str], list[str]] = lambda _: []
+) -> tuple[dict, list[dict]]:
     """The ranked record of a checked row, and ledger lines for the responses that were dropped or merged.
 
     Args:
         refused: the special tokens for which a response is dropped.
     """
-    kept: dict[tuple[int, ...], tuple[float, str, str]] = {}
-    ledger = []
-    for text, reward, source in zip(row["responses"], row["rewards"], row["sources"], strict=True):
-        line = {"prompt_id": row["prompt_id"], "source": source, "reward": reward}
-        if not text.strip():
-            ledger.append({**line, "reason": "empty response"})
-        elif tokens := refused(text):
-            ledger.append({**line, "reason": "special tokens in a response", "tokens": tokens, "text": text})
-        # As a model sees them: the tokenizer may make one of two spellings.
-        elif (ids := tuple(_ids(tokenizer, inert(tokenizer, text)))) in kept:
-            ledger.append({**line, "reason": "duplicate response", "kept": kept[ids][1], "text": text})
-        else:
-            kept[ids] = (reward, source, text)
-    order = sorted(kept.values(), key=lambda entry: -entry[0])
+    responses = [
+        {"text": text, "source": source, "reward": reward}
+        for text, source, reward in zip(row["responses"], row["sources"], row["rewards"], strict=True)
+    ]
+
+    def seen(text: str) -> tuple[int, ...]:
+        """As a model sees it: the tokenizer may make one of two spellings."""
+        return tuple(_ids(tokenizer, inert(tokenizer, text)))
+
+    kept, ledger = distinct(row["prompt_id"], responses, refused, seen)
     record = {
         "prompt_id": row["prompt_id"],
         "prompt": row["prompt"],
-        "responses": [text for *_, text in order],
-        "rewards": [reward for reward, *_ in order],
-        "sources": [source for _, source, _ in order],
-        "token_counts": [len(_ids(tokenizer, text)) for *_, text in order],
-        "truncated": [False] * len(order),
+        "responses": [response["text"] for response in kept],
+        "sources": [response["source"] for response in kept],
+        "token_counts": [len(_ids(tokenizer, response["text"])) for response in kept],
+        "truncated": [False] * len(kept),
     }
-    return record, ledger
+    return rank(record, [response["reward"] for response in kept]), ledger
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -188,18 +169,21 @@ PROMPTS, RESPONSES = "prompts with special tokens, kept", "responses with specia
 def convert(
     rows: Iterator[tuple[str, dict]],
     tokenizer: Any,
-    ranked: TextIO,
-    ledger: TextIO,
+    counts: Counter,
+    ledger: list[dict],
     special: Callable[[str], list[str]] = lambda _: [],
     refuse: bool = False,
-) -> Counter:
-    """Write ranked records and ledger lines; return the counts: `read` = `written` + `rejected`, and the ledger's.
+) -> Iterator[Ranked]:
+    """Yield ranked records.
 
     Args:
+        counts: is filled: `read` = `written` + `rejected`, and the reasons of the ledger.
+        ledger: is filled with the lines for what is left out.
         special: the special tokens that a text spells.
         refuse: prompts and responses with any are left out; else they are counted.
     """
-    counts, places = Counter(read=0, written=0, rejected=0), {}
+    counts.update(read=0, written=0, rejected=0)
+    places: dict[str, str] = {}
     for where, raw in rows:
         row = check_row(raw, where)
         record, lines = rank_row(row, tokenizer, *[special] * refuse)
@@ -212,33 +196,16 @@ def convert(
         elif len(record["responses"]) < 2:
             lines.append({**named, "reason": "fewer than two distinct responses"})
         else:
-            check_ranked(record, where)
-            _write(ranked, record)
+            yield check_ranked(record, where)
             counts.update({PROMPTS: bool(tokens), RESPONSES: sum(bool(special(text)) for text in record["responses"])})
         places.setdefault(row["prompt_id"], where)
-        for line in lines:
-            _write(ledger, line)
+        ledger += lines
         refused = any("refused" in line for line in lines)
         counts.update(["read", "rejected" if refused else "written", *(line["reason"] for line in lines)])
-    return counts
 
 
-def _write(file: TextIO, record: dict) -> None:
-    file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-@contextmanager
-def renamed_at_end(path: Path) -> Iterator[TextIO]:
-    """A file written under a temporary name and renamed when all went well: streamed, a release has gigabytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def import_released(file: str, recipe: Recipe, split: str = "train", tokenizer_path: str | None = None) -> Counter:
@@ -260,13 +227,16 @@ def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, t
     refuse = recipe.data.special_tokens == "refuse"
     if refuse:  # what does not differ from earlier versions is not claimed
         settings["special_tokens"] = recipe.data.special_tokens
-    with ExitStack() as files:
-        ranked = files.enter_context(renamed_at_end(target))
-        ledger = files.enter_context(renamed_at_end(target.with_suffix(".ledger.jsonl")))
-        counts = convert(read_rows(file), tokenizer, ranked, ledger, partial(special_tokens_in, tokenizer), refuse)
+    counts, ledger, special = Counter(), [], partial(special_tokens_in, tokenizer)
+
+    def ranked() -> Iterator[str]:
+        yield from map(_line, convert(read_rows(file), tokenizer, counts, ledger, special, refuse))
         if not counts["written"]:
             raise InputError(f"no row can be used ({_counted(counts)})", where=file, remedy="check the file")
-        claim(target.parent, settings)
+        claim(target.parent, settings)  # before the file has its name
+
+    write_lines(target, ranked())
+    write_lines(target.with_suffix(".ledger.jsonl"), map(_line, ledger))
     written = [recipe.ranked(name) for name in SPLITS if recipe.ranked(name).exists()]
     outputs = [path for ranked in written for path in (ranked, ranked.with_suffix(".ledger.jsonl"))]
     facts = {"file": file, "sha256": file_hash(file), **counts}

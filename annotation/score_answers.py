@@ -18,7 +18,8 @@ from annotation.scorers import load_scorer, run_scorers
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
 from pipeline.functions import announce, function_files
-from pipeline.preflight import check_fits, evaluated_prompts
+from pipeline.models import check_fits
+from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Recipe
 from pipeline.records import Appender, done_ids, read_answers
 from pipeline.run_records import SCORES

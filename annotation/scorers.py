@@ -8,7 +8,7 @@ from annotation.canary import canary_folder, check_canaries
 from annotation.reward_model import ConversationScorer, RewardModel
 from hps.chat import check_records, load_tokenizer
 from pipeline.functions import FunctionScorer
-from pipeline.preflight import ARMORM, WRITERS
+from pipeline.models import ARMORM, WRITERS
 from pipeline.recipe import Model, Recipe, Reward
 from pipeline.weights import load_config
 from pipeline.workers import run_workers

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+from scipy.stats import binomtest, spearmanr
+
 from annotation.rewards import sentiment
 from hps.chat import conversation_token_ids, load_tokenizer
 from hps.errors import run_main
@@ -124,14 +126,6 @@ def pair_ids(tokenizer, pair: Pair) -> dict:
     }
 
 
-def wilson(successes: int, count: int, z: float = 1.96) -> list[float]:
-    """Wilson's 95 % interval of a proportion."""
-    share = successes / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return [round(centre - half, 4), round(centre + half, 4)]
-
-
 def report(folder: Path, seed: int) -> dict:
     """Accuracy of a merged reward model on the test split, by kind of pair, with intervals."""
     from annotation.reward_model import RewardModel
@@ -147,8 +141,9 @@ def report(folder: Path, seed: int) -> dict:
 
 def accuracy(hits: list[bool]) -> dict:
     """How many pairs, the share that is right, and Wilson's interval."""
-    share = round(sum(hits) / len(hits), 4)
-    return {"pairs": len(hits), "accuracy": share, "interval": wilson(sum(hits), len(hits))}
+    found = binomtest(sum(hits), len(hits))
+    low, high = found.proportion_ci(method="wilson")
+    return {"pairs": len(hits), "accuracy": round(found.statistic, 4), "interval": [round(low, 4), round(high, 4)]}
 
 
 def train(name: str, settings: Settings, output: Path) -> None:
@@ -294,7 +289,6 @@ def train_proxy(settings: Settings, output: Path) -> None:
 def report_proxy(folder: Path) -> dict:
     """How well the merged model ranks the answers to test prompts, by the size of the true difference."""
     import numpy as np
-    from scipy.stats import spearmanr
 
     from annotation.reward_model import RewardModel
 

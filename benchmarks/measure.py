@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas
 import torch
 
 
@@ -60,15 +61,8 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def show(title: str, header: list[str], rows: list[list]) -> None:
     """A table on the screen; numbers with three digits behind the point."""
-    cells = [header, *[[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    print(f"\n{title}")
-    for row in cells:
-        parts = [
-            cell.ljust(width) if not column else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  " + "  ".join(parts), flush=True)
+    table = pandas.DataFrame(rows, columns=header).to_string(index=False, float_format="{:.3f}".format)
+    print(f"\n{title}\n{table}", flush=True)
 
 
 def finish(arguments: argparse.Namespace, figures: dict) -> None:

@@ -14,8 +14,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+from itertools import product
 
-from measure import finish, machine, options
+from measure import finish, machine, options, show
 
 from pipeline.recipe import CHOICES, REPOSITORY, load_recipe
 from pipeline.records import read_jsonl
@@ -49,9 +50,11 @@ def figures(settings: list[str]) -> dict:
     return {
         "steps": len(log),
         "responses": statistics.mean(1 + len(row["dispreferred"]) for row in plan),
-        "loss": (log[0]["loss"], log[-1]["loss"]),
-        "margin": (log[0]["rewards/margins"], log[-1]["rewards/margins"]),
-        "seconds": statistics.median(seconds),
+        "first loss": log[0]["loss"],
+        "last loss": log[-1]["loss"],
+        "first margin": log[0]["rewards/margins"],
+        "last margin": log[-1]["rewards/margins"],
+        "s / step": statistics.median(seconds),
     }
 
 
@@ -61,25 +64,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.keep:
         shutil.rmtree(REPOSITORY / FOLDER, ignore_errors=True)
-    rows: dict = {"machine": machine()}
-    print(rows["machine"], flush=True)
+    found: dict[str, dict] = {}
+    about = machine()
+    print(about, flush=True)
     call("gene.sh", *DATA)
-    methods = [(family, preference) for family in CHOICES["loss.family"] for preference in CHOICES["loss.preference"]]
-    print(f"{'method':10s} steps  responses   loss first    last   margin first    last   s/step  ratio to dpo-bt")
-    base = None
-    for family, preference in methods:
+    for family, preference in product(CHOICES["loss.family"], CHOICES["loss.preference"]):
         settings = [*DATA, *STEPS, f"loss.family={family}", f"loss.preference={preference}"]
         call("run.sh", *settings)
-        found = figures(settings)
-        base = base or found["seconds"]
-        rows[f"{family}-{preference}"] = found
-        print(
-            f"{family + '-' + preference:10s} {found['steps']:5d} {found['responses']:10.1f} "
-            f"{found['loss'][0]:12.4f} {found['loss'][1]:7.4f} {found['margin'][0]:14.4f} {found['margin'][1]:7.4f} "
-            f"{found['seconds']:8.2f} {found['seconds'] / base:10.2f}",
-            flush=True,
-        )
-    finish(arguments, rows)
+        row = found[f"{family}-{preference}"] = figures(settings)
+        row["times dpo-bt"] = row["s / step"] / found["dpo-bt"]["s / step"]
+        print(f"{family}-{preference}: {row}", flush=True)
+    show("Methods", ["", *row], [[name, *row.values()] for name, row in found.items()])
+    finish(arguments, {"machine": about, **found})
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def recipe_of(folder: str, responses: int, answers: int, overrides: list[str]) -
             f"data.train.responses={responses}",
             f"evaluation.samples={answers}",
             "schedule.epochs=1",
+            "evaluation.proxy=false",
             *overrides,
         ],
     )
@@ -79,6 +80,19 @@ class Texts:
                 texts = [text(seed + place, words) for place in range(item["count"])]
                 samples = [{"text": each, "tokens": 26, "truncated": False} for each in texts]
                 yield {"key": item["key"], "samples": samples}
+
+
+class FixedScores:
+    """In place of what a worker scores with."""
+
+    def __init__(self, **arguments: Any):
+        self.model = self
+
+    def score(self, prompt, responses, truncated, prompt_id) -> list[float]:
+        return [random.Random(response).gauss(0, 1) for response in responses]
+
+    def score_details(self, *columns) -> list[dict]:
+        return [{"score": score} for score in self.score(*columns)]
 
 
 Work = Callable[[], object]  # what is measured: the imports are made, and the tokenizer's library is warm
@@ -101,14 +115,7 @@ def generation(recipe: Recipe) -> Work:
 def annotation(recipe: Recipe) -> Work:
     from annotation import annotate
 
-    class FixedScores(annotate.Scorer):
-        def __init__(self, **arguments: Any):
-            self.model = self
-
-        def score(self, prompt, responses, truncated) -> list[float]:
-            return [random.Random(response).gauss(0, 1) for response in responses]
-
-    annotate.Scorer = FixedScores
+    annotate.Scorer = type("Scorer", (FixedScores, annotate.Scorer), {})
     return lambda: annotate.annotate(recipe)
 
 
@@ -168,14 +175,7 @@ def answers(recipe: Recipe) -> Work:
 def scores(recipe: Recipe) -> Work:
     from annotation import score_answers as answers
 
-    class FixedScores(answers.AnswerScorer):
-        def __init__(self, **arguments: Any):
-            self.model = self
-
-        def score_details(self, prompt, responses, truncated) -> list[dict]:
-            return [{"score": random.Random(response).gauss(0, 1)} for response in responses]
-
-    answers.AnswerScorer = FixedScores
+    answers.AnswerScorer = type("AnswerScorer", (FixedScores, answers.AnswerScorer), {})
     return lambda: [answers.score(recipe, sft) for sft in (True, False)]
 
 

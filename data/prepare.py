@@ -16,23 +16,23 @@ counted; generation merges those that are equal to the letter.
 """
 
 import argparse
-import copy
-import gzip
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.errors import InputError, run_main
-from pipeline.records import ROLES, canonical, prompt_id, shorten, write_atomic, write_json
+from pipeline.records import ROLES, canonical, prompt_id, read_values, refusal, shorten, typed, write_atomic, write_json
 from pipeline.stage import file_hash
-from tools.pin import COMMIT, hub_error_types
+from tools.hub import COMMIT, asking, commit_of, write_revisions
 
 DATA = Path(__file__).resolve().parent
 SOURCES = DATA / "sources.yaml"
@@ -53,13 +53,50 @@ class Rejected(Exception):
         self.reason, self.same_as = reason, same_as
 
 
-@dataclass(frozen=True)
-class Source:
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Strict):
     """A dataset repository of the hub, the revision asked for (None: newest), its files in the order of reading."""
 
-    repo: str
-    revision: str | None
-    files: list[str]
+    repo: Annotated[str, Field(pattern="^[^/]+/[^/]+$")]
+    revision: Text | None
+    files: Annotated[list[Text], Field(min_length=1)]
+
+
+class Sources(Strict):
+    train: Source
+    test: Source
+
+
+class AllSources(Strict):
+    hh_rlhf: Sources
+    pku_safe: Sources
+
+
+class Turn(TypedDict):
+    role: str
+    content: str
+
+
+class Curated(TypedDict):
+    prompt: list[Turn]
+    responses: list[str]
+
+
+class Transcripts(TypedDict):
+    chosen: str
+    rejected: str
+
+
+class Question(TypedDict):
+    prompt: str
+    response_0: str
+    response_1: str
 
 
 @dataclass(frozen=True)
@@ -95,165 +132,27 @@ class Split:
 def load_sources(path: Path) -> dict[str, dict[str, Source]]:
     """The sources by set and split; InputError names a field that is missing, unknown or mistyped."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = AllSources.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise refusal(error, str(path)) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())
         raise InputError(f"cannot read the sources ({problem})", where=str(path), remedy="restore the file") from None
-    _check_keys(found, SETS, "", path)
-    for name in SETS:
-        _check_keys(found[name], SPLITS, name, path)
-    return {name: {split: _source(found[name][split], f"{name}.{split}", path) for split in SPLITS} for name in SETS}
+    return {name: dict(splits) for name, splits in found}
 
 
-def _check_keys(value, names: Iterable[str], place: str, path: Path) -> None:
-    """Refuse what is no mapping with exactly these keys."""
-    keys = list(value) if isinstance(value, dict) else None
-    if keys is None or set(keys) != set(names):
-        where = f"`{place}` has" if place else "the file has"
-        found = "no mapping" if keys is None else f"the fields {', '.join(map(str, keys))}"
-        raise InputError(f"{where} {found}", where=str(path), remedy=f"give it {', '.join(names)}, nothing else")
-
-
-def _source(value, place: str, path: Path) -> Source:
-    _check_keys(value, [known.name for known in fields(Source)], place, path)
-    source = Source(**value)
-    files = source.files
-    right = {
-        "repo": isinstance(source.repo, str) and source.repo.count("/") == 1,
-        "revision": source.revision is None or (isinstance(source.revision, str) and source.revision),
-        "files": isinstance(files, list) and bool(files) and all(isinstance(file, str) and file for file in files),
-    }
-    remedies = {
-        "repo": "give owner/name",
-        "revision": "give null, or a branch, tag or commit in quotes",
-        "files": "give a list of at least one file name",
-    }
-    for name, fits in right.items():
-        if not fits:
-            problem = f"`{place}.{name}` is {shorten(value[name])}"
-            raise InputError(problem, where=str(path), remedy=remedies[name])
-    return source
-
-
-def refusal(error: Exception, source: Source, file: str | None = None) -> InputError:
-    """The hub's refusal as one line. Call it with what `hub_error_types` names."""
-    from huggingface_hub import errors
-
-    where = f"dataset {source.repo}" + (f", file {file}" if file else "")
-    where += f", revision {source.revision}" if source.revision else ""
-    problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    remedy = "try again when the hub can be reached" + (", or give local files with --from FOLDER" if file else "")
-    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
-        problem = "the hub cannot be reached, or HF_HUB_OFFLINE is set"
-    elif isinstance(error, errors.GatedRepoError):
-        problem, remedy = "access is restricted", "ask for access on the dataset's page, then `hf auth login`"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        problem, remedy = "the hub has no such revision", "correct `revision` in data/sources.yaml, or set it to null"
-    elif isinstance(error, errors.EntryNotFoundError):
-        problem, remedy = "the repository has no such file", "correct `files` in data/sources.yaml"
-    elif isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        problem, remedy = "the hub has no such dataset, or it is private", "correct `repo`, or `hf auth login`"
-    return InputError(problem, where=where, remedy=remedy)
-
-
-def fetch(source: Source) -> tuple[dict[str, Path], str]:
-    """The source's files in the hub's cache, downloaded where they are not there yet, and the commit they are of."""
-    from huggingface_hub import hf_hub_download
-
-    paths, revision = {}, source.revision
-    for file in source.files:
-        try:
-            path = Path(hf_hub_download(source.repo, file, repo_type="dataset", revision=revision))
-        except hub_error_types() as error:
-            raise refusal(error, source, file) from None
-        # The cache keeps a file as .../snapshots/<commit>/<file>. The next ones come from the same commit, whatever is
-        # uploaded meanwhile.
-        revision = path.parents[len(Path(file).parts) - 1].name
-        paths[file] = path
-    return paths, revision
-
-
-def locate(source: Source, folder: Path) -> dict[str, Path]:
-    """The source's files below a local folder, which must all be there."""
-    paths = {file: folder / source.repo / file for file in source.files}
-    for path in paths.values():
-        if not path.is_file():
-            remedy = "lay the folder out as FOLDER/<repo>/<file>, as data/README.md says, or leave --from out"
-            raise InputError("there is no such file", where=str(path), remedy=remedy)
-    return paths
-
-
-def read_text(path: Path) -> str:
-    """A file's text; `.gz` is unpacked. InputError for a file cut short, and for bytes that are not UTF-8."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        return data.decode("utf-8-sig")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        remedy = "download the file again"
-        raise InputError(f"broken gzip file ({error})", where=str(path), remedy=remedy) from None
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        problem = "the line has bytes that are not UTF-8"
-        raise InputError(problem, where=f"{path}:{line}", remedy=FORMAT) from None
-    except OSError as error:
-        remedy = "check the file and its folder"
-        raise InputError(f"cannot read the file ({error.strerror})", where=str(path), remedy=remedy) from None
+def named(source: Source) -> str:
+    """A source, for the reader."""
+    return f"dataset {source.repo}" + (f", revision {source.revision}" if source.revision else "")
 
 
 def read_rows(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a JSON array or of JSON Lines; blank lines are passed over.
-
-    Raises:
-        InputError: broken JSON (with its line), or a row that is no JSON object.
-    """
-    text = read_text(path)
-    places = _array(text, path) if text.lstrip().startswith("[") else _lines(text, path)
-    for number, (line, record) in enumerate(places, 1):
+    """Rows of a JSON array or of JSON Lines; InputError: broken JSON (with its line), or a row that is no object."""
+    for number, (line, record) in enumerate(read_values(path), 1):
         row = Row(name, path, line, number, record)
         if not isinstance(record, dict):
             raise InputError(f"expected a JSON object, found {shorten(record)}", where=row.where, remedy=FORMAT)
         yield row
-
-
-def _lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    for line, part in enumerate(text.split("\n"), 1):  # not splitlines: texts may hold U+2028
-        if part.strip():
-            yield line, _parse(part, path, line)
-
-
-def _array(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    """The elements with the lines on which they begin."""
-    _parse(text, path, 1)  # once as a whole: from here on each element is known to be sound
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-    end, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
-    while True:
-        start = space.match(text, end).end()
-        if text[start] == "]":
-            return
-        line += text.count("\n", end, start)
-        value, end = decoder.raw_decode(text, start)
-        yield line, value
-        line += text.count("\n", start, end)
-
-
-def _parse(text: str, path: Path, line: int) -> object:
-    """A JSON value that begins on this line."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        problem, line = f"broken JSON at column {error.colno} ({error.msg})", line + error.lineno - 1
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        problem = f"unreadable JSON ({error})"
-    raise InputError(problem, where=f"{path}:{line}", remedy="download the file again, or correct the line")
-
-
-def text_of(row: Row, name: str) -> str:
-    """A field that must be a text, tidied (see the module's docstring)."""
-    value = row.record.get(name)
-    if not isinstance(value, str):
-        raise InputError(f"`{name}` is {shorten(value)}", where=row.where, remedy=FORMAT)
-    return tidy(value)
 
 
 def tidy(text: str) -> str:
@@ -273,23 +172,15 @@ def two_responses(responses: list[str]) -> list[str]:
 
 def curated(row: Row) -> Pair:
     """A row of the authors' files: `prompt`, chat messages; `responses`, two texts, taken as best first."""
-    messages, responses = row.record.get("prompt"), row.record.get("responses")
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise InputError(f"`prompt` is {shorten(messages)}, no list of messages", where=row.where, remedy=FORMAT)
-    if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
-        raise InputError(f"`responses` is {shorten(responses)}, no list of texts", where=row.where, remedy=FORMAT)
-    messages = [{"role": message["role"], "content": tidy(message["content"])} for message in messages]
+    record = typed(row.record, Curated, row.where, FORMAT)
+    messages = [{"role": message["role"], "content": tidy(message["content"])} for message in record["prompt"]]
     if any(message["role"] not in ROLES for message in messages):
         raise Rejected(f"a role other than {', '.join(ROLES)}")
     if not messages or messages[-1]["role"] != "user":
         raise Rejected("prompt does not end with the user's turn")
     if not all(message["content"] for message in messages):
         raise Rejected("empty turn")
-    return messages, two_responses(list(map(tidy, responses)))
-
-
-def _is_message(value) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
+    return messages, two_responses(list(map(tidy, record["responses"])))
 
 
 def turns(transcript: str) -> list[dict]:
@@ -310,7 +201,8 @@ def turns(transcript: str) -> list[dict]:
 
 def transcripts(row: Row) -> Pair:
     """A row of Anthropic/hh-rlhf: the transcripts `chosen` and `rejected`, which differ in their last answer."""
-    chosen, rejected = (turns(text_of(row, name)) for name in ("chosen", "rejected"))
+    record = typed(row.record, Transcripts, row.where, FORMAT)
+    chosen, rejected = turns(record["chosen"]), turns(record["rejected"])
     if chosen[:-1] != rejected[:-1]:
         raise Rejected("transcripts do not share the prompt")
     return chosen[:-1], two_responses([chosen[-1]["content"], rejected[-1]["content"]])
@@ -318,7 +210,8 @@ def transcripts(row: Row) -> Pair:
 
 def questions(row: Row, preference: str) -> Pair:
     """A row of PKU-Alignment/PKU-SafeRLHF: `prompt`, `response_0`, `response_1`, the number of the preferred one."""
-    prompt, *responses = (text_of(row, name) for name in ("prompt", "response_0", "response_1"))
+    record = typed(row.record, Question, row.where, FORMAT)
+    prompt, *responses = (tidy(record[name]) for name in ("prompt", "response_0", "response_1"))
     name = f"{preference}_response_id"
     if name not in row.record:
         raise InputError(f"`{name}` is missing", where=row.where, remedy=FORMAT)
@@ -391,15 +284,28 @@ def counted(facts: dict) -> str:
 
 
 def obtain(name: str, split: str, source: Source, folder: Path | None) -> tuple[dict[str, Path], str | None]:
-    """The files of a split and their commit (None: local files, of which that is not known); says which."""
-    title = f"prepare: {name}: {split}: {source.repo}"
+    """The files of a split, from the hub's cache or `<folder>/<repo>`, and their commit; says which.
+
+    Of local files the commit is not known: None.
+    """
+    from huggingface_hub import snapshot_download
+
     if folder is not None:
-        paths = locate(source, folder)
-        print(f"{title}: local files, commit not known")
-        return paths, None
-    paths, commit = fetch(source)
-    remark = "" if source.revision == commit else f" ({source.revision or 'newest'}; `data/prepare.py pin` fixes it)"
-    print(f"{title}: commit {commit}{remark}")
+        root, commit, told = folder / source.repo, None, "local files, commit not known"
+        remedy = "lay the folder out as FOLDER/<repo>/<file>, as data/README.md says, or leave --from out"
+    else:
+        with asking("dataset", named(source), ", or give local files with --from FOLDER"):
+            settings = {"repo_type": "dataset", "revision": source.revision, "allow_patterns": source.files}
+            root = Path(snapshot_download(source.repo, **settings))
+        commit = root.name  # the cache keeps a file as .../snapshots/<commit>/<file>
+        remark = f" ({source.revision or 'newest'}; `data/prepare.py pin` fixes it)"
+        told = f"commit {commit}{'' if source.revision == commit else remark}"
+        remedy = "correct `files` in data/sources.yaml"
+    paths = {file: root / file for file in source.files}
+    for path in paths.values():
+        if not path.is_file():
+            raise InputError("there is no such file", where=str(path), remedy=remedy)
+    print(f"prepare: {name}: {split}: {source.repo}: {told}")
     return paths, commit
 
 
@@ -415,7 +321,7 @@ def prepare(
     Args:
         sources: of this set, by split.
         output: the set's folder.
-        folder: where downloaded files are (see `locate`); None: the hub.
+        folder: where downloaded files are (see `obtain`); None: the hub.
     """
     _refuse_foreign(output)
     original = transcripts if name == "hh_rlhf" else partial(questions, preference=preference)
@@ -428,7 +334,7 @@ def prepare(
         results[split] = convert(rows, parsers[split], training)
         training = results[split].places
         hashes = {file: file_hash(path) for file, path in paths.items()}
-        facts[split] = {**asdict(source), "commit": commit, "files": hashes, **counts(results[split], split)}
+        facts[split] = {**source.model_dump(), "commit": commit, "files": hashes, **counts(results[split], split)}
         print(f"prepare: {name}: {split}: {counted(facts[split])}")
         if not results[split].records:
             problem = f"no row of {split} can be used ({counted(facts[split])})"
@@ -459,52 +365,16 @@ def write(output: Path, results: dict[str, Split], facts: dict) -> dict:
     return facts
 
 
-def resolve(source: Source) -> str:
-    """The full commit hash that a source's revision (or newest state) stands for."""
-    from huggingface_hub import HfApi
-
-    try:
-        commit = HfApi().dataset_info(source.repo, revision=source.revision, timeout=30).sha
-    except hub_error_types() as error:
-        raise refusal(error, source) from None
-    if not commit or not COMMIT.fullmatch(commit):
-        raise InputError(f"the hub gave `{commit}` as its commit", where=f"dataset {source.repo}")
-    return commit
-
-
-def insert_revisions(text: str, commits: dict[tuple[str, str], str], path: Path) -> str:
-    """The text of the sources with `<set>.<split>.revision` set; every other byte stays.
-
-    Raises:
-        InputError: a way of writing that this cannot edit safely (the result is loaded again and compared).
-    """
-    expected, edits = copy.deepcopy(yaml.safe_load(text)), set()
-    for (name, split), commit in commits.items():
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        for key in (name, split, "revision"):
-            node = next((value for known, value in node.value if known.value == key), node)
-        start, end = node.start_mark.index, node.end_mark.index
-        edits.add((start, end, f'"{commit}"' if start < end else f' "{commit}"'))  # quoted: digits would be a number
-        expected[name][split]["revision"] = commit
-    for start, end, new in sorted(edits, reverse=True):
-        text = text[:start] + new + text[end:]
-    try:
-        same = yaml.safe_load(text) == expected
-    except yaml.YAMLError:
-        same = False
-    if not same:
-        problem = "the file is written in a way that cannot be edited safely"
-        raise InputError(problem, where=str(path), remedy="write each `revision` on a line of its own, without aliases")
-    return text
-
-
 def pin(path: Path) -> None:
     """Write the current commits into the sources; full commits that stand there are left alone."""
     sources = {(name, split): source for name, splits in load_sources(path).items() for split, source in splits.items()}
-    commits = {key: resolve(source) for key, source in sources.items() if not COMMIT.fullmatch(source.revision or "")}
+    commits = {
+        key: commit_of("dataset", source.repo, source.revision, named(source))
+        for key, source in sources.items()
+        if not COMMIT.fullmatch(source.revision or "")
+    }
     if commits:
-        # Bytes: line ends stay as they are.
-        write_atomic(path, insert_revisions(path.read_bytes().decode("utf-8"), commits, path))
+        write_revisions(path, commits)
     for key, source in sources.items():
         outcome = f"{source.revision or 'newest'} -> {commits[key]}" if key in commits else "pinned already"
         print(f"pin: {'.'.join(key)}: {source.repo}: {outcome}")

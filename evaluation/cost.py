@@ -16,7 +16,7 @@ The assumptions are in configs/matrix.yaml (`cost` of each scale) and are printe
 from alignment.memory import responses_per_prompt
 from evaluation.results import Evaluated
 from hps.errors import InputError
-from pipeline.preflight import load_prompts
+from pipeline.prompts import load_prompts
 from pipeline.recipe import Recipe
 
 HOUR = 3600

@@ -24,7 +24,7 @@ from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
 from pipeline.engine import Engine
-from pipeline.preflight import check_fits
+from pipeline.models import check_fits
 from pipeline.recipe import Generation, Model, Recipe
 from pipeline.records import Appender, canonical, check_finite, read_answers, read_jsonl, shorten, write_json
 from pipeline.stage import check_model, hold, model_hash, write_manifest

@@ -26,7 +26,7 @@ from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, kept_checkpoin
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
-from pipeline.preflight import evaluated_prompts
+from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe
 from pipeline.records import Appender, read_jsonl, read_ranked, shorten, write_json
 from pipeline.run_records import AGAIN, SETS, check_pair

@@ -21,9 +21,11 @@ from hps.chat import check_records, end_of_turn_ids, load_tokenizer, naming, pro
 from hps.errors import run_main
 from pipeline.cli import parse, progress
 from pipeline.engine import Engine, Sample
-from pipeline.preflight import check_disjoint, check_fits, load_prompts
+from pipeline.models import check_fits
+from pipeline.prompts import check_disjoint, load_prompts
 from pipeline.recipe import SPLITS, Generation, Model, Recipe
 from pipeline.records import Appender, Indexed, done_ids, read_candidates, read_ledger, write_json, write_lines
+from pipeline.responses import distinct
 from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
 from pipeline.weights import ADAPTER, check_weights, refuse_pickles
 from pipeline.workers import run_workers
@@ -60,28 +62,20 @@ def assemble(
         refused: the special tokens for which a response is dropped.
     """
     given = [
-        (text, f"given_{place}", count, False)
+        {"text": text, "source": f"given_{place}", "tokens": count, "truncated": False}
         for place, (text, count) in enumerate(zip(record["responses"], given_counts, strict=True), 1)
     ]
-    sampled = [(sample.text.strip(), "generated", sample.tokens, sample.truncated) for sample in samples]
-    kept: dict[str, tuple] = {}
-    ledger = []
-    for entry in given + sampled:
-        text, source = entry[:2]
-        if not text.strip():
-            ledger.append({"prompt_id": record["prompt_id"], "reason": "empty response", "source": source})
-        elif tokens := refused(text):
-            line = {"prompt_id": record["prompt_id"], "reason": "special tokens in a response", "source": source}
-            ledger.append({**line, "tokens": tokens, "text": text})
-        elif text in kept:
-            line = {"prompt_id": record["prompt_id"], "reason": "duplicate response", "source": source}
-            ledger.append({**line, "kept": kept[text][1], "text": text})
-        else:
-            kept[text] = entry
-    columns = list(zip(*kept.values(), strict=True)) or [(), (), (), ()]
-    names = ("responses", "sources", "token_counts", "truncated")
-    candidates = {"prompt_id": record["prompt_id"], "prompt": record["prompt"]}
-    return {**candidates, **{name: list(column) for name, column in zip(names, columns, strict=True)}}, ledger
+    sampled = [{**asdict(sample), "text": sample.text.strip(), "source": "generated"} for sample in samples]
+    kept, ledger = distinct(record["prompt_id"], given + sampled, refused)
+    candidates = {
+        "prompt_id": record["prompt_id"],
+        "prompt": record["prompt"],
+        "responses": [response["text"] for response in kept],
+        "sources": [response["source"] for response in kept],
+        "token_counts": [response["tokens"] for response in kept],
+        "truncated": [response["truncated"] for response in kept],
+    }
+    return candidates, ledger
 
 
 class SplitWriter:

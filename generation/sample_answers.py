@@ -23,7 +23,8 @@ from generation.generate import sample
 from hps.chat import check_records, load_tokenizer, naming, prompt_token_ids
 from hps.errors import InputError, run_main
 from pipeline.cli import progress
-from pipeline.preflight import check_fits, evaluated_prompts
+from pipeline.models import check_fits
+from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe, load_recipe, split_arguments
 from pipeline.records import Appender, Indexed, done_ids
 from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash

@@ -32,9 +32,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from difflib import SequenceMatcher
+from functools import cache
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, Literal, NotRequired, TypeVar
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError, to_json
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.errors import InputError
 
@@ -53,7 +58,68 @@ NOTES = ("topic", "source", "truncated", "difference")  # of our own prompts fil
 PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
 RESEMBLANCE = 0.8  # share of equal letters above which an unknown field is a misspelt known one
 GZIP = b"\x1f\x8b"  # JSON never begins so
+REMEDIES = {
+    "prompt": 'give chat messages, the last one the user\'s: [{"role": "user", "content": "..."}]',
+    "prompt_id": "give a non-empty string, or leave it out",
+    "rewards": f"give a finite number within {LARGEST_REWARD:.1e}, so that single precision holds differences",
+}
+Record = TypeVar("Record")
 CONVERT = """python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin.buffer)]'"""
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "should be a text that is not blank")
+    return text
+
+
+def _ends_with_user(messages: list) -> list:
+    if (role := messages[-1]["role"]) != "user":
+        problem = "should end with the user's turn, not the {role}'s (answers belong in `responses`)"
+        raise PydanticCustomError("answered", problem, {"role": role})
+    return messages
+
+
+Name = Annotated[str, Field(min_length=1)]
+Whole = Annotated[int, Field(ge=0, le=int(MOST))]
+Number = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
+Reward = Annotated[float, Field(ge=-LARGEST_REWARD, le=LARGEST_REWARD, allow_inf_nan=False)]
+
+
+class Message(TypedDict):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, AfterValidator(_not_blank)]
+
+
+Messages = Annotated[list[Message], Field(min_length=1), AfterValidator(_ends_with_user)]
+
+
+class Prompt(TypedDict):
+    prompt: Messages
+    prompt_id: Name
+    responses: list[str]
+
+
+class Answers(Prompt):
+    token_counts: list[Whole]
+    truncated: list[bool]
+
+
+class Candidates(Answers):
+    sources: list[str]
+
+
+class Ranked(Candidates):
+    rewards: list[Reward]
+    rewards_without_noise: NotRequired[list[Reward]]
+
+
+class Named(TypedDict):
+    prompt_id: Name
+
+
+class LedgerLine(Named):
+    reason: str
 
 
 def canonical(value) -> str:
@@ -129,19 +195,18 @@ def _refuse_array(path: str | Path, number: int) -> None:
     )
 
 
-def parse_json(raw: bytes, path: str | Path, line: int = 1, remedy: str | None = None) -> object:
+def parse_json(raw: bytes, path: str | Path, line: int = 1, remedy: str | None = None, unique: bool = True) -> object:
     """The JSON value that begins on this line of a file; `remedy` where another one helps than correcting the line.
 
     Raises:
-        InputError: bytes that are not UTF-8, broken JSON, a key that appears twice in one object, or a number or a
-            nesting that Python does not read.
+        InputError: bytes that are not UTF-8, broken JSON, a number or a nesting that Python does not read, or, where
+            it must be `unique`, a key that appears twice in one object.
     """
     try:
         text = raw.rstrip(b"\r\n").decode("utf-8")  # an error at the end is on the last line
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except _RepeatedKey as error:
-        line += text.count("\n", 0, _object_with_repeated_key(text))
-        problem, cure = f"the key {shorten(error.key)} appears twice in one object", "leave one of them"
+        problem, cure = str(error), "leave one of them"
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         column = error.start - raw.rfind(b"\n", 0, error.start)
@@ -158,35 +223,14 @@ def parse_json(raw: bytes, path: str | Path, line: int = 1, remedy: str | None =
 class _RepeatedKey(Exception):
     """Not a ValueError: `parse_json` tells it from broken JSON."""
 
-    def __init__(self, key: str):
-        super().__init__(key)
-        self.key = key
-
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     """An object of JSON. Python would keep the last of two equal keys, other readers the first."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise _RepeatedKey(next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1))
+        key = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise _RepeatedKey(f"the key {shorten(key)} appears twice in one object")
     return found
-
-
-def _object_with_repeated_key(text: str) -> int:
-    """Where the innermost object begins that has a key twice; only Python's own scanner can be asked."""
-    decoder, places = json.JSONDecoder(object_pairs_hook=_unique), []
-    parse = decoder.parse_object
-
-    def parse_object(found, *settings):
-        try:
-            return parse(found, *settings)
-        except _RepeatedKey:
-            places.append(found[1])
-            raise
-
-    decoder.parse_object = parse_object
-    with suppress(_RepeatedKey, RecursionError):  # it nests less deeply than the other scanner
-        json.scanner.py_make_scanner(decoder)(text, len(text) - len(text.lstrip()))
-    return places[0] if places else 0
 
 
 def read_json(path: str | Path, remedy: str = "make it again, or put the old file back") -> dict:
@@ -222,15 +266,53 @@ def _walk(value: object) -> Iterator[tuple[int, object]]:
             left += [(depth + 1, inner) for inner in (value.values() if isinstance(value, dict) else value)]
 
 
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield `("path:line: row N", record)` of JSON Lines or of a JSON array; InputError as `read_jsonl`."""
+    for number, (line, value) in enumerate(read_values(path), 1):
+        where = f"{path}:{line}: row {number}"
+        check_storable(value, where)
+        yield where, _object(value, where)
+
+
+def read_values(path: str | Path) -> Iterator[tuple[int, object]]:
+    """Yield the values of JSON Lines, or the elements of a JSON array, with the lines on which they begin.
+
+    An array is read whole. InputError as `read_jsonl`, but any value may stand in a line.
+    """
+    with open_data(path) as file:
+        listed = next(filter(bytes.strip, file), b"").removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        file.seek(0)
+        raw = file.read().removeprefix(codecs.BOM_UTF8) if listed else b""
+    if not listed:
+        yield from ((number, parse_json(line, path, number)) for number, _, line in _lines(path))
+        return
+    parse_json(raw, path, unique=False)  # once as a whole: from here on each element is known to be sound
+    text, decoder, gap = raw.decode("utf-8"), json.JSONDecoder(object_pairs_hook=_unique), re.compile(r"[\s,]*")
+    end = text.index("[") + 1
+    line = 1 + text.count("\n", 0, end)
+    while text[start := gap.match(text, end).end()] != "]":
+        line += text.count("\n", end, start)
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except _RepeatedKey as error:
+            raise InputError(str(error), where=f"{path}:{line}", remedy="leave one of them") from None
+        yield line, value
+        line += text.count("\n", start, end)
+
+
 def _parse(raw: bytes, path: str | Path, number: int) -> dict:
     where = f"{path}:{number}"
     record = parse_json(raw, path, number)
     # Half a surrogate pair has no other spelling than an escape.
     if b"\\ud" in raw.lower() or raw.count(b"[") + raw.count(b"{") > DEEPEST:
         check_storable(record, where)
-    if not isinstance(record, dict):
-        raise InputError(f"expected a JSON object, found {shorten(record)}", where=where, remedy="one object a line")
-    return record
+    return _object(record, where)
+
+
+def _object(value: object, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise InputError(f"expected a JSON object, found {shorten(value)}", where=where, remedy="one object a line")
+    return value
 
 
 def shorten(value) -> str:
@@ -239,60 +321,37 @@ def shorten(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def check_messages(messages, where: str) -> None:
-    """Refuse a `prompt` that is not a non-empty list of chat messages ending with the user's turn."""
-    if not isinstance(messages, list) or not messages:
-        raise InputError(
-            f"`prompt` is {shorten(messages)}",
-            where=where,
-            remedy='give a non-empty list of chat messages: [{"role": "user", "content": "..."}]',
-        )
-    for index, message in enumerate(messages):
-        field = f"`prompt[{index}]`"
-        if not isinstance(message, dict) or "role" not in message:
-            raise InputError(
-                f"{field} has no `role`: {shorten(message)}", where=where, remedy=f"add one of {', '.join(ROLES)}"
-            )
-        if message["role"] not in ROLES:
-            raise InputError(
-                f"{field}.role is {shorten(message['role'])}", where=where, remedy=f"use one of {', '.join(ROLES)}"
-            )
-        content = message.get("content")
-        if not isinstance(content, str) or not content.strip():
-            raise InputError(f"{field}.content is {shorten(content)}", where=where, remedy="give it a non-empty text")
-    if messages[-1]["role"] != "user":
-        raise InputError(
-            f"the last message of `prompt` has role {shorten(messages[-1]['role'])}",
-            where=where,
-            remedy="a prompt ends with the user's turn; answers belong in `responses`",
-        )
+@cache
+def _adapter(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
 
 
-def check_strings(record: dict, field: str, where: str) -> None:
-    """Refuse a field that is no list of strings."""
-    values = record.get(field)
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise InputError(f"`{field}` is {shorten(values)}", where=where, remedy="give a list of strings")
+def typed(record: dict, kind: type[Record], where: str, remedy: str | None = None) -> Record:
+    """Return the record as it is, if its fields are what `kind`, a TypedDict, says; it may have others.
+
+    Raises:
+        InputError: a field is missing or mistyped; `remedy` is what helps, if not to correct it.
+    """
+    try:
+        _adapter(kind).validate_python(record, strict=True)
+    except ValidationError as error:
+        raise refusal(error, where, remedy) from None
+    return record
 
 
-def _named(record: dict, where: str) -> dict:
-    check_messages(record.get("prompt"), where)
+def checked(record: dict, kind: type[Record], where: str, remedy: str | None = None) -> Record:
+    """As `typed`; InputError for NaN and infinities in any field, too."""
+    typed(record, kind, where, remedy)
     check_finite(record, where)
-    if record.get("prompt_id") is None:
-        return {**record, "prompt_id": prompt_id(record["prompt"])}
-    return check_name(record, where)
-
-
-def check_name(record: dict, where: str, remedy: str = "give a non-empty string, or leave it out") -> dict:
-    """Return the record; InputError: its `prompt_id` is no string, or empty."""
-    name = record.get("prompt_id")
-    if not isinstance(name, str) or not name:
-        raise InputError(f"`prompt_id` is {shorten(name)}", where=where, remedy=remedy)
     return record
 
 
 def check_finite(record: dict, where: str) -> None:
     """Refuse NaN and infinities in any field: they are no JSON, and the next stage could not write them."""
+    with suppress(ValueError):  # half a character, which `check_storable` refuses
+        spelled = to_json(record, inf_nan_mode="constants")  # many times faster than a walk through the values
+        if b"NaN" not in spelled and b"Infinity" not in spelled:
+            return
     for field, value in record.items():
         for _, inner in _walk(value):
             if isinstance(inner, float) and not math.isfinite(inner):
@@ -300,18 +359,39 @@ def check_finite(record: dict, where: str) -> None:
                 raise InputError(problem, where=where, remedy="give finite numbers, or remove the field")
 
 
-def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[str, dict]]:
+def refusal(found: ValidationError, where: str, remedy: str | None = None) -> InputError:
+    """The first finding of pydantic in one line: "`rewards[1]` is NaN: should be a finite number"."""
+    error = found.errors(include_url=False)[0]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
+    wanted = error["msg"].removeprefix("Input ").replace(" after validation", "")
+    problem, cure = f"`{name}` is {shorten(error['input'])}: {wanted[0].lower()}{wanted[1:]}", "correct it"
+    if error["type"] == "missing":
+        problem, cure = f"`{name}` is missing", "add it"
+    field = [part for part in error["loc"] if isinstance(part, str)][-1]
+    return InputError(problem, where=where, remedy=remedy or REMEDIES.get(field, cure))
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[str, Prompt]]:
     """Validated prompts with `prompt_id` and `responses` (possibly empty) filled in; `limit` counts lines."""
     return islice(read_jsonl(path, check_prompt), limit)
 
 
-def check_prompt(record: dict, where: str) -> dict:
+def check_prompt(record: dict, where: str) -> Prompt:
     """Return the record with `prompt_id` and `responses` filled in; InputError as the checks it calls."""
     refuse_misspelt(record, PROMPT_FIELDS, where)
     _refuse_preference(record, where)
-    record = _named({"responses": [], **_given_pair(record, where)}, where)
-    check_strings(record, "responses", where)
-    return record
+    return checked(named({"responses": [], **_given_pair(record, where)}), Prompt, where)
+
+
+def named(record: dict) -> dict:
+    """The record with the name of its prompt, if it has none; what is no prompt gets any, and is refused later."""
+    if record.get("prompt_id") is not None:
+        return record
+    try:
+        name = prompt_id(record["prompt"])
+    except (KeyError, TypeError):
+        name = "none"
+    return {**record, "prompt_id": name}
 
 
 def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
@@ -509,93 +589,56 @@ class Indexed(Mapping[str, dict]):
         return len(self._index)
 
 
-def read_candidates(path: str | Path) -> Iterator[tuple[str, dict]]:
+def read_candidates(path: str | Path) -> Iterator[tuple[str, Candidates]]:
     """Validated candidates records (see the module's docstring)."""
     return read_jsonl(path, check_candidates)
 
 
-def check_candidates(record: dict, where: str) -> dict:
+def check_candidates(record: dict, where: str) -> Candidates:
     """Return the record, named; InputError: a field is missing or mistyped, or the lists differ in length."""
-    record = _named(record, where)
-    for field in ("responses", "sources"):
-        check_strings(record, field, where)
-    check_parallel(record, "sources", where)
-    _check_counts(record, where)
+    return check_parallel(checked(named(record), Candidates, where), where)
+
+
+def check_parallel(record: Record, where: str) -> Record:
+    """Refuse lists that have not one entry for each response."""
+    for field in (*PARALLEL, "rewards", WITHOUT_NOISE):
+        if field in record and len(record[field]) != len(record["responses"]):
+            raise InputError(
+                f"{len(record['responses'])} `responses` but {len(record[field])} `{field}`",
+                where=where,
+                remedy="the lists of a record must be of equal length",
+            )
     return record
 
 
-def _check_counts(record: dict, where: str) -> None:
-    """Refuse `token_counts` and `truncated` that are not one whole number and one truth value for each response."""
-    for field in PARALLEL[2:]:
-        check_parallel(record, field, where)
-    for count in record["token_counts"]:
-        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MOST:
-            raise InputError(f"`token_counts` has {shorten(count)}", where=where, remedy="give whole numbers >= 0")
-    for flag in record["truncated"]:
-        if not isinstance(flag, bool):
-            raise InputError(f"`truncated` has {shorten(flag)}", where=where, remedy="give true or false")
-
-
-def check_parallel(record: dict, field: str, where: str) -> None:
-    """Refuse a field that is no list with one entry for each response."""
-    values = record.get(field)
-    if not isinstance(values, list):
-        raise InputError(f"`{field}` is {shorten(values)}", where=where, remedy="give a list, one entry a response")
-    if len(values) != len(record["responses"]):
-        raise InputError(
-            f"{len(record['responses'])} `responses` but {len(values)} `{field}`",
-            where=where,
-            remedy="the lists of a record must be of equal length",
-        )
-
-
-def check_rewards(record: dict, where: str, field: str = "rewards") -> None:
-    """Refuse rewards that are not one finite number for each response."""
-    check_parallel(record, field, where)
-    for index, reward in enumerate(record[field]):
-        if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not abs(reward) <= LARGEST_REWARD:
-            raise InputError(
-                f"`{field}[{index}]` is {shorten(reward)}",
-                where=where,
-                remedy=f"give a finite number within {LARGEST_REWARD:.1e}, so that single precision holds differences; "
-                "score it again",
-            )
-
-
-def read_answers(path: str | Path) -> Iterator[tuple[str, dict]]:
+def read_answers(path: str | Path) -> Iterator[tuple[str, Answers]]:
     """Validated answers records; equal and empty answers are answers too."""
     return read_jsonl(path, check_answers)
 
 
-def check_answers(record: dict, where: str) -> dict:
+def check_answers(record: dict, where: str) -> Answers:
     """Return the record, named; InputError: a field is missing or mistyped, the lists differ in length or are empty."""
-    record = _named(record, where)
-    check_strings(record, "responses", where)
-    _check_counts(record, where)
+    record = check_parallel(checked(named(record), Answers, where), where)
     if not record["responses"]:
         raise InputError("`responses` is empty", where=where, remedy="delete the file and answer again")
     return record
 
 
-def read_ranked(path: str | Path) -> Iterator[tuple[str, dict]]:
+def read_ranked(path: str | Path) -> Iterator[tuple[str, Ranked]]:
     """Validated ranked records: at least two responses, finite rewards, sorted best first."""
     return read_jsonl(path, check_ranked)
 
 
-def check_ranked(record: dict, where: str) -> dict:
+def check_ranked(record: dict, where: str) -> Ranked:
     """Return the record, named; InputError as `check_candidates`, and for rewards missing, not finite, or unsorted."""
-    check_strings(record, "responses", where)
-    check_rewards(record, where)
-    if WITHOUT_NOISE in record:
-        check_rewards(record, where, WITHOUT_NOISE)
-    record = check_candidates(record, where)
+    record = check_parallel(checked(named(record), Ranked, where), where)
     if len(record["responses"]) < 2:
         raise InputError(
             f"`responses` has {len(record['responses'])} entry, preferences need at least two",
             where=where,
             remedy="remove the line, or generate more responses for this prompt",
         )
-    if any(a < b for a, b in zip(record["rewards"], record["rewards"][1:], strict=False)):
+    if any(a < b for a, b in pairwise(record["rewards"])):
         raise InputError(
             "`rewards` are not sorted, best first",
             where=where,
@@ -650,18 +693,14 @@ class Appender:
         self.close()
 
 
-def read_ledger(path: str | Path) -> Iterator[tuple[str, dict]]:
+def read_ledger(path: str | Path) -> Iterator[tuple[str, LedgerLine]]:
     """The validated lines of a ledger."""
     return read_jsonl(path, check_ledger)
 
 
-def check_ledger(record: dict, where: str) -> dict:
+def check_ledger(record: dict, where: str) -> LedgerLine:
     """Return the line; InputError: it has no `prompt_id`, no `reason`, or a number that is not finite."""
-    check_name(record, where, AGAIN)
-    check_finite(record, where)
-    if not isinstance(record.get("reason"), str):
-        raise InputError(f"`reason` is {shorten(record.get('reason'))}", where=where, remedy=AGAIN)
-    return record
+    return checked(record, LedgerLine, where, AGAIN)
 
 
 def done_ids(*paths: str | Path) -> set[str]:
@@ -670,7 +709,7 @@ def done_ids(*paths: str | Path) -> set[str]:
     Raises InputError as `read_jsonl`, and for a `prompt_id` that is no name.
     """
     return {
-        check_name(record, where, AGAIN)["prompt_id"]
+        checked(record, Named, where, AGAIN)["prompt_id"]
         for path in paths
         if Path(path).exists()
         for where, record in read_jsonl(path)

@@ -8,7 +8,7 @@ import pytest
 from annotation import score_answers as scoring
 from generation import sample_answers as stage
 from hps.errors import InputError
-from pipeline.preflight import evaluated_prompts
+from pipeline.prompts import evaluated_prompts
 from pipeline.records import read_answers, read_jsonl
 
 

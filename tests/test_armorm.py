@@ -14,7 +14,7 @@ from annotation.reward_model import RewardModel
 from annotation.scorers import load_reward_model
 from hps.chat import inert
 from hps.errors import InputError
-from pipeline.preflight import check_labels
+from pipeline.models import check_labels
 from pipeline.recipe import Model
 
 MESSAGES = [

@@ -1,4 +1,4 @@
-"""The embedded data: structure, and neither length nor words may tell the better response (data/check.py).
+"""The embedded data: structure, and neither length nor words may tell the better response (tests/check_data.py).
 
 The testbed (data/testbed.py): its files are what its program writes, with splits apart and responses in true order.
 """
@@ -6,6 +6,7 @@ The testbed (data/testbed.py): its files are what its program writes, with split
 import copy
 import importlib.util
 
+import check_data as check
 import pytest
 from conftest import REPOSITORY
 
@@ -24,21 +25,16 @@ def load(name):
 
 
 @pytest.fixture(scope="module")
-def check():
-    return load("check")
-
-
-@pytest.fixture(scope="module")
-def files(check):
+def files():
     return {(name, split): check.load(f"{name}_{split}") for name in check.SETS for split in ("train", "test")}
 
 
-def test_the_files_keep_their_rules(check, files):
+def test_the_files_keep_their_rules(files):
     assert check.structure_problems(files) == []
 
 
 @pytest.mark.parametrize("names", [("dialogue",), ("safety",), ("dialogue", "safety")], ids="+".join)
-def test_neither_length_nor_words_tell_the_better_response(check, files, names):
+def test_neither_length_nor_words_tell_the_better_response(files, names):
     assert check.BOUND == 0.65
     train, test = ([pair for name in names for pair in check.pairs(files[name, split])] for split in ("train", "test"))
     rows = check.measure(train, test)
@@ -51,7 +47,7 @@ def test_neither_length_nor_words_tell_the_better_response(check, files, names):
     assert all(row["share"] <= check.BOUND for row in rows), rows
 
 
-def test_length_shares_by_hand(check):
+def test_length_shares_by_hand():
     pairs = [("aaa", "a"), ("bbb", "b"), ("c", "ccc"), ("d", "d")]  # longer twice, shorter once, equal once
     found = check.length_shares(pairs, len)
     assert (found["longer"], found["equal"], found["shorter"]) == (2, 1, 1)
@@ -60,7 +56,7 @@ def test_length_shares_by_hand(check):
     assert (reverse["share_longer"], reverse["share"]) == (1.5 / 4, 2.5 / 4)
 
 
-def test_words_that_give_the_answer_away_are_found(check):
+def test_words_that_give_the_answer_away_are_found():
     train = [(f"good word{number}", f"bad word{number}") for number in range(6)]
     test = [("a good one", "a bad one"), ("good", "bad"), ("bad", "good"), ("new", "other")]
     assert check.word_accuracy(train, test, (1, 1), 1.0) == (2, 1)  # two right, one wrong, one without known words
@@ -68,7 +64,7 @@ def test_words_that_give_the_answer_away_are_found(check):
     assert shares["unigrams"] == 2.5 / 4
 
 
-def test_broken_rules_are_named(check, files):
+def test_broken_rules_are_named(files):
     broken = copy.deepcopy(files)
     test = broken["safety", "test"]
     test[0]["topic"] = broken["dialogue", "train"][0]["topic"].upper()
@@ -120,7 +116,7 @@ def test_testbed_splits_share_no_thing_and_no_prompt(testbed, sets):
 
 def test_a_thing_has_no_sentiment(testbed):
     things = [thing for split in testbed.splits().values() for thing in split]
-    assert len(things) == len(set(things)) == sum(testbed.SPLITS.values()) * len(testbed.THINGS)
+    assert len(things) == len(set(things)) == sum(testbed.SPLITS.values()) * len(testbed.words()["things"])
     # VADER scores "novel", seen only after sampling; no policy is trained or tested on prompts of the reward split.
     assert [thing for thing, score in zip(things, truth(things), strict=True) if score != 0] == ["the thick novel"]
     assert "the thick novel" in testbed.splits()["reward"]

@@ -8,10 +8,10 @@ import math
 import pytest
 from tokenizers import normalizers
 
-from annotation.import_released import check_row, import_released, parse_prompt, rank_row, read_rows
+from annotation.import_released import check_row, import_released, parse_prompt, rank_row
 from hps.errors import InputError
 from pipeline.recipe import load_recipe
-from pipeline.records import read_jsonl, read_ranked
+from pipeline.records import read_jsonl, read_ranked, read_rows
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -139,8 +139,7 @@ def test_import_writes_ranked_records_and_counts_every_row(form, recipe, tmp_pat
         "empty response",
     ]
     assert "5 rows read = 3 written + 2 rejected; duplicate response: 3" in capsys.readouterr().out
-    place = ":3" if form == "lines" else "row 3"
-    assert ledger[4]["place"].endswith(place)
+    assert ledger[4]["place"].endswith("row 3")
     manifest = json.loads((recipe.ranked("train").parent / "manifest.json").read_text())
     assert manifest["imported"]["train"]["read"] == 5 and set(manifest["outputs"]) == {
         "train.jsonl",
@@ -207,16 +206,16 @@ def test_a_system_turn_behind_another_is_refused():
         ({"rewards": [1, 2, 3]}, "4 `responses` but 3 `rewards`"),
         ({"rewards": [1, 2, math.nan, 3]}, r"`rewards\[2\]` is NaN"),
         ({"rewards": [1, math.inf, 2, 3]}, r"`rewards\[1\]` is Infinity"),
-        ({"rewards": [1, 3e38, 2, 3]}, r"`rewards\[1\]` is 3e\+38; give a finite number within 1.7e\+38"),
+        ({"rewards": [1, 3e38, 2, 3]}, r"`rewards\[1\]` is 3e\+38: .*give a finite number within 1.7e\+38"),
         ({"source": ["given_1"] * 4}, "unknown field `source`; write `sources`"),
         ({"rewards": [1, "2", 2, 3]}, r"`rewards\[1\]` is \"2\""),
-        ({"rewards": None}, "`rewards` is null"),
-        ({"responses": [1]}, r"`responses` is \[1\]"),
+        ({"rewards": None}, "`rewards` is missing"),
+        ({"responses": [1]}, r"`responses\[0\]` is 1"),
         ({"sources": ["generated"]}, "4 `responses` but 1 `sources`"),
         ({"prompt": "no template"}, "neither chat messages"),
-        ({"prompt": PROMPT.replace("user", "tool")}, r"`prompt\[0\]`.role is \"tool\""),
-        ({"prompt": MESSAGES[:3]}, "the last message of `prompt` has role"),
-        ({"prompt": None}, "`prompt` is null"),
+        ({"prompt": PROMPT.replace("user", "tool")}, r"`prompt\[0\].role` is \"tool\""),
+        ({"prompt": MESSAGES[:3]}, "should end with the user's turn, not the assistant's"),
+        ({"prompt": None}, "`prompt` is missing"),
     ],
 )
 def test_bad_rows_stop_the_import_with_their_place(changes, message, recipe, write_lines):
@@ -232,7 +231,7 @@ def test_bad_rows_stop_the_import_with_their_place(changes, message, recipe, wri
     ("text", "message"),
     [
         ('{"a": 1}\n{"b": \n', ":2: broken JSON"),
-        ("[1]", ": row 1: expected a JSON object"),
+        ("[1]", ":1: row 1: expected a JSON object"),
         ("[{,}]", ":1: broken"),
         ('[{"a": 1},\n{"b": {"c": [],\n"c": 2}}]', ':2: the key "c" appears twice'),
     ],

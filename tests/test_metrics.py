@@ -275,7 +275,7 @@ def test_a_prompt_that_one_of_the_models_has_not_answered_is_counted(evaluated):
         ),
         ("scores/scores.jsonl", {"prompt_id": "another"}, "scores: there is no line of prompt"),
         ("divergence/divergence.jsonl", {"prompt_id": "another"}, "divergence: there is no line of prompt"),
-        ("divergence/divergence.jsonl", {"kl": 1.0}, r"divergence\.jsonl:1: `kl` is 1.0 and should be a list"),
+        ("divergence/divergence.jsonl", {"kl": 1.0}, r"divergence\.jsonl:1: `kl` is 1.0: should be a valid list"),
     ],
 )
 def test_lines_that_do_not_belong_together_are_refused(evaluated, name, line, message):

@@ -11,13 +11,13 @@ from pathlib import Path
 import httpx2
 import huggingface_hub
 import pytest
-import yaml
 from conftest import REPOSITORY
 from huggingface_hub import errors
 
 from hps.errors import InputError
 from pipeline.recipe import load_recipe
 from tools import pin, prefetch
+from tools.hub import write_revisions
 
 RECIPES = [REPOSITORY / "configs" / f"{name}.yaml" for name in ("quickstart", "hh_rlhf", "pku_safe")]
 A, B, C = "a" * 40, "b" * 40, "1" * 40
@@ -34,7 +34,7 @@ models:
 FLOW_PINNED = f"""# head
 output: runs/x   # kept
 models:
-  generator: {{path: org/gen, revision: "{A}"}}  # the generator
+  generator: {{revision: "{A}", path: org/gen}}  # the generator
   policy: {{path: "org/pol", revision: "{B}"}}
   reward: {{ path: org/rew , revision: "{C}" }}
 """
@@ -54,8 +54,8 @@ models:
 BLOCK_PINNED = f"""output: runs/x
 models:
   generator:
-    path: org/gen   # newest
     revision: "{A}"
+    path: org/gen   # newest
 
   policy:
     revision: "{B}"   # open
@@ -138,23 +138,12 @@ def test_only_the_revisions_change(before, after, hub, recipe_file, capsys):
     assert hub == [] and path.read_bytes().decode() == after + REST
 
 
-def test_default_models_are_written_out(hub, tmp_path, monkeypatch):
-    """A recipe without `models`: the section is added at its end, and everything before it stays."""
-    names = {"RLHFlow/Llama3-v2-iterative-DPO-iter3": "1" * 40, "RLHFlow/Llama3-SFT-v2.0-epoch3": "2" * 40}
-    names |= {"Skywork/Skywork-Reward-Llama-3.1-8B": "3" * 40, "RLHFlow/ArmoRM-Llama3-8B-v0.1": "4" * 40}
-    for name, commit in names.items():
-        monkeypatch.setitem(HUB, (name, None), commit)
+def test_a_recipe_that_names_no_models_is_left_alone(hub, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
-    text = "output: runs/x\n# a comment\ndata: {train: {path: a.jsonl}, test: {path: b.jsonl}}"
-    path.write_text(text)
-    before = load_recipe(path)
+    path.write_text(text := "output: runs/x\n" + REST)
     pin.pin(str(path))
-    assert path.read_text().startswith(text + "\n")
-    models = load_recipe(path).models
-    for role in ("generator", "policy", "reward", "evaluator"):
-        model = getattr(models, role)
-        assert model.path == getattr(before.models, role).path
-        assert model.revision == names[model.path]
+    assert path.read_text() == text and hub == []
+    assert capsys.readouterr().out.count("a default; write it into the recipe to pin it") == 4
 
 
 def test_line_ends_and_a_missing_last_newline_are_kept(hub, tmp_path):
@@ -179,12 +168,22 @@ def test_one_model_in_several_roles_is_asked_once_and_an_alias_is_edited_once(hu
     assert load_recipe(path).models.policy.revision == A
 
 
-def test_merge_keys_are_refused_and_nothing_is_written(hub, recipe_file):
+def test_merge_keys_are_pinned(hub, recipe_file):
     text = "output: x\nmodels:\n  generator: &m {path: org/gen}\n  policy: {<<: *m}\n  reward: {path: org/rew}\n"
     path = recipe_file(text)
-    with pytest.raises(InputError, match="`models.policy` is written in a way that cannot be edited safely"):
-        pin.pin(str(path))
-    assert path.read_text() == text + REST
+    pin.pin(str(path))
+    pinned = text.replace("{path: org/gen}", f'{{revision: "{A}", path: org/gen}}')
+    pinned = pinned.replace("{<<: *m}", f'{{revision: "{A}", <<: *m}}')
+    assert path.read_text() == pinned.replace("{path: org/rew}", f'{{revision: "{C}", path: org/rew}}') + REST
+
+
+def test_what_cannot_be_edited_is_refused_and_nothing_is_written(tmp_path):
+    """The models come by a merge key."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text := "base: &m {policy: {path: org/pol}}\nmodels: {<<: *m}\n")
+    with pytest.raises(InputError, match="recipe.yaml: one of `models.policy` is written in a way that cannot be edit"):
+        write_revisions(path, {("models", "policy"): A})
+    assert path.read_text() == text
 
 
 def test_local_folders_are_left_alone(hub, recipe_file, tiny_model, capsys):
@@ -211,7 +210,10 @@ def unreachable(*_, **__):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (offline, "the hub is needed and offline; run it where there is a network, without HF_HUB_OFFLINE"),
+        (
+            offline,
+            "HF_HUB_OFFLINE is set; run it where there is a network, without HF_HUB_OFFLINE",
+        ),
         (gated, "access is restricted"),
         (unreachable, "Name or service not known; try again when the hub can be reached"),
     ],
@@ -321,12 +323,3 @@ def test_a_default_that_the_recipe_does_not_name_is_left_open(hub, recipe_file, 
     pin.pin(str(path))
     assert path.read_text().startswith(FLOW_PINNED)
     assert "pin: evaluator: RLHFlow/ArmoRM-Llama3-8B-v0.1, a default; write it" in capsys.readouterr().out
-
-
-def test_check_edit_finds_a_change_elsewhere():
-    before = "models: {generator: {path: a/b}}\nseed: 1\n"
-    after = f"models: {{generator: {{path: a/b, revision: {A}}}}}\nseed: 1\n"
-    pin.check_edit(before, after, {"generator": A}, "r.yaml")
-    assert yaml.safe_load(after)["seed"] == 1
-    with pytest.raises(InputError, match="r.yaml: `models.generator` is written in a way"):
-        pin.check_edit(before, after.replace("seed: 1", "seed: 2"), {"generator": A}, "r.yaml")

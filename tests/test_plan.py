@@ -819,7 +819,7 @@ BAD_LINES = [
     ),
     ('{"prompt": [', "broken JSON at column"),
     (changed(prompt=[]), "`prompt` is []"),
-    (changed(prompt=[{"content": "Hi."}]), "`prompt[0]` has no `role`"),
+    (changed(prompt=[{"content": "Hi."}]), "`prompt[0].role` is missing; add it"),
 ]
 
 

@@ -12,9 +12,12 @@ import pytest
 from conftest import DATA, REPOSITORY
 from transformers import AutoConfig, GPT2Config, MambaConfig
 
+from alignment.checks import try_lora
 from hps.errors import InputError
-from pipeline.preflight import check_vocabulary, context_length, evaluated_prompts, same_model, try_lora
+from pipeline.models import check_vocabulary, same_model
+from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, load_recipe
+from pipeline.weights import context_length
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +71,9 @@ def missing_model(folder):
 
 
 def two_labels(folder):
-    (folder / "reward" / "config.json").write_text('{"id2label": {"0": "A", "1": "B"}}')
-    return "reward/config.json: `models.reward`: the model has 2 labels"
+    config = json.loads((folder / "reward" / "config.json").read_text())
+    (folder / "reward" / "config.json").write_text(json.dumps({**config, "id2label": {"0": "A", "1": "B"}}))
+    return "reward: `models.reward`: the model has 2 labels"
 
 
 def line(text: str, message: str):
@@ -89,7 +93,7 @@ FAULTS = {
     "reward model with two labels": two_labels,
     "broken JSON": line('{"prompt": ', "broken JSON at column"),
     "empty prompt": line('{"prompt": []}', "`prompt` is []"),
-    "message without role": line('{"prompt": [{"content": "x"}]}', "`prompt[0]` has no `role`"),
+    "message without role": line('{"prompt": [{"content": "x"}]}', "`prompt[0].role` is missing"),
 }
 
 

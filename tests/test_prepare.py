@@ -1,6 +1,6 @@
 """Preparation of the published data sets (data/prepare.py), on small hand-made files of their formats.
 
-The hub is a double at the library's boundary (`hf_hub_download`, `HfApi.dataset_info`): tests have no network.
+The hub is a double at the library's boundary (`snapshot_download`, `HfApi.dataset_info`): tests have no network.
 """
 
 import gzip
@@ -21,7 +21,7 @@ from conftest import REPOSITORY
 from huggingface_hub import errors
 
 from hps.errors import InputError
-from pipeline.preflight import load_prompts
+from pipeline.prompts import load_prompts
 from pipeline.recipe import load_recipe
 from pipeline.records import read_jsonl, read_prompts
 
@@ -329,10 +329,13 @@ def test_arrays_and_lines_are_the_same_rows(place, form):
         ("[]\n[]", "pkusafe.json:2: broken JSON"),
         ("[" * 100000, "pkusafe.json:1: unreadable JSON"),
         ("[3]", "pkusafe.json:1: row 1: expected a JSON object, found 3"),
-        ([{"responses": ["a", "b"]}], "row 1: `prompt` is null, no list of messages"),
-        ([{**given(), "prompt": "text"}], 'row 1: `prompt` is "text", no list of messages'),
-        ([{**given(), "prompt": [{"role": "user"}]}], 'row 1: `prompt` is [{"role": "user"}], no list of messages'),
-        ([given("a"), {**given("b"), "responses": [1, 2]}], "pkusafe.json:2: row 2: `responses` is [1, 2], no list"),
+        ([{"responses": ["a", "b"]}], "row 1: `prompt` is missing"),
+        ([{**given(), "prompt": "text"}], 'row 1: `prompt` is "text": should be a valid list'),
+        ([{**given(), "prompt": [{"role": "user"}]}], "row 1: `prompt[0].content` is missing"),
+        (
+            [given("a"), {**given("b"), "responses": [1, 2]}],
+            "pkusafe.json:2: row 2: `responses[0]` is 1: should be a valid string",
+        ),
         ("", "dataset yqcca/PKU-Safety: no row of train can be used (0 rows read = 0 written + 0 rejected"),
         ([given()], "no row of train can be used (1 rows read = 0 written + 1 rejected; prompt does not end"),
     ],
@@ -349,18 +352,18 @@ def test_test_files_of_another_format_stop_too(place):
     del record["better_response_id"]
     with pytest.raises(InputError, match=r"Alpaca-7B/test.jsonl:1: row 1: `better_response_id` is missing"):
         place("pku_safe", [given("t")], {ALPACA[0]: [record]})
-    with pytest.raises(InputError, match=r"Alpaca-7B/test.jsonl:1: row 1: `response_1` is 5; the file has another"):
+    with pytest.raises(InputError, match=r"Alpaca-7B/test.jsonl:1: row 1: `response_1` is 5: .*; the file has another"):
         place("pku_safe", [given("t")], {ALPACA[0]: [question(response_1=5)]})
-    with pytest.raises(InputError, match=r"harmless-base/test.jsonl.gz:1: row 1: `rejected` is null"):
+    with pytest.raises(InputError, match=r"harmless-base/test.jsonl.gz:1: row 1: `rejected` is missing"):
         place("hh_rlhf", [given("t")], {HARMLESS: [{"chosen": talk("a", "b")}]})
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(b"x" * 1000, mtime=0)[:-10], "broken gzip file"),
-        (b"no gzip", "broken gzip file"),
-        (gzip.compress(b'{"a": 1}\n"\xff"', mtime=0), "f.gz:2: the line has bytes that are not UTF-8"),
+        (gzip.compress(b"x" * 1000, mtime=0)[:-10], "damaged gzip file"),
+        (b"no gzip", "f.gz:1: broken JSON"),
+        (gzip.compress(b'{"a": 1}\n"\xff"', mtime=0), "f.gz:2: byte 2 of the line is not UTF-8"),
     ],
 )
 def test_broken_bytes_are_named(module, tmp_path, data, message):
@@ -429,58 +432,68 @@ def response(status: int) -> httpx2.Response:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """hf_hub_download's double: files of `raw`, laid out as the cache has them; returns the calls made."""
+    """snapshot_download's double: files of `raw`, laid out as the cache has them; returns the calls made."""
     calls, newest = [], iter([A, "c" * 40, *[B] * 9])
 
-    def download(repo_id, filename, *, repo_type=None, revision=None):
-        calls.append((repo_id, filename, repo_type, revision))
-        commit = revision or next(newest)
-        data = (tmp_path / "raw" / repo_id / filename).read_bytes()
-        path = tmp_path / "hub" / f"datasets--{repo_id.replace('/', '--')}" / "snapshots" / commit / filename
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        return str(path)
+    def download(repo_id, *, repo_type=None, revision=None, allow_patterns=None):
+        calls.append((repo_id, repo_type, revision, allow_patterns))
+        raw, cache = tmp_path / "raw" / repo_id, tmp_path / "hub" / f"datasets--{repo_id.replace('/', '--')}"
+        folder = cache / "snapshots" / (revision or next(newest))
+        for file in allow_patterns:
+            if (raw / file).exists():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).write_bytes((raw / file).read_bytes())
+        return str(folder)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return calls
 
 
-def test_downloads_ask_for_repo_file_type_and_one_revision(module, hub, place, tmp_path, capsys):
+def test_downloads_ask_for_repo_type_and_files_of_one_revision(module, hub, place, tmp_path, capsys):
     place("hh_rlhf", [given("t")], {HARMLESS: [pair("a")]})
     sources = module.load_sources(module.SOURCES)["hh_rlhf"]
     capsys.readouterr()
     facts = module.prepare("hh_rlhf", sources, tmp_path / "out")
     assert hub == [
-        ("yqcca/HH-RLHF", "online_hh.json", "dataset", None),
-        ("Anthropic/hh-rlhf", HARMLESS, "dataset", None),
-        ("Anthropic/hh-rlhf", HELPFUL, "dataset", "c" * 40),  # the first file's commit, not a newer one
-        ("Anthropic/hh-rlhf", ONLINE, "dataset", "c" * 40),
-        ("Anthropic/hh-rlhf", SAMPLED, "dataset", "c" * 40),
+        ("yqcca/HH-RLHF", "dataset", None, ["online_hh.json"]),
+        ("Anthropic/hh-rlhf", "dataset", None, [HARMLESS, HELPFUL, ONLINE, SAMPLED]),
     ]
     assert [facts["splits"][split]["commit"] for split in ("train", "test")] == [A, "c" * 40]
     remark = f"train: yqcca/HH-RLHF: commit {A} (newest; `data/prepare.py pin` fixes it)"
     assert remark in capsys.readouterr().out
 
 
+def test_a_file_that_the_repository_lacks_is_named(module, hub, place, tmp_path):
+    place("pku_safe", [given("t")], {ALPACA[0]: [question()]})
+    (tmp_path / "raw" / "PKU-Alignment/PKU-SafeRLHF" / ALPACA[1]).unlink()
+    with pytest.raises(InputError, match=rf"{ALPACA[1]}: there is no such file; correct `files` in data/sources.yaml"):
+        module.prepare("pku_safe", module.load_sources(module.SOURCES)["pku_safe"], tmp_path / "out")
+
+
 def test_pinned_revisions_are_asked_for(module, hub, place, tmp_path, capsys):
     place("pku_safe", [given("t")], {ALPACA[0]: [question()]})
     sources = module.load_sources(module.SOURCES)["pku_safe"]
-    pinned = {split: module.Source(source.repo, B, source.files) for split, source in sources.items()}
+    pinned = {split: source.model_copy(update={"revision": B}) for split, source in sources.items()}
     capsys.readouterr()
     facts = module.prepare("pku_safe", pinned, tmp_path / "out")
-    assert {call[2:] for call in hub} == {("dataset", B)} and len(hub) == 4
+    assert [call[1:3] for call in hub] == [("dataset", B)] * 2
     assert facts["splits"]["test"]["commit"] == facts["splits"]["test"]["revision"] == B
     assert "fixes it" not in capsys.readouterr().out
 
 
 REFUSALS = [
-    (errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached, or HF_HUB_OFFLINE is set; try again"),
-    (errors.LocalEntryNotFoundError("not cached"), "the hub cannot be reached, or HF_HUB_OFFLINE is set; try again"),
+    (
+        errors.OfflineModeIsEnabled("offline"),
+        "the hub cannot be reached, or HF_HUB_OFFLINE is set; run it where there is a network",
+    ),
+    (
+        errors.LocalEntryNotFoundError("not cached"),
+        "the hub cannot be reached, or HF_HUB_OFFLINE is set; run it where there is a network",
+    ),
     (httpx2.ConnectError("Name or service not known"), "ConnectError: Name or service not known; try again when"),
     (errors.GatedRepoError("403", response=response(403)), "access is restricted; ask for access"),
     (errors.RepositoryNotFoundError("404", response=response(404)), "the hub has no such dataset"),
     (errors.RevisionNotFoundError("404", response=response(404)), "the hub has no such revision"),
-    (errors.RemoteEntryNotFoundError("404", response=response(404)), "the repository has no such file; correct"),
 ]
 
 
@@ -489,11 +502,11 @@ def test_refusals_of_the_hub_are_one_line(module, monkeypatch, tmp_path, error, 
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(InputError) as caught:
         module.prepare("hh_rlhf", module.load_sources(module.SOURCES)["hh_rlhf"], tmp_path / "out")
     text = str(caught.value)
-    assert text.startswith("dataset yqcca/HH-RLHF, file online_hh.json: ") and message in text and "\n" not in text
+    assert text.startswith("dataset yqcca/HH-RLHF: ") and message in text and "\n" not in text
     assert not (tmp_path / "out").exists()
 
 
@@ -608,12 +621,12 @@ def test_pin_refuses_what_it_cannot_edit(module, command, commits):
     text = yaml.safe_dump({name: {"train": shared, "test": shared} for name in CURATED})
     assert "*" in text  # one mapping in four places
     module.SOURCES.write_text(text)
-    with pytest.raises(InputError, match="sources.yaml: the file is written in a way that cannot be edited safely"):
+    with pytest.raises(InputError, match="sources.yaml: one of .* is written in a way that cannot be edited safely"):
         command("pin")
     assert module.SOURCES.read_text() == text
 
 
-@pytest.mark.parametrize(("error", "message"), REFUSALS[:6], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("error", "message"), REFUSALS, ids=lambda value: type(value).__name__)
 def test_pin_without_the_hub_writes_nothing(module, command, monkeypatch, error, message):
     def refuse(*_, **__):
         raise error
@@ -628,13 +641,14 @@ def test_pin_without_the_hub_writes_nothing(module, command, monkeypatch, error,
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("pku_safe:", "other:", "the file has the fields hh_rlhf, other; give it hh_rlhf, pku_safe, nothing else"),
-        ("  train:", "  dev:", "`hh_rlhf` has the fields dev, test"),
-        ("repo: yqcca/HH-RLHF", "name: yqcca/HH-RLHF", "`hh_rlhf.train` has the fields name, revision, files"),
-        ("repo: yqcca/HH-RLHF", "repo: HH-RLHF", '`hh_rlhf.train.repo` is "HH-RLHF"; give owner/name'),
-        ("revision: null", "revision: 12", "`hh_rlhf.train.revision` is 12; give null, or a branch"),
-        ("[online_hh.json]", "online_hh.json", '`hh_rlhf.train.files` is "online_hh.json"; give a list'),
-        ("[online_hh.json]", "[]", "`hh_rlhf.train.files` is []; give a list"),
+        ("pku_safe:", "other:", "`pku_safe` is missing"),
+        ("  train:", "  dev:", "`hh_rlhf.train` is missing"),
+        ("repo: yqcca/HH-RLHF", "name: yqcca/HH-RLHF", "`hh_rlhf.train.repo` is missing"),
+        ("repo: yqcca/HH-RLHF", "repo: HH-RLHF", '`hh_rlhf.train.repo` is "HH-RLHF": string should match pattern'),
+        ("revision: null", "revision: 12", "`hh_rlhf.train.revision` is 12: should be a valid string"),
+        ("[online_hh.json]", "online_hh.json", '`hh_rlhf.train.files` is "online_hh.json": should be a valid list'),
+        ("[online_hh.json]", "[]", "`hh_rlhf.train.files` is []: list should have at least 1 item"),
+        ("revision: null", "revision: null, branch: main", '`hh_rlhf.train.branch` is "main": extra inputs'),
         ("hh_rlhf:", "hh_rlhf: [", "cannot read the sources"),
     ],
 )

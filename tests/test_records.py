@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from annotation.import_released import read_rows
 from hps.errors import InputError
 from pipeline.records import (
     Appender,
@@ -26,6 +25,7 @@ from pipeline.records import (
     read_jsonl,
     read_prompts,
     read_ranked,
+    read_rows,
     unread_fields,
     write_atomic,
     write_json,
@@ -50,33 +50,36 @@ BAD_PROMPTS = {
     "half a surrogate pair": ('{"prompt": "\\ud800"}', "half a character"),
     "endless number": ("1" * 5000, "unreadable JSON"),
     "endless nesting": ("[" * 100_000, "unreadable JSON"),
-    "no prompt": ({}, "`prompt` is null"),
+    "no prompt": ({}, "`prompt` is missing"),
     "empty prompt": ({"prompt": []}, "`prompt` is []"),
     "prompt is a string": ({"prompt": "Hello"}, '`prompt` is "Hello"'),
-    "no role": ({"prompt": [USER, {"content": "x"}]}, "`prompt[1]` has no `role`"),
-    "message is a string": ({"prompt": ["x"]}, "`prompt[0]` has no `role`"),
-    "unknown role": ({"prompt": [{"role": "human", "content": "x"}]}, '`prompt[0]`.role is "human"'),
-    "no content": ({"prompt": [{"role": "user"}]}, "`prompt[0]`.content is null"),
-    "blank content": ({"prompt": [{"role": "user", "content": " \n"}]}, "`prompt[0]`.content is"),
-    "assistant last": ({"prompt": [USER, {"role": "assistant", "content": "x"}]}, "last message of `prompt` has role"),
+    "no role": ({"prompt": [USER, {"content": "x"}]}, "`prompt[1].role` is missing"),
+    "message is a string": ({"prompt": ["x"]}, '`prompt[0]` is "x": should be a valid dictionary'),
+    "unknown role": ({"prompt": [{"role": "human", "content": "x"}]}, '`prompt[0].role` is "human"'),
+    "no content": ({"prompt": [{"role": "user"}]}, "`prompt[0].content` is missing"),
+    "blank content": ({"prompt": [{"role": "user", "content": " \n"}]}, "`prompt[0].content` is"),
+    "assistant last": (
+        {"prompt": [USER, {"role": "assistant", "content": "x"}]},
+        "should end with the user's turn, not the assistant's",
+    ),
     "responses no list": ({**PROMPT, "responses": "Hi."}, '`responses` is "Hi."'),
-    "response no string": ({**PROMPT, "responses": ["Hi.", 3]}, '`responses` is ["Hi.", 3]'),
+    "response no string": ({**PROMPT, "responses": ["Hi.", 3]}, "`responses[1]` is 3"),
     "prompt_id no string": ({**PROMPT, "prompt_id": 7}, "`prompt_id` is 7"),
     "prompt_id empty": ({**PROMPT, "prompt_id": ""}, '`prompt_id` is ""'),
 }
 BAD_CANDIDATES = {
-    "no sources": (without(CANDIDATES, "sources"), "`sources` is null"),
+    "no sources": (without(CANDIDATES, "sources"), "`sources` is missing"),
     "one source": ({**CANDIDATES, "sources": ["generated"]}, "2 `responses` but 1 `sources`"),
     "three counts": ({**CANDIDATES, "token_counts": [1, 2, 3]}, "2 `responses` but 3 `token_counts`"),
-    "negative count": ({**CANDIDATES, "token_counts": [1, -2]}, "`token_counts` has -2"),
-    "count a fraction": ({**CANDIDATES, "token_counts": [1, 2.5]}, "`token_counts` has 2.5"),
-    "count a truth value": ({**CANDIDATES, "token_counts": [1, True]}, "`token_counts` has true"),
-    "no truncated": (without(CANDIDATES, "truncated"), "`truncated` is null"),
-    "truncated a number": ({**CANDIDATES, "truncated": [False, 0]}, "`truncated` has 0"),
+    "negative count": ({**CANDIDATES, "token_counts": [1, -2]}, "`token_counts[1]` is -2"),
+    "count a fraction": ({**CANDIDATES, "token_counts": [1, 2.5]}, "`token_counts[1]` is 2.5"),
+    "count a truth value": ({**CANDIDATES, "token_counts": [1, True]}, "`token_counts[1]` is true"),
+    "no truncated": (without(CANDIDATES, "truncated"), "`truncated` is missing"),
+    "truncated a number": ({**CANDIDATES, "truncated": [False, 0]}, "`truncated[1]` is 0"),
 }
 BAD_RANKED = {
-    "no responses": (without(RANKED, "responses"), "`responses` is null"),
-    "no rewards": (without(RANKED, "rewards"), "`rewards` is null"),
+    "no responses": (without(RANKED, "responses"), "`responses` is missing"),
+    "no rewards": (without(RANKED, "rewards"), "`rewards` is missing"),
     "one reward": ({**RANKED, "rewards": [1.0]}, "2 `responses` but 1 `rewards`"),
     "three rewards": ({**RANKED, "rewards": [3, 2, 1]}, "2 `responses` but 3 `rewards`"),
     "NaN": (json.dumps({**RANKED, "rewards": [1.0, float("nan")]}), "`rewards[1]` is NaN"),
@@ -280,7 +283,7 @@ def test_trls_pairs_are_two_given_responses(fields):
     [
         ({"prompt": [USER], "chosen": "Hi."}, "`rejected` is missing"),
         ({**PROMPT, **CHOSEN}, "both `responses` and `chosen` are given"),
-        ({"prompt": "Hello", **CHOSEN}, '`prompt` is "Hello"; give a non-empty list of chat messages'),
+        ({"prompt": "Hello", **CHOSEN}, '`prompt` is "Hello": should be a valid list; give chat messages'),
         (CHOSEN, "`prompt` is null"),
         ({"prompt": [USER], "chosen": [USER], "rejected": "x"}, "the last message of `chosen` is"),
         ({"prompt": [USER], "chosen": 3, "rejected": "x"}, "`chosen` is 3; give a text, or chat messages that end"),

@@ -17,7 +17,8 @@ from evaluation.results import result_key
 from hps.errors import InputError
 from pipeline import functions
 from pipeline.functions import FunctionScorer, function_hash
-from pipeline.preflight import preflight, same_model
+from pipeline.models import same_model
+from pipeline.preflight import preflight
 from pipeline.recipe import Model, Reward, as_dict, as_yaml, load_recipe
 from pipeline.records import read_jsonl, read_ranked, write_json
 from pipeline.stage import check_model, model_hash
@@ -413,7 +414,7 @@ def test_a_result_of_a_model_has_the_key_it_always_had(load, tiny_recipe, tiny_r
 def test_answers_are_scored_by_a_function(load, capsys):
     """The evaluation's side, by tokens of the policy: the model before training, with the given responses."""
     recipe = load("{function: brevity}", "models.evaluator.function=brevity", "evaluation.samples=2")
-    from pipeline.preflight import evaluated_prompts
+    from pipeline.prompts import evaluated_prompts
 
     prompts = evaluated_prompts(recipe)[0]
     folder = recipe.sft_folder() / "answers"

@@ -38,7 +38,7 @@ from hps.chat import (
 )
 from hps.errors import InputError, printable
 from pipeline.recipe import Model, load_recipe
-from pipeline.records import Indexed, check_messages, check_prompt, read_jsonl
+from pipeline.records import Indexed, check_prompt, read_jsonl
 from pipeline.stage import check_model
 from pipeline.weights import load_config, load_weights
 
@@ -576,7 +576,7 @@ def test_control_characters_are_spelled_out(text, shown):
 def test_an_error_moves_no_cursor(write_lines):
     """JSON escapes what is under a space alone; a message may quote the rest, and a name as it is."""
     with pytest.raises(InputError) as error:
-        check_messages([{"role": "x\x9b2J\u202e", "content": "a"}], "f\x1b[2J:1")
+        check_prompt({"prompt": [{"role": "x\x9b2J\u202e", "content": "a"}]}, "f\x1b[2J:1")
     assert r"x\x9b2J\u202e" in str(error.value) and str(error.value).startswith(r"f\x1b[2J:1: ")
     name = "\x1b]0;owned\x07"
     path = write_lines([{"prompt": [{"role": "user", "content": text}], "prompt_id": name} for text in "ab"])

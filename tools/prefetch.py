@@ -14,7 +14,8 @@ from hps.errors import InputError, run_main
 from pipeline.cli import parse
 from pipeline.recipe import Model, Recipe
 from pipeline.weights import INDEX, check_index
-from tools.pin import hub_error, hub_error_types, hub_models, roles
+from tools.hub import asking
+from tools.pin import hub_models, named, roles
 
 # A pickle runs code when it is loaded: .bin, .pt and .pth stay on the hub.
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -24,14 +25,12 @@ def fetch(role: str, model: Model) -> Path:
     """Download one model's snapshot; return its folder in the cache. InputError when it has no safetensors weights."""
     from huggingface_hub import snapshot_download
 
-    try:
+    with asking("model", named(role, model)):
         folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=PATTERNS))
-    except hub_error_types() as error:
-        raise hub_error(error, role, model) from None
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             "the repository has no weights as safetensors, and pickles are not fetched",
-            where=f"`models.{role}` ({model.path})",
+            where=named(role, model),
             remedy="use a revision or a copy of the model with safetensors",
         )
     if (folder / INDEX).exists():
@@ -49,9 +48,9 @@ def prefetch(recipe: Recipe, path: str) -> None:
     models = hub_models(recipe)
     fetched: dict[tuple, Path] = {}
     for role in roles(recipe):
-        model, named = models.get(role), getattr(recipe.models, role)
+        model, given = models.get(role), getattr(recipe.models, role)
         if model is None:
-            kind = f"the function {named.function}" if named.function else f"{named.path} is a local folder"
+            kind = f"the function {given.function}" if given.function else f"{given.path} is a local folder"
             print(f"prefetch: {role}: {kind}")
             continue
         if model.revision is None:

@@ -18,7 +18,6 @@ A file is at fault, and the exit status 1, for
 """
 
 import argparse
-import io
 import json
 import math
 import random
@@ -34,7 +33,7 @@ from pathlib import Path
 
 from alignment.curves import PANELS, series
 from alignment.plan import Plan, weights_of
-from annotation.import_released import check_row, convert, read_rows
+from annotation.import_released import check_row, convert
 from evaluation.judge import CRITERIA, GRID, check_verdict, read_verdicts
 from evaluation.margins import margins, read_columns
 from evaluation.metrics import answer_figures, change_figures
@@ -56,11 +55,12 @@ from pipeline.records import (
     read_ledger,
     read_prompts,
     read_ranked,
+    read_rows,
 )
 from pipeline.run_records import (
-    PAIRS,
-    PLAN_ROW,
     SETS,
+    Pair,
+    PlanRow,
     check_divergence,
     check_greedy,
     check_log_line,
@@ -380,13 +380,13 @@ def embedded_tokenizer():
 
 def imported(path: Path, read: list[tuple[str, dict]]) -> None:
     """The import writes only what the reader of ranked files reads, and counts every row."""
-    ranked, ledger = io.StringIO(), io.StringIO()
-    counts = convert(read_rows(path), embedded_tokenizer(), ranked, ledger)
+    counts, ledger = Counter(), []
+    ranked = list(convert(read_rows(path), embedded_tokenizer(), counts, ledger))
     assert counts["read"] == len(read) == counts["written"] + counts["rejected"], f"the import counts {counts}"
     copy = path.with_suffix(".ranked")
-    copy.write_text(ranked.getvalue(), encoding="utf-8")
+    copy.write_text("".join(json.dumps(line) + "\n" for line in ranked), encoding="utf-8")
     assert sum(1 for _ in read_ranked(copy)) == counts["written"], "the import's own file has other rows"
-    copy.write_text(ledger.getvalue(), encoding="utf-8")
+    copy.write_text("".join(json.dumps(line) + "\n" for line in ledger), encoding="utf-8")
     assert sum(1 for _ in read_jsonl(copy)) >= counts["rejected"], "the import's ledger lacks rows"
 
 
@@ -453,9 +453,9 @@ FORMATS = {
     "answers": Format(answers_of, read_answers, PARALLEL, summed),
     "ledger": Format(ledger_of, read_ledger, ("prompt_id", "reason"), names),
     "verdicts": Format(verdict_of, checked(check_verdict), ("key",), cached),
-    "plan rows": Format(plan_row_of, checked(check_plan_row), tuple(PLAN_ROW), trained),
+    "plan rows": Format(plan_row_of, checked(check_plan_row), tuple(sorted(PlanRow.__required_keys__)), trained),
     "log": Format(log_of, checked(check_log_line), ("step",), drawn),
-    "pairs": Format(pair_of, checked(check_pair), ("prompt", *PAIRS), measured),
+    "pairs": Format(pair_of, checked(check_pair), tuple(sorted(Pair.__required_keys__)), measured),
     "scores": Format(scores_of, checked(check_scores), ("prompt_id", "answers", "given"), scored),
     "divergence": Format(divergence_of, checked(check_divergence), ("prompt_id", "kl", "log_ratio", "tokens"), moved),
     "greedy answers": Format(
@@ -733,7 +733,7 @@ def known(lines: set[bytes]) -> set[bytes]:
 
 
 def expected_of(data: bytes, file: Damaged, form: Format) -> tuple[list[tuple[int, bytes]], str]:
-    """Number and bytes of every line (row of a list), and what stands between path and number in an error."""
+    """Number and bytes of every line (row of a list), and a pattern of what an error has between path and number."""
     if not form.listed:
         return [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()], ":"
     rows = own_value(data)
@@ -741,7 +741,7 @@ def expected_of(data: bytes, file: Damaged, form: Format) -> tuple[list[tuple[in
     if not isinstance(rows, list) or data.count(b"[") + data.count(b"{") > 800:
         return [], ":"
     by_value = {json.dumps(own_value(line)): line for line in file.lines}
-    return [(n, by_value.get(json.dumps(row), b"")) for n, row in enumerate(rows, 1)], ": row "
+    return [(n, by_value.get(json.dumps(row), b"")) for n, row in enumerate(rows, 1)], r":\d+: row "
 
 
 def run_reader(read: Reader, path: Path) -> tuple[list[tuple[str, dict]], str | None, str | None]:
@@ -782,7 +782,7 @@ def lost(
     good, bad = known(file.good), known(file.bad)
     for (where, record), (number, line) in zip(found, lines, strict=False):
         own = own_value(line) if line else {}
-        if where != f"{path}{mark}{number}":
+        if not re.fullmatch(f"{re.escape(str(path))}{mark}{number}(: row \\d+)?", where):
             yield "lost", f"{where} instead of line {number}"
         elif not isinstance(own, dict) or not holds(record, own):
             yield "lost", f"line {number} was changed"
@@ -793,9 +793,9 @@ def lost(
             yield "lost", f"{len(lines)} lines, {len(found)} records and no error"
         return
     number, line = lines[len(found)] if len(found) < len(lines) else (0, b"")
-    if lines and not message.startswith(f"{path}{mark}{number}: "):
+    if lines and not re.match(f"{re.escape(str(path))}{mark}{number}: ", message):
         yield "message", f"the error should name {number}: {message}"
-    elif not re.match(re.escape(str(path)) + r":( row )?\d+: ", message):
+    elif not re.match(re.escape(str(path)) + r":\d+: ", message):
         yield "message", f"no line in the error: {message}"
     if bare(line) in good:
         yield "lost", f"line {number} is valid and was refused: {message}"
@@ -842,7 +842,7 @@ def followed(form: Format, path: Path, found: list[tuple[str, dict]]) -> Iterato
 
 def kind_of(message: str, path: Path) -> str:
     """An error message without its place, values and remedy."""
-    text = re.sub(re.escape(str(path)) + r"(:( row )?\d+)?: ", "", message)
+    text = re.sub(re.escape(str(path)) + r"(:\d+)?(: row \d+)?: ", "", message)
     text = re.sub(r"\d+", "#", re.split(r" is | has |;| \(|, found", text + ";")[0])
     return "half a character" if text.startswith("'") else text
 

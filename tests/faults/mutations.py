@@ -303,7 +303,7 @@ MUTATIONS = [
         SCORE,
         "OwnHead(self.model, self.model.forward, output)(states[:, 0]).squeeze(-1)",
         "(states[:, 0] @ self.model.score.weight.float().T).squeeze(-1)",
-        ("test_score.py::test_the_bias_of_the_head_counts",),
+        ("test_reward_model.py::test_the_bias_of_the_head_counts",),
     ),
     Mutation(
         "what a class does to its logits is left out",

@@ -21,12 +21,12 @@ from test_losses import FAMILIES, METHODS, brute_force_pair, loss_of, one_hot
 from torch.nn.functional import pad
 
 from alignment.plan import equal_to, gamma_stages, hardness_weights, training_list, usable
-from annotation.import_released import check_row, parse_prompt, read_rows
+from annotation.import_released import check_row, parse_prompt
 from hps.errors import InputError
 from hps.losses import hps_loss, pair_loss, preference_loss
 from hps.settings import Loss, Schedule
 from pipeline import records
-from pipeline.preflight import load_prompts
+from pipeline.prompts import load_prompts
 from pipeline.recipe import Data, Generation, Recipe, Split
 from pipeline.records import (
     LARGEST_REWARD,
@@ -43,6 +43,7 @@ from pipeline.records import (
     read_ledger,
     read_prompts,
     read_ranked,
+    read_rows,
     write_lines,
 )
 
@@ -111,7 +112,7 @@ damaged_lines = st.lists(st.binary(max_size=30) | json_lines, max_size=5).map(b"
 
 
 def assert_clear(error: InputError, path: Path) -> None:
-    place = r":( row )?\d+: .|: damaged gzip file"  # which has no lines
+    place = r":\d+: (row \d+: )?.|: damaged gzip file"  # which has no lines
     assert re.match(re.escape(str(path)) + f"({place})", str(error)), str(error)
     assert "\n" not in str(error)
     str(error).encode("utf-8")
@@ -259,8 +260,8 @@ def test_what_no_later_file_could_hold_is_refused(write_lines, line, message):
 
 ROW = {"prompt": USER, "responses": ["a", "b"], "rewards": [1, 2]}
 FOUND_IN_LISTS = {
-    "half a character": (b'[{"a": 1}, {"a": "\\ud800"}]', r": row 2: '\ud800' is half a character"),
-    "deep nesting": (f'[{{"a": {DEEP}}}]'.encode(), ": row 1: values are nested more than 100 deep"),
+    "half a character": (b'[{"a": 1}, {"a": "\\ud800"}]', r":1: row 2: '\ud800' is half a character"),
+    "deep nesting": (f'[{{"a": {DEEP}}}]'.encode(), ":1: row 1: values are nested more than 100 deep"),
     "endless nesting": (b"[\n" + b"[" * 100_000, ":1: unreadable JSON"),
     "endless number": (b"[" + b"1" * 5000 + b"]", ":1: unreadable JSON"),
     "not UTF-8": (b'[{},\n{"a": "\xff"}]', ":2: byte 8 of the line is not UTF-8"),
@@ -281,7 +282,7 @@ def test_damaged_lists_of_the_release_are_refused_with_their_place(path, data, m
         ({"prompt_id": []}, "`prompt_id` is []"),
         ({"prompt_id": 7}, "`prompt_id` is 7"),
         ({"sources": ""}, '`sources` is ""'),
-        ({"sources": [1, 2]}, "`sources` is [1, 2]"),
+        ({"sources": [1, 2]}, "`sources[0]` is 1"),
         ({"prompt": [{**USER[0], "weight": math.inf}]}, "`prompt` holds Infinity"),
     ],
 )
@@ -313,18 +314,18 @@ def test_rewards_and_counts_are_numbers_that_training_can_hold():
         recipe = Recipe.model_construct(output="nowhere", loss=Loss(estimator="exact"), schedule=schedule)
         rows, facts = make_plan([check_ranked({**record, "rewards": rewards}, "f:1")], recipe)
         json.dumps([rows, facts], allow_nan=False)
-    with pytest.raises(InputError, match=r"f:1: `rewards\[0\]` is 2e\+38; give a finite number within 1.7e\+38"):
+    with pytest.raises(InputError, match=r"f:1: `rewards\[0\]` is 2e\+38: .*; give a finite number within 1.7e\+38"):
         check_ranked({**record, "rewards": [2e38, 0]}, "f:1")
-    with pytest.raises(InputError, match="f:1: `token_counts` has 1000"):
+    with pytest.raises(InputError, match=r"f:1: `token_counts\[0\]` is 1000"):
         check_ranked({**record, "token_counts": [10**400, 1]}, "f:1")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"reason": "x"}, "`prompt_id` is null; remove the line, so that its prompt is done again"),
+        ({"reason": "x"}, "`prompt_id` is missing; remove the line, so that its prompt is done again"),
         ({"prompt_id": [], "reason": "x"}, "`prompt_id` is []"),
-        ({"prompt_id": "a"}, "`reason` is null; remove the line"),
+        ({"prompt_id": "a"}, "`reason` is missing; remove the line"),
         ({"prompt_id": "a", "reason": "x", "tokens": math.nan}, "`tokens` holds NaN"),
     ],
 )
@@ -336,14 +337,14 @@ def test_damaged_ledgers_are_refused(write_lines, line, message):
 
 def test_a_name_that_is_no_string_is_refused_where_names_are_gathered(write_lines):
     path = write_lines([{"prompt_id": "a"}, {"prompt_id": {}}])
-    with pytest.raises(InputError, match=r":2: `prompt_id` is \{\}; remove the line"):
+    with pytest.raises(InputError, match=r":2: `prompt_id` is \{\}: .*; remove the line"):
         done_ids(path)
 
 
 @pytest.mark.parametrize(("field", "value"), [("token_counts", ["1"]), ("truncated", [0]), ("token_counts", [-1])])
 def test_answers_have_counts_and_flags(write_lines, field, value):
     record = {"prompt": USER, "responses": ["a"], "token_counts": [1], "truncated": [False]}
-    with pytest.raises(InputError, match=f":1: `{field}` has "):
+    with pytest.raises(InputError, match=rf":1: `{field}\[0\]` is "):
         list(read_answers(write_lines([{**record, field: value}])))
 
 
@@ -861,20 +862,20 @@ def forgiving(check, word: str):
 
 # What is passed over: the check, words of its message, and the formats that must show it.
 FORGIVEN = {
-    "roles": ("check_messages", "role is", "prompts candidates ranked answers"),
-    "no role": ("check_messages", "has no `role`", "prompts answers"),
-    "contents": ("check_messages", "content is", "prompts candidates ranked answers"),
-    "last turn": ("check_messages", "the last message", "prompts candidates ranked answers"),
-    "no messages": ("check_messages", "`prompt` is", "prompts"),
+    "roles": ("checked", "'assistant'", "prompts candidates ranked answers"),
+    "no role": ("checked", ".role` is missing", "prompts answers"),
+    "contents": ("checked", ".content` is", "prompts candidates ranked answers"),
+    "last turn": ("checked", "should end with", "prompts candidates ranked answers"),
+    "no messages": ("checked", "`prompt` is", "prompts"),
     "unsorted rewards": ("check_ranked", "not sorted", "ranked"),
     "one response": ("check_ranked", "preferences need", "ranked"),
-    "rewards": ("check_rewards", "`rewards[", "ranked"),
-    "counts": ("_check_counts", "`token_counts` has", "candidates answers"),
-    "flags": ("_check_counts", "`truncated` has", "candidates answers"),
-    "strings": ("check_strings", "list of strings", "prompts candidates"),
+    "rewards": ("checked", "`rewards[", "ranked"),
+    "counts": ("checked", "`token_counts[", "candidates answers"),
+    "flags": ("checked", "`truncated[", "candidates answers"),
+    "strings": ("checked", "`responses[", "prompts candidates"),
     "lengths": ("check_parallel", "of equal length", "candidates answers"),
     "not finite": ("check_finite", "holds", "prompts ledger"),
-    "names": ("check_name", "`prompt_id` is", "prompts ledger"),
+    "names": ("checked", "`prompt_id` is", "prompts ledger"),
 }
 
 

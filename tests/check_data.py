@@ -2,7 +2,7 @@
 
 Reads   `data/quickstart/{dialogue,safety}_{train,test}.jsonl`
 Writes  nothing; prints a table, and ends with status 1 when a share passes the bound or the files break a rule
-Run     .venv-train/bin/python data/check.py
+Run     .venv-train/bin/python -m tests.check_data
 
 Length: the share of test pairs in which the longer response is the better one, and that of the better of the two rules
 "longer" and "shorter". Words: logistic regression on the difference of the two responses' word counts, trained on the
@@ -21,9 +21,10 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from hps.errors import run_main
+from pipeline.recipe import REPOSITORY
 from pipeline.records import canonical, read_prompts
 
-FOLDER = Path(__file__).resolve().parent / "quickstart"
+FOLDER = REPOSITORY / "data" / "quickstart"
 SETS = ("dialogue", "safety")
 BOUND = 0.65
 LINES = 60

@@ -1,0 +1,68 @@
+"""What training needs beyond a valid recipe: modules for LoRA, a key for wandb. Looked at before a model loads."""
+
+from hps.errors import InputError
+from pipeline.recipe import Recipe
+from pipeline.weights import UNUSABLE, load_config, refusal
+
+
+def try_lora(recipe: Recipe) -> None:
+    """Try the recipe's LoRA on the policy's architecture, without weights.
+
+    Raises:
+        InputError: an entry of `lora.target_modules` names no module (PEFT is content when one of several is found);
+            PEFT cannot adapt one, or it is the LM head, which TRL refuses.
+    """
+    import torch
+    from peft import LoraConfig, LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    policy, targets = recipe.models.policy, recipe.lora.targets
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(load_config(policy), trust_remote_code=False)
+    except UNUSABLE as error:
+        raise refusal(policy.path, error) from None
+    parts = dict(model.named_modules())
+    linear = {name.rpartition(".")[2] for name, part in parts.items() if isinstance(part, (torch.nn.Linear, Conv1D))}
+    remedy = f"give some of its linear layers: {', '.join(sorted(linear))}"
+    for target in [] if targets == "all-linear" else targets:
+        if not any(f".{name}".endswith(f".{target}") for name in parts):
+            problem = f"`lora.target_modules`: the policy has no module `{target}`"
+            raise InputError(problem, where=policy.path, remedy=remedy)
+    try:
+        LoraModel(model, LoraConfig(r=recipe.lora.r, target_modules=targets), "default")
+    except ValueError as error:
+        raise InputError(f"`lora.target_modules`: {str(error).splitlines()[0]}", where=policy.path) from None
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise InputError(
+            "`lora.target_modules`: the LM head cannot be adapted", where=policy.path, remedy="leave it out"
+        )
+
+
+def check_wandb(recipe: Recipe) -> None:
+    """Refuse `training.wandb` without a key for it; wandb itself would ask after the model has been loaded."""
+    if not recipe.training.wandb:
+        return
+    import wandb
+    from wandb.errors import Error
+    from wandb.sdk.lib import wbauth
+
+    try:
+        settings = wandb.setup().settings
+    except ValueError as error:  # of a WANDB_... variable
+        raise InputError(f"`training.wandb`: {error}", where="environment") from None
+    wandb.teardown()  # it would keep settings that the training has yet to make
+    if settings.mode != "online":
+        return
+    try:
+        key = wbauth.authenticate_session(host=settings.base_url, source="", prompt=False, update_session=False)
+    except Error as error:
+        raise InputError(f"`training.wandb`: {str(error).splitlines()[0]}", where="environment") from None
+    if key is None:
+        raise InputError(
+            f"`training.wandb` is true, and there is no key for {settings.base_url}",
+            where="environment",
+            remedy="run `.venv-train/bin/wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline",
+        )

@@ -1,0 +1,115 @@
+"""What the commands that ask the hub share: its refusals in one line, commits, revisions written into a YAML file."""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from hps.errors import InputError
+from pipeline.records import write_atomic
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@contextmanager
+def asking(kind: Literal["model", "dataset"], where: str, otherwise: str = "") -> Iterator[None]:
+    """Turn what huggingface_hub raises for a bad name, a refusal, or no connection into an InputError.
+
+    Args:
+        otherwise: what helps where the hub cannot be reached.
+    """
+    from huggingface_hub import errors  # takes a second
+
+    refusals = (
+        (
+            (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError),
+            "the hub cannot be reached, or HF_HUB_OFFLINE is set",
+            f"run it where there is a network, without HF_HUB_OFFLINE{otherwise}",
+        ),
+        (errors.GatedRepoError, "access is restricted", f"ask for access on the {kind}'s page, then `hf auth login`"),
+        (errors.RevisionNotFoundError, "the hub has no such revision", "give a branch, a tag or a commit, or none"),
+        (
+            (errors.RepositoryNotFoundError, errors.HFValidationError),
+            f"the hub has no such {kind}, or it is private",
+            "correct the name, or `hf auth login`",
+        ),
+    )
+    try:
+        yield
+    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+        for types, problem, remedy in refusals:
+            if isinstance(error, types):
+                raise InputError(problem, where=where, remedy=remedy) from None
+        problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        raise InputError(problem, where=where, remedy=f"try again when the hub can be reached{otherwise}") from None
+
+
+def commit_of(kind: Literal["model", "dataset"], repo: str, revision: str | None, where: str) -> str:
+    """The full commit hash that a revision (None: the newest state) of a repository stands for."""
+    from huggingface_hub import HfApi
+
+    with asking(kind, where):
+        info = HfApi().model_info if kind == "model" else HfApi().dataset_info
+        commit = info(repo, revision=revision, timeout=30).sha
+    if not commit or not COMMIT.fullmatch(commit):
+        raise InputError(f"the hub gave `{commit}` as commit of {repo}", where=where)
+    return commit
+
+
+def write_revisions(path: str | Path, commits: dict[tuple[str, ...], str]) -> None:
+    """Set `revision` in mappings of a YAML file; every other byte stays.
+
+    Args:
+        commits: commit hash by the keys that lead to the mapping.
+
+    Raises:
+        InputError: a way of writing that this cannot edit safely (the result is loaded again and compared).
+    """
+    file = Path(path).resolve()  # a link stays a link
+    text = file.read_bytes().decode("utf-8")  # bytes: line ends stay as they are
+    root, expected = yaml.compose(text, Loader=yaml.SafeLoader), copy.deepcopy(yaml.safe_load(text))
+    edits = set()  # a set, because two roles may be one node (YAML alias)
+    places = ", ".join(f"`{'.'.join(keys)}`" for keys in commits)
+    unsafe = InputError(
+        f"one of {places} is written in a way that cannot be edited safely",
+        where=str(path),
+        remedy="write it without aliases and merge keys, or set its `revision` by hand",
+    )
+    for keys, commit in commits.items():
+        node, value = root, expected
+        for key in keys:
+            node, value = _entry(node, key), value[key]
+            if node is None:
+                raise unsafe
+        value["revision"] = commit
+        edits.add(_edit(node, commit, "\r\n" if "\r\n" in text else "\n"))
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    try:
+        same = yaml.safe_load(text) == expected
+    except yaml.YAMLError:
+        same = False
+    if not same:
+        raise unsafe
+    write_atomic(file, text)
+
+
+def _entry(node: yaml.MappingNode, key: str) -> yaml.Node | None:
+    """The value of a key in a mapping node."""
+    return next((value for name, value in node.value if name.value == key), None)
+
+
+def _edit(node: yaml.MappingNode, commit: str, newline: str) -> tuple[int, int, str]:
+    """`(start, end, new text)` that sets the revision in a mapping: in its place, or in front of the first entry."""
+    new = f'"{commit}"'  # quoted: digits alone would be a number
+    old = _entry(node, "revision")
+    if old is not None:
+        start, end = old.start_mark.index, old.end_mark.index
+        return start, end, new if start < end else f" {new}"
+    start = node.value[0][0].start_mark
+    gap = ", " if node.flow_style else newline + " " * start.column
+    return start.index, start.index, f"revision: {new}{gap}"
