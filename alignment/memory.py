@@ -8,7 +8,7 @@ In bf16, with P weights of which T train, on G GPUs (docs/memory.md):
     gradients    2 T            ZeRO-2, 3: / G
     optimizer   12 T / G        fp32 copy and the two moments of AdamW
     reference    2 P            full fine-tuning with the reference in step; ZeRO-3, always in step: / G. With LoRA it
-                                is the policy, precomputed it is gone before the first step, SimPO has none
+                                is the policy, precomputed it is gone before the first step; SimPO has none
     activations  2 L H t + w t  gradient checkpointing: inputs of L layers of width H for t tokens, and one layer's
                                 working set, w bytes a token (`layer_bytes`)
                  L w t          without gradient checkpointing
@@ -26,6 +26,7 @@ import warnings
 from pathlib import Path
 
 from hps.errors import InputError
+from hps.methods import FAMILIES
 from pipeline.recipe import REPOSITORY, Recipe
 from pipeline.weights import UNUSABLE
 
@@ -112,7 +113,7 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
         held = activations(config.get_text_config(), tokens, recipe.training.gradient_checkpointing)
     except (AttributeError, TypeError):  # a size of `layer_bytes` that this configuration does not have
         return [f"memory: not estimated, the formulas are of Llama's layers, and this is {config.model_type}"]
-    frozen_copy = not recipe.lora.enabled and recipe.loss.family != "simpo"
+    frozen_copy = not recipe.lora.enabled and FAMILIES[recipe.loss.family].reference
     chosen = deepspeed_stage(recipe)
     lines = [
         f"memory per GPU in bf16, by formulas, not measured (docs/memory.md): {weights:,} weights ({source}), "

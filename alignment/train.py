@@ -31,16 +31,17 @@ from trl import DPOConfig
 
 from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
-from alignment.plan import ranked_prompts, read_plan, run_settings, weights_of
-from hps.chat import load_tokenizer, naming, prompt_token_ids, response_token_ids
-from hps.errors import InputError, run_main
-from hps.reference import add_reference
+from alignment.plan import ranked_prompts, read_plan, run_settings
+from alignment.reference import add_reference
+from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
+from hps.errors import InputError, naming, run_main, shorten
+from hps.planning import weights_of
 from hps.shared_prefix import prove
 from hps.trainer import HPSTrainer, PlanCollator, not_finite
 from pipeline.cli import parse
 from pipeline.preflight import check_fits, check_wandb, try_lora
 from pipeline.recipe import Recipe
-from pipeline.records import parse_json, shorten, write_atomic
+from pipeline.records import parse_json, write_atomic
 from pipeline.stage import check_model, claim, file_hash, finish, hold
 from pipeline.weights import load_config, load_weights
 
@@ -346,7 +347,7 @@ def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
 
 
 def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
-    """The trainer on the plan's rows; without the reference's log-probabilities (`hps.reference`)."""
+    """The trainer on the plan's rows; without the reference's log-probabilities (`alignment.reference`)."""
     # `setdefault`: a user's own settings win. The id makes a continued run go on in the same record.
     os.environ.setdefault("WANDB_PROJECT", "hps")
     os.environ.setdefault("WANDB_RUN_ID", file_hash(recipe.run_folder() / "claim.json")[:16])
@@ -448,7 +449,7 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
     if resume:
         state.print(f"training: continued from {resume}")
         before = logged(folder / "log.jsonl", int(resume.rpartition("-")[2]))
-        trainer._total_train_tokens = before[-1]["num_tokens"] if before else 0  # the parent starts at 0 again
+        trainer.tokens = before[-1]["num_tokens"] if before else 0
     result = trainer.train(resume_from_checkpoint=resume)
     save(trainer, tokenizer, folder / "checkpoint")
     if state.is_main_process:

@@ -17,7 +17,8 @@ import sys
 
 from measure import finish, machine, options
 
-from pipeline.recipe import CHOICES, REPOSITORY, load_recipe
+from hps.methods import methods
+from pipeline.recipe import REPOSITORY, load_recipe
 from pipeline.records import read_jsonl
 
 RECIPE = "configs/quickstart.yaml"
@@ -64,10 +65,9 @@ def main() -> None:
     rows: dict = {"machine": machine()}
     print(rows["machine"], flush=True)
     call("gene.sh", *DATA)
-    methods = [(family, preference) for family in CHOICES["loss.family"] for preference in CHOICES["loss.preference"]]
     print(f"{'method':10s} steps  responses   loss first    last   margin first    last   s/step  ratio to dpo-bt")
     base = None
-    for family, preference in methods:
+    for family, preference in methods():
         settings = [*DATA, *STEPS, f"loss.family={family}", f"loss.preference={preference}"]
         call("run.sh", *settings)
         found = figures(settings)

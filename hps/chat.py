@@ -11,20 +11,19 @@ those of an innocent one, and a response has none. Where ordinary text marks the
 `load_tokenizer` warns.
 """
 
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from hps.errors import InputError
+from hps.errors import InputError, naming, refusal, shorten
 from hps.tokens import TEXTS, encoder, own_tokenizer, probe_texts
-from pipeline.records import shorten
-from pipeline.weights import refusal
 
 DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it has no clock
 CLOCK_FORMAT = re.compile(r"%[-_^0#]?[A-Za-z]")
@@ -88,6 +87,22 @@ def _loaded(path: str, revision: str | None):
             remedy="correct its tokenizer_config.json (added tokens, class), or save the tokenizer again",
         )
     return tokenizer
+
+
+def model_tokens(path: str, revision: str | None = None) -> str | None:
+    """SHA-256 of the ids of the probe texts; None where no tokenizer can be read, which whoever loads it says.
+
+    A tokenizer without a `tokenizer.json` is asked as transformers builds it, which may differ between releases.
+    """
+    try:
+        if own := own_tokenizer(path, revision):
+            ids = [encoder(own)(text) for text in probe_texts(own)]
+        else:
+            tokenizer = load_tokenizer(path, revision)
+            ids = [encode(tokenizer, text) for text in TEXTS]
+    except InputError:
+        return None
+    return hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()
 
 
 def _misread(tokenizer: Any, own: Any) -> str | None:
@@ -164,15 +179,6 @@ def check_records(tokenizer: Any, records: Iterable[tuple[str, dict]], spelled: 
             _innocent(tokenizer, _control(tokenizer), _turns(record["prompt"]))
             for response in record["responses"] if number < spelled else ():
                 _spelled(tokenizer, record["prompt"], response)
-
-
-@contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Name the record (`path:line`) in an InputError."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
 
 
 def conversation_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:

@@ -17,7 +17,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from hps.errors import InputError
-from hps.losses import implicit_reward, preference_loss, response_scores, simpo_reward
+from hps.losses import FORMULAS, implicit_reward, preference_loss
+from hps.methods import FAMILIES
 from hps.settings import Loss
 from hps.shared_prefix import SEPARATE, Layout, add_response_head, make_rows, response_log_probs
 
@@ -132,12 +133,14 @@ class HPSTrainer(DPOTrainer):
         _refuse_unsupported(config)
         config.beta = loss.beta
         self.loss, self.rows = loss, train_dataset
+        self.compares = FAMILIES[loss.family].reference  # the policy with the reference
+        self.tokens = 0  # that have passed the policy; a continued training sets what it had
         self.start: float | None = None  # the largest |s| before the first update, nats; None when resumed
         # The parent takes no other kind of sequence; it gets the rows themselves back from `_prepare_dataset`.
         numbers = Dataset.from_dict({"row": range(len(train_dataset))})
         super().__init__(*args, train_dataset=numbers, **kwargs)
-        if loss.family == "simpo":
-            self.ref_model = None  # the parent made a frozen copy; SimPO compares with none
+        if not self.compares:
+            self.ref_model = None  # the parent made a frozen copy
         # The parent has wrapped the reference by DeepSpeed already.
         gathers = self.data_collator.layout.gathers
         add_response_head(self.model.get_base_model() if self.is_adapted else self.model, gathers)
@@ -168,20 +171,23 @@ class HPSTrainer(DPOTrainer):
         """Mean loss of the lists in the batch; log-probabilities are summed over the response's tokens."""
         policy = self._log_probs(model, inputs)
         reference = inputs.get("reference")
-        if reference is None and self.loss.family != "simpo":
+        if reference is None and self.compares:
             with self.as_reference():
                 reference = self._log_probs(self.ref_model or model, inputs)
         if self.state.global_step == 0 and reference is not None:
             self._check_start(policy.detach(), reference, inputs["lengths"])
+        scores = FORMULAS[self.loss.family].score(self.loss, policy, reference, inputs["lengths"])
         losses = preference_loss(
             self.loss,
-            response_scores(self.loss, policy, reference, inputs["lengths"]),
+            scores,
             inputs["rewards"],
             inputs["mask"],
             inputs["log_weights"],
             inputs["dispreferred_count"],
         )
-        self._record(inputs, policy.detach(), reference, losses.detach())
+        # The logged rewards are rho of Eq. 3, also where a family's score is something else.
+        rewards = implicit_reward(policy, reference, self.loss.beta) if self.compares else scores
+        self._record(inputs, policy.detach(), rewards.detach(), losses.detach())
         loss = losses.mean()
         return (loss, {"policy": policy}) if return_outputs else loss
 
@@ -246,7 +252,7 @@ class HPSTrainer(DPOTrainer):
             logs = {**logs, "s/largest_at_start": self.start}
         super().log(logs, *args)
 
-    def _record(self, inputs, policy, reference, losses) -> None:
+    def _record(self, inputs, policy, rewards, losses) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.
 
         `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list of pl).
@@ -256,10 +262,6 @@ class HPSTrainer(DPOTrainer):
         """
         metrics = self._metrics["train" if self.model.training else "eval"]
         lengths = inputs["lengths"]
-        if self.loss.family == "simpo":
-            rewards = simpo_reward(policy, lengths, self.loss.simpo_beta)
-        else:
-            rewards = implicit_reward(policy, reference, self.loss.beta)
         share = inputs["log_weights"][:, 0].exp()
         if self.loss.preference == "pl":
             share = inputs["mask"].to(share.dtype)
@@ -282,9 +284,8 @@ class HPSTrainer(DPOTrainer):
             raise not_finite("loss", self.state.global_step + 1, self.rows.places([int(broken)]))
         for name, value in zip(figures, means, strict=True):
             metrics[name].append(value)
-        tokens = self.accelerator.gather(inputs["tokens"].sum()).sum().item()
-        self._total_train_tokens += tokens
-        metrics["num_tokens"] = [self._total_train_tokens]
+        self.tokens += self.accelerator.gather(inputs["tokens"].sum()).sum().item()
+        metrics["num_tokens"] = [self.tokens]
 
 
 def not_finite(what: str, step: int, places: str) -> InputError:

@@ -10,6 +10,7 @@ field, value and remedy. Look at one:
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +19,9 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hps.combinations import meaningless
 from hps.errors import InputError, run_main
+from hps.methods import FAMILIES, PREFERENCES, constants
 from hps.settings import Loss, Schedule
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -273,11 +276,7 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("loss.positives", 1, 2),
     ("loss.appendix_e_lambda", 0, None),
     ("loss.list_size", 2, None),
-    ("loss.exo_epsilon", 1e-9, 0.499999),
-    ("loss.exo_beta_r", 1e-9, None),
-    ("loss.nca_alpha", 1e-9, None),
-    ("loss.simpo_beta", 1e-9, None),
-    ("loss.simpo_margin", 0, None),
+    *((f"loss.{name}", one.low, one.high) for name, one in constants().items() if isinstance(one.default, float)),
     ("schedule.gamma_start", None, None),
     ("schedule.gamma_end", None, None),
     ("schedule.gamma_stages", 1, None),
@@ -310,15 +309,15 @@ BOUNDS: list[tuple[str, float | None, float | None]] = [
     ("judge.tensor_parallel", 1, None),
     ("seed", 0, 2**31 - 1),
 ]
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, Collection[str]] = {
     "data.special_tokens": ("neutralize", "refuse"),
     "generation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "annotation.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "loss.family": ("dpo", "exo", "ipo", "sppo", "nca", "simpo"),
-    "loss.preference": ("bt", "pl", "hps"),
+    "loss.family": FAMILIES,
+    "loss.preference": PREFERENCES,
     "loss.estimator": ("sampled", "exact"),
     "loss.appendix_e_reading": ("printed", "intended"),
-    "loss.sppo_win": ("hard", "sigmoid"),
+    **{f"loss.{name}": one.choices for name, one in constants().items() if one.choices},
     "schedule.gamma_ends": ("inclusive", "exclusive"),
     "schedule.best": ("reward", "human"),
     "schedule.ties": ("keep", "exclude"),
@@ -594,8 +593,8 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
             )
     if recipe.judge.enabled:
         _check_judge(recipe, place)
-    for meaningless, key, reason, remedy in _meaningless(recipe):
-        if meaningless:
+    for is_so, key, reason, remedy in meaningless(recipe.loss, recipe.schedule):
+        if is_so:
             raise InputError(f"`{key}` is `{get(recipe, key)}`, but {reason}", where=place.of(key), remedy=remedy)
     if recipe.lora.enabled and not recipe.lora.target_modules:
         raise InputError(
@@ -621,86 +620,6 @@ def _check_judge(recipe: Recipe, place: _Place) -> None:
             where=place.of("judge.answers"),
             remedy="lower the first or raise the second",
         )
-
-
-# Settings of the loss that some methods alone read: the values of other settings under which they are read.
-_HPS, _PL, _PAIRS = {"preference": ("hps",)}, {"preference": ("pl",)}, {"preference": ("bt", "hps")}
-OWNERS: dict[str, dict[str, tuple]] = {
-    "estimator": _HPS,
-    "samples": _HPS,
-    "factor_n": _HPS,
-    "positives": _HPS,
-    "appendix_e_lambda": {"positives": (2,)},
-    "appendix_e_reading": {"positives": (2,)},
-    "list_size": _PL,
-    "exo_epsilon": {"family": ("exo",), **_PAIRS},
-    "exo_beta_r": {"family": ("exo",), **_PL},
-    "ipo_per_token": {"family": ("ipo",)},
-    "sppo_win": {"family": ("sppo",), **_PL},
-    "nca_alpha": {"family": ("nca",), **_PL},
-    "simpo_beta": {"family": ("simpo",)},
-    "simpo_margin": {"family": ("simpo",)},
-}
-
-
-def _unread(loss: Loss) -> list[tuple[bool, str, str, str]]:
-    """Settings of the loss away from their default that the chosen method does not read, as in `_meaningless`."""
-    found = []
-    for name, conditions in OWNERS.items():
-        default = getattr(Loss, name)
-        for choice, allowed in conditions.items():
-            chosen = getattr(loss, choice)
-            unread = chosen not in allowed and getattr(loss, name) != default
-            reason = f"it belongs to `loss.{choice}: {' or '.join(map(str, allowed))}`, and that is {chosen}"
-            written = str(default).lower() if isinstance(default, bool) else default
-            found.append((unread, f"loss.{name}", reason, f"use loss.{name}={written}"))
-    return found
-
-
-def _meaningless(recipe: Recipe) -> list[tuple[bool, str, str, str]]:
-    """Settings of the loss that would do nothing, or contradict: (is so, field, reason, remedy)."""
-    loss, best = recipe.loss, recipe.schedule.best
-    family, preference = loss.family, loss.preference
-    method = f"{family}-{preference}"
-    return [
-        *_unread(loss),
-        (
-            loss.samples > 1 and loss.estimator == "exact",
-            "loss.samples",
-            "`loss.estimator: exact` sums over all dispreferred responses and draws none",
-            "use loss.samples=1, or loss.estimator=sampled",
-        ),
-        (
-            loss.positives == 2 and recipe.schedule.subsample == 2,
-            "schedule.subsample",
-            "`loss.positives: 2` needs a response below y_2",
-            "use schedule.subsample=3 or more, or loss.positives=1",
-        ),
-        (
-            loss.factor_n and family in ("ipo", "sppo", "nca"),
-            "loss.factor_n",
-            f"N multiplies a mixture inside a logarithm, and the loss of {family} has none (docs/methods.md)",
-            "use loss.factor_n=false, or the family dpo, exo or simpo",
-        ),
-        (
-            loss.label_smoothing > 0 and (family not in ("dpo", "simpo") or preference == "pl"),
-            "loss.label_smoothing",
-            f"it flips the label of a logistic pair loss, and {method} is none",
-            "use loss.label_smoothing=0" + (" (loss.exo_epsilon is EXO's own)" if family == "exo" else ""),
-        ),
-        (
-            loss.simpo_margin > 0 and preference == "pl",
-            "loss.simpo_margin",
-            "a margin belongs to a pair, and Plackett-Luce ranks a list",
-            "use loss.simpo_margin=0",
-        ),
-        (
-            best == "human" and preference == "pl" and family in ("exo", "sppo", "nca"),
-            "schedule.best",
-            f"the target of {method} is made of rewards alone: the human choice would not enter",
-            "use schedule.best=reward, or loss.preference=bt or hps",
-        ),
-    ]
 
 
 def get(recipe: Recipe, key: str):

@@ -36,7 +36,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from hps.errors import InputError
+from hps.errors import InputError, shorten
 
 MOST = 3.4028234663852886e38  # the largest number in single precision, in which training holds rewards
 LARGEST_REWARD = MOST / 2  # so that single precision holds the difference of any two
@@ -231,12 +231,6 @@ def _parse(raw: bytes, path: str | Path, number: int) -> dict:
     if not isinstance(record, dict):
         raise InputError(f"expected a JSON object, found {shorten(record)}", where=where, remedy="one object a line")
     return record
-
-
-def shorten(value) -> str:
-    """A value as JSON, cut to 60 characters, for error messages."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def check_messages(messages, where: str) -> None:

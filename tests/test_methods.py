@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from alignment.plan import plan
+from alignment.reference import add_reference
 from alignment.train import build_trainer, training_config
 from hps.chat import load_tokenizer
-from hps.reference import add_reference
-from pipeline.recipe import CHOICES
+from hps.methods import methods
 
-FAMILIES, PREFERENCES = CHOICES["loss.family"], CHOICES["loss.preference"]
 VARIANTS = {
     "exact": ["loss.estimator=exact"],
     "exact with N": ["loss.estimator=exact", "loss.factor_n=true"],
@@ -55,8 +54,7 @@ STEADY = ("schedule.epochs=4", "schedule.gamma_start=0", "schedule.gamma_end=0",
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preference", PREFERENCES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "preference"), methods())
 def test_every_method_trains(ranked_recipe, family, preference):
     check(ranked_recipe(f"loss.family={family}", f"loss.preference={preference}", *STEADY))
 

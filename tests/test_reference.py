@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from alignment import train as stage
 from alignment.plan import plan
+from alignment.reference import add_reference, cache_folder, known_values
 from alignment.train import build_trainer, train, training_config
 from hps.chat import load_tokenizer
 from hps.errors import InputError
-from hps.reference import Values, add_reference, batch_key, cache_folder, known_values, micro_batch
+from hps.reference import Values, batch_key, micro_batch
 from hps.trainer import HPSTrainer, rounding
 from pipeline.records import read_jsonl
 
