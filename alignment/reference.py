@@ -15,7 +15,6 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 
 from hps.errors import naming
@@ -79,11 +78,11 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
     # another node, or not yet visible there.
     if trainer.accelerator.is_main_process:
         values.add(known_values(folder))
-    (values.values,) = broadcast_object_list([values.values])
+    (values.known,) = broadcast_object_list([values.known])
     todo = values.missing()
     for computed in gather_object([_compute(recipe, trainer, values, todo, folder)]):
         values.add(computed)
-    found = len(np.unique(values.keys)) - len(todo)
+    found = len(set(values.keys)) - len(todo)
     say(f"training: reference of {len(todo)} micro-batches computed, of {found} found in {folder}")
     trainer.set_reference(values)
 

@@ -72,23 +72,14 @@ class TokenRows(Sequence[dict]):
 
     def __getitem__(self, index: int) -> dict:
         row = self._plan[index]
-        record, where = self._ranked[row["prompt_id"]], self._ranked.where(row["prompt_id"])
-        with naming(where):
-            prompt = prompt_token_ids(self._tokenizer, record["prompt"])
-        room = self._limit - len(prompt)
-        if room <= 0:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: nothing of a response "
-                "is left",
-                where=where,
-                remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
-            )
-        second = row.get("second")
-        terms = [row, second] if second else [row]
+        record = self._ranked[row["prompt_id"]]
+        terms = [row, row["second"]] if "second" in row else [row]
         # y_1, with Appendix E y_2, then whatever else a term holds, by reward: each response passes the model once.
         first = [term["preferred"] for term in terms]
         members = [*first, *sorted({index for term in terms for index in term["dispreferred"]} - set(first))]
-        responses = self._responses(record, members, where)
+        with naming(self._ranked.where(row["prompt_id"])):
+            prompt, responses = self._tokens(record, members)
+        room = self._limit - len(prompt)
         ids = [ids[:room] for ids in responses]
         rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
         return {
@@ -110,15 +101,22 @@ class TokenRows(Sequence[dict]):
             f"{self._plan.where(row)} (prompt `{name}`, {self._ranked.where(name)})" for row, name in named.items()
         )
 
-    def _responses(self, record: dict, members: list[int], where: str) -> list[list[int]]:
-        prompt, texts, truncated = (record[name] for name in ("prompt", "responses", "truncated"))
-        with naming(where):
-            ids = [response_token_ids(self._tokenizer, prompt, texts[index], truncated[index]) for index in members]
-        if not all(ids):
+    def _tokens(self, record: dict, members: list[int]) -> tuple[list[int], list[list[int]]]:
+        """Token ids of the prompt, and of its responses before they are cut."""
+        prompt = prompt_token_ids(self._tokenizer, record["prompt"])
+        if len(prompt) >= self._limit:
             raise InputError(
-                "a response has no tokens", where=where, remedy="take empty responses out of the ranked file"
+                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: nothing of a response "
+                "is left",
+                remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
             )
-        return ids
+        texts, truncated = record["responses"], record["truncated"]
+        responses = [
+            response_token_ids(self._tokenizer, record["prompt"], texts[index], truncated[index]) for index in members
+        ]
+        if not all(responses):
+            raise InputError("a response has no tokens", remedy="take empty responses out of the ranked file")
+        return prompt, responses
 
 
 def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -> DPOConfig:
@@ -274,19 +272,10 @@ class RunFiles(TrainerCallback):
 
 
 class KeptCheckpoints(TrainerCallback):
-    """Keeps the adapter at the points of `evaluation_steps`, in `<run>/checkpoints/step-N`.
+    """Keeps the adapter at the points of `evaluation_steps`, in `<run>/checkpoints/step-N`."""
 
-    Not with full fine-tuning, where each would be a whole model.
-    """
-
-    def __init__(self, recipe: Recipe, tokenizer):
-        self.folder, self.points, self.tokenizer = (
-            recipe.run_folder() / "checkpoints",
-            recipe.evaluation.checkpoints,
-            tokenizer,
-        )
-        self.points = self.points if recipe.lora.enabled else 0
-        self.trainer: HPSTrainer | None = None  # known once it is built
+    def __init__(self, trainer: HPSTrainer, tokenizer, folder: Path, points: int):
+        self.trainer, self.tokenizer, self.folder, self.points = trainer, tokenizer, folder, points
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step in evaluation_steps(state.max_steps, self.points):
@@ -362,7 +351,6 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     if layout.shared < recipe.schedule.max_length:
         above = f" of more than {layout.shared} tokens" if layout.shared else ""
         PartialState().print(f"training: conversations{above} have rows of their own: {layout.reason}")
-    kept = KeptCheckpoints(recipe, tokenizer)
     trainer = HPSTrainer(
         model=model,
         # The parent would load the frozen copy by its name alone, without the revision.
@@ -373,9 +361,11 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         data_collator=PlanCollator(tokenizer.pad_token_id, layout, recipe.training.row_tokens),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
-        callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch), kept],
+        callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch)],
     )
-    kept.trainer = trainer
+    if recipe.lora.enabled:  # in full fine-tuning each would be a whole model
+        folder, points = recipe.run_folder() / "checkpoints", recipe.evaluation.checkpoints
+        trainer.add_callback(KeptCheckpoints(trainer, tokenizer, folder, points))
     return trainer
 
 

@@ -228,12 +228,13 @@ class Formulas(NamedTuple):
     Attributes:
         score: (loss, policy's log-probabilities, the reference's, lengths in tokens) to what its losses compare.
         pair: (loss, best, worst) scores of any one shape to losses of that shape.
-        list: (loss, scores, annotated rewards, mask) to (batch,) losses, best response first.
+        list: (loss, scores, annotated rewards, mask) to (batch,) losses, best response first; None: it has no loss
+            for lists, and `pl` is not among its preferences.
     """
 
     score: Callable[[Loss, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     pair: Callable[[Loss, torch.Tensor, torch.Tensor], torch.Tensor]
-    list: Callable[[Loss, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    list: Callable[[Loss, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None
 
 
 def _rho(loss: Loss, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -298,6 +299,7 @@ def preference_loss(
     """
     formulas = FORMULAS[loss.family]
     if loss.preference == "pl":
+        assert formulas.list is not None  # else the recipe is refused
         return formulas.list(loss, scores, annotated, mask)
     mixture_loss = hps_loss if FAMILIES[loss.family].inside_log else mean_pair_loss
     n = dispreferred_count if loss.factor_n else torch.ones_like(dispreferred_count)  # Eq. 8, or Eq. 10

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -49,47 +48,39 @@ def computation(trainer: HPSTrainer) -> dict:
 
 
 class Values(Sequence[list[float]]):
-    """The log-probabilities of the plan's responses, row by row; NaN where they are not known yet.
-
-    Held are 32 bytes of a micro-batch, 16 of it for its place, and 8 of a row and of a response, so that a plan of
-    millions of responses fits.
+    """The log-probabilities of the plan's responses, row by row.
 
     Args:
-        keys: `batch_key` of each micro-batch, (micro-batches,) bytes.
-        counts: responses of each row, (rows,).
+        keys: `batch_key` of each micro-batch.
+        counts: responses of each row.
         size: rows of a micro-batch; the last may have fewer.
     """
 
-    def __init__(self, keys: np.ndarray, counts: np.ndarray, size: int):
-        self.keys, self.size = keys, size
-        self._order = np.argsort(keys)
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self.values = np.full(self._starts[-1], np.nan)
+    def __init__(self, keys: list[str], counts: list[int], size: int):
+        self.keys, self.counts, self.size = keys, counts, size
+        self.known: dict[str, array] = {}
+        self._sizes = {key: sum(counts[number * size :][:size]) for number, key in enumerate(keys)}
 
     def add(self, known: Iterable[tuple[str, Sequence[float]]]) -> None:
-        """Take the values of the plan's micro-batches, by key; one that returns later in the plan has them, too."""
+        """Take the values of the plan's micro-batches, by key. A line with too few or too many is left out."""
         for key, values in known:
-            low, high = (np.searchsorted(self.keys, key.encode(), side, self._order) for side in ("left", "right"))
-            for number in self._order[low:high]:
-                place = self._place(number)
-                if len(self.values[place]) == len(values):
-                    self.values[place] = values
+            if len(values) == self._sizes.get(key):
+                self.known[key] = array("d", values)
 
     def missing(self) -> list[int]:
         """Numbers of the micro-batches without values, each key once, in the order of the plan."""
-        numbers = np.sort(np.unique(self.keys, return_index=True)[1])
-        return [int(number) for number in numbers if np.isnan(self.values[self._place(number)]).any()]
-
-    def _place(self, number: int) -> slice:
-        """Where the values of a micro-batch are."""
-        first = number * self.size
-        return slice(self._starts[first], self._starts[min(first + self.size, len(self))])
+        first: dict[str, int] = {}
+        for number, key in enumerate(self.keys):
+            first.setdefault(key, number)
+        return [number for key, number in first.items() if key not in self.known]
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self.counts)
 
     def __getitem__(self, row: int) -> list[float]:
-        return self.values[self._starts[row] : self._starts[row + 1]].tolist()
+        number, before = divmod(row, self.size)
+        start = sum(self.counts[row - before : row])
+        return self.known[self.keys[number]][start : start + self.counts[row]].tolist()
 
 
 def micro_batch(rows: Sequence[dict], size: int, number: int) -> list[dict]:
@@ -100,18 +91,14 @@ def micro_batch(rows: Sequence[dict], size: int, number: int) -> list[dict]:
 
 def unknown_values(rows: Sequence[dict], size: int, state: PartialState) -> Values:
     """The plan's micro-batches of `size` rows, without values yet. Each process makes its share of the rows."""
-    count, processes = math.ceil(len(rows) / size), state.num_processes
-    keys, counts = bytearray(), array("q")
-    for number in range(state.process_index, count, processes):
+    batches: list = [None] * math.ceil(len(rows) / size)
+    mine = []
+    for number in range(state.process_index, len(batches), state.num_processes):
         examples = micro_batch(rows, size, number)
-        keys += batch_key(examples).encode()
-        counts.extend(len(example["response_ids"]) for example in examples)
-    all_keys, all_counts = np.empty(count, f"S{KEY}"), np.empty(len(rows), dtype=np.int64)
-    owner = np.arange(len(rows)) // size % processes
-    for process, (theirs, sizes) in enumerate(gather_object([(bytes(keys), counts)])):
-        all_keys[process::processes] = np.frombuffer(theirs, f"S{KEY}")
-        all_counts[owner == process] = sizes
-    return Values(all_keys, all_counts, size)
+        mine.append((batch_key(examples), [len(example["response_ids"]) for example in examples]))
+    for process, theirs in enumerate(gather_object([mine])):
+        batches[process :: state.num_processes] = theirs
+    return Values([key for key, _ in batches], [count for _, counts in batches for count in counts], size)
 
 
 def computed_values(trainer: HPSTrainer, values: Values, numbers: Iterable[int]) -> Iterator[tuple[str, list[float]]]:
@@ -127,4 +114,4 @@ def computed_values(trainer: HPSTrainer, values: Values, numbers: Iterable[int])
                 f"the policy gives a response the log-probability {log_probs} before training",
                 remedy="check the model's weights",
             )
-        yield values.keys[number].decode(), log_probs
+        yield values.keys[number], log_probs

@@ -19,7 +19,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hps.combinations import meaningless
+from hps.combinations import refused
 from hps.errors import InputError, run_main
 from hps.methods import FAMILIES, PREFERENCES, constants
 from hps.settings import Loss, Schedule
@@ -593,9 +593,8 @@ def _check_combinations(recipe: Recipe, place: _Place) -> None:
             )
     if recipe.judge.enabled:
         _check_judge(recipe, place)
-    for is_so, key, reason, remedy in meaningless(recipe.loss, recipe.schedule):
-        if is_so:
-            raise InputError(f"`{key}` is `{get(recipe, key)}`, but {reason}", where=place.of(key), remedy=remedy)
+    for key, reason, remedy in refused(recipe.loss, recipe.schedule):
+        raise InputError(f"`{key}` is `{get(recipe, key)}`, but {reason}", where=place.of(key), remedy=remedy)
     if recipe.lora.enabled and not recipe.lora.target_modules:
         raise InputError(
             "`lora.target_modules` is empty", where=place.of("lora.target_modules"), remedy="name modules, e.g. q_proj"
