@@ -388,7 +388,7 @@ def check_shared(folder: Path, state: PartialState) -> None:
     checkpoint, and none could be continued.
 
     Raises:
-        InputError: some do not see what the first process writes; by every process, so that none waits for another.
+        InputError: some do not see what the first process writes. Raised on every process, so none hangs.
     """
     if state.num_processes == 1:
         return

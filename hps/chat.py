@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -588,7 +589,4 @@ def _openers(tokenizer: Any) -> list[int]:
 
 def common_end(first: list[int], second: list[int]) -> list[int]:
     """The tokens with which both end: what a template writes behind texts that differ in their last letter."""
-    size = 0
-    while size < min(len(first), len(second)) and first[-size - 1] == second[-size - 1]:
-        size += 1
-    return first[len(first) - size :]
+    return commonprefix([first[::-1], second[::-1]])[::-1]

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import wraps
+from os.path import commonprefix
 from types import MethodType
 from typing import Any
 
@@ -61,25 +62,11 @@ SHARED = Layout(shared=math.inf, padded=math.inf, gathers=True, reason="")
 SEPARATE = Layout(shared=0, padded=0, gathers=False, reason="it was not tried")
 
 
-def split_group(prompt: int, responses: list[int], limit: int) -> list[list[int]]:
-    """Which of a prompt's responses share a row, in their order, so that a row has at most `limit` tokens.
+def portions(prompt: int, responses: list[int], budget: int, shared: bool) -> Iterator[list[int]]:
+    """Which of a prompt's responses go into one row or forward pass, in their order: at most `budget` tokens, or one.
 
     A long list takes less memory in several rows with the prompt in each, and where attention is computed over a whole
-    row (eager), less time. A response that is too long by itself has a row of its own.
-    """
-    parts: list[list[int]] = [[]]
-    used = prompt
-    for index, tokens in enumerate(responses):
-        if parts[-1] and used + tokens > limit:
-            parts.append([])
-            used = prompt
-        parts[-1].append(index)
-        used += tokens
-    return parts
-
-
-def portions(prompt: int, responses: list[int], budget: int, shared: bool) -> Iterator[list[int]]:
-    """Which of a prompt's responses go into one forward pass, in their order: at most `budget` tokens, one at least.
+    row (eager), less time.
 
     Args:
         prompt, responses: tokens of each.
@@ -131,7 +118,7 @@ def shared_rows(
         prompts: token ids of each prompt, at least one.
         responses: token ids of each prompt's responses, none empty.
         pad: token that fills up rows.
-        budget: tokens of a row, for `split_group` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
+        budget: tokens of a row, for `portions` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
             several prompts share a row where it is no longer than the longest.
 
     Returns:
@@ -143,7 +130,7 @@ def shared_rows(
     split = [
         (prompt, [each[index] for index in part])
         for prompt, each in zip(prompts, responses, strict=True)
-        for part in split_group(len(prompt), list(map(len, each)), budget or ROW_TOKENS)
+        for part in portions(len(prompt), list(map(len, each)), budget or ROW_TOKENS, shared=True)
     ]
     prompts, responses = [prompt for prompt, _ in split], [each for _, each in split]
     groups = [len(prompt) + sum(map(len, each)) for prompt, each in split]
@@ -220,12 +207,7 @@ def make_rows(
 
 def common_prefix(rows: list[list[int]]) -> int:
     """Number of tokens that all rows begin with, short of the shortest row by at least one."""
-    limit = min(map(len, rows)) - 1
-    first, last = min(rows), max(rows)  # lists compare like words: these two differ earliest
-    for index in range(limit):
-        if first[index] != last[index]:
-            return index
-    return limit
+    return min(len(commonprefix(rows)), min(map(len, rows)) - 1)
 
 
 def _write(row: int, start: int, tokens: list[int], position: int, segment: tuple[int, int], parts) -> int:

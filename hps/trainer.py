@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -56,36 +57,25 @@ class PlanCollator:
     row_tokens: int | None = None
 
     def __call__(self, examples: list[dict]) -> dict:
-        sizes = torch.tensor([len(example["response_ids"]) for example in examples])
-        mask = torch.arange(int(sizes.max())) < sizes[:, None]
-        lengths = torch.ones(mask.shape).masked_scatter(
-            mask, _numbers(len(ids) for e in examples for ids in e["response_ids"])
-        )
-        terms = max(len(example["weights"]) for example in examples)
+        lengths = [[len(ids) for ids in example["response_ids"]] for example in examples]
         # The logarithm in float64: a weight that float32 cannot hold may still count against a large reward.
-        weights = torch.zeros(len(examples), terms, mask.shape[1], dtype=torch.float64)
-        for place, example in enumerate(examples):
-            for number, values in enumerate(example["weights"]):
-                weights[place, number, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        weights = _padded([term for example in examples for term in example["weights"]], dtype=torch.float64)
         batch = {
             "rows": self.rows(examples),
             "row": torch.tensor([example["row"] for example in examples]),
             "tokens": torch.tensor(
-                [len(e["prompt_ids"]) * len(e["response_ids"]) + sum(map(len, e["response_ids"])) for e in examples]
+                [len(e["prompt_ids"]) * len(sizes) + sum(sizes) for e, sizes in zip(examples, lengths, strict=True)]
             ),
-            "mask": mask,
-            "lengths": lengths,
+            "mask": torch.arange(weights.shape[1]) < torch.tensor(list(map(len, lengths)))[:, None],
+            "lengths": _padded(lengths, 1.0),
             # Minus the highest: losses see differences alone, and float32 rounds them off where all rewards are large.
-            "rewards": torch.zeros(mask.shape).masked_scatter(
-                mask, _numbers(reward - max(e["rewards"]) for e in examples for reward in e["rewards"])
-            ),
-            "log_weights": weights.log().to(torch.get_default_dtype()),
-            "dispreferred_count": _numbers(example["dispreferred_count"] for example in examples),
-            "gamma": _numbers(example["gamma"] for example in examples),
+            "rewards": _padded([[reward - max(e["rewards"]) for reward in e["rewards"]] for e in examples]),
+            "log_weights": weights.view(len(examples), -1, weights.shape[1]).log().to(torch.get_default_dtype()),
+            "dispreferred_count": _padded([example["dispreferred_count"] for example in examples]),
+            "gamma": torch.tensor([float(example["gamma"]) for example in examples]),
         }
         if examples[0].get("reference") is not None:
-            given = _numbers(value for example in examples for value in example["reference"])
-            batch["reference"] = torch.zeros(mask.shape).masked_scatter(mask, given)
+            batch["reference"] = _padded([example["reference"] for example in examples])
         return batch
 
     def rows(self, examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -94,8 +84,10 @@ class PlanCollator:
         return make_rows(self.layout, prompts, responses, self.pad_token_id, self.row_tokens)
 
 
-def _numbers(values) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.get_default_dtype())
+def _padded(lists: list[list[float]], value: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Lists of unequal lengths as rows of one tensor, of torch's default dtype."""
+    rows = [torch.tensor(each, dtype=dtype or torch.get_default_dtype()) for each in lists]
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 @dataclass
@@ -228,7 +220,7 @@ class HPSTrainer(DPOTrainer):
             lengths: (lists, n), tokens.
 
         Raises:
-            InputError: it is more than rounding explains. Every process raises it, so that none waits for another.
+            InputError: it is more than rounding explains. Raised on every process, so none hangs.
         """
         device = policy.device.type
         computed = torch.get_autocast_dtype(device) if self.accelerator.native_amp else _dtype(self.model)
