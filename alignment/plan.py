@@ -12,7 +12,6 @@ hps/planning.py makes the rows; training reads them from top to bottom.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def run_settings(recipe: Recipe) -> dict:
     """What decides a run's checkpoint; a change of any of it needs another `run` or `output`."""
     sections = ("loss", "schedule", "lora", "optimizer")
     return {
-        **{name: asdict(getattr(recipe, name)) for name in sections},
+        **{name: getattr(recipe, name).model_dump() for name in sections},
         "seed": recipe.seed,
         "kept_checkpoints": recipe.evaluation.checkpoints if recipe.lora.enabled else 0,
         "policy": model_hash(recipe.models.policy),

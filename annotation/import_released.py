@@ -30,8 +30,7 @@ from typing import Any, TextIO
 
 from hps.chat import inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, run_main
-from pipeline.cli import split_arguments
-from pipeline.recipe import SPLITS, Model, Recipe, load_recipe
+from pipeline.recipe import SPLITS, Model, Recipe, load_recipe, split_arguments
 from pipeline.records import (
     check_parallel,
     check_prompt,
@@ -254,7 +253,7 @@ def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, t
     # A file that no manifest names is what a kill left between its renaming and the manifest: it is made again.
     if target.exists() and (split in before or not (target.parent / "claim.json").exists()):
         raise InputError("there is a ranked file already", where=str(target), remedy="give another `output`")
-    model = Model(tokenizer_path) if tokenizer_path else recipe.models.policy
+    model = Model(path=tokenizer_path) if tokenizer_path else recipe.models.policy
     tokenizer = load_tokenizer(model.path, model.revision)
     # The claim keeps the annotation from adding to this folder. It says nothing of the split: both may be imported.
     settings = {"imported_by": "annotation.import_released", "tokenizer": model_hash(model)}

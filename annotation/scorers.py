@@ -1,7 +1,6 @@
 """Load what scores, a reward model of any of the classes here or a function, and run it on all devices."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from annotation.armorm import ArmoRM
@@ -62,9 +61,9 @@ def run_scorers(
     reader = writer if model.function else model
     check_records(load_tokenizer(reader.path, reader.revision), records, spelled=SPELLED)
     arguments = {
-        "model": asdict(model),
+        "model": model.model_dump(),
         "role": role,
-        "writer": asdict(writer),
+        "writer": writer.model_dump(),
         "dtype": recipe.annotation.dtype,
         "batch_tokens": recipe.annotation.batch_tokens,
         "canaries": str(canary_folder(recipe)),

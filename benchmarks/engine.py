@@ -12,7 +12,6 @@ import io
 import statistics
 import tempfile
 import time
-from dataclasses import asdict
 
 from measure import finish, machine, options, show
 
@@ -69,7 +68,10 @@ def main() -> None:
                 (f"{split}/{record['prompt_id']}", prompt_token_ids(tokenizer, record["prompt"]), data.responses)
             )
     generator = stage.Generator(
-        asdict(recipe.models.generator), asdict(recipe.generation), sorted(end_of_turn_ids(tokenizer)), recipe.seed
+        recipe.models.generator.model_dump(),
+        recipe.generation.model_dump(),
+        sorted(end_of_turn_ids(tokenizer)),
+        recipe.seed,
     )
     figures: dict = {"machine": machine()}
     print(figures["machine"])

@@ -16,7 +16,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -242,10 +241,11 @@ def _results(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict
         return iter(())
     check_weights(recipe.models.judge)  # what does not fit is one line here, and a page of vLLM's there
     names = ("temperature", "max_prompt_tokens", "max_new_tokens", "tensor_parallel")
-    settings = replace(recipe.generation, top_p=1.0, **{name: getattr(recipe.judge, name) for name in names})
+    changed = {"top_p": 1.0, **{name: getattr(recipe.judge, name) for name in names}}
+    settings = recipe.generation.model_copy(update=changed)
     arguments = {
-        "model": asdict(recipe.models.judge),
-        "settings": asdict(settings),
+        "model": recipe.models.judge.model_dump(),
+        "settings": settings.model_dump(),
         "stop_ids": sorted(end_of_turn_ids(tokenizer)),
         "seed": recipe.seed,
     }

@@ -11,7 +11,7 @@ changed recipe does.
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.margins import Columns, margins, read_columns
@@ -75,7 +75,7 @@ def result_key(recipe: Recipe, sft: bool = False) -> dict:
     return {
         **key,
         "train": {split: _split(recipe, split) for split in SPLITS},
-        **{name: asdict(getattr(recipe, name)) for name in ("loss", "schedule", "lora", "optimizer")},
+        **{name: getattr(recipe, name).model_dump() for name in ("loss", "schedule", "lora", "optimizer")},
         "annotation": _without_devices(recipe, "annotation"),
         **({} if recipe.data.special_tokens == "neutralize" else {"special_tokens": recipe.data.special_tokens}),
         "seed": recipe.seed,
@@ -83,7 +83,7 @@ def result_key(recipe: Recipe, sft: bool = False) -> dict:
 
 
 def _split(recipe: Recipe, split: str, prompts_only: bool = False) -> dict:
-    settings = asdict(getattr(recipe.data, split))
+    settings = getattr(recipe.data, split).model_dump()
     settings["path"] = file_hash(settings["path"])
     if prompts_only:
         del settings["responses"]
@@ -98,7 +98,7 @@ def _model(model: Model) -> dict:
 
 
 def _without_devices(recipe: Recipe, section: str) -> dict:
-    values = asdict(getattr(recipe, section))
+    values = getattr(recipe, section).model_dump()
     for name in NEW:  # omitted, so that older keys still match
         if not values.get(name, True):
             del values[name]

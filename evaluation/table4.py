@@ -4,7 +4,6 @@ Writes  `results/<scale>/win_rate/<data>.json`: `key` (the runs' settings, the j
         for each other model, found again as the results of runs are (evaluation.results)
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 from evaluation.results import Evaluated, read_result, result_key
@@ -28,7 +27,7 @@ def judged_key(runs: list[Evaluated]) -> dict:
     judge = {name: getattr(recipe.judge, name) for name in SCORED}
     return {
         "runs": {run.name: result_key(run.recipe) for run in runs},
-        "judge": {"model": asdict(recipe.models.judge), **judge},
+        "judge": {"model": recipe.models.judge.model_dump(), **judge},
     }
 
 

@@ -13,7 +13,6 @@ figure is beyond which of the thresholds below; a flag is a reason to read some 
 import argparse
 import math
 from collections import Counter
-from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +22,7 @@ import numpy as np
 from evaluation.intervals import LEVEL, bootstrap
 from evaluation.judge import CRITERIA, cache_path, judged_answers, read_verdicts, verdict_key
 from hps.errors import InputError, run_main
-from pipeline.cli import split_arguments
-from pipeline.recipe import Judge, Recipe, load_recipe
+from pipeline.recipe import Judge, Recipe, load_recipe, split_arguments
 from pipeline.records import write_json
 from pipeline.stage import fingerprint, hold, write_manifest
 
@@ -324,7 +322,7 @@ def win_rates(recipe: Recipe, against: list[Path]) -> dict:
     # The verdicts are no input here: their file grows with every run that is judged.
     inputs = [str(folder / "answers" / "test.jsonl") for folder in answers]
     write_manifest(
-        manifest, recipe, {"judge": asdict(settings)}, [written], {name: fingerprint(name) for name in inputs}
+        manifest, recipe, {"judge": settings.model_dump()}, [written], {name: fingerprint(name) for name in inputs}
     )
     return figures
 

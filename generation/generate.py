@@ -174,11 +174,13 @@ def summarize(path: Path, ledger_path: Path, tokenizer) -> dict:
 
 def stage_settings(recipe: Recipe) -> dict:
     """What decides the candidates; a change of any of it needs another output folder."""
-    settings = asdict(recipe.generation)
+    settings = recipe.generation.model_dump()
     # How many devices work and how much memory they take changes no distribution.
     for name in ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences"):
         del settings[name]
-    data = {s: {**asdict(getattr(recipe.data, s)), "sha256": file_hash(getattr(recipe.data, s).path)} for s in SPLITS}
+    data = {
+        s: {**getattr(recipe.data, s).model_dump(), "sha256": file_hash(getattr(recipe.data, s).path)} for s in SPLITS
+    }
     if recipe.data.special_tokens != "neutralize":  # what does not differ from earlier versions is not claimed
         data["special_tokens"] = recipe.data.special_tokens
     return {
@@ -263,8 +265,8 @@ def sample(
         refuse_pickles(Path(folder), None, ADAPTER)
     print("loading the engine", flush=True)
     arguments = {
-        "model": asdict(model),
-        "settings": asdict(recipe.generation),
+        "model": model.model_dump(),
+        "settings": recipe.generation.model_dump(),
         "stop_ids": sorted(end_of_turn_ids(tokenizer)),
         "seed": recipe.seed,
         "adapters": sorted(adapters),

@@ -16,15 +16,15 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from generation.generate import sample
 from hps.chat import check_records, load_tokenizer, naming, prompt_token_ids
 from hps.errors import InputError, run_main
-from pipeline.cli import progress, split_arguments
+from pipeline.cli import progress
 from pipeline.preflight import check_fits, evaluated_prompts
-from pipeline.recipe import Model, Recipe, load_recipe
+from pipeline.recipe import Model, Recipe, load_recipe, split_arguments
 from pipeline.records import Appender, Indexed, done_ids
 from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
 
@@ -85,7 +85,7 @@ def answer(recipes: list[Recipe]) -> None:
             if claim(folder, job.settings()):
                 print(f"answers: finished before, {folder}")
             else:
-                engine = [asdict(job.model), asdict(job.recipe.generation)]
+                engine = [job.model.model_dump(), job.recipe.generation.model_dump()]
                 groups.setdefault(json.dumps(engine, sort_keys=True), []).append(job)
         for jobs in groups.values():
             _answer(jobs)

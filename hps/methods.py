@@ -14,20 +14,19 @@ PAIRS, LISTS = ("bt", "hps"), ("pl",)
 
 @dataclass(frozen=True)
 class Constant:
-    """A setting that one family alone has: a field of `hps.settings.Loss`, named after the family.
+    """A setting that one family alone has. It becomes a field of `hps.settings.Loss` and is named after the family.
 
     Attributes:
         default: its value where the recipe does not say.
-        meaning: what it is, for the table of all fields.
-        low, high: bounds of a number; None: no bound.
+        meaning: what it is, for docs/recipe.md.
+        bounds: of a number, by pydantic's names (`gt`, `ge`, `lt`, `le`).
         choices: of a text.
         preferences: that read it. Under another one only the default is accepted.
     """
 
     default: float | bool | str
     meaning: str
-    low: float | None = None
-    high: float | None = None
+    bounds: dict[str, float] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
     preferences: tuple[str, ...] = PREFERENCES
 
@@ -63,33 +62,33 @@ FAMILIES = {
     "exo": Family(
         {
             "exo_epsilon": Constant(
-                1e-3, "probability that a pair's label is wrong", 1e-9, 0.499999, preferences=PAIRS
+                1e-3, "exo, bt and hps: smoothing of the pair's target", {"gt": 0, "lt": 0.5}, preferences=PAIRS
             ),
-            "exo_beta_r": Constant(1.0, "temperature of the rewards in a list's target", 1e-9, preferences=LISTS),
+            "exo_beta_r": Constant(1.0, "exo, pl: temperature of the list's target", {"gt": 0}, preferences=LISTS),
         },
         factor_n=True,
         smoothing="exo_epsilon",
         list_of_rewards=True,
         temperature="exo_beta_r",
     ),
-    "ipo": Family({"ipo_per_token": Constant(False, "divide s by the length of the response, as TRL does")}),
+    "ipo": Family({"ipo_per_token": Constant(False, "ipo: log-ratios are averaged over tokens")}),
     "sppo": Family(
         {
             "sppo_win": Constant(
-                "hard", "how rewards become probabilities to win", choices=("hard", "sigmoid"), preferences=LISTS
+                "hard", "sppo, pl: how rewards become wins", choices=("hard", "sigmoid"), preferences=LISTS
             )
         },
         list_of_rewards=True,
     ),
     "nca": Family(
-        {"nca_alpha": Constant(1.0, "temperature of the rewards in a list's target", 1e-9, preferences=LISTS)},
+        {"nca_alpha": Constant(1.0, "nca, pl: temperature of the list's target", {"gt": 0}, preferences=LISTS)},
         list_of_rewards=True,
         temperature="nca_alpha",
     ),
     "simpo": Family(
         {
-            "simpo_beta": Constant(2.0, "factor of the mean log-probability per token", 1e-9),
-            "simpo_margin": Constant(0.0, "by how much y_1's score has to lead", 0.0, preferences=PAIRS),
+            "simpo_beta": Constant(2.0, "simpo: its beta, per token", {"gt": 0}),
+            "simpo_margin": Constant(0.0, "simpo, bt and hps: margin of the pair", {"ge": 0}, preferences=PAIRS),
         },
         reference=False,
         inside_log=True,

@@ -1,54 +1,81 @@
 """The settings of the method, typed: what the loss is, and what each step trains on."""
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from hps.methods import FAMILIES, Constant, constants
 
 
-@dataclass
-class Loss:
+class Section(BaseModel):
+    """Settings with their bounds and meaning; unknown names and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class CommonLoss(Section):
     """A reward parameterisation (`family`) under a preference model. docs/methods.md has every formula and source.
 
-    The group in the middle belongs to `hps`, `list_size` to `pl`, and a family's own constants bear its name.
+    A setting that the chosen method does not read must keep its default.
     """
 
-    family: str = "dpo"
-    preference: str = "hps"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    family: str = Field("dpo", description=f"one of {', '.join(FAMILIES)}")
+    preference: str = Field("hps", description="bt (a pair), pl (a list) or hps (y_1 against a hard negative)")
+    beta: float = Field(0.1, gt=0, description="beta of Eq. 3; tau of IPO, 1/eta of SPPO; SimPO has its own")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="that of cDPO, for pairs of dpo and simpo")
 
-    estimator: str = "sampled"
-    samples: int = 1
-    factor_n: bool = False
-    positives: int = 1
-    appendix_e_lambda: float = 1.0
-    appendix_e_reading: str = "printed"
+    estimator: Literal["sampled", "exact"] = Field("sampled", description="hps: draw negatives, or sum over all")
+    samples: int = Field(1, ge=1, description="hps, sampled: negatives drawn for a prompt in each step")
+    factor_n: bool = Field(False, description="hps: the factor N of Eq. 8; without it the loss is Eq. 10")
+    positives: int = Field(1, ge=1, le=2, description="hps: 2 accepts y_2, too (Appendix E)")
+    appendix_e_lambda: float = Field(1.0, ge=0, description="hps, two positives: weight of the second term")
+    appendix_e_reading: Literal["printed", "intended"] = Field("printed", description="intended: y_1 need not beat y_2")
 
-    list_size: int | None = 5
+    list_size: int | None = Field(5, ge=2, description="pl: responses of a list, y_1 included (null: all)")
 
-    exo_epsilon: float = 1e-3
-    exo_beta_r: float = 1.0
-    ipo_per_token: bool = False
-    sppo_win: str = "hard"
-    nca_alpha: float = 1.0
-    simpo_beta: float = 2.0
-    simpo_margin: float = 0.0
+    if TYPE_CHECKING:  # the constants of the families
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
-@dataclass
-class Schedule:
-    """What each step trains on: gamma over the training (section 6), the list of a prompt, epochs, batch."""
+def _field(constant: Constant) -> tuple[Any, Any]:
+    kind = Literal[constant.choices] if constant.choices else type(constant.default)
+    return kind, Field(constant.default, description=constant.meaning, **constant.bounds)
 
-    gamma_start: float = -5.0
-    gamma_end: float = 5.0
-    gamma_stages: int = 5
-    gamma_ends: str = "inclusive"
-    best: str = "reward"
-    ties: str = "keep"
-    subsample: int | None = None
-    standardize_rewards: bool = False
-    epochs: int = 2
-    global_batch: int = 64
-    device_batch: int = 1
-    max_length: int = 2048
+
+if TYPE_CHECKING:
+    Loss = CommonLoss
+else:  # with a field for each constant that a family has
+    Loss = create_model(
+        "Loss",
+        __base__=CommonLoss,
+        __module__=__name__,
+        __doc__=CommonLoss.__doc__,
+        **{name: _field(constant) for name, constant in constants().items()},
+    )
+
+
+class Schedule(Section):
+    """What each step trains on: gamma over the training (section 6), the list of a prompt, epochs, batch.
+
+    With five stages from -5 to 5, `inclusive` gives gamma -5, -2.5, 0, 2.5, 5; `exclusive`, the rule of the released
+    code, gives -5, -3, -1, 1, 3. The released code also excludes ties.
+    """
+
+    gamma_start: float = Field(-5.0, description="gamma of the first stage; below 0 it favours easy negatives")
+    gamma_end: float = Field(5.0, description="gamma at the end")
+    gamma_stages: int = Field(5, ge=1, description="stages of equal length, linear from start to end")
+    gamma_ends: Literal["inclusive", "exclusive"] = Field(
+        "inclusive", description="whether the last stage has gamma_end"
+    )
+    best: Literal["reward", "human"] = Field("reward", description="y_1: the highest reward, or the human's choice")
+    ties: Literal["keep", "exclude"] = Field("keep", description="exclude: what ties with y_1 is not dispreferred")
+    subsample: int | None = Field(None, ge=2, description="responses of a prompt's list, y_1 kept (null: all)")
+    standardize_rewards: bool = Field(False, description="within a prompt, before Eq. 9 and list targets")
+    epochs: int = Field(2, ge=1, description="passes over the prompts")
+    global_batch: int = Field(64, ge=1, description="prompts of a step over all devices")
+    device_batch: int = Field(1, ge=1, description="prompts that a device computes at a time")
+    max_length: int = Field(2048, ge=2, description="prompt and response in training and evaluation, in tokens")
 
 
 def stages_without_steps(steps: int, schedule: Schedule) -> str:

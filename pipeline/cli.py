@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from hps.errors import InputError
-from pipeline.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from pipeline.recipe import DEFAULT_RECIPE, Recipe, load_recipe, split_arguments
 
 
 def parse(
@@ -27,19 +26,6 @@ def parse(
     options = parser.parse_intermixed_args()
     path, overrides = split_arguments(options.arguments)
     return load_recipe(path, overrides), options
-
-
-def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
-    """The recipe's path (the first argument without `=`, else the default) and the overrides."""
-    paths = [argument for argument in arguments if "=" not in argument]
-    for path in paths:
-        if not path.endswith((".yaml", ".yml")):
-            raise InputError(f"`{path}` is neither a recipe (*.yaml) nor key=value", where="command line")
-    if len(paths) > 1:
-        raise InputError(
-            f"two recipes given: {' and '.join(paths)}", where="command line", remedy="give one, then key=value"
-        )
-    return (paths[0] if paths else DEFAULT_RECIPE), [argument for argument in arguments if "=" in argument]
 
 
 def progress(items: Iterable, total: int, title: str, unit: str, done: int = 0) -> Iterator[Any]:

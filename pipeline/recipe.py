@@ -1,31 +1,34 @@
 """The typed recipe: one YAML file drives every stage.
 
-The defaults below are the profile `paper`; `profile: released` or `recommended` lays the differences of
-`configs/profiles.yaml` over them, then come the recipe (`configs/*.yaml`) and the `key=value` overrides. Unknown keys,
-wrong types, impossible values and combinations without a meaning are refused with one line that names file, line,
-field, value and remedy. Look at one:
+The defaults below come first, then the recipe (`configs/*.yaml`), then the `key=value` overrides. Unknown keys, wrong
+types, impossible values and combinations without a meaning are refused with one line that names file, line, field,
+value and remedy.
 
-    python -m pipeline.recipe configs/quickstart.yaml loss.beta=0.25
+    python -m pipeline.recipe configs/quickstart.yaml loss.beta=0.25    # the resolved recipe
+    python -m pipeline.recipe --fields > docs/recipe.md                 # every field with default, bounds and meaning
 """
 
-import math
+import argparse
+import inspect
+import json
 import re
-from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from functools import reduce
+from operator import attrgetter, getitem
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
+from yaml.constructor import ConstructorError
 
 from hps.combinations import refused
 from hps.errors import InputError, run_main
-from hps.methods import FAMILIES, PREFERENCES, constants
-from hps.settings import Loss, Schedule
+from hps.methods import FAMILIES, PREFERENCES
+from hps.settings import Loss, Schedule, Section
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PROFILES = REPOSITORY / "configs" / "profiles.yaml"
 DEFAULT_RECIPE = "configs/quickstart.yaml"
 SPLITS = ("train", "test")
 SFT = "sft"  # the folder of the model before training, beside the runs
@@ -33,104 +36,105 @@ SCORERS = ("reward", "evaluator")  # the roles of which a function can do the wo
 LEAVE = "leave one of them out"
 SHIPPED = "annotation/rewards.py"  # the functions that a recipe names without a file
 RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are no run
+CHOICES = {"loss.family": FAMILIES, "loss.preference": PREFERENCES}
+REFERENCE = r"\$\{([^}]*)\}"  # to another field
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
 
 
-@dataclass
-class Model:
-    """A model folder, or a name on the hub with an optional pinned revision (a commit hash)."""
+class Model(Section):
+    """A model folder, or a name on the hub with an optional pinned revision."""
 
-    path: str = MISSING
-    revision: str | None = None
-    function: ClassVar[None] = None
+    path: str = Field(description="folder of a model, or its name on the hub")
+    revision: str | None = Field(None, description="commit on the hub (null: the newest)")
+    function: None = Field(None, exclude=True)  # a Reward alone has one
 
 
-@dataclass
 class Reward(Model):
-    """A reward model, or a `function` instead of one (pipeline/functions.py).
+    """A reward model, or a `function` instead of one (pipeline/functions.py)."""
 
-    `function` is the name of a shipped one, or `file.py:name`, the file in this repository or beside the recipe.
+    path: str | None = Field(None, description="folder of a model, or its name on the hub")
+    function: str | None = Field(None, exclude=False, description="of annotation/rewards.py, or `file.py:name`")
+
+
+class Models(Section):
+    """`generator` writes the candidates, `policy` is aligned and is its own reference, `reward` ranks.
+
+    `evaluator` is the reward model of the evaluation, another one than `reward`. `judge` is the chat model of the win
+    rate. A `function` takes the place of a reward model: `sentiment`, `brevity` or `checks` of annotation/rewards.py,
+    or one of your own in a file beside the recipe. The defaults are the names in the release's README; the paper
+    shortens them.
     """
 
-    path: str | None = None
-    function: str | None = None
+    generator: Model = Model(path="RLHFlow/Llama3-v2-iterative-DPO-iter3")
+    policy: Model = Model(path="RLHFlow/Llama3-SFT-v2.0-epoch3")
+    reward: Reward = Reward(path="Skywork/Skywork-Reward-Llama-3.1-8B")
+    evaluator: Reward = Reward(path="RLHFlow/ArmoRM-Llama3-8B-v0.1")
+    judge: Model = Model(path="Qwen/Qwen2.5-72B-Instruct")
 
 
-@dataclass
-class Models:
-    """`generator` writes the candidates, `policy` is aligned (and is the reference), `reward` ranks.
+class Split(Section):
+    """A prompts file, and how many responses are generated for each prompt."""
 
-    `evaluator` is the reward model of the evaluation, another one than `reward`; `judge` is the chat model of the win
-    rate.
+    path: str = Field(description="prompts, one a line (docs/formats.md)")
+    limit: int | None = Field(None, ge=1, description="how many of the lines are used, from the first (null: all)")
+    responses: int = Field(100, ge=0, description="K, the responses generated for each prompt")
+
+
+class HeldOut(Split):
+    """The prompts of the evaluation."""
+
+    responses: int = Field(5, ge=0, description="K, the responses generated for each prompt")
+
+
+class Data(Section):
+    """The prompts.
+
+    `special_tokens` says what becomes of texts that spell out a special token of the generator. `neutralize` counts
+    them, and such a token is ordinary text at every model call; `refuse` puts them into the ledger.
     """
 
-    generator: Model = field(default_factory=lambda: Model(path="RLHFlow/Llama3-v2-DPO"))
-    policy: Model = field(default_factory=lambda: Model(path="RLHFlow/Llama3-SFT-v2.0"))
-    reward: Reward = field(default_factory=lambda: Reward(path="Skywork/Skywork-Reward-Llama-3.1-8B"))
-    evaluator: Reward = field(default_factory=lambda: Reward(path="RLHFlow/ArmoRM-Llama3-8B-v0.1"))
-    judge: Model = field(default_factory=lambda: Model(path="Qwen/Qwen2.5-72B-Instruct"))
+    train: Split
+    test: HeldOut
+    special_tokens: Literal["neutralize", "refuse"] = Field("neutralize", description="in prompts and responses")
 
 
-@dataclass
-class Split:
-    """A prompts file, how many of its lines are used (null: all), and K, the responses generated for each."""
+class Generation(Section):
+    """Sampling of the candidates, and the settings of vLLM."""
 
-    path: str = MISSING
-    limit: int | None = None
-    responses: int = 100
+    temperature: float = Field(0.9, ge=0, description="of sampling")
+    top_p: float = Field(1.0, gt=0, le=1, description="of sampling")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts go to the ledger")
+    max_new_tokens: int = Field(2048, ge=1, description="longer responses are cut and marked")
+    keep_given: bool = Field(True, description="given responses are candidates, too")
+    workers: int | None = Field(None, ge=1, description="engines (null: one for each GPU, one on a CPU)")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of one engine")
+    dtype: Dtype = Field("auto", description="type of the weights")
+    enforce_eager: bool = Field(False, description="capture no CUDA graphs")
+    gpu_memory_utilization: float = Field(0.9, ge=0.01, le=1, description="share of a GPU's memory that vLLM takes")
+    max_sequences: int = Field(256, ge=1, description="responses that an engine writes at a time")
 
 
-@dataclass
-class Data:
-    """`special_tokens`: what becomes of prompts and responses that spell out a special token of the generator.
+class Annotation(Section):
+    """Scoring by the reward model.
 
-    `neutralize`: they are counted, and at every model call such a token is ordinary text (hps/chat.py). `refuse`: they
-    go to the ledger.
+    `noise` is drawn from seed, prompt and text. The ranked file keeps the rewards without it, too.
     """
 
-    train: Split = field(default_factory=Split)
-    test: Split = field(default_factory=lambda: Split(responses=5))
-    special_tokens: str = "neutralize"
+    batch_tokens: int = Field(16384, ge=1, description="tokens of one forward pass, copies of the prompt included")
+    dtype: Dtype = Field("auto", description="type of the weights")
+    workers: int | None = Field(None, ge=1, description="reward models (null: one for each GPU, one on a CPU)")
+    noise: float = Field(0.0, ge=0, description="standard deviation of Gaussian noise on the rewards of the ranking")
 
 
-@dataclass
-class Generation:
-    """Sampling of the candidates and the engine's settings. `workers: null` takes every device (one on a CPU)."""
+class Lora(Section):
+    """LoRA on the policy. The model's own dropout is always off."""
 
-    temperature: float = 0.9
-    top_p: float = 1.0
-    max_prompt_tokens: int = 1024
-    max_new_tokens: int = 2048
-    keep_given: bool = True
-    workers: int | None = None
-    tensor_parallel: int = 1
-    dtype: str = "auto"
-    enforce_eager: bool = False
-    gpu_memory_utilization: float = 0.9
-    max_sequences: int = 256
-
-
-@dataclass
-class Annotation:
-    """Scoring by the reward model. `batch_tokens` bounds prompt copies + responses of one forward pass.
-
-    `noise` is the standard deviation of the Gaussian noise that is added to the rewards of the ranking.
-    """
-
-    batch_tokens: int = 16384
-    dtype: str = "auto"
-    workers: int | None = None
-    noise: float = 0.0
-
-
-@dataclass
-class Lora:
-    """LoRA on the policy; `enabled: false` trains every weight against a frozen copy."""
-
-    enabled: bool = True
-    r: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    enabled: bool = Field(True, description="false: train every weight against a frozen copy")
+    r: int = Field(8, ge=1, description="rank")
+    alpha: int = Field(16, ge=1, description="the update is scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input")
+    target_modules: list[str] = Field(["q_proj", "v_proj"], description="layers; `[all-linear]`: all but the output")
 
     @property
     def targets(self) -> list[str] | str:
@@ -138,94 +142,89 @@ class Lora:
         return "all-linear" if self.target_modules == ["all-linear"] else list(self.target_modules)
 
 
-@dataclass
-class Optimizer:
-    """AdamW. The numbers of the paper: learning rate 5e-7, cosine."""
+class Optimizer(Section):
+    """AdamW. The paper states the learning rate and its cosine."""
 
-    learning_rate: float = 5e-7
-    scheduler: str = "cosine"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    learning_rate: float = Field(5e-7, ge=0, description="at its highest")
+    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are clipped to it")
 
 
-@dataclass
-class Training:
-    """How the steps are run. `processes: null` takes every GPU (one process on a CPU).
+class Training(Section):
+    """How the steps are run.
 
-    `shared_prefix` computes a prompt once for all its responses in a step, in rows of at most `row_tokens`: a longer
-    list is split over rows, shorter groups share one (null: split above 2,048, and share up to the longest group).
+    `shared_prefix` lays the responses of a prompt behind one copy of it. A longer list is split over rows of
+    `row_tokens`, shorter groups share one (null: split above 2,048, share up to the longest group). `precomputed`
+    takes the reference's log-probabilities before the training and keeps them in `<output>/reference/`.
     """
 
-    processes: int | None = None
-    deepspeed: str | None = None
-    attention: str = "auto"
-    gradient_checkpointing: bool = True
-    shared_prefix: bool = True
-    row_tokens: int | None = None
-    reference: str = "precomputed"
-    save_steps: int = 50
-    merge: bool = False
-    wandb: bool = False
-    tensorboard: bool = False
+    processes: int | None = Field(None, ge=1, description="null: one for each GPU, one on a CPU")
+    deepspeed: str | None = Field(None, description="a file of configs/deepspeed/")
+    attention: Attention = Field("auto", description="auto: sdpa for shared prompts, else flash attention if installed")
+    gradient_checkpointing: bool = Field(True, description="compute activations twice and keep few of them")
+    shared_prefix: bool = Field(True, description="compute a prompt once for all its responses in a step")
+    row_tokens: int | None = Field(None, ge=1, description="most tokens of a row of shared prompts")
+    reference: Literal["precomputed", "in_step"] = Field("precomputed", description="its log-probabilities")
+    save_steps: int = Field(50, ge=1, description="steps between checkpoints to resume from")
+    merge: bool = Field(False, description="write merged weights, too")
+    wandb: bool = Field(False, description="log to Weights & Biases, too")
+    tensorboard: bool = Field(False, description="log to TensorBoard, too")
 
 
-@dataclass
-class Evaluation:
-    """Held-out figures: `bootstrap` resamples for the intervals, `answers` prompts shown before and after.
+class Evaluation(Section):
+    """Figures on the test split, with bootstrap intervals over prompts.
 
-    `prompts` of the test split are evaluated, the first ones (null: all). `checkpoints` is the number of points before
-    the end of the training at which the policy is kept and its margins are taken. `samples` answers to a prompt are
-    what BLEU, reward and KL are taken on. With `proxy`, `models.reward` scores them as well as `models.evaluator`, so
-    that a reader can compare what the policy was trained for with what it is judged by. `on` names another recipe whose
-    test split and ranking are evaluated instead (transfer, Tables 5 and 7).
+    `on` names another recipe, whose test split and ranking are evaluated instead (transfer, Tables 5 and 7). With
+    `proxy`, a reader can compare what the policy was trained for with what it is judged by.
     """
 
-    bootstrap: int = 2000
-    answers: int = 3
-    answer_tokens: int = 256
-    prompts: int | None = None
-    checkpoints: int = 4
-    samples: int = 5
-    proxy: bool = False
-    on: str | None = None
+    bootstrap: int = Field(2000, ge=1, description="resamples for the intervals")
+    answers: int = Field(3, ge=0, description="test prompts whose answers before and after are shown")
+    answer_tokens: int = Field(256, ge=1, description="length of these answers")
+    prompts: int | None = Field(None, ge=1, description="test prompts evaluated, from the first (null: all)")
+    checkpoints: int = Field(4, ge=0, description="points before the end at which the policy is kept and evaluated")
+    samples: int = Field(5, ge=1, description="answers to a prompt, for BLEU, reward and KL")
+    proxy: bool = Field(False, description="`models.reward` scores the answers, too")
+    on: str | None = Field(None, description="recipe whose test split is evaluated (null: this one)")
 
 
-@dataclass
-class Judge:
-    """Win rate by a chat model, which scores `answers` answers to a prompt, each `repeats` times.
+class Judge(Section):
+    """Win rate by a chat model. With 2 or more `repeats` it says how far the judge agrees with itself."""
 
-    `repeats` of 2 or more tell how far the judge agrees with itself.
+    enabled: bool = Field(False, description="take the win rate")
+    answers: int = Field(1, ge=1, description="answers judged of a prompt")
+    repeats: int = Field(1, ge=1, description="verdicts on each of them")
+    max_new_tokens: int = Field(256, ge=32, description="length of a verdict")
+    max_prompt_tokens: int = Field(6144, ge=1, description="length of rubric, prompt and answer")
+    temperature: float = Field(0.0, ge=0, description="of the judge's sampling")
+    tensor_parallel: int = Field(8, ge=1, description="GPUs of the judge's engine")
+
+
+class Recipe(Section):
+    """Everything one experiment needs, in one YAML file that drives every stage.
+
+    Unknown keys fail with file and line. `key=value` on the command line overrides a field: `bash run.sh
+    configs/quickstart.yaml loss.beta=0.25 run=beta-0.25`. A text may refer to another field: `run: beta-${loss.beta}`.
+    `--dry-run` prints the resolved recipe and the plan. One folder never mixes two settings: a changed setting asks
+    for another `output` (candidates, ranking) or `run` (training).
     """
 
-    enabled: bool = False
-    answers: int = 1
-    repeats: int = 1
-    max_new_tokens: int = 256
-    max_prompt_tokens: int = 6144
-    temperature: float = 0.0
-    tensor_parallel: int = 8
-
-
-@dataclass
-class Recipe:
-    """Everything one experiment needs; see README.md, "The recipe", for a line on each field."""
-
-    output: str = MISSING
-    profile: str = "paper"
-    run: str = "${loss.family}-${loss.preference}"
-    seed: int = 42
-    models: Models = field(default_factory=Models)
-    data: Data = field(default_factory=Data)
-    generation: Generation = field(default_factory=Generation)
-    annotation: Annotation = field(default_factory=Annotation)
-    loss: Loss = field(default_factory=Loss)
-    schedule: Schedule = field(default_factory=Schedule)
-    lora: Lora = field(default_factory=Lora)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    training: Training = field(default_factory=Training)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    judge: Judge = field(default_factory=Judge)
+    output: str = Field(min_length=1, description="folder of the experiment")
+    run: str = Field("${loss.family}-${loss.preference}", description="folder in it for one training")
+    seed: int = Field(42, ge=0, lt=2**31, description="of sampling, plan and training")
+    models: Models = Models()
+    data: Data
+    generation: Generation = Generation()
+    annotation: Annotation = Annotation()
+    loss: Loss = Loss()
+    schedule: Schedule = Schedule()
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    judge: Judge = Judge()
 
     def candidates(self, split: str) -> Path:
         return Path(self.output) / "candidates" / f"{split}.jsonl"
@@ -243,88 +242,31 @@ class Recipe:
         """The recipe whose test split is evaluated: this one, or that of `evaluation.on` with these settings."""
         if self.evaluation.on is None:
             return self
+        evaluation = self.evaluation.model_copy(update={"on": None})
         other = load_recipe(self.evaluation.on)
-        return replace(other, evaluation=replace(self.evaluation, on=None), generation=self.generation)
+        return other.model_copy(update={"evaluation": evaluation, "generation": self.generation})
 
     def evaluated_folder(self) -> Path:
-        """Where the evaluation of the run stands: in the run's folder, or in one for the other test split."""
+        """Where the evaluation of the run is: in the run's folder, or in one for the other test split."""
         if self.evaluation.on is None:
             return self.run_folder()
         return self.run_folder() / "on" / Path(self.tested().output).name
 
 
-# (field, lowest, highest) for numbers; None is no bound on that side. NaN and infinity are refused everywhere.
-BOUNDS: list[tuple[str, float | None, float | None]] = [
-    ("data.train.limit", 1, None),
-    ("data.test.limit", 1, None),
-    ("data.train.responses", 0, None),
-    ("data.test.responses", 0, None),
-    ("generation.temperature", 0, None),
-    ("generation.top_p", 1e-6, 1),
-    ("generation.max_prompt_tokens", 1, None),
-    ("generation.max_new_tokens", 1, None),
-    ("generation.workers", 1, None),
-    ("generation.tensor_parallel", 1, None),
-    ("generation.gpu_memory_utilization", 0.01, 1),
-    ("generation.max_sequences", 1, None),
-    ("annotation.batch_tokens", 1, None),
-    ("annotation.workers", 1, None),
-    ("annotation.noise", 0, None),
-    ("loss.beta", 1e-9, None),
-    ("loss.label_smoothing", 0, 0.499999),
-    ("loss.samples", 1, None),
-    ("loss.positives", 1, 2),
-    ("loss.appendix_e_lambda", 0, None),
-    ("loss.list_size", 2, None),
-    *((f"loss.{name}", one.low, one.high) for name, one in constants().items() if isinstance(one.default, float)),
-    ("schedule.gamma_start", None, None),
-    ("schedule.gamma_end", None, None),
-    ("schedule.gamma_stages", 1, None),
-    ("schedule.subsample", 2, None),
-    ("schedule.epochs", 1, None),
-    ("schedule.global_batch", 1, None),
-    ("schedule.device_batch", 1, None),
-    ("schedule.max_length", 2, None),
-    ("lora.r", 1, None),
-    ("lora.alpha", 1, None),
-    ("lora.dropout", 0, 0.999999),
-    ("optimizer.learning_rate", 0, None),
-    ("optimizer.warmup_steps", 0, None),
-    ("optimizer.weight_decay", 0, None),
-    ("optimizer.max_grad_norm", 1e-9, None),
-    ("training.processes", 1, None),
-    ("training.row_tokens", 1, None),
-    ("training.save_steps", 1, None),
-    ("evaluation.bootstrap", 1, None),
-    ("evaluation.answers", 0, None),
-    ("evaluation.answer_tokens", 1, None),
-    ("evaluation.prompts", 1, None),
-    ("evaluation.checkpoints", 0, None),
-    ("evaluation.samples", 1, None),
-    ("judge.answers", 1, None),
-    ("judge.repeats", 1, None),
-    ("judge.max_new_tokens", 32, None),
-    ("judge.max_prompt_tokens", 1, None),
-    ("judge.temperature", 0, None),
-    ("judge.tensor_parallel", 1, None),
-    ("seed", 0, 2**31 - 1),
-]
-CHOICES: dict[str, Collection[str]] = {
-    "data.special_tokens": ("neutralize", "refuse"),
-    "generation.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "annotation.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "loss.family": FAMILIES,
-    "loss.preference": PREFERENCES,
-    "loss.estimator": ("sampled", "exact"),
-    "loss.appendix_e_reading": ("printed", "intended"),
-    **{f"loss.{name}": one.choices for name, one in constants().items() if one.choices},
-    "schedule.gamma_ends": ("inclusive", "exclusive"),
-    "schedule.best": ("reward", "human"),
-    "schedule.ties": ("keep", "exclude"),
-    "optimizer.scheduler": ("cosine", "linear", "constant"),
-    "training.reference": ("precomputed", "in_step"),
-    "training.attention": ("auto", "sdpa", "flash_attention_2", "eager"),
-}
+# ---- loading ----
+
+
+def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
+    """The recipe's path (the first argument without `=`, else the default) and the overrides."""
+    paths = [argument for argument in arguments if "=" not in argument]
+    for path in paths:
+        if not path.endswith((".yaml", ".yml")):
+            raise InputError(f"`{path}` is neither a recipe (*.yaml) nor key=value", where="command line")
+    if len(paths) > 1:
+        raise InputError(
+            f"two recipes given: {' and '.join(paths)}", where="command line", remedy="give one, then key=value"
+        )
+    return (paths[0] if paths else DEFAULT_RECIPE), [argument for argument in arguments if "=" in argument]
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -338,311 +280,336 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         InputError: missing file, broken YAML, unknown key, wrong type, missing field, impossible value.
     """
-    place = _Place(path)
-    raw = place.read()
-    recipe = OmegaConf.structured(Recipe)
-    profile = _profile(raw, overrides or [], place)
-    _merge(recipe, lambda: OmegaConf.create(profile), place, "profile")
-    for name, section in raw.items():
-        _merge(recipe, lambda name=name, section=section: OmegaConf.create({name: section}), place, name)
-    for override in overrides or []:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise InputError(
-                f"`{override}` is no override", where="command line", remedy="write key=value, e.g. loss.beta=0.25"
-            )
-        place.overridden[key] = override
-        _refuse_resolver(override, "command line", key)
-        _merge(recipe, lambda override=override: OmegaConf.from_dotlist([override]), place, key)
+    source = _Source(path)
+    values = _defaults(Recipe)
+    for layer in (source.read(), *map(source.override, overrides or [])):
+        _merge(values, layer, source)
     try:
-        typed: Any = OmegaConf.to_object(recipe)
-    except OmegaConfBaseException as error:
-        key = _key_of(error)
-        missing = "missing mandatory value" in str(error).lower()
-        problem = f"`{key}` is missing" if missing else _first_line(error)
-        raise InputError(problem, where=place.of(key), remedy="add the field to the recipe") from None
-    _check(typed, place)
+        recipe = Recipe.model_validate(_resolve(values, values, "", source))
+    except ValidationError as error:
+        raise _refusal(error, source) from None
+    for wrong, key, reason, remedy in _contradictions(recipe):
+        if wrong:
+            raise source.error(key, f"`{key}` is `{get(recipe, key)}`, but {reason}", remedy)
     for role in SCORERS:
-        _settle_scorer(getattr(typed.models, role), f"models.{role}", place)
-    return typed
+        _settle_scorer(getattr(recipe.models, role), f"models.{role}", source)
+    return recipe
 
 
-def _profile(raw: dict, overrides: list[str], place: "_Place") -> dict:
-    """The differences from the defaults of the profile that the recipe or an override names."""
-    name = raw.get("profile", Recipe.profile)
-    for override in overrides:
-        if override.startswith("profile="):
-            name, place.overridden["profile"] = _plain(override.partition("=")[2]), override
-    profiles = yaml.safe_load(PROFILES.read_text(encoding="utf-8"))
-    if not isinstance(name, str) or name not in profiles:
-        raise InputError(
-            f"`profile` is `{name}`", where=place.of("profile"), remedy=f"use one of: {', '.join(profiles)}"
-        )
-    place.profile, place.from_profile = name, set(_dotted(profiles[name]))
-    return profiles[name]
+def _defaults(section: type[Section]) -> dict:
+    """The defaults of a section as nested mappings, without the fields that a recipe must give."""
+    values = {}
+    for name, field in section.model_fields.items():
+        default = field.get_default()
+        if field.is_required():
+            if inner := _section(field):
+                values[name] = _defaults(inner)
+        elif not field.exclude:
+            values[name] = default.model_dump() if isinstance(default, Section) else default
+    return values
 
 
-def _plain(text: str):
-    """A value of the command line as YAML reads it; text that is no YAML stays as it is."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+def _section(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
-def _dotted(tree: dict, prefix: str = "") -> list[str]:
-    """The fields of nested mappings as `section.field`."""
-    names = []
-    for name, value in tree.items():
-        names += _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
-    return names
+def _merge(base: dict, layer: dict, source: "_Source", prefix: str = "") -> None:
+    """Lay values over earlier ones in place.
+
+    A function takes the place of a model that was named before, and vice versa.
+
+    Raises:
+        InputError: a single value in the place of a section.
+    """
+    if layer.get("function") is not None:
+        base.update(path=None, revision=None)
+    elif layer.get("path") is not None and "function" in base:
+        base["function"] = None
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if not isinstance(base.get(name), dict):
+            base[name] = value
+        elif isinstance(value, dict):
+            _merge(base[name], value, source, f"{key}.")
+        else:
+            raise source.error(key, f"`{key}` is `{_shown(value)}`", "give its fields as a mapping")
 
 
-def _refuse_resolver(text: str, where: str, key: str) -> None:
-    """OmegaConf's resolvers read the environment, and with it secrets that a manifest would then show."""
-    if re.search(r"\$\{[^}]*:", text):
-        raise InputError(
-            f"`{key}` asks for a resolver: {text}", where=where, remedy="write the value itself, or ${another.field}"
-        )
+def _resolve(value: Any, values: dict, key: str, source: "_Source", seen: tuple[str, ...] = ()) -> Any:
+    """Put the field's value where a text says `${section.field}`. Nothing else is looked up, so no secret gets in."""
+    if isinstance(value, dict):
+        inner = {name: f"{key}.{name}".lstrip(".") for name in value}
+        return {name: _resolve(value[name], values, inner[name], source, seen) for name in value}
+    if isinstance(value, list):
+        return [_resolve(each, values, key, source, seen) for each in value]
+    if not isinstance(value, str):
+        return value
+
+    def look_up(match: re.Match) -> Any:
+        name = match[1]
+        try:
+            found = reduce(getitem, name.split("."), values)
+        except (KeyError, TypeError):
+            remedy = "write the value itself, or ${section.field}"
+            raise source.error(key, f"`{key}` refers to `{name}`, which is not a field", remedy) from None
+        if name in seen:
+            raise source.error(key, f"`{key}` refers to itself", "write the value")
+        return _resolve(found, values, key, source, (*seen, name))
+
+    whole = re.fullmatch(REFERENCE, value)
+    return look_up(whole) if whole else re.sub(REFERENCE, lambda match: str(look_up(match)), value)
 
 
-def _merge(recipe, make, place: "_Place", name: str) -> None:
-    try:
-        layer = make()
-        recipe.merge_with(layer)
-        _take_place(recipe, OmegaConf.to_container(layer), place)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError) as error:
-        key = _key_of(error) or str(name)
-        where = place.of(str(name) if str(name) in place.overridden else key)
-        text = _first_line(error)
-        if "not in 'Recipe'" in text or "not in '" in text:
-            raise InputError(
-                f"unknown key `{key}`", where=where, remedy='fields and their meaning stand in README.md, "The recipe"'
-            ) from None
-        remedy = "give a list: [one, two]" if "ListConfig" in text else "give a value of the right type"
-        raise InputError(f"`{key}`: {text}", where=where, remedy=remedy) from None
+def _shown(value: Any) -> Any:
+    return "null" if value is None else value
 
 
-def _take_place(recipe, layer: Any, place: "_Place") -> None:
-    """A function takes the place of a model that an earlier layer (default, profile, recipe) names, and vice versa."""
-    models = layer.get("models") if isinstance(layer, dict) else None
-    for role in SCORERS:
-        given = models.get(role) if isinstance(models, dict) else None
-        if not isinstance(given, dict):
-            continue
-        if given.get("path") is not None and given.get("function") is not None:
-            key = f"models.{role}.function"
-            raise InputError(f"`models.{role}` has both a `path` and a `function`", where=place.of(key), remedy=LEAVE)
-        if given.get("function") is not None:
-            recipe.models[role].path, recipe.models[role].revision = None, given.get("revision")
-        elif given.get("path") is not None:
-            recipe.models[role].function = None
+def _refusal(error: ValidationError, source: "_Source") -> InputError:
+    """Pydantic's first error as one line; an unknown key comes before the field that may be missing because of it."""
+    errors = error.errors(include_url=False)
+    unknown = ("extra_forbidden", "none_required", "invalid_key")
+    first = next((one for one in errors if one["type"] in unknown), errors[0])
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] in unknown:
+        return source.error(key, f"unknown key `{key}`", "docs/recipe.md has every field")
+    if first["type"] == "missing":
+        return source.error(key, f"`{key}` is missing", "add the field to the recipe")
+    remedy = re.sub("^(Input|String|List) should", "it must", first["msg"]).partition(", unable")[0]
+    return source.error(key, f"`{key}` is `{_shown(first['input'])}`", remedy)
 
 
-def _settle_scorer(scorer: Reward, key: str, place: "_Place") -> None:
-    """Check that a model or a function is named, and settle which file a function is in."""
-    written = [place.overridden.get(f"{key}.{name}", "=null") for name in ("path", "function")]
-    if not any(override.endswith("=null") for override in written):
-        raise InputError(f"`{key}` has both a `path` and a `function`", where="command line", remedy=LEAVE)
-    if scorer.function is None:
-        if scorer.path is None:
-            raise InputError(f"`{key}.path` is missing", where=place.of(key), remedy="name a model, or a `function`")
-        return
-    if scorer.revision is not None:
-        raise InputError(
-            f"`{key}.revision` is of a model, and `{key}.function` is given", where=place.of(key), remedy=LEAVE
-        )
-    scorer.function = _settled(scorer.function, f"{key}.function", place)
+def _settle_scorer(scorer: Reward, key: str, source: "_Source") -> None:
+    """Check that a model or a function is named, not both, and settle which file a function is in."""
+    overrides = [source.overridden.get(f"{key}.{name}", "=null") for name in ("path", "function")]
+    twice = not any(override.endswith("=null") for override in overrides)
+    if twice or (scorer.path is not None and scorer.function is not None):
+        raise source.error(f"{key}.function", f"`{key}` has both a `path` and a `function`", LEAVE)
+    if scorer.function is None and scorer.path is None:
+        raise source.error(key, f"`{key}.path` is missing", "name a model, or a `function`")
+    if scorer.function is not None:
+        if scorer.revision is not None:
+            raise source.error(key, f"`{key}.revision` is of a model, and `{key}.function` is given", LEAVE)
+        scorer.function = _settled(scorer.function, f"{key}.function", source)
 
 
-def _settled(function: str, key: str, place: "_Place") -> str:
+def _settled(function: str, key: str, source: "_Source") -> str:
     """The name of a shipped function, or `file.py:name`: the file below this repository, else with its whole path."""
     file, separator, name = function.rpartition(":")
     if not name.isidentifier() or (separator and not file.endswith(".py")):
-        raise InputError(
-            f"`{key}` is `{function}`",
-            where=place.of(key),
-            remedy=f"give the name of a function of {SHIPPED}, or `file.py:name`",
-        )
+        remedy = f"give the name of a function of {SHIPPED}, or `file.py:name`"
+        raise source.error(key, f"`{key}` is `{function}`", remedy)
     if not separator:
         return name
-    beside = place.path.parent.resolve()
+    beside = source.path.parent.resolve()
     try:
         places = [(folder / file).resolve() for folder in (beside, REPOSITORY)]
         path = next((found for found in places if found.is_file()), None)
     except (OSError, ValueError, RuntimeError):  # a name too long, a null byte, a link to itself
         path = None
     if path is None:
-        raise InputError(
-            f"`{key}`: there is no file {file} beside the recipe, and none in this repository",
-            where=place.of(key),
-            remedy="write its path from the recipe's folder",
-        )
+        problem = f"`{key}`: there is no file {file} beside the recipe, and none in this repository"
+        raise source.error(key, problem, "write its path from the recipe's folder")
     if path.is_relative_to(REPOSITORY):
         within = path.relative_to(REPOSITORY).as_posix()
         return name if within == SHIPPED else f"{within}:{name}"
     if not path.is_relative_to(beside):
-        raise InputError(
-            f"`{key}`: {path} is neither below the recipe's folder nor in this repository",
-            where=place.of(key),
-            remedy="put the file beside the recipe: a recipe runs no other code",
-        )
+        problem = f"`{key}`: {path} is neither below the recipe's folder nor in this repository"
+        raise source.error(key, problem, "put the file beside the recipe: a recipe runs no other code")
     return f"{path}:{name}"
 
 
-def _key_of(error: Exception) -> str:
-    return getattr(error, "full_key", None) or ""
+class _Loader(yaml.SafeLoader):
+    """Leaves a scalar as it is written (or null), because the field's type says what it means; refuses a key twice."""
+
+    def parse(self) -> tuple[yaml.Node | None, Any]:
+        """The document's node and value. YAMLError: broken, given twice, or an alias inside its own anchor."""
+        node = self.get_single_node()
+        return node, self.construct_object(node, deep=True) if node else None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = set()
+        for key, _ in node.value:
+            if str(key.value) in names:
+                raise ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
+            names.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+_KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] in _KEPT] for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
 
 
-class _Place:
-    """Finds file and line of a field, for error messages."""
+class _Source:
+    """Reads a recipe's file and the overrides, and finds where a field was given, for error messages."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.lines: dict[str, int] = {}
         self.overridden: dict[str, str] = {}
-        self.profile, self.from_profile = "paper", set()
 
     def read(self) -> dict:
+        """The file's values, its scalars as text. InputError: it cannot be read, or is not a mapping in YAML."""
+        file = str(self.path)
         try:
-            text = self.path.read_text(encoding="utf-8")
+            node, values = _Loader(self.path.read_text(encoding="utf-8")).parse()
+            self._walk(node, "")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise InputError(
-                f"cannot read the recipe ({reason})", where=str(self.path), remedy="recipes are in configs/"
-            ) from None
-        try:
-            self._walk(yaml.compose(text, Loader=yaml.SafeLoader), "")
-            raw = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+            raise InputError(f"cannot read the recipe ({reason})", where=file, remedy="see configs/") from None
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else "?"
-            raise InputError(f"broken YAML ({error.problem})", where=f"{self.path}:{line}") from None
+            raise InputError(f"broken YAML ({error.problem})", where=f"{file}:{line}") from None
         except (yaml.YAMLError, RecursionError) as error:  # a forbidden character; an alias inside its own anchor
-            raise InputError(f"broken YAML ({_first_line(error)})", where=str(self.path)) from None
-        except OmegaConfBaseException as error:
-            raise InputError(_first_line(error), where=str(self.path)) from None
-        if not isinstance(raw, dict):
-            raise InputError("the recipe is no mapping of sections", where=str(self.path))
-        return raw
+            raise InputError(f"broken YAML ({str(error).splitlines()[0]})", where=file) from None
+        if not isinstance(values or {}, dict):
+            raise InputError("the recipe is not a mapping of sections", where=file)
+        return values or {}
 
-    def _walk(self, node, prefix: str) -> None:
-        if not isinstance(node, yaml.MappingNode):
-            return
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            self.lines[name] = key.start_mark.line + 1
-            if isinstance(value, yaml.ScalarNode):
-                _refuse_resolver(value.value, f"{self.path}:{self.lines[name]}", name)
-            self._walk(value, name + ".")
+    def _walk(self, node: yaml.Node | None, prefix: str) -> None:
+        """Note the lines of the fields."""
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+            self.lines[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            self._walk(value, f"{prefix}{key.value}.")
+
+    def override(self, text: str) -> dict:
+        """A `key=value` of the command line as nested mappings, its scalars as text."""
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            remedy = "write key=value, e.g. loss.beta=0.25"
+            raise InputError(f"`{text}` is not an override", where="command line", remedy=remedy)
+        self.overridden[key] = text
+        try:
+            _, layer = _Loader(value).parse()
+        except yaml.YAMLError:
+            raise self.error(key, f"`{key}` is broken YAML", "put the value in quotes") from None
+        for name in reversed(key.split(".")):
+            layer = {name: layer}
+        return layer
+
+    def error(self, key: str, problem: str, remedy: str) -> InputError:
+        return InputError(problem, where=self.of(key), remedy=remedy)
 
     def of(self, key: str) -> str:
-        section = key
-        while section:  # an override may give a whole section
-            if section in self.overridden:
-                return f"command line, `{self.overridden[section]}`"
-            section = section.rpartition(".")[0]
-        if key in self.from_profile and key not in self.lines:
-            return f"{self.path}: profile `{self.profile}`"
-        known = key
-        while known and known not in self.lines:
-            known = known.rpartition(".")[0]
-        return f"{self.path}:{self.lines[known]}" if known else str(self.path)
+        """File and line of a field, or of the section that it is in; or the override that gives one of them."""
+        parts = key.split(".")
+        around = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        inside = [] if key in self.lines else [name for name in self.overridden if name.startswith(f"{key}.")]
+        for name in (*around, *inside):
+            if name in self.overridden:
+                return f"command line, `{self.overridden[name]}`"
+        line = next((self.lines[name] for name in around if name in self.lines), None)
+        return f"{self.path}:{line}" if line else str(self.path)
 
 
-def _check(recipe: Recipe, place: _Place) -> None:
-    for key, low, high in BOUNDS:
-        value = get(recipe, key)
-        if value is None:
-            continue
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            text = "finite" if low is None else f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-            raise InputError(f"`{key}` is {value}", where=place.of(key), remedy=f"it must be {text}")
-    for key, allowed in CHOICES.items():
-        value = get(recipe, key)
-        if value not in allowed:
-            raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy=f"use one of: {', '.join(allowed)}")
-    _check_combinations(recipe, place)
+# ---- combinations: (is so, field, reason, remedy) ----
 
 
-def _check_combinations(recipe: Recipe, place: _Place) -> None:
-    schedule = recipe.schedule
-    if schedule.global_batch % schedule.device_batch:
-        raise InputError(
-            f"`schedule.global_batch` {schedule.global_batch} is no multiple of "
-            f"`schedule.device_batch` {schedule.device_batch}",
-            where=place.of("schedule.global_batch"),
-            remedy="choose a multiple",
-        )
-    if recipe.generation.max_prompt_tokens >= schedule.max_length:
-        raise InputError(
-            f"`generation.max_prompt_tokens` is {recipe.generation.max_prompt_tokens}, "
-            f"`schedule.max_length` is {schedule.max_length}",
-            where=place.of("generation.max_prompt_tokens"),
-            remedy="the longest prompt must leave room for a response in training: lower the first or raise the second",
-        )
+def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
+    """Settings that cannot go together."""
+    schedule, generation, judge = recipe.schedule, recipe.generation, recipe.judge
+    not_multiple = f"`schedule.device_batch` is {schedule.device_batch}"
+    remedy = "choose a multiple of the second"
+    yield schedule.global_batch % schedule.device_batch > 0, "schedule.global_batch", not_multiple, remedy
+
+    long = generation.max_prompt_tokens >= schedule.max_length
+    remedy = "leave room for a response in training: lower the first or raise the second"
+    yield long, "generation.max_prompt_tokens", f"`schedule.max_length` is {schedule.max_length}", remedy
+
     for split in SPLITS:
-        if recipe.generation.temperature == 0 and getattr(recipe.data, split).responses > 1:
-            raise InputError(
-                f"`generation.temperature` is 0 and `data.{split}.responses` is more than 1: all would be the same",
-                where=place.of("generation.temperature"),
-                remedy="raise the temperature, or ask for one response",
-            )
-    if recipe.judge.enabled:
-        _check_judge(recipe, place)
-    for key, reason, remedy in refused(recipe.loss, recipe.schedule):
-        raise InputError(f"`{key}` is `{get(recipe, key)}`, but {reason}", where=place.of(key), remedy=remedy)
-    if recipe.lora.enabled and not recipe.lora.target_modules:
-        raise InputError(
-            "`lora.target_modules` is empty", where=place.of("lora.target_modules"), remedy="name modules, e.g. q_proj"
-        )
-    for key in ("output", "run"):
-        value = get(recipe, key)
-        if not value or (key == "run" and ("/" in value or value in RESERVED)):
-            raise InputError(f"`{key}` is `{value}`", where=place.of(key), remedy="give the name of a folder")
+        same = generation.temperature == 0 and getattr(recipe.data, split).responses > 1
+        reason = f"`data.{split}.responses` is more than 1, and all would be the same"
+        yield same, "generation.temperature", reason, "raise the temperature, or ask for one response"
+
+    same = judge.enabled and judge.repeats > 1 and judge.temperature == 0
+    reason = "`judge.temperature` is 0, and all repeats would be the same"
+    yield same, "judge.repeats", reason, "raise the temperature, or use judge.repeats=1"
+
+    many, reason = judge.answers > recipe.evaluation.samples, f"`evaluation.samples` is {recipe.evaluation.samples}"
+    yield judge.enabled and many, "judge.answers", reason, "lower the first or raise the second"
+
+    empty = recipe.lora.enabled and not recipe.lora.target_modules
+    yield empty, "lora.target_modules", "`lora.enabled` is true", "name modules, e.g. q_proj"
+
+    taken = not recipe.run or "/" in recipe.run or recipe.run in RESERVED
+    yield taken, "run", "it must be a new folder in `output`", "give the name of a folder"
+
+    for key, known in CHOICES.items():
+        yield get(recipe, key) not in known, key, "there is no such method", f"use one of: {', '.join(known)}"
+    for refusal in refused(recipe.loss, recipe.schedule):
+        yield True, *refusal
 
 
-def _check_judge(recipe: Recipe, place: _Place) -> None:
-    settings = recipe.judge
-    if settings.repeats > 1 and settings.temperature == 0:
-        raise InputError(
-            f"`judge.repeats` is {settings.repeats} and `judge.temperature` is 0: all repeats would be the same",
-            where=place.of("judge.repeats"),
-            remedy="raise the temperature, or use judge.repeats=1",
-        )
-    if settings.answers > recipe.evaluation.samples:
-        raise InputError(
-            f"`judge.answers` is {settings.answers}, `evaluation.samples` is {recipe.evaluation.samples}",
-            where=place.of("judge.answers"),
-            remedy="lower the first or raise the second",
-        )
-
-
-def get(recipe: Recipe, key: str):
-    value: Any = recipe
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+def get(recipe: Recipe, key: str) -> Any:
+    """A field by its dotted name."""
+    return attrgetter(key)(recipe)
 
 
 def as_dict(recipe: Recipe) -> dict:
     """The resolved recipe as plain values, for manifests."""
-    return OmegaConf.to_container(OmegaConf.structured(recipe), resolve=True)
+    return recipe.model_dump()
 
 
 def as_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML, as `--dry-run` prints it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe), resolve=True)
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+# ---- docs/recipe.md ----
+
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def fields(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every field of a section and of the sections in it, by its dotted name."""
+    for name, field in section.model_fields.items():
+        if inner := _section(field):
+            yield from fields(inner, f"{prefix}{name}.")
+        elif not field.exclude:
+            yield f"{prefix}{name}", field
+
+
+def allowed(field: FieldInfo) -> str:
+    """The bounds of a number, or the choices."""
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(get_args(field.annotation))
+    bounds = ((sign, getattr(limit, name, None)) for limit in field.metadata for name, sign in SIGNS.items())
+    return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+
+
+def fields_page() -> str:
+    """docs/recipe.md: every field with its default, its bounds and its meaning."""
+    defaults, title = _defaults(Recipe), ""
+    lines = ["# The recipe", "", *_heading(Recipe)]
+    for key, field in fields():
+        section = key.rpartition(".")[0].partition(".")[0]
+        if section != title:
+            title = section
+            lines += ["", f"## {title}", "", *_heading(Recipe.model_fields[title].annotation)]
+        try:
+            value = reduce(getitem, key.split("."), defaults)
+        except KeyError:
+            value = "required"
+        default = value if isinstance(value, str) else json.dumps(value)
+        lines.append(f"| `{key}` | {default} | {allowed(field)} | {field.description} |")
+    return "\n".join([*lines, "", f"Written by `{COMMAND}`.", ""])
+
+
+def _heading(section: Any) -> list[str]:
+    return [inspect.getdoc(section) or "", "", "| field | default | allowed | meaning |", "|---|---|---|---|"]
+
+
+COMMAND = "python -m pipeline.recipe --fields > docs/recipe.md"
 
 
 def main() -> None:
-    # Here, because the command line needs the recipe.
-    from pipeline.cli import parse
-
-    print(as_yaml(parse(__doc__, dry_run=False)[0]), end="")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value", help=f"default: {DEFAULT_RECIPE}")
+    parser.add_argument("--fields", action="store_true", help="print docs/recipe.md")
+    options = parser.parse_args()
+    print(fields_page() if options.fields else as_yaml(load_recipe(*split_arguments(options.arguments))), end="")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ import shlex
 from pathlib import Path
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
 from alignment.plan import read_plan
 from evaluation.intervals import FEW, figure, interval
@@ -76,9 +75,9 @@ def trained(recipe: Recipe) -> tuple[Recipe, dict]:
     with intact(path, AGAIN):
         plain = read_manifest(path)["recipe"]
         try:
-            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), plain)), plain
-        except OmegaConfBaseException as error:
-            raise ValueError(str(error).splitlines()[0]) from None
+            return Recipe.model_validate(plain), plain
+        except ValidationError as error:
+            raise ValueError(str(error.errors()[0]["msg"])) from None
 
 
 def held_out(folder: Path, steps: int) -> dict:

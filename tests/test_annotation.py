@@ -121,7 +121,7 @@ def test_rewards_are_the_models_in_the_precision_asked_for(recipe):
     recipe.annotation.dtype = "bfloat16"
     annotate(recipe)
     path = recipe.models.reward.path
-    exact, rough = (RewardModel(Model(path), dtype) for dtype in ("float32", "bfloat16"))
+    exact, rough = (RewardModel(Model(path=path), dtype) for dtype in ("float32", "bfloat16"))
     for _, record in read_ranked(recipe.ranked("train")):
         before = candidate(int(record["prompt_id"][1:]))
         asked = (before["prompt"], before["responses"])

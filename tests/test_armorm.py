@@ -105,7 +105,7 @@ def style(request) -> str:
 
 @pytest.fixture(scope="module")
 def armorm(style, folders) -> ArmoRM:
-    return ArmoRM(Model(str(folders[style])), "float32")
+    return ArmoRM(Model(path=str(folders[style])), "float32")
 
 
 # ---- the formula, written out ----
@@ -200,7 +200,7 @@ def test_the_gate_reads_the_end_of_the_last_user_turn(armorm, style):
 
 def test_the_header_is_the_published_pattern(folders):
     """Without its last id, "\\n\\n": nothing else follows a header."""
-    armorm = ArmoRM(Model(str(folders["llama3"])), "float32")
+    armorm = ArmoRM(Model(path=str(folders["llama3"])), "float32")
     text = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     pattern = armorm.tokenizer(text, add_special_tokens=False)["input_ids"]
     row = conversation(armorm.tokenizer, "Wait.", False)
@@ -233,7 +233,7 @@ def test_a_template_that_always_opens_a_turn(folders, tmp_path):
     folder = copy_of(folders["llama3"], tmp_path)
     path = folder / "chat_template.jinja"
     path.write_text(path.read_text().replace("{% if add_generation_prompt %}", "{% if true %}"))
-    armorm = ArmoRM(Model(str(folder)), "float32")
+    armorm = ArmoRM(Model(path=str(folder)), "float32")
     whole, cut = rows = armorm.conversations(MESSAGES, ["Wait."] * 2, [False, True])
     assert armorm.tokenizer.decode(whole).endswith("Wait.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
     assert armorm.tokenizer.decode(cut).endswith("assistant<|end_header_id|>\n\nWait.")
@@ -252,7 +252,7 @@ def test_a_template_without_header_is_refused(folders, tmp_path):
     folder = copy_of(folders["llama3"], tmp_path)
     (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     with pytest.raises(InputError, match="writes nothing between the user's text and the answer"):
-        ArmoRM(Model(str(folder)))
+        ArmoRM(Model(path=str(folder)))
 
 
 # ---- files ----
@@ -274,7 +274,7 @@ def copy_of(folder, tmp_path, change=None):
 def test_sharded_files_give_the_same_scores(folders, tmp_path):
     sharded = make_armorm(tmp_path / "sharded", "llama3", shards=3)
     assert len(list(sharded.glob("*.safetensors"))) == 3
-    found = [ArmoRM(Model(str(folder)), "float32") for folder in (folders["llama3"], sharded)]
+    found = [ArmoRM(Model(path=str(folder)), "float32") for folder in (folders["llama3"], sharded)]
     scores = [armorm.score_details(MESSAGES, RESPONSES, TRUNCATED) for armorm in found]
     assert scores[0] == scores[1]
 
@@ -314,7 +314,7 @@ FAULTS = {
 def test_other_weights_are_refused(change, message, folders, tmp_path):
     folder = copy_of(folders["llama3"], tmp_path, change)
     with pytest.raises(InputError, match=f"copy: {message}give the files of a model of this class"):
-        ArmoRM(Model(str(folder)))
+        ArmoRM(Model(path=str(folder)))
 
 
 def test_pickles_are_refused(folders, tmp_path):
@@ -322,7 +322,7 @@ def test_pickles_are_refused(folders, tmp_path):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"the weights \(pytorch_model\.bin\) are pickled"):
-        ArmoRM(Model(str(folder)))
+        ArmoRM(Model(path=str(folder)))
 
 
 def test_another_kind_of_model_is_refused(folders, tmp_path):
@@ -330,11 +330,11 @@ def test_another_kind_of_model_is_refused(folders, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
     with pytest.raises(InputError, match="`model_type` is qwen2; an ArmoRM must be a llama model"):
-        ArmoRM(Model(str(folder)))
+        ArmoRM(Model(path=str(folder)))
 
 
 def test_bfloat16_leaves_objectives_and_gate_in_float32(folders):
-    half, whole = (ArmoRM(Model(str(folders["llama3"])), dtype) for dtype in ("bfloat16", "float32"))
+    half, whole = (ArmoRM(Model(path=str(folders["llama3"])), dtype) for dtype in ("bfloat16", "float32"))
     types = {name: parameter.dtype for name, parameter in half.model.named_parameters()}
     assert {kind for name, kind in types.items() if name.startswith("model.")} == {torch.bfloat16}
     assert {kind for name, kind in types.items() if not name.startswith("model.")} == {torch.float32}
@@ -348,7 +348,7 @@ def test_bfloat16_leaves_objectives_and_gate_in_float32(folders):
 
 
 def test_scores_that_are_not_finite_name_the_response(folders):
-    armorm = ArmoRM(Model(str(folders["llama3"])), "float32")
+    armorm = ArmoRM(Model(path=str(folders["llama3"])), "float32")
     (token,) = armorm.tokenizer("~", add_special_tokens=False)["input_ids"]
     armorm.model.model.embed_tokens.weight.data[token] = float("nan")
     with pytest.raises(InputError, match="score of response 2 is nan"):
@@ -359,8 +359,8 @@ def test_scores_that_are_not_finite_name_the_response(folders):
 
 
 def test_the_configuration_decides_the_class(folders, tiny_reward):
-    assert isinstance(load_reward_model(Model(str(folders["llama3"])), "float32"), ArmoRM)
-    reward = load_reward_model(Model(str(tiny_reward)), "float32")
+    assert isinstance(load_reward_model(Model(path=str(folders["llama3"])), "float32"), ArmoRM)
+    reward = load_reward_model(Model(path=str(tiny_reward)), "float32")
     assert isinstance(reward, RewardModel)
     scores = reward.score(MESSAGES, RESPONSES, TRUNCATED)
     assert reward.score_details(MESSAGES, RESPONSES, TRUNCATED) == [{"score": score} for score in scores]
@@ -368,11 +368,11 @@ def test_the_configuration_decides_the_class(folders, tiny_reward):
 
 def test_no_model(tmp_path):
     with pytest.raises(InputError, match="check the model's path in the recipe"):
-        load_reward_model(Model(str(tmp_path)))
+        load_reward_model(Model(path=str(tmp_path)))
 
 
 def test_an_armorm_ranks(folders, tmp_path):
-    model = Model(str(folders["llama3"]))
+    model = Model(path=str(folders["llama3"]))
     check_labels(model)
     given = {"model": {"path": model.path}, "role": "reward", "writer": {}, "dtype": "float32", "batch_tokens": 16384}
     scorer = Scorer(**given, canaries=str(tmp_path / "canaries"))
@@ -391,4 +391,4 @@ def test_other_models_of_19_labels_are_refused_before_a_run(folders, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
     with pytest.raises(InputError, match="`models.reward`: the model has 19 labels"):
-        check_labels(Model(str(folder)))
+        check_labels(Model(path=str(folder)))

@@ -28,7 +28,7 @@ def one_thread():
 @pytest.fixture
 def model(tiny_reward, tmp_path) -> Model:
     """A copy of the tiny reward model, to be changed."""
-    return Model(str(shutil.copytree(tiny_reward, tmp_path / "models" / "reward")))
+    return Model(path=str(shutil.copytree(tiny_reward, tmp_path / "models" / "reward")))
 
 
 @pytest.fixture
@@ -83,11 +83,11 @@ def test_records_differ_by_revision_and_dtype(model, folder):
     paths = {
         record_path(float32, folder, model),
         record_path(bfloat16, folder, model),
-        record_path(float32, folder, Model(model.path, "main")),
-        record_path(float32, folder, Model(model.path + "2")),
+        record_path(float32, folder, Model(path=model.path, revision="main")),
+        record_path(float32, folder, Model(path=model.path + "2")),
     }
     assert len(paths) == 4
-    long = record_path(float32, folder, Model("/a" * 500))
+    long = record_path(float32, folder, Model(path="/a" * 500))
     assert len(long.name) < 100
 
 

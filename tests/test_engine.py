@@ -25,7 +25,7 @@ import json, sys
 from pipeline.engine import Engine
 from pipeline.recipe import Generation, Model
 model, stop_ids, seed, settings, prompts = json.loads(sys.argv[1])
-engine = Engine(Model(model), Generation(**settings), set(stop_ids), seed)
+engine = Engine(Model(path=model), Generation(**settings), set(stop_ids), seed)
 print(json.dumps({key: [sample.text for sample in samples] for key, samples in engine.stream(prompts)}))
 """
 
@@ -74,7 +74,7 @@ def engine_and_first(coin):
     from pipeline.recipe import Generation, Model
 
     folder, ids, ends = coin
-    engine = Engine(Model(str(folder)), Generation(**SETTINGS), ends, seed=7)
+    engine = Engine(Model(path=str(folder)), Generation(**SETTINGS), ends, seed=7)
     return engine, list(engine.stream((key, ids, count) for key, count in COUNTS.items()))
 
 

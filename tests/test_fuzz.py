@@ -311,7 +311,7 @@ def test_rewards_and_counts_are_numbers_that_training_can_hold():
     }
     for rewards, standardized in itertools.product((record["rewards"], [5e-324, 0]), (False, True)):
         schedule = Schedule(epochs=1, global_batch=1, standardize_rewards=standardized)
-        recipe = Recipe(output="nowhere", loss=Loss(estimator="exact"), schedule=schedule)
+        recipe = Recipe.model_construct(output="nowhere", loss=Loss(estimator="exact"), schedule=schedule)
         rows, facts = make_plan([check_ranked({**record, "rewards": rewards}, "f:1")], recipe)
         json.dumps([rows, facts], allow_nan=False)
     with pytest.raises(InputError, match=r"f:1: `rewards\[0\]` is 2e\+38; give a finite number within 1.7e\+38"):
@@ -412,7 +412,9 @@ def test_a_damaged_file_of_a_rater_gives_its_ratings_or_a_clear_error(path, at, 
 
 
 def recipe_for(path: Path) -> Recipe:
-    return Recipe(output="nowhere", data=Data(train=Split(path=str(path), responses=4)), generation=Generation())
+    return Recipe.model_construct(
+        output="nowhere", data=Data.model_construct(train=Split(path=str(path), responses=4)), generation=Generation()
+    )
 
 
 def test_a_prompt_of_10_mb_is_one_record(path):
@@ -465,13 +467,13 @@ def plans(draw) -> tuple[list[dict], Recipe]:
     loss = Loss(preference=preference, list_size=draw(st.sampled_from([None, 2, 3, 5])))
     if preference == "hps":
         estimator = draw(st.sampled_from(["exact", "sampled"]))
-        loss = replace(
-            loss,
-            estimator=estimator,
-            samples=1 if estimator == "exact" else draw(st.integers(1, 3)),
-            positives=draw(st.integers(1, 2)),
-            appendix_e_reading=draw(st.sampled_from(["printed", "intended"])),
-        )
+        changed = {
+            "estimator": estimator,
+            "samples": 1 if estimator == "exact" else draw(st.integers(1, 3)),
+            "positives": draw(st.integers(1, 2)),
+            "appendix_e_reading": draw(st.sampled_from(["printed", "intended"])),
+        }
+        loss = loss.model_copy(update=changed)
     schedule = Schedule(
         gamma_start=draw(st.floats(-20, 20)),
         gamma_end=draw(st.floats(-20, 20)),
@@ -484,7 +486,7 @@ def plans(draw) -> tuple[list[dict], Recipe]:
         epochs=draw(st.integers(1, 3)),
         global_batch=draw(st.integers(1, 5)),
     )
-    recipe = Recipe(output="nowhere", seed=draw(st.integers(0, 2**31)), loss=loss, schedule=schedule)
+    recipe = Recipe.model_construct(output="nowhere", seed=draw(st.integers(0, 2**31)), loss=loss, schedule=schedule)
     return [check_ranked(record, "f:1") for record in records], recipe
 
 
@@ -587,14 +589,16 @@ def lists(draw, limit: float = 30.0, method=None) -> tuple[Loss, dict]:
     """A method with any constants, and a list of any scores and rewards, with weights on some of the dispreferred."""
     family, preference = draw(st.sampled_from(METHODS)) if method is None else method
     size = draw(st.integers(2, 6))
-    loss = replace(
-        loss_of(family, preference),
-        beta=draw(st.floats(0.01, 2)),
-        exo_epsilon=draw(st.floats(1e-6, 0.49)),
-        simpo_margin=draw(st.floats(0, 2)),
-        label_smoothing=draw(st.sampled_from([0.0, 0.3])) if family in ("dpo", "simpo") and preference != "pl" else 0.0,
-        factor_n=draw(st.booleans()) and preference == "hps" and family in ("dpo", "exo", "simpo"),
-    )
+    changed = {
+        "beta": draw(st.floats(0.01, 2)),
+        "exo_epsilon": draw(st.floats(1e-6, 0.49)),
+        "simpo_margin": draw(st.floats(0, 2)),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.3]))
+        if family in ("dpo", "simpo") and preference != "pl"
+        else 0.0,
+        "factor_n": draw(st.booleans()) and preference == "hps" and family in ("dpo", "exo", "simpo"),
+    }
+    loss = loss_of(family, preference).model_copy(update=changed)
     scores, annotated = (
         torch.tensor(draw(st.lists(st.floats(-limit, limit), min_size=size, max_size=size)), dtype=torch.float64)
         for _ in range(2)
@@ -692,7 +696,7 @@ def test_losses_of_differences_do_not_change_with_a_shift(case, shift):
 @given(lists(), st.randoms(use_true_random=False))
 def test_hps_does_not_see_the_order_of_the_dispreferred(case, rng):
     loss, batch = case
-    loss = replace(loss, preference="hps")
+    loss = loss.model_copy(update={"preference": "hps"})
     size = batch["scores"].shape[1]
     order = [0, *rng.sample(range(1, size), size - 1)]
     moved = {**batch, "scores": batch["scores"][:, order], "log_weights": batch["log_weights"][..., order]}
@@ -704,7 +708,7 @@ def test_hps_does_not_see_the_order_of_the_dispreferred(case, rng):
 def test_exact_hps_is_its_equation_in_a_loop(case):
     """dpo and simpo: `-log(exp(rho_1) / (exp(rho_1) + [N] sum_i q_i exp(rho_i)))`; the others: the mean of pairs."""
     loss, batch = case
-    loss = replace(loss, preference="hps")
+    loss = loss.model_copy(update={"preference": "hps"})
     assume(loss.family not in ("ipo", "sppo", "nca") or not loss.factor_n)
     value = preference_loss(loss, **batch).item()
     best, *others = batch["scores"][0].tolist()
@@ -730,7 +734,7 @@ def test_all_weight_on_one_response_is_the_pair_loss(case, data):
     place = data.draw(st.integers(1, size - 1))
     worst = scores[:, place] + (math.log(size - 1) if loss.factor_n else 0)
     given = {**batch, "log_weights": one_hot(size, place)[None]}
-    value = preference_loss(replace(loss, preference="hps"), **given)
+    value = preference_loss(loss.model_copy(update={"preference": "hps"}), **given)
     expected = FORMULAS[loss.family].pair(loss, scores[:, 0], worst)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
@@ -742,7 +746,7 @@ def test_raising_the_preferred_score_never_raises_the_loss_of_dpo_and_simpo(case
     whose flipped labels pull back. Raising a response of weight 0 changes nothing, another never lowers the loss."""
     loss, batch = case
     assume(loss.family in ("dpo", "simpo"))
-    _, slope = gradient(replace(loss, label_smoothing=0.0), batch)
+    _, slope = gradient(loss.model_copy(update={"label_smoothing": 0.0}), batch)
     assert -1 - 1e-12 <= slope[0] <= 0
     if loss.preference != "pl":
         assert (slope[1:] >= 0).all()

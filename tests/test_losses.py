@@ -538,7 +538,7 @@ def test_appendix_e_by_hand():
 
 
 def test_every_family_has_formulas_and_its_constants_are_settings():
-    """Registry, table and settings name the same; a default stands in both."""
+    """Registry, table and settings name the same; a default has one home."""
     assert list(FAMILIES) == list(FORMULAS)
     assert {name: constant.default for name, constant in constants().items()} == {
         name: getattr(Loss(), name) for name in constants()

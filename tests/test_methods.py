@@ -29,7 +29,10 @@ VARIANTS = {
     "SPPO sigmoid": ["loss.family=sppo", "loss.preference=pl", "loss.sppo_win=sigmoid"],
     "IPO per token": ["loss.family=ipo", "loss.preference=bt", "loss.ipo_per_token=true"],
     "SimPO margin": ["loss.family=simpo", "loss.preference=bt", "loss.simpo_margin=0.5"],
-    "released": ["profile=released", "optimizer.learning_rate=3e-4"],
+    "released": [
+        *("loss.beta=0.25", "loss.label_smoothing=0.1", "schedule.gamma_ends=exclusive", "schedule.ties=exclude"),
+        *("lora.enabled=false", "optimizer.learning_rate=3e-4"),
+    ],
 }
 
 

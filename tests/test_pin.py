@@ -138,9 +138,9 @@ def test_only_the_revisions_change(before, after, hub, recipe_file, capsys):
     assert hub == [] and path.read_bytes().decode() == after + REST
 
 
-def test_models_of_the_profile_are_written_out(hub, tmp_path, monkeypatch):
+def test_default_models_are_written_out(hub, tmp_path, monkeypatch):
     """A recipe without `models`: the section is added at its end, and everything before it stays."""
-    names = {"RLHFlow/Llama3-v2-DPO": "1" * 40, "RLHFlow/Llama3-SFT-v2.0": "2" * 40}
+    names = {"RLHFlow/Llama3-v2-iterative-DPO-iter3": "1" * 40, "RLHFlow/Llama3-SFT-v2.0-epoch3": "2" * 40}
     names |= {"Skywork/Skywork-Reward-Llama-3.1-8B": "3" * 40, "RLHFlow/ArmoRM-Llama3-8B-v0.1": "4" * 40}
     for name, commit in names.items():
         monkeypatch.setitem(HUB, (name, None), commit)

@@ -23,7 +23,7 @@ from pipeline.stage import claim
 def recipe_of(preference: str = "hps", seed: int = 7, loss: dict | None = None, **schedule) -> Recipe:
     settings = {"epochs": 2, "global_batch": 4, **schedule}
     section = Loss(preference=preference, **(loss or {}))
-    return Recipe(output="nowhere", seed=seed, loss=section, schedule=Schedule(**settings))
+    return Recipe.model_construct(output="nowhere", seed=seed, loss=section, schedule=Schedule(**settings))
 
 
 def constant(gamma: float) -> dict:

@@ -228,9 +228,13 @@ def test_an_evaluator_that_ranked_the_candidates_is_named(recipe, tmp_path):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "model.safetensors").write_bytes(weights)
-    same = [same_model(Model(str(tmp_path / "reward")), Model(str(tmp_path / name))) for name in ("copy", "other")]
+    same = [
+        same_model(Model(path=str(tmp_path / "reward")), Model(path=str(tmp_path / name))) for name in ("copy", "other")
+    ]
     assert same == [True, False]
-    assert same_model(Model("a/b", "1"), Model("a/b")) and not same_model(Model("a/b", "1"), Model("a/b", "2"))
+    assert same_model(Model(path="a/b", revision="1"), Model(path="a/b")) and not same_model(
+        Model(path="a/b", revision="1"), Model(path="a/b", revision="2")
+    )
     (tmp_path / "reward" / "model.safetensors").unlink()  # it would be looked into
     done = preflight("gene", recipe, f"models.evaluator.path={tmp_path / 'reward'}")
     assert "WARNING: `models.evaluator` is `models.reward`" in done.stdout

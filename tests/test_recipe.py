@@ -1,17 +1,17 @@
 """Recipes: what is refused, with file and line or the override named."""
 
-import re
-from dataclasses import fields
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
 from conftest import REPOSITORY
+from pydantic import TypeAdapter
 
 from hps.combinations import readers
 from hps.errors import InputError
 from hps.methods import methods
 from hps.settings import Loss
-from pipeline.recipe import BOUNDS, CHOICES, PROFILES, as_dict, as_yaml, load_recipe
+from pipeline.recipe import CHOICES, as_dict, as_yaml, fields, fields_page, load_recipe
 
 RECIPE = """\
 output: runs/test
@@ -48,8 +48,7 @@ def refusal(load, *arguments) -> str:
     return str(error.value)
 
 
-# Not the two files about recipes.
-RECIPES = sorted({*(REPOSITORY / "configs").glob("*.yaml")} - {PROFILES, REPOSITORY / "configs" / "matrix.yaml"})
+RECIPES = sorted({*(REPOSITORY / "configs").glob("*.yaml")} - {REPOSITORY / "configs" / "matrix.yaml"})
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -100,16 +99,18 @@ IN_FILE = {
     "unknown section": ("loss:", "lsos:", 10, "unknown key `lsos`"),
     "unknown field": ("beta:", "bta:", 12, "unknown key `loss.bta`"),
     "unknown nested field": ("    path: models/b", "    name: models/b", 6, "unknown key `models.reward.name`"),
-    "text for a number": ("0.25", "strong", 12, "`loss.beta`: Value 'strong'"),
-    "fraction for a count": ("limit: 10", "limit: 1.5", 9, "`data.test.limit`: Value '1.5'"),
-    "truth value for a count": ("limit: 10", "limit: true", 9, "`data.test.limit`: Value 'True'"),
-    "number for a nested section": ("{path: data/train.jsonl, responses: 6}", "6", 7, "`data`"),
-    "number for a section": ("  preference: bt\n  beta: 0.25\n", "  5\n", 10, "`loss`"),
-    "empty section": ("  preference: bt\n  beta: 0.25\n", "", 10, "`loss`"),
-    "null": ("beta: 0.25", "beta: null", 12, "`loss.beta`"),
+    "no name": ("beta:", "null:", 10, "unknown key `loss.None`"),
+    "text for a number": ("0.25", "strong", 12, "`loss.beta` is `strong`; it must be a valid number"),
+    "fraction for a count": ("limit: 10", "limit: 1.5", 9, "`data.test.limit` is `1.5`; it must be a valid integer"),
+    "truth value for a count": ("limit: 10", "limit: true", 9, "`data.test.limit` is `true`; it must be a valid inte"),
+    "number for a nested section": ("{path: data/train.jsonl, responses: 6}", "6", 8, "`data.train` is `6`; give"),
+    "text for a nested section": ("{path: data/test.jsonl, responses: 2, limit: 10}", "a", 9, "`data.test` is `a`"),
+    "number for a section": ("  preference: bt\n  beta: 0.25\n", "  5\n", 10, "`loss` is `5`; give its fields"),
+    "empty section": ("  preference: bt\n  beta: 0.25\n", "", 10, "`loss` is `null`"),
+    "null": ("beta: 0.25", "beta: null", 12, "`loss.beta` is `null`"),
     "missing path": ("{path: data/train.jsonl, responses: 6}", "{responses: 6}", 8, "`data.train.path` is missing"),
-    "bad choice": ("bt", "plackett-luce", 11, "`loss.preference` is `plackett-luce`; use one of: bt, pl, hps"),
-    "negative": ("0.25", "-0.25", 12, "`loss.beta` is -0.25; it must be at least"),
+    "bad choice": ("bt", "plackett-luce", 11, "`loss.preference` is `plackett-luce`"),
+    "negative": ("0.25", "-0.25", 12, "`loss.beta` is `-0.25`; it must be greater than 0"),
     "twice": ("  beta: 0.25", "  beta: 0.25\n  beta: 0.5", 13, "broken YAML (found duplicate key beta)"),
     "alias inside its anchor": ("0.25", "&a [*a]", 12, "broken YAML"),
     "broken": ("{path: data/train.jsonl,", "[path: data/train.jsonl,", 8, "broken YAML"),
@@ -127,7 +128,7 @@ def test_errors_name_file_and_line(load, tmp_path, old, new, line, message):
 WITHOUT_A_LINE = {
     "missing output": (RECIPE.replace("output: runs/test\n", ""), "`output` is missing"),
     "empty file": ("", "`output` is missing"),
-    "a list": ("- 1\n", "no mapping of sections"),
+    "a list": ("- 1\n", "not a mapping of sections"),
     "forbidden character": ("seed: \x01\n", "broken YAML"),
 }
 
@@ -144,17 +145,24 @@ def test_errors_of_the_whole_file(load, tmp_path, text, message):
     {
         "lsos.beta=1": "unknown key `lsos`",
         "loss.bta=1": "unknown key `loss.bta`",
-        "loss.beta=x": "`loss.beta`: Value 'x'",
+        "loss.beta=x": "`loss.beta` is `x`; it must be a valid number",
         "loss=": "`loss`",
-        "loss.beta=[1": "`loss.beta`",
+        "loss.beta=[1": "`loss.beta` is broken YAML",
+        "loss.beta=&a [*a]": "`loss.beta` is broken YAML",
+        "loss={beta: 1, beta: 2}": "`loss` is broken YAML",
         "loss.preference=exo": "`loss.preference` is `exo`",
-        "schedule.epochs=0": "`schedule.epochs` is 0",
+        "schedule.epochs=0": "`schedule.epochs` is `0`; it must be greater than or equal to 1",
         "run=a/b": "`run` is `a/b`",
         "run=candidates": "`run` is `candidates`",
         "run=reference": "`run` is `reference`",
-        "run=${nope}": "Interpolation key 'nope' not found",
+        "run=${nope}": "`run` refers to `nope`, which is not a field",
+        "run=${run}": "`run` refers to itself",
+        "output=a/${loss.beta.x}": "`output` refers to `loss.beta.x`, which is not a field",
         "output=''": "`output` is ``",
-        "loss={beta: -1}": "`loss.beta` is -1",
+        "loss={beta: -1}": "`loss.beta` is `-1`",
+        "models.policy=${models.reward}": "`models.policy` is `${models.reward}`; give its fields",
+        "lora.target_modules=q_proj": "`lora.target_modules` is `q_proj`; it must be a valid list",
+        "lora.target_modules=[q_proj, null]": "`lora.target_modules.1` is `null`; it must be a valid string",
     }.items(),
 )
 def test_errors_of_the_command_line_name_the_override(load, override, message):
@@ -165,7 +173,7 @@ def test_errors_of_the_command_line_name_the_override(load, override, message):
 
 @pytest.mark.parametrize("override", ["seed", "=5"])
 def test_what_is_no_override(load, override):
-    assert f"`{override}` is no override" in refusal(load, RECIPE, override)
+    assert f"`{override}` is not an override" in refusal(load, RECIPE, override)
 
 
 def test_missing_file(tmp_path):
@@ -173,58 +181,118 @@ def test_missing_file(tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
-# One below the lowest and one above the highest; for numbers that need not be whole also infinity and NaN.
-IMPOSSIBLE = [(key, low - 1) for key, low, _ in BOUNDS if low is not None]
-IMPOSSIBLE += [(key, high + 1) for key, _, high in BOUNDS if high is not None]
-IMPOSSIBLE += [
-    (key, value)
-    for key in ("schedule.gamma_start", "schedule.gamma_end", "optimizer.learning_rate", "loss.beta")
-    for value in (".inf", ".nan")
-]
+def test_a_text_is_what_its_field_says(load):
+    """YAML alone would make numbers, truth values and dates of these."""
+    for name in ("on", "1e3", "007", "2026-11-25", "0x10"):
+        assert load(RECIPE, f"run={name}").run == name
+    recipe = load(RECIPE, "optimizer.learning_rate=5e-7", "loss.beta=1", "training.merge=on")
+    assert (recipe.optimizer.learning_rate, recipe.loss.beta, recipe.training.merge) == (5e-7, 1.0, True)
 
 
-@pytest.mark.parametrize(("key", "value"), IMPOSSIBLE)
-def test_impossible_numbers_are_refused(load, key, value):
-    text = refusal(load, RECIPE, f"{key}={value}")
-    assert text.startswith(f"command line, `{key}={value}`: `{key}` is ")
+def test_a_text_may_refer_to_another_field(load):
+    recipe = load(
+        RECIPE.replace("data/test.jsonl", "'${data.train.path}'"),
+        "models.policy.path=${models.reward.path}",
+        "schedule.device_batch=${schedule.global_batch}",
+        "run=n${data.train.responses}-${data.train.limit}",
+    )
+    assert (recipe.data.test.path, recipe.run) == ("data/train.jsonl", "n6-None")
+    assert (recipe.models.policy.path, recipe.schedule.device_batch) == ("models/b", 64)
+
+
+# ---- bounds and choices ----
+
+# Lowest and highest value, beyond which each number is refused; written out, because the code is what is tested.
+BOUNDS = {
+    "seed": (0, 2**31 - 1),
+    "data.train.limit": (1, None), "data.train.responses": (0, None),
+    "data.test.limit": (1, None), "data.test.responses": (0, None),
+    "generation.temperature": (0, None), "generation.top_p": (1e-9, 1),
+    "generation.max_prompt_tokens": (1, None), "generation.max_new_tokens": (1, None),
+    "generation.workers": (1, None), "generation.tensor_parallel": (1, None),
+    "generation.gpu_memory_utilization": (0.01, 1), "generation.max_sequences": (1, None),
+    "annotation.batch_tokens": (1, None), "annotation.workers": (1, None), "annotation.noise": (0, None),
+    "loss.beta": (1e-9, None), "loss.label_smoothing": (0, 0.499), "loss.samples": (1, None),
+    "loss.positives": (1, 2), "loss.appendix_e_lambda": (0, None), "loss.list_size": (2, None),
+    "loss.exo_epsilon": (1e-9, 0.499), "loss.exo_beta_r": (1e-9, None), "loss.nca_alpha": (1e-9, None),
+    "loss.simpo_beta": (1e-9, None), "loss.simpo_margin": (0, None),
+    "schedule.gamma_start": (None, None), "schedule.gamma_end": (None, None), "schedule.gamma_stages": (1, None),
+    "schedule.subsample": (2, None), "schedule.epochs": (1, None), "schedule.global_batch": (1, None),
+    "schedule.device_batch": (1, None), "schedule.max_length": (2, None),
+    "lora.r": (1, None), "lora.alpha": (1, None), "lora.dropout": (0, 0.999),
+    "optimizer.learning_rate": (0, None), "optimizer.warmup_steps": (0, None),
+    "optimizer.weight_decay": (0, None), "optimizer.max_grad_norm": (1e-9, None),
+    "training.processes": (1, None), "training.row_tokens": (1, None), "training.save_steps": (1, None),
+    "evaluation.bootstrap": (1, None), "evaluation.answers": (0, None), "evaluation.answer_tokens": (1, None),
+    "evaluation.prompts": (1, None), "evaluation.checkpoints": (0, None), "evaluation.samples": (1, None),
+    "judge.answers": (1, None), "judge.repeats": (1, None), "judge.max_new_tokens": (32, None),
+    "judge.max_prompt_tokens": (1, None), "judge.temperature": (0, None), "judge.tensor_parallel": (1, None),
+}  # fmt: skip
+
+
+def numbers() -> dict[str, type]:
+    """The fields that are numbers, with `int` or `float`."""
+    kinds = {}
+    for key, field in fields():
+        found = [kind for kind in (field.annotation, *get_args(field.annotation)) if kind in (int, float)]
+        if found:
+            kinds[key] = found[0]
+    return kinds
+
+
+def beyond() -> list[tuple[str, Any]]:
+    """A value below the lowest and one above the highest; for numbers that need not be whole infinity and NaN, too."""
+    cases: list[tuple[str, Any]] = []
+    for key, kind in numbers().items():
+        low, high = BOUNDS[key]
+        step = 1 if kind is int else 0.002
+        cases += [(key, low - step)] if low is not None else []
+        cases += [(key, high + step)] if high is not None else []
+        cases += [(key, value) for value in (".inf", "nan", "1e999")] if kind is float else []
+    return cases
 
 
 def test_every_number_has_bounds():
     """So that a new field cannot be forgotten."""
+    assert set(numbers()) == set(BOUNDS)
 
-    def numbers(values: dict, prefix: str = ""):
-        for name, value in values.items():
-            if isinstance(value, dict):
-                yield from numbers(value, f"{prefix}{name}.")
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
-                yield f"{prefix}{name}"
 
-    recipe = load_recipe(
-        REPOSITORY / "configs/quickstart.yaml",
-        [
-            "data.train.limit=1", "data.test.limit=1", "generation.workers=1", "annotation.workers=1",
-            "training.processes=1", "training.row_tokens=1", "schedule.subsample=2",
-            "evaluation.prompts=1",
-        ],
-    )  # fmt: skip
-    assert set(numbers(as_dict(recipe))) == {key for key, _, _ in BOUNDS}
+@pytest.mark.parametrize(("key", "value"), beyond())
+def test_impossible_numbers_are_refused(load, key, value):
+    text = refusal(load, RECIPE, f"{key}={value}")
+    assert text.startswith(f"command line, `{key}={value}`: `{key}` is `{value}`; it must be ")
+
+
+def test_the_bounds_themselves_are_accepted():
+    for key, field in fields():
+        for bound in BOUNDS.get(key, ()):
+            if bound is not None:
+                assert TypeAdapter(Annotated[(field.annotation, *field.metadata)]).validate_python(bound) == bound
+
+
+@pytest.mark.parametrize("key", [key for key, field in fields() if get_origin(field.annotation) is Literal])
+def test_other_choices_are_refused(load, key):
+    assert f"`{key}` is `none of them`; it must be '" in refusal(load, RECIPE, f"{key}=none of them")
 
 
 @pytest.mark.parametrize("key", CHOICES)
-def test_other_choices_are_refused(load, key):
+def test_other_methods_are_refused(load, key):
     assert f"use one of: {', '.join(CHOICES[key])}" in refusal(load, RECIPE, f"{key}=none of them")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["schedule.device_batch=3"], "`schedule.global_batch` 64 is no multiple of `schedule.device_batch` 3"),
-        (["lora.target_modules=[]"], "`lora.target_modules` is empty"),
+        (
+            ["schedule.device_batch=3"],
+            "`schedule.global_batch` is `64`, but `schedule.device_batch` is 3; choose a multiple",
+        ),
+        (["lora.target_modules=[]"], "`lora.target_modules` is `[]`, but `lora.enabled` is true"),
         (
             ["generation.max_prompt_tokens=2048"],
-            "`generation.max_prompt_tokens` is 2048, `schedule.max_length` is 2048",
+            "`generation.max_prompt_tokens` is `2048`, but `schedule.max_length` is 2048",
         ),
-        (["schedule.max_length=512"], "`generation.max_prompt_tokens` is 1024, `schedule.max_length` is 512"),
+        (["schedule.max_length=512"], "`generation.max_prompt_tokens` is `1024`, but `schedule.max_length` is 512"),
     ],
 )
 def test_impossible_combinations(load, overrides, message):
@@ -234,34 +302,29 @@ def test_impossible_combinations(load, overrides, message):
 def test_every_setting_of_one_choice_alone_has_an_owner():
     """A setting named after a family, or new in the section, cannot be read by nobody without a word."""
     shared = {"family", "preference", "beta", "label_smoothing"}
-    assert sorted([*readers(), *shared]) == sorted(field.name for field in fields(Loss))
+    assert sorted([*readers(), *shared]) == sorted(Loss.model_fields)
 
 
-def readme_table() -> dict[str, str]:
-    """Field to default from the table «The recipe»; `.name` and `_name` go on from the row's first field."""
-    table = {}
-    section = (REPOSITORY / "README.md").read_text().partition("## The recipe")[2].partition("\n## ")[0]
-    for line in section.splitlines():
-        if not line.startswith("| `"):
-            continue
-        first, _, default = (cell.strip() for cell in line.strip("|").split("|"))
-        names = [name for name in re.findall(r"`([^`]+)`", first)]
-        parent, stem = names[0].rpartition(".")[0], names[0].rpartition("_")[0]
-        full = [{".": parent + name, "_": stem + name}.get(name[0], name) for name in names]
-        defaults = re.split(r", (?![^\[]*\])", default)
-        table |= dict(zip(full, defaults if len(defaults) == len(full) else defaults * len(full), strict=False))
-    return table
+def test_the_page_of_fields_is_up_to_date():
+    """After a change: `python -m pipeline.recipe --fields > docs/recipe.md`."""
+    assert (REPOSITORY / "docs" / "recipe.md").read_text(encoding="utf-8") == fields_page()
 
 
-def test_the_readme_tells_every_field_and_its_default():
-    table = readme_table()
-    told = {name for name in table if name in PAPER}
-    roles = ("generator", "policy", "reward", "evaluator", "judge")
-    grouped = (*(f"models.{role}." for role in roles), "data.train.")
-    left = [key for key in PAPER if key not in told and not key.startswith((*grouped, "data.test.", "optimizer."))]
-    assert left == []
-    for name in told - {"output", "run"}:
-        assert yaml.safe_load(table[name]) == yaml.safe_load(str(PAPER[name]).replace("None", "null")), name
+def test_the_page_tells_every_field_its_default_bounds_and_meaning():
+    lines = fields_page().splitlines()
+    assert "| `loss.beta` | 0.1 | > 0 | beta of Eq. 3; tau of IPO, 1/eta of SPPO; SimPO has its own |" in lines
+    assert "| `schedule.best` | reward | reward, human | y_1: the highest reward, or the human's choice |" in lines
+    assert "| `output` | required |  | folder of the experiment |" in lines
+    assert [line.split("`")[1] for line in lines if line.startswith("| `")] == [key for key, _ in fields()]
+    assert {key for key, _ in fields()} == set(PAPER)
+    assert all(field.description for _, field in fields())
+
+
+def test_the_commands_print_the_page_and_a_resolved_recipe(run_module):
+    assert run_module("pipeline.recipe", "--fields").stdout == fields_page()
+    result = run_module("pipeline.recipe", "configs/quickstart.yaml", "loss.beta=0.25")
+    assert yaml.safe_load(result.stdout)["loss"]["beta"] == 0.25
+    assert run_module("pipeline.recipe", "loss.beta=x").returncode == 2
 
 
 def test_possible_combinations(load):
@@ -270,17 +333,22 @@ def test_possible_combinations(load):
     load(RECIPE, "schedule.device_batch=32")
 
 
-# ---- profiles ----
+# ---- the paper's and the release's values ----
+
+BARE = "output: runs/x\ndata: {train: {path: a.jsonl}, test: {path: b.jsonl}}\n"
 
 
-def test_released_differs_from_paper_in_these_fields_alone(load):
+def test_the_defaults_are_the_papers(load):
+    assert flat(as_dict(load(BARE))) == PAPER
+
+
+def test_the_release_differs_from_the_paper_in_these_fields_alone():
     """Values of the released code; docs/fidelity.md has a row for each."""
-    bare = "output: runs/x\ndata: {train: {path: a.jsonl}, test: {path: b.jsonl}}\n"
-    paper, released, recommended = (flat(as_dict(load(bare, f"profile={name}"))) for name in PROFILE_NAMES)
+    paper, released = (
+        flat(as_dict(load_recipe(REPOSITORY / f"configs/{name}.yaml"))) for name in ("hh_rlhf", "released")
+    )
     assert {key: value for key, value in released.items() if value != paper[key]} == {
-        "profile": "released",
-        "models.generator.path": "RLHFlow/Llama3-v2-iterative-DPO-iter3",
-        "models.policy.path": "RLHFlow/Llama3-SFT-v2.0-epoch3",
+        "output": "runs/released",
         "models.reward.path": "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2",
         "data.train.responses": 98,
         "loss.beta": 0.25,
@@ -291,15 +359,38 @@ def test_released_differs_from_paper_in_these_fields_alone(load):
         "lora.enabled": False,
         "lora.dropout": 0.01,
     }
-    assert {key: value for key, value in recommended.items() if value != paper[key]} == {"profile": "recommended"}
-    assert flat(as_dict(load(bare))) == paper == PAPER
 
 
-PROFILE_NAMES = ("paper", "released", "recommended")
+@pytest.mark.parametrize("name", ["hh_rlhf", "pku_safe"])
+def test_the_papers_recipes_change_only_devices_and_types(name):
+    """What they write out is the paper's value, which the defaults have, too."""
+    recipe = flat(as_dict(load_recipe(REPOSITORY / f"configs/{name}.yaml")))
+    assert {key: value for key, value in recipe.items() if value != PAPER[key]} == {
+        "output": f"runs/{name}",
+        "data.train.path": f"data/{name}/train.jsonl",
+        "data.test.path": f"data/{name}/test.jsonl",
+        "generation.dtype": "bfloat16",
+        "annotation.dtype": "bfloat16",
+        "training.deepspeed": "configs/deepspeed/zero2.json",
+    }
+
+
+@pytest.mark.parametrize("name", ["hh_rlhf", "pku_safe", "released"])
+def test_the_recipes_of_the_paper_say_what_was_done(name):
+    """They read as a methods section: every decision is written out, not left to a default."""
+    written = yaml.safe_load((REPOSITORY / f"configs/{name}.yaml").read_text())
+    assert set(written) >= {"models", "data", "generation", "annotation", "loss", "schedule", "lora", "optimizer"}
+    assert set(written["models"]) == {"generator", "policy", "reward", "evaluator", "judge"}
+    for section in ("lora", "optimizer"):
+        assert set(written[section]) == {key.partition(".")[2] for key in PAPER if key.startswith(f"{section}.")}
+    for key in ("data.train.responses", "loss.beta", "schedule.gamma_start", "generation.max_new_tokens"):
+        assert key in flat(written)
+
+
 PAPER = {
-    "output": "runs/x", "profile": "paper", "run": "dpo-hps", "seed": 42,
-    "models.generator.path": "RLHFlow/Llama3-v2-DPO", "models.generator.revision": None,
-    "models.policy.path": "RLHFlow/Llama3-SFT-v2.0", "models.policy.revision": None,
+    "output": "runs/x", "run": "dpo-hps", "seed": 42,
+    "models.generator.path": "RLHFlow/Llama3-v2-iterative-DPO-iter3", "models.generator.revision": None,
+    "models.policy.path": "RLHFlow/Llama3-SFT-v2.0-epoch3", "models.policy.revision": None,
     "models.reward.path": "Skywork/Skywork-Reward-Llama-3.1-8B", "models.reward.revision": None,
     "models.reward.function": None, "models.evaluator.function": None,
     "models.evaluator.path": "RLHFlow/ArmoRM-Llama3-8B-v0.1", "models.evaluator.revision": None,
@@ -345,46 +436,21 @@ def flat(values: dict, prefix: str = "") -> dict:
     return fields
 
 
-def test_the_fidelity_page_tells_the_profiles_values(load):
-    """The rows of its table of settings: field and value in each profile, in backticks."""
+def test_the_fidelity_page_tells_the_recipes_values():
+    """The rows of its table of settings: field, value of hh_rlhf.yaml and of released.yaml, in backticks."""
     rows = []
     for line in (REPOSITORY / "docs" / "fidelity.md").read_text().splitlines():
         cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
         if len(cells) == 6 and "." in cells[3] and line.count("`") >= 6:
             rows.append(cells[3:])
-    bare = "output: runs/x\ndata: {train: {path: a.jsonl}, test: {path: b.jsonl}}\n"
-    profiles = [flat(as_dict(load(bare, f"profile={name}"))) for name in ("paper", "released")]
+    recipes = [flat(as_dict(load_recipe(REPOSITORY / f"configs/{name}.yaml"))) for name in ("hh_rlhf", "released")]
     assert len(rows) >= 20
     for name, *values in rows:
         assert [yaml.safe_load(value) for value in values] == [
-            yaml.safe_load(str(profile[name]).replace("None", "null")) for profile in profiles
+            yaml.safe_load(str(recipe[name]).replace("None", "null")) for recipe in recipes
         ], name
-    changed = {name for name in profiles[0] if profiles[0][name] != profiles[1][name]} - {"profile"}
+    changed = {name for name in recipes[0] if recipes[0][name] != recipes[1][name]} - {"output"}
     assert changed <= {name for name, *_ in rows}
-
-
-def test_a_recipe_wins_over_the_profile_and_an_override_over_both(load):
-    text = RECIPE + "profile: released\n"
-    assert load(text).loss.beta == 0.25  # the recipe says so too
-    assert load(text.replace("beta: 0.25", "beta: 0.3")).loss.beta == 0.3
-    assert load(text, "loss.beta=0.4").loss.beta == 0.4
-    assert load(text).loss.label_smoothing == 0.1
-    assert load(text, "profile=paper").loss.label_smoothing == 0.0
-
-
-@pytest.mark.parametrize("value", ["[paper]", "{a: b}", "null", "best"])
-def test_profile_that_is_none_of_the_three(load, value):
-    text = refusal(load, RECIPE + f"profile: {value}\n")
-    assert ": `profile` is `" in text and "use one of: paper, released, recommended" in text
-
-
-def test_profile_in_quotes(load):
-    assert load(RECIPE, 'profile="released"').loss.label_smoothing == 0.1
-
-
-def test_unknown_profile(load):
-    expected = "command line, `profile=best`: `profile` is `best`; use one of: paper, released, recommended"
-    assert refusal(load, RECIPE, "profile=best") == expected
 
 
 # ---- combinations without a meaning ----

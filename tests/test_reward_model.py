@@ -40,7 +40,7 @@ def llama3_reward(llama3_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["chatml", "llama3"])
 def reward(request, tiny_reward, llama3_reward) -> RewardModel:
-    return RewardModel(Model(str({"chatml": tiny_reward, "llama3": llama3_reward}[request.param])), "float32")
+    return RewardModel(Model(path=str({"chatml": tiny_reward, "llama3": llama3_reward}[request.param])), "float32")
 
 
 @functools.cache
@@ -127,7 +127,7 @@ def test_padding_with_the_end_of_turn(llama3_tokenizer, tmp_path):
     """Rows end with the padding token. The score is at that token, not at the last token that differs from it."""
     padded = copy.deepcopy(llama3_tokenizer)
     padded.pad_token = "<|eot_id|>"
-    reward = RewardModel(Model(str(make_reward_model(tmp_path / "reward", padded))), "float32")
+    reward = RewardModel(Model(path=str(make_reward_model(tmp_path / "reward", padded))), "float32")
     rows = reward.conversations(MESSAGES, RESPONSES[:3], [False] * 3)
     assert all(row[-1] == reward.tokenizer.pad_token_id for row in rows)
     scores = reward.score(MESSAGES, RESPONSES[:3], [False] * 3)
@@ -137,7 +137,7 @@ def test_padding_with_the_end_of_turn(llama3_tokenizer, tmp_path):
 
 
 def test_the_bias_of_the_head_counts(tiny_reward):
-    reward = RewardModel(Model(str(tiny_reward)), "float32")
+    reward = RewardModel(Model(path=str(tiny_reward)), "float32")
     before = reward.score(MESSAGES, RESPONSES, TRUNCATED)
     reward.model.score.bias = torch.nn.Parameter(torch.tensor([2.5]))
     same(reward.score(MESSAGES, RESPONSES, TRUNCATED), [score + 2.5 for score in before])
@@ -172,7 +172,7 @@ def test_the_releases_concatenation_would_be_found(llama3_reward):
     Ours has one BOS and a header for each of 4 turns. Theirs has a second BOS in the middle and a fifth header: the
     assistant's stands twice in a row, around the BOS.
     """
-    reward = RewardModel(Model(str(llama3_reward)), "float32")
+    reward = RewardModel(Model(path=str(llama3_reward)), "float32")
     tokenizer, reply = reward.tokenizer, [{"role": "assistant", "content": "Wait."}]
     (ours,) = reward.conversations(MESSAGES, ["Wait."], [False])
     theirs = [
@@ -207,7 +207,7 @@ def test_positions_that_begin_behind_the_padding(tokenizer, tmp_path):
     )
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = RewardModel(Model(str(tmp_path)), "float32")
+    model = RewardModel(Model(path=str(tmp_path)), "float32")
     longest = 42 - 1 - tokenizer.pad_token_id
     asked, before = [{"role": "user", "content": "a"}], 0
     for size in range(longest):
@@ -224,23 +224,23 @@ def test_positions_that_begin_behind_the_padding(tokenizer, tmp_path):
 def test_two_labels_are_refused(tokenizer, tmp_path):
     folder = make_reward_model(tmp_path / "reward", tokenizer, labels=2)
     with pytest.raises(InputError, match=r"reward: the reward model has 2 labels"):
-        RewardModel(Model(str(folder)))
+        RewardModel(Model(path=str(folder)))
 
 
 def test_a_language_model_is_no_reward_model(tiny_model):
     with pytest.raises(InputError, match="labels; `models.reward` must be a sequence classifier with one label"):
-        RewardModel(Model(str(tiny_model)))
+        RewardModel(Model(path=str(tiny_model)))
 
 
 def test_a_folder_without_a_model(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="check the model's path in the recipe"):
-        RewardModel(Model(str(tmp_path)))
+        RewardModel(Model(path=str(tmp_path)))
 
 
 def test_scores_that_are_not_finite_name_the_response(tiny_reward):
     """The embedding of one token is not a number; the second response has the token."""
-    reward = RewardModel(Model(str(tiny_reward)), "float32")
+    reward = RewardModel(Model(path=str(tiny_reward)), "float32")
     (token,) = reward.tokenizer("~")["input_ids"]
     reward.model.base_model.embed_tokens.weight.data[token] = float("nan")
     with pytest.raises(InputError, match="score of response 2 is nan"):
@@ -253,9 +253,9 @@ def test_weights_that_are_not_finite_are_no_reason_to_crash(tiny_reward, tmp_pat
     model = AutoModelForSequenceClassification.from_pretrained(tiny_reward)
     model.score.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path)
-    RewardModel(Model(str(tiny_reward))).tokenizer.save_pretrained(tmp_path)
+    RewardModel(Model(path=str(tiny_reward))).tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="score of response 1 is nan; check the reward model"):
-        RewardModel(Model(str(tmp_path))).score(MESSAGES, ["Fine."], [False])
+        RewardModel(Model(path=str(tmp_path))).score(MESSAGES, ["Fine."], [False])
 
 
 # ---- helpers ----

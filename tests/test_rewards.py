@@ -57,7 +57,7 @@ def load(tiny_recipe, file):
 def scorer(file, tiny_model):
     def scorer(text: str, name: str = "f") -> FunctionScorer:
         file.write_text(text)
-        return FunctionScorer(f"{file}:{name}", "models.reward.function", Model(str(tiny_model)))
+        return FunctionScorer(f"{file}:{name}", "models.reward.function", Model(path=str(tiny_model)))
 
     return scorer
 
@@ -148,10 +148,7 @@ def test_a_function_takes_the_models_place(load, file, tiny_recipe):
         function="brevity"
     )
     bare = tiny_recipe.with_name("bare.yaml")
-    bare.write_text(
-        "output: x\nprofile: released\nmodels: {reward: {function: checks}}\n"
-        "data: {train: {path: a}, test: {path: b}}\n"
-    )
+    bare.write_text("output: x\nmodels: {reward: {function: checks}}\ndata: {train: {path: a}, test: {path: b}}\n")
     recipe = load_recipe(bare)
     assert recipe.models.reward == Reward(function="checks") and recipe.models.evaluator.path.startswith("RLHFlow/")
 
@@ -202,7 +199,7 @@ def test_models_that_write_are_no_functions(load, role):
 
 
 def test_noise_is_bounded(load):
-    assert "`annotation.noise` is -1.0" in refusal(load, "{function: brevity}", "annotation.noise=-1")
+    assert "`annotation.noise` is `-1`" in refusal(load, "{function: brevity}", "annotation.noise=-1")
 
 
 # ---- bad functions, without running them and running them ----

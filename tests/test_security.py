@@ -333,12 +333,12 @@ def test_names_of_the_data_make_no_paths(tiny_recipe, hostile, tmp_path):
 @pytest.mark.parametrize("text", ["${oc.env:HF_TOKEN}", "a/${oc.env:HOME,x}", "${oc.decode:x}", "${ oc.env:HF_TOKEN }"])
 def test_recipes_do_not_read_the_environment(tiny_recipe, text, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    with pytest.raises(InputError, match="`output` asks for a resolver") as error:
+    with pytest.raises(InputError, match="`output` refers to `[^`]+`, which is not a field") as error:
         load_recipe(tiny_recipe, [f"output='{text}'"])
-    assert str(error.value).startswith("command line: ")
+    assert str(error.value).startswith(f"command line, `output='{text}'`: ")
     lines = tiny_recipe.read_text().splitlines()
     tiny_recipe.write_text("\n".join([f"output: '{text}'", *lines[1:]]))
-    with pytest.raises(InputError, match=r"recipe\.yaml:1: `output` asks for a resolver"):
+    with pytest.raises(InputError, match=r"recipe\.yaml:1: `output` refers to"):
         load_recipe(tiny_recipe)
 
 
@@ -379,9 +379,9 @@ def pickled(tiny_model, tmp_path):
 def test_pickled_weights_are_refused(pickled, tmp_path):
     for field in ("models.policy", "models.generator", "models.reward"):
         with pytest.raises(InputError, match=rf"`{field}\.path`: the weights \(pytorch_model\.bin\) are pickled"):
-            check_model(Model(str(pickled)), field)
+            check_model(Model(path=str(pickled)), field)
     with pytest.raises(InputError, match=r"pickled: the weights \(pytorch_model\.bin\) are pickled"):
-        load_weights(AutoModelForCausalLM, Model(str(pickled)))
+        load_weights(AutoModelForCausalLM, Model(path=str(pickled)))
     assert not (tmp_path / "harm").exists()
 
 
@@ -404,7 +404,7 @@ def test_an_index_names_safetensors_of_its_folder_alone(tiny_model, tmp_path, sh
     (folder / "pytorch_model.bin").touch()
     index = {"metadata": {"total_size": 1}, "weight_map": {"model.norm.weight": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    model = Model(str(folder))
+    model = Model(path=str(folder))
     for load in (lambda: check_model(model, "models.policy"), lambda: load_weights(AutoModelForCausalLM, model)):
         with pytest.raises(
             InputError, match=r"index\.json: `weight_map` names .*, which is no safetensors file of the"
@@ -418,7 +418,7 @@ def test_an_index_names_safetensors_of_its_folder_alone(tiny_model, tmp_path, sh
 def test_a_decoy_beside_a_pickle_does_not_help(pickled):
     (pickled / "decoy.safetensors").touch()
     with pytest.raises(InputError, match=r"the weights \(pytorch_model\.bin\) are pickled"):
-        check_model(Model(str(pickled)), "models.policy")
+        check_model(Model(path=str(pickled)), "models.policy")
 
 
 def test_a_configuration_that_names_its_weights_is_refused(tiny_model, tmp_path):
@@ -426,7 +426,7 @@ def test_a_configuration_that_names_its_weights_is_refused(tiny_model, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "adapter_model.bin"}))
     with pytest.raises(InputError, match="`transformers_weights` in config.json names the file"):
-        load_weights(AutoModelForCausalLM, Model(str(folder)))
+        load_weights(AutoModelForCausalLM, Model(path=str(folder)))
 
 
 def test_a_model_that_brings_an_adapter_is_refused(tiny_model, tmp_path):
@@ -435,7 +435,7 @@ def test_a_model_that_brings_an_adapter_is_refused(tiny_model, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/other"}))
     for load in (check_model, lambda model, _: load_weights(AutoModelForCausalLM, model)):
         with pytest.raises(InputError, match="there is an adapter in the model's folder"):
-            load(Model(str(folder)), "models.policy")
+            load(Model(path=str(folder)), "models.policy")
 
 
 @pytest.fixture
@@ -452,15 +452,15 @@ def hub_model(tiny_model, tmp_path, monkeypatch):
 
 
 def test_hub_models_are_held_to_the_same(hub_model):
-    load_weights(AutoModelForCausalLM, Model("org/tiny"))
+    load_weights(AutoModelForCausalLM, Model(path="org/tiny"))
     index = hub_model / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "shard.bin"}}))
     with pytest.raises(InputError, match='`weight_map` names "shard.bin"'):
-        load_weights(AutoModelForCausalLM, Model("org/tiny"))
+        load_weights(AutoModelForCausalLM, Model(path="org/tiny"))
     index.unlink()
     (hub_model / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="org/tiny: the repository holds an adapter"):
-        load_weights(AutoModelForCausalLM, Model("org/tiny"))
+        load_weights(AutoModelForCausalLM, Model(path="org/tiny"))
 
 
 @pytest.mark.parametrize("place", ["evaluation", "along", "merge", "engine"])
@@ -472,7 +472,7 @@ def test_every_adapter_that_is_loaded_must_be_safetensors(tiny_recipe, tiny_mode
     checkpoint, step = recipe.run_folder() / "checkpoint", recipe.run_folder() / "checkpoints" / "step-2"
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     for folder in (checkpoint, step):
-        get_peft_model(load_weights(AutoModelForCausalLM, Model(str(tiny_model))), lora).save_pretrained(folder)
+        get_peft_model(load_weights(AutoModelForCausalLM, Model(path=str(tiny_model))), lora).save_pretrained(folder)
     load_tokenizer(str(tiny_model)).save_pretrained(checkpoint)
     bad = step if place == "along" else checkpoint
     (bad / "adapter_model.safetensors").rename(bad / "decoy.safetensors")
@@ -523,7 +523,7 @@ def would_run(tmp_path, monkeypatch):
 
 def test_code_of_a_model_is_never_run(with_code, would_run, tmp_path):
     would_run(AutoConfig, with_code)
-    model = Model(str(with_code))
+    model = Model(path=str(with_code))
     for load in (load_config, lambda model: load_weights(AutoModelForCausalLM, model), load_reward_model):
         with pytest.raises(InputError, match=r"brings Python code of its own, which is never run; use a model that"):
             load(model)

@@ -80,7 +80,7 @@ def flip(path, place: int = -1) -> None:
 )  # fmt: skip
 def test_one_flipped_bit_changes_the_hash_of_its_part(copied, file, part):
     """A broken tokenizer.json gives no tokens, either."""
-    path, model = copied / file, Model(str(copied))
+    path, model = copied / file, Model(path=str(copied))
     path.parent.mkdir(exist_ok=True)
     path.touch()
     path.write_bytes(path.read_bytes() or b"{}")
@@ -95,7 +95,7 @@ def test_one_flipped_bit_changes_the_hash_of_its_part(copied, file, part):
 
 def test_a_tokenizer_must_give_the_ids_of_the_stage_before(copied, tmp_path, monkeypatch):
     """Files that are the same and ids that are not: another release of the library, in another environment."""
-    model = {"model": model_hash(Model(str(copied)))}
+    model = {"model": model_hash(Model(path=str(copied)))}
     for first, second in (("out/candidates", "out/run"), ("out/run", "out/run/answers")):
         claim(tmp_path / first, model)
         claim(tmp_path / second, model)
@@ -107,7 +107,7 @@ def test_a_tokenizer_must_give_the_ids_of_the_stage_before(copied, tmp_path, mon
 
 
 def test_hashes_do_not_depend_on_the_place(copied, tiny_model):
-    ours, theirs = model_hash(Model(str(copied))), model_hash(Model(str(tiny_model)))
+    ours, theirs = model_hash(Model(path=str(copied))), model_hash(Model(path=str(tiny_model)))
     assert {**ours, "path": ""} == {**theirs, "path": ""}
     assert file_hash(copied / "config.json") == file_hash(tiny_model / "config.json")
 
@@ -119,15 +119,15 @@ def test_a_hub_model_is_known_by_name_and_commit(monkeypatch, tmp_path, tiny_mod
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     shutil.copy(tiny_model / "tokenizer.json", snapshot)
-    tokens = model_hash(Model(str(tiny_model)))["tokens"]
+    tokens = model_hash(Model(path=str(tiny_model)))["tokens"]
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for revision in (None, "main", commit):
-        found = model_hash(Model("owner/name", revision))
+        found = model_hash(Model(path="owner/name", revision=revision))
         assert found == {"hub": "owner/name", "revision": commit, "tokens": tokens}
     with pytest.raises(InputError, match="^nobody/none: no such model in the hub's cache"):
-        model_hash(Model("nobody/none"))
+        model_hash(Model(path="nobody/none"))
 
 
 def test_a_second_run_on_a_folder_is_refused(tmp_path):
@@ -169,13 +169,13 @@ def test_other_errors_leave_a_held_folder_as_they_are(tmp_path):
 
 
 def test_local_models_must_be_there(tiny_model, tmp_path):
-    check_model(Model(str(tiny_model)), "models.policy")
-    check_model(Model("owner/name"), "models.policy")
+    check_model(Model(path=str(tiny_model)), "models.policy")
+    check_model(Model(path="owner/name"), "models.policy")
     for path in ("models/none", "./none", str(tmp_path / "none"), "none", "a/b/c"):
         with pytest.raises(InputError, match=r"`models\.reward\.path`: there is no model folder"):
-            check_model(Model(path), "models.reward")
+            check_model(Model(path=path), "models.reward")
     with pytest.raises(InputError, match=r"`models\.reward\.path`: no config\.json"):
-        check_model(Model(str(tmp_path)), "models.reward")
+        check_model(Model(path=str(tmp_path)), "models.reward")
 
 
 @pytest.mark.parametrize("content", [b'{"a": ', b"\xff\xfe", b"", b"[1]"])

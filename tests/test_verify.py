@@ -76,7 +76,7 @@ def finished(tmp_path, tiny_recipe, tiny_model):
     folder, given = tmp_path / "out" / "stage", tmp_path / "given.jsonl"
     given.write_bytes(TEXT)
     model = shutil.copytree(tiny_model, tmp_path / "model")
-    settings = {"data": {"sha256": file_hash(given)}, "model": model_hash(Model(str(model)))}
+    settings = {"data": {"sha256": file_hash(given)}, "model": model_hash(Model(path=str(model)))}
     claim(folder, settings)
     (folder / "deep").mkdir()
     outputs = [folder / "data.jsonl", folder / "deep" / "weights"]

@@ -23,7 +23,7 @@ def changed(source, folder, change):
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
     save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    return Model(str(folder))
+    return Model(path=str(folder))
 
 
 FAULTS = {
@@ -60,7 +60,7 @@ def test_a_configuration_that_cannot_be_used_is_one_line(config, fault, tiny_mod
     folder = shutil.copytree(tiny_model, tmp_path / "copy")
     (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **config}))
     with pytest.raises(InputError, match=f"copy: no model that can be loaded there .*{fault}"):
-        check_weights(Model(str(folder)))
+        check_weights(Model(path=str(folder)))
 
 
 def test_more_than_the_model_is_named_for_a_policy_and_refused_for_a_reward_model(tiny_model, tiny_reward, tmp_path):

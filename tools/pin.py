@@ -1,7 +1,7 @@
 """Write the current commits of the hub models into a recipe, so that a later run reads the same weights.
 
 Reads   a recipe: `path` and `revision` of `models.*`; the hub
-Writes  the same file: `revision: "<commit>"` beside each hub name, with the profile's names where the recipe has no
+Writes  the same file: `revision: "<commit>"` beside each hub name, with the default names where the recipe has no
         `models` section; every other byte stays as it was
 Run     python -m tools.pin configs/hh_rlhf.yaml
 
@@ -75,7 +75,7 @@ def resolve(role: str, model: Model) -> str:
 
 
 def add_models(text: str, recipe: Recipe) -> str:
-    """The recipe's text with the models of its profile written out at the end, if it has no `models` section."""
+    """The recipe's text with the default models written out at the end, if it has no `models` section."""
     if "models" in (yaml.safe_load(text) or {}):
         return text
     newline = "\r\n" if "\r\n" in text else "\n"

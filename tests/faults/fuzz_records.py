@@ -340,7 +340,7 @@ def plan(_: Path, read: list[tuple[str, dict]]) -> None:
     """
     for settings in ({"standardize_rewards": False}, {"standardize_rewards": True}):
         schedule = Schedule(epochs=1, global_batch=2, **settings)
-        recipe = Recipe(output="nowhere", loss=Loss(estimator="exact"), schedule=schedule)
+        recipe = Recipe.model_construct(output="nowhere", loss=Loss(estimator="exact"), schedule=schedule)
         try:
             made = Plan({record["prompt_id"]: record for _, record in read}, recipe.loss, recipe.schedule, recipe.seed)
         except InputError as error:
