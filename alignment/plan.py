@@ -83,11 +83,11 @@ def plan(recipe: Recipe) -> None:
 
 
 def ranked_prompts(recipe: Recipe) -> Indexed:
-    """The ranked training prompts by id. InputError: a line is invalid, or a prompt stands twice."""
+    """The ranked training prompts by id. InputError: a line is invalid, or a prompt appears twice."""
     records = Indexed(recipe.ranked("train"), check_ranked)
     for where, name in records.repeated:
         raise InputError(
-            f"the prompt `{name}` stands here and at line {records.where(name).rpartition(':')[2]}",
+            f"the prompt `{name}` is here and at line {records.where(name).rpartition(':')[2]}",
             where=where,
             remedy="leave one of the two lines",
         )
@@ -95,16 +95,16 @@ def ranked_prompts(recipe: Recipe) -> Indexed:
 
 
 def _write_once(path: Path, lines: Iterator[str]) -> None:
-    """Write the plan, or check that it is the one that stands there: training may be half way through that one."""
+    """Write the plan, or check that the existing one is the same: training may be half way through it."""
     if not path.exists():
         write_lines(path, lines)
         return
-    with path.open(encoding="utf-8") as stands:
-        # All lines are made, whatever differs: the facts are of the whole plan.
-        differ = sum(made != line for made, line in zip_longest(lines, stands))
+    with path.open(encoding="utf-8") as existing:
+        # Go on to the last line: the facts are about the whole plan.
+        differ = sum(made != line for made, line in zip_longest(lines, existing))
     if differ:
         raise InputError(
-            f"the plan made now differs from the one that stands here in {differ} rows",
+            f"the plan made now differs from the existing one in {differ} rows",
             where=str(path),
             remedy="another version of the code made it: give another `run`, or go back to that version",
         )

@@ -176,12 +176,11 @@ def attention(recipe: Recipe) -> str | None:
 
 
 def load_policy(recipe: Recipe, bf16: bool | None = None):
-    """The policy before training, which is the reference too, without dropout of its own: s is to be 0 at the start.
+    """The policy before training, which is also the reference, without its own dropout: s must be 0 at the start.
 
-    Full fine-tuning has weights in fp32 also where it computes in bf16: a learning rate of 5e-7 moves few weights by
-    as much as a bf16 rounds off. Under bf16 autocast they stay so; DeepSpeed's bf16 keeps them as the optimizer's copy
-    and trains in bf16. Its frozen copy is loaded and cast in the same way, because a reference with other roundings
-    would give s another value than 0 before anything is learnt.
+    Full fine-tuning keeps its weights in fp32 even where it computes in bf16, because a learning rate of 5e-7 moves few
+    weights by more than bf16's rounding. DeepSpeed's bf16 trains in bf16 and keeps them as the optimizer's copy. The
+    frozen copy is loaded and cast in the same way: with other roundings s would not be 0 before anything is learnt.
 
     Args:
         bf16: training computes in it (`DPOConfig.bf16`); None: on CUDA.
@@ -302,7 +301,7 @@ def logged(path: Path, last: int) -> list[dict]:
 
 
 def _number(value):
-    """JSON has no NaN: it stands as text, so that it is seen and not lost."""
+    """JSON has no NaN: write it as text, so that it is seen and not lost."""
     return value if not isinstance(value, float) or value - value == 0 else str(value)
 
 

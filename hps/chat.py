@@ -1,14 +1,14 @@
-"""Chat messages to token ids: the one place where a chat template is applied for generation and for training.
+"""Chat messages to token ids: the only place that applies a chat template, for generation and for training.
 
-Templates are applied at the model call and give token ids at once. Templated text is never stored and never tokenised
-again, because a tokenizer that adds a BOS would add a second one (the released code does; see docs/formats.md).
-What is trained and scored is what was sampled: a response's tokens stand behind the prompt with the assistant's header,
-decode to the stored text, and one end-of-turn token follows unless it was cut (docs/formats.md).
+A template is applied at the model call, and its text becomes token ids at once. It is never stored or tokenised again,
+because a tokenizer that adds a BOS would add a second one (the released code does; see docs/formats.md). We train and
+score what was sampled: the response follows the prompt and the assistant's header, decodes to the stored text, and ends
+with one end-of-turn token unless it was cut.
 
-A template and its texts are tokenised together, so a text could open and end turns. Here it cannot: a template is given
-role and content alone, what spells a control token becomes ordinary text (`inert`), the control tokens of a prompt are
-those of an innocent one, and a response has none. Where ordinary text marks the turns there is no such hold;
-`load_tokenizer` warns.
+Template and texts are tokenised together, so a text could open or end a turn. To prevent this, the template gets role
+and content only; a text that spells a control token becomes ordinary text (`inert`); a prompt must have exactly the
+control tokens of a harmless prompt, and a response none. Templates that mark turns with ordinary text cannot be
+protected this way; `load_tokenizer` warns.
 """
 
 import hashlib
@@ -212,8 +212,8 @@ def response_token_ids(tokenizer: Any, messages: list[dict], response: str, trun
 def _spelled(tokenizer: Any, messages: list[dict], response: str) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the response's text, which decode to it.
 
-    A model sampled the text behind the prompt with the assistant's header, so that is where its tokens belong, whatever
-    the template makes of an assistant's turn that is over: some drop the reasoning, some write an empty one.
+    The model sampled the text after the prompt and the assistant's header, so its tokens belong there. How the template
+    would write a finished turn does not matter: some drop the reasoning, some write an empty one.
     """
     prompt, text = prompt_token_ids(tokenizer, messages), inert(tokenizer, response)
     control, found = _control(tokenizer), []
@@ -398,11 +398,11 @@ def _control(tokenizer: Any) -> Control:
 
 @cache
 def _control_of(tokenizer: Any, template: str, _: int) -> Control:
-    """All special tokens, and every other added token that stands in the template or in what it writes.
+    """All special tokens, and every other added token that is in the template or in its output.
 
-    A token of DeepSeek's kind opens turns and is not marked as special. Words and white space, which some tokenizers
-    add as tokens, are no marks. Nor are tags in pairs, as `<think>` and `</think>`: they structure a model's own words,
-    and a policy that reasons is to be trained on them as they are.
+    DeepSeek opens turns with tokens that are not marked as special. Words and white space, which some tokenizers add as
+    tokens, do not count. Nor do pairs of tags such as `<think>` and `</think>`: they structure the model's own words,
+    and a policy that reasons is trained on them as they are.
     """
     added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     words = {token.content for token in added.values()}
@@ -512,8 +512,8 @@ def _remarks(tokenizer: Any) -> Iterator[str]:
 def opens_turns_by_tokens(tokenizer: Any) -> bool:
     """Whether the template opens the assistant's turn with a control token.
 
-    Llama-2's `[/INST]` and Zephyr's `<|assistant|>` are ordinary text there: texts can spell them, and nothing that
-    could be told from other text is to be broken.
+    Llama-2's `[/INST]` and Zephyr's `<|assistant|>` are ordinary text: a text can spell them, and there is no token to
+    break.
     """
     prompts = (_apply(tokenizer, [{"role": "user", "content": letter}], opens=True) for letter in "ab")
     behind = common_end(*prompts)
@@ -563,8 +563,8 @@ def _turn(tokenizer: Any) -> Turn:
 def _turn_of(tokenizer: Any, template: str) -> Turn:
     """The end is the first control token of the tail; the end of sequence where a template writes none.
 
-    Llama-3's first template writes the next header behind every conversation. What opens turns (it stands in front of a
-    conversation's first text) ends none.
+    Llama-3's first template writes the next header after every conversation. A token that opens turns (it precedes the
+    first text of a conversation) does not end them.
     """
     tail, behind = (
         common_end(*(_probe(tokenizer, [*before, {"role": role, "content": letter}]) for letter in "bc"))

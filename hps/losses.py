@@ -7,9 +7,8 @@ dispreferred responses; `q_i` their weights (Eq. 9). A family's *score* of a res
 which of them a family uses, and `preference_loss` reads it.
 
 Losses are per prompt, in nats, no reduction, nothing detached. Pair losses work elementwise on tensors of any one
-shape. List losses take (batch, n) scores, best response first, and a mask that is False on padding behind the list;
-what stands in the padding changes nothing, as long as its square is finite. docs/methods.md has formulas, sources and
-defaults.
+shape. List losses take (batch, n) scores, best response first, and a mask that is False on padding; padding is ignored,
+as long as its square is finite. docs/methods.md has formulas, sources and defaults.
 """
 
 from collections.abc import Callable
@@ -50,7 +49,7 @@ def simpo_reward(policy_logps: torch.Tensor, lengths: torch.Tensor, beta: float)
 def bt_loss(best: torch.Tensor, worst: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Bradley-Terry, `-log sigmoid(rho_best - rho_worst)` (Eq. 15), with cDPO's label smoothing.
 
-    With `label_smoothing` e the labels are held to be flipped with probability e (Mitchell 2023, cDPO):
+    `label_smoothing` e is the probability that the label is wrong (Mitchell 2023, cDPO):
     `-(1 - e) log sigmoid(d) - e log sigmoid(-d)`, d the difference. TRL 1.16's `sigmoid` loss ignores that setting.
 
     Args:

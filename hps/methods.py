@@ -39,7 +39,7 @@ class Family:
         constants: its own settings, by name.
         preferences: that it has a loss for.
         reference: its score compares the policy with the reference.
-        inside_log: the mixture of HPS stands inside the logarithm (Eq. 8, Eq. 10); otherwise HPS is the weighted mean
+        inside_log: the mixture of HPS is inside the logarithm (Eq. 8, Eq. 10); otherwise HPS is the weighted mean
             of the pair losses.
         factor_n: Eq. 8's factor N has a meaning: the pair loss is a function of a difference of scores.
         smoothing: the setting that gives a pair's label a probability of being wrong, if there is one.

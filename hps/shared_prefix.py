@@ -1,13 +1,13 @@
 """One prompt, many responses, computed once: for training, the reference, scoring and evaluation alike.
 
 A row holds `prompt, response, response, ...`, then perhaps another prompt with its responses. Each response attends to
-its prompt and to itself, and its positions go on from the prompt's end, so that its log-probabilities are what they are
-in a row of its own. Hidden states are gathered where they are needed, and the rest of the class's own forward pass (its
-head, and whatever it does to the logits) is applied to those alone, in chunks: logits of a whole batch never exist.
+its prompt and to itself, and its positions continue from the end of the prompt, so its log-probabilities are those of a
+separate row. The hidden states of scored tokens are gathered, and only they pass the model's head and whatever follows
+it, in chunks: the logits of a whole batch never exist.
 
-Not every model can share a prompt. `prove` tries it on a small copy of the model's class, with everything in the
-configuration that could act as a window made shorter than the rows, and says up to which length shared rows are right.
-Longer conversations have rows of their own.
+Not every model can share a prompt. `prove` tries it on a small float64 copy of the model. Length-dependent features
+(windows, chunks, rotary scaling) are found by shrinking the numbers of the configuration one by one. Conversations that
+are too long for sharing get separate rows.
 """
 
 import copy
@@ -255,7 +255,7 @@ class Given(torch.nn.Module):
 class OwnHead:
     """What a class makes of hidden states: its own forward pass, the backbone's output given.
 
-    So scaled or capped logits, a bias, or a second layer of the head are the class's, known here or not.
+    Scaled or capped logits, a bias or a second layer of the head need not be known here.
 
     Args:
         model: a model of transformers, not wrapped.
@@ -511,12 +511,12 @@ def trial_log_probs(model, rows: dict[str, torch.Tensor], gathers: bool) -> torc
 
 
 def prove(model, longest: float, own: Callable = own_log_probs, ours: Callable = trial_log_probs) -> Layout:
-    """How this class of models may compute responses, found out by trying.
+    """How this class of models may compute responses, found by trying.
 
-    A small model with the same configuration and random weights computes conversations in float64, in rows of their own
-    by the class's forward pass and in our rows. Then again with each number of the configuration that changes no
-    weight's shape and is below `longest` shrunk to `SHORT`. If our rows then give something else, the number is the
-    length (a window, a chunk, the place where a rotary embedding is stretched) up to which they are right.
+    A small model with the same configuration and random weights computes conversations in float64: in separate rows by
+    the class's own forward pass, and in our rows. This is repeated for each number of the configuration below `longest`
+    that changes no weight's shape, shrunk to `SHORT`. If our rows then differ, the number is the length (of a window, a
+    chunk, a rotary embedding before it is stretched) up to which they are right.
 
     Args:
         model: a model of transformers (not wrapped), anywhere.

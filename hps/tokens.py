@@ -1,9 +1,9 @@
-"""What a model's tokenizer makes of texts, by its own `tokenizer.json`.
+"""What a model's tokenizer makes of texts, according to its own `tokenizer.json`.
 
 Releases of transformers differ in how they rebuild a tokenizer from its configuration: one of them loses every space of
-a DeepSeek tokenizer. The file itself, read by the library that wrote it, gives the same ids everywhere. So `hps.chat`
-holds what transformers loads against it, and a claim holds the hash of its ids (`hps.chat.model_tokens`): stages in
-different environments that use one tokenizer compare.
+a DeepSeek tokenizer. Read by the library that wrote it, the file gives the same ids everywhere. `hps.chat` compares
+what transformers loads with it. A claim holds the hash of its ids (`hps.chat.model_tokens`), so stages in different
+environments can tell whether they use the same tokenizer.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,10 @@
 """`HPSTrainer`: TRL's DPOTrainer with the preference losses of the paper. The one file that imports the parent.
 
-What changes: the loss (`_compute_loss`); the data, which are lists of responses as token ids that the plan has chosen,
-so that the parent's tokenisation and its dropping of long examples are left out; and the forward pass
-(hps/shared_prefix.py), in which responses share their prompt where the model's class can, and the LM head works at
-their tokens alone. The reference (the adapter switched off, or a frozen copy), LoRA, DeepSpeed, saving and resuming are
-the parent's. tests/test_trainer.py pins what is relied upon of TRL 1.16.0.
+What changes: the loss (`_compute_loss`); the data, which are lists of responses that the plan chose, as token ids, so
+the parent neither tokenises nor drops long examples; and the forward pass (hps/shared_prefix.py), in which responses
+share their prompt where the model allows it, and the LM head sees only their tokens. The reference (the adapter
+switched off, or a frozen copy), LoRA, DeepSpeed, saving and resuming are the parent's. tests/test_trainer.py pins what
+we rely on in TRL 1.16.0.
 """
 
 from collections.abc import Sequence
@@ -151,8 +151,8 @@ class HPSTrainer(DPOTrainer):
     def _prepare_input(self, data):
         """To the device, as it is.
 
-        The parent casts what is no integer to DeepSpeed's precision. Here these are log-probabilities, rewards, weights
-        and lengths: in bf16 a reference of 130 nats is off by up to half a nat.
+        The parent casts floating-point tensors to DeepSpeed's precision. Here these are log-probabilities, rewards,
+        weights and lengths: in bf16 a reference of 130 nats is off by up to half a nat.
         """
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
@@ -292,9 +292,9 @@ def rounding(dtype: torch.dtype, tokens: torch.Tensor, log_probs: torch.Tensor) 
     """Most that rounding lets s = log pi_theta - log pi_ref be where both are one model; nats.
 
     A token's log-probability is a difference of logits of up to some 30 nats, rounded by `eps` of their size, and the
-    layers before add as much: 64 eps. The errors of a response's tokens are independent, and add up as such. The sum
-    over the tokens is taken in fp32, at 8 eps of its size. (Another layout of the same rows, which would be such an
-    error, was seen to give a third of this bound.)
+    layers before add as much: 64 eps. Errors of a response's tokens are independent, so they grow with the square root
+    of their number. The sum over the tokens is taken in fp32, at 8 eps of its size. (The same responses in another
+    layout of rows differed by a third of this bound.)
 
     Args:
         dtype: that the model computes in.

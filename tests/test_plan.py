@@ -899,7 +899,7 @@ def test_a_plan_that_another_code_made_is_not_replaced(light_recipe, ranked):
     lines = path.read_text().splitlines(keepends=True)
     for damaged in ([lines[1], *lines[1:]], lines[:-1]):
         path.write_text("".join(damaged))
-        with pytest.raises(InputError, match="the plan made now differs from the one that stands here in 1 rows"):
+        with pytest.raises(InputError, match="the plan made now differs from the existing one in 1 rows"):
             plan(recipe)
         assert path.read_text() == "".join(damaged)
 
@@ -908,7 +908,7 @@ def test_a_prompt_that_stands_twice_is_refused(light_recipe, ranked, run_module)
     """Two rankings of one prompt: nobody said which holds."""
     path = ranked([*ranked_records(3), ranked_records(2)[1]])
     result = run_module("alignment.plan", light_recipe)
-    assert_one_error(result, f"error: {path}:4: the prompt `", "stands here and at line 2; leave one of the two lines")
+    assert_one_error(result, f"error: {path}:4: the prompt `", "is here and at line 2; leave one of the two lines")
 
 
 def test_a_run_folder_does_not_mix_settings(light_recipe, ranked):
