@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -122,8 +123,8 @@ def shared_rows(
             several prompts share a row where it is no longer than the longest.
 
     Returns:
-        `input_ids`, `position_ids` and `segments` (rows, tokens, 2: number of the prompt, -1 on padding, and of the
-        response, 0 in the prompt); and by response, in the order of `responses`: `scored`, places of the predicting
+        `input_ids`, `position_ids` and `segments` (rows, tokens, 2: number of the prompt and of the response, 0 in the
+        prompt; -1 on padding); and by response, in the order of `responses`: `scored`, places of the predicting
         tokens in the flattened rows, and `targets`, what they predict, one after the other; `sizes`, tokens of each;
         `starts` (responses, 2), where in the flattened rows its prompt and it begin.
     """
@@ -132,39 +133,43 @@ def shared_rows(
         for prompt, each in zip(prompts, responses, strict=True)
         for part in portions(len(prompt), list(map(len, each)), budget or ROW_TOKENS, shared=True)
     ]
-    prompts, responses = [prompt for prompt, _ in split], [each for _, each in split]
     groups = [len(prompt) + sum(map(len, each)) for prompt, each in split]
     rows = fill_rows(groups, budget)
     width = max(sum(groups[index] for index in row) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
-    segments = torch.zeros(len(rows), width, 2, dtype=torch.long)
-    segments[..., 0] = -1
-    parts = (ids, positions, segments)
-    scored: dict[int, list[torch.Tensor]] = {}
+    ids, positions, segments = ([[] for _ in rows] for _ in range(3))
+    scored: dict[int, list[int]] = {}
     starts: dict[int, list[tuple[int, int]]] = {}
     for number, row in enumerate(rows):
-        end = 0
         for index in row:
-            prompt, begin = prompts[index], number * width + end
-            last = end + len(prompt) - 1
-            end = _write(number, end, prompt, 0, (index, 0), parts)
+            prompt, each = split[index]
+            begin = number * width + len(ids[number])
+            ids[number] += prompt
+            positions[number] += range(len(prompt))
+            segments[number] += [(index, 0)] * len(prompt)
             scored[index], starts[index] = [], []
-            for place, response in enumerate(responses[index]):
-                predicting = torch.tensor([last, *range(end, end + len(response) - 1)])
-                scored[index].append(number * width + predicting)
-                starts[index].append((begin, number * width + end))
-                end = _write(number, end, response, len(prompt), (index, place + 1), parts)
-    flat = [response for each in responses for response in each]
+            for place, response in enumerate(each, 1):
+                start = number * width + len(ids[number])
+                # The prompt's last token predicts the response's first, and so on.
+                scored[index] += [begin + len(prompt) - 1, *range(start, start + len(response) - 1)]
+                starts[index].append((begin, start))
+                ids[number] += response
+                positions[number] += range(len(prompt), len(prompt) + len(response))
+                segments[number] += [(index, place)] * len(response)
+    flat = [response for _, each in split for response in each]
     return {
-        "input_ids": ids,
-        "position_ids": positions,
-        "segments": segments,
-        "scored": torch.cat([places for index in range(len(prompts)) for places in scored[index]]),
+        "input_ids": _rectangle(ids, pad),
+        "position_ids": _rectangle(positions, 0),
+        "segments": _rectangle(segments, -1),
+        "scored": torch.tensor([place for index in range(len(split)) for place in scored[index]]),
         "targets": torch.tensor([token for response in flat for token in response]),
         "sizes": torch.tensor([len(response) for response in flat]),
-        "starts": torch.tensor([place for index in range(len(prompts)) for place in starts[index]]),
+        "starts": torch.tensor([place for index in range(len(split)) for place in starts[index]]),
     }
+
+
+def _rectangle(rows: list[list], filler: int) -> torch.Tensor:
+    """Rows of unequal lengths as a tensor, filled up at their right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
 
 
 def separate_rows(
@@ -182,7 +187,7 @@ def separate_rows(
     lengths = torch.tensor(list(map(len, rows)))
     kind = {"lengths": lengths} if alone else {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
     return {
-        "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        "input_ids": _rectangle(rows, pad),
         **kind,
         "scored": torch.cat(
             [start - 1 + torch.arange(len(response)) for (_, start), (_, response) in zip(begins, pairs, strict=True)]
@@ -208,16 +213,6 @@ def make_rows(
 def common_prefix(rows: list[list[int]]) -> int:
     """Number of tokens that all rows begin with, short of the shortest row by at least one."""
     return min(len(commonprefix(rows)), min(map(len, rows)) - 1)
-
-
-def _write(row: int, start: int, tokens: list[int], position: int, segment: tuple[int, int], parts) -> int:
-    """Put tokens into a row; the place behind them."""
-    end = start + len(tokens)
-    ids, positions, segments = parts
-    ids[row, start:end] = torch.tensor(tokens)
-    positions[row, start:end] = torch.arange(position, position + len(tokens))
-    segments[row, start:end] = torch.tensor(segment)
-    return end
 
 
 def attention_mask(segments: torch.Tensor) -> torch.Tensor:

@@ -158,7 +158,7 @@ def test_rows_by_hand():
     assert rows["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
     assert rows["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
     assert rows["segments"][0].tolist() == [[0, 0], [0, 0], [0, 1], [0, 1], [0, 2]]
-    assert rows["segments"][1].tolist() == [[1, 0], [1, 1], [-1, 0], [-1, 0], [-1, 0]]
+    assert rows["segments"][1].tolist() == [[1, 0], [1, 1], [-1, -1], [-1, -1], [-1, -1]]
     assert rows["scored"].tolist() == [1, 2, 1, 5]
     assert rows["targets"].tolist() == [3, 4, 5, 7]
     assert rows["sizes"].tolist() == [2, 1, 1]
