@@ -21,13 +21,13 @@ Left out: these, buffers of communication, the tiles of the fused LM head, fragm
 measurements.
 """
 
-import json
 import warnings
 from pathlib import Path
 
 from hps.errors import InputError
 from hps.methods import FAMILIES
 from pipeline.recipe import REPOSITORY, Recipe
+from pipeline.records import read_json
 from pipeline.weights import UNUSABLE
 
 GIVEN = 2  # written responses of a prompt in the paper's data sets
@@ -132,21 +132,14 @@ def deepspeed_stage(recipe: Recipe) -> int | None:
     """The ZeRO stage of the file that the recipe names.
 
     Raises:
-        InputError: the file is no JSON object, or its `zero_optimization` is none.
+        InputError: the file cannot be read, or it or its `zero_optimization` is not a JSON object.
     """
-    path, remedy = recipe.training.deepspeed, "see configs/deepspeed/"
+    path, remedy = recipe.training.deepspeed, "give `training.deepspeed` a file like those in configs/deepspeed/"
     if not path:
         return None
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"`training.deepspeed`: there is no file {path}", remedy=remedy) from None
-    except ValueError as error:
-        raise InputError(f"`training.deepspeed`: broken JSON ({error})", where=path, remedy=remedy) from None
-    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    zero = read_json(path, remedy).get("zero_optimization", {})
     if not isinstance(zero, dict):
-        what = "`zero_optimization` is no JSON object" if isinstance(settings, dict) else "the file is no JSON object"
-        raise InputError(f"`training.deepspeed`: {what}", where=path, remedy=remedy)
+        raise InputError("`zero_optimization` is not a JSON object", where=path, remedy=remedy)
     return zero.get("stage")
 
 
