@@ -28,6 +28,24 @@ from hps.tokens import TEXTS, encoder, own_tokenizer, probe_texts
 
 DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it has no clock
 CLOCK_FORMAT = re.compile(r"%[-_^0#]?[A-Za-z]")
+RANDOM = re.compile(r"\|\s*random\b|[\"']random[\"']|\blipsum\b")  # all that Jinja has of it
+ROUNDS = 8  # what is left of one token may be part of another; two rounds are the most that was seen
+# Probe conversations and answers, from which we learn what a template writes.
+QUESTION = {"role": "user", "content": "a"}
+PROBES = (
+    [QUESTION],
+    [{"role": "system", "content": "a"}, QUESTION],
+    [QUESTION, {"role": "assistant", "content": "a"}],
+    [QUESTION, {"role": "assistant", "content": "a"}, QUESTION],
+)
+REPLIES = (
+    "It is 12.",
+    "<think>\nThree and three.\n</think>\n\nIt is 12.",
+    "<think>\nThree and three and",
+    "\n\nIt is 12.",
+    "def f(x):\n    return  3 * x\n",
+    "是十二。 🙂",
+)
 
 
 def load_tokenizer(path: str, revision: str | None = None):
@@ -58,9 +76,6 @@ def load_tokenizer(path: str, revision: str | None = None):
     for problem in _remarks(tokenizer):
         warnings.warn(f"{path}: {problem}", stacklevel=2)
     return tokenizer
-
-
-RANDOM = re.compile(r"\|\s*random\b|[\"']random[\"']|\blipsum\b")  # all that Jinja has of it
 
 
 def _loaded(path: str, revision: str | None):
@@ -356,9 +371,6 @@ def inert(tokenizer: Any, text: str) -> str:
     )
 
 
-ROUNDS = 8  # what is left of one token may be part of another; two rounds are the most that was seen
-
-
 def _broken(control: "Control", token: str) -> str:
     """A token as ordinary text: a space behind its first visible character, and another character for a single one."""
     start = len(token) - len(token.lstrip())
@@ -427,15 +439,6 @@ def _no_mark(token: str, words: set[str]) -> bool:
     return token.strip().isalnum() or {f"<{name}>", f"</{name}>"} <= words
 
 
-QUESTION = {"role": "user", "content": "a"}
-PROBES = (
-    [QUESTION],
-    [{"role": "system", "content": "a"}, QUESTION],
-    [QUESTION, {"role": "assistant", "content": "a"}],
-    [QUESTION, {"role": "assistant", "content": "a"}, QUESTION],
-)
-
-
 def _probe(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Token ids of a conversation; none when the template refuses its roles."""
     try:
@@ -457,16 +460,6 @@ def _made_by_normalisation(tokenizer: Any, control: Control, text: str) -> list[
 def _normalized(tokenizer: Any, text: str) -> str:
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     return normalizer.normalize_str(text) if normalizer else text
-
-
-REPLIES = (
-    "It is 12.",
-    "<think>\nThree and three.\n</think>\n\nIt is 12.",
-    "<think>\nThree and three and",
-    "\n\nIt is 12.",
-    "def f(x):\n    return  3 * x\n",
-    "是十二。 🙂",
-)
 
 
 def _prove(tokenizer: Any) -> None:
