@@ -31,10 +31,7 @@ from pipeline.records import read_json
 from pipeline.weights import UNUSABLE
 
 GIVEN = 2  # written responses of a prompt in the paper's data sets
-SHAPES = {
-    "RLHFlow/Llama3-SFT-v2.0": "configs/shapes/llama-3-8b.json",
-    "RLHFlow/Llama3-SFT-v2.0-epoch3": "configs/shapes/llama-3-8b.json",
-}
+SHAPES = {"RLHFlow/Llama3-SFT-v2.0-epoch3": "configs/shapes/llama-3-8b.json"}
 
 
 def responses_per_prompt(recipe: Recipe) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from hps.errors import InputError, run_main
-from pipeline.recipe import REPOSITORY, Recipe, as_dict, load_recipe
+from pipeline.recipe import REPOSITORY, Recipe, as_dict, fields, get, load_recipe
 
 MATRIX = "configs/matrix.yaml"
 
@@ -104,10 +104,11 @@ def _run(data: str, path: str, plain: Recipe, settings: dict) -> Run:
         "loss.family": settings.get("loss.family", plain.loss.family),
         "loss.preference": settings.get("loss.preference", plain.loss.preference),
     }
+    written = {name: get(plain, name) for name, _ in fields()}
     others = {
         key: value
         for key, value in settings.items()
-        if key not in method and value is not None and value != _of(plain, key)
+        if key not in method and value is not None and value != written.get(key)
     }
     names = [f"{key.rpartition('.')[2]}{_plain(value)}" for key, value in others.items()]
     name = "-".join([*method.values(), *names])
@@ -120,13 +121,6 @@ def _run(data: str, path: str, plain: Recipe, settings: dict) -> Run:
 
 def _plain(value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _of(recipe: Recipe, key: str):
-    value: Any = recipe
-    for part in key.split("."):
-        value = getattr(value, part, None)
-    return value
 
 
 def main() -> None:

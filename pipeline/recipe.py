@@ -281,7 +281,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         InputError: missing file, broken YAML, unknown key, wrong type, missing field, impossible value.
     """
     source = _Source(path)
-    values = _defaults(Recipe)
+    values = _defaults()
     for layer in (source.read(), *map(source.override, overrides or [])):
         _merge(values, layer, source)
     try:
@@ -296,22 +296,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
-def _defaults(section: type[Section]) -> dict:
-    """The defaults of a section as nested mappings, without the fields that a recipe must give."""
-    values = {}
-    for name, field in section.model_fields.items():
-        default = field.get_default()
-        if field.is_required():
-            if inner := _section(field):
-                values[name] = _defaults(inner)
-        elif not field.exclude:
-            values[name] = default.model_dump() if isinstance(default, Section) else default
-    return values
-
-
-def _section(field: FieldInfo) -> type[Section] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+def _defaults() -> dict:
+    """The defaults as nested mappings, without the fields that a recipe must give."""
+    data = Data.model_construct(train=Split.model_construct(), test=HeldOut.model_construct())
+    return Recipe.model_construct(data=data).model_dump(warnings=False)
 
 
 def _merge(base: dict, layer: dict, source: "_Source", prefix: str = "") -> None:
@@ -459,11 +447,10 @@ class _Source:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise InputError(f"cannot read the recipe ({reason})", where=file, remedy="see configs/") from None
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else "?"
-            raise InputError(f"broken YAML ({error.problem})", where=f"{file}:{line}") from None
-        except (yaml.YAMLError, RecursionError) as error:  # a forbidden character; an alias inside its own anchor
-            raise InputError(f"broken YAML ({str(error).splitlines()[0]})", where=file) from None
+        except (yaml.YAMLError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise InputError(f"broken YAML ({problem})", where=f"{file}:{mark.line + 1}" if mark else file) from None
         if not isinstance(values or {}, dict):
             raise InputError("the recipe is not a mapping of sections", where=file)
         return values or {}
@@ -483,7 +470,7 @@ class _Source:
         self.overridden[key] = text
         try:
             _, layer = _Loader(value).parse()
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             raise self.error(key, f"`{key}` is broken YAML", "put the value in quotes") from None
         for name in reversed(key.split(".")):
             layer = {name: layer}
@@ -565,8 +552,8 @@ SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 def fields(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every field of a section and of the sections in it, by its dotted name."""
     for name, field in section.model_fields.items():
-        if inner := _section(field):
-            yield from fields(inner, f"{prefix}{name}.")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from fields(field.annotation, f"{prefix}{name}.")
         elif not field.exclude:
             yield f"{prefix}{name}", field
 
@@ -581,7 +568,7 @@ def allowed(field: FieldInfo) -> str:
 
 def fields_page() -> str:
     """docs/recipe.md: every field with its default, its bounds and its meaning."""
-    defaults, title = _defaults(Recipe), ""
+    defaults, title = _defaults(), ""
     lines = ["# The recipe", "", *_heading(Recipe)]
     for key, field in fields():
         section = key.rpartition(".")[0].partition(".")[0]

@@ -77,7 +77,8 @@ def trained(recipe: Recipe) -> tuple[Recipe, dict]:
         try:
             return Recipe.model_validate(plain), plain
         except ValidationError as error:
-            raise ValueError(str(error.errors()[0]["msg"])) from None
+            first = error.errors()[0]
+            raise ValueError(f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
 
 
 def held_out(folder: Path, steps: int) -> dict:

@@ -316,12 +316,12 @@ def test_off(tiny_recipe, monkeypatch, capsys):
 
 def test_repeats_without_temperature_measure_nothing(recipe_with):
     """Found with the recipe, before hours of answers."""
-    with pytest.raises(InputError, match="judge.repeats` is 2 and `judge.temperature` is 0.*raise the temperature"):
+    with pytest.raises(InputError, match="judge.repeats` is `2`, but `judge.temperature` is 0.*raise the temperature"):
         recipe_with("judge.repeats=2")
 
 
 def test_more_answers_to_judge_than_there_are(recipe_with):
-    with pytest.raises(InputError, match="`judge.answers` is 9, `evaluation.samples` is 3; lower the first"):
+    with pytest.raises(InputError, match="`judge.answers` is `9`, but `evaluation.samples` is 3; lower the first"):
         recipe_with("judge.answers=9")
 
 

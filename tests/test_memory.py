@@ -207,12 +207,12 @@ def test_the_cache_is_read_and_the_network_is_not_asked(monkeypatch, tmp_path, t
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
     recipe = load_recipe(RECIPE)
     assert "taken from configs/shapes" in memory_lines(recipe, 8)[0]
-    snapshot = tmp_path / "hub" / "models--RLHFlow--Llama3-SFT-v2.0" / "snapshots" / "abc"
+    snapshot = tmp_path / "hub" / "models--RLHFlow--Llama3-SFT-v2.0-epoch3" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
     (snapshot / "config.json").write_text((tiny_model / "config.json").read_text())
-    assert "(config.json of RLHFlow/Llama3-SFT-v2.0)" in memory_lines(recipe, 8)[0]
+    assert "(config.json of RLHFlow/Llama3-SFT-v2.0-epoch3)" in memory_lines(recipe, 8)[0]
 
 
 @pytest.mark.parametrize(
