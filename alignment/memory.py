@@ -8,7 +8,7 @@ In bf16, with P weights of which T train, on G GPUs (docs/operations.md):
     gradients    2 T            ZeRO-2, 3: / G
     optimizer   12 T / G        fp32 copy and the two moments of AdamW
     reference    2 P            full fine-tuning with the reference in step; ZeRO-3, always in step: / G. With LoRA it
-                                is the policy, precomputed it is gone before the first step, SimPO has none
+                                is the policy, precomputed it is gone before the first step; SimPO has none
     activations  2 L H t + w t  gradient checkpointing: inputs of L layers of width H for t tokens, and one layer's
                                 working set, w bytes a token (`layer_bytes`)
                  L w t          without gradient checkpointing
@@ -21,12 +21,13 @@ Left out: these, buffers of communication, the tiles of the fused LM head, fragm
 measurements.
 """
 
-import json
 import warnings
 from pathlib import Path
 
 from hps.errors import InputError
+from hps.methods import FAMILIES
 from pipeline.recipe import REPOSITORY, Recipe
+from pipeline.records import read_json
 from pipeline.weights import UNUSABLE
 
 GIVEN = 2  # written responses of a prompt in the paper's data sets
@@ -109,7 +110,7 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
         held = activations(config.get_text_config(), tokens, recipe.training.gradient_checkpointing)
     except (AttributeError, TypeError):  # a size of `layer_bytes` that this configuration does not have
         return [f"memory: not estimated, the formulas are of Llama's layers, and this is {config.model_type}"]
-    frozen_copy = not recipe.lora.enabled and recipe.loss.family != "simpo"
+    frozen_copy = not recipe.lora.enabled and FAMILIES[recipe.loss.family].reference
     chosen = deepspeed_stage(recipe)
     lines = [
         f"memory per GPU in bf16, by formulas, not measured (docs/operations.md): {weights:,} weights ({source}), "
@@ -128,21 +129,14 @@ def deepspeed_stage(recipe: Recipe) -> int | None:
     """The ZeRO stage of the file that the recipe names.
 
     Raises:
-        InputError: the file is no JSON object, or its `zero_optimization` is none.
+        InputError: the file cannot be read, or it or its `zero_optimization` is not a JSON object.
     """
-    path, remedy = recipe.training.deepspeed, "see configs/deepspeed/"
+    path, remedy = recipe.training.deepspeed, "give `training.deepspeed` a file like those in configs/deepspeed/"
     if not path:
         return None
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"`training.deepspeed`: there is no file {path}", remedy=remedy) from None
-    except ValueError as error:
-        raise InputError(f"`training.deepspeed`: broken JSON ({error})", where=path, remedy=remedy) from None
-    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    zero = read_json(path, remedy).get("zero_optimization", {})
     if not isinstance(zero, dict):
-        what = "`zero_optimization` is no JSON object" if isinstance(settings, dict) else "the file is no JSON object"
-        raise InputError(f"`training.deepspeed`: {what}", where=path, remedy=remedy)
+        raise InputError("`zero_optimization` is not a JSON object", where=path, remedy=remedy)
     return zero.get("stage")
 
 

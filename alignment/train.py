@@ -32,16 +32,17 @@ from trl import DPOConfig
 from alignment.checks import check_wandb, try_lora
 from alignment.curves import draw_curves
 from alignment.launch import accumulation_steps
-from alignment.plan import ranked_prompts, read_plan, run_settings, weights_of
-from hps.chat import load_tokenizer, naming, prompt_token_ids, response_token_ids
-from hps.errors import InputError, run_main
-from hps.reference import add_reference
+from alignment.plan import ranked_prompts, read_plan, run_settings
+from alignment.reference import add_reference
+from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
+from hps.errors import InputError, naming, run_main, shorten
+from hps.planning import weights_of
 from hps.shared_prefix import prove
 from hps.trainer import HPSTrainer, PlanCollator, not_finite
 from pipeline.cli import parse
 from pipeline.models import check_fits
 from pipeline.recipe import Recipe
-from pipeline.records import parse_json, shorten, write_atomic
+from pipeline.records import parse_json, write_atomic
 from pipeline.stage import check_model, claim, file_hash, finish, hold
 from pipeline.weights import load_config, load_weights
 
@@ -72,23 +73,14 @@ class TokenRows(Sequence[dict]):
 
     def __getitem__(self, index: int) -> dict:
         row = self._plan[index]
-        record, where = self._ranked[row["prompt_id"]], self._ranked.where(row["prompt_id"])
-        with naming(where):
-            prompt = prompt_token_ids(self._tokenizer, record["prompt"])
-        room = self._limit - len(prompt)
-        if room <= 0:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: nothing of a response "
-                "is left",
-                where=where,
-                remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
-            )
-        second = row.get("second")
-        terms = [row, second] if second else [row]
+        record = self._ranked[row["prompt_id"]]
+        terms = [row, row["second"]] if "second" in row else [row]
         # y_1, with Appendix E y_2, then whatever else a term holds, by reward: each response passes the model once.
         first = [term["preferred"] for term in terms]
         members = [*first, *sorted({index for term in terms for index in term["dispreferred"]} - set(first))]
-        responses = self._responses(record, members, where)
+        with naming(self._ranked.where(row["prompt_id"])):
+            prompt, responses = self._tokens(record, members)
+        room = self._limit - len(prompt)
         ids = [ids[:room] for ids in responses]
         rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
         return {
@@ -110,15 +102,22 @@ class TokenRows(Sequence[dict]):
             f"{self._plan.where(row)} (prompt `{name}`, {self._ranked.where(name)})" for row, name in named.items()
         )
 
-    def _responses(self, record: dict, members: list[int], where: str) -> list[list[int]]:
-        prompt, texts, truncated = (record[name] for name in ("prompt", "responses", "truncated"))
-        with naming(where):
-            ids = [response_token_ids(self._tokenizer, prompt, texts[index], truncated[index]) for index in members]
-        if not all(ids):
+    def _tokens(self, record: dict, members: list[int]) -> tuple[list[int], list[list[int]]]:
+        """Token ids of the prompt, and of its responses before they are cut."""
+        prompt = prompt_token_ids(self._tokenizer, record["prompt"])
+        if len(prompt) >= self._limit:
             raise InputError(
-                "a response has no tokens", where=where, remedy="take empty responses out of the ranked file"
+                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: nothing of a response "
+                "is left",
+                remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
             )
-        return ids
+        texts, truncated = record["responses"], record["truncated"]
+        responses = [
+            response_token_ids(self._tokenizer, record["prompt"], texts[index], truncated[index]) for index in members
+        ]
+        if not all(responses):
+            raise InputError("a response has no tokens", remedy="take empty responses out of the ranked file")
+        return prompt, responses
 
 
 def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -> DPOConfig:
@@ -178,12 +177,11 @@ def attention(recipe: Recipe) -> str | None:
 
 
 def load_policy(recipe: Recipe, bf16: bool | None = None):
-    """The policy before training, which is the reference too, without dropout of its own: s is to be 0 at the start.
+    """The policy before training, which is also the reference, without its own dropout: s must be 0 at the start.
 
-    Full fine-tuning has weights in fp32 also where it computes in bf16: a learning rate of 5e-7 moves few weights by
-    as much as a bf16 rounds off. Under bf16 autocast they stay so; DeepSpeed's bf16 keeps them as the optimizer's copy
-    and trains in bf16. Its frozen copy is loaded and cast in the same way, because a reference with other roundings
-    would give s another value than 0 before anything is learnt.
+    Full fine-tuning keeps its weights in fp32 even where it computes in bf16, because a learning rate of 5e-7 moves few
+    weights by more than bf16's rounding. DeepSpeed's bf16 trains in bf16 and keeps them as the optimizer's copy. The
+    frozen copy is loaded and cast in the same way: with other roundings s would not be 0 before anything is learnt.
 
     Args:
         bf16: training computes in it (`DPOConfig.bf16`); None: on CUDA.
@@ -274,19 +272,10 @@ class RunFiles(TrainerCallback):
 
 
 class KeptCheckpoints(TrainerCallback):
-    """Keeps the adapter at the points of `evaluation_steps`, in `<run>/checkpoints/step-N`.
+    """Keeps the adapter at the points of `evaluation_steps`, in `<run>/checkpoints/step-N`."""
 
-    Not with full fine-tuning, where each would be a whole model.
-    """
-
-    def __init__(self, recipe: Recipe, tokenizer):
-        self.folder, self.points, self.tokenizer = (
-            recipe.run_folder() / "checkpoints",
-            recipe.evaluation.checkpoints,
-            tokenizer,
-        )
-        self.points = self.points if recipe.lora.enabled else 0
-        self.trainer: HPSTrainer | None = None  # known once it is built
+    def __init__(self, trainer: HPSTrainer, tokenizer, folder: Path, points: int):
+        self.trainer, self.tokenizer, self.folder, self.points = trainer, tokenizer, folder, points
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step in evaluation_steps(state.max_steps, self.points):
@@ -313,7 +302,7 @@ def logged(path: Path, last: int) -> list[dict]:
 
 
 def _number(value):
-    """JSON has no NaN: it stands as text, so that it is seen and not lost."""
+    """JSON has no NaN: write it as text, so that it is seen and not lost."""
     return value if not isinstance(value, float) or value - value == 0 else str(value)
 
 
@@ -347,7 +336,7 @@ def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
 
 
 def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
-    """The trainer on the plan's rows; without the reference's log-probabilities (`hps.reference`)."""
+    """The trainer on the plan's rows; without the reference's log-probabilities (`alignment.reference`)."""
     # `setdefault`: a user's own settings win. The id makes a continued run go on in the same record.
     os.environ.setdefault("WANDB_PROJECT", "hps")
     os.environ.setdefault("WANDB_RUN_ID", file_hash(recipe.run_folder() / "claim.json")[:16])
@@ -362,7 +351,6 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     if layout.shared < recipe.schedule.max_length:
         above = f" of more than {layout.shared} tokens" if layout.shared else ""
         PartialState().print(f"training: conversations{above} have rows of their own: {layout.reason}")
-    kept = KeptCheckpoints(recipe, tokenizer)
     trainer = HPSTrainer(
         model=model,
         # The parent would load the frozen copy by its name alone, without the revision.
@@ -373,9 +361,11 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         data_collator=PlanCollator(tokenizer.pad_token_id, layout, recipe.training.row_tokens),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
-        callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch), kept],
+        callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch)],
     )
-    kept.trainer = trainer
+    if recipe.lora.enabled:  # in full fine-tuning each would be a whole model
+        folder, points = recipe.run_folder() / "checkpoints", recipe.evaluation.checkpoints
+        trainer.add_callback(KeptCheckpoints(trainer, tokenizer, folder, points))
     return trainer
 
 
@@ -398,7 +388,7 @@ def check_shared(folder: Path, state: PartialState) -> None:
     checkpoint, and none could be continued.
 
     Raises:
-        InputError: some do not see what the first process writes; by every process, so that none waits for another.
+        InputError: some do not see what the first process writes. Raised on every process, so none hangs.
     """
     if state.num_processes == 1:
         return
@@ -449,7 +439,7 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
     if resume:
         state.print(f"training: continued from {resume}")
         before = logged(folder / "log.jsonl", int(resume.rpartition("-")[2]))
-        trainer._total_train_tokens = before[-1]["num_tokens"] if before else 0  # the parent starts at 0 again
+        trainer.tokens = before[-1]["num_tokens"] if before else 0
     result = trainer.train(resume_from_checkpoint=resume)
     save(trainer, tokenizer, folder / "checkpoint")
     if state.is_main_process:

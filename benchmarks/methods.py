@@ -14,11 +14,11 @@ import shutil
 import statistics
 import subprocess
 import sys
-from itertools import product
 
 from measure import finish, machine, options, show
 
-from pipeline.recipe import CHOICES, REPOSITORY, load_recipe
+from hps.methods import methods
+from pipeline.recipe import REPOSITORY, load_recipe
 from pipeline.records import read_jsonl
 
 RECIPE = "configs/quickstart.yaml"
@@ -68,7 +68,7 @@ def main() -> None:
     about = machine()
     print(about, flush=True)
     call("gene.sh", *DATA)
-    for family, preference in product(CHOICES["loss.family"], CHOICES["loss.preference"]):
+    for family, preference in methods():
         settings = [*DATA, *STEPS, f"loss.family={family}", f"loss.preference={preference}"]
         call("run.sh", *settings)
         row = found[f"{family}-{preference}"] = figures(settings)

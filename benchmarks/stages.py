@@ -142,7 +142,7 @@ def training(recipe: Recipe) -> Work:
         values = unknown_values(rows, size, PartialState(cpu=True))
         for number in values.missing():
             responses = sum(len(row["response_ids"]) for row in micro_batch(rows, size, number))
-            values.add([(values.keys[number].decode(), [-1.0] * responses)])
+            values.add([(values.keys[number], [-1.0] * responses)])
         collate, examples = PlanCollator(tokenizer.pad_token_id, SHARED), RowsWithReference(rows, values)
         for number in range(len(values.keys)):
             collate(micro_batch(examples, size, number))

@@ -23,9 +23,9 @@ from measure import finish, machine, medians, options, show, timed
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
+from alignment.reference import add_reference
 from alignment.train import load_policy, lora_config, training_config
 from hps.chat import load_tokenizer
-from hps.reference import add_reference
 from hps.shared_prefix import SHARED, Layout
 from hps.trainer import HPSTrainer, PlanCollator
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe

@@ -1,33 +1,51 @@
-"""Chat messages to token ids: the one place where a chat template is applied for generation and for training.
+"""Chat messages to token ids: the only place that applies a chat template, for generation and for training.
 
-Templates are applied at the model call and give token ids at once. Templated text is never stored and never tokenised
-again, because a tokenizer that adds a BOS would add a second one (the released code does; see docs/formats.md).
-What is trained and scored is what was sampled: a response's tokens stand behind the prompt with the assistant's header,
-decode to the stored text, and one end-of-turn token follows unless it was cut (docs/formats.md).
+A template is applied at the model call, and its text becomes token ids at once. It is never stored or tokenised again,
+because a tokenizer that adds a BOS would add a second one (the released code does; see docs/formats.md). We train and
+score what was sampled: the response follows the prompt and the assistant's header, decodes to the stored text, and ends
+with one end-of-turn token unless it was cut.
 
-A template and its texts are tokenised together, so a text could open and end turns. Here it cannot: a template is given
-role and content alone, what spells a control token becomes ordinary text (`inert`), the control tokens of a prompt are
-those of an innocent one, and a response has none. Where ordinary text marks the turns there is no such hold;
-`load_tokenizer` warns.
+Template and texts are tokenised together, so a text could open or end a turn. To prevent this, the template gets role
+and content only; a text that spells a control token becomes ordinary text (`inert`); a prompt must have exactly the
+control tokens of a harmless prompt, and a response none. Templates that mark turns with ordinary text cannot be
+protected this way; `load_tokenizer` warns.
 """
 
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from hps.errors import InputError
+from hps.errors import InputError, naming, refusal, shorten
 from hps.tokens import TEXTS, encoder, own_tokenizer, probe_texts
-from pipeline.records import shorten
-from pipeline.weights import refusal
 
 DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it has no clock
 CLOCK_FORMAT = re.compile(r"%[-_^0#]?[A-Za-z]")
+RANDOM = re.compile(r"\|\s*random\b|[\"']random[\"']|\blipsum\b")  # all that Jinja has of it
+ROUNDS = 8  # what is left of one token may be part of another; two rounds are the most that was seen
+# Probe conversations and answers, from which we learn what a template writes.
+QUESTION = {"role": "user", "content": "a"}
+PROBES = (
+    [QUESTION],
+    [{"role": "system", "content": "a"}, QUESTION],
+    [QUESTION, {"role": "assistant", "content": "a"}],
+    [QUESTION, {"role": "assistant", "content": "a"}, QUESTION],
+)
+REPLIES = (
+    "It is 12.",
+    "<think>\nThree and three.\n</think>\n\nIt is 12.",
+    "<think>\nThree and three and",
+    "\n\nIt is 12.",
+    "def f(x):\n    return  3 * x\n",
+    "是十二。 🙂",
+)
 
 
 def load_tokenizer(path: str, revision: str | None = None):
@@ -60,9 +78,6 @@ def load_tokenizer(path: str, revision: str | None = None):
     return tokenizer
 
 
-RANDOM = re.compile(r"\|\s*random\b|[\"']random[\"']|\blipsum\b")  # all that Jinja has of it
-
-
 def _loaded(path: str, revision: str | None):
     """What transformers loads if its ids are those of `tokenizer.json`, else that file alone."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -88,6 +103,22 @@ def _loaded(path: str, revision: str | None):
             remedy="correct its tokenizer_config.json (added tokens, class), or save the tokenizer again",
         )
     return tokenizer
+
+
+def model_tokens(path: str, revision: str | None = None) -> str | None:
+    """SHA-256 of the ids of the probe texts; None where no tokenizer can be read, which whoever loads it says.
+
+    A tokenizer without a `tokenizer.json` is asked as transformers builds it, which may differ between releases.
+    """
+    try:
+        if own := own_tokenizer(path, revision):
+            ids = [encoder(own)(text) for text in probe_texts(own)]
+        else:
+            tokenizer = load_tokenizer(path, revision)
+            ids = [encode(tokenizer, text) for text in TEXTS]
+    except InputError:
+        return None
+    return hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()
 
 
 def _misread(tokenizer: Any, own: Any) -> str | None:
@@ -166,15 +197,6 @@ def check_records(tokenizer: Any, records: Iterable[tuple[str, dict]], spelled: 
                 _spelled(tokenizer, record["prompt"], response)
 
 
-@contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Name the record (`path:line`) in an InputError."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
 def conversation_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:
     """Token ids of prompt + response as one conversation, as reward models read it.
 
@@ -205,8 +227,8 @@ def response_token_ids(tokenizer: Any, messages: list[dict], response: str, trun
 def _spelled(tokenizer: Any, messages: list[dict], response: str) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the response's text, which decode to it.
 
-    A model sampled the text behind the prompt with the assistant's header, so that is where its tokens belong, whatever
-    the template makes of an assistant's turn that is over: some drop the reasoning, some write an empty one.
+    The model sampled the text after the prompt and the assistant's header, so its tokens belong there. How the template
+    would write a finished turn does not matter: some drop the reasoning, some write an empty one.
     """
     prompt, text = prompt_token_ids(tokenizer, messages), inert(tokenizer, response)
     control, found = _control(tokenizer), []
@@ -349,9 +371,6 @@ def inert(tokenizer: Any, text: str) -> str:
     )
 
 
-ROUNDS = 8  # what is left of one token may be part of another; two rounds are the most that was seen
-
-
 def _broken(control: "Control", token: str) -> str:
     """A token as ordinary text: a space behind its first visible character, and another character for a single one."""
     start = len(token) - len(token.lstrip())
@@ -391,11 +410,11 @@ def _control(tokenizer: Any) -> Control:
 
 @cache
 def _control_of(tokenizer: Any, template: str, _: int) -> Control:
-    """All special tokens, and every other added token that stands in the template or in what it writes.
+    """All special tokens, and every other added token that is in the template or in its output.
 
-    A token of DeepSeek's kind opens turns and is not marked as special. Words and white space, which some tokenizers
-    add as tokens, are no marks. Nor are tags in pairs, as `<think>` and `</think>`: they structure a model's own words,
-    and a policy that reasons is to be trained on them as they are.
+    DeepSeek opens turns with tokens that are not marked as special. Words and white space, which some tokenizers add as
+    tokens, do not count. Nor do pairs of tags such as `<think>` and `</think>`: they structure the model's own words,
+    and a policy that reasons is trained on them as they are.
     """
     added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     words = {token.content for token in added.values()}
@@ -420,15 +439,6 @@ def _no_mark(token: str, words: set[str]) -> bool:
     return token.strip().isalnum() or {f"<{name}>", f"</{name}>"} <= words
 
 
-QUESTION = {"role": "user", "content": "a"}
-PROBES = (
-    [QUESTION],
-    [{"role": "system", "content": "a"}, QUESTION],
-    [QUESTION, {"role": "assistant", "content": "a"}],
-    [QUESTION, {"role": "assistant", "content": "a"}, QUESTION],
-)
-
-
 def _probe(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Token ids of a conversation; none when the template refuses its roles."""
     try:
@@ -450,16 +460,6 @@ def _made_by_normalisation(tokenizer: Any, control: Control, text: str) -> list[
 def _normalized(tokenizer: Any, text: str) -> str:
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     return normalizer.normalize_str(text) if normalizer else text
-
-
-REPLIES = (
-    "It is 12.",
-    "<think>\nThree and three.\n</think>\n\nIt is 12.",
-    "<think>\nThree and three and",
-    "\n\nIt is 12.",
-    "def f(x):\n    return  3 * x\n",
-    "是十二。 🙂",
-)
 
 
 def _prove(tokenizer: Any) -> None:
@@ -505,8 +505,8 @@ def _remarks(tokenizer: Any) -> Iterator[str]:
 def opens_turns_by_tokens(tokenizer: Any) -> bool:
     """Whether the template opens the assistant's turn with a control token.
 
-    Llama-2's `[/INST]` and Zephyr's `<|assistant|>` are ordinary text there: texts can spell them, and nothing that
-    could be told from other text is to be broken.
+    Llama-2's `[/INST]` and Zephyr's `<|assistant|>` are ordinary text: a text can spell them, and there is no token to
+    break.
     """
     prompts = (_apply(tokenizer, [{"role": "user", "content": letter}], opens=True) for letter in "ab")
     behind = common_end(*prompts)
@@ -556,8 +556,8 @@ def _turn(tokenizer: Any) -> Turn:
 def _turn_of(tokenizer: Any, template: str) -> Turn:
     """The end is the first control token of the tail; the end of sequence where a template writes none.
 
-    Llama-3's first template writes the next header behind every conversation. What opens turns (it stands in front of a
-    conversation's first text) ends none.
+    Llama-3's first template writes the next header after every conversation. A token that opens turns (it precedes the
+    first text of a conversation) does not end them.
     """
     tail, behind = (
         common_end(*(_probe(tokenizer, [*before, {"role": role, "content": letter}]) for letter in "bc"))
@@ -582,7 +582,4 @@ def _openers(tokenizer: Any) -> list[int]:
 
 def common_end(first: list[int], second: list[int]) -> list[int]:
     """The tokens with which both end: what a template writes behind texts that differ in their last letter."""
-    size = 0
-    while size < min(len(first), len(second)) and first[-size - 1] == second[-size - 1]:
-        size += 1
-    return first[len(first) - size :]
+    return commonprefix([first[::-1], second[::-1]])[::-1]

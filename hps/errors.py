@@ -3,11 +3,13 @@ other launcher's variables."""
 
 import errno
 import io
+import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # What libraries say instead of an OSError: safetensors the system's words, torch its own.
 FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
@@ -39,6 +41,46 @@ class InputError(Exception):
         if remedy:
             text += f"; {remedy}"
         super().__init__(printable(" ".join(_USERINFO.sub("://", text).split())))
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put a place (`path:line` of the record) in front of an InputError that has none."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def shorten(value: object) -> str:
+    """A value as JSON, cut to 60 characters, for error messages."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def refusal(path: str, error: Exception, what: str = "model") -> InputError:
+    """What transformers says when it cannot load something (`what`), as one line."""
+    text = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"the {what} brings Python code of its own, which is never run",
+            where=path,
+            remedy="use a model that transformers knows, or a copy converted to a class of transformers",
+        )
+    if "safetensors" in str(error):
+        return InputError(
+            f"no weights as safetensors there ({text})",
+            where=path,
+            remedy="give a copy of the model with safetensors",
+        )
+    if not isinstance(error, (OSError, ValueError)):
+        text = f"{type(error).__name__}: {text}"
+        return InputError(f"no {what} that can be loaded there ({text})", where=path, remedy="check its JSON files")
+    return InputError(
+        f"no {what} there ({text})",
+        where=path,
+        remedy="check the model's path in the recipe; fill the hub's cache with `python -m tools.prefetch`",
+    )
 
 
 def forget_launcher() -> None:

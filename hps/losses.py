@@ -3,18 +3,25 @@
 Notation of the paper (arXiv 2502.14400): `s_i = log pi_theta(y_i|x) - log pi_ref(y_i|x)`, summed over the tokens of
 y_i, in nats; `rho_i = beta * s_i` the implicit reward (Eq. 3); `r_i` the annotated reward; `N` the number of
 dispreferred responses; `q_i` their weights (Eq. 9). A family's *score* of a response is what its losses compare:
-`rho`, `s`, or SimPO's length-normalised log-probability (`response_scores`).
+`rho`, `s`, or SimPO's length-normalised log-probability. The formulas take tensors and plain numbers; `FORMULAS` says
+which of them a family uses, and `preference_loss` reads it.
 
 Losses are per prompt, in nats, no reduction, nothing detached. Pair losses work elementwise on tensors of any one
-shape. List losses take (batch, n) scores, best response first, and a mask that is False on padding behind the list;
-what stands in the padding changes nothing, as long as its square is finite. docs/methods.md has formulas, sources and
-defaults.
+shape. List losses take (batch, n) scores, best response first, and a mask that is False on padding; padding is ignored,
+as long as its square is finite. docs/methods.md has formulas, sources and defaults.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
 
+from hps.methods import FAMILIES
 from hps.settings import Loss
+
+PairLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def implicit_reward(policy_logps: torch.Tensor, reference_logps: torch.Tensor, beta: float) -> torch.Tensor:
@@ -36,37 +43,13 @@ def simpo_reward(policy_logps: torch.Tensor, lengths: torch.Tensor, beta: float)
     return beta * policy_logps / lengths
 
 
-def response_scores(
-    loss: Loss, policy_logps: torch.Tensor, reference_logps: torch.Tensor | None, lengths: torch.Tensor
-) -> torch.Tensor:
-    """The score of each response in the family of `loss`.
-
-    Args:
-        loss: the recipe's section.
-        policy_logps: (batch, n), summed log-probabilities, nats.
-        reference_logps: (batch, n), the same under the reference; SimPO has none.
-        lengths: (batch, n), tokens of the response, at least 1.
-
-    Returns:
-        (batch, n): `rho` for dpo, exo, nca and simpo; `s` for sppo and ipo (`s / |y|` with `ipo_per_token`, as TRL).
-    """
-    if loss.family == "simpo":
-        return simpo_reward(policy_logps, lengths, loss.simpo_beta)
-    assert reference_logps is not None
-    if loss.family == "sppo":
-        return implicit_reward(policy_logps, reference_logps, 1.0)
-    if loss.family == "ipo":
-        return implicit_reward(policy_logps, reference_logps, 1.0) / (lengths if loss.ipo_per_token else 1.0)
-    return implicit_reward(policy_logps, reference_logps, loss.beta)
-
-
 # ---- pair losses: `best` against `worst`, elementwise ----
 
 
 def bt_loss(best: torch.Tensor, worst: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Bradley-Terry, `-log sigmoid(rho_best - rho_worst)` (Eq. 15), with cDPO's label smoothing.
 
-    With `label_smoothing` e the labels are held to be flipped with probability e (Mitchell 2023, cDPO):
+    `label_smoothing` e is the probability that the label is wrong (Mitchell 2023, cDPO):
     `-(1 - e) log sigmoid(d) - e log sigmoid(-d)`, d the difference. TRL 1.16's `sigmoid` loss ignores that setting.
 
     Args:
@@ -105,20 +88,6 @@ def sppo_pair_loss(best: torch.Tensor, worst: torch.Tensor, beta: float) -> torc
 def nca_pair_loss(best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
     """NCA for a pair (arXiv 2402.05369): `-log sigmoid(rho_w) - 1/2 log sigmoid(-rho_w) - 1/2 log sigmoid(-rho_l)`."""
     return -logsigmoid(best) - 0.5 * logsigmoid(-best) - 0.5 * logsigmoid(-worst)
-
-
-def pair_loss(loss: Loss, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
-    """The pair loss of the family of `loss` on two scores, elementwise (shapes broadcast)."""
-    if loss.family == "exo":
-        return exo_pair_loss(best, worst, loss.exo_epsilon)
-    if loss.family == "ipo":
-        return ipo_pair_loss(best, worst, loss.beta)
-    if loss.family == "sppo":
-        return sppo_pair_loss(best, worst, loss.beta)
-    if loss.family == "nca":
-        return nca_pair_loss(best, worst)
-    margin = loss.simpo_margin if loss.family == "simpo" else 0.0
-    return bt_loss(best - margin, worst, loss.label_smoothing)
 
 
 # ---- list losses: all n responses ----
@@ -205,52 +174,104 @@ def _log_softmax(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values.masked_fill(~mask, -torch.inf).log_softmax(dim=1).masked_fill(~mask, 0.0)
 
 
-def list_loss(loss: Loss, scores: torch.Tensor, annotated: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The loss of the family of `loss` on whole lists: `loss.preference: pl`; (batch, n) to (batch,)."""
-    if loss.family == "exo":
-        return exo_list_loss(scores, annotated, mask, loss.exo_beta_r)
-    if loss.family == "ipo":
-        return ipo_list_loss(scores, mask, loss.beta)
-    if loss.family == "sppo":
-        return sppo_list_loss(scores, annotated, mask, loss.beta, loss.sppo_win)
-    if loss.family == "nca":
-        return nca_list_loss(scores, annotated, mask, loss.nca_alpha)
-    return pl_loss(scores, mask)
-
-
 # ---- HPS: y_1 against a weighted mixture of the dispreferred ----
+#
+# The weights decide the estimator: q of Eq. 9 over all N responses is the exact loss; the shares of m draws from q
+# estimate it; a single draw of weight 1 is the sampled loss that the paper trains with.
 
 
 def hps_loss(
-    loss: Loss,
     best: torch.Tensor,
     others: torch.Tensor,
     log_weights: torch.Tensor,
-    dispreferred_count: torch.Tensor,
+    log_n: torch.Tensor | float = 0.0,
+    pair: PairLoss = bt_loss,
 ) -> torch.Tensor:
-    """HPS of a response against a weighted mixture: Eq. 10, or Eq. 8 with `loss.factor_n`.
+    """HPS: `-log(exp(rho_1) / (exp(rho_1) + sum_i w_i exp(rho_i)))` (Eq. 10); with `log_n` N times the sum (Eq. 8).
 
-    The weights decide the estimator: q of Eq. 9 over all N responses is the exact loss; the shares of m draws from q
-    estimate it; a single draw of weight 1 is the sampled loss that the paper trains with,
-    `-log sigmoid(rho_1 - rho_y - [log N])`. For dpo and simpo the mixture stands inside the logarithm,
-    `-log(exp(rho_1) / (exp(rho_1) + [N] sum_i w_i exp(rho_i)))`. The other families' losses are no function of such a
-    sum: for them HPS is the weighted mean of their pair losses, with log N added to rho_i in exo alone (our choice).
+    This is the pair loss of y_1 against the mixture, whose score is the logarithm of that sum.
 
     Args:
-        loss: the recipe's section.
         best: (batch,), score of the preferred response.
-        others: (batch, n), scores; columns of weight 0 may hold anything with a finite square, also `best`.
+        others: (batch, n), scores. Columns of weight 0 are ignored; they need a finite square, and may hold `best`.
         log_weights: (batch, n), logarithms of the weights, -inf for weight 0; each row's weights sum to 1.
-        dispreferred_count: (batch,), N >= 1.
+        log_n: log N, (batch, 1), for Eq. 8; 0 for Eq. 10.
+        pair: a logistic pair loss: Bradley-Terry's, or one with smoothing and margin.
 
     Returns:
         (batch,), nats.
     """
-    if loss.factor_n:
-        others = others + torch.log(dispreferred_count.to(others.dtype)).unsqueeze(1)
-    if loss.family in ("dpo", "simpo"):
-        return pair_loss(loss, best, torch.logsumexp(others + log_weights, dim=1))
-    return (log_weights.exp() * pair_loss(loss, best.unsqueeze(1), others)).sum(dim=1)
+    return pair(best, torch.logsumexp(others + log_n + log_weights, dim=1))  # Eq. 8, Eq. 10
+
+
+def mean_pair_loss(
+    best: torch.Tensor,
+    others: torch.Tensor,
+    log_weights: torch.Tensor,
+    log_n: torch.Tensor | float,
+    pair: PairLoss,
+) -> torch.Tensor:
+    """HPS of a family whose loss is not a function of the mixture's sum: `sum_i w_i pair(rho_1, rho_i)`, our choice.
+
+    Arguments and result are those of `hps_loss`.
+    """
+    return (log_weights.exp() * pair(best.unsqueeze(1), others + log_n)).sum(dim=1)
+
+
+# ---- all families ----
+
+
+class Formulas(NamedTuple):
+    """How a family computes; `loss` is the recipe's section, shapes are (batch, n) where nothing else is said.
+
+    Attributes:
+        score: (loss, policy's log-probabilities, the reference's, lengths in tokens) to what its losses compare.
+        pair: (loss, best, worst) scores of any one shape to losses of that shape.
+        list: (loss, scores, annotated rewards, mask) to (batch,) losses, best response first; None: it has no loss
+            for lists, and `pl` is not among its preferences.
+    """
+
+    score: Callable[[Loss, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    pair: Callable[[Loss, torch.Tensor, torch.Tensor], torch.Tensor]
+    list: Callable[[Loss, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None
+
+
+def _rho(loss: Loss, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return implicit_reward(policy, reference, loss.beta)
+
+
+FORMULAS = {
+    "dpo": Formulas(
+        score=_rho,
+        pair=lambda loss, best, worst: bt_loss(best, worst, loss.label_smoothing),
+        list=lambda loss, scores, annotated, mask: pl_loss(scores, mask),
+    ),
+    "exo": Formulas(
+        score=_rho,
+        pair=lambda loss, best, worst: exo_pair_loss(best, worst, loss.exo_epsilon),
+        list=lambda loss, scores, annotated, mask: exo_list_loss(scores, annotated, mask, loss.exo_beta_r),
+    ),
+    "ipo": Formulas(
+        score=lambda loss, policy, reference, lengths: (policy - reference) / (lengths if loss.ipo_per_token else 1.0),
+        pair=lambda loss, best, worst: ipo_pair_loss(best, worst, loss.beta),
+        list=lambda loss, scores, annotated, mask: ipo_list_loss(scores, mask, loss.beta),
+    ),
+    "sppo": Formulas(
+        score=lambda loss, policy, reference, lengths: policy - reference,
+        pair=lambda loss, best, worst: sppo_pair_loss(best, worst, loss.beta),
+        list=lambda loss, scores, annotated, mask: sppo_list_loss(scores, annotated, mask, loss.beta, loss.sppo_win),
+    ),
+    "nca": Formulas(
+        score=_rho,
+        pair=lambda loss, best, worst: nca_pair_loss(best, worst),
+        list=lambda loss, scores, annotated, mask: nca_list_loss(scores, annotated, mask, loss.nca_alpha),
+    ),
+    "simpo": Formulas(
+        score=lambda loss, policy, reference, lengths: simpo_reward(policy, lengths, loss.simpo_beta),
+        pair=lambda loss, best, worst: bt_loss(best - loss.simpo_margin, worst, loss.label_smoothing),
+        list=lambda loss, scores, annotated, mask: pl_loss(scores, mask),
+    ),
+}
 
 
 def preference_loss(
@@ -275,10 +296,15 @@ def preference_loss(
     Returns:
         (batch,), nats.
     """
+    formulas = FORMULAS[loss.family]
     if loss.preference == "pl":
-        return list_loss(loss, scores, annotated, mask)
-    terms = [
-        hps_loss(loss, scores[:, term], scores, log_weights[:, term], dispreferred_count[:, term])
+        assert formulas.list is not None  # else the recipe is refused
+        return formulas.list(loss, scores, annotated, mask)
+    mixture_loss = hps_loss if FAMILIES[loss.family].inside_log else mean_pair_loss
+    n = dispreferred_count if loss.factor_n else torch.ones_like(dispreferred_count)  # Eq. 8, or Eq. 10
+    log_n, pair = n.to(scores.dtype).log().unsqueeze(2), partial(formulas.pair, loss)
+    first, *second = [
+        mixture_loss(scores[:, term], scores, log_weights[:, term], log_n[:, term], pair)
         for term in range(log_weights.shape[1])
     ]
-    return terms[0] if len(terms) == 1 else terms[0] + loss.appendix_e_lambda * terms[1]
+    return first + loss.appendix_e_lambda * second[0] if second else first

@@ -1,8 +1,10 @@
 """The settings of the method, typed: what the loss is, and what each step trains on."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from hps.methods import FAMILIES, Constant, constants
 
 
 class Section(BaseModel):
@@ -11,13 +13,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Loss(Section):
+class CommonLoss(Section):
     """A reward parameterisation (`family`) under a preference model. docs/methods.md has every formula and source.
 
     A setting that the chosen method does not read must keep its default.
     """
 
-    family: str = Field("dpo", description="dpo, exo, ipo, sppo, nca or simpo")
+    family: str = Field("dpo", description=f"one of {', '.join(FAMILIES)}")
     preference: str = Field("hps", description="bt (a pair), pl (a list) or hps (y_1 against a hard negative)")
     beta: float = Field(0.1, gt=0, description="beta of Eq. 3; tau of IPO, 1/eta of SPPO; SimPO has its own")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="that of cDPO, for pairs of dpo and simpo")
@@ -31,13 +33,26 @@ class Loss(Section):
 
     list_size: int | None = Field(5, ge=2, description="pl: responses of a list, y_1 included (null: all)")
 
-    exo_epsilon: float = Field(1e-3, gt=0, lt=0.5, description="exo, bt and hps: smoothing of the pair's target")
-    exo_beta_r: float = Field(1.0, gt=0, description="exo, pl: temperature of the list's target")
-    ipo_per_token: bool = Field(False, description="ipo: log-ratios are averaged over tokens")
-    sppo_win: Literal["hard", "sigmoid"] = Field("hard", description="sppo, pl: how rewards become wins")
-    nca_alpha: float = Field(1.0, gt=0, description="nca, pl: temperature of the list's target")
-    simpo_beta: float = Field(2.0, gt=0, description="simpo: its beta, per token")
-    simpo_margin: float = Field(0.0, ge=0, description="simpo, bt and hps: margin of the pair")
+    if TYPE_CHECKING:  # the constants of the families
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def _field(constant: Constant) -> tuple[Any, Any]:
+    kind = Literal[constant.choices] if constant.choices else type(constant.default)
+    return kind, Field(constant.default, description=constant.meaning, **constant.bounds)
+
+
+if TYPE_CHECKING:
+    Loss = CommonLoss
+else:  # with a field for each constant that a family has
+    Loss = create_model(
+        "Loss",
+        __base__=CommonLoss,
+        __module__=__name__,
+        __doc__=CommonLoss.__doc__,
+        **{name: _field(constant) for name, constant in constants().items()},
+    )
 
 
 class Schedule(Section):

@@ -1,13 +1,13 @@
 """One prompt, many responses, computed once: for training, the reference, scoring and evaluation alike.
 
 A row holds `prompt, response, response, ...`, then perhaps another prompt with its responses. Each response attends to
-its prompt and to itself, and its positions go on from the prompt's end, so that its log-probabilities are what they are
-in a row of its own. Hidden states are gathered where they are needed, and the rest of the class's own forward pass (its
-head, and whatever it does to the logits) is applied to those alone, in chunks: logits of a whole batch never exist.
+its prompt and to itself, and its positions continue from the end of the prompt, so its log-probabilities are those of a
+separate row. The hidden states of scored tokens are gathered, and only they pass the model's head and whatever follows
+it, in chunks: the logits of a whole batch never exist.
 
-Not every model can share a prompt. `prove` tries it on a small copy of the model's class, with everything in the
-configuration that could act as a window made shorter than the rows, and says up to which length shared rows are right.
-Longer conversations have rows of their own.
+Not every model can share a prompt. `prove` tries it on a small float64 copy of the model. Length-dependent features
+(windows, chunks, rotary scaling) are found by shrinking the numbers of the configuration one by one. Conversations that
+are too long for sharing get separate rows.
 """
 
 import copy
@@ -15,11 +15,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import wraps
+from os.path import commonprefix
 from types import MethodType
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -61,25 +63,11 @@ SHARED = Layout(shared=math.inf, padded=math.inf, gathers=True, reason="")
 SEPARATE = Layout(shared=0, padded=0, gathers=False, reason="it was not tried")
 
 
-def split_group(prompt: int, responses: list[int], limit: int) -> list[list[int]]:
-    """Which of a prompt's responses share a row, in their order, so that a row has at most `limit` tokens.
+def portions(prompt: int, responses: list[int], budget: int, shared: bool) -> Iterator[list[int]]:
+    """Which of a prompt's responses go into one row or forward pass, in their order: at most `budget` tokens, or one.
 
     A long list takes less memory in several rows with the prompt in each, and where attention is computed over a whole
-    row (eager), less time. A response that is too long by itself has a row of its own.
-    """
-    parts: list[list[int]] = [[]]
-    used = prompt
-    for index, tokens in enumerate(responses):
-        if parts[-1] and used + tokens > limit:
-            parts.append([])
-            used = prompt
-        parts[-1].append(index)
-        used += tokens
-    return parts
-
-
-def portions(prompt: int, responses: list[int], budget: int, shared: bool) -> Iterator[list[int]]:
-    """Which of a prompt's responses go into one forward pass, in their order: at most `budget` tokens, one at least.
+    row (eager), less time.
 
     Args:
         prompt, responses: tokens of each.
@@ -131,53 +119,57 @@ def shared_rows(
         prompts: token ids of each prompt, at least one.
         responses: token ids of each prompt's responses, none empty.
         pad: token that fills up rows.
-        budget: tokens of a row, for `split_group` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
+        budget: tokens of a row, for `portions` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
             several prompts share a row where it is no longer than the longest.
 
     Returns:
-        `input_ids`, `position_ids` and `segments` (rows, tokens, 2: number of the prompt, -1 on padding, and of the
-        response, 0 in the prompt); and by response, in the order of `responses`: `scored`, places of the predicting
+        `input_ids`, `position_ids` and `segments` (rows, tokens, 2: number of the prompt and of the response, 0 in the
+        prompt; -1 on padding); and by response, in the order of `responses`: `scored`, places of the predicting
         tokens in the flattened rows, and `targets`, what they predict, one after the other; `sizes`, tokens of each;
         `starts` (responses, 2), where in the flattened rows its prompt and it begin.
     """
     split = [
         (prompt, [each[index] for index in part])
         for prompt, each in zip(prompts, responses, strict=True)
-        for part in split_group(len(prompt), list(map(len, each)), budget or ROW_TOKENS)
+        for part in portions(len(prompt), list(map(len, each)), budget or ROW_TOKENS, shared=True)
     ]
-    prompts, responses = [prompt for prompt, _ in split], [each for _, each in split]
     groups = [len(prompt) + sum(map(len, each)) for prompt, each in split]
     rows = fill_rows(groups, budget)
     width = max(sum(groups[index] for index in row) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
-    segments = torch.zeros(len(rows), width, 2, dtype=torch.long)
-    segments[..., 0] = -1
-    parts = (ids, positions, segments)
-    scored: dict[int, list[torch.Tensor]] = {}
+    ids, positions, segments = ([[] for _ in rows] for _ in range(3))
+    scored: dict[int, list[int]] = {}
     starts: dict[int, list[tuple[int, int]]] = {}
     for number, row in enumerate(rows):
-        end = 0
         for index in row:
-            prompt, begin = prompts[index], number * width + end
-            last = end + len(prompt) - 1
-            end = _write(number, end, prompt, 0, (index, 0), parts)
+            prompt, each = split[index]
+            begin = number * width + len(ids[number])
+            ids[number] += prompt
+            positions[number] += range(len(prompt))
+            segments[number] += [(index, 0)] * len(prompt)
             scored[index], starts[index] = [], []
-            for place, response in enumerate(responses[index]):
-                predicting = torch.tensor([last, *range(end, end + len(response) - 1)])
-                scored[index].append(number * width + predicting)
-                starts[index].append((begin, number * width + end))
-                end = _write(number, end, response, len(prompt), (index, place + 1), parts)
-    flat = [response for each in responses for response in each]
+            for place, response in enumerate(each, 1):
+                start = number * width + len(ids[number])
+                # The prompt's last token predicts the response's first, and so on.
+                scored[index] += [begin + len(prompt) - 1, *range(start, start + len(response) - 1)]
+                starts[index].append((begin, start))
+                ids[number] += response
+                positions[number] += range(len(prompt), len(prompt) + len(response))
+                segments[number] += [(index, place)] * len(response)
+    flat = [response for _, each in split for response in each]
     return {
-        "input_ids": ids,
-        "position_ids": positions,
-        "segments": segments,
-        "scored": torch.cat([places for index in range(len(prompts)) for places in scored[index]]),
+        "input_ids": _rectangle(ids, pad),
+        "position_ids": _rectangle(positions, 0),
+        "segments": _rectangle(segments, -1),
+        "scored": torch.tensor([place for index in range(len(split)) for place in scored[index]]),
         "targets": torch.tensor([token for response in flat for token in response]),
         "sizes": torch.tensor([len(response) for response in flat]),
-        "starts": torch.tensor([place for index in range(len(prompts)) for place in starts[index]]),
+        "starts": torch.tensor([place for index in range(len(split)) for place in starts[index]]),
     }
+
+
+def _rectangle(rows: list[list], filler: int) -> torch.Tensor:
+    """Rows of unequal lengths as a tensor, filled up at their right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
 
 
 def separate_rows(
@@ -195,7 +187,7 @@ def separate_rows(
     lengths = torch.tensor(list(map(len, rows)))
     kind = {"lengths": lengths} if alone else {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
     return {
-        "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        "input_ids": _rectangle(rows, pad),
         **kind,
         "scored": torch.cat(
             [start - 1 + torch.arange(len(response)) for (_, start), (_, response) in zip(begins, pairs, strict=True)]
@@ -220,22 +212,7 @@ def make_rows(
 
 def common_prefix(rows: list[list[int]]) -> int:
     """Number of tokens that all rows begin with, short of the shortest row by at least one."""
-    limit = min(map(len, rows)) - 1
-    first, last = min(rows), max(rows)  # lists compare like words: these two differ earliest
-    for index in range(limit):
-        if first[index] != last[index]:
-            return index
-    return limit
-
-
-def _write(row: int, start: int, tokens: list[int], position: int, segment: tuple[int, int], parts) -> int:
-    """Put tokens into a row; the place behind them."""
-    end = start + len(tokens)
-    ids, positions, segments = parts
-    ids[row, start:end] = torch.tensor(tokens)
-    positions[row, start:end] = torch.arange(position, position + len(tokens))
-    segments[row, start:end] = torch.tensor(segment)
-    return end
+    return min(len(commonprefix(rows)), min(map(len, rows)) - 1)
 
 
 def attention_mask(segments: torch.Tensor) -> torch.Tensor:
@@ -273,7 +250,7 @@ class Given(torch.nn.Module):
 class OwnHead:
     """What a class makes of hidden states: its own forward pass, the backbone's output given.
 
-    So scaled or capped logits, a bias, or a second layer of the head are the class's, known here or not.
+    Scaled or capped logits, a bias or a second layer of the head need not be known here.
 
     Args:
         model: a model of transformers, not wrapped.
@@ -529,12 +506,12 @@ def trial_log_probs(model, rows: dict[str, torch.Tensor], gathers: bool) -> torc
 
 
 def prove(model, longest: float, own: Callable = own_log_probs, ours: Callable = trial_log_probs) -> Layout:
-    """How this class of models may compute responses, found out by trying.
+    """How this class of models may compute responses, found by trying.
 
-    A small model with the same configuration and random weights computes conversations in float64, in rows of their own
-    by the class's forward pass and in our rows. Then again with each number of the configuration that changes no
-    weight's shape and is below `longest` shrunk to `SHORT`. If our rows then give something else, the number is the
-    length (a window, a chunk, the place where a rotary embedding is stretched) up to which they are right.
+    A small model with the same configuration and random weights computes conversations in float64: in separate rows by
+    the class's own forward pass, and in our rows. This is repeated for each number of the configuration below `longest`
+    that changes no weight's shape, shrunk to `SHORT`. If our rows then differ, the number is the length (of a window, a
+    chunk, a rotary embedding before it is stretched) up to which they are right.
 
     Args:
         model: a model of transformers (not wrapped), anywhere.

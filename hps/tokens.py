@@ -1,19 +1,17 @@
-"""What a model's tokenizer makes of texts, by its own `tokenizer.json`.
+"""What a model's tokenizer makes of texts, according to its own `tokenizer.json`.
 
 Releases of transformers differ in how they rebuild a tokenizer from its configuration: one of them loses every space of
-a DeepSeek tokenizer. The file itself, read by the library that wrote it, gives the same ids everywhere. So `hps.chat`
-holds what transformers loads against it, and a claim holds the hash of its ids (`pipeline.stage.model_hash`): stages in
-different environments that use one tokenizer compare.
+a DeepSeek tokenizer. Read by the library that wrote it, the file gives the same ids everywhere. `hps.chat` compares
+what transformers loads with it. A claim holds the hash of its ids (`hps.chat.model_tokens`), so stages in different
+environments can tell whether they use the same tokenizer.
 """
 
-import hashlib
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hps.errors import InputError
-from pipeline.records import canonical
 
 FILE = "tokenizer.json"
 # Each begins with a letter: many tokenizers drop or add a space in front of a text.
@@ -74,22 +72,3 @@ def probe_texts(own: Any) -> list[str]:
     """TEXTS, and a text with every added token of the tokenizer."""
     added = sorted(token.content for token in own.get_added_tokens_decoder().values())
     return [*TEXTS, "a" + "".join(f"{token} a{token}a" for token in added)]
-
-
-def model_tokens(path: str, revision: str | None = None) -> str | None:
-    """SHA-256 of the ids of the probe texts; None where no tokenizer can be read, which whoever loads it says.
-
-    A tokenizer without a `tokenizer.json` is asked as transformers builds it, which may differ between releases.
-    """
-    try:
-        own = own_tokenizer(path, revision)
-        if own:
-            ids, texts = encoder(own), probe_texts(own)
-        else:
-            from hps.chat import encode, load_tokenizer  # imports torch, which stages without a model do not need
-
-            tokenizer = load_tokenizer(path, revision)
-            ids, texts = partial(encode, tokenizer), TEXTS
-    except InputError:
-        return None
-    return hashlib.sha256(canonical([ids(text) for text in texts]).encode()).hexdigest()

@@ -1,10 +1,10 @@
 """`HPSTrainer`: TRL's DPOTrainer with the preference losses of the paper. The one file that imports the parent.
 
-What changes: the loss (`_compute_loss`); the data, which are lists of responses as token ids that the plan has chosen,
-so that the parent's tokenisation and its dropping of long examples are left out; and the forward pass
-(hps/shared_prefix.py), in which responses share their prompt where the model's class can, and the LM head works at
-their tokens alone. The reference (the adapter switched off, or a frozen copy), LoRA, DeepSpeed, saving and resuming are
-the parent's. tests/test_trainer.py pins what is relied upon of TRL 1.16.0.
+What changes: the loss (`_compute_loss`); the data, which are lists of responses that the plan chose, as token ids, so
+the parent neither tokenises nor drops long examples; and the forward pass (hps/shared_prefix.py), in which responses
+share their prompt where the model allows it, and the LM head sees only their tokens. The reference (the adapter
+switched off, or a frozen copy), LoRA, DeepSpeed, saving and resuming are the parent's. tests/test_trainer.py pins what
+we rely on in TRL 1.16.0.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from hps.errors import InputError
-from hps.losses import implicit_reward, preference_loss, response_scores, simpo_reward
+from hps.losses import FORMULAS, implicit_reward, preference_loss
+from hps.methods import FAMILIES
 from hps.settings import Loss
 from hps.shared_prefix import SEPARATE, Layout, add_response_head, make_rows, response_log_probs
 
@@ -55,36 +57,25 @@ class PlanCollator:
     row_tokens: int | None = None
 
     def __call__(self, examples: list[dict]) -> dict:
-        sizes = torch.tensor([len(example["response_ids"]) for example in examples])
-        mask = torch.arange(int(sizes.max())) < sizes[:, None]
-        lengths = torch.ones(mask.shape).masked_scatter(
-            mask, _numbers(len(ids) for e in examples for ids in e["response_ids"])
-        )
-        terms = max(len(example["weights"]) for example in examples)
+        lengths = [[len(ids) for ids in example["response_ids"]] for example in examples]
         # The logarithm in float64: a weight that float32 cannot hold may still count against a large reward.
-        weights = torch.zeros(len(examples), terms, mask.shape[1], dtype=torch.float64)
-        for place, example in enumerate(examples):
-            for number, values in enumerate(example["weights"]):
-                weights[place, number, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        weights = _padded([term for example in examples for term in example["weights"]], dtype=torch.float64)
         batch = {
             "rows": self.rows(examples),
             "row": torch.tensor([example["row"] for example in examples]),
             "tokens": torch.tensor(
-                [len(e["prompt_ids"]) * len(e["response_ids"]) + sum(map(len, e["response_ids"])) for e in examples]
+                [len(e["prompt_ids"]) * len(sizes) + sum(sizes) for e, sizes in zip(examples, lengths, strict=True)]
             ),
-            "mask": mask,
-            "lengths": lengths,
+            "mask": torch.arange(weights.shape[1]) < torch.tensor(list(map(len, lengths)))[:, None],
+            "lengths": _padded(lengths, 1.0),
             # Minus the highest: losses see differences alone, and float32 rounds them off where all rewards are large.
-            "rewards": torch.zeros(mask.shape).masked_scatter(
-                mask, _numbers(reward - max(e["rewards"]) for e in examples for reward in e["rewards"])
-            ),
-            "log_weights": weights.log().to(torch.get_default_dtype()),
-            "dispreferred_count": _numbers(example["dispreferred_count"] for example in examples),
-            "gamma": _numbers(example["gamma"] for example in examples),
+            "rewards": _padded([[reward - max(e["rewards"]) for reward in e["rewards"]] for e in examples]),
+            "log_weights": weights.view(len(examples), -1, weights.shape[1]).log().to(torch.get_default_dtype()),
+            "dispreferred_count": _padded([example["dispreferred_count"] for example in examples]),
+            "gamma": torch.tensor([float(example["gamma"]) for example in examples]),
         }
         if examples[0].get("reference") is not None:
-            given = _numbers(value for example in examples for value in example["reference"])
-            batch["reference"] = torch.zeros(mask.shape).masked_scatter(mask, given)
+            batch["reference"] = _padded([example["reference"] for example in examples])
         return batch
 
     def rows(self, examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -93,8 +84,10 @@ class PlanCollator:
         return make_rows(self.layout, prompts, responses, self.pad_token_id, self.row_tokens)
 
 
-def _numbers(values) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.get_default_dtype())
+def _padded(lists: list[list[float]], value: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Lists of unequal lengths as rows of one tensor, of torch's default dtype."""
+    rows = [torch.tensor(each, dtype=dtype or torch.get_default_dtype()) for each in lists]
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 @dataclass
@@ -132,12 +125,14 @@ class HPSTrainer(DPOTrainer):
         _refuse_unsupported(config)
         config.beta = loss.beta
         self.loss, self.rows = loss, train_dataset
+        self.compares = FAMILIES[loss.family].reference  # the policy with the reference
+        self.tokens = 0  # that have passed the policy; a continued training sets what it had
         self.start: float | None = None  # the largest |s| before the first update, nats; None when resumed
         # The parent takes no other kind of sequence; it gets the rows themselves back from `_prepare_dataset`.
         numbers = Dataset.from_dict({"row": range(len(train_dataset))})
         super().__init__(*args, train_dataset=numbers, **kwargs)
-        if loss.family == "simpo":
-            self.ref_model = None  # the parent made a frozen copy; SimPO compares with none
+        if not self.compares:
+            self.ref_model = None  # the parent made a frozen copy
         # The parent has wrapped the reference by DeepSpeed already.
         gathers = self.data_collator.layout.gathers
         add_response_head(self.model.get_base_model() if self.is_adapted else self.model, gathers)
@@ -156,8 +151,8 @@ class HPSTrainer(DPOTrainer):
     def _prepare_input(self, data):
         """To the device, as it is.
 
-        The parent casts what is no integer to DeepSpeed's precision. Here these are log-probabilities, rewards, weights
-        and lengths: in bf16 a reference of 130 nats is off by up to half a nat.
+        The parent casts floating-point tensors to DeepSpeed's precision. Here these are log-probabilities, rewards,
+        weights and lengths: in bf16 a reference of 130 nats is off by up to half a nat.
         """
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
@@ -168,20 +163,23 @@ class HPSTrainer(DPOTrainer):
         """Mean loss of the lists in the batch; log-probabilities are summed over the response's tokens."""
         policy = self._log_probs(model, inputs)
         reference = inputs.get("reference")
-        if reference is None and self.loss.family != "simpo":
+        if reference is None and self.compares:
             with self.as_reference():
                 reference = self._log_probs(self.ref_model or model, inputs)
         if self.state.global_step == 0 and reference is not None:
             self._check_start(policy.detach(), reference, inputs["lengths"])
+        scores = FORMULAS[self.loss.family].score(self.loss, policy, reference, inputs["lengths"])
         losses = preference_loss(
             self.loss,
-            response_scores(self.loss, policy, reference, inputs["lengths"]),
+            scores,
             inputs["rewards"],
             inputs["mask"],
             inputs["log_weights"],
             inputs["dispreferred_count"],
         )
-        self._record(inputs, policy.detach(), reference, losses.detach())
+        # The logged rewards are rho of Eq. 3, also where a family's score is something else.
+        rewards = implicit_reward(policy, reference, self.loss.beta) if self.compares else scores
+        self._record(inputs, policy.detach(), rewards.detach(), losses.detach())
         loss = losses.mean()
         return (loss, {"policy": policy}) if return_outputs else loss
 
@@ -222,7 +220,7 @@ class HPSTrainer(DPOTrainer):
             lengths: (lists, n), tokens.
 
         Raises:
-            InputError: it is more than rounding explains. Every process raises it, so that none waits for another.
+            InputError: it is more than rounding explains. Raised on every process, so none hangs.
         """
         device = policy.device.type
         computed = torch.get_autocast_dtype(device) if self.accelerator.native_amp else _dtype(self.model)
@@ -246,7 +244,7 @@ class HPSTrainer(DPOTrainer):
             logs = {**logs, "s/largest_at_start": self.start}
         super().log(logs, *args)
 
-    def _record(self, inputs, policy, reference, losses) -> None:
+    def _record(self, inputs, policy, rewards, losses) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.
 
         `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list of pl).
@@ -256,10 +254,6 @@ class HPSTrainer(DPOTrainer):
         """
         metrics = self._metrics["train" if self.model.training else "eval"]
         lengths = inputs["lengths"]
-        if self.loss.family == "simpo":
-            rewards = simpo_reward(policy, lengths, self.loss.simpo_beta)
-        else:
-            rewards = implicit_reward(policy, reference, self.loss.beta)
         share = inputs["log_weights"][:, 0].exp()
         if self.loss.preference == "pl":
             share = inputs["mask"].to(share.dtype)
@@ -282,9 +276,8 @@ class HPSTrainer(DPOTrainer):
             raise not_finite("loss", self.state.global_step + 1, self.rows.places([int(broken)]))
         for name, value in zip(figures, means, strict=True):
             metrics[name].append(value)
-        tokens = self.accelerator.gather(inputs["tokens"].sum()).sum().item()
-        self._total_train_tokens += tokens
-        metrics["num_tokens"] = [self._total_train_tokens]
+        self.tokens += self.accelerator.gather(inputs["tokens"].sum()).sum().item()
+        metrics["num_tokens"] = [self.tokens]
 
 
 def not_finite(what: str, step: int, places: str) -> InputError:
@@ -299,9 +292,9 @@ def rounding(dtype: torch.dtype, tokens: torch.Tensor, log_probs: torch.Tensor) 
     """Most that rounding lets s = log pi_theta - log pi_ref be where both are one model; nats.
 
     A token's log-probability is a difference of logits of up to some 30 nats, rounded by `eps` of their size, and the
-    layers before add as much: 64 eps. The errors of a response's tokens are independent, and add up as such. The sum
-    over the tokens is taken in fp32, at 8 eps of its size. (Another layout of the same rows, which would be such an
-    error, was seen to give a third of this bound.)
+    layers before add as much: 64 eps. Errors of a response's tokens are independent, so they grow with the square root
+    of their number. The sum over the tokens is taken in fp32, at 8 eps of its size. (The same responses in another
+    layout of rows differed by a third of this bound.)
 
     Args:
         dtype: that the model computes in.

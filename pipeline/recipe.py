@@ -23,7 +23,9 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 from yaml.constructor import ConstructorError
 
+from hps.combinations import refused
 from hps.errors import InputError, run_main
+from hps.methods import FAMILIES, PREFERENCES
 from hps.settings import Loss, Schedule, Section
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -34,10 +36,7 @@ SCORERS = ("reward", "evaluator")  # the roles of which a function can do the wo
 LEAVE = "leave one of them out"
 SHIPPED = "annotation/rewards.py"  # the functions that a recipe names without a file
 RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are no run
-CHOICES = {
-    "loss.family": ("dpo", "exo", "ipo", "sppo", "nca", "simpo"),
-    "loss.preference": ("bt", "pl", "hps"),
-}
+CHOICES = {"loss.family": FAMILIES, "loss.preference": PREFERENCES}
 REFERENCE = r"\$\{([^}]*)\}"  # to another field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
@@ -526,87 +525,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
 
     for key, known in CHOICES.items():
         yield get(recipe, key) not in known, key, "there is no such method", f"use one of: {', '.join(known)}"
-    yield from _meaningless(recipe)
-
-
-# Settings of the loss that some methods alone read: the values of other settings under which they are read.
-_HPS, _PL, _PAIRS = {"preference": ("hps",)}, {"preference": ("pl",)}, {"preference": ("bt", "hps")}
-OWNERS: dict[str, dict[str, tuple]] = {
-    "estimator": _HPS,
-    "samples": _HPS,
-    "factor_n": _HPS,
-    "positives": _HPS,
-    "appendix_e_lambda": {"positives": (2,)},
-    "appendix_e_reading": {"positives": (2,)},
-    "list_size": _PL,
-    "exo_epsilon": {"family": ("exo",), **_PAIRS},
-    "exo_beta_r": {"family": ("exo",), **_PL},
-    "ipo_per_token": {"family": ("ipo",)},
-    "sppo_win": {"family": ("sppo",), **_PL},
-    "nca_alpha": {"family": ("nca",), **_PL},
-    "simpo_beta": {"family": ("simpo",)},
-    "simpo_margin": {"family": ("simpo",)},
-}
-
-
-def _unread(loss: Loss) -> list[tuple[bool, str, str, str]]:
-    """Settings of the loss away from their default that the chosen method does not read, as in `_meaningless`."""
-    found = []
-    for name, conditions in OWNERS.items():
-        default = Loss.model_fields[name].default
-        for choice, allowed in conditions.items():
-            chosen = getattr(loss, choice)
-            unread = chosen not in allowed and getattr(loss, name) != default
-            reason = f"it belongs to `loss.{choice}: {' or '.join(map(str, allowed))}`, and that is {chosen}"
-            written = str(default).lower() if isinstance(default, bool) else default
-            found.append((unread, f"loss.{name}", reason, f"use loss.{name}={written}"))
-    return found
-
-
-def _meaningless(recipe: Recipe) -> list[tuple[bool, str, str, str]]:
-    """Settings of the loss that would do nothing, or contradict: (is so, field, reason, remedy)."""
-    loss, best = recipe.loss, recipe.schedule.best
-    family, preference = loss.family, loss.preference
-    method = f"{family}-{preference}"
-    return [
-        *_unread(loss),
-        (
-            loss.samples > 1 and loss.estimator == "exact",
-            "loss.samples",
-            "`loss.estimator: exact` sums over all dispreferred responses and draws none",
-            "use loss.samples=1, or loss.estimator=sampled",
-        ),
-        (
-            loss.positives == 2 and recipe.schedule.subsample == 2,
-            "schedule.subsample",
-            "`loss.positives: 2` needs a response below y_2",
-            "use schedule.subsample=3 or more, or loss.positives=1",
-        ),
-        (
-            loss.factor_n and family in ("ipo", "sppo", "nca"),
-            "loss.factor_n",
-            f"N multiplies a mixture inside a logarithm, and the loss of {family} has none (docs/methods.md)",
-            "use loss.factor_n=false, or the family dpo, exo or simpo",
-        ),
-        (
-            loss.label_smoothing > 0 and (family not in ("dpo", "simpo") or preference == "pl"),
-            "loss.label_smoothing",
-            f"it flips the label of a logistic pair loss, and {method} is none",
-            "use loss.label_smoothing=0" + (" (loss.exo_epsilon is EXO's own)" if family == "exo" else ""),
-        ),
-        (
-            loss.simpo_margin > 0 and preference == "pl",
-            "loss.simpo_margin",
-            "a margin belongs to a pair, and Plackett-Luce ranks a list",
-            "use loss.simpo_margin=0",
-        ),
-        (
-            best == "human" and preference == "pl" and family in ("exo", "sppo", "nca"),
-            "schedule.best",
-            f"the target of {method} is made of rewards alone: the human choice would not enter",
-            "use schedule.best=reward, or loss.preference=bt or hps",
-        ),
-    ]
+    for refusal in refused(recipe.loss, recipe.schedule):
+        yield True, *refusal
 
 
 def get(recipe: Recipe, key: str) -> Any:

@@ -41,7 +41,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, to_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from hps.errors import InputError
+from hps.errors import InputError, shorten
 
 MOST = 3.4028234663852886e38  # the largest number in single precision, in which training holds rewards
 LARGEST_REWARD = MOST / 2  # so that single precision holds the difference of any two
@@ -313,12 +313,6 @@ def _object(value: object, where: str) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"expected a JSON object, found {shorten(value)}", where=where, remedy="one object a line")
     return value
-
-
-def shorten(value) -> str:
-    """A value as JSON, cut to 60 characters, for error messages."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @cache

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hps.chat import model_tokens
 from hps.errors import InputError, is_full_disk
-from hps.tokens import model_tokens
 from pipeline.functions import check_function, function_hash
 from pipeline.recipe import REPOSITORY, Model, Recipe, as_dict
 from pipeline.records import canonical, read_json, write_json

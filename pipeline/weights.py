@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from hps.errors import InputError
+from hps.errors import InputError, refusal
 from pipeline.recipe import Model
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -224,28 +224,3 @@ def check_adapter(model: Any, folder: Path, name: str) -> None:
             where=str(folder / ADAPTER),
             remedy="give the adapter that was trained on this model",
         )
-
-
-def refusal(path: str, error: Exception, what: str = "model") -> InputError:
-    """What transformers says when it cannot load something (`what`), as one line."""
-    text = " ".join(str(error).split())[:300]
-    if "trust_remote_code" in str(error):
-        return InputError(
-            f"the {what} brings Python code of its own, which is never run",
-            where=path,
-            remedy="use a model that transformers knows, or a copy converted to a class of transformers",
-        )
-    if "safetensors" in str(error):
-        return InputError(
-            f"no weights as safetensors there ({text})",
-            where=path,
-            remedy="give a copy of the model with safetensors",
-        )
-    if not isinstance(error, (OSError, ValueError)):
-        text = f"{type(error).__name__}: {text}"
-        return InputError(f"no {what} that can be loaded there ({text})", where=path, remedy="check its JSON files")
-    return InputError(
-        f"no {what} there ({text})",
-        where=path,
-        remedy="check the model's path in the recipe; fill the hub's cache with `python -m tools.prefetch`",
-    )

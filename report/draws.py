@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment.plan import training_list
 from hps.errors import InputError
+from hps.planning import training_list
 from pipeline.recipe import Recipe
 from pipeline.records import Lines, read_ranked
 
@@ -44,9 +44,9 @@ class Draws:
 def row_figures(row: dict, record: dict, recipe: Recipe) -> tuple[float, float, float]:
     """Place of the drawn in the list that the prompt trains on (1 = hardest), reward gap and length gap (tokens).
 
-    As `alignment.plan.draw` takes them: means over the row's dispreferred responses by their weights in the loss.
+    As `hps.planning.draw` takes them: means over the row's dispreferred responses by their weights in the loss.
     """
-    (preferred, *others), _ = training_list(record, recipe)
+    (preferred, *others), _ = training_list(record, recipe.loss, recipe.schedule, recipe.seed)
     if recipe.loss.positives == 2 and recipe.loss.appendix_e_reading == "intended":
         others = others[1:]
     drawn = row["dispreferred"]

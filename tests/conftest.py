@@ -364,11 +364,11 @@ class Rounding:
 
 def make_plan(records: list[dict], recipe) -> tuple[list[dict], dict]:
     """All rows of a plan and its facts."""
-    from alignment.plan import Plan
+    from hps.planning import Plan
 
     named = {record["prompt_id"]: record for record in records}
     assert len(named) == len(records)
-    made = Plan(named, recipe)
+    made = Plan(named, recipe.loss, recipe.schedule, recipe.seed)
     return list(made.rows()), made.facts()
 
 

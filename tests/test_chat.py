@@ -22,13 +22,13 @@ from hps.chat import (
     end_of_turn_ids,
     inert,
     load_tokenizer,
+    model_tokens,
     prompt_token_ids,
     response_token_ids,
     same_tokens,
     sampled_text,
 )
 from hps.errors import InputError
-from hps.tokens import model_tokens
 from pipeline.records import read_prompts
 
 SMOLLM = REPOSITORY / "models" / "smollm2-135m-instruct"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.plan import hardness_weights
 from hps.losses import (
+    FORMULAS,
     bt_loss,
     exo_list_loss,
     exo_pair_loss,
@@ -18,20 +18,18 @@ from hps.losses import (
     ipo_pair_loss,
     nca_list_loss,
     nca_pair_loss,
-    pair_loss,
     pl_loss,
     preference_loss,
-    response_scores,
     sppo_list_loss,
     sppo_pair_loss,
     win_probability,
 )
+from hps.methods import FAMILIES, PREFERENCES, constants, methods
+from hps.negatives import hardness_weights
 from hps.settings import Loss
-from pipeline.recipe import CHOICES
 
 LOG_3 = math.log(3.0)
-FAMILIES, PREFERENCES = CHOICES["loss.family"], CHOICES["loss.preference"]
-METHODS = list(itertools.product(FAMILIES, PREFERENCES))
+METHODS = methods()
 
 
 def double(*values: float, grad: bool = False) -> torch.Tensor:
@@ -54,7 +52,17 @@ def weights_of(annotated: torch.Tensor, gamma: float) -> torch.Tensor:
 
 def hps(loss: Loss, scores: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
     """HPS of one list, (n,) scores, y_1 first."""
-    return hps_loss(loss, scores[:1], scores[None], log_weights, double(len(scores) - 1))[0]
+    row = scores[None]
+    return preference_loss(loss, row, row, ones(*row.shape), log_weights[None], double(len(scores) - 1)[None])[0]
+
+
+def scores_of(loss: Loss, *given: torch.Tensor | None) -> torch.Tensor:
+    """Scores of log-probabilities under policy and reference, and lengths."""
+    return FORMULAS[loss.family].score(loss, *given)
+
+
+def pair_loss(loss: Loss, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
+    return FORMULAS[loss.family].pair(loss, best, worst)
 
 
 def one_hot(size: int, place: int) -> torch.Tensor:
@@ -101,7 +109,7 @@ def test_implicit_reward_by_hand():
 )
 def test_scores_by_hand(settings, expected):
     reference = None if settings["family"] == "simpo" else double(-18.0)[None]
-    scores = response_scores(Loss(**settings), double(-12.0)[None], reference, double(4.0)[None])
+    scores = scores_of(Loss(**settings), double(-12.0)[None], reference, double(4.0)[None])
     torch.testing.assert_close(scores, double(expected)[None])
 
 
@@ -253,7 +261,7 @@ def test_pairs_by_brute_force(family):
 
 
 @pytest.mark.parametrize("sppo_win", ["hard", "sigmoid"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family, preference in METHODS if preference == "pl"])
 def test_uneven_lists_by_brute_force(family, sppo_win):
     batch = batch_of()
     loss = Loss(family=family, preference="pl", beta=0.3, exo_beta_r=0.7, nca_alpha=1.3, sppo_win=sppo_win)
@@ -302,6 +310,14 @@ def test_hps_by_hand():
     assert hps(with_margin, scores, log_weights).item() == pytest.approx(math.log(9 / 4))
     assert hps(Loss(), scores, one_hot(3, 1)).item() == pytest.approx(math.log(5 / 3))
     assert hps(Loss(factor_n=True), scores, one_hot(3, 1)).item() == pytest.approx(math.log(7 / 3))
+
+
+def test_equations_8_and_10_as_code():
+    """The same numbers from tensors and floats alone: log 17/12, and with log N = log 2 log 11/6."""
+    best, others = double(LOG_3), double(math.log(2), 0.0)[None]
+    log_weights = double(0.25, 0.75)[None].log()
+    assert hps_loss(best, others, log_weights).item() == pytest.approx(math.log(17 / 12))
+    assert hps_loss(best, others, log_weights, math.log(2)).item() == pytest.approx(math.log(11 / 6))
 
 
 def test_label_smoothing_in_hps_by_hand():
@@ -521,6 +537,15 @@ def test_appendix_e_by_hand():
 # ---- all methods ----
 
 
+def test_every_family_has_formulas_and_its_constants_are_settings():
+    """Registry, table and settings name the same; a default has one home."""
+    assert list(FAMILIES) == list(FORMULAS)
+    assert {name: constant.default for name, constant in constants().items()} == {
+        name: getattr(Loss(), name) for name in constants()
+    }
+    assert all(name.startswith(f"{family}_") for family, entry in FAMILIES.items() for name in entry.constants)
+
+
 def loss_of(family: str, preference: str) -> Loss:
     return Loss(
         family=family, preference=preference, factor_n=preference == "hps" and family in ("dpo", "exo", "simpo")
@@ -585,7 +610,7 @@ def test_extreme_values_neither_overflow_nor_lose_the_gradient(family, preferenc
     annotated = double(1000.0, 0.0, -1000.0)
     for ratios in ([500.0, 0.0, -500.0], [-500.0, 0.0, 500.0]):
         logps = torch.tensor([ratios], dtype=dtype, requires_grad=True)
-        scores = response_scores(loss, logps, torch.zeros(1, 3, dtype=dtype), torch.ones(1, 3, dtype=dtype))
+        scores = scores_of(loss, logps, torch.zeros(1, 3, dtype=dtype), torch.ones(1, 3, dtype=dtype))
         weights = weights_of(annotated, gamma).to(dtype).unsqueeze(1)
         count = torch.full((1, 1), 2.0, dtype=dtype)
         value = preference_loss(loss, scores, annotated.to(dtype)[None], ones(1, 3), weights, count)
@@ -694,7 +719,7 @@ def test_gradient_of_pl_by_hand():
 def test_nothing_is_detached():
     """A gradient reaches policy and reference, of opposite signs; who wants none from the reference detaches it."""
     policy, reference = double(-10.0, -30.0, grad=True), double(-14.0, -24.0, grad=True)
-    scores = response_scores(Loss(), policy[None], reference[None], double(1.0, 1.0)[None])
+    scores = scores_of(Loss(), policy[None], reference[None], double(1.0, 1.0)[None])
     hps(Loss(), scores[0], one_hot(2, 1)).backward()
     assert (policy.grad != 0).all()
     torch.testing.assert_close(policy.grad, -reference.grad)

@@ -1,17 +1,22 @@
 """All eighteen methods train a tiny model from their recipe: the loss falls, and all that should move does, no more."""
 
 import math
+import re
+import textwrap
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from alignment.plan import plan
+from alignment.reference import add_reference
 from alignment.train import build_trainer, training_config
+from hps import losses
+from hps import methods as registry
 from hps.chat import load_tokenizer
-from hps.reference import add_reference
-from pipeline.recipe import CHOICES
+from hps.errors import InputError
+from hps.methods import methods
 
-FAMILIES, PREFERENCES = CHOICES["loss.family"], CHOICES["loss.preference"]
 VARIANTS = {
     "exact": ["loss.estimator=exact"],
     "exact with N": ["loss.estimator=exact", "loss.factor_n=true"],
@@ -58,8 +63,7 @@ STEADY = ("schedule.epochs=4", "schedule.gamma_start=0", "schedule.gamma_end=0",
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preference", PREFERENCES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "preference"), methods())
 def test_every_method_trains(ranked_recipe, family, preference):
     check(ranked_recipe(f"loss.family={family}", f"loss.preference={preference}", *STEADY))
 
@@ -68,3 +72,46 @@ def test_every_method_trains(ranked_recipe, family, preference):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains(ranked_recipe, name):
     check(ranked_recipe(*STEADY, *VARIANTS[name]))
+
+
+# ---- a loss in three edits ----
+
+
+def edits() -> list[str]:
+    """The three pieces of code of docs/methods.md, "Add a loss in three edits"."""
+    section = (REPOSITORY / "docs/methods.md").read_text().partition("## Add a loss in three edits")[2]
+    return [textwrap.dedent(code) for code in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)]
+
+
+@pytest.fixture
+def hinge(monkeypatch):
+    """The three edits, made as they are printed: a function, a row of the table, an entry of the registry."""
+    formula, row, entry = edits()
+    code = dict(vars(losses))
+    exec(formula, code)
+    for table, text, names in (
+        (losses.FORMULAS, row, code),
+        (registry.FAMILIES, entry, vars(registry)),
+    ):
+        for name, value in eval("{" + text + "}", dict(names)).items():
+            monkeypatch.setitem(table, name, value)
+
+
+@pytest.mark.parametrize("preference", ["bt", "hps"])
+def test_a_loss_added_in_three_edits_trains(hinge, ranked_recipe, preference):
+    """rho = 0 before the first update: max(0, 1 - 0) = 1, for a pair and for any mixture of pairs."""
+    recipe = ranked_recipe("loss.family=hinge", f"loss.preference={preference}", "optimizer.learning_rate=3e-3")
+    trainer, before = train_tiny(recipe)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[0] == pytest.approx(1, abs=1e-5) and losses[-1] < 0.999
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+
+
+def test_what_an_added_loss_does_not_support_is_refused(hinge, ranked_recipe):
+    with pytest.raises(InputError, match="`loss.preference` is `pl`, but the family hinge has no loss for it; use"):
+        ranked_recipe("loss.family=hinge", "loss.preference=pl")
+    with pytest.raises(InputError, match="the loss of hinge has none .* or the family dpo, exo or simpo"):
+        ranked_recipe("loss.family=hinge", "loss.factor_n=true")
+    with pytest.raises(InputError, match="hinge-hps is none; use loss.label_smoothing=0$"):
+        ranked_recipe("loss.family=hinge", "loss.label_smoothing=0.1")

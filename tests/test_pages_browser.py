@@ -11,7 +11,8 @@ from conftest import REPOSITORY, ranked_records
 from PIL import Image
 from test_report import HOSTILE, evaluated, finished_training, judged
 
-from alignment.plan import hardness_weights, plan
+from alignment.plan import plan
+from hps.negatives import hardness_weights
 from report.explore import explorer
 from report.run import report
 from report.table import page as page_of_table

@@ -1,4 +1,5 @@
-"""alignment/plan.py: weights, gamma, order and draws by hand; bad input by running the stage."""
+"""hps/negatives.py, hps/planning.py, alignment/plan.py: weights, gamma, order and draws by hand; bad input by running
+the stage."""
 
 import json
 import math
@@ -8,19 +9,11 @@ import numpy as np
 import pytest
 from conftest import make_plan, ranked_records
 
-from alignment.plan import (
-    gamma_stages,
-    hardness_weights,
-    plan,
-    preferred_index,
-    read_plan,
-    stage_of,
-    standardize,
-    training_list,
-    training_order,
-)
-from alignment.plan import usable as usable_of
+from alignment.plan import plan, read_plan
+from hps import planning
 from hps.errors import InputError
+from hps.negatives import gamma_stages, hardness_weights, stage_of, standardize
+from hps.planning import preferred_index, training_order
 from hps.settings import Loss, Schedule, stages_without_steps
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import check_ranked
@@ -38,8 +31,13 @@ def constant(gamma: float) -> dict:
     return {"gamma_start": gamma, "gamma_end": gamma}
 
 
+def training_list(record: dict, recipe: Recipe) -> tuple[list[int], str | None]:
+    return planning.training_list(record, recipe.loss, recipe.schedule, recipe.seed)
+
+
 def usable(records: list[dict], recipe: Recipe) -> tuple[list[str], dict]:
-    return usable_of({record["prompt_id"]: record for record in records}, recipe)
+    named = {record["prompt_id"]: record for record in records}
+    return planning.usable(named, recipe.loss, recipe.schedule, recipe.seed)
 
 
 EXACT = {"estimator": "exact"}
@@ -901,7 +899,7 @@ def test_a_plan_that_another_code_made_is_not_replaced(light_recipe, ranked):
     lines = path.read_text().splitlines(keepends=True)
     for damaged in ([lines[1], *lines[1:]], lines[:-1]):
         path.write_text("".join(damaged))
-        with pytest.raises(InputError, match="the plan made now differs from the one that stands here in 1 rows"):
+        with pytest.raises(InputError, match="the plan made now differs from the existing one in 1 rows"):
             plan(recipe)
         assert path.read_text() == "".join(damaged)
 
@@ -910,7 +908,7 @@ def test_a_prompt_that_stands_twice_is_refused(light_recipe, ranked, run_module)
     """Two rankings of one prompt: nobody said which holds."""
     path = ranked([*ranked_records(3), ranked_records(2)[1]])
     result = run_module("alignment.plan", light_recipe)
-    assert_one_error(result, f"error: {path}:4: the prompt `", "stands here and at line 2; leave one of the two lines")
+    assert_one_error(result, f"error: {path}:4: the prompt `", "is here and at line 2; leave one of the two lines")
 
 
 def test_a_run_folder_does_not_mix_settings(light_recipe, ranked):

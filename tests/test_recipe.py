@@ -7,9 +7,11 @@ import yaml
 from conftest import REPOSITORY
 from pydantic import TypeAdapter
 
+from hps.combinations import readers
 from hps.errors import InputError
+from hps.methods import methods
 from hps.settings import Loss
-from pipeline.recipe import CHOICES, OWNERS, as_dict, as_yaml, fields, fields_page, load_recipe
+from pipeline.recipe import CHOICES, as_dict, as_yaml, fields, fields_page, load_recipe
 
 RECIPE = """\
 output: runs/test
@@ -300,7 +302,7 @@ def test_impossible_combinations(load, overrides, message):
 def test_every_setting_of_one_choice_alone_has_an_owner():
     """A setting named after a family, or new in the section, cannot be read by nobody without a word."""
     shared = {"family", "preference", "beta", "label_smoothing"}
-    assert sorted([*OWNERS, *shared]) == sorted(Loss.model_fields)
+    assert sorted([*readers(), *shared]) == sorted(Loss.model_fields)
 
 
 def test_the_page_of_fields_is_up_to_date():
@@ -476,7 +478,10 @@ MEANINGLESS = [
     (["loss.preference=hps", "loss.family=ipo", "loss.factor_n=true"], "the loss of ipo has none"),
     (["loss.family=exo", "loss.label_smoothing=0.1"], "exo-bt is none; use loss.label_smoothing=0 (loss.exo_epsilon"),
     (["loss.preference=pl", "loss.label_smoothing=0.1"], "dpo-pl is none; use loss.label_smoothing=0"),
-    (["loss.family=simpo", "loss.preference=pl", "loss.simpo_margin=1"], "a margin belongs to a pair"),
+    (
+        ["loss.family=simpo", "loss.preference=pl", "loss.simpo_margin=1"],
+        "belongs to `loss.preference: bt or hps`, and that is pl",
+    ),
     (["loss.family=nca", "loss.preference=pl", "schedule.best=human"], "the target of nca-pl is made of rewards alone"),
 ]
 
@@ -489,8 +494,7 @@ def test_combinations_without_a_meaning_are_refused_with_the_reason(load, overri
     assert message in text and text.startswith("command line, `") and "; use " in text
 
 
-@pytest.mark.parametrize("family", CHOICES["loss.family"])
-@pytest.mark.parametrize("preference", CHOICES["loss.preference"])
+@pytest.mark.parametrize(("family", "preference"), methods())
 def test_every_method_loads_from_the_quickstart(family, preference):
     recipe = load_recipe(
         REPOSITORY / "configs/quickstart.yaml", [f"loss.family={family}", f"loss.preference={preference}"]

@@ -2,12 +2,10 @@
 found again, never stale."""
 
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer, ranked_records
@@ -16,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from alignment import train as stage
 from alignment.plan import plan
+from alignment.reference import add_reference, cache_folder, known_values
 from alignment.train import build_trainer, train, training_config
 from hps.chat import load_tokenizer
 from hps.errors import InputError
-from hps.reference import Values, add_reference, batch_key, cache_folder, known_values, micro_batch
+from hps.reference import Values, batch_key, micro_batch
 from hps.trainer import HPSTrainer, rounding
 from pipeline.records import read_jsonl
 
@@ -326,9 +325,10 @@ def test_values_by_hand():
     """Rows of 2, 1, 1, 2 and 3 responses, two rows at a time; the second micro-batch returns as the third."""
     row, other = {"prompt_ids": [1], "response_ids": [[2], [3, 4]]}, {"prompt_ids": [1, 2], "response_ids": [[3]]}
     assert len({batch_key(each) for each in ([row], [other], [row, other], [other, row])}) == 4
-    keys = np.array([letter * 32 for letter in "bcca"], dtype="S32")
-    values = Values(keys, np.array([2, 1, 1, 2, 1, 2, 3]), size=2)
-    assert len(values) == 7 and values.missing() == [0, 1, 3] and math.isnan(values[0][1])
+    values = Values([letter * 32 for letter in "bcca"], [2, 1, 1, 2, 1, 2, 3], size=2)
+    assert len(values) == 7 and values.missing() == [0, 1, 3]
+    with pytest.raises(KeyError):
+        values[0]
     values.add([("c" * 32, [-1.0, -2.0, -3.0]), ("d" * 32, [-9.0]), ("b" * 32, [-4.0, -5.0])])
     assert values.missing() == [0, 3]  # one line has a value too few
     assert [values[row] for row in range(2, 6)] == [[-1.0], [-2.0, -3.0]] * 2

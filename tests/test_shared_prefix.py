@@ -158,7 +158,7 @@ def test_rows_by_hand():
     assert rows["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
     assert rows["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
     assert rows["segments"][0].tolist() == [[0, 0], [0, 0], [0, 1], [0, 1], [0, 2]]
-    assert rows["segments"][1].tolist() == [[1, 0], [1, 1], [-1, 0], [-1, 0], [-1, 0]]
+    assert rows["segments"][1].tolist() == [[1, 0], [1, 1], [-1, -1], [-1, -1], [-1, -1]]
     assert rows["scored"].tolist() == [1, 2, 1, 5]
     assert rows["targets"].tolist() == [3, 4, 5, 7]
     assert rows["sizes"].tolist() == [2, 1, 1]
@@ -180,8 +180,8 @@ def test_rows_by_hand():
 def test_a_long_list_is_split_over_rows(budget, monkeypatch):
     """At most 12 tokens: the first list as 6 + 2 and 6 + 5 + 1, and the second (2 + 2) fills up the former."""
     monkeypatch.setattr(shared_prefix, "ROW_TOKENS", 10**6 if budget else 12)
-    assert shared_prefix.split_group(6, [2, 5, 1], 12) == [[0], [1, 2]]
-    assert shared_prefix.split_group(6, [20, 1, 1], 12) == [[0], [1, 2]]
+    assert list(shared_prefix.portions(6, [2, 5, 1], 12, shared=True)) == [[0], [1, 2]]
+    assert list(shared_prefix.portions(6, [20, 1, 1], 12, shared=True)) == [[0], [1, 2]]
     rows = shared_rows(PROMPTS, RESPONSES, pad=0, budget=budget)
     assert rows["input_ids"].shape == (3, 12)
     assert rows["sizes"].tolist() == [len(response) for each in RESPONSES for response in each]

@@ -21,7 +21,7 @@ from alignment import train as stage
 from alignment.plan import plan, read_plan
 from alignment.train import TokenRows, build_trainer, lora_config, training_config
 from hps.chat import load_tokenizer
-from hps.losses import pair_loss, response_scores
+from hps.losses import FORMULAS
 from hps.settings import Loss
 from hps.trainer import COLUMNS, NOT_HONOURED, HPSTrainer, PlanCollator
 
@@ -308,8 +308,8 @@ def test_simpo_equals_the_pair_loss_of_trl(margin, smoothing):
     )
     mean = logps / lengths
     theirs, chosen, rejected = CPOTrainer.cpo_loss(stock, mean[:, 0], mean[:, 1])
-    scores = response_scores(loss, logps, None, lengths)
-    torch.testing.assert_close(pair_loss(loss, scores[:, 0], scores[:, 1]), theirs, rtol=0, atol=1e-6)
+    scores = FORMULAS["simpo"].score(loss, logps, None, lengths)
+    torch.testing.assert_close(FORMULAS["simpo"].pair(loss, scores[:, 0], scores[:, 1]), theirs, rtol=0, atol=1e-6)
     torch.testing.assert_close(scores, torch.stack([chosen, rejected], dim=1), rtol=0, atol=1e-6)
 
 

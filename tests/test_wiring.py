@@ -16,9 +16,9 @@ from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from alignment.plan import plan, run_settings
+from alignment.reference import add_reference, cache_folder
 from alignment.train import build_trainer, training_config
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
-from hps.reference import add_reference, cache_folder
 from hps.shared_prefix import SEPARATE
 from hps.trainer import HPSTrainer
 from pipeline.recipe import Recipe

@@ -32,7 +32,6 @@ from functools import cache
 from pathlib import Path
 
 from alignment.curves import PANELS, series
-from alignment.plan import Plan, weights_of
 from annotation.import_released import check_row, convert
 from evaluation.judge import CRITERIA, GRID, check_verdict, read_verdicts
 from evaluation.margins import margins, read_columns
@@ -40,6 +39,7 @@ from evaluation.metrics import answer_figures, change_figures
 from evaluation.summary import columns
 from hps.chat import load_tokenizer
 from hps.errors import InputError
+from hps.planning import Plan, weights_of
 from hps.settings import Loss, Schedule
 from pipeline.recipe import REPOSITORY, Recipe
 from pipeline.records import (
@@ -342,7 +342,7 @@ def plan(_: Path, read: list[tuple[str, dict]]) -> None:
         schedule = Schedule(epochs=1, global_batch=2, **settings)
         recipe = Recipe.model_construct(output="nowhere", loss=Loss(estimator="exact"), schedule=schedule)
         try:
-            made = Plan({record["prompt_id"]: record for _, record in read}, recipe)
+            made = Plan({record["prompt_id"]: record for _, record in read}, recipe.loss, recipe.schedule, recipe.seed)
         except InputError as error:
             assert all(_without_preference(record) for _, record in read), f"no plan: {error}"
             raise

@@ -224,7 +224,7 @@ MUTATIONS = [
     Mutation(
         "SimPO computes a reference",
         TRAINER,
-        'if reference is None and self.loss.family != "simpo":',
+        "if reference is None and self.compares:",
         "if reference is None:",
         ("test_trainer.py::test_simpo_asks_no_reference",),
     ),

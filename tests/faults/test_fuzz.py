@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from test_losses import FAMILIES, METHODS, brute_force_pair, loss_of, one_hot
 from torch.nn.functional import pad
 
-from alignment.plan import equal_to, gamma_stages, hardness_weights, training_list, usable
 from annotation.import_released import check_row, parse_prompt
 from hps.errors import InputError
-from hps.losses import hps_loss, pair_loss, preference_loss
+from hps.losses import FORMULAS, preference_loss
+from hps.negatives import gamma_stages, hardness_weights
+from hps.planning import equal_to, training_list, usable
 from hps.settings import Loss, Schedule
 from pipeline import records
 from pipeline.prompts import load_prompts
@@ -507,7 +508,7 @@ def check_term(row: dict, rewards: list, allowed: set[int], positive: int, prefe
 def check_row_of_plan(row: dict, record: dict, recipe: Recipe) -> None:
     loss, schedule, rewards = recipe.loss, recipe.schedule, record["rewards"]
     first = 0 if schedule.best == "reward" else record["sources"].index("given_1")
-    (preferred, *others), _ = training_list(record, recipe)
+    (preferred, *others), _ = training_list(record, recipe.loss, recipe.schedule, recipe.seed)
     different = set(range(len(rewards))) - equal_to(record, first)
     assert preferred == first and set(others) <= different
     most = len(different) if schedule.subsample is None else min(len(different), schedule.subsample - 1)
@@ -534,7 +535,7 @@ def test_any_plan_has_every_usable_prompt_once_an_epoch(case, rng):
     records, recipe = case
     schedule = recipe.schedule
     named = {record["prompt_id"]: record for record in records}
-    kept, left_out = usable(named, recipe)
+    kept, left_out = usable(named, recipe.loss, recipe.schedule, recipe.seed)
     assert len(kept) + sum(left_out.values()) == len(records)
     if not kept:
         with pytest.raises(InputError, match="no prompt can be trained on"):
@@ -733,8 +734,10 @@ def test_all_weight_on_one_response_is_the_pair_loss(case, data):
     scores, size = batch["scores"], batch["scores"].shape[1]
     place = data.draw(st.integers(1, size - 1))
     worst = scores[:, place] + (math.log(size - 1) if loss.factor_n else 0)
-    value = hps_loss(loss, scores[:, 0], scores, one_hot(size, place), batch["dispreferred_count"][:, 0])
-    torch.testing.assert_close(value, pair_loss(loss, scores[:, 0], worst), rtol=1e-12, atol=1e-12)
+    given = {**batch, "log_weights": one_hot(size, place)[None]}
+    value = preference_loss(loss.model_copy(update={"preference": "hps"}), **given)
+    expected = FORMULAS[loss.family].pair(loss, scores[:, 0], worst)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
 @examples(300)
@@ -758,7 +761,7 @@ def test_the_pair_losses_rise_and_fall_where_their_equations_say(family, best, w
     1 / (2 beta), NCA up to log 2, and rise beyond; dpo and simpo fall everywhere."""
     loss = Loss(family=family, beta=beta, exo_epsilon=epsilon)
     pair = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (best, worst)]
-    slope = torch.autograd.grad(pair_loss(loss, *pair), pair)[0].item()
+    slope = torch.autograd.grad(FORMULAS[family].pair(loss, *pair), pair)[0].item()
     beyond = {
         "ipo": best - worst - 1 / (2 * beta),
         "exo": best - worst - math.log((1 - epsilon) / epsilon),
@@ -903,7 +906,7 @@ def test_the_fuzzer_finds_a_stage_that_refuses_what_was_read(quick_disk, tmp_pat
 def test_the_plan_refuses_only_rankings_that_tie(quick_disk, tmp_path, monkeypatch):
     report = fuzz(400, 0, tmp_path, {"ranked": FORMATS["ranked"]})
     assert not report.faults and report.known.total() > 0
-    monkeypatch.setattr("alignment.plan.training_list", lambda *_: ([], "all rewards tie"))
+    monkeypatch.setattr("hps.planning.training_list", lambda *_: ([], "all rewards tie"))
     report = fuzz(40, 0, tmp_path, {"ranked": FORMATS["ranked"]})
     assert "no plan: " in " ".join(fault[3] for fault in report.faults)
 

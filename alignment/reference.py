@@ -1,0 +1,105 @@
+"""Keep the reference's log-probabilities on the disk, for a continued training and for later runs.
+
+Writes  `<output>/reference/<key>/<run>-<process>.jsonl`, a line a micro-batch: `batch`, hash of its token ids, and
+        `log_probs`, of its responses in their order, nats
+
+The folder's name is a hash of the model and of how it computes, so that a stale value cannot be read. Later runs into
+the same output with the same micro-batches find them. Every file has one writer, the run of its name. Called by
+alignment.train.
+"""
+
+import hashlib
+import json
+import math
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list, gather_object
+
+from hps.errors import naming
+from hps.methods import FAMILIES
+from hps.reference import Values, computation, computed_values, unknown_values
+from hps.trainer import HPSTrainer
+from pipeline.cli import progress
+from pipeline.recipe import Recipe
+from pipeline.records import Appender
+from pipeline.stage import model_hash
+
+
+def cache_folder(recipe: Recipe, trainer: HPSTrainer) -> Path:
+    """The folder of this model and of everything beside the token ids that decides the last bits."""
+    how = {"model": model_hash(recipe.models.policy), **computation(trainer)}
+    key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(recipe.output) / "reference" / key
+
+
+def known_values(folder: Path) -> Iterator[tuple[str, list[float]]]:
+    """`(batch_key, log-probabilities)` of the lines that are whole; what others were to say is computed again."""
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    found = json.loads(line)
+                    key, values = str(found["batch"]), [float(value) for value in found["log_probs"]]
+                except (ValueError, KeyError, TypeError):
+                    continue
+                if line.endswith(b"\n") and all(map(math.isfinite, values)):
+                    yield key, values
+
+
+def why_in_step(recipe: Recipe, trainer: HPSTrainer) -> str | None:
+    """Why the reference is computed in every step, or None."""
+    if recipe.training.reference == "in_step":
+        return "`training.reference` is in_step"
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        return "ZeRO-3 spreads its weights over the processes"
+    return None
+
+
+def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
+    """Give every row of the trainer its `reference`: read what is known, compute and write the rest.
+
+    The processes share the micro-batches. A kill loses the one that is running; the same command goes on and ends with
+    the same bits.
+
+    Raises:
+        InputError: a log-probability is not finite.
+    """
+    if not FAMILIES[recipe.loss.family].reference:
+        return
+    say = trainer.accelerator.print
+    if reason := why_in_step(recipe, trainer):
+        say(f"training: the reference is computed in every step: {reason}")
+        return
+    size = trainer.args.per_device_train_batch_size
+    values, folder = unknown_values(trainer.rows, size, trainer.accelerator), cache_folder(recipe, trainer)
+    # One process reads, and values go from process to process: files may be another run's that grow meanwhile, on
+    # another node, or not yet visible there.
+    if trainer.accelerator.is_main_process:
+        values.add(known_values(folder))
+    (values.known,) = broadcast_object_list([values.known])
+    todo = values.missing()
+    for computed in gather_object([_compute(recipe, trainer, values, todo, folder)]):
+        values.add(computed)
+    found = len(set(values.keys)) - len(todo)
+    say(f"training: reference of {len(todo)} micro-batches computed, of {found} found in {folder}")
+    trainer.set_reference(values)
+
+
+def _compute(
+    recipe: Recipe, trainer: HPSTrainer, values: Values, todo: list[int], folder: Path
+) -> list[tuple[str, array]]:
+    """This process's share of what is to be done, each micro-batch on the disk when it is done: keys, nats."""
+    if not todo:
+        return []
+    state, computed = trainer.accelerator, []
+    mine = todo[state.process_index :: state.num_processes]
+    found = computed_values(trainer, values, mine)
+    if state.is_main_process:
+        found = progress(found, len(mine), "reference", "micro-batch")
+    with naming(recipe.models.policy.path), Appender(folder / f"{recipe.run}-{state.process_index}.jsonl") as file:
+        for key, log_probs in found:
+            file.append({"batch": key, "log_probs": log_probs})
+            computed.append((key, array("d", log_probs)))
+    return computed

@@ -1,0 +1,108 @@
+"""The families of losses: what is known of each besides its formulas, which are in hps/losses.py.
+
+The recipe checks `loss` against these entries; planning, trainer, reference and memory formulas ask them. A new family
+is its formulas, a row of `hps.losses.FORMULAS` and an entry here (docs/methods.md, "Add a loss in three edits").
+
+No torch: stages without a model read this too.
+"""
+
+from dataclasses import dataclass, field
+
+PREFERENCES = ("bt", "pl", "hps")
+PAIRS, LISTS = ("bt", "hps"), ("pl",)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A setting that one family alone has. It becomes a field of `hps.settings.Loss` and is named after the family.
+
+    Attributes:
+        default: its value where the recipe does not say.
+        meaning: what it is, for docs/recipe.md.
+        bounds: of a number, by pydantic's names (`gt`, `ge`, `lt`, `le`).
+        choices: of a text.
+        preferences: that read it. Under another one only the default is accepted.
+    """
+
+    default: float | bool | str
+    meaning: str
+    bounds: dict[str, float] = field(default_factory=dict)
+    choices: tuple[str, ...] = ()
+    preferences: tuple[str, ...] = PREFERENCES
+
+
+@dataclass(frozen=True)
+class Family:
+    """A reward parameterisation.
+
+    Attributes:
+        constants: its own settings, by name.
+        preferences: that it has a loss for.
+        reference: its score compares the policy with the reference.
+        inside_log: the mixture of HPS is inside the logarithm (Eq. 8, Eq. 10); otherwise HPS is the weighted mean
+            of the pair losses.
+        factor_n: Eq. 8's factor N has a meaning: the pair loss is a function of a difference of scores.
+        smoothing: the setting that gives a pair's label a probability of being wrong, if there is one.
+        list_of_rewards: the target of its list loss is made of the annotated rewards alone.
+        temperature: the constant by which its list loss divides these rewards, if there is one.
+    """
+
+    constants: dict[str, Constant] = field(default_factory=dict)
+    preferences: tuple[str, ...] = PREFERENCES
+    reference: bool = True
+    inside_log: bool = False
+    factor_n: bool = False
+    smoothing: str | None = None
+    list_of_rewards: bool = False
+    temperature: str | None = None
+
+
+FAMILIES = {
+    "dpo": Family(inside_log=True, factor_n=True, smoothing="label_smoothing"),
+    "exo": Family(
+        {
+            "exo_epsilon": Constant(
+                1e-3, "exo, bt and hps: smoothing of the pair's target", {"gt": 0, "lt": 0.5}, preferences=PAIRS
+            ),
+            "exo_beta_r": Constant(1.0, "exo, pl: temperature of the list's target", {"gt": 0}, preferences=LISTS),
+        },
+        factor_n=True,
+        smoothing="exo_epsilon",
+        list_of_rewards=True,
+        temperature="exo_beta_r",
+    ),
+    "ipo": Family({"ipo_per_token": Constant(False, "ipo: log-ratios are averaged over tokens")}),
+    "sppo": Family(
+        {
+            "sppo_win": Constant(
+                "hard", "sppo, pl: how rewards become wins", choices=("hard", "sigmoid"), preferences=LISTS
+            )
+        },
+        list_of_rewards=True,
+    ),
+    "nca": Family(
+        {"nca_alpha": Constant(1.0, "nca, pl: temperature of the list's target", {"gt": 0}, preferences=LISTS)},
+        list_of_rewards=True,
+        temperature="nca_alpha",
+    ),
+    "simpo": Family(
+        {
+            "simpo_beta": Constant(2.0, "simpo: its beta, per token", {"gt": 0}),
+            "simpo_margin": Constant(0.0, "simpo, bt and hps: margin of the pair", {"ge": 0}, preferences=PAIRS),
+        },
+        reference=False,
+        inside_log=True,
+        factor_n=True,
+        smoothing="label_smoothing",
+    ),
+}
+
+
+def methods() -> list[tuple[str, str]]:
+    """Every (family, preference) that has a loss."""
+    return [(name, preference) for name, family in FAMILIES.items() for preference in family.preferences]
+
+
+def constants() -> dict[str, Constant]:
+    """The constants of all families, by name."""
+    return {name: constant for family in FAMILIES.values() for name, constant in family.constants.items()}

@@ -1,0 +1,83 @@
+"""Negatives of HPS: their weights (Eq. 9), the stages of gamma (section 6), and the draws."""
+
+import numpy as np
+
+from hps.settings import Loss, Schedule
+
+
+def hardness_weights(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """q of Eq. 9: `q_i = exp(gamma r_i) / sum_k exp(gamma r_k)` over the dispreferred responses.
+
+    The maximum is subtracted first, so that large rewards do not overflow (the released code gives NaN there).
+
+    Args:
+        rewards: (N,), rewards of the dispreferred responses, any unit.
+        gamma: hardness; positive favours high rewards (hard negatives), negative low ones, 0 is uniform.
+
+    Returns:
+        (N,), sums to 1.
+    """
+    logits = gamma * np.asarray(rewards, dtype=np.float64)
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def gamma_stages(schedule: Schedule) -> list[float]:
+    """gamma of each stage, linear (section 6).
+
+    `inclusive` reaches both ends (-5, -2.5, 0, 2.5, 5 with the paper's numbers); `exclusive` is the rule of the
+    released code, which stops short of the upper end (-5, -3, -1, 1, 3).
+    """
+    start, end, count = schedule.gamma_start, schedule.gamma_end, schedule.gamma_stages
+    steps = count - 1 if schedule.gamma_ends == "inclusive" else count
+    return [start + (end - start) * stage / max(1, steps) for stage in range(count)]
+
+
+def stage_of(step: int, steps: int, count: int) -> int:
+    """The gamma stage of a step (from 0): equal shares of the training, by global progress."""
+    return min(count - 1, step * count // steps)
+
+
+def standardize(rewards: np.ndarray) -> np.ndarray:
+    """Rewards of one prompt with mean 0 and standard deviation 1; (n,) to (n,). All equal gives zeros."""
+    spread = rewards.std()
+    return (rewards - rewards.mean()) / spread if spread > 0 else np.zeros_like(rewards)
+
+
+def term(
+    preferred: int, others: list[int], rewards: np.ndarray, loss: Loss, gamma: float, rng: np.random.Generator
+) -> tuple[dict, np.ndarray]:
+    """What one preferred response is compared with, and the distribution that it was drawn from.
+
+    Args:
+        preferred: index of the response.
+        others: (N,), indices of the dispreferred responses, highest reward first.
+        rewards: (n,), rewards of the whole record, as the loss sees them.
+
+    Returns:
+        Fields of the plan's row, and (N,) weights: q of Eq. 9, all on the worst for bt, uniform for pl.
+    """
+    count = len(others)
+    if loss.preference == "bt":
+        q = np.eye(count)[-1]
+        places, weights = [count - 1], [1.0]
+    elif loss.preference == "pl":
+        q = np.full(count, 1 / count)
+        size = min(count, (loss.list_size or count + 1) - 1)
+        places, weights = sorted(rng.choice(count, size=size, replace=False).tolist()), None
+    else:
+        q = hardness_weights(rewards[others], gamma)
+        if loss.estimator == "exact":
+            places, weights = range(count), q.tolist()
+        else:
+            drawn, times = np.unique(rng.choice(count, size=loss.samples, p=q), return_counts=True)
+            places, weights = drawn.tolist(), (times / loss.samples).tolist()
+    dispreferred = [others[place] for place in places]
+    fields = {
+        "preferred": preferred,
+        "dispreferred": dispreferred,
+        "weights": weights,
+        "dispreferred_count": count,
+        "rewards": [float(rewards[index]) for index in (preferred, *dispreferred)],
+    }
+    return fields, q

@@ -1,0 +1,233 @@
+"""What each training step trains on: which responses of a prompt, in which order.
+
+Order and draws come from the seed and do not depend on the order of the records, so that workers, ranks and resuming
+cannot change them. A record is a line of a ranked file: `prompt_id`, `responses`, `rewards` (highest first), `sources`,
+`token_counts`, `truncated`.
+"""
+
+import hashlib
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from hps.errors import InputError, naming
+from hps.methods import FAMILIES
+from hps.negatives import gamma_stages, stage_of, standardize, term
+from hps.settings import Loss, Schedule
+
+WIDEST = 2**24  # nats: the largest number beside which single precision still sees 1
+
+
+def preferred_index(record: dict, best: str) -> int | None:
+    """Index of y_1: the highest reward (`reward`), or what humans preferred (`human`, None when it is absent)."""
+    if best == "reward":
+        return 0
+    return record["sources"].index("given_1") if "given_1" in record["sources"] else None
+
+
+def training_list(record: dict, loss: Loss, schedule: Schedule, seed: int) -> tuple[list[int], str | None]:
+    """What a prompt trains on: index of y_1 and of the dispreferred responses by reward; or why it cannot.
+
+    `schedule.subsample` n keeps y_1 and n - 1 others: the first of a permutation that depends on the seed and the
+    prompt alone, so that the lists of all epochs are one and a smaller n gives a part of a larger one. With
+    `schedule.ties: exclude`, the released code's rule, every response tied with y_1 leaves the list; Eq. 9 excludes y_1
+    alone, so with `best: human` a response of higher reward than y_1 is among the dispreferred, and rewards that all
+    tie take no preference away. What is the same text as y_1 is never dispreferred.
+    """
+    rewards = record["rewards"]
+    preferred = preferred_index(record, schedule.best)
+    if schedule.best == "reward" and rewards[0] == rewards[-1]:
+        return [], "all rewards tie"
+    if preferred is None:
+        return [], "no preferred human response"
+    equal = equal_to(record, preferred)
+    others = [index for index in range(len(rewards)) if index not in equal]
+    if not others:
+        return [], "all responses are equal"
+    if schedule.subsample is not None:
+        name = int.from_bytes(hashlib.sha256(record["prompt_id"].encode()).digest()[:8], "big")
+        order = np.random.default_rng([seed, name]).permutation(others)
+        others = sorted(int(index) for index in order[: schedule.subsample - 1])
+        if schedule.best == "reward" and all(rewards[index] == rewards[preferred] for index in others):
+            return [], "all rewards of the sub-sample tie"
+    others = without_ties(others, preferred, record, schedule)
+    if not others:
+        return [], "all rewards tie with the preferred one"
+    if loss.positives == 2 and not without_ties(others[1:], others[0], record, schedule):
+        return [], "nothing is ranked below y_2"
+    return [preferred, *others], None
+
+
+def without_ties(others: list[int], positive: int, record: dict, schedule: Schedule) -> list[int]:
+    """Those of `others` that the positive may be preferred to, by the rule of `schedule.ties`; none is equal to it."""
+    rewards, equal = record["rewards"], equal_to(record, positive)
+    others = [index for index in others if index not in equal]
+    return [index for index in others if schedule.ties == "keep" or rewards[index] != rewards[positive]]
+
+
+def equal_to(record: dict, positive: int) -> set[int]:
+    """Indices of the responses that are the same text as one of them, white space around it aside; itself among them.
+
+    Only a ranked file that another program wrote has such responses: ours drop duplicates.
+    """
+    texts = [text.strip() for text in record["responses"]]
+    alike = (record["truncated"][positive], texts[positive])
+    return {index for index, text in enumerate(texts) if (record["truncated"][index], text) == alike}
+
+
+def usable(records: Mapping[str, dict], loss: Loss, schedule: Schedule, seed: int) -> tuple[list[str], dict[str, int]]:
+    """Prompts that can be trained on, sorted by prompt_id, and how many were left out, by reason."""
+    kept, left_out = [], Counter()
+    for name in sorted(records):
+        _, reason = training_list(records[name], loss, schedule, seed)
+        if reason:
+            left_out[reason] += 1
+        else:
+            kept.append(name)
+    return kept, dict(left_out)
+
+
+def training_order(count: int, schedule: Schedule, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """(rows, 2), epoch and prompt index in training order, whole steps; and how many rows fill up the last step.
+
+    Each epoch is a fresh shuffle. The last step is filled up with the first prompts of one more shuffle, so that no
+    prompt is dropped and every step has the same batch.
+    """
+    epochs = [rng.permutation(count) for _ in range(schedule.epochs)]
+    fill = -count * schedule.epochs % schedule.global_batch
+    epochs += [rng.permutation(count) for _ in range(-(-fill // count))]
+    numbers = np.repeat([*range(schedule.epochs), *[schedule.epochs] * (len(epochs) - schedule.epochs)], count)
+    return np.stack([numbers, np.concatenate(epochs)], axis=1)[: count * schedule.epochs + fill], fill
+
+
+class Plan:
+    """The plan's rows, made as they are asked for, and once they are all made its facts (counts and diagnostics).
+
+    Args:
+        records: ranked records by `prompt_id`; of each, one at a time is held.
+        where: the place of a record, by its `prompt_id`, for messages.
+
+    Raises:
+        InputError: no record carries a preference.
+    """
+
+    def __init__(
+        self,
+        records: Mapping[str, dict],
+        loss: Loss,
+        schedule: Schedule,
+        seed: int,
+        where: Callable[[str], str] = "prompt {}".format,
+    ):
+        self.records, self.loss, self.schedule, self.seed, self.where = records, loss, schedule, seed, where
+        self.prompts, self.left_out = usable(records, loss, schedule, seed)
+        if not self.prompts:
+            raise InputError(
+                f"no prompt can be trained on: {self.left_out or 'the file is empty'}",
+                remedy="check the rewards, and what leaves prompts out: `schedule.best`, `schedule.ties`, "
+                "`loss.positives`",
+            )
+        self.gammas = gamma_stages(schedule)
+        self._figures: dict[int, dict[str, array]] = {}
+
+    def rows(self) -> Iterator[dict]:
+        """Every row in training order; order and draws come from one generator of the seed."""
+        schedule, rng = self.schedule, np.random.default_rng(self.seed)
+        order, self._fill = training_order(len(self.prompts), schedule, rng)
+        self._rows, self._steps = len(order), len(order) // schedule.global_batch
+        self._figures = defaultdict(lambda: defaultdict(lambda: array("d")))
+        self._equal = 0
+        for number, (epoch, index) in enumerate(order):
+            step = number // schedule.global_batch
+            stage = stage_of(step, self._steps, schedule.gamma_stages)
+            name = self.prompts[index]
+            record = self.records[name]
+            listed, _ = training_list(record, self.loss, schedule, self.seed)
+            row, figures = draw(record, listed, self.loss, schedule, self.gammas[stage], rng)
+            if epoch == 0:
+                self._equal += len(equal_to(record, row["preferred"])) - 1
+            with naming(self.where(name)):
+                check_spread(row["rewards"], self.loss)
+            for figure, value in figures.items():
+                self._figures[stage][figure].append(value)
+            yield {"step": step, "epoch": int(epoch), **row}
+
+    def facts(self) -> dict:
+        """Counts, and diagnostics of each gamma stage; of the rows made last."""
+        return {
+            "prompts": len(self.records),
+            "left_out": self.left_out,
+            "responses_equal_to_the_preferred": self._equal,
+            "rows": self._rows,
+            "rows_to_fill_the_last_step": self._fill,
+            "steps": self._steps,
+            "global_batch": self.schedule.global_batch,
+            "gamma": self.gammas if self.loss.preference == "hps" else None,
+            "stages": stage_table(self._figures, self.gammas, self.loss.preference),
+        }
+
+
+def draw(
+    record: dict, listed: list[int], loss: Loss, schedule: Schedule, gamma: float, rng: np.random.Generator
+) -> tuple[dict, dict]:
+    """One row for one prompt, whose `training_list` is `listed`, and what the diagnostics need of it.
+
+    `bt` takes the response of lowest reward (Eq. 15), `pl` a list of `loss.list_size`, `hps` what the estimator asks of
+    q (Eq. 9). Appendix E adds a second term, with y_2 as the preferred response.
+    """
+    preferred, *others = listed
+    rewards = np.array(record["rewards"], dtype=np.float64)
+    if schedule.standardize_rewards:
+        rewards[listed] = standardize(rewards[listed])
+    first_others = others[1:] if loss.positives == 2 and loss.appendix_e_reading == "intended" else others
+    first, q = term(preferred, first_others, rewards, loss, gamma, rng)
+    row = {"gamma": gamma if loss.preference == "hps" else None, "prompt_id": record["prompt_id"], **first}
+    if loss.positives == 2:
+        below = without_ties(others[1:], others[0], record, schedule)
+        row["second"], _ = term(others[0], below, rewards, loss, gamma, rng)
+    drawn = first["dispreferred"]
+    share = np.array(first["weights"] or [1 / len(drawn)] * len(drawn))
+    places = np.array([first_others.index(index) + 1 for index in drawn])
+    raw, counts = (np.array(record[name], dtype=np.float64) for name in ("rewards", "token_counts"))
+    figures = {
+        "effective_sample_size": 1.0 / float(np.square(q).sum()),
+        "rank": float(share @ places),
+        "reward_gap": float(raw[preferred] - share @ raw[drawn]),
+        "length_gap": float(counts[preferred] - share @ counts[drawn]),
+    }
+    return row, figures
+
+
+def check_spread(rewards: list[float], loss: Loss) -> None:
+    """Refuse rewards of a list that are too far apart for a loss that is made of them (`pl` of exo and nca).
+
+    Such a loss is a divergence from `softmax(r / temperature)`: as large as the greatest difference of `r` in units of
+    the temperature, in nats.
+    """
+    name = FAMILIES[loss.family].temperature
+    if loss.preference != "pl" or name is None:
+        return
+    spread = (max(rewards) - min(rewards)) / getattr(loss, name)
+    if spread > WIDEST:
+        raise InputError(
+            f"`rewards` differ by {spread:.3g} times `loss.{name}`, and the loss in single precision holds {WIDEST:,}",
+            remedy=f"correct the rewards, raise `loss.{name}`, or use schedule.standardize_rewards=true",
+        )
+
+
+def weights_of(term: dict, members: list[int]) -> list[float]:
+    """The weights of a term of the plan over all responses of the row; those of a list of pl are not used and 0."""
+    weights = dict(zip(term["dispreferred"], term["weights"] or [0.0] * len(term["dispreferred"]), strict=True))
+    return [weights.get(index, 0.0) for index in members]
+
+
+def stage_table(figures: dict[int, dict[str, array]], gammas: list[float], preference: str) -> list[dict]:
+    """Means per gamma stage: effective sample size of q, rank of the drawn (1: hardest), reward and length gap."""
+    table = []
+    for stage in sorted(figures):
+        means = {name: round(float(np.mean(values)), 3) for name, values in figures[stage].items()}
+        rows = len(figures[stage]["rank"])
+        table.append({"gamma": gammas[stage] if preference == "hps" else None, "rows": rows, **means})
+    return table
