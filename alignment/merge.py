@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
 from pipeline.cli import parse
+from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
-from pipeline.stage import claim, finish, hold, model_hash
+from pipeline.stage import claim, finish, hold
 from pipeline.weights import check_weights, load_adapter, load_weights
 
 PROBE = [{"role": "user", "content": "Name three things that float, two that sink, and say why in a sentence each."}]

@@ -19,10 +19,12 @@ from hps.errors import InputError, naming, run_main
 from hps.planning import Plan
 from hps.settings import Schedule, stages_without_steps
 from pipeline.cli import parse
+from pipeline.files import file_hash, write_json, write_lines
+from pipeline.identity import check_model, model_hash
 from pipeline.recipe import Recipe
-from pipeline.records import Indexed, Lines, check_ranked, read_json, write_json, write_lines
+from pipeline.records import Indexed, Lines, check_ranked, read_json
 from pipeline.run_records import check_plan_row
-from pipeline.stage import check_model, claim, file_hash, hold, model_hash
+from pipeline.stage import claim, hold
 
 
 def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:

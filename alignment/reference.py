@@ -22,9 +22,9 @@ from hps.methods import FAMILIES
 from hps.reference import Values, computation, computed_values, unknown_values
 from hps.trainer import HPSTrainer
 from pipeline.cli import progress
+from pipeline.files import Appender
+from pipeline.identity import model_hash
 from pipeline.recipe import Recipe
-from pipeline.records import Appender
-from pipeline.stage import model_hash
 
 
 def cache_folder(recipe: Recipe, trainer: HPSTrainer) -> Path:

@@ -40,10 +40,12 @@ from hps.planning import weights_of
 from hps.shared_prefix import prove
 from hps.trainer import HPSTrainer, PlanCollator, not_finite
 from pipeline.cli import parse
+from pipeline.files import file_hash, write_atomic
+from pipeline.identity import check_model
 from pipeline.models import check_fits
 from pipeline.recipe import Recipe
-from pipeline.records import parse_json, write_atomic
-from pipeline.stage import check_model, claim, file_hash, finish, hold
+from pipeline.records import parse_json
+from pipeline.stage import claim, finish, hold
 from pipeline.weights import load_config, load_weights
 
 COMPLETE = "complete"  # a checkpoint's last file

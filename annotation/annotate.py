@@ -27,20 +27,14 @@ from annotation.reward_model import TooLong
 from annotation.scorers import load_scorer, run_scorers
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
+from pipeline.files import Appender, done_ids, file_hash, write_json
 from pipeline.functions import announce, function_files
+from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.recipe import SPLITS, Recipe
-from pipeline.records import (
-    WITHOUT_NOISE,
-    Appender,
-    canonical,
-    done_ids,
-    read_candidates,
-    read_ranked,
-    write_json,
-)
+from pipeline.records import WITHOUT_NOISE, canonical, read_candidates, read_ranked
 from pipeline.responses import rank
-from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
+from pipeline.stage import claim, finish, hold
 
 
 class Scorer:

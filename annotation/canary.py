@@ -15,9 +15,11 @@ from pathlib import Path
 
 from annotation.reward_model import PROBE_TOLERANCE, ConversationScorer
 from hps.errors import InputError
+from pipeline.files import write_json
+from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
-from pipeline.records import canonical, write_json
-from pipeline.stage import model_hash, versions
+from pipeline.records import canonical
+from pipeline.stage import versions
 
 
 def _user(text: str) -> dict:

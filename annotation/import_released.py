@@ -29,6 +29,8 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from hps.chat import inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, run_main
+from pipeline.files import file_hash, write_lines
+from pipeline.identity import model_hash
 from pipeline.recipe import SPLITS, Model, Recipe, load_recipe, split_arguments
 from pipeline.records import (
     Messages,
@@ -42,10 +44,9 @@ from pipeline.records import (
     read_rows,
     refuse_misspelt,
     shorten,
-    write_lines,
 )
 from pipeline.responses import distinct, rank
-from pipeline.stage import claim, file_hash, finish, hold, model_hash
+from pipeline.stage import claim, finish, hold
 
 
 @dataclass(frozen=True)

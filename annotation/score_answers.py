@@ -17,13 +17,15 @@ from pathlib import Path
 from annotation.scorers import load_scorer, run_scorers
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
+from pipeline.files import Appender, done_ids, file_hash
 from pipeline.functions import announce, function_files
+from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Recipe
-from pipeline.records import Appender, done_ids, read_answers
+from pipeline.records import read_answers
 from pipeline.run_records import SCORES
-from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
+from pipeline.stage import claim, finish, hold
 
 
 class AnswerScorer:

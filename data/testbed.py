@@ -32,8 +32,9 @@ import yaml
 
 from annotation.train_reward import truth
 from hps.errors import InputError, run_main
+from pipeline.files import write_atomic
 from pipeline.recipe import REPOSITORY
-from pipeline.records import prompt_id, read_candidates, read_jsonl, write_atomic
+from pipeline.records import prompt_id, read_candidates, read_jsonl
 
 SEED = 19
 SETS = ("reviews", "chats")

@@ -16,9 +16,11 @@ from pathlib import Path
 from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, rounding_floor
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
+from pipeline.files import Appender, done_ids, file_hash
+from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
-from pipeline.records import Appender, done_ids, read_answers
-from pipeline.stage import claim, file_hash, finish, hold, model_hash
+from pipeline.records import read_answers
+from pipeline.stage import claim, finish, hold
 
 
 def divergence_path(recipe: Recipe) -> Path:

@@ -24,10 +24,12 @@ from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
 from pipeline.engine import Engine
+from pipeline.files import Appender, write_json
+from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.recipe import Generation, Model, Recipe
-from pipeline.records import Appender, canonical, check_finite, read_answers, read_jsonl, shorten, write_json
-from pipeline.stage import check_model, hold, model_hash, write_manifest
+from pipeline.records import canonical, check_finite, read_answers, read_jsonl, shorten
+from pipeline.stage import hold, write_manifest
 from pipeline.weights import check_weights
 from pipeline.workers import check_gpus, run_workers
 

@@ -26,11 +26,13 @@ from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, kept_checkpoin
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
+from pipeline.files import Appender, file_hash, write_json
+from pipeline.identity import model_hash
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe
-from pipeline.records import Appender, read_jsonl, read_ranked, shorten, write_json
+from pipeline.records import read_jsonl, read_ranked, shorten
 from pipeline.run_records import AGAIN, SETS, check_pair
-from pipeline.stage import claim, file_hash, finish, hold, model_hash
+from pipeline.stage import claim, finish, hold
 
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
 

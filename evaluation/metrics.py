@@ -24,10 +24,11 @@ from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from evaluation.text_figures import Bleu, distinct, forget_texts, repetition, tokenizer_of
 from hps.errors import InputError, run_main
 from pipeline.cli import parse
+from pipeline.files import write_json, write_lines
 from pipeline.models import SAME_FUNCTION, SAME_MODEL, same_model
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import SFT, Recipe
-from pipeline.records import Check, Indexed, check_answers, read_answers, shorten, write_json, write_lines
+from pipeline.records import Check, Indexed, check_answers, read_answers, shorten
 from pipeline.run_records import AGAIN, SCORES, check_divergence, check_scores
 from pipeline.stage import fingerprint, write_manifest
 

@@ -26,8 +26,8 @@ from evaluation.results import Evaluated, collect, find
 from evaluation.table4 import collect_judged, compared, find_judged
 from evaluation.tables import JUDGED, TITLES, Results, assemble, needed, stem
 from hps.errors import InputError, run_main
+from pipeline.files import write_atomic, write_json
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
-from pipeline.records import write_atomic, write_json
 from pipeline.stage import hold
 from report.table import page
 

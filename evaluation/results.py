@@ -17,11 +17,12 @@ from evaluation.cells import FINAL
 from evaluation.margins import Columns, margins, read_columns
 from evaluation.matrix import method_name
 from hps.errors import InputError
+from pipeline.files import file_hash, write_json
 from pipeline.functions import identity
 from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe
-from pipeline.records import read_json, read_jsonl, write_json
+from pipeline.records import read_json, read_jsonl
 from pipeline.run_records import check_pair
-from pipeline.stage import file_hash, git_commit, versions
+from pipeline.stage import git_commit, versions
 
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
 # Settings that change no figure, or only how fast it comes.

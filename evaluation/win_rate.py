@@ -23,8 +23,8 @@ from scipy import stats
 from evaluation.intervals import LEVEL, bootstrap
 from evaluation.judge import CRITERIA, cache_path, judged_answers, read_verdicts, verdict_key
 from hps.errors import InputError, run_main
+from pipeline.files import write_json
 from pipeline.recipe import Judge, Recipe, load_recipe, split_arguments
-from pipeline.records import write_json
 from pipeline.stage import fingerprint, hold, write_manifest
 
 SIDES = ("run", "against")

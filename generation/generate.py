@@ -21,12 +21,14 @@ from hps.chat import check_records, end_of_turn_ids, load_tokenizer, naming, pro
 from hps.errors import run_main
 from pipeline.cli import parse, progress
 from pipeline.engine import Engine, Sample
+from pipeline.files import Appender, done_ids, file_hash, write_json, write_lines
+from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, load_prompts
 from pipeline.recipe import SPLITS, Generation, Model, Recipe
-from pipeline.records import Appender, Indexed, done_ids, read_candidates, read_ledger, write_json, write_lines
+from pipeline.records import Indexed, read_candidates, read_ledger
 from pipeline.responses import distinct
-from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
+from pipeline.stage import claim, finish, hold
 from pipeline.weights import ADAPTER, check_weights, refuse_pickles
 from pipeline.workers import run_workers
 

@@ -23,11 +23,13 @@ from generation.generate import sample
 from hps.chat import check_records, load_tokenizer, naming, prompt_token_ids
 from hps.errors import InputError, run_main
 from pipeline.cli import progress
+from pipeline.files import Appender, done_ids, file_hash
+from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe, load_recipe, split_arguments
-from pipeline.records import Appender, Indexed, done_ids
-from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
+from pipeline.records import Indexed
+from pipeline.stage import claim, finish, hold
 
 
 @dataclass

@@ -5,9 +5,9 @@ from typing import Any
 
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError
+from pipeline.files import file_hash
 from pipeline.functions import identity
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, get
-from pipeline.stage import file_hash
 from pipeline.weights import check_weights, context_length, load_config
 
 SAMPLED = ("generation.max_prompt_tokens", "generation.max_new_tokens")

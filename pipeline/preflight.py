@@ -20,6 +20,7 @@ from hps.errors import InputError, run_main
 from hps.settings import stages_without_steps
 from pipeline.cli import parse
 from pipeline.functions import FunctionScorer, announce, located, shown
+from pipeline.identity import check_model
 from pipeline.models import (
     SAME_FUNCTION,
     SAME_MODEL,
@@ -32,7 +33,6 @@ from pipeline.models import (
 from pipeline.prompts import check_disjoint, evaluated_prompts, load_prompts, unread_lines
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml
 from pipeline.records import read_ranked
-from pipeline.stage import check_model
 from pipeline.workers import accumulation_steps, check_gpus, process_count
 
 USAGE = "python -m pipeline.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from evaluation.intervals import figure, signed
 from evaluation.render import number
 from hps.errors import InputError
-from pipeline.records import write_atomic
+from pipeline.files import write_atomic
 
 HERE = Path(__file__).parent
 LONGEST = 4000  # characters of a text on a page that bounds its size

@@ -14,9 +14,9 @@ from evaluation.cells import EXTRA
 from evaluation.render import MARKED, comparisons, measured, number, seeds_of
 from evaluation.tables import TITLES, label, needed
 from hps.errors import InputError, run_main
+from pipeline.files import file_hash
 from pipeline.records import read_json
 from pipeline.run_records import SETS
-from pipeline.stage import file_hash
 from report.page import intact, render, write_page
 from report.pictures import IN_RED, Pictures, forest, forest_height, frontier, picture
 

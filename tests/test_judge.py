@@ -16,8 +16,9 @@ from evaluation import judge as stage
 from evaluation.judge import CRITERIA, CUT, GRID, NO_SCORES, TOO_LONG, judge_message, read_scores, verdict_key
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
+from pipeline.files import Appender
 from pipeline.recipe import load_recipe
-from pipeline.records import Appender, read_jsonl, read_prompts
+from pipeline.records import read_jsonl, read_prompts
 from tools.verify import check_stage
 
 PROMPTS, REPEATS, SAME = 12, 2, 3  # of which both models answer SAME with the same text

@@ -9,7 +9,8 @@ from evaluation import metrics as stage
 from evaluation import text_figures
 from evaluation.summary import outcome, side_by_side
 from hps.errors import InputError
-from pipeline.records import read_jsonl, read_prompts, write_json
+from pipeline.files import write_json
+from pipeline.records import read_jsonl, read_prompts
 from tools.verify import check_stage
 
 CAT = "the cat is on the mat"

@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hps.errors import InputError
+from pipeline.files import Appender, done_ids, write_atomic, write_json
 from pipeline.records import (
-    Appender,
     Indexed,
     check_candidates,
     check_prompt,
     check_ranked,
-    done_ids,
     prompt_id,
     read_candidates,
     read_jsonl,
@@ -27,8 +26,6 @@ from pipeline.records import (
     read_ranked,
     read_rows,
     unread_fields,
-    write_atomic,
-    write_json,
 )
 
 USER = {"role": "user", "content": "Hello"}

@@ -15,8 +15,9 @@ from alignment.plan import plan, run_settings
 from evaluation.intervals import FEW, estimate, few, figure, signed
 from evaluation.render import number
 from hps.errors import InputError
-from pipeline.records import Lines, write_json
-from pipeline.stage import file_hash, fingerprint, finish, write_manifest
+from pipeline.files import file_hash, write_json
+from pipeline.records import Lines
+from pipeline.stage import fingerprint, finish, write_manifest
 from report import answer_examples as answers_of
 from report import draws, run_pictures
 from report.draws import Draws

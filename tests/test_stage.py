@@ -10,8 +10,10 @@ import sys
 import pytest
 
 from hps.errors import InputError
+from pipeline.files import file_hash
+from pipeline.identity import check_model, model_hash
 from pipeline.recipe import Model, load_recipe
-from pipeline.stage import check_model, claim, file_hash, finish, git_commit, hold, model_hash, versions
+from pipeline.stage import claim, finish, git_commit, hold, versions
 
 SETTINGS = {"seed": 7, "model": {"path": "models/a", "weights": "00ff"}, "responses": [6, 2]}
 

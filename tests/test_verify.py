@@ -7,8 +7,10 @@ import shutil
 import pytest
 
 from hps.errors import InputError
+from pipeline.files import file_hash
+from pipeline.identity import model_hash
 from pipeline.recipe import Model, load_recipe
-from pipeline.stage import claim, file_hash, fingerprint, finish, hold, model_hash, write_manifest
+from pipeline.stage import claim, fingerprint, finish, hold, write_manifest
 from tools.verify import difference, verify
 
 TEXT = b'{"a": 1}\n{"b": 22}\n{"c": 333}\n'

@@ -11,8 +11,8 @@ from evaluation import win_rate as stage
 from evaluation.judge import CRITERIA, GRID, TOO_LONG, cache_path, verdict_key
 from evaluation.win_rate import compare, correlation, flags, sign_test
 from hps.errors import InputError, run_main
+from pipeline.files import Appender
 from pipeline.recipe import Judge, load_recipe
-from pipeline.records import Appender
 from tools.verify import check_stage
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import yaml
 
 from hps.errors import InputError
-from pipeline.records import write_atomic
+from pipeline.files import write_atomic
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import yaml
 
 from hps.errors import run_main
+from pipeline.identity import check_model
 from pipeline.recipe import DEFAULT_RECIPE, Model, Recipe, load_recipe
-from pipeline.stage import check_model
 from tools.hub import COMMIT, commit_of, write_revisions
 
 

@@ -16,8 +16,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from hps.errors import InputError, run_main
+from pipeline.identity import model_hash
 from pipeline.recipe import Model
-from pipeline.stage import fingerprint, model_hash, text_hash
+from pipeline.stage import fingerprint, text_hash
 
 MANIFEST = "manifest.json"
 # Files that nobody claims, because each call makes them anew: without `NAME.manifest.json` it was stopped in between.

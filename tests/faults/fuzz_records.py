@@ -41,14 +41,13 @@ from hps.chat import load_tokenizer
 from hps.errors import InputError
 from hps.planning import Plan, weights_of
 from hps.settings import Loss, Schedule
+from pipeline.files import Appender, done_ids
 from pipeline.recipe import REPOSITORY, Recipe
 from pipeline.records import (
-    Appender,
     Check,
     Indexed,
     Lines,
     check_prompt,
-    done_ids,
     read_answers,
     read_candidates,
     read_jsonl,

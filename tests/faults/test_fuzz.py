@@ -27,16 +27,15 @@ from hps.negatives import gamma_stages, hardness_weights
 from hps.planning import equal_to, training_list, usable
 from hps.settings import Loss, Schedule
 from pipeline import records
+from pipeline.files import Appender, done_ids, write_lines
 from pipeline.prompts import load_prompts
 from pipeline.recipe import Data, Generation, Recipe, Split
 from pipeline.records import (
     LARGEST_REWARD,
     MOST,
-    Appender,
     Indexed,
     check_prompt,
     check_ranked,
-    done_ids,
     prompt_id,
     read_answers,
     read_candidates,
@@ -45,7 +44,6 @@ from pipeline.records import (
     read_prompts,
     read_ranked,
     read_rows,
-    write_lines,
 )
 
 pytestmark = pytest.mark.full  # thousands of examples; tests/test_losses.py has the formulas by hand for the quick run
