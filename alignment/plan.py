@@ -25,10 +25,12 @@ import numpy as np
 from hps.errors import InputError, run_main
 from hps.settings import Loss, Schedule, stages_without_steps
 from pipeline.cli import parse
+from pipeline.files import file_hash, write_json, write_lines
+from pipeline.identity import check_model, model_hash
 from pipeline.recipe import Recipe
-from pipeline.records import Indexed, Lines, check_ranked, read_json, write_json, write_lines
+from pipeline.records import Indexed, Lines, check_ranked, read_json
 from pipeline.run_records import check_plan_row
-from pipeline.stage import check_model, claim, file_hash, hold, model_hash
+from pipeline.stage import CLAIM, claim, hold, require_finished
 
 WIDEST = 2**24  # nats: the largest number beside which single precision still sees 1
 
@@ -362,8 +364,8 @@ def plan(recipe: Recipe) -> None:
         )
     ranking = recipe.ranked("train").parent
     # A ranked file that was put there by hand has neither claim nor manifest.
-    if (ranking / "claim.json").exists() and not (ranking / "manifest.json").exists():
-        raise InputError("the ranking is not finished", where=str(ranking), remedy="run `bash gene.sh` again")
+    if (ranking / CLAIM).exists():
+        require_finished(ranking, "the ranking is", "bash gene.sh")
     records = ranked_prompts(recipe)
     folder = recipe.run_folder()
     with hold(folder):

@@ -38,10 +38,12 @@ from hps.reference import add_reference
 from hps.shared_prefix import prove
 from hps.trainer import HPSTrainer, PlanCollator, not_finite
 from pipeline.cli import parse
+from pipeline.files import file_hash, write_atomic
+from pipeline.identity import check_model
 from pipeline.preflight import check_fits, check_wandb, try_lora
 from pipeline.recipe import Recipe
-from pipeline.records import parse_json, shorten, write_atomic
-from pipeline.stage import check_model, claim, file_hash, finish, hold
+from pipeline.records import parse_json, shorten
+from pipeline.stage import CLAIM, Work, begin, hold
 from pipeline.weights import load_config, load_weights
 
 COMPLETE = "complete"  # a checkpoint's last file
@@ -349,7 +351,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     """The trainer on the plan's rows; without the reference's log-probabilities (`hps.reference`)."""
     # `setdefault`: a user's own settings win. The id makes a continued run go on in the same record.
     os.environ.setdefault("WANDB_PROJECT", "hps")
-    os.environ.setdefault("WANDB_RUN_ID", file_hash(recipe.run_folder() / "claim.json")[:16])
+    os.environ.setdefault("WANDB_RUN_ID", file_hash(recipe.run_folder() / CLAIM)[:16])
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
@@ -428,13 +430,12 @@ def train(recipe: Recipe) -> None:
     with hold(folder) if state.is_main_process else nullcontext():
         check_shared(folder, state)
         # By every process: all find the same, and none waits for one that failed.
-        if claim(folder, run_settings(recipe)):
-            state.print(f"training: finished before, {folder}")
-        else:
-            _train(recipe, folder, state)
+        if work := begin("training" if state.is_main_process else None, folder, recipe, run_settings(recipe)):
+            _train(recipe, work, state)
 
 
-def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
+def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
+    folder = work.folder
     check_wandb(recipe)
     check_fits("run", recipe, "policy")
     if recipe.lora.enabled:
@@ -458,7 +459,7 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
             outputs += sorted(path for path in folder.glob(f"{saved}/*") if path.is_file())
         seconds = round(result.metrics["train_runtime"], 1)
         facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut, "equal_rows": trainer.rows.equal}
-        finish(folder, recipe, run_settings(recipe), outputs, [recipe.ranked("train")], **facts)
+        work.finish(outputs, [recipe.ranked("train")], **facts)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
 
 

@@ -11,7 +11,6 @@ A run that was killed is continued by the same command. A score that is not fini
 what was scored before stays.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -27,23 +26,16 @@ from annotation.reward_model import TooLong
 from annotation.scorers import load_scorer, run_scorers
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
+from pipeline.files import Results, file_hash, write_json
 from pipeline.functions import announce, function_files
+from pipeline.identity import check_model, model_hash
 from pipeline.preflight import check_fits
 from pipeline.recipe import SPLITS, Recipe
-from pipeline.records import (
-    PARALLEL,
-    WITHOUT_NOISE,
-    Appender,
-    canonical,
-    done_ids,
-    read_candidates,
-    read_ranked,
-    write_json,
-)
-from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
+from pipeline.records import PARALLEL, WITHOUT_NOISE, canonical, read_candidates, read_ranked
+from pipeline.stage import Work, require_finished, stage
 
 
-class Scorer:
+class Ranker:
     """The worker: a scorer of its own; candidates in, ranked records out.
 
     A bad score comes out as `error`, a conversation beyond the model's context as `refused`.
@@ -119,6 +111,17 @@ def summarize(path: Path) -> dict:
     return {"prompts": prompts, **means, "tied_responses": ties, "source_of_best": dict(sorted(sources.items()))}
 
 
+def in_words(figures: dict) -> str:
+    """The figures of `summarize` as a sentence."""
+    if not figures["prompts"]:
+        return "no prompts"
+    best = ", ".join(f"{source} {count} times" for source, count in figures["source_of_best"].items())
+    text = "{prompts} prompts; mean reward {mean:.3f}, best {best:.3f}, worst {worst:.3f}".format(**figures)
+    if "pairs_turned_by_noise" in figures:
+        text += f"; noise turned {figures['pairs_turned_by_noise']:.1%} of the pairs"
+    return f"{text}; {figures['tied_responses']} tied responses; the best one is {best}"
+
+
 def stage_settings(recipe: Recipe) -> dict:
     """What decides the ranking; a change of any of it needs another output folder."""
     settings = {
@@ -128,7 +131,7 @@ def stage_settings(recipe: Recipe) -> dict:
     }
     if recipe.models.reward.function:
         settings |= {"dtype": None, "tokenizer": model_hash(recipe.models.generator)}
-    if recipe.annotation.noise:  # omitted without, so that older claims still match
+    if recipe.annotation.noise:
         settings["noise"] = {"standard_deviation": recipe.annotation.noise, "seed": recipe.seed}
     return settings
 
@@ -137,36 +140,26 @@ def annotate(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     announce(recipe, "reward")
     check_model(recipe.models.reward, "models.reward")
-    if not (recipe.candidates("train").parent / "manifest.json").exists():
-        raise InputError(
-            "the candidates are not finished",
-            where=str(recipe.candidates("train").parent),
-            remedy="run generation first, or `bash gene.sh`, which runs both",
-        )
-    folder = recipe.ranked("train").parent
-    settings = stage_settings(recipe)
-    with hold(folder):
-        if claim(folder, settings):
-            print(f"annotation: finished before, {folder}")
-        else:
-            _annotate(recipe, folder, settings)
+    require_finished(recipe.candidates("train").parent, "the candidates are", "bash gene.sh")
+    with stage("annotation", recipe.ranked("train").parent, recipe, stage_settings(recipe)) as work:
+        if work:
+            _annotate(recipe, work)
 
 
-def _annotate(recipe: Recipe, folder: Path, settings: dict) -> None:
+def _annotate(recipe: Recipe, work: Work) -> None:
     check_fits("gene", recipe, "reward")
     with ExitStack() as opened:
-        files = {
-            split: [opened.enter_context(Appender(path)) for path in (recipe.ranked(split), ledger_path(recipe, split))]
-            for split in SPLITS
+        results = {
+            split: opened.enter_context(Results(recipe.ranked(split), ledger_path(recipe, split))) for split in SPLITS
         }
-        _score_all(recipe, files)
+        _score_all(recipe, results)
     summary = {split: summarize(recipe.ranked(split)) for split in SPLITS}
-    write_json(folder / "summary.json", summary)
+    write_json(work.folder / "summary.json", summary)
     for split, figures in summary.items():
-        print(f"annotation: {split}: {json.dumps(figures)}")
+        print(f"annotation: {split}: {in_words(figures)}")
     outputs = [path for split in SPLITS for path in (recipe.ranked(split), ledger_path(recipe, split))]
     inputs = [*(recipe.candidates(split) for split in SPLITS), *function_files(recipe.models.reward)]
-    finish(folder, recipe, settings, [*outputs, folder / "summary.json"], inputs)
+    work.finish([*outputs, work.folder / "summary.json"], inputs)
 
 
 def ledger_path(recipe: Recipe, split: str) -> Path:
@@ -174,11 +167,10 @@ def ledger_path(recipe: Recipe, split: str) -> Path:
     return recipe.ranked(split).with_name(f"{split}.ledger.jsonl")
 
 
-def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
-    """Score what is not scored; `files` are the ranked file and the ledger of each split."""
+def _score_all(recipe: Recipe, results: dict[str, Results]) -> None:
+    """Score what is not scored, by split."""
     total = sum(1 for split in SPLITS for _ in read_candidates(recipe.candidates(split)))  # checks every line
-    finished = {split: done_ids(recipe.ranked(split), ledger_path(recipe, split)) for split in SPLITS}
-    done = sum(map(len, finished.values()))
+    done = sum(len(each.done) for each in results.values())
     print(f"annotation: {total - done} prompts to score, {done} scored before", flush=True)
     if total == done:
         return
@@ -187,21 +179,20 @@ def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
         {"key": f"{split}/{record['prompt_id']}", "where": where, "record": record}
         for split in SPLITS
         for where, record in read_candidates(recipe.candidates(split))
-        if record["prompt_id"] not in finished[split]
+        if record["prompt_id"] not in results[split].done
     )
-    results = run_scorers(Scorer, recipe, "reward", records, items, total - done)
-    for result in progress(results, total, "annotation", " prompts", done):
+    scored = run_scorers(Ranker, recipe, "reward", records, items, total - done)
+    for result in progress(scored, total, "annotation", " prompts", done):
         if "error" in result:
             raise InputError(result["error"])
         split, _, name = result["key"].partition("/")
-        ranked, ledger = files[split]
         if "refused" in result:
-            ledger.append({"prompt_id": name, **result["refused"]})
+            results[split].refuse(name, **result["refused"])
         elif "lost" in result:
-            ledger.append({"prompt_id": name, "reason": "its worker died twice", "cause": result["lost"]})
+            results[split].refuse(name, "its worker died twice", cause=result["lost"])
         else:
             record, noise = result["record"], recipe.annotation.noise
-            ranked.append(add_noise(record, noise, recipe.seed) if noise else record)
+            results[split].add(add_noise(record, noise, recipe.seed) if noise else record)
 
 
 def main() -> None:

@@ -8,16 +8,16 @@ PROBE_TOLERANCE (other kernels, another GPU), token ids may not. Workers that be
 record, each of them atomically.
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
 from annotation.reward_model import PROBE_TOLERANCE, ConversationScorer
 from hps.errors import InputError
+from pipeline.files import value_hash, write_json
+from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
-from pipeline.records import canonical, write_json
-from pipeline.stage import model_hash, versions
+from pipeline.stage import versions
 
 
 def _user(text: str) -> dict:
@@ -83,9 +83,9 @@ def check_canaries(reward_model: ConversationScorer, folder: Path, model: Model)
 
 def record_path(reward_model: ConversationScorer, folder: Path, model: Model) -> Path:
     """The record's file: the end of the model's path, and a hash of all that tells records apart."""
-    key = hashlib.sha256(canonical([model.path, model.revision, *_setting(reward_model).values()]).encode())
+    key = value_hash([model.path, model.revision, *_setting(reward_model).values()])[:8]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", model.path).strip("-.")[-60:].lstrip("-.")
-    return folder / f"{slug}-{key.hexdigest()[:8]}.json"
+    return folder / f"{slug}-{key}.json"
 
 
 def measure(reward_model: ConversationScorer) -> dict[str, dict]:
@@ -94,7 +94,7 @@ def measure(reward_model: ConversationScorer) -> dict[str, dict]:
     for name, (messages, response) in CANARIES.items():
         (ids,) = reward_model.conversations(messages, [response], [False])
         (score,) = reward_model.score(messages, [response], [False])
-        found[name] = {"score": score, "tokens": hashlib.sha256(canonical(ids).encode()).hexdigest()}
+        found[name] = {"score": score, "tokens": value_hash(ids)}
     return found
 
 

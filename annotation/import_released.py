@@ -18,11 +18,9 @@ a system turn behind the first one is refused.
 
 import argparse
 import codecs
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +29,8 @@ from typing import Any, TextIO
 from hps.chat import inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, run_main
 from pipeline.cli import split_arguments
+from pipeline.files import file_hash, json_line, whole_file
+from pipeline.identity import model_hash
 from pipeline.recipe import SPLITS, Model, Recipe, load_recipe
 from pipeline.records import (
     check_parallel,
@@ -41,11 +41,12 @@ from pipeline.records import (
     check_strings,
     open_data,
     parse_json,
+    read_json,
     read_jsonl,
     refuse_misspelt,
     shorten,
 )
-from pipeline.stage import claim, file_hash, finish, hold, model_hash
+from pipeline.stage import CLAIM, MANIFEST, Work, claim, hold, is_finished
 
 
 @dataclass(frozen=True)
@@ -214,32 +215,14 @@ def convert(
             lines.append({**named, "reason": "fewer than two distinct responses"})
         else:
             check_ranked(record, where)
-            _write(ranked, record)
+            ranked.write(json_line(record))
             counts.update({PROMPTS: bool(tokens), RESPONSES: sum(bool(special(text)) for text in record["responses"])})
         places.setdefault(row["prompt_id"], where)
         for line in lines:
-            _write(ledger, line)
+            ledger.write(json_line(line))
         refused = any("refused" in line for line in lines)
         counts.update(["read", "rejected" if refused else "written", *(line["reason"] for line in lines)])
     return counts
-
-
-def _write(file: TextIO, record: dict) -> None:
-    file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-@contextmanager
-def renamed_at_end(path: Path) -> Iterator[TextIO]:
-    """A file written under a temporary name and renamed when all went well: streamed, a release has gigabytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def import_released(file: str, recipe: Recipe, split: str = "train", tokenizer_path: str | None = None) -> Counter:
@@ -252,18 +235,20 @@ def import_released(file: str, recipe: Recipe, split: str = "train", tokenizer_p
 def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, target: Path) -> Counter:
     before = _imported_before(target.parent)
     # A file that no manifest names is what a kill left between its renaming and the manifest: it is made again.
-    if target.exists() and (split in before or not (target.parent / "claim.json").exists()):
+    if target.exists() and (split in before or not (target.parent / CLAIM).exists()):
         raise InputError("there is a ranked file already", where=str(target), remedy="give another `output`")
     model = Model(tokenizer_path) if tokenizer_path else recipe.models.policy
     tokenizer = load_tokenizer(model.path, model.revision)
     # The claim keeps the annotation from adding to this folder. It says nothing of the split: both may be imported.
-    settings = {"imported_by": "annotation.import_released", "tokenizer": model_hash(model)}
+    settings = {
+        "imported_by": "annotation.import_released",
+        "tokenizer": model_hash(model),
+        "special_tokens": recipe.data.special_tokens,
+    }
     refuse = recipe.data.special_tokens == "refuse"
-    if refuse:  # what does not differ from earlier versions is not claimed
-        settings["special_tokens"] = recipe.data.special_tokens
     with ExitStack() as files:
-        ranked = files.enter_context(renamed_at_end(target))
-        ledger = files.enter_context(renamed_at_end(target.with_suffix(".ledger.jsonl")))
+        ranked = files.enter_context(whole_file(target))
+        ledger = files.enter_context(whole_file(target.with_suffix(".ledger.jsonl")))
         counts = convert(read_rows(file), tokenizer, ranked, ledger, partial(special_tokens_in, tokenizer), refuse)
         if not counts["written"]:
             raise InputError(f"no row can be used ({_counted(counts)})", where=file, remedy="check the file")
@@ -271,15 +256,14 @@ def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, t
     written = [recipe.ranked(name) for name in SPLITS if recipe.ranked(name).exists()]
     outputs = [path for ranked in written for path in (ranked, ranked.with_suffix(".ledger.jsonl"))]
     facts = {"file": file, "sha256": file_hash(file), **counts}
-    finish(target.parent, recipe, settings, outputs, imported={**before, split: facts})
+    Work(target.parent, recipe, settings).finish(outputs, imported={**before, split: facts})
     print(f"import: {file}: {_counted(counts)} -> {target}")
     return counts
 
 
 def _imported_before(folder: Path) -> dict:
     """What the folder's manifest says of earlier imports, by split."""
-    manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text(encoding="utf-8")).get("imported", {}) if manifest.exists() else {}
+    return read_json(folder / MANIFEST).get("imported", {}) if is_finished(folder) else {}
 
 
 def _counted(counts: Counter) -> str:

@@ -17,12 +17,14 @@ from pathlib import Path
 from annotation.scorers import load_scorer, run_scorers
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
+from pipeline.files import Appender, done_ids, file_hash
 from pipeline.functions import announce, function_files
+from pipeline.identity import check_model, model_hash
 from pipeline.preflight import check_fits, evaluated_prompts
 from pipeline.recipe import Recipe
-from pipeline.records import Appender, done_ids, read_answers
+from pipeline.records import read_answers
 from pipeline.run_records import SCORES
-from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
+from pipeline.stage import require_finished, stage
 
 
 class AnswerScorer:
@@ -52,8 +54,7 @@ def score(recipe: Recipe, sft: bool, role: str = "evaluator") -> None:
     check_model(scorer, f"models.{role}")
     path = scores_path(recipe, sft, role)
     answers = path.parent.parent / "answers"
-    if not (answers / "manifest.json").exists():
-        raise InputError("the answers are not finished", where=str(answers), remedy="run `bash evaluate.sh`")
+    require_finished(answers, "the answers are", "bash evaluate.sh")
     settings = {
         "dtype": recipe.annotation.dtype,
         "model": model_hash(scorer),
@@ -61,13 +62,10 @@ def score(recipe: Recipe, sft: bool, role: str = "evaluator") -> None:
     }
     if scorer.function:
         settings |= {"dtype": None, "tokenizer": model_hash(recipe.models.policy)}
-    with hold(path.parent):
-        if claim(path.parent, settings):
-            print(f"scores: finished before, {path}")
-        else:
+    with stage("scores", path.parent, recipe, settings) as work:
+        if work:
             _score(recipe, sft, role, answers / "test.jsonl", path)
-            inputs = [answers / "test.jsonl", *function_files(scorer)]
-            finish(path.parent, recipe, settings, [path], inputs)
+            work.finish([path], [answers / "test.jsonl", *function_files(scorer)])
 
 
 def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> None:

@@ -26,8 +26,9 @@ from pathlib import Path
 from annotation.rewards import sentiment
 from hps.chat import conversation_token_ids, load_tokenizer
 from hps.errors import run_main
+from pipeline.files import write_json
 from pipeline.recipe import REPOSITORY, Model
-from pipeline.records import read_jsonl, read_prompts, write_json
+from pipeline.records import read_jsonl, read_prompts
 from tools.embedded import ADAPTERS, LANGUAGE_MODEL, MODELS, REWARD_NAMES, merge_reward_model, reward_backbone
 
 SETS = ("dialogue", "safety")

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_json, write_lines
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
-from pipeline.records import write_json, write_lines
 
 TRAIN, INFER = ".venv-train", ".venv-infer"
 WORDS = ["it", "is", "safe", "to", "keep", "a", "plant", "near", "the", "open", "window"]

@@ -30,8 +30,8 @@ from pathlib import Path
 import yaml
 
 from hps.errors import InputError, run_main
-from pipeline.records import ROLES, canonical, prompt_id, shorten, write_atomic, write_json
-from pipeline.stage import file_hash
+from pipeline.files import file_hash, write_atomic, write_json
+from pipeline.records import ROLES, canonical, prompt_id, shorten
 from tools.pin import COMMIT, hub_error_types
 
 DATA = Path(__file__).resolve().parent

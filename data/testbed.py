@@ -30,7 +30,8 @@ import yaml
 
 from annotation.train_reward import truth
 from hps.errors import InputError, run_main
-from pipeline.records import prompt_id, read_candidates, read_jsonl, write_atomic
+from pipeline.files import write_atomic
+from pipeline.records import prompt_id, read_candidates, read_jsonl
 from tools.embedded import LANGUAGE_MODEL, MODELS
 
 SEED = 19

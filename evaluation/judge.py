@@ -12,7 +12,6 @@ is not judged again, whichever model wrote it, and where all are there no engine
 continued by the same command. evaluation.win_rate makes the comparison.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -25,10 +24,12 @@ from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
 from pipeline.engine import Engine
+from pipeline.files import Appender, value_hash, write_json
+from pipeline.identity import check_model, model_hash
 from pipeline.preflight import check_fits
 from pipeline.recipe import Generation, Model, Recipe
-from pipeline.records import Appender, canonical, check_finite, read_answers, read_jsonl, shorten, write_json
-from pipeline.stage import check_model, hold, model_hash, write_manifest
+from pipeline.records import check_finite, read_answers, read_jsonl, shorten
+from pipeline.stage import MANIFEST, hold, remade, require_finished
 from pipeline.weights import check_weights
 from pipeline.workers import check_gpus, run_workers
 
@@ -62,7 +63,7 @@ NO_SCORES = "no scores in the output"
 LOST = "the engine died twice"
 
 
-class Scorer(Generator):
+class JudgeEngine(Generator):
     """The worker: an engine whose samples all follow the schema."""
 
     def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int):
@@ -72,10 +73,7 @@ class Scorer(Generator):
 def judged_answers(folder: Path, count: int) -> list[dict]:
     """The finished answers in a run's folder; at least `count` to each prompt."""
     answers = folder / "answers"
-    if not (answers / "manifest.json").exists():
-        raise InputError(
-            "there are no finished answers", where=str(answers), remedy="run `bash evaluate.sh` with that recipe"
-        )
+    require_finished(answers, "the answers are", "bash evaluate.sh")
     records = []
     for where, record in read_answers(answers / "test.jsonl"):
         if len(record["responses"]) < count:
@@ -90,11 +88,7 @@ def judged_answers(folder: Path, count: int) -> list[dict]:
 
 def verdict_key(messages: list[dict], answer: str, repeat: int) -> str:
     """Names a verdict by what was judged, and by nothing else."""
-    return _hash([[[message["role"], message["content"]] for message in messages], answer, repeat])
-
-
-def _hash(value) -> str:
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return value_hash([[[message["role"], message["content"]] for message in messages], answer, repeat])
 
 
 def judge_message(messages: list[dict], answer: str) -> list[dict]:
@@ -139,7 +133,7 @@ def wanted_verdicts(recipe: Recipe) -> dict[str, tuple[list[dict], str]]:
             for answer in record["responses"][: recipe.judge.answers]:
                 for repeat in range(recipe.judge.repeats):
                     wanted[verdict_key(record["prompt"], answer, repeat)] = (record["prompt"], answer)
-    return {key: wanted[key] for key in sorted(wanted, key=lambda key: _hash([recipe.seed, key]))}
+    return {key: wanted[key] for key in sorted(wanted, key=lambda key: value_hash([recipe.seed, key]))}
 
 
 def judge_settings(recipe: Recipe) -> dict:
@@ -162,7 +156,7 @@ def cache_path(recipe: Recipe) -> Path:
 
 
 def _cache(recipe: Recipe, settings: dict) -> Path:
-    return Path(recipe.tested().output) / "judge" / f"{_hash(settings)[:16]}.jsonl"
+    return Path(recipe.tested().output) / "judge" / f"{value_hash(settings)[:16]}.jsonl"
 
 
 def read_verdicts(path: Path) -> dict[str, dict]:
@@ -202,23 +196,22 @@ def judge(recipe: Recipe) -> None:
     wanted = wanted_verdicts(recipe)
     settings = judge_settings(recipe)  # once: it reads all weights of a local judge
     path = _cache(recipe, settings)
-    manifest = path.with_suffix(".manifest.json")
     with hold(path.parent):
         verdicts = read_verdicts(path)
         todo = {key: texts for key, texts in wanted.items() if key not in verdicts}
         print(f"judge: {len(todo)} verdicts to give, {len(wanted) - len(todo)} of {len(wanted)} given before")
-        if todo:
-            manifest.unlink(missing_ok=True)  # that of fewer verdicts
-            write_json(path.with_suffix(".json"), settings)
-            _judge(recipe, todo, path)
+        if todo or not path.with_suffix(f".{MANIFEST}").exists():
+            with remade(path, recipe, settings, [path, path.with_suffix(".json")]):
+                write_json(path.with_suffix(".json"), settings)
+                _judge(recipe, todo, path)
             verdicts = read_verdicts(path)
-        if not manifest.exists():
-            write_manifest(manifest, recipe, settings, [path, path.with_suffix(".json")], {})
     errors = Counter(verdicts[key]["error"] for key in wanted if "error" in verdicts[key])
     print(f"judge: {len(wanted)} verdicts in {path}, left out: {dict(errors) or 'none'}")
 
 
 def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
+    if not todo:
+        return
     check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
     check_fits("evaluate", recipe, "judge")
     tokenizer = load_tokenizer(recipe.models.judge.path, recipe.models.judge.revision)
@@ -250,7 +243,7 @@ def _results(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict
         "seed": recipe.seed,
     }
     window = 3 * settings.max_sequences
-    return run_workers(Scorer, arguments, items, None, len(items), settings.tensor_parallel, window)
+    return run_workers(JudgeEngine, arguments, items, None, len(items), settings.tensor_parallel, window)
 
 
 def main() -> None:

@@ -26,11 +26,13 @@ from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, kept_checkpoin
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
+from pipeline.files import Appender, file_hash, write_json
+from pipeline.identity import model_hash
 from pipeline.preflight import evaluated_prompts
 from pipeline.recipe import Model, Recipe
-from pipeline.records import Appender, read_jsonl, read_ranked, shorten, write_json
+from pipeline.records import read_jsonl, read_ranked, shorten
 from pipeline.run_records import AGAIN, SETS, check_pair
-from pipeline.stage import claim, file_hash, finish, hold, model_hash
+from pipeline.stage import Work, require_finished, stage
 
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
 
@@ -179,20 +181,14 @@ def _right(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
 
 def evaluate(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
-    if not (recipe.run_folder() / "manifest.json").exists():
-        raise InputError(
-            "the run is not finished", where=str(recipe.run_folder()), remedy="run `bash run.sh` with this recipe"
-        )
+    require_finished(recipe.run_folder(), "the run is", "bash run.sh")
     folder = recipe.evaluated_folder() / "evaluation"
-    settings = evaluation_settings(recipe)
-    with hold(folder):
-        if claim(folder, settings):
-            print(f"evaluation: finished before, {folder}")
-        else:
-            _evaluate(recipe, folder, settings)
+    with stage("evaluation", folder, recipe, evaluation_settings(recipe)) as work:
+        if work:
+            _evaluate(recipe, folder, work)
 
 
-def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
+def _evaluate(recipe: Recipe, folder: Path, work: Work) -> None:
     scorer, left_out = HeldOut(recipe), Counter()
     # Read once to be counted and once to be scored: what is held meanwhile is one pair.
     count = sum(1 for _ in comparable(held_out_pairs(recipe, left_out), scorer, left_out))
@@ -212,7 +208,7 @@ def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
     print_metrics(metrics, folder)
     outputs = [folder / name for name in ("pairs.jsonl", "answers.jsonl", "margins.json")]
     inputs = [recipe.tested().data.test.path, recipe.tested().ranked("test")]
-    finish(folder, recipe, settings, outputs, inputs)
+    work.finish(outputs, inputs)
 
 
 def set_figures(columns: Columns, recipe: Recipe) -> dict:

@@ -24,8 +24,8 @@ from evaluation.results import Evaluated, collect, find
 from evaluation.table4 import collect_judged, compared, find_judged
 from evaluation.table_files import write_table
 from hps.errors import InputError, run_main
+from pipeline.files import write_atomic
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
-from pipeline.records import write_atomic
 from pipeline.stage import hold
 
 TABLES = ("2", "4", "5", "6", "7", "8", "ablation")

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from evaluation.margins import Columns, margins, read_columns
 from hps.errors import InputError
+from pipeline.files import file_hash, write_json
 from pipeline.functions import identity
 from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe
-from pipeline.records import read_jsonl, write_json
+from pipeline.records import read_jsonl
 from pipeline.run_records import check_pair
-from pipeline.stage import file_hash, git_commit, versions
+from pipeline.stage import git_commit, versions
 
 FINAL = "final"
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")

@@ -18,6 +18,7 @@ from pipeline.functions import scorer_name
 from pipeline.recipe import SPLITS, Recipe
 from pipeline.records import read_jsonl
 from pipeline.run_records import SCORES, check_greedy
+from pipeline.stage import is_finished
 
 
 def columns(left: str, right: str, width: int) -> list[str]:
@@ -118,7 +119,7 @@ def side_by_side(recipe: Recipe) -> Iterator[dict]:
     """
     folders = {"before": recipe.tested().sft_folder(), "after": recipe.evaluated_folder()}
     sides = {name: Answered(folder) for name, folder in folders.items()}
-    scored = all((folder / SCORES["reward"] / "manifest.json").exists() for folder in folders.values())
+    scored = all(is_finished(folder / SCORES["reward"]) for folder in folders.values())
     proxies = {name: Answered(folder, "reward") for name, folder in folders.items()} if scored else {}
     both = [name for name in sides["after"].answers if name in sides["before"].answers]
 

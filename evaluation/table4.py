@@ -9,8 +9,8 @@ from pathlib import Path
 
 from evaluation.results import Evaluated, read_result, result_key
 from evaluation.win_rate import win_rates
+from pipeline.files import write_json
 from pipeline.recipe import REPOSITORY
-from pipeline.records import write_json
 
 SCORED = ("answers", "repeats", "max_new_tokens", "max_prompt_tokens", "temperature")
 

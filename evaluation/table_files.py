@@ -20,8 +20,8 @@ from evaluation.tables import (
     percentage_flags,
     same_prompts,
 )
+from pipeline.files import write_atomic, write_json
 from pipeline.recipe import REPOSITORY, Recipe
-from pipeline.records import write_atomic, write_json
 from report.table import page
 
 TITLES = {

@@ -9,7 +9,6 @@ Every prompt ends up exactly once, in the candidates or in the ledger. A run tha
 command; prompts that are finished are not touched.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,10 +20,12 @@ from hps.chat import check_records, end_of_turn_ids, load_tokenizer, naming, pro
 from hps.errors import run_main
 from pipeline.cli import parse, progress
 from pipeline.engine import Engine, Sample
+from pipeline.files import Results, file_hash, write_json
+from pipeline.identity import check_model, model_hash
 from pipeline.preflight import check_disjoint, check_fits, load_prompts
 from pipeline.recipe import SPLITS, Generation, Model, Recipe
-from pipeline.records import Appender, Indexed, done_ids, read_candidates, read_ledger, write_json, write_lines
-from pipeline.stage import check_model, claim, file_hash, finish, hold, model_hash
+from pipeline.records import Indexed, read_candidates, read_ledger
+from pipeline.stage import Work, is_finished, stage
 from pipeline.weights import ADAPTER, check_weights, refuse_pickles
 from pipeline.workers import run_workers
 
@@ -84,21 +85,16 @@ def assemble(
     return {**candidates, **{name: list(column) for name, column in zip(names, columns, strict=True)}}, ledger
 
 
-class SplitWriter:
+class SplitWriter(Results):
     """The one writer of a split: candidates and ledger, continued where an earlier run was stopped."""
 
     def __init__(self, recipe: Recipe, split: str, prompts: Indexed, repeated: list[dict], tokenizer):
-        self.path = recipe.candidates(split)
-        self.ledger_path = self.path.with_name(f"{split}.ledger.jsonl")
+        path = recipe.candidates(split)
+        super().__init__(path, path.with_name(f"{split}.ledger.jsonl"), repeated)
         self.prompts = prompts
         self.count = getattr(recipe.data, split).responses
         self._settings, self._tokenizer = recipe.generation, tokenizer
         self._refuse_special = recipe.data.special_tokens == "refuse"
-        self._candidates, self.done = Appender(self.path), done_ids(self.path)
-        Appender(self.ledger_path).close()  # cuts off what a kill left of the last line
-        self.done |= {line["prompt_id"] for _, line in read_ledger(self.ledger_path) if line.get("refused")}
-        _settle(self.ledger_path, self.done, repeated)
-        self._ledger = Appender(self.ledger_path)
 
     def pending(self) -> Iterator[tuple[str, list[int]]]:
         """Yield `(prompt_id, token ids)` of what remains; too long prompts go to the ledger here."""
@@ -118,41 +114,21 @@ class SplitWriter:
                 yield name, ids
 
     def write(self, name: str, samples: list[Sample]) -> None:
-        """Put a finished prompt on disk, the ledger first: a kill in between repeats the prompt, never loses it."""
+        """Put a finished prompt on disk."""
         # White space around a response would merge with the template's tokens; generated text is stripped as well.
         given = [text.strip() for text in self.prompts[name]["responses"]] if self._settings.keep_given else []
         record = {**self.prompts[name], "responses": given}
         counts = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in given]
         refused = self._special if self._refuse_special else lambda text: []
-        candidates, ledger = assemble(record, samples, counts, refused)
-        for line in ledger:
-            self._ledger.append(line)
+        candidates, dropped = assemble(record, samples, counts, refused)
         if len(candidates["responses"]) < 2:
+            self.note(dropped)
             self.refuse(name, "fewer than two distinct responses", responses=candidates["responses"])
         else:
-            self._candidates.append(candidates)
-            self.done.add(name)
+            self.add(candidates, dropped)
 
     def _special(self, *texts: str) -> list[str]:
         return [token for text in texts for token in special_tokens_in(self._tokenizer, text)]
-
-    def refuse(self, name: str, reason: str, **facts) -> None:
-        """Put a prompt into the ledger: it has no candidates and is done."""
-        self._ledger.append({"prompt_id": name, "reason": reason, "refused": True, **facts})
-        self.done.add(name)
-
-    def close(self) -> None:
-        self._candidates.close()
-        self._ledger.close()
-
-
-def _settle(path: Path, done: set[str], repeated: list[dict]) -> None:
-    """Rewrite a ledger to the repeated prompts and the lines of finished prompts.
-
-    A prompt that a kill stopped between its ledger lines and its own line is done again and writes new ones.
-    """
-    lines = (line for _, line in read_ledger(path) if line["prompt_id"] in done and line["reason"] != "repeated prompt")
-    write_lines(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in chain(repeated, lines)))
 
 
 def summarize(path: Path, ledger_path: Path, tokenizer) -> dict:
@@ -172,6 +148,16 @@ def summarize(path: Path, ledger_path: Path, tokenizer) -> dict:
     return {**counts, "ledger": dict(reasons)}
 
 
+def in_words(counts: dict) -> str:
+    """The counts of `summarize` as a sentence."""
+    sources = ", ".join(f"{count} {source}" for source, count in counts["responses"].items()) or "none"
+    text = f"{counts['prompts']} prompts with responses ({sources}), {counts['truncated']} cut at the token limit"
+    if any(counts["special_tokens"].values()):
+        text += "; special tokens in {prompts} prompts and {responses} responses".format(**counts["special_tokens"])
+    ledger = ", ".join(f"{count} x {reason}" for reason, count in counts["ledger"].items())
+    return f"{text}; ledger: {ledger or 'empty'}"
+
+
 def stage_settings(recipe: Recipe) -> dict:
     """What decides the candidates; a change of any of it needs another output folder."""
     settings = asdict(recipe.generation)
@@ -179,13 +165,11 @@ def stage_settings(recipe: Recipe) -> dict:
     for name in ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences"):
         del settings[name]
     data = {s: {**asdict(getattr(recipe.data, s)), "sha256": file_hash(getattr(recipe.data, s).path)} for s in SPLITS}
-    if recipe.data.special_tokens != "neutralize":  # what does not differ from earlier versions is not claimed
-        data["special_tokens"] = recipe.data.special_tokens
     return {
         "generation": settings,
         "seed": recipe.seed,
         "model": model_hash(recipe.models.generator),
-        "data": data,
+        "data": {**data, "special_tokens": recipe.data.special_tokens},
     }
 
 
@@ -196,19 +180,17 @@ def generate(recipe: Recipe) -> None:
     check_disjoint(*(prompts[split][0].placed() for split in SPLITS))
     folder = recipe.candidates("train").parent
     settings, tokenizer = stage_settings(recipe), None
-    if not (folder / "manifest.json").exists():  # before the claim: data that is put right then finds no other one
+    if not is_finished(folder):  # before the claim: corrected data may then come to the same output
         check_fits("gene", recipe, "generator")
         tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
         for indexed, _ in prompts.values():
             check_records(tokenizer, indexed.placed())
-    with hold(folder):
-        if claim(folder, settings):
-            print(f"generation: finished before, {folder}")
-        else:
-            _generate(recipe, prompts, folder, settings, tokenizer)
+    with stage("generation", folder, recipe, settings) as work:
+        if work:
+            _generate(recipe, prompts, work, tokenizer)
 
 
-def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings: dict, tokenizer: Any) -> None:
+def _generate(recipe: Recipe, prompts: dict[str, tuple], work: Work, tokenizer: Any) -> None:
     writers = {split: SplitWriter(recipe, split, *prompts[split], tokenizer) for split in SPLITS}
     total = sum(len(writer.prompts) for writer in writers.values())
     done = sum(len(writer.done) for writer in writers.values())
@@ -229,12 +211,12 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
     for writer in writers.values():
         writer.close()
     summary = {split: summarize(writer.path, writer.ledger_path, tokenizer) for split, writer in writers.items()}
-    write_json(folder / "summary.json", summary)
+    write_json(work.folder / "summary.json", summary)
     for split, counts in summary.items():
-        print(f"generation: {split}: {json.dumps(counts)}")
+        print(f"generation: {split}: {in_words(counts)}")
     outputs = [path for writer in writers.values() for path in (writer.path, writer.ledger_path)]
     inputs = [getattr(recipe.data, split).path for split in SPLITS]
-    finish(folder, recipe, settings, [*outputs, folder / "summary.json"], inputs)
+    work.finish([*outputs, work.folder / "summary.json"], inputs)
 
 
 def sample(

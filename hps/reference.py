@@ -31,9 +31,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from hps.errors import InputError
 from hps.trainer import HPSTrainer
 from pipeline.cli import progress
+from pipeline.files import Appender
+from pipeline.identity import model_hash
 from pipeline.recipe import Recipe
-from pipeline.records import Appender
-from pipeline.stage import model_hash
 
 KEY = 32  # characters of a key: 128 bits of a hash are enough to tell millions of micro-batches apart
 

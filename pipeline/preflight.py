@@ -21,10 +21,12 @@ from hps.chat import check_records, load_tokenizer, naming, prompt_token_ids
 from hps.errors import InputError, run_main
 from hps.settings import stages_without_steps
 from pipeline.cli import parse
+from pipeline.files import file_hash
 from pipeline.functions import FunctionScorer, announce, identity, located, shown
+from pipeline.identity import check_model
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml, get
 from pipeline.records import Indexed, check_prompt, prompt_id, read_json, read_jsonl, read_ranked, unread_fields
-from pipeline.stage import check_model, file_hash
+from pipeline.stage import require_finished
 from pipeline.weights import UNUSABLE, check_weights, context_length, load_config, refusal
 from pipeline.workers import accumulation_steps, check_gpus, process_count
 
@@ -253,7 +255,7 @@ def attempt(check, *arguments, dry_run: bool):
     try:
         return check(*arguments), None
     except InputError as error:
-        if dry_run and ("No such file" in str(error) or "there is no" in str(error)):
+        if dry_run and any(words in str(error) for words in ("No such file", "there is no", "not finished")):
             return None, f"MISSING: {error}"
         raise
 
@@ -337,13 +339,9 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     lines = []
     if recipe.judge.enabled and not dry_run:
         check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
-    if not (run / "manifest.json").exists():
-        problem = InputError(
-            "there is no finished run", where=str(run), remedy="run `bash run.sh` with this recipe first"
-        )
-        if not dry_run:
-            raise problem
-        lines.append(f"run: MISSING: {problem}")
+    _, remark = attempt(require_finished, run, "the run is", "bash run.sh", dry_run=dry_run)
+    if remark:
+        lines.append(f"run: {remark}")
     loaded, remark = attempt(evaluated_prompts, recipe, dry_run=dry_run)
     if loaded is None:
         lines.append(f"test: {remark}")

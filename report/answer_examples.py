@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.recipe import Recipe
 from pipeline.records import Lines, read_answers, read_jsonl
 from pipeline.run_records import SCORES, check_greedy, check_scores
+from pipeline.stage import is_finished
 from report.page import fitting
 
 MOST_PROMPTS, MOST_BYTES = 200, 3_000_000
@@ -26,7 +27,7 @@ def answers(recipe: Recipe) -> tuple[list[dict], int]:
     it has scored the answers, too.
     """
     run, sft = recipe.evaluated_folder(), recipe.tested().sft_folder()
-    if all((folder / "scores" / "manifest.json").exists() for folder in (run, sft)):
+    if all(is_finished(folder / "scores") for folder in (run, sft)):
         return _scored_on_both(run, sft)
     few = run / "evaluation" / "answers.jsonl"
     if not few.exists():
@@ -63,7 +64,7 @@ def _scores(folder: Path, role: str, wanted: set[str]) -> dict[str, list[dict]]:
 def _scored(folder: Path, wanted: set[str]) -> Iterator[tuple[str, dict]]:
     """The prompts that are wanted, with their answers by score."""
     scores = _scores(folder, "evaluator", wanted)
-    proxies = _scores(folder, "reward", wanted) if (folder / SCORES["reward"] / "manifest.json").exists() else {}
+    proxies = _scores(folder, "reward", wanted) if is_finished(folder / SCORES["reward"]) else {}
     for _, record in read_answers(folder / "answers" / "test.jsonl"):
         if record["prompt_id"] not in wanted:
             continue

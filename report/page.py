@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from evaluation.intervals import figure
 from hps.errors import InputError
-from pipeline.records import write_atomic
+from pipeline.files import write_atomic
 
 HERE = Path(__file__).parent
 LONGEST = 4000  # characters of a text on a page that bounds its size

@@ -24,8 +24,8 @@ import numpy as np
 
 from evaluation.judge import CRITERIA
 from hps.errors import InputError, run_main
-from pipeline.records import canonical, check_storable, parse_json, read_answers, shorten, write_atomic, write_json
-from pipeline.stage import file_hash
+from pipeline.files import file_hash, write_atomic, write_json
+from pipeline.records import canonical, check_storable, parse_json, read_answers, shorten
 from report.page import render
 from report.study_figures import figures, results_page, table
 

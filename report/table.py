@@ -15,8 +15,8 @@ from evaluation.matched import MATCHED, PAIRED
 from evaluation.render import MARK, MARKED
 from evaluation.tables import EXTRA
 from hps.errors import InputError, run_main
+from pipeline.files import file_hash
 from pipeline.records import read_json
-from pipeline.stage import file_hash
 from report.figures import IN_RED, Pictures, forest, forest_height, frontier, picture
 from report.page import intact, render, write_page
 

@@ -173,7 +173,7 @@ def test_whatever_decides_the_ranking_is_claimed(recipe):
 
 def test_unfinished_candidates_are_refused(recipe):
     (recipe.candidates("train").parent / "manifest.json").unlink()
-    with pytest.raises(InputError, match="the candidates are not finished; run generation first"):
+    with pytest.raises(InputError, match="the candidates are not finished; run `bash gene.sh`"):
         annotate(recipe)
 
 
@@ -243,7 +243,12 @@ def test_a_prompt_that_ends_its_worker_twice_is_in_the_ledger(recipe, monkeypatc
     monkeypatch.setattr(reward_models, "run_workers", workers)
     annotate(recipe)
     ((_, line),) = read_jsonl(recipe.ranked("train").with_name("train.ledger.jsonl"))
-    assert line == {"prompt_id": "p1", "reason": "its worker died twice", "cause": "ActorDiedError: killed"}
+    assert line == {
+        "prompt_id": "p1",
+        "reason": "its worker died twice",
+        "refused": True,
+        "cause": "ActorDiedError: killed",
+    }
     assert "p1" not in [record["prompt_id"] for _, record in read_ranked(recipe.ranked("train"))]
     annotate(recipe)  # finished: nothing is scored again
 

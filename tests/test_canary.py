@@ -11,9 +11,10 @@ from annotation.annotate import annotate
 from annotation.canary import CANARIES, canary_folder, check_canaries, record_path
 from annotation.reward_model import RewardModel
 from hps.errors import InputError
+from pipeline.files import write_json
+from pipeline.identity import model_hash
 from pipeline.recipe import Model, load_recipe
-from pipeline.records import write_json
-from pipeline.stage import model_hash, versions
+from pipeline.stage import versions
 
 
 @pytest.fixture(scope="module", autouse=True)

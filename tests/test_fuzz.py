@@ -26,16 +26,15 @@ from hps.errors import InputError
 from hps.losses import hps_loss, pair_loss, preference_loss
 from hps.settings import Loss, Schedule
 from pipeline import records
+from pipeline.files import Appender, done_ids, write_lines
 from pipeline.preflight import load_prompts
 from pipeline.recipe import Data, Generation, Recipe, Split
 from pipeline.records import (
     LARGEST_REWARD,
     MOST,
-    Appender,
     Indexed,
     check_prompt,
     check_ranked,
-    done_ids,
     prompt_id,
     read_answers,
     read_candidates,
@@ -43,7 +42,6 @@ from pipeline.records import (
     read_ledger,
     read_prompts,
     read_ranked,
-    write_lines,
 )
 
 pytestmark = pytest.mark.slow  # thousands of examples; tests/test_losses.py has the formulas by hand for the quick run

@@ -11,9 +11,10 @@ from generation import generate as stage
 from generation.generate import SplitWriter, assemble, generate, stage_settings, summarize
 from hps.errors import InputError, run_main
 from pipeline.engine import Sample
+from pipeline.files import Appender
 from pipeline.preflight import check_templates, load_prompts
 from pipeline.recipe import load_recipe
-from pipeline.records import Appender, read_candidates, read_jsonl
+from pipeline.records import read_candidates, read_jsonl
 from pipeline.stage import claim
 
 USER = [{"role": "user", "content": "Hi"}]

@@ -16,8 +16,9 @@ from evaluation import judge as stage
 from evaluation.judge import CRITERIA, CUT, GRID, NO_SCORES, TOO_LONG, judge_message, read_scores, verdict_key
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
+from pipeline.files import Appender
 from pipeline.recipe import load_recipe
-from pipeline.records import Appender, read_jsonl, read_prompts
+from pipeline.records import read_jsonl, read_prompts
 from tools.verify import check_stage
 
 PROMPTS, REPEATS, SAME = 12, 2, 3  # of which both models answer SAME with the same text
@@ -62,7 +63,7 @@ class Replay:
 @pytest.fixture
 def replay(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(stage, "Scorer", Replay)
+    monkeypatch.setattr(stage, "JudgeEngine", Replay)
     monkeypatch.setattr(Replay, "asked", [])
     return Replay
 
@@ -202,7 +203,7 @@ def test_what_was_judged_is_never_judged_again(recipe_with, replay, monkeypatch,
     def forbidden(*_, **__):
         raise AssertionError("no engine is needed")
 
-    for name in ("Scorer", "load_tokenizer", "run_workers"):
+    for name in ("JudgeEngine", "load_tokenizer", "run_workers"):
         monkeypatch.setattr(stage, name, forbidden)
     stage.judge(recipe_with("seed=8"))
     assert (
@@ -249,7 +250,7 @@ def test_a_changed_byte_of_the_verdicts_is_named(recipe_with, replay):
     content = path.read_bytes()
     path.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
     (wrong,) = check_stage(manifest)[0]
-    assert path.name in wrong and "byte 21 (line 1)" in wrong
+    assert wrong == f"{path}: has changed since the stage wrote it"
 
 
 def test_on_another_test_split_that_splits_verdicts_serve(recipe_with, replay, tiny_recipe, tmp_path):
@@ -334,7 +335,7 @@ def test_more_gpus_than_there_are(recipe_with, monkeypatch):
 def test_answers_are_checked(recipe_with):
     with pytest.raises(InputError, match=r"test.jsonl:1: 2 `responses`, but `judge.answers` is 3; lower it"):
         stage.judge(recipe_with("judge.answers=3"))
-    with pytest.raises(InputError, match="there are no finished answers; run `bash evaluate.sh`"):
+    with pytest.raises(InputError, match="the answers are not finished; run `bash evaluate.sh`"):
         stage.judge(recipe_with("run=another"))
 
 

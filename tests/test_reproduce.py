@@ -17,7 +17,8 @@ from evaluation.cost import judge_seconds
 from evaluation.matrix import load_matrix
 from evaluation.results import Evaluated, find, result_key
 from hps.errors import InputError
-from pipeline.records import read_prompts, write_json
+from pipeline.files import write_json
+from pipeline.records import read_prompts
 from pipeline.stage import hold
 
 pytestmark = pytest.mark.slow

@@ -16,11 +16,12 @@ from evaluation.metrics import print_metrics
 from evaluation.results import result_key
 from hps.errors import InputError
 from pipeline import functions
+from pipeline.files import write_json
 from pipeline.functions import FunctionScorer, function_hash
+from pipeline.identity import check_model, model_hash
 from pipeline.preflight import preflight, same_model
 from pipeline.recipe import Model, Reward, as_dict, as_yaml, load_recipe
-from pipeline.records import read_jsonl, read_ranked, write_json
-from pipeline.stage import check_model, model_hash
+from pipeline.records import read_jsonl, read_ranked
 from report.origin import models
 from tools.pin import pin
 from tools.prefetch import prefetch

@@ -36,9 +36,9 @@ from hps.chat import (
     special_tokens_in,
 )
 from hps.errors import InputError, printable
+from pipeline.identity import check_model
 from pipeline.recipe import Model, load_recipe
 from pipeline.records import Indexed, check_messages, check_prompt, read_jsonl
-from pipeline.stage import check_model
 from pipeline.weights import load_config, load_weights
 
 GIVEN = ["data.train.responses=0", "data.test.responses=0"]

@@ -7,8 +7,8 @@ import pytest
 
 from evaluation.summary import columns, summarize
 from hps.errors import InputError, run_main
+from pipeline.files import write_json
 from pipeline.recipe import load_recipe
-from pipeline.records import write_json
 
 
 @pytest.fixture

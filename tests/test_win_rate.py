@@ -10,8 +10,8 @@ from evaluation import win_rate as stage
 from evaluation.judge import CRITERIA, GRID, TOO_LONG, cache_path, verdict_key
 from evaluation.win_rate import compare, flags, sign_test, spearman
 from hps.errors import InputError, run_main
+from pipeline.files import Appender
 from pipeline.recipe import Judge, load_recipe
-from pipeline.records import Appender
 from tools.verify import check_stage
 
 
@@ -312,7 +312,7 @@ def test_a_flipped_byte_of_the_figures_or_of_the_answers_is_named(judged_run, mo
     content[5] ^= 1
     changed.write_bytes(content)
     (wrong,) = check_stage(manifest)[0]
-    assert wrong.startswith(f"{changed}: ") and "byte 6 (line " in wrong
+    assert wrong.startswith(f"{changed}: ") and "has changed since the stage" in wrong
 
 
 def test_against_several_folders(judged_run, monkeypatch, capsys):

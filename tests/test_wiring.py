@@ -21,8 +21,9 @@ from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.reference import add_reference, cache_folder
 from hps.shared_prefix import SEPARATE
 from hps.trainer import HPSTrainer
+from pipeline.files import write_lines
 from pipeline.recipe import Recipe
-from pipeline.records import read_ranked, write_lines
+from pipeline.records import read_ranked
 
 BETA, GAMMA = 0.3, 0.7
 

@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.files import file_hash, whole_folder, write_json
+
 # torch, transformers and peft are imported by the functions that build: with everything in place, as at almost every
 # call, a run then takes a tenth of a second.
 
@@ -51,8 +53,6 @@ def main() -> None:
     MODELS.mkdir(exist_ok=True)
     with (MODELS / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the set-ups of both environments end here
-        for leftover in MODELS.glob(".partial-*"):
-            shutil.rmtree(leftover)
         build_language_model(MODELS / LANGUAGE_MODEL)
         for name in REWARD_NAMES:
             build_reward_model(ADAPTERS / name, MODELS, MODELS / f"reward-{name}")
@@ -172,18 +172,10 @@ def chat_tokenizer(gguf: Path):
 
 @contextmanager
 def finished_folder(target: Path, source: dict) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place, source.json included, once the block is through."""
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-    partial.chmod(0o755)  # mkdtemp makes it private
-    try:
+    """A `whole_folder` with its source.json."""
+    with whole_folder(target) as partial:
         yield partial
-        (partial / "source.json").write_text(json.dumps(source, indent=2) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        write_json(partial / "source.json", source)
 
 
 @contextmanager
@@ -209,11 +201,6 @@ def is_built_from(target: Path, source: dict) -> bool:
 def folder_hash(folder: Path) -> str:
     lines = (f"{path.name} {file_hash(path)}\n" for path in sorted(folder.iterdir()) if path.is_file())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from pathlib import Path
 import yaml
 
 from hps.errors import InputError, run_main
+from pipeline.files import write_atomic
+from pipeline.identity import check_model
 from pipeline.recipe import DEFAULT_RECIPE, Model, Recipe, load_recipe
-from pipeline.records import write_atomic
-from pipeline.stage import check_model
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

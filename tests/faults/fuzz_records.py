@@ -42,14 +42,13 @@ from evaluation.summary import columns
 from hps.chat import load_tokenizer
 from hps.errors import InputError
 from hps.settings import Loss, Schedule
+from pipeline.files import Appender, done_ids
 from pipeline.recipe import REPOSITORY, Recipe
 from pipeline.records import (
-    Appender,
     Check,
     Indexed,
     Lines,
     check_prompt,
-    done_ids,
     read_answers,
     read_candidates,
     read_jsonl,
