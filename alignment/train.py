@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOConfig
 
 from alignment.curves import draw_curves
@@ -162,6 +162,7 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
         save_total_limit=2,
         logging_nan_inf_filter=False,  # a NaN loss is to be seen
         report_to=trackers,
+        disable_tqdm=True,  # `RunFiles` prints a line a step
         disable_dropout=False,  # the parent's would be LoRA's too; the model's own is off (`without_dropout`)
     )
 
@@ -258,7 +259,8 @@ class RunFiles(TrainerCallback):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         now, tokens = time.monotonic(), logs.get("num_tokens", 0.0)
-        rate = (tokens - self._tokens) / max(now - self._clock, 1e-9)
+        seconds = now - self._clock
+        rate = (tokens - self._tokens) / max(seconds, 1e-9)
         self._tokens, self._clock = tokens, now
         line = {
             "step": state.global_step,
@@ -267,6 +269,7 @@ class RunFiles(TrainerCallback):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        print(step_line(line, state.max_steps, seconds), flush=True)
 
     def on_save(self, args, state, control, **_):
         PartialState().wait_for_everyone()  # the other processes write their random states (and shards) too
@@ -292,6 +295,13 @@ class KeptCheckpoints(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step in evaluation_steps(state.max_steps, self.points):
             save(self.trainer, self.tokenizer, self.folder / f"step-{state.global_step}")
+
+
+def step_line(line: dict, steps: int, seconds: float) -> str:
+    """A line of the log for the screen."""
+    names = {"loss": "loss", "gamma": "gamma", "rewards/margins": "margin"}
+    figures = [f"{title} {float(line[name]):.4g}" for name, title in names.items() if name in line]
+    return f"training: step {line['step']} of {steps}: {', '.join(figures)}, {seconds:.1f} s"
 
 
 def evaluation_steps(steps: int, points: int) -> list[int]:
@@ -376,6 +386,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         peft_config=lora_config(recipe),
         callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch), kept],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints each step as a dictionary
     kept.trainer = trainer
     return trainer
 
@@ -423,8 +434,10 @@ def check_shared(folder: Path, state: PartialState) -> None:
 def train(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     check_model(recipe.models.policy, "models.policy")
-    if recipe.training.deepspeed and not torch.cuda.is_available():
-        leave_out_shared_memory_op()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+        if recipe.training.deepspeed:
+            leave_out_shared_memory_op()
     folder = recipe.run_folder()
     state = PartialState(cpu=not torch.cuda.is_available())
     with hold(folder) if state.is_main_process else nullcontext():

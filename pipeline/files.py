@@ -39,7 +39,7 @@ def value_hash(value: object) -> str:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[TextIO]:
-    """A file under a temporary name, renamed at the end of the block: a reader sees the old one or the whole new one."""
+    """A file under a temporary name, renamed at the end of the block: readers see the old or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

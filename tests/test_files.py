@@ -89,8 +89,8 @@ def test_done_ids(write_lines, tmp_path):
 
 
 def test_results_go_on_where_they_were_stopped(tmp_path):
-    """`a` has a record, `b` is refused. A kill left a ledger line of `c` and half its record: `c` is done again, so that
-    line goes."""
+    """`a` has a record, `b` is refused. A kill left a ledger line of `c` and half its record: `c` is done again,
+    and that line goes."""
     path, ledger = tmp_path / "out" / "train.jsonl", tmp_path / "out" / "ledger.jsonl"
     dropped = {"prompt_id": "a", "reason": "empty response"}
     repeated = {"prompt_id": "c", "reason": "repeated prompt", "place": "prompts.jsonl:9"}

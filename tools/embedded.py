@@ -15,6 +15,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ CONTEXT = 8192
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of transformers' conversion
     MODELS.mkdir(exist_ok=True)
     with (MODELS / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the set-ups of both environments end here
