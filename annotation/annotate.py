@@ -13,7 +13,6 @@ what was scored before stays.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from hashlib import sha256
 from itertools import chain
@@ -22,8 +21,7 @@ from statistics import NormalDist, mean
 
 import numpy as np
 
-from annotation.reward_model import TooLong
-from annotation.scorers import load_scorer, run_scorers
+from annotation.scorers import run_scorers
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
 from pipeline.files import Results, file_hash, write_json
@@ -33,30 +31,6 @@ from pipeline.preflight import check_fits
 from pipeline.recipe import SPLITS, Recipe
 from pipeline.records import PARALLEL, WITHOUT_NOISE, canonical, read_candidates, read_ranked
 from pipeline.stage import Work, require_finished, stage
-
-
-class Ranker:
-    """The worker: a scorer of its own; candidates in, ranked records out.
-
-    A bad score comes out as `error`, a conversation beyond the model's context as `refused`.
-    """
-
-    def __init__(self, **arguments):
-        self.model = load_scorer(**arguments)
-
-    def stream(self, items: Iterator[dict]) -> Iterator[dict]:
-        for item in items:
-            record = item["record"]
-            try:
-                rewards = self.model.score(
-                    record["prompt"], record["responses"], record["truncated"], record["prompt_id"]
-                )
-                result = {"record": rank(record, rewards)}
-            except TooLong as error:
-                result = {"refused": {"reason": "conversation too long for the reward model", **error.facts}}
-            except InputError as error:
-                result = {"error": f"{item['where']}: prompt {record['prompt_id']}: {error}"}
-            yield {"key": item["key"], **result}
 
 
 def rank(record: dict, rewards: list[float]) -> dict:
@@ -172,8 +146,6 @@ def _score_all(recipe: Recipe, results: dict[str, Results]) -> None:
     total = sum(1 for split in SPLITS for _ in read_candidates(recipe.candidates(split)))  # checks every line
     done = sum(len(each.done) for each in results.values())
     print(f"annotation: {total - done} prompts to score, {done} scored before", flush=True)
-    if total == done:
-        return
     records = chain.from_iterable(read_candidates(recipe.candidates(split)) for split in SPLITS)
     items = (  # read as there is room
         {"key": f"{split}/{record['prompt_id']}", "where": where, "record": record}
@@ -181,17 +153,17 @@ def _score_all(recipe: Recipe, results: dict[str, Results]) -> None:
         for where, record in read_candidates(recipe.candidates(split))
         if record["prompt_id"] not in results[split].done
     )
-    scored = run_scorers(Ranker, recipe, "reward", records, items, total - done)
+    scored, noise = run_scorers(recipe, "reward", records, items, total - done), recipe.annotation.noise
     for result in progress(scored, total, "annotation", " prompts", done):
-        if "error" in result:
-            raise InputError(result["error"])
         split, _, name = result["key"].partition("/")
-        if "refused" in result:
-            results[split].refuse(name, **result["refused"])
-        elif "lost" in result:
+        if "lost" in result:
             results[split].refuse(name, "its worker died twice", cause=result["lost"])
+        elif result.get("too_long"):
+            results[split].refuse(name, "conversation too long for the reward model", **result["too_long"])
+        elif "error" in result:
+            raise InputError(result["error"])
         else:
-            record, noise = result["record"], recipe.annotation.noise
+            record = rank(result["record"], [each["score"] for each in result["details"]])
             results[split].add(add_noise(record, noise, recipe.seed) if noise else record)
 
 

@@ -98,17 +98,17 @@ def generation(recipe: Recipe) -> Work:
     return lambda: generate.generate(recipe)
 
 
+class FixedScores:
+    """In the place of a reward model: a score that depends on the response alone."""
+
+    def score_details(self, prompt, responses, truncated, prompt_id=None) -> list[dict]:
+        return [{"score": random.Random(response).gauss(0, 1)} for response in responses]
+
+
 def annotation(recipe: Recipe) -> Work:
-    from annotation import annotate
+    from annotation import annotate, scorers
 
-    class FixedScores(annotate.Scorer):
-        def __init__(self, **arguments: Any):
-            self.model = self
-
-        def score(self, prompt, responses, truncated) -> list[float]:
-            return [random.Random(response).gauss(0, 1) for response in responses]
-
-    annotate.Scorer = FixedScores
+    scorers.load_scorer = lambda **arguments: FixedScores()
     return lambda: annotate.annotate(recipe)
 
 
@@ -166,17 +166,10 @@ def answers(recipe: Recipe) -> Work:
 
 
 def scores(recipe: Recipe) -> Work:
-    from annotation import score_answers as answers
+    from annotation import score_answers, scorers
 
-    class FixedScores(answers.AnswerScorer):
-        def __init__(self, **arguments: Any):
-            self.model = self
-
-        def score_details(self, prompt, responses, truncated) -> list[dict]:
-            return [{"score": random.Random(response).gauss(0, 1)} for response in responses]
-
-    answers.AnswerScorer = FixedScores
-    return lambda: [answers.score(recipe, sft) for sft in (True, False)]
+    scorers.load_scorer = lambda **arguments: FixedScores()
+    return lambda: [score_answers.score(recipe, sft) for sft in (True, False)]
 
 
 def fixed_policies() -> type:

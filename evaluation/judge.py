@@ -15,23 +15,21 @@ continued by the same command. evaluation.win_rate makes the comparison.
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from generation.generate import Generator
-from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
+from generation.generate import sample
+from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
-from pipeline.engine import Engine
 from pipeline.files import Appender, value_hash, write_json
 from pipeline.identity import check_model, model_hash
 from pipeline.preflight import check_fits
-from pipeline.recipe import Generation, Model, Recipe
+from pipeline.recipe import Recipe
 from pipeline.records import check_finite, read_answers, read_jsonl, shorten
 from pipeline.stage import MANIFEST, hold, remade, require_finished
-from pipeline.weights import check_weights
-from pipeline.workers import check_gpus, run_workers
+from pipeline.workers import check_gpus
 
 CRITERIA = ("correctness", "helpfulness", "safety", "clarity")
 GRID = [half / 2 if half % 2 else half // 2 for half in range(11)]  # 0, 0.5, 1, ... 5
@@ -61,13 +59,6 @@ TOO_LONG = "prompt longer than judge.max_prompt_tokens"
 CUT = "output cut by judge.max_new_tokens"
 NO_SCORES = "no scores in the output"
 LOST = "the engine died twice"
-
-
-class JudgeEngine(Generator):
-    """The worker: an engine whose samples all follow the schema."""
-
-    def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int):
-        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), seed, schema=SCHEMA)
 
 
 def judged_answers(folder: Path, count: int) -> list[dict]:
@@ -223,27 +214,18 @@ def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
                 file.append({"key": key, "error": TOO_LONG, "tokens": len(ids)})
             else:
                 items.append({"key": key, "ids": ids, "count": 1})
-        for result in progress(_results(recipe, items, tokenizer), len(items), "judge", " verdicts"):
+        for result in progress(_verdicts(recipe, items, tokenizer), len(items), "judge", " verdicts"):
             verdict = (
                 {"error": LOST, "output": result["lost"]} if "lost" in result else read_scores(result["samples"][0])
             )
             file.append({"key": result["key"], **verdict})
 
 
-def _results(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict]:
-    if not items:
-        return iter(())
-    check_weights(recipe.models.judge)  # what does not fit is one line here, and a page of vLLM's there
+def _verdicts(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict]:
     names = ("temperature", "max_prompt_tokens", "max_new_tokens", "tensor_parallel")
-    settings = replace(recipe.generation, top_p=1.0, **{name: getattr(recipe.judge, name) for name in names})
-    arguments = {
-        "model": asdict(recipe.models.judge),
-        "settings": asdict(settings),
-        "stop_ids": sorted(end_of_turn_ids(tokenizer)),
-        "seed": recipe.seed,
-    }
-    window = 3 * settings.max_sequences
-    return run_workers(JudgeEngine, arguments, items, None, len(items), settings.tensor_parallel, window)
+    changed = {name: getattr(recipe.judge, name) for name in names}
+    settings = replace(recipe.generation, top_p=1.0, workers=None, **changed)
+    return sample(recipe.models.judge, settings, recipe.seed, items, tokenizer, len(items), schema=SCHEMA)
 
 
 def main() -> None:

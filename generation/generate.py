@@ -37,8 +37,8 @@ class Generator:
     out: `key`, `samples`.
     """
 
-    def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int, adapters: Sequence[str] = ()):
-        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), seed, adapters=adapters)
+    def __init__(self, model: dict, settings: dict, stop_ids: list[int], **options):
+        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), **options)
 
     def stream(self, items: Iterator[dict | None]) -> Iterator[dict]:
         prompts = (item and (item["key"], item["ids"], item["count"], item.get("adapter")) for item in items)
@@ -201,7 +201,7 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], work: Work, tokenizer: 
         for name, ids in writer.pending()
     )
     most = max(writer.count for writer in writers.values())
-    results = sample(recipe, recipe.models.generator, items, tokenizer, total - done, most)
+    results = sample(recipe.models.generator, recipe.generation, recipe.seed, items, tokenizer, total - done, most)
     for result in progress(results, total, "generation", " prompts", done):
         split, _, name = result["key"].partition("/")
         if "lost" in result:
@@ -220,21 +220,24 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], work: Work, tokenizer: 
 
 
 def sample(
-    recipe: Recipe,
     model: Model,
+    settings: Generation,
+    seed: int,
     items: Iterable[dict],
     tokenizer,
     count: int,
-    most: int,
+    most: int = 1,
     adapters: Sequence[str] = (),
+    schema: dict | None = None,
 ) -> Iterator[dict]:
-    """What `Generator` makes of the items on all devices, with the recipe's `generation` settings.
+    """What `Generator` makes of the items on all devices.
 
     Args:
         items: read as there is room for them; no engine starts when there are none.
         count: how many items there are at most.
         most: the largest number of samples of an item.
         adapters: what items may ask for.
+        schema: JSON schema that every sample must follow.
     """
     items = iter(items)
     first = next(items, None)
@@ -246,14 +249,14 @@ def sample(
     print("loading the engine", flush=True)
     arguments = {
         "model": asdict(model),
-        "settings": asdict(recipe.generation),
+        "settings": asdict(settings),
         "stop_ids": sorted(end_of_turn_ids(tokenizer)),
-        "seed": recipe.seed,
+        "seed": seed,
         "adapters": sorted(adapters),
+        "schema": schema,
     }
     # More than the engine keeps waiting for itself, so that it never waits for us.
-    window = 1 + 3 * recipe.generation.max_sequences // max(1, most)
-    settings = recipe.generation
+    window = 1 + 3 * settings.max_sequences // max(1, most)
     items = chain([first], items)
     return run_workers(Generator, arguments, items, settings.workers, count, settings.tensor_parallel, window)
 

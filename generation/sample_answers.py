@@ -118,7 +118,8 @@ def _answer(jobs: Sequence[Answering]) -> None:
         )
         adapters = {job.adapter for job in jobs if job.adapter}
         most = max(job.recipe.evaluation.samples for job in jobs)
-        samples = sample(first.recipe, first.model, items, tokenizer, total - finished, most, sorted(adapters))
+        settings, seed = first.recipe.generation, first.recipe.seed
+        samples = sample(first.model, settings, seed, items, tokenizer, total - finished, most, sorted(adapters))
         for result in progress(samples, total, "answers", " prompts", finished):
             number, _, name = result["key"].partition("/")
             if "lost" in result:

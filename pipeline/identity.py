@@ -1,5 +1,6 @@
 """What identifies a model in a claim: the bytes of a folder, the commit of a hub model, the file of a function."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from hps.errors import InputError
@@ -11,6 +12,8 @@ from pipeline.weights import INDEX, PICKLES, refuse_pickles
 
 WEIGHTS = ("config.json", "adapter_config.json", INDEX)  # beside .safetensors and .bin
 UNREAD = (".md", ".png", ".jpg", ".svg", ".pdf", ".py")  # no model and no tokenizer is loaded from these
+
+IDENTITIES = ({"path", "weights"}, {"hub", "revision"}, {"function", "sha256"})  # fields of each kind of `model_hash`
 
 
 def model_hash(model: Model) -> dict:
@@ -36,6 +39,16 @@ def model_hash(model: Model) -> dict:
         "tokenizer": _combined(tokenizer),
         "tokens": model_tokens(model.path),
     }
+
+
+def identified(settings, role: str = "") -> Iterator[tuple[str, dict]]:
+    """Every model or function in a stage's settings: its name there, and its `model_hash`."""
+    if isinstance(settings, dict):
+        if any(fields <= settings.keys() for fields in IDENTITIES):
+            yield role, settings
+        else:
+            for key, value in settings.items():
+                yield from identified(value, key)
 
 
 def _combined(files: list[Path]) -> str:

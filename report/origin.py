@@ -7,9 +7,9 @@ Called by report.run.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.identity import identified
 from pipeline.recipe import Recipe
 from pipeline.records import read_json
 from pipeline.run_records import SCORES
@@ -25,17 +25,6 @@ def folders(recipe: Recipe) -> list[Path]:
     found += [run / "merged", *(evaluated / name for name in ("evaluation", "answers", *SCORES.values(), "divergence"))]
     found += [evaluated, *(tested.sft_folder() / name for name in ("answers", *SCORES.values(), "."))]
     return list(dict.fromkeys(found))
-
-
-def models(settings, name: str = "") -> Iterator[tuple[str, dict]]:
-    """Every model or function in a stage's settings: its name there, and its `pipeline.identity.model_hash`."""
-    if not isinstance(settings, dict):
-        return
-    if any(names <= settings.keys() for names in ({"path", "weights"}, {"hub", "revision"}, {"function", "sha256"})):
-        yield name, settings
-        return
-    for key, value in settings.items():
-        yield from models(value, key)
 
 
 def manifests(recipe: Recipe) -> list[Path]:
@@ -70,7 +59,7 @@ def origin(recipe: Recipe) -> dict:
             # `metrics.manifest.json` is that of a stage without a folder of its own.
             stage = str(path.parent) if path.name == MANIFEST else str(path).removesuffix(f".{MANIFEST}")
             stages.append({"name": stage, "commit": manifest["git_commit"] or "unknown", "versions": versions})
-            for role, model in models(_settings(path, manifest)):
+            for role, model in identified(_settings(path, manifest)):
                 title = model.get("hub") or model.get("path") or model["function"]
                 found = model.get("revision") or model.get("weights") or model.get("sha256")
                 used[role, title] = found or "no revision pinned"

@@ -236,9 +236,9 @@ def test_killed_and_run_again(tiny_recipe, run_module, monkeypatch):
 def test_a_prompt_that_ends_its_worker_twice_is_in_the_ledger(recipe, monkeypatch):
     def workers(worker, arguments, items, *_, **__):
         for number, item in enumerate(items):
-            rewards = [1.0 / (place + 1) for place in range(len(item["record"]["responses"]))]
-            found = {"lost": "ActorDiedError: killed"} if number == 1 else {"record": rank(item["record"], rewards)}
-            yield {"key": item["key"], **found}
+            details = [{"score": 1.0 / (place + 1)} for place in range(len(item["record"]["responses"]))]
+            found = {"lost": "ActorDiedError: killed"} if number == 1 else {"details": details}
+            yield {"key": item["key"], "record": item["record"], **found}
 
     monkeypatch.setattr(reward_models, "run_workers", workers)
     annotate(recipe)

@@ -14,6 +14,7 @@ from conftest import REPOSITORY, write_tiny_recipe
 
 from evaluation import judge as stage
 from evaluation.judge import CRITERIA, CUT, GRID, NO_SCORES, TOO_LONG, judge_message, read_scores, verdict_key
+from generation import generate
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
 from pipeline.files import Appender
@@ -63,7 +64,7 @@ class Replay:
 @pytest.fixture
 def replay(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(stage, "JudgeEngine", Replay)
+    monkeypatch.setattr(generate, "Generator", Replay)
     monkeypatch.setattr(Replay, "asked", [])
     return Replay
 
@@ -203,7 +204,7 @@ def test_what_was_judged_is_never_judged_again(recipe_with, replay, monkeypatch,
     def forbidden(*_, **__):
         raise AssertionError("no engine is needed")
 
-    for name in ("JudgeEngine", "load_tokenizer", "run_workers"):
+    for name in ("load_tokenizer", "sample"):
         monkeypatch.setattr(stage, name, forbidden)
     stage.judge(recipe_with("seed=8"))
     assert (

@@ -85,7 +85,7 @@ def build_reward_model(adapter: Path, models: Path, target: Path) -> None:
     if is_built_from(target, source):
         return
     started = time.monotonic()
-    with finished_folder(target, source) as partial, quiet_transformers():
+    with finished_folder(target, source) as partial:
         merge_reward_model(adapter, base, reward["layers"], partial)
     print(f"[models] {target.name}: adapter merged in {time.monotonic() - started:.0f} s", flush=True)
 
@@ -95,11 +95,12 @@ def reward_backbone(base_path: Path | str, layers: int, seed: int):
     final norm, under a new head drawn with `seed`."""
     import torch
     from transformers import LlamaForSequenceClassification
+    from transformers.utils import logging
 
-    with quiet_transformers():  # it would list the layers left out and the new head
-        model = LlamaForSequenceClassification.from_pretrained(
-            base_path, num_hidden_layers=layers, num_labels=1, dtype=torch.float32
-        )
+    logging.set_verbosity_error()  # it would list the layers that are left out, and the new head
+    model = LlamaForSequenceClassification.from_pretrained(
+        base_path, num_hidden_layers=layers, num_labels=1, dtype=torch.float32
+    )
     generator = torch.Generator().manual_seed(seed)
     torch.nn.init.normal_(model.score.weight.data, std=model.config.initializer_range, generator=generator)
     return model
@@ -178,21 +179,6 @@ def finished_folder(target: Path, source: dict) -> Iterator[Path]:
     with whole_folder(target) as partial:
         yield partial
         write_json(partial / "source.json", source)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def is_built_from(target: Path, source: dict) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hps.errors import InputError, run_main
 from pipeline.files import file_hash
-from pipeline.identity import model_hash
+from pipeline.identity import identified, model_hash
 from pipeline.recipe import Model
 from pipeline.stage import CLAIM, MANIFEST, read_claim, read_manifest
 
@@ -24,48 +24,46 @@ UNCLAIMED = ("metrics.json", "win_rate.json", "judge/*.jsonl")
 REMEDY = "put the old files back, or delete the stage's folder and run it again"
 
 
-def models(settings) -> Iterator[dict]:
-    """The hashes of local models (`pipeline.identity.model_hash`) anywhere in a stage's settings."""
-    if isinstance(settings, dict):
-        if {"path", "weights", "tokenizer"} <= settings.keys():
-            yield settings
-        else:
-            for value in settings.values():
-                yield from models(value)
-
-
 def check_stage(path: Path) -> tuple[list[str], list[str], int]:
     """What is wrong with a finished stage, what could not be checked, and how many files and models were."""
-    wrong, absent, checked = [], [], 1
     try:
         manifest = read_manifest(path)
         # A manifest with a name of its own belongs to results that every call makes again: nobody claims them.
-        if path.name == MANIFEST and read_claim(path.parent) != manifest["settings"]:
-            wrong.append(f"{path.with_name(CLAIM)}: is not what the manifest says")
+        claimed = read_claim(path.parent) if path.name == MANIFEST else manifest["settings"]
     except InputError as error:
         return [str(error)], [], 1
+    same = claimed == manifest["settings"]
+    found = [(True, None if same else f"{path.with_name(CLAIM)}: is not what the manifest says")]
+    found += [*files(manifest, path.parent), *models(manifest)]
+    wrong, absent = ([line for there, line in found if line and there == each] for each in (True, False))
+    return wrong, absent, sum(there for there, _ in found)
+
+
+def files(manifest: dict, folder: Path) -> Iterator[tuple[bool, str | None]]:
+    """For each file whether it could be checked, and what is wrong or absent."""
     for name, expected in manifest["outputs"].items():
-        output, checked = path.parent / name, checked + 1
-        if not output.is_file():
-            wrong.append(f"{output}: is missing")
-        elif file_hash(output) != expected:
-            wrong.append(f"{output}: has changed since the stage wrote it")
+        if not (folder / name).is_file():
+            yield True, f"{folder / name}: is missing"
+        else:
+            changed = file_hash(folder / name) != expected
+            yield True, f"{folder / name}: has changed since the stage wrote it" if changed else None
     for name, expected in manifest["inputs"].items():
         if not Path(name).is_file():
-            absent.append(f"{name}: an input, is missing")
-            continue
-        checked += 1
-        if file_hash(name) != expected:
-            wrong.append(f"{name}: an input, has changed since the stage read it")
-    for expected in models(manifest["settings"]):
-        if not Path(expected["path"]).is_dir():
-            absent.append(f"{expected['path']}: a model, is missing")
-            continue
-        checked += 1
-        found = model_hash(Model(path=expected["path"]))
-        if parts := [part for part in ("weights", "tokenizer") if found[part] != expected[part]]:
-            wrong.append(f"{expected['path']}: a model, its {' and its '.join(parts)} changed since the stage read it")
-    return wrong, absent, checked
+            yield False, f"{name}: an input, is missing"
+        else:
+            changed = file_hash(name) != expected
+            yield True, f"{name}: an input, has changed since the stage read it" if changed else None
+
+
+def models(manifest: dict) -> Iterator[tuple[bool, str | None]]:
+    """The same for each local model; the file of a function is among the inputs."""
+    for path, expected in ((each["path"], each) for _, each in identified(manifest["settings"]) if "path" in each):
+        if not Path(path).is_dir():
+            yield False, f"{path}: a model, is missing"
+        else:
+            found = model_hash(Model(path=path))
+            parts = " and its ".join(part for part in ("weights", "tokenizer") if found[part] != expected[part])
+            yield True, f"{path}: a model, its {parts} changed since the stage read it" if parts else None
 
 
 def verify(folder: Path) -> int:
