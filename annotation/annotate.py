@@ -89,11 +89,11 @@ def in_words(figures: dict) -> str:
     """The figures of `summarize` as a sentence."""
     if not figures["prompts"]:
         return "no prompts"
-    best = ", ".join(f"{source} {count} times" for source, count in figures["source_of_best"].items())
+    best = ", ".join(f"{count} x {source}" for source, count in figures["source_of_best"].items())
     text = "{prompts} prompts; mean reward {mean:.3f}, best {best:.3f}, worst {worst:.3f}".format(**figures)
     if "pairs_turned_by_noise" in figures:
         text += f"; noise turned {figures['pairs_turned_by_noise']:.1%} of the pairs"
-    return f"{text}; {figures['tied_responses']} tied responses; the best one is {best}"
+    return f"{text}; ties: {figures['tied_responses']}; best response: {best}"
 
 
 def stage_settings(recipe: Recipe) -> dict:

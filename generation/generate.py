@@ -153,7 +153,7 @@ def in_words(counts: dict) -> str:
     sources = ", ".join(f"{count} {source}" for source, count in counts["responses"].items()) or "none"
     text = f"{counts['prompts']} prompts with responses ({sources}), {counts['truncated']} cut at the token limit"
     if any(counts["special_tokens"].values()):
-        text += "; special tokens in {prompts} prompts and {responses} responses".format(**counts["special_tokens"])
+        text += "; with special tokens: {prompts} x prompt, {responses} x response".format(**counts["special_tokens"])
     ledger = ", ".join(f"{count} x {reason}" for reason, count in counts["ledger"].items())
     return f"{text}; ledger: {ledger or 'empty'}"
 

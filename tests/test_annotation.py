@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from annotation import annotate as stage
 from annotation import scorers as reward_models
-from annotation.annotate import annotate, rank, summarize
+from annotation.annotate import annotate, in_words, rank, summarize
 from annotation.reward_model import RewardModel
 from hps.errors import InputError
 from pipeline.recipe import Model, load_recipe
@@ -90,6 +90,16 @@ def test_summary(write_lines):
         "source_of_best": {"generated": 1, "given_1": 1},
     }
     assert summarize(write_lines([])) == {"prompts": 0}
+
+
+def test_the_summary_in_words():
+    figures = {"prompts": 2, "best": 2.5, "mean": 1.5, "worst": 0.5, "standard_deviation": 0.8165, "tokens": 3.2,
+               "tied_responses": 1, "source_of_best": {"generated": 1, "given_1": 1}}  # fmt: skip
+    rest = "ties: 1; best response: 1 x generated, 1 x given_1"
+    start = "2 prompts; mean reward 1.500, best 2.500, worst 0.500"
+    assert in_words(figures) == f"{start}; {rest}"
+    assert in_words({**figures, "pairs_turned_by_noise": 0.25}) == f"{start}; noise turned 25.0% of the pairs; {rest}"
+    assert in_words({"prompts": 0}) == "no prompts"
 
 
 # ---- the stage ----

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from generation import generate as stage
-from generation.generate import SplitWriter, assemble, generate, stage_settings, summarize
+from generation.generate import SplitWriter, assemble, generate, in_words, stage_settings, summarize
 from hps.errors import InputError, run_main
 from pipeline.engine import Sample
 from pipeline.files import Appender
@@ -146,6 +146,17 @@ def test_a_split_from_prompts_to_files(make_writer, tokenizer):
             "fewer than two distinct responses": 2,
         },
     }
+
+
+def test_the_counts_in_words():
+    counts = {"prompts": 3, "responses": {"given": 4, "generated": 5}, "truncated": 2}
+    plain = {**counts, "special_tokens": {"prompts": 0, "responses": 0}, "ledger": {}}
+    assert in_words(plain) == "3 prompts with responses (4 given, 5 generated), 2 cut at the token limit; ledger: empty"
+    special = {**counts, "special_tokens": {"prompts": 1, "responses": 6}, "ledger": {"prompt too long": 7}}
+    assert in_words(special) == (
+        "3 prompts with responses (4 given, 5 generated), 2 cut at the token limit; with special tokens: 1 x prompt, "
+        "6 x response; ledger: 7 x prompt too long"
+    )
 
 
 def test_the_longest_prompt_that_fits(make_writer, tokenizer):
