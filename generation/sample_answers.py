@@ -12,9 +12,8 @@ they are what the policy answers. Adapters on one model share an engine.
 """
 
 import argparse
-import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from pipeline.files import Results, file_hash
 from pipeline.identity import check_model, model_hash
 from pipeline.preflight import check_fits, evaluated_prompts
 from pipeline.recipe import Model, Recipe, load_recipe
-from pipeline.records import Indexed
+from pipeline.records import Indexed, canonical
 from pipeline.stage import Work, require_finished, stage
 
 
@@ -37,6 +36,7 @@ class Answering:
 
     recipe: Recipe
     sft: bool
+    work: Work | None = None  # of its folder, while that is held and not finished
 
     @property
     def folder(self) -> Path:
@@ -85,21 +85,21 @@ def answer(recipes: list[Recipe]) -> None:
         check_model(recipe.models.policy, "models.policy")
         require_finished(recipe.run_folder(), "the run is", "bash run.sh")
     wanted = {job.folder: job for recipe in recipes for job in (Answering(recipe, True), Answering(recipe, False))}
-    groups: dict[str, list[tuple[Answering, Work]]] = {}
+    groups: dict[str, list[Answering]] = {}
     with ExitStack() as held:
         for folder, job in wanted.items():
-            if work := held.enter_context(stage("answers", folder, job.recipe, job.settings())):
+            job.work = held.enter_context(stage("answers", folder, job.recipe, job.settings()))
+            if job.work:
                 engine = [asdict(job.model), asdict(job.recipe.generation)]
-                groups.setdefault(json.dumps(engine, sort_keys=True), []).append((job, work))
-        for group in groups.values():
-            jobs, begun = zip(*group, strict=True)
+                groups.setdefault(canonical(engine), []).append(job)
+        for jobs in groups.values():
             _answer(jobs)
-            for job, work in zip(jobs, begun, strict=True):
-                work.finish([job.path, job.ledger], [job.recipe.tested().data.test.path])
+            for job in jobs:
+                job.work.finish([job.path, job.ledger], [job.recipe.tested().data.test.path])
                 print(f"answers: {job.path}")
 
 
-def _answer(jobs: Sequence[Answering]) -> None:
+def _answer(jobs: list[Answering]) -> None:
     """Answers by one model, with or without adapters."""
     first = jobs[0]
     check_fits("evaluate", first.recipe, "policy")

@@ -18,11 +18,10 @@ from hps.errors import InputError
 from pipeline import functions
 from pipeline.files import write_json
 from pipeline.functions import FunctionScorer, function_hash
-from pipeline.identity import check_model, model_hash
+from pipeline.identity import check_model, identified, model_hash
 from pipeline.preflight import preflight, same_model
 from pipeline.recipe import Model, Reward, as_dict, as_yaml, load_recipe
 from pipeline.records import read_jsonl, read_ranked
-from report.origin import models
 from tools.pin import pin
 from tools.prefetch import prefetch
 from tools.verify import verify
@@ -460,7 +459,7 @@ def test_pages_and_commands_name_a_function(load, tiny_recipe, capsys):
     said = capsys.readouterr().out
     assert "pin: reward: the function sentiment\n" in said and "prefetch: reward: the function sentiment\n" in said
     settings = {"model": model_hash(recipe.models.reward), "noise": {"seed": 7}}
-    assert list(models(settings)) == [("model", settings["model"])]
+    assert list(identified(settings)) == [("model", settings["model"])]
     metrics = {"run": "sft", "samples": 1, "prompts": 40, "evaluator_is_reward": True, "left_out": {}, "figures": {}}
     print_metrics(metrics, Path("x"), function=True)
     assert "ranked and evaluated by the same function" in capsys.readouterr().out
