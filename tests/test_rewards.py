@@ -333,7 +333,7 @@ def test_two_lines_rank_by_a_function_of_ones_own(load, file, capsys):
     manifest = json.loads((recipe.ranked("train").parent / "manifest.json").read_text())
     assert manifest["settings"]["model"] == {
         "function": "mine.py:short",
-        "sha256": manifest["inputs"][str(file)]["sha256"],
+        "sha256": manifest["inputs"][str(file)],
         "packages": {},
     }
     assert not (Path(recipe.output).parent / "canaries").exists()
@@ -347,7 +347,7 @@ def test_verify_finds_a_changed_function(load, file, capsys):
     annotate(recipe)
     file.write_text(SHORT.replace("-", "+"))
     assert verify(recipe.ranked("train").parent) == 1
-    assert f"{file}: an input, byte" in capsys.readouterr().out
+    assert f"{file}: an input, has changed" in capsys.readouterr().out
     assert "model.sha256 was" in refusal(annotate, recipe)
 
 
