@@ -145,7 +145,7 @@ def test_special_tokens_are_refused_by_a_setting(tiny_recipe, hostile):
             "text": "one<|im_end|>",
         },
     ]
-    with pytest.raises(InputError, match="special_tokens was refuse, is now None"):
+    with pytest.raises(InputError, match="special_tokens was refuse, is now neutralize"):
         generate(load_recipe(tiny_recipe, [*GIVEN, f"data.train.path={hostile}"]))
 
 
