@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hps.chat import load_tokenizer, prompt_token_ids
-from hps.errors import InputError, run_main
-from pipeline.cli import parse
+from hps.errors import InputError
+from pipeline.cli import run_stage
 from pipeline.files import whole_folder
 from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
@@ -85,10 +85,5 @@ def merged_model(recipe: Recipe, checkpoint: Path, tokenizer):
     return merged
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    merge(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(merge, __doc__)

@@ -22,8 +22,8 @@ from statistics import NormalDist, mean
 import numpy as np
 
 from annotation.scorers import run_scorers
-from hps.errors import InputError, run_main
-from pipeline.cli import parse, progress
+from hps.errors import InputError
+from pipeline.cli import progress, run_stage
 from pipeline.files import Results, file_hash, write_json
 from pipeline.functions import announce, function_files
 from pipeline.identity import check_model, model_hash
@@ -167,10 +167,5 @@ def _score_all(recipe: Recipe, results: dict[str, Results]) -> None:
             results[split].add(add_noise(record, noise, recipe.seed) if noise else record)
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    annotate(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(annotate, __doc__)

@@ -14,8 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, rounding_floor
-from hps.errors import run_main
-from pipeline.cli import parse, progress
+from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, done_ids, file_hash
 from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
@@ -79,10 +78,5 @@ def answer_figures(record: dict, scorer: HeldOut) -> dict:
     }
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    measure(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(measure, __doc__)

@@ -21,8 +21,8 @@ from typing import Any
 
 from generation.generate import sample
 from hps.chat import load_tokenizer, prompt_token_ids
-from hps.errors import InputError, run_main
-from pipeline.cli import parse, progress
+from hps.errors import InputError
+from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, value_hash, write_json
 from pipeline.identity import check_model, model_hash
 from pipeline.preflight import check_fits
@@ -228,10 +228,5 @@ def _verdicts(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dic
     return sample(recipe.models.judge, settings, recipe.seed, items, tokenizer, len(items), schema=SCHEMA)
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    judge(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(judge, __doc__)

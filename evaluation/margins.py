@@ -24,8 +24,8 @@ import numpy as np
 
 from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, kept_checkpoints, rounding_floor
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
-from hps.errors import InputError, run_main
-from pipeline.cli import parse, progress
+from hps.errors import InputError
+from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, file_hash, write_json
 from pipeline.identity import model_hash
 from pipeline.preflight import evaluated_prompts
@@ -273,10 +273,5 @@ def print_metrics(metrics: dict, folder: Path) -> None:
                 print(f"  {key:26s} {figure(value['mean']):>8s}  {interval(value)}")
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    evaluate(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(evaluate, __doc__)

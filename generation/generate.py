@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hps.chat import check_records, end_of_turn_ids, load_tokenizer, naming, prompt_token_ids, special_tokens_in
-from hps.errors import run_main
-from pipeline.cli import parse, progress
+from pipeline.cli import progress, run_stage
 from pipeline.engine import Engine, Sample
 from pipeline.files import Results, file_hash, write_json
 from pipeline.identity import check_model, model_hash
@@ -122,8 +121,7 @@ class SplitWriter(Results):
         refused = self._special if self._refuse_special else lambda text: []
         candidates, dropped = assemble(record, samples, counts, refused)
         if len(candidates["responses"]) < 2:
-            self.note(dropped)
-            self.refuse(name, "fewer than two distinct responses", responses=candidates["responses"])
+            self.refuse(name, "fewer than two distinct responses", dropped, responses=candidates["responses"])
         else:
             self.add(candidates, dropped)
 
@@ -261,10 +259,5 @@ def sample(
     return run_workers(Generator, arguments, items, settings.workers, count, settings.tensor_parallel, window)
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    generate(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(generate, __doc__)

@@ -1,10 +1,10 @@
 """The command line that all stages share: `[RECIPE] [key=value ...] [--dry-run]`."""
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from hps.errors import InputError
+from hps.errors import InputError, run_main
 from pipeline.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 
 
@@ -27,6 +27,11 @@ def parse(
     options = parser.parse_intermixed_args()
     path, overrides = split_arguments(options.arguments)
     return load_recipe(path, overrides), options
+
+
+def run_stage(work: Callable[[Recipe], object], description: str) -> None:
+    """The program of a stage whose command line is a recipe: `hps.errors.run_main` of its work."""
+    run_main(lambda: work(parse(description, dry_run=False)[0]))
 
 
 def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:

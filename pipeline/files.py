@@ -180,18 +180,15 @@ class Results:
 
     def add(self, record: dict, dropped: Iterable[dict] = ()) -> None:
         """Write the record of a prompt, after the ledger lines of what was dropped from it."""
-        self.note(dropped)
+        for line in dropped:
+            self._ledger.append(line)
         self._records.append(record)
         self.done.add(record["prompt_id"])
 
-    def note(self, lines: Iterable[dict]) -> None:
-        """Write ledger lines of a prompt that is not done yet."""
-        for line in lines:
+    def refuse(self, name: str, reason: str, dropped: Iterable[dict] = (), **facts) -> None:
+        """Write a prompt to the ledger, after the lines of what was dropped from it: it gets no record and is done."""
+        for line in (*dropped, {"prompt_id": name, "reason": reason, "refused": True, **facts}):
             self._ledger.append(line)
-
-    def refuse(self, name: str, reason: str, **facts) -> None:
-        """Write a prompt to the ledger: it gets no record and is done."""
-        self._ledger.append({"prompt_id": name, "reason": reason, "refused": True, **facts})
         self.done.add(name)
 
     def close(self) -> None:

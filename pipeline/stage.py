@@ -110,7 +110,7 @@ def claim(folder: Path, settings: dict) -> bool:
         InputError: the folder holds results of other settings (the message names what differs) or of another layout;
             or a tokenizer gives other ids than in an earlier stage, which may have run in another environment.
     """
-    _make(folder)
+    make_folder(folder)
     _compare_tokens(folder, settings)
     if not (folder / CLAIM).exists():
         write_json(folder / CLAIM, {"layout": LAYOUT, "settings": settings})
@@ -188,7 +188,7 @@ def hold(folder: Path) -> Iterator[int]:
     Raises:
         InputError: another run works in the folder; or the disk got full inside the block, whatever library met it.
     """
-    _make(folder)
+    make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -213,7 +213,8 @@ def hold(folder: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder, or see that it can be written. InputError: it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -9,7 +9,8 @@ import pytest
 
 from generation import generate as stage
 from generation.generate import SplitWriter, assemble, generate, in_words, stage_settings, summarize
-from hps.errors import InputError, run_main
+from hps.errors import InputError
+from pipeline.cli import run_stage
 from pipeline.engine import Sample
 from pipeline.files import Appender
 from pipeline.preflight import check_templates, load_prompts
@@ -300,10 +301,9 @@ def test_a_single_response_ends_the_stage_with_status_2(tiny_recipe, write_lines
     monkeypatch.setattr(
         sys, "argv", ["generate", str(tiny_recipe), f"data.train.path={path}", "data.train.responses=0"]
     )
-    from generation.generate import main
 
     with pytest.raises(SystemExit) as stopped:
-        run_main(main)
+        run_stage(generate, stage.__doc__)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {path}:1: the prompt would have a single response")
 

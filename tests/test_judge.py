@@ -16,7 +16,8 @@ from evaluation import judge as stage
 from evaluation.judge import CRITERIA, CUT, GRID, NO_SCORES, TOO_LONG, judge_message, read_scores, verdict_key
 from generation import generate
 from hps.chat import load_tokenizer, prompt_token_ids
-from hps.errors import InputError, run_main
+from hps.errors import InputError
+from pipeline.cli import run_stage
 from pipeline.files import Appender
 from pipeline.recipe import load_recipe
 from pipeline.records import read_jsonl, read_prompts
@@ -312,7 +313,7 @@ def test_the_engine_gets_the_judges_settings(recipe_with, replay):
 
 def test_off(tiny_recipe, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["judge", str(tiny_recipe)])
-    run_main(stage.main)
+    run_stage(stage.judge, stage.__doc__)
     assert capsys.readouterr().out == "judge: off (`judge.enabled: false` in the recipe)\n"
 
 
