@@ -24,7 +24,7 @@ import numpy as np
 
 from hps.errors import InputError, run_main
 from hps.settings import Loss, Schedule, stages_without_steps
-from pipeline.cli import parse
+from pipeline.cli import counted, parse
 from pipeline.files import file_hash, write_json, write_lines
 from pipeline.identity import check_model, model_hash
 from pipeline.recipe import Recipe
@@ -325,7 +325,7 @@ def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
     """The plan on the screen."""
     equal = facts["responses_equal_to_the_preferred"]
     print(
-        f"plan: {facts['prompts']} prompts, left out: {facts['left_out'] or 'none'}"
+        f"plan: {facts['prompts']} prompts, left out: {counted(facts['left_out'])}"
         f"{f' and {equal} responses equal to the preferred' if equal else ''}; {facts['rows']} rows in "
         f"{facts['steps']} steps of {facts['global_batch']} "
         f"({facts['rows_to_fill_the_last_step']} rows fill up the last step) -> {path}"

@@ -23,7 +23,7 @@ import numpy as np
 
 from annotation.scorers import run_scorers
 from hps.errors import InputError
-from pipeline.cli import progress, run_stage
+from pipeline.cli import counted, progress, run_stage
 from pipeline.files import Results, file_hash, write_json
 from pipeline.functions import announce, function_files
 from pipeline.identity import check_model, model_hash
@@ -89,11 +89,10 @@ def in_words(figures: dict) -> str:
     """The figures of `summarize` as a sentence."""
     if not figures["prompts"]:
         return "no prompts"
-    best = ", ".join(f"{count} x {source}" for source, count in figures["source_of_best"].items())
     text = "{prompts} prompts; mean reward {mean:.3f}, best {best:.3f}, worst {worst:.3f}".format(**figures)
     if "pairs_turned_by_noise" in figures:
         text += f"; noise turned {figures['pairs_turned_by_noise']:.1%} of the pairs"
-    return f"{text}; ties: {figures['tied_responses']}; best response: {best}"
+    return f"{text}; ties: {figures['tied_responses']}; best response: {counted(figures['source_of_best'])}"
 
 
 def stage_settings(recipe: Recipe) -> dict:

@@ -22,7 +22,7 @@ from typing import Any
 from generation.generate import sample
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError
-from pipeline.cli import progress, run_stage
+from pipeline.cli import counted, progress, run_stage
 from pipeline.files import Appender, value_hash, write_json
 from pipeline.identity import check_model, model_hash
 from pipeline.preflight import check_fits
@@ -197,7 +197,7 @@ def judge(recipe: Recipe) -> None:
                 _judge(recipe, todo, path)
             verdicts = read_verdicts(path)
     errors = Counter(verdicts[key]["error"] for key in wanted if "error" in verdicts[key])
-    print(f"judge: {len(wanted)} verdicts in {path}, left out: {dict(errors) or 'none'}")
+    print(f"judge: {len(wanted)} verdicts in {path}, left out: {counted(errors)}")
 
 
 def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, kept_checkpoints, rounding_floor
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from hps.errors import InputError
-from pipeline.cli import progress, run_stage
+from pipeline.cli import counted, progress, run_stage
 from pipeline.files import Appender, file_hash, write_json
 from pipeline.identity import model_hash
 from pipeline.preflight import evaluated_prompts
@@ -260,7 +260,7 @@ def _write_answers(recipe: Recipe, scorer: HeldOut, path: Path) -> None:
 def print_metrics(metrics: dict, folder: Path) -> None:
     """The figures on the screen, a line each."""
     if metrics["left_out"]:
-        print(f"held-out, left out: {metrics['left_out']}")
+        print(f"held-out, left out: {counted(metrics['left_out'])}")
     print(f"held-out: {floor_line(metrics['dtype'], metrics['floor'])}")
     for name, figures in metrics["sets"].items():
         title = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}[name]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hps.chat import check_records, end_of_turn_ids, load_tokenizer, naming, prompt_token_ids, special_tokens_in
-from pipeline.cli import progress, run_stage
+from pipeline.cli import counted, progress, run_stage
 from pipeline.engine import Engine, Sample
 from pipeline.files import Results, file_hash, write_json
 from pipeline.identity import check_model, model_hash
@@ -148,12 +148,11 @@ def summarize(path: Path, ledger_path: Path, tokenizer) -> dict:
 
 def in_words(counts: dict) -> str:
     """The counts of `summarize` as a sentence."""
-    sources = ", ".join(f"{count} {source}" for source, count in counts["responses"].items()) or "none"
-    text = f"{counts['prompts']} prompts with responses ({sources}), {counts['truncated']} cut at the token limit"
+    sources, cut = counted(counts["responses"]), counts["truncated"]
+    text = f"{counts['prompts']} prompts; responses: {sources}; {cut} of them cut at the token limit"
     if any(counts["special_tokens"].values()):
-        text += "; with special tokens: {prompts} x prompt, {responses} x response".format(**counts["special_tokens"])
-    ledger = ", ".join(f"{count} x {reason}" for reason, count in counts["ledger"].items())
-    return f"{text}; ledger: {ledger or 'empty'}"
+        text += f"; with special tokens: {counted(counts['special_tokens'])}"
+    return f"{text}; ledger: {counted(counts['ledger'])}"
 
 
 def stage_settings(recipe: Recipe) -> dict:

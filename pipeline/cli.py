@@ -1,7 +1,7 @@
 """The command line that all stages share: `[RECIPE] [key=value ...] [--dry-run]`."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from hps.errors import InputError, run_main
@@ -45,6 +45,11 @@ def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
             f"two recipes given: {' and '.join(paths)}", where="command line", remedy="give one, then key=value"
         )
     return (paths[0] if paths else DEFAULT_RECIPE), [argument for argument in arguments if "=" in argument]
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts in words: `3 x too long, 1 x repeated`, or `none`."""
+    return ", ".join(f"{count} x {what}" for what, count in counts.items()) or "none"
 
 
 def progress(items: Iterable, total: int, title: str, unit: str, done: int = 0) -> Iterator[Any]:

@@ -152,11 +152,11 @@ def test_a_split_from_prompts_to_files(make_writer, tokenizer):
 def test_the_counts_in_words():
     counts = {"prompts": 3, "responses": {"given": 4, "generated": 5}, "truncated": 2}
     plain = {**counts, "special_tokens": {"prompts": 0, "responses": 0}, "ledger": {}}
-    assert in_words(plain) == "3 prompts with responses (4 given, 5 generated), 2 cut at the token limit; ledger: empty"
+    start = "3 prompts; responses: 4 x given, 5 x generated; 2 of them cut at the token limit"
+    assert in_words(plain) == f"{start}; ledger: none"
     special = {**counts, "special_tokens": {"prompts": 1, "responses": 6}, "ledger": {"prompt too long": 7}}
     assert in_words(special) == (
-        "3 prompts with responses (4 given, 5 generated), 2 cut at the token limit; with special tokens: 1 x prompt, "
-        "6 x response; ledger: 7 x prompt too long"
+        f"{start}; with special tokens: 1 x prompts, 6 x responses; ledger: 7 x prompt too long"
     )
 
 
