@@ -98,18 +98,25 @@ def generation(recipe: Recipe) -> Work:
     return lambda: generate.generate(recipe)
 
 
-class FixedScores:
-    """In the place of a reward model: a score that depends on the response alone."""
+def fixed_scores() -> None:
+    """In place of the reward model: a score that depends on the response alone."""
+    from annotation import scorers
 
-    def score_details(self, prompt, responses, truncated, prompt_id=None) -> list[dict]:
-        return [{"score": random.Random(response).gauss(0, 1)} for response in responses]
+    class FixedScores(scorers.ScoreWorker):  # defined here, so that actors get the class itself, not its name
+        def __init__(self, **arguments: Any):
+            self.model = self
+
+        def score_details(self, prompt, responses, truncated, prompt_id) -> list[dict]:
+            return [{"score": random.Random(response).gauss(0, 1)} for response in responses]
+
+    scorers.ScoreWorker = FixedScores
 
 
 def annotation(recipe: Recipe) -> Work:
-    from annotation import annotate, scorers
+    from annotation.annotate import annotate
 
-    scorers.load_scorer = lambda **arguments: FixedScores()
-    return lambda: annotate.annotate(recipe)
+    fixed_scores()
+    return lambda: annotate(recipe)
 
 
 def plan(recipe: Recipe) -> Work:
@@ -166,10 +173,10 @@ def answers(recipe: Recipe) -> Work:
 
 
 def scores(recipe: Recipe) -> Work:
-    from annotation import score_answers, scorers
+    from annotation.score_answers import score
 
-    scorers.load_scorer = lambda **arguments: FixedScores()
-    return lambda: [score_answers.score(recipe, sft) for sft in (True, False)]
+    fixed_scores()
+    return lambda: [score(recipe, sft) for sft in (True, False)]
 
 
 def fixed_policies() -> type:
