@@ -3,6 +3,8 @@
 
 # Deprecation warnings between libraries; a user can do nothing about them.
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
+# C++ libraries: errors only. A warning would tell of every engine on a CPU how it binds its memory.
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 # OpenMP's threads spin while they wait for one another. Beside a busy process a thread waits for its core, and the others
 # burn theirs (docs/operations.md, "Speed"). After 10000 turns, some microseconds, a thread sleeps. Both environments
 # load torch's GNU OpenMP.

@@ -1,8 +1,8 @@
 """What training needs beyond a valid recipe: modules for LoRA, a key for wandb. Looked at before a model loads."""
 
-from hps.errors import InputError
+from hps.errors import InputError, refusal
 from pipeline.recipe import Recipe
-from pipeline.weights import UNUSABLE, load_config, refusal
+from pipeline.weights import UNUSABLE, load_config
 
 
 def try_lora(recipe: Recipe) -> None:

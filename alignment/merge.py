@@ -8,19 +8,18 @@ A step of its own, because under DeepSpeed ZeRO-3 the training processes cannot 
 whole, under its name, when everything in it is written.
 """
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from hps.chat import load_tokenizer, prompt_token_ids
-from hps.errors import InputError, run_main
-from pipeline.cli import parse
+from hps.errors import InputError
+from pipeline.cli import run_stage
+from pipeline.files import whole_folder
 from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
-from pipeline.stage import claim, finish, hold
+from pipeline.stage import CLAIM, begin, hold, require_finished
 from pipeline.weights import check_weights, load_adapter, load_weights
 
 PROBE = [{"role": "user", "content": "Name three things that float, two that sink, and say why in a sentence each."}]
@@ -39,35 +38,27 @@ def merge(recipe: Recipe) -> None:
     run = recipe.run_folder()
     if not recipe.training.merge or not recipe.lora.enabled:
         return
-    if not (run / "manifest.json").exists():
-        raise InputError("the run is not finished", where=str(run), remedy="run `bash run.sh` first")
+    require_finished(run, "the run is", "bash run.sh")
     target = run / "merged"
     settings = {
         "checkpoint": model_hash(Model(path=str(run / "checkpoint"))),
         "policy": model_hash(recipe.models.policy),
     }
     with hold(run):  # two at once would write into one temporary folder
-        # Without a manifest the folder is one of an earlier version, which left none: it is made again.
-        if (target / "manifest.json").exists() and claim(target, settings):
-            print(f"merged weights: finished before, {target}")
-        else:
-            _merge(recipe, target, settings)
+        if not target.exists() or begin("merged weights", target, recipe, settings):
+            with whole_folder(target) as partial:
+                _merge(recipe, run / "checkpoint", partial, settings)
+            print(f"merged weights: {target}")
 
 
-def _merge(recipe: Recipe, target: Path, settings: dict) -> None:
-    partial, checkpoint = target.with_name(".merged.partial"), target.with_name("checkpoint")
-    shutil.rmtree(partial, ignore_errors=True)
-    claim(partial, settings)
+def _merge(recipe: Recipe, checkpoint: Path, partial: Path, settings: dict) -> None:
+    work = begin(None, partial, recipe, settings)
     tokenizer = load_tokenizer(str(checkpoint))
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     merged_model(recipe, checkpoint, tokenizer).to(dtype).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     check_weights(Model(path=str(partial)))
-    outputs = sorted(path for path in partial.iterdir() if path.is_file() and path.name != "claim.json")
-    finish(partial, recipe, settings, outputs)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(partial, target)
-    print(f"merged weights: {target}")
+    work.finish(sorted(path for path in partial.iterdir() if path.is_file() and path.name != CLAIM))
 
 
 def merged_model(recipe: Recipe, checkpoint: Path, tokenizer):
@@ -94,10 +85,5 @@ def merged_model(recipe: Recipe, checkpoint: Path, tokenizer):
     return merged
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    merge(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(merge, __doc__)

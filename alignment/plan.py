@@ -18,20 +18,20 @@ from pathlib import Path
 from hps.errors import InputError, naming, run_main
 from hps.planning import Plan
 from hps.settings import Schedule, stages_without_steps
-from pipeline.cli import parse
+from pipeline.cli import counted, parse
 from pipeline.files import file_hash, write_json, write_lines
 from pipeline.identity import check_model, model_hash
 from pipeline.recipe import Recipe
 from pipeline.records import Indexed, Lines, check_ranked, read_json
 from pipeline.run_records import check_plan_row
-from pipeline.stage import claim, hold
+from pipeline.stage import CLAIM, claim, hold, require_finished
 
 
 def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
     """The plan on the screen."""
     equal = facts["responses_equal_to_the_preferred"]
     print(
-        f"plan: {facts['prompts']} prompts, left out: {facts['left_out'] or 'none'}"
+        f"plan: {facts['prompts']} prompts, left out: {counted(facts['left_out'])}"
         f"{f' and {equal} responses equal to the preferred' if equal else ''}; {facts['rows']} rows in "
         f"{facts['steps']} steps of {facts['global_batch']} "
         f"({facts['rows_to_fill_the_last_step']} rows fill up the last step) -> {path}"
@@ -70,8 +70,8 @@ def plan(recipe: Recipe) -> None:
         )
     ranking = recipe.ranked("train").parent
     # A ranked file that was put there by hand has neither claim nor manifest.
-    if (ranking / "claim.json").exists() and not (ranking / "manifest.json").exists():
-        raise InputError("the ranking is not finished", where=str(ranking), remedy="run `bash gene.sh` again")
+    if (ranking / CLAIM).exists():
+        require_finished(ranking, "the ranking is", "bash gene.sh")
     records = ranked_prompts(recipe)
     folder = recipe.run_folder()
     with hold(folder):

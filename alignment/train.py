@@ -26,12 +26,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOConfig
 
 from alignment.checks import check_wandb, try_lora
 from alignment.curves import draw_curves
-from alignment.launch import accumulation_steps
 from alignment.plan import ranked_prompts, read_plan, run_settings
 from alignment.reference import add_reference
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
@@ -45,8 +44,9 @@ from pipeline.identity import check_model
 from pipeline.models import check_fits
 from pipeline.recipe import Recipe
 from pipeline.records import parse_json
-from pipeline.stage import claim, finish, hold
+from pipeline.stage import CLAIM, Work, begin, hold
 from pipeline.weights import load_config, load_weights
+from pipeline.workers import accumulation_steps
 
 COMPLETE = "complete"  # a checkpoint's last file
 
@@ -162,6 +162,7 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
         save_total_limit=2,
         logging_nan_inf_filter=False,  # a NaN loss is to be seen
         report_to=trackers,
+        disable_tqdm=True,  # `RunFiles` prints a line a step
         disable_dropout=False,  # the parent's would be LoRA's too; the model's own is off (`without_dropout`)
     )
 
@@ -257,7 +258,8 @@ class RunFiles(TrainerCallback):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         now, tokens = time.monotonic(), logs.get("num_tokens", 0.0)
-        rate = (tokens - self._tokens) / max(now - self._clock, 1e-9)
+        seconds = now - self._clock
+        rate = (tokens - self._tokens) / max(seconds, 1e-9)
         self._tokens, self._clock = tokens, now
         line = {
             "step": state.global_step,
@@ -266,6 +268,7 @@ class RunFiles(TrainerCallback):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        print(step_line(line, state.max_steps, seconds), flush=True)
 
     def on_save(self, args, state, control, **_):
         PartialState().wait_for_everyone()  # the other processes write their random states (and shards) too
@@ -282,6 +285,13 @@ class KeptCheckpoints(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step in evaluation_steps(state.max_steps, self.points):
             save(self.trainer, self.tokenizer, self.folder / f"step-{state.global_step}")
+
+
+def step_line(line: dict, steps: int, seconds: float) -> str:
+    """A line of the log for the screen."""
+    names = {"loss": "loss", "gamma": "gamma", "rewards/margins": "margin"}
+    figures = [f"{title} {float(line[name]):.4g}" for name, title in names.items() if name in line]
+    return f"training: step {line['step']} of {steps}: {', '.join(figures)}, {seconds:.1f} s"
 
 
 def evaluation_steps(steps: int, points: int) -> list[int]:
@@ -341,7 +351,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     """The trainer on the plan's rows; without the reference's log-probabilities (`alignment.reference`)."""
     # `setdefault`: a user's own settings win. The id makes a continued run go on in the same record.
     os.environ.setdefault("WANDB_PROJECT", "hps")
-    os.environ.setdefault("WANDB_RUN_ID", file_hash(recipe.run_folder() / "claim.json")[:16])
+    os.environ.setdefault("WANDB_RUN_ID", file_hash(recipe.run_folder() / CLAIM)[:16])
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
@@ -365,6 +375,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         peft_config=lora_config(recipe),
         callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch)],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints each step as a dictionary
     if recipe.lora.enabled:  # in full fine-tuning each would be a whole model
         folder, points = recipe.run_folder() / "checkpoints", recipe.evaluation.checkpoints
         trainer.add_callback(KeptCheckpoints(trainer, tokenizer, folder, points))
@@ -414,20 +425,21 @@ def check_shared(folder: Path, state: PartialState) -> None:
 def train(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     check_model(recipe.models.policy, "models.policy")
-    if recipe.training.deepspeed and not torch.cuda.is_available():
-        leave_out_shared_memory_op()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+        if recipe.training.deepspeed:
+            leave_out_shared_memory_op()
     folder = recipe.run_folder()
     state = PartialState(cpu=not torch.cuda.is_available())
     with hold(folder) if state.is_main_process else nullcontext():
         check_shared(folder, state)
         # By every process: all find the same, and none waits for one that failed.
-        if claim(folder, run_settings(recipe)):
-            state.print(f"training: finished before, {folder}")
-        else:
-            _train(recipe, folder, state)
+        if work := begin("training" if state.is_main_process else None, folder, recipe, run_settings(recipe)):
+            _train(recipe, work, state)
 
 
-def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
+def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
+    folder = work.folder
     check_wandb(recipe)
     check_fits("run", recipe, "policy")
     if recipe.lora.enabled:
@@ -451,7 +463,7 @@ def _train(recipe: Recipe, folder: Path, state: PartialState) -> None:
             outputs += sorted(path for path in folder.glob(f"{saved}/*") if path.is_file())
         seconds = round(result.metrics["train_runtime"], 1)
         facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut, "equal_rows": trainer.rows.equal}
-        finish(folder, recipe, run_settings(recipe), outputs, [recipe.ranked("train")], **facts)
+        work.finish(outputs, [recipe.ranked("train")], **facts)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
 
 

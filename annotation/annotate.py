@@ -11,10 +11,8 @@ A run that was killed is continued by the same command. A score that is not fini
 what was scored before stays.
 """
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from hashlib import sha256
 from itertools import chain
@@ -23,42 +21,17 @@ from statistics import NormalDist, mean
 
 import numpy as np
 
-from annotation.reward_model import TooLong
-from annotation.scorers import load_scorer, run_scorers
-from hps.errors import InputError, run_main
-from pipeline.cli import parse, progress
-from pipeline.files import Appender, done_ids, file_hash, write_json
+from annotation.scorers import run_scorers
+from hps.errors import InputError
+from pipeline.cli import counted, progress, run_stage
+from pipeline.files import Results, file_hash, write_json
 from pipeline.functions import announce, function_files
 from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.recipe import SPLITS, Recipe
 from pipeline.records import WITHOUT_NOISE, canonical, read_candidates, read_ranked
 from pipeline.responses import rank
-from pipeline.stage import claim, finish, hold
-
-
-class Scorer:
-    """The worker: a scorer of its own; candidates in, ranked records out.
-
-    A bad score comes out as `error`, a conversation beyond the model's context as `refused`.
-    """
-
-    def __init__(self, **arguments):
-        self.model = load_scorer(**arguments)
-
-    def stream(self, items: Iterator[dict]) -> Iterator[dict]:
-        for item in items:
-            record = item["record"]
-            try:
-                rewards = self.model.score(
-                    record["prompt"], record["responses"], record["truncated"], record["prompt_id"]
-                )
-                result = {"record": rank(record, rewards)}
-            except TooLong as error:
-                result = {"refused": {"reason": "conversation too long for the reward model", **error.facts}}
-            except InputError as error:
-                result = {"error": f"{item['where']}: prompt {record['prompt_id']}: {error}"}
-            yield {"key": item["key"], **result}
+from pipeline.stage import Work, require_finished, stage
 
 
 def add_noise(record: dict, deviation: float, seed: int) -> dict:
@@ -106,6 +79,16 @@ def summarize(path: Path) -> dict:
     return {"prompts": prompts, **means, "tied_responses": ties, "source_of_best": dict(sorted(sources.items()))}
 
 
+def in_words(figures: dict) -> str:
+    """The figures of `summarize` as a sentence."""
+    if not figures["prompts"]:
+        return "no prompts"
+    text = "{prompts} prompts; mean reward {mean:.3f}, best {best:.3f}, worst {worst:.3f}".format(**figures)
+    if "pairs_turned_by_noise" in figures:
+        text += f"; noise turned {figures['pairs_turned_by_noise']:.1%} of the pairs"
+    return f"{text}; ties: {figures['tied_responses']}; best response: {counted(figures['source_of_best'])}"
+
+
 def stage_settings(recipe: Recipe) -> dict:
     """What decides the ranking; a change of any of it needs another output folder."""
     settings = {
@@ -115,7 +98,7 @@ def stage_settings(recipe: Recipe) -> dict:
     }
     if recipe.models.reward.function:
         settings |= {"dtype": None, "tokenizer": model_hash(recipe.models.generator)}
-    if recipe.annotation.noise:  # omitted without, so that older claims still match
+    if recipe.annotation.noise:
         settings["noise"] = {"standard_deviation": recipe.annotation.noise, "seed": recipe.seed}
     return settings
 
@@ -124,36 +107,26 @@ def annotate(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     announce(recipe, "reward")
     check_model(recipe.models.reward, "models.reward")
-    if not (recipe.candidates("train").parent / "manifest.json").exists():
-        raise InputError(
-            "the candidates are not finished",
-            where=str(recipe.candidates("train").parent),
-            remedy="run generation first, or `bash gene.sh`, which runs both",
-        )
-    folder = recipe.ranked("train").parent
-    settings = stage_settings(recipe)
-    with hold(folder):
-        if claim(folder, settings):
-            print(f"annotation: finished before, {folder}")
-        else:
-            _annotate(recipe, folder, settings)
+    require_finished(recipe.candidates("train").parent, "the candidates are", "bash gene.sh")
+    with stage("annotation", recipe.ranked("train").parent, recipe, stage_settings(recipe)) as work:
+        if work:
+            _annotate(recipe, work)
 
 
-def _annotate(recipe: Recipe, folder: Path, settings: dict) -> None:
+def _annotate(recipe: Recipe, work: Work) -> None:
     check_fits("gene", recipe, "reward")
     with ExitStack() as opened:
-        files = {
-            split: [opened.enter_context(Appender(path)) for path in (recipe.ranked(split), ledger_path(recipe, split))]
-            for split in SPLITS
+        results = {
+            split: opened.enter_context(Results(recipe.ranked(split), ledger_path(recipe, split))) for split in SPLITS
         }
-        _score_all(recipe, files)
+        _score_all(recipe, results)
     summary = {split: summarize(recipe.ranked(split)) for split in SPLITS}
-    write_json(folder / "summary.json", summary)
+    write_json(work.folder / "summary.json", summary)
     for split, figures in summary.items():
-        print(f"annotation: {split}: {json.dumps(figures)}")
+        print(f"annotation: {split}: {in_words(figures)}")
     outputs = [path for split in SPLITS for path in (recipe.ranked(split), ledger_path(recipe, split))]
     inputs = [*(recipe.candidates(split) for split in SPLITS), *function_files(recipe.models.reward)]
-    finish(folder, recipe, settings, [*outputs, folder / "summary.json"], inputs)
+    work.finish([*outputs, work.folder / "summary.json"], inputs)
 
 
 def ledger_path(recipe: Recipe, split: str) -> Path:
@@ -161,40 +134,31 @@ def ledger_path(recipe: Recipe, split: str) -> Path:
     return recipe.ranked(split).with_name(f"{split}.ledger.jsonl")
 
 
-def _score_all(recipe: Recipe, files: dict[str, list[Appender]]) -> None:
-    """Score what is not scored; `files` are the ranked file and the ledger of each split."""
+def _score_all(recipe: Recipe, results: dict[str, Results]) -> None:
+    """Score what is not scored, by split."""
     total = sum(1 for split in SPLITS for _ in read_candidates(recipe.candidates(split)))  # checks every line
-    finished = {split: done_ids(recipe.ranked(split), ledger_path(recipe, split)) for split in SPLITS}
-    done = sum(map(len, finished.values()))
+    done = sum(len(each.done) for each in results.values())
     print(f"annotation: {total - done} prompts to score, {done} scored before", flush=True)
-    if total == done:
-        return
     records = chain.from_iterable(read_candidates(recipe.candidates(split)) for split in SPLITS)
     items = (  # read as there is room
         {"key": f"{split}/{record['prompt_id']}", "where": where, "record": record}
         for split in SPLITS
         for where, record in read_candidates(recipe.candidates(split))
-        if record["prompt_id"] not in finished[split]
+        if record["prompt_id"] not in results[split].done
     )
-    results = run_scorers(Scorer, recipe, "reward", records, items, total - done)
-    for result in progress(results, total, "annotation", " prompts", done):
-        if "error" in result:
-            raise InputError(result["error"])
+    scored, noise = run_scorers(recipe, "reward", records, items, total - done), recipe.annotation.noise
+    for result in progress(scored, total, "annotation", " prompts", done):
         split, _, name = result["key"].partition("/")
-        ranked, ledger = files[split]
-        if "refused" in result:
-            ledger.append({"prompt_id": name, **result["refused"]})
-        elif "lost" in result:
-            ledger.append({"prompt_id": name, "reason": "its worker died twice", "cause": result["lost"]})
+        if "lost" in result:
+            results[split].refuse(name, "its worker died twice", cause=result["lost"])
+        elif result.get("too_long"):
+            results[split].refuse(name, "conversation too long for the reward model", **result["too_long"])
+        elif "error" in result:
+            raise InputError(result["error"])
         else:
-            record, noise = result["record"], recipe.annotation.noise
-            ranked.append(add_noise(record, noise, recipe.seed) if noise else record)
-
-
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    annotate(recipe)
+            record = rank(result["record"], [each["score"] for each in result["details"]])
+            results[split].add(add_noise(record, noise, recipe.seed) if noise else record)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(annotate, __doc__)

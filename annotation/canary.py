@@ -8,18 +8,16 @@ PROBE_TOLERANCE (other kernels, another GPU), token ids may not. Workers that be
 record, each of them atomically.
 """
 
-import hashlib
-import json
 import re
 from pathlib import Path
 
 from annotation.reward_model import PROBE_TOLERANCE, ConversationScorer
 from hps.errors import InputError
-from pipeline.files import write_json
+from pipeline.files import value_hash, write_json
 from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
-from pipeline.records import canonical
-from pipeline.stage import versions
+from pipeline.records import read_json
+from pipeline.stage import make_folder, versions
 
 
 def _user(text: str) -> dict:
@@ -68,7 +66,8 @@ def check_canaries(reward_model: ConversationScorer, folder: Path, model: Model)
         raise InputError(f"on a canary: {error}", where=model.path) from None
     if not path.exists():
         facts = {"path": model.path, "revision": model.revision, **_setting(reward_model)}
-        _write(path, {"model": facts, "hash": model_hash(model), "versions": versions(), "canaries": present})
+        make_folder(folder)
+        write_json(path, {"model": facts, "hash": model_hash(model), "versions": versions(), "canaries": present})
         return
     record = _read(path)
     for name, now in present.items():
@@ -85,9 +84,9 @@ def check_canaries(reward_model: ConversationScorer, folder: Path, model: Model)
 
 def record_path(reward_model: ConversationScorer, folder: Path, model: Model) -> Path:
     """The record's file: the end of the model's path, and a hash of all that tells records apart."""
-    key = hashlib.sha256(canonical([model.path, model.revision, *_setting(reward_model).values()]).encode())
+    key = value_hash([model.path, model.revision, *_setting(reward_model).values()])[:8]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", model.path).strip("-.")[-60:].lstrip("-.")
-    return folder / f"{slug}-{key.hexdigest()[:8]}.json"
+    return folder / f"{slug}-{key}.json"
 
 
 def measure(reward_model: ConversationScorer) -> dict[str, dict]:
@@ -96,7 +95,7 @@ def measure(reward_model: ConversationScorer) -> dict[str, dict]:
     for name, (messages, response) in CANARIES.items():
         (ids,) = reward_model.conversations(messages, [response], [False])
         (score,) = reward_model.score(messages, [response], [False])
-        found[name] = {"score": score, "tokens": hashlib.sha256(canonical(ids).encode()).hexdigest()}
+        found[name] = {"score": score, "tokens": value_hash(ids)}
     return found
 
 
@@ -116,27 +115,14 @@ def _cause(before: dict, now: dict, record: dict, model: Model) -> str:
     return f"neither its token ids nor the model's files changed; versions: {', '.join(lines) or 'the same'}"
 
 
-def _write(path: Path, record: dict) -> None:
-    try:
-        write_json(path, record)
-    except OSError as error:
-        raise InputError(
-            f"cannot write the record of the canaries ({error.strerror})",
-            where=str(path),
-            remedy="make the folder writable, or give another `output`",
-        ) from None
-
-
 def _read(path: Path) -> dict:
+    again = "delete the file; the next run records the scores again"
+    record = read_json(path, again)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         for name in CANARIES:
             abs(record["canaries"][name]["score"]), record["canaries"][name]["tokens"]
         record["hash"], dict(record["versions"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"not a record of these canaries ({type(error).__name__}: {error})",
-            where=str(path),
-            remedy="delete the file; the next run records the scores anew",
-        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"not a record of these canaries ({type(error).__name__}: {error})"
+        raise InputError(problem, where=str(path), remedy=again) from None
     return record

@@ -17,7 +17,6 @@ a system turn behind the first one is refused.
 """
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ from typing import Any
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.chat import inert, load_tokenizer, special_tokens_in
-from hps.errors import InputError, run_main
-from pipeline.files import file_hash, write_lines
+from hps.errors import InputError, run_main, shorten
+from pipeline.files import file_hash, json_line, write_lines
 from pipeline.identity import model_hash
 from pipeline.recipe import SPLITS, Model, Recipe, load_recipe, split_arguments
 from pipeline.records import (
@@ -41,12 +40,12 @@ from pipeline.records import (
     check_ranked,
     checked,
     named,
+    read_json,
     read_rows,
     refuse_misspelt,
-    shorten,
 )
 from pipeline.responses import distinct, rank
-from pipeline.stage import claim, finish, hold
+from pipeline.stage import CLAIM, MANIFEST, Work, claim, hold, is_finished
 
 
 @dataclass(frozen=True)
@@ -205,10 +204,6 @@ def convert(
         counts.update(["read", "rejected" if refused else "written", *(line["reason"] for line in lines)])
 
 
-def _line(record: dict) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def import_released(file: str, recipe: Recipe, split: str = "train", tokenizer_path: str | None = None) -> Counter:
     """Import a file as one split of a recipe's ranking; see the module's docstring."""
     target = recipe.ranked(split)
@@ -219,37 +214,38 @@ def import_released(file: str, recipe: Recipe, split: str = "train", tokenizer_p
 def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, target: Path) -> Counter:
     before = _imported_before(target.parent)
     # A file that no manifest names is what a kill left between its renaming and the manifest: it is made again.
-    if target.exists() and (split in before or not (target.parent / "claim.json").exists()):
+    if target.exists() and (split in before or not (target.parent / CLAIM).exists()):
         raise InputError("there is a ranked file already", where=str(target), remedy="give another `output`")
     model = Model(path=tokenizer_path) if tokenizer_path else recipe.models.policy
     tokenizer = load_tokenizer(model.path, model.revision)
     # The claim keeps the annotation from adding to this folder. It says nothing of the split: both may be imported.
-    settings = {"imported_by": "annotation.import_released", "tokenizer": model_hash(model)}
+    settings = {
+        "imported_by": "annotation.import_released",
+        "tokenizer": model_hash(model),
+        "special_tokens": recipe.data.special_tokens,
+    }
     refuse = recipe.data.special_tokens == "refuse"
-    if refuse:  # what does not differ from earlier versions is not claimed
-        settings["special_tokens"] = recipe.data.special_tokens
     counts, ledger, special = Counter(), [], partial(special_tokens_in, tokenizer)
 
     def ranked() -> Iterator[str]:
-        yield from map(_line, convert(read_rows(file), tokenizer, counts, ledger, special, refuse))
+        yield from map(json_line, convert(read_rows(file), tokenizer, counts, ledger, special, refuse))
         if not counts["written"]:
             raise InputError(f"no row can be used ({_counted(counts)})", where=file, remedy="check the file")
         claim(target.parent, settings)  # before the file has its name
 
     write_lines(target, ranked())
-    write_lines(target.with_suffix(".ledger.jsonl"), map(_line, ledger))
+    write_lines(target.with_suffix(".ledger.jsonl"), map(json_line, ledger))
     written = [recipe.ranked(name) for name in SPLITS if recipe.ranked(name).exists()]
     outputs = [path for ranked in written for path in (ranked, ranked.with_suffix(".ledger.jsonl"))]
     facts = {"file": file, "sha256": file_hash(file), **counts}
-    finish(target.parent, recipe, settings, outputs, imported={**before, split: facts})
+    Work(target.parent, recipe, settings).finish(outputs, imported={**before, split: facts})
     print(f"import: {file}: {_counted(counts)} -> {target}")
     return counts
 
 
 def _imported_before(folder: Path) -> dict:
     """What the folder's manifest says of earlier imports, by split."""
-    manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text(encoding="utf-8")).get("imported", {}) if manifest.exists() else {}
+    return read_json(folder / MANIFEST).get("imported", {}) if is_finished(folder) else {}
 
 
 def _counted(counts: Counter) -> str:

@@ -11,10 +11,9 @@ Run     python -m annotation.score_answers configs/quickstart.yaml
 was trained to please.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from annotation.scorers import load_scorer, run_scorers
+from annotation.scorers import run_scorers
 from hps.errors import InputError, run_main
 from pipeline.cli import parse, progress
 from pipeline.files import Appender, done_ids, file_hash
@@ -25,23 +24,7 @@ from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Recipe
 from pipeline.records import read_answers
 from pipeline.run_records import SCORES
-from pipeline.stage import claim, finish, hold
-
-
-class AnswerScorer:
-    """The worker: a scorer of its own; what `with_given` makes in, details of `answers` and of `given` out."""
-
-    def __init__(self, **arguments):
-        self.model = load_scorer(**arguments)
-
-    def stream(self, items: Iterator[dict]) -> Iterator[dict]:
-        for item in items:
-            try:
-                details = self.model.score_details(item["prompt"], item["responses"], item["truncated"], item["key"])
-                result = {"answers": details[: item["answers"]], "given": details[item["answers"] :]}
-            except InputError as error:
-                result = {"error": f"{item['where']}: prompt {item['key']}: {error}"}
-            yield {"key": item["key"], **result}
+from pipeline.stage import require_finished, stage
 
 
 def scores_path(recipe: Recipe, sft: bool, role: str = "evaluator") -> Path:
@@ -55,8 +38,7 @@ def score(recipe: Recipe, sft: bool, role: str = "evaluator") -> None:
     check_model(scorer, f"models.{role}")
     path = scores_path(recipe, sft, role)
     answers = path.parent.parent / "answers"
-    if not (answers / "manifest.json").exists():
-        raise InputError("the answers are not finished", where=str(answers), remedy="run `bash evaluate.sh`")
+    require_finished(answers, "the answers are", "bash evaluate.sh")
     settings = {
         "dtype": recipe.annotation.dtype,
         "model": model_hash(scorer),
@@ -64,13 +46,10 @@ def score(recipe: Recipe, sft: bool, role: str = "evaluator") -> None:
     }
     if scorer.function:
         settings |= {"dtype": None, "tokenizer": model_hash(recipe.models.policy)}
-    with hold(path.parent):
-        if claim(path.parent, settings):
-            print(f"scores: finished before, {path}")
-        else:
+    with stage("scores", path.parent, recipe, settings) as work:
+        if work:
             _score(recipe, sft, role, answers / "test.jsonl", path)
-            inputs = [answers / "test.jsonl", *function_files(scorer)]
-            finish(path.parent, recipe, settings, [path], inputs)
+            work.finish([path], [answers / "test.jsonl", *function_files(scorer)])
 
 
 def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> None:
@@ -79,13 +58,14 @@ def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> N
         done = done_ids(path)
         total = sum(1 for _ in read_answers(answers))  # checks every line
         print(f"scores: {total - len(done)} prompts to score, {len(done)} scored before; {path}", flush=True)
-        prompts = evaluated_prompts(recipe)[0] if sft else None
+        prompts = evaluated_prompts(recipe)[0] if sft else {}
         items = (  # read as there is room
-            {"where": where, **with_given(record, prompts[record["prompt_id"]] if prompts else None)}
+            {"key": name, "where": where, "record": with_given(record, prompts[name]["responses"] if sft else [])}
             for where, record in read_answers(answers)
-            if record["prompt_id"] not in done
+            if (name := record["prompt_id"]) not in done
         )
-        results = _scored(recipe, role, answers, items, total - len(done))
+        left = total - len(done)
+        results = run_scorers(recipe, role, read_answers(answers), items, left, writer=recipe.models.policy)
         for result in progress(results, total, "scores", " prompts", len(done)):
             if "error" in result:
                 raise InputError(result["error"])
@@ -95,26 +75,15 @@ def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> N
                     where=str(answers),
                     remedy="lower `annotation.batch_tokens`; the same command continues",
                 )
-            file.append({"prompt_id": result["key"], **{name: result[name] for name in ("answers", "given")}})
+            count, details = result["record"]["answers"], result["details"]
+            file.append({"prompt_id": result["key"], "answers": details[:count], "given": details[count:]})
 
 
-def _scored(recipe: Recipe, role: str, answers: Path, items: Iterator[dict], count: int) -> Iterator[dict]:
-    """What `AnswerScorer` makes of so many items on all devices; no model is loaded where there are none."""
-    if not count:
-        return iter(())
-    return run_scorers(AnswerScorer, recipe, role, read_answers(answers), items, count, writer=recipe.models.policy)
-
-
-def with_given(record: dict, prompt: dict | None) -> dict:
-    """What the worker needs of an answers record, with the given responses of its prompt behind the answers.
-
-    `answers` is the number of answers among `responses`.
-    """
-    given = [text.strip() for text in prompt["responses"]] if prompt else []
+def with_given(record: dict, given: list[str]) -> dict:
+    """An answers record with given responses behind the answers; `answers` is the number of answers."""
     return {
-        "key": record["prompt_id"],
-        "prompt": record["prompt"],
-        "responses": [*record["responses"], *given],
+        **record,
+        "responses": [*record["responses"], *(text.strip() for text in given)],
         "truncated": [*record["truncated"], *[False] * len(given)],
         "answers": len(record["responses"]),
     }

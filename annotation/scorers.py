@@ -5,8 +5,9 @@ from pathlib import Path
 
 from annotation.armorm import ArmoRM
 from annotation.canary import canary_folder, check_canaries
-from annotation.reward_model import ConversationScorer, RewardModel
+from annotation.reward_model import ConversationScorer, RewardModel, TooLong
 from hps.chat import check_records, load_tokenizer
+from hps.errors import InputError
 from pipeline.functions import FunctionScorer
 from pipeline.models import ARMORM, WRITERS
 from pipeline.recipe import Model, Recipe, Reward
@@ -40,8 +41,31 @@ def load_scorer(
     return found
 
 
+class ScoreWorker:
+    """The worker: a scorer of its own; records in, the details of their responses' scores out.
+
+    Items in: `key`, `where` and `record` (`prompt_id`, `prompt`, `responses`, `truncated`). Items out: `key`, `record`
+    and `details`; or `error`, with `too_long` for a conversation beyond the model's context.
+    """
+
+    def __init__(self, **arguments):
+        self.model = load_scorer(**arguments)
+
+    def stream(self, items: Iterator[dict]) -> Iterator[dict]:
+        for item in items:
+            record = item["record"]
+            result = {"key": item["key"], "record": record}
+            try:
+                result["details"] = self.model.score_details(
+                    record["prompt"], record["responses"], record["truncated"], record["prompt_id"]
+                )
+            except InputError as error:
+                result["error"] = f"{item['where']}: prompt {record['prompt_id']}: {error}"
+                result["too_long"] = error.facts if isinstance(error, TooLong) else None
+            yield result
+
+
 def run_scorers(
-    worker: type,
     recipe: Recipe,
     role: str,
     records: Iterable[tuple[str, dict]],
@@ -49,7 +73,7 @@ def run_scorers(
     count: int,
     writer: Model | None = None,
 ) -> Iterator[dict]:
-    """What a worker, made with the arguments of `load_scorer`, makes of so many items on all devices.
+    """What `ScoreWorker` makes of so many items on all devices; without items no model is loaded.
 
     A function works in this process, or in as many as `annotation.workers` says, and holds no GPU.
 
@@ -57,6 +81,8 @@ def run_scorers(
         records: with their places; a tokenizer that cannot serve them is refused before a model loads.
         writer: the model whose responses are scored; by default the one that the role is for.
     """
+    if not count:
+        return iter(())
     model, writer = getattr(recipe.models, role), writer or getattr(recipe.models, WRITERS[role])
     reader = writer if model.function else model
     check_records(load_tokenizer(reader.path, reader.revision), records, spelled=SPELLED)
@@ -69,5 +95,6 @@ def run_scorers(
         "canaries": str(canary_folder(recipe)),
     }
     if model.function and recipe.annotation.workers is None:
-        return worker(**arguments).stream(items)
-    return run_workers(worker, arguments, items, recipe.annotation.workers, count, gpus_each=0 if model.function else 1)
+        return ScoreWorker(**arguments).stream(items)
+    gpus = 0 if model.function else 1
+    return run_workers(ScoreWorker, arguments, items, recipe.annotation.workers, count, gpus_each=gpus)

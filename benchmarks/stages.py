@@ -112,11 +112,25 @@ def generation(recipe: Recipe) -> Work:
     return lambda: generate.generate(recipe)
 
 
-def annotation(recipe: Recipe) -> Work:
-    from annotation import annotate
+def fixed_scores() -> None:
+    """In place of the reward model: a score that depends on the response alone."""
+    from annotation import scorers
 
-    annotate.Scorer = type("Scorer", (FixedScores, annotate.Scorer), {})
-    return lambda: annotate.annotate(recipe)
+    class FixedScores(scorers.ScoreWorker):  # defined here, so that actors get the class itself, not its name
+        def __init__(self, **arguments: Any):
+            self.model = self
+
+        def score_details(self, prompt, responses, truncated, prompt_id) -> list[dict]:
+            return [{"score": random.Random(response).gauss(0, 1)} for response in responses]
+
+    scorers.ScoreWorker = FixedScores
+
+
+def annotation(recipe: Recipe) -> Work:
+    from annotation.annotate import annotate
+
+    fixed_scores()
+    return lambda: annotate(recipe)
 
 
 def plan(recipe: Recipe) -> Work:
@@ -173,10 +187,10 @@ def answers(recipe: Recipe) -> Work:
 
 
 def scores(recipe: Recipe) -> Work:
-    from annotation import score_answers as answers
+    from annotation.score_answers import score
 
-    answers.AnswerScorer = type("AnswerScorer", (FixedScores, answers.AnswerScorer), {})
-    return lambda: [answers.score(recipe, sft) for sft in (True, False)]
+    fixed_scores()
+    return lambda: [score(recipe, sft) for sft in (True, False)]
 
 
 def fixed_policies() -> type:

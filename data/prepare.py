@@ -29,9 +29,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from hps.errors import InputError, run_main
+from hps.errors import InputError, run_main, shorten
 from pipeline.files import file_hash, write_atomic, write_json
-from pipeline.records import ROLES, canonical, prompt_id, read_values, refusal, shorten, typed
+from pipeline.records import ROLES, canonical, prompt_id, read_values, refusal, typed
 from tools.hub import COMMIT, asking, commit_of, write_revisions
 
 DATA = Path(__file__).resolve().parent

@@ -14,13 +14,12 @@ from itertools import islice
 from pathlib import Path
 
 from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, rounding_floor
-from hps.errors import InputError, run_main
-from pipeline.cli import parse, progress
+from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, done_ids, file_hash
 from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
 from pipeline.records import read_answers
-from pipeline.stage import claim, finish, hold
+from pipeline.stage import require_finished, stage
 
 
 def divergence_path(recipe: Recipe) -> Path:
@@ -31,20 +30,17 @@ def measure(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     path = divergence_path(recipe)
     answers = recipe.evaluated_folder() / "answers"
-    if not (answers / "manifest.json").exists():
-        raise InputError("the answers are not finished", where=str(answers), remedy="run `bash evaluate.sh`")
+    require_finished(answers, "the answers are", "bash evaluate.sh")
     settings = {
         "answers": file_hash(answers / "test.jsonl"),
         "checkpoint": model_hash(Model(path=str(recipe.run_folder() / "checkpoint"))),
         "reference": model_hash(recipe.models.policy),
         "max_length": recipe.schedule.max_length,
     }
-    with hold(path.parent):
-        if claim(path.parent, settings):
-            print(f"divergence: finished before, {path}")
-        else:
+    with stage("divergence", path.parent, recipe, settings) as work:
+        if work:
             precision = _measure(recipe, answers / "test.jsonl", path)
-            finish(path.parent, recipe, settings, [path], [answers / "test.jsonl"], **precision)
+            work.finish([path], [answers / "test.jsonl"], **precision)
 
 
 def _measure(recipe: Recipe, answers: Path, path: Path) -> dict:
@@ -82,10 +78,5 @@ def answer_figures(record: dict, scorer: HeldOut) -> dict:
     }
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    measure(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(measure, __doc__)

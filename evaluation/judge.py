@@ -12,26 +12,23 @@ is not judged again, whichever model wrote it, and where all are there no engine
 continued by the same command. evaluation.win_rate makes the comparison.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from generation.generate import Generator
-from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
-from hps.errors import InputError, run_main
-from pipeline.cli import parse, progress
-from pipeline.engine import Engine
-from pipeline.files import Appender, write_json
+from generation.generate import sample
+from hps.chat import load_tokenizer, prompt_token_ids
+from hps.errors import InputError, shorten
+from pipeline.cli import counted, progress, run_stage
+from pipeline.files import Appender, value_hash, write_json
 from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
-from pipeline.recipe import Generation, Model, Recipe
-from pipeline.records import canonical, check_finite, read_answers, read_jsonl, shorten
-from pipeline.stage import hold, write_manifest
-from pipeline.weights import check_weights
-from pipeline.workers import check_gpus, run_workers
+from pipeline.recipe import Recipe
+from pipeline.records import check_finite, read_answers, read_jsonl
+from pipeline.stage import MANIFEST, hold, remade, require_finished
+from pipeline.workers import check_gpus
 
 CRITERIA = ("correctness", "helpfulness", "safety", "clarity")
 GRID = [half / 2 if half % 2 else half // 2 for half in range(11)]  # 0, 0.5, 1, ... 5
@@ -63,20 +60,10 @@ NO_SCORES = "no scores in the output"
 LOST = "the engine died twice"
 
 
-class Scorer(Generator):
-    """The worker: an engine whose samples all follow the schema."""
-
-    def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int):
-        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), seed, schema=SCHEMA)
-
-
 def judged_answers(folder: Path, count: int) -> list[dict]:
     """The finished answers in a run's folder; at least `count` to each prompt."""
     answers = folder / "answers"
-    if not (answers / "manifest.json").exists():
-        raise InputError(
-            "there are no finished answers", where=str(answers), remedy="run `bash evaluate.sh` with that recipe"
-        )
+    require_finished(answers, "the answers are", "bash evaluate.sh")
     records = []
     for where, record in read_answers(answers / "test.jsonl"):
         if len(record["responses"]) < count:
@@ -91,11 +78,7 @@ def judged_answers(folder: Path, count: int) -> list[dict]:
 
 def verdict_key(messages: list[dict], answer: str, repeat: int) -> str:
     """Names a verdict by what was judged, and by nothing else."""
-    return _hash([[[message["role"], message["content"]] for message in messages], answer, repeat])
-
-
-def _hash(value) -> str:
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return value_hash([[[message["role"], message["content"]] for message in messages], answer, repeat])
 
 
 def judge_message(messages: list[dict], answer: str) -> list[dict]:
@@ -140,7 +123,7 @@ def wanted_verdicts(recipe: Recipe) -> dict[str, tuple[list[dict], str]]:
             for answer in record["responses"][: recipe.judge.answers]:
                 for repeat in range(recipe.judge.repeats):
                     wanted[verdict_key(record["prompt"], answer, repeat)] = (record["prompt"], answer)
-    return {key: wanted[key] for key in sorted(wanted, key=lambda key: _hash([recipe.seed, key]))}
+    return {key: wanted[key] for key in sorted(wanted, key=lambda key: value_hash([recipe.seed, key]))}
 
 
 def judge_settings(recipe: Recipe) -> dict:
@@ -163,7 +146,7 @@ def cache_path(recipe: Recipe) -> Path:
 
 
 def _cache(recipe: Recipe, settings: dict) -> Path:
-    return Path(recipe.tested().output) / "judge" / f"{_hash(settings)[:16]}.jsonl"
+    return Path(recipe.tested().output) / "judge" / f"{value_hash(settings)[:16]}.jsonl"
 
 
 def read_verdicts(path: Path) -> dict[str, dict]:
@@ -203,23 +186,22 @@ def judge(recipe: Recipe) -> None:
     wanted = wanted_verdicts(recipe)
     settings = judge_settings(recipe)  # once: it reads all weights of a local judge
     path = _cache(recipe, settings)
-    manifest = path.with_suffix(".manifest.json")
     with hold(path.parent):
         verdicts = read_verdicts(path)
         todo = {key: texts for key, texts in wanted.items() if key not in verdicts}
         print(f"judge: {len(todo)} verdicts to give, {len(wanted) - len(todo)} of {len(wanted)} given before")
-        if todo:
-            manifest.unlink(missing_ok=True)  # that of fewer verdicts
-            write_json(path.with_suffix(".json"), settings)
-            _judge(recipe, todo, path)
+        if todo or not path.with_suffix(f".{MANIFEST}").exists():
+            with remade(path, recipe, settings, [path, path.with_suffix(".json")]):
+                write_json(path.with_suffix(".json"), settings)
+                _judge(recipe, todo, path)
             verdicts = read_verdicts(path)
-        if not manifest.exists():
-            write_manifest(manifest, recipe, settings, [path, path.with_suffix(".json")], {})
     errors = Counter(verdicts[key]["error"] for key in wanted if "error" in verdicts[key])
-    print(f"judge: {len(wanted)} verdicts in {path}, left out: {dict(errors) or 'none'}")
+    print(f"judge: {len(wanted)} verdicts in {path}, left out: {counted(errors)}")
 
 
 def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
+    if not todo:
+        return
     check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
     check_fits("evaluate", recipe, "judge")
     tokenizer = load_tokenizer(recipe.models.judge.path, recipe.models.judge.revision)
@@ -231,34 +213,19 @@ def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
                 file.append({"key": key, "error": TOO_LONG, "tokens": len(ids)})
             else:
                 items.append({"key": key, "ids": ids, "count": 1})
-        for result in progress(_results(recipe, items, tokenizer), len(items), "judge", " verdicts"):
+        for result in progress(_verdicts(recipe, items, tokenizer), len(items), "judge", " verdicts"):
             verdict = (
                 {"error": LOST, "output": result["lost"]} if "lost" in result else read_scores(result["samples"][0])
             )
             file.append({"key": result["key"], **verdict})
 
 
-def _results(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict]:
-    if not items:
-        return iter(())
-    check_weights(recipe.models.judge)  # what does not fit is one line here, and a page of vLLM's there
+def _verdicts(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict]:
     names = ("temperature", "max_prompt_tokens", "max_new_tokens", "tensor_parallel")
-    changed = {"top_p": 1.0, **{name: getattr(recipe.judge, name) for name in names}}
+    changed = {"top_p": 1.0, "workers": None, **{name: getattr(recipe.judge, name) for name in names}}
     settings = recipe.generation.model_copy(update=changed)
-    arguments = {
-        "model": recipe.models.judge.model_dump(),
-        "settings": settings.model_dump(),
-        "stop_ids": sorted(end_of_turn_ids(tokenizer)),
-        "seed": recipe.seed,
-    }
-    window = 3 * settings.max_sequences
-    return run_workers(Scorer, arguments, items, None, len(items), settings.tensor_parallel, window)
-
-
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    judge(recipe)
+    return sample(recipe.models.judge, settings, recipe.seed, items, tokenizer, len(items), schema=SCHEMA)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(judge, __doc__)

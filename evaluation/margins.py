@@ -24,15 +24,15 @@ import numpy as np
 
 from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, kept_checkpoints, rounding_floor
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
-from hps.errors import InputError, run_main
-from pipeline.cli import parse, progress
+from hps.errors import InputError, shorten
+from pipeline.cli import counted, progress, run_stage
 from pipeline.files import Appender, file_hash, write_json
 from pipeline.identity import model_hash
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe
-from pipeline.records import read_jsonl, read_ranked, shorten
+from pipeline.records import read_jsonl, read_ranked
 from pipeline.run_records import AGAIN, SETS, check_pair
-from pipeline.stage import claim, finish, hold
+from pipeline.stage import Work, require_finished, stage
 
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
 
@@ -174,20 +174,14 @@ def _right(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
 
 def evaluate(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
-    if not (recipe.run_folder() / "manifest.json").exists():
-        raise InputError(
-            "the run is not finished", where=str(recipe.run_folder()), remedy="run `bash run.sh` with this recipe"
-        )
+    require_finished(recipe.run_folder(), "the run is", "bash run.sh")
     folder = recipe.evaluated_folder() / "evaluation"
-    settings = evaluation_settings(recipe)
-    with hold(folder):
-        if claim(folder, settings):
-            print(f"evaluation: finished before, {folder}")
-        else:
-            _evaluate(recipe, folder, settings)
+    with stage("evaluation", folder, recipe, evaluation_settings(recipe)) as work:
+        if work:
+            _evaluate(recipe, folder, work)
 
 
-def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
+def _evaluate(recipe: Recipe, folder: Path, work: Work) -> None:
     scorer, left_out = HeldOut(recipe), Counter()
     # Read once to be counted and once to be scored: what is held meanwhile is one pair.
     count = sum(1 for _ in comparable(held_out_pairs(recipe, left_out), scorer, left_out))
@@ -207,7 +201,7 @@ def _evaluate(recipe: Recipe, folder: Path, settings: dict) -> None:
     print_metrics(metrics, folder)
     outputs = [folder / name for name in ("pairs.jsonl", "answers.jsonl", "margins.json")]
     inputs = [recipe.tested().data.test.path, recipe.tested().ranked("test")]
-    finish(folder, recipe, settings, outputs, inputs)
+    work.finish(outputs, inputs)
 
 
 def set_figures(columns: Columns, recipe: Recipe) -> dict:
@@ -257,7 +251,7 @@ def _write_answers(recipe: Recipe, scorer: HeldOut, path: Path) -> None:
 def print_metrics(metrics: dict, folder: Path) -> None:
     """The figures on the screen, a line each."""
     if metrics["left_out"]:
-        print(f"held-out, left out: {metrics['left_out']}")
+        print(f"held-out, left out: {counted(metrics['left_out'])}")
     print(f"held-out: {floor_line(metrics['dtype'], metrics['floor'])}")
     for name, figures in metrics["sets"].items():
         title = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}[name]
@@ -270,10 +264,5 @@ def print_metrics(metrics: dict, folder: Path) -> None:
                 print(f"  {key:26s} {figure(value['mean']):>8s}  {interval(value)}")
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    evaluate(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(evaluate, __doc__)

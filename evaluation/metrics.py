@@ -22,17 +22,17 @@ import numpy as np
 
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from evaluation.text_figures import Bleu, distinct, forget_texts, repetition, tokenizer_of
-from hps.errors import InputError, run_main
+from hps.errors import InputError, run_main, shorten
 from pipeline.cli import parse
 from pipeline.files import write_json, write_lines
 from pipeline.models import SAME_FUNCTION, SAME_MODEL, same_model
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import SFT, Recipe
-from pipeline.records import Check, Indexed, check_answers, read_answers, shorten
+from pipeline.records import Check, Indexed, check_answers, read_answers, read_json
 from pipeline.run_records import AGAIN, SCORES, check_divergence, check_scores
-from pipeline.stage import fingerprint, write_manifest
+from pipeline.stage import remade, require_finished
 
-MANIFEST = "metrics.manifest.json"
+EVALUATE = "bash evaluate.sh"
 
 
 def answer_figures(answers: dict, rewards: list[dict]) -> dict[str, float]:
@@ -140,7 +140,7 @@ class Answered:
     """
 
     def __init__(self, folder: Path, role: str = "evaluator"):
-        _finished(folder / "answers")
+        require_finished(folder / "answers", "the answers are", EVALUATE)
         self.answers = Indexed(folder / "answers" / "test.jsonl", check_answers)
         self._folder, self._scored = folder, folder / SCORES[role]
         self.scores = _by_prompt(self._scored / "scores.jsonl", check_scores)
@@ -172,13 +172,8 @@ def _line(lines: Mapping[str, dict], name: str, folder: Path) -> dict:
     return lines[name]
 
 
-def _finished(folder: Path) -> None:
-    if not (folder / "manifest.json").exists():
-        raise InputError("this is not finished", where=str(folder), remedy="run `bash evaluate.sh` with this recipe")
-
-
 def _by_prompt(path: Path, check: Check) -> Indexed:
-    _finished(path.parent)
+    require_finished(path.parent, f"the stage `{path.parent.name}` is", EVALUATE)
     return Indexed(path, check)
 
 
@@ -239,7 +234,7 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
     """Run the stage; see the module's docstring."""
     folder = evaluated(recipe, sft)
     if not sft:
-        _finished(folder / "evaluation")
+        require_finished(folder / "evaluation", "the held-out figures are", EVALUATE)
     bleu, left_out, figures = Bleu(), Counter(), Figures()
 
     def lines() -> Iterator[str]:
@@ -252,8 +247,16 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
     tokenizers = bleu_tokenizers(recipe, sft)
     if len(tokenizers) > 1:
         left_out[f"corpus BLEU: prompts need different tokenizers ({', '.join(sorted(tokenizers))})"] += 1
-    (folder / MANIFEST).unlink(missing_ok=True)  # that of earlier figures
-    write_lines(folder / "metrics.jsonl", lines())
+    outputs = [folder / name for name in ("metrics.jsonl", "metrics.json")]
+    with remade(outputs[1], recipe, {"seed": recipe.seed}, outputs, _inputs(recipe, sft)):
+        write_lines(outputs[0], lines())
+        metrics = _metrics(recipe, sft, figures, bleu, tokenizers, left_out)
+        write_json(outputs[1], metrics)
+    return metrics
+
+
+def _metrics(recipe: Recipe, sft: bool, figures: Figures, bleu: Bleu, tokenizers: Counter, left_out: Counter) -> dict:
+    """What `metrics.json` holds."""
     metrics = {
         "run": SFT if sft else recipe.run,
         "prompts": figures.prompts,
@@ -268,22 +271,18 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
         "evaluator_is_reward": same_model(recipe.models.reward, recipe.models.evaluator),
     }
     if not sft:
-        margins = folder / "evaluation" / "margins.json"
-        metrics["sets"] = json.loads(margins.read_text(encoding="utf-8"))["sets"]
-    write_json(folder / "metrics.json", metrics)
-    outputs = [folder / name for name in ("metrics.jsonl", "metrics.json")]
-    write_manifest(folder / MANIFEST, recipe, {"seed": recipe.seed}, outputs, _inputs(recipe, sft))
+        metrics["sets"] = read_json(evaluated(recipe, sft) / "evaluation" / "margins.json")["sets"]
     return metrics
 
 
-def _inputs(recipe: Recipe, sft: bool) -> dict[str, dict]:
-    """Fingerprints of the files that the figures are made of."""
+def _inputs(recipe: Recipe, sft: bool) -> list[str | Path]:
+    """The files that the figures are made of."""
     names = ["answers/test.jsonl", "scores/scores.jsonl"]
     names += ["proxy_scores/scores.jsonl"] * recipe.evaluation.proxy
     paths = [each / name for each in _folders(recipe, sft) for name in names]
     if not sft:
         paths += [evaluated(recipe, sft) / name for name in ("divergence/divergence.jsonl", "evaluation/margins.json")]
-    return {str(path): fingerprint(path) for path in [recipe.tested().data.test.path, *sorted(paths)]}
+    return [recipe.tested().data.test.path, *sorted(paths)]
 
 
 def print_metrics(metrics: dict, path: Path, function: bool = False) -> None:

@@ -25,7 +25,7 @@ from evaluation.judge import CRITERIA, cache_path, judged_answers, read_verdicts
 from hps.errors import InputError, run_main
 from pipeline.files import write_json
 from pipeline.recipe import Judge, Recipe, load_recipe, split_arguments
-from pipeline.stage import fingerprint, hold, write_manifest
+from pipeline.stage import hold, remade
 
 SIDES = ("run", "against")
 NOT_JUDGED = "not judged"
@@ -280,14 +280,10 @@ def win_rates(recipe: Recipe, against: list[Path]) -> dict:
         "against": {str(folder): compare(ours, answers[folder], *options) for folder in against},
     }
     written = recipe.evaluated_folder() / "win_rate.json"
-    manifest = written.with_suffix(".manifest.json")
-    manifest.unlink(missing_ok=True)  # that of earlier figures
-    write_json(written, figures)
-    # The verdicts are no input here: their file grows with every run that is judged.
-    inputs = [str(folder / "answers" / "test.jsonl") for folder in answers]
-    write_manifest(
-        manifest, recipe, {"judge": settings.model_dump()}, [written], {name: fingerprint(name) for name in inputs}
-    )
+    # The verdicts are not an input here: their file grows with every run that is judged.
+    inputs = [folder / "answers" / "test.jsonl" for folder in answers]
+    with remade(written, recipe, {"judge": settings.model_dump()}, [written], inputs):
+        write_json(written, figures)
     return figures
 
 

@@ -9,7 +9,6 @@ Every prompt ends up exactly once, in the candidates or in the ledger. A run tha
 command; prompts that are finished are not touched.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -17,18 +16,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from hps.chat import check_records, end_of_turn_ids, load_tokenizer, naming, prompt_token_ids, special_tokens_in
-from hps.errors import run_main
-from pipeline.cli import parse, progress
+from hps.chat import check_records, end_of_turn_ids, load_tokenizer, prompt_token_ids, special_tokens_in
+from hps.errors import naming
+from pipeline.cli import counted, progress, run_stage
 from pipeline.engine import Engine, Sample
-from pipeline.files import Appender, done_ids, file_hash, write_json, write_lines
+from pipeline.files import Results, file_hash, write_json
 from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, load_prompts
 from pipeline.recipe import SPLITS, Generation, Model, Recipe
 from pipeline.records import Indexed, read_candidates, read_ledger
 from pipeline.responses import distinct
-from pipeline.stage import claim, finish, hold
+from pipeline.stage import Work, is_finished, stage
 from pipeline.weights import ADAPTER, check_weights, refuse_pickles
 from pipeline.workers import run_workers
 
@@ -40,8 +39,8 @@ class Generator:
     out: `key`, `samples`.
     """
 
-    def __init__(self, model: dict, settings: dict, stop_ids: list[int], seed: int, adapters: Sequence[str] = ()):
-        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), seed, adapters=adapters)
+    def __init__(self, model: dict, settings: dict, stop_ids: list[int], **options):
+        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), **options)
 
     def stream(self, items: Iterator[dict | None]) -> Iterator[dict]:
         prompts = (item and (item["key"], item["ids"], item["count"], item.get("adapter")) for item in items)
@@ -80,21 +79,16 @@ def assemble(
     return candidates, ledger
 
 
-class SplitWriter:
+class SplitWriter(Results):
     """The one writer of a split: candidates and ledger, continued where an earlier run was stopped."""
 
     def __init__(self, recipe: Recipe, split: str, prompts: Indexed, repeated: list[dict], tokenizer):
-        self.path = recipe.candidates(split)
-        self.ledger_path = self.path.with_name(f"{split}.ledger.jsonl")
+        path = recipe.candidates(split)
+        super().__init__(path, path.with_name(f"{split}.ledger.jsonl"), repeated)
         self.prompts = prompts
         self.count = getattr(recipe.data, split).responses
         self._settings, self._tokenizer = recipe.generation, tokenizer
         self._refuse_special = recipe.data.special_tokens == "refuse"
-        self._candidates, self.done = Appender(self.path), done_ids(self.path)
-        Appender(self.ledger_path).close()  # cuts off what a kill left of the last line
-        self.done |= {line["prompt_id"] for _, line in read_ledger(self.ledger_path) if line.get("refused")}
-        _settle(self.ledger_path, self.done, repeated)
-        self._ledger = Appender(self.ledger_path)
 
     def pending(self) -> Iterator[tuple[str, list[int]]]:
         """Yield `(prompt_id, token ids)` of what remains; too long prompts go to the ledger here."""
@@ -114,41 +108,20 @@ class SplitWriter:
                 yield name, ids
 
     def write(self, name: str, samples: list[Sample]) -> None:
-        """Put a finished prompt on disk, the ledger first: a kill in between repeats the prompt, never loses it."""
+        """Put a finished prompt on disk."""
         # White space around a response would merge with the template's tokens; generated text is stripped as well.
         given = [text.strip() for text in self.prompts[name]["responses"]] if self._settings.keep_given else []
         record = {**self.prompts[name], "responses": given}
         counts = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in given]
         refused = self._special if self._refuse_special else lambda text: []
-        candidates, ledger = assemble(record, samples, counts, refused)
-        for line in ledger:
-            self._ledger.append(line)
+        candidates, dropped = assemble(record, samples, counts, refused)
         if len(candidates["responses"]) < 2:
-            self.refuse(name, "fewer than two distinct responses", responses=candidates["responses"])
+            self.refuse(name, "fewer than two distinct responses", dropped, responses=candidates["responses"])
         else:
-            self._candidates.append(candidates)
-            self.done.add(name)
+            self.add(candidates, dropped)
 
     def _special(self, *texts: str) -> list[str]:
         return [token for text in texts for token in special_tokens_in(self._tokenizer, text)]
-
-    def refuse(self, name: str, reason: str, **facts) -> None:
-        """Put a prompt into the ledger: it has no candidates and is done."""
-        self._ledger.append({"prompt_id": name, "reason": reason, "refused": True, **facts})
-        self.done.add(name)
-
-    def close(self) -> None:
-        self._candidates.close()
-        self._ledger.close()
-
-
-def _settle(path: Path, done: set[str], repeated: list[dict]) -> None:
-    """Rewrite a ledger to the repeated prompts and the lines of finished prompts.
-
-    A prompt that a kill stopped between its ledger lines and its own line is done again and writes new ones.
-    """
-    lines = (line for _, line in read_ledger(path) if line["prompt_id"] in done and line["reason"] != "repeated prompt")
-    write_lines(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in chain(repeated, lines)))
 
 
 def summarize(path: Path, ledger_path: Path, tokenizer) -> dict:
@@ -168,6 +141,15 @@ def summarize(path: Path, ledger_path: Path, tokenizer) -> dict:
     return {**counts, "ledger": dict(reasons)}
 
 
+def in_words(counts: dict) -> str:
+    """The counts of `summarize` as a sentence."""
+    sources, cut = counted(counts["responses"]), counts["truncated"]
+    text = f"{counts['prompts']} prompts; responses: {sources}; {cut} of them cut at the token limit"
+    if any(counts["special_tokens"].values()):
+        text += f"; with special tokens: {counted(counts['special_tokens'])}"
+    return f"{text}; ledger: {counted(counts['ledger'])}"
+
+
 def stage_settings(recipe: Recipe) -> dict:
     """What decides the candidates; a change of any of it needs another output folder."""
     settings = recipe.generation.model_dump()
@@ -177,13 +159,11 @@ def stage_settings(recipe: Recipe) -> dict:
     data = {
         s: {**getattr(recipe.data, s).model_dump(), "sha256": file_hash(getattr(recipe.data, s).path)} for s in SPLITS
     }
-    if recipe.data.special_tokens != "neutralize":  # what does not differ from earlier versions is not claimed
-        data["special_tokens"] = recipe.data.special_tokens
     return {
         "generation": settings,
         "seed": recipe.seed,
         "model": model_hash(recipe.models.generator),
-        "data": data,
+        "data": {**data, "special_tokens": recipe.data.special_tokens},
     }
 
 
@@ -194,19 +174,17 @@ def generate(recipe: Recipe) -> None:
     check_disjoint(*(prompts[split][0].placed() for split in SPLITS))
     folder = recipe.candidates("train").parent
     settings, tokenizer = stage_settings(recipe), None
-    if not (folder / "manifest.json").exists():  # before the claim: data that is put right then finds no other one
+    if not is_finished(folder):  # before the claim: corrected data may then come to the same output
         check_fits("gene", recipe, "generator")
         tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
         for indexed, _ in prompts.values():
             check_records(tokenizer, indexed.placed())
-    with hold(folder):
-        if claim(folder, settings):
-            print(f"generation: finished before, {folder}")
-        else:
-            _generate(recipe, prompts, folder, settings, tokenizer)
+    with stage("generation", folder, recipe, settings) as work:
+        if work:
+            _generate(recipe, prompts, work, tokenizer)
 
 
-def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings: dict, tokenizer: Any) -> None:
+def _generate(recipe: Recipe, prompts: dict[str, tuple], work: Work, tokenizer: Any) -> None:
     writers = {split: SplitWriter(recipe, split, *prompts[split], tokenizer) for split in SPLITS}
     total = sum(len(writer.prompts) for writer in writers.values())
     done = sum(len(writer.done) for writer in writers.values())
@@ -217,7 +195,7 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
         for name, ids in writer.pending()
     )
     most = max(writer.count for writer in writers.values())
-    results = sample(recipe, recipe.models.generator, items, tokenizer, total - done, most)
+    results = sample(recipe.models.generator, recipe.generation, recipe.seed, items, tokenizer, total - done, most)
     for result in progress(results, total, "generation", " prompts", done):
         split, _, name = result["key"].partition("/")
         if "lost" in result:
@@ -227,30 +205,33 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], folder: Path, settings:
     for writer in writers.values():
         writer.close()
     summary = {split: summarize(writer.path, writer.ledger_path, tokenizer) for split, writer in writers.items()}
-    write_json(folder / "summary.json", summary)
+    write_json(work.folder / "summary.json", summary)
     for split, counts in summary.items():
-        print(f"generation: {split}: {json.dumps(counts)}")
+        print(f"generation: {split}: {in_words(counts)}")
     outputs = [path for writer in writers.values() for path in (writer.path, writer.ledger_path)]
     inputs = [getattr(recipe.data, split).path for split in SPLITS]
-    finish(folder, recipe, settings, [*outputs, folder / "summary.json"], inputs)
+    work.finish([*outputs, work.folder / "summary.json"], inputs)
 
 
 def sample(
-    recipe: Recipe,
     model: Model,
+    settings: Generation,
+    seed: int,
     items: Iterable[dict],
     tokenizer,
     count: int,
-    most: int,
+    most: int = 1,
     adapters: Sequence[str] = (),
+    schema: dict | None = None,
 ) -> Iterator[dict]:
-    """What `Generator` makes of the items on all devices, with the recipe's `generation` settings.
+    """What `Generator` makes of the items on all devices.
 
     Args:
         items: read as there is room for them; no engine starts when there are none.
         count: how many items there are at most.
         most: the largest number of samples of an item.
         adapters: what items may ask for.
+        schema: JSON schema that every sample must follow.
     """
     items = iter(items)
     first = next(items, None)
@@ -262,22 +243,17 @@ def sample(
     print("loading the engine", flush=True)
     arguments = {
         "model": model.model_dump(),
-        "settings": recipe.generation.model_dump(),
+        "settings": settings.model_dump(),
         "stop_ids": sorted(end_of_turn_ids(tokenizer)),
-        "seed": recipe.seed,
+        "seed": seed,
         "adapters": sorted(adapters),
+        "schema": schema,
     }
     # More than the engine keeps waiting for itself, so that it never waits for us.
-    window = 1 + 3 * recipe.generation.max_sequences // max(1, most)
-    settings = recipe.generation
+    window = 1 + 3 * settings.max_sequences // max(1, most)
     items = chain([first], items)
     return run_workers(Generator, arguments, items, settings.workers, count, settings.tensor_parallel, window)
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    generate(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(generate, __doc__)

@@ -12,7 +12,6 @@ they are what the policy answers. Adapters on one model share an engine.
 """
 
 import argparse
-import json
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,16 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from generation.generate import sample
-from hps.chat import check_records, load_tokenizer, naming, prompt_token_ids
-from hps.errors import InputError, run_main
+from hps.chat import check_records, load_tokenizer, prompt_token_ids
+from hps.errors import InputError, naming, run_main
 from pipeline.cli import progress
-from pipeline.files import Appender, done_ids, file_hash
+from pipeline.files import Results, file_hash
 from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe, load_recipe, split_arguments
-from pipeline.records import Indexed
-from pipeline.stage import claim, finish, hold
+from pipeline.records import Indexed, canonical
+from pipeline.stage import Work, require_finished, stage
 
 
 @dataclass
@@ -38,11 +37,20 @@ class Answering:
 
     recipe: Recipe
     sft: bool
+    work: Work | None = None  # of its folder, while that is held and not finished
 
     @property
     def folder(self) -> Path:
         recipe = self.recipe
         return (recipe.tested().sft_folder() if self.sft else recipe.evaluated_folder()) / "answers"
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "test.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger.jsonl"
 
     @property
     def checkpoint(self) -> str:
@@ -76,22 +84,20 @@ def answer(recipes: list[Recipe]) -> None:
     """Run the stage for these runs and what they start from; see the module's docstring."""
     for recipe in recipes:
         check_model(recipe.models.policy, "models.policy")
-        if not (recipe.run_folder() / "manifest.json").exists():
-            raise InputError(
-                "the run is not finished", where=str(recipe.run_folder()), remedy="run `bash run.sh` with this recipe"
-            )
+        require_finished(recipe.run_folder(), "the run is", "bash run.sh")
     wanted = {job.folder: job for recipe in recipes for job in (Answering(recipe, True), Answering(recipe, False))}
     groups: dict[str, list[Answering]] = {}
     with ExitStack() as held:
         for folder, job in wanted.items():
-            held.enter_context(hold(folder))
-            if claim(folder, job.settings()):
-                print(f"answers: finished before, {folder}")
-            else:
+            job.work = held.enter_context(stage("answers", folder, job.recipe, job.settings()))
+            if job.work:
                 engine = [job.model.model_dump(), job.recipe.generation.model_dump()]
-                groups.setdefault(json.dumps(engine, sort_keys=True), []).append(job)
+                groups.setdefault(canonical(engine), []).append(job)
         for jobs in groups.values():
             _answer(jobs)
+            for job in jobs:
+                job.work.finish([job.path, job.ledger], [job.recipe.tested().data.test.path])
+                print(f"answers: {job.path}")
 
 
 def _answer(jobs: list[Answering]) -> None:
@@ -103,42 +109,34 @@ def _answer(jobs: list[Answering]) -> None:
     for each in prompts:
         check_records(tokenizer, each.placed())
     with ExitStack() as opened:
-        files, ledgers = (  # first of all: opening cuts off what a kill left of a line, which is not done
-            [opened.enter_context(Appender(job.folder / name)) for job in jobs]
-            for name in ("test.jsonl", "ledger.jsonl")
-        )
-        done = [done_ids(job.folder / "test.jsonl", job.folder / "ledger.jsonl") for job in jobs]
-        total, finished = sum(map(len, prompts)), sum(map(len, done))
+        results = [opened.enter_context(Results(job.path, job.ledger)) for job in jobs]
+        total, finished = sum(map(len, prompts)), sum(len(each.done) for each in results)
         print(f"answers: {total - finished} of {total} prompts to do for {len(jobs)} model(s)", flush=True)
         items = (  # read as the engine has room
             {**item, "key": f"{number}/{item['key']}"}
             for number, job in enumerate(jobs)
-            for item in pending(job, prompts[number], done[number], ledgers[number], tokenizer)
+            for item in pending(job, prompts[number], results[number], tokenizer)
         )
         adapters = {job.adapter for job in jobs if job.adapter}
         most = max(job.recipe.evaluation.samples for job in jobs)
-        results = sample(first.recipe, first.model, items, tokenizer, total - finished, most, sorted(adapters))
-        for result in progress(results, total, "answers", " prompts", finished):
+        settings, seed = first.recipe.generation, first.recipe.seed
+        samples = sample(first.model, settings, seed, items, tokenizer, total - finished, most, sorted(adapters))
+        for result in progress(samples, total, "answers", " prompts", finished):
             number, _, name = result["key"].partition("/")
             if "lost" in result:
-                line = {"prompt_id": name, "reason": "its engine died twice", "cause": result["lost"]}
-                ledgers[int(number)].append(line)
+                results[int(number)].refuse(name, "its engine died twice", cause=result["lost"])
             else:
-                files[int(number)].append(answers_record(prompts[int(number)][name], result["samples"]))
-    for job in jobs:
-        outputs = [job.folder / name for name in ("test.jsonl", "ledger.jsonl")]
-        finish(job.folder, job.recipe, job.settings(), outputs, [job.recipe.tested().data.test.path])
-        print(f"answers: {job.folder / 'test.jsonl'}")
+                results[int(number)].add(answers_record(prompts[int(number)][name], result["samples"]))
 
 
-def pending(job: Answering, prompts: Indexed, done: set[str], ledger: Appender, tokenizer) -> Iterator[dict]:
+def pending(job: Answering, prompts: Indexed, results: Results, tokenizer) -> Iterator[dict]:
     """Items of what a folder still needs; prompts that are too long go to its ledger here."""
     recipe = job.recipe
-    for name in (name for name in prompts if name not in done):
+    for name in (name for name in prompts if name not in results.done):
         with naming(prompts.where(name)):
             ids = prompt_token_ids(tokenizer, prompts[name]["prompt"])
         if len(ids) > recipe.generation.max_prompt_tokens:
-            ledger.append({"prompt_id": name, "reason": "prompt too long", "tokens": len(ids)})
+            results.refuse(name, "prompt too long", tokens=len(ids))
         else:
             yield {"key": name, "ids": ids, "count": recipe.evaluation.samples, "adapter": job.adapter}
 

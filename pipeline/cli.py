@@ -1,9 +1,10 @@
 """The command line that all stages share: `[RECIPE] [key=value ...] [--dry-run]`."""
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from hps.errors import run_main
 from pipeline.recipe import DEFAULT_RECIPE, Recipe, load_recipe, split_arguments
 
 
@@ -26,6 +27,16 @@ def parse(
     options = parser.parse_intermixed_args()
     path, overrides = split_arguments(options.arguments)
     return load_recipe(path, overrides), options
+
+
+def run_stage(work: Callable[[Recipe], object], description: str) -> None:
+    """The program of a stage whose command line is a recipe: `hps.errors.run_main` of its work."""
+    run_main(lambda: work(parse(description, dry_run=False)[0]))
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts in words: `3 x too long, 1 x repeated`, or `none`."""
+    return ", ".join(f"{count} x {what}" for what, count in counts.items()) or "none"
 
 
 def progress(items: Iterable, total: int, title: str, unit: str, done: int = 0) -> Iterator[Any]:

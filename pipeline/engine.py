@@ -6,6 +6,7 @@ that the caller can put it on disk, and no batch waits for its slowest member.
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,6 +72,7 @@ class Engine:
         self._cuda = torch.cuda.is_available()
         for name, value in {**_ENVIRONMENT, **(_CUDA_ENVIRONMENT if self._cuda else _CPU_ENVIRONMENT)}.items():
             os.environ.setdefault(name, value)
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns about triton before it reads its own setting
         from vllm import LLM
 
         self._settings, self._stop_ids, self._seed = settings, sorted(stop_ids), seed
@@ -108,6 +110,7 @@ class Engine:
             load_format="safetensors",  # a pickle can run code when it is loaded, and so can a model's own files
             trust_remote_code=False,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **extra,
         ).llm_engine
         if schema and not same_tokens(self._tokenizer, self._engine.get_tokenizer()):

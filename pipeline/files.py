@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from hps.errors import InputError
-from pipeline.records import AGAIN, canonical, check_name, read_jsonl, read_ledger
+from pipeline.records import AGAIN, Named, canonical, checked, read_jsonl, read_ledger
 
 
 def file_hash(path: str | Path) -> str:
@@ -147,7 +147,7 @@ def done_ids(path: str | Path) -> set[str]:
     """
     if not Path(path).exists():
         return set()
-    return {check_name(record, where, AGAIN)["prompt_id"] for where, record in read_jsonl(path)}
+    return {checked(record, Named, where, AGAIN)["prompt_id"] for where, record in read_jsonl(path)}
 
 
 REPEATED = "repeated prompt"  # reason of the ledger lines that every start makes again

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from hps.chat import model_tokens
 from hps.errors import InputError
-from hps.tokens import model_tokens
 from pipeline.files import file_hash, value_hash
 from pipeline.functions import check_function, function_hash
 from pipeline.recipe import Model

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from alignment.checks import check_wandb, try_lora
 from alignment.memory import deepspeed_stage, memory_lines, responses_per_prompt
-from hps.chat import check_records, load_tokenizer, naming
-from hps.errors import InputError, run_main
+from hps.chat import check_records, load_tokenizer
+from hps.errors import InputError, naming, run_main
 from hps.settings import stages_without_steps
 from pipeline.cli import parse
 from pipeline.functions import FunctionScorer, announce, located, shown
@@ -33,6 +33,7 @@ from pipeline.models import (
 from pipeline.prompts import check_disjoint, evaluated_prompts, load_prompts, unread_lines
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml
 from pipeline.records import read_ranked
+from pipeline.stage import require_finished
 from pipeline.workers import accumulation_steps, check_gpus, process_count
 
 USAGE = "python -m pipeline.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
@@ -45,7 +46,7 @@ def attempt(check, *arguments, dry_run: bool):
     try:
         return check(*arguments), None
     except InputError as error:
-        if dry_run and ("No such file" in str(error) or "there is no" in str(error)):
+        if dry_run and any(words in str(error) for words in ("No such file", "there is no", "not finished")):
             return None, f"MISSING: {error}"
         raise
 
@@ -129,13 +130,9 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     lines = []
     if recipe.judge.enabled and not dry_run:
         check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
-    if not (run / "manifest.json").exists():
-        problem = InputError(
-            "there is no finished run", where=str(run), remedy="run `bash run.sh` with this recipe first"
-        )
-        if not dry_run:
-            raise problem
-        lines.append(f"run: MISSING: {problem}")
+    _, remark = attempt(require_finished, run, "the run is", "bash run.sh", dry_run=dry_run)
+    if remark:
+        lines.append(f"run: {remark}")
     loaded, remark = attempt(evaluated_prompts, recipe, dry_run=dry_run)
     if loaded is None:
         lines.append(f"test: {remark}")

@@ -1,4 +1,4 @@
-"""The record formats that pass between stages, their validation, and crash-safe JSON Lines files.
+"""The record formats that pass between stages, and their validation.
 
 Formats (one JSON object a line, UTF-8):
 
@@ -641,52 +641,6 @@ def check_ranked(record: dict, where: str) -> Ranked:
     return record
 
 
-class Appender:
-    """A JSON Lines file that grows by whole records and survives a kill at any moment.
-
-    A record is written by one `write` and flushed to the disk. A last line without its newline is what a kill left
-    behind: opening cuts it off, so that its prompt counts as unfinished and is done again.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._cut_partial_line()
-        self._file = self.path.open("ab")
-
-    def _cut_partial_line(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            keep = end
-            while keep > 0:  # walk back in blocks: the file may be large, the partial line is not
-                start = max(0, keep - 65536)
-                file.seek(start)
-                found = file.read(keep - start).rfind(b"\n")
-                if found >= 0:
-                    keep = start + found + 1
-                    break
-                keep = start
-            if keep < end:
-                file.truncate(keep)
-
-    def append(self, record: dict) -> None:
-        """Write one record and wait until the disk has it."""
-        self._file.write((json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
 def read_ledger(path: str | Path) -> Iterator[tuple[str, LedgerLine]]:
     """The validated lines of a ledger."""
     return read_jsonl(path, check_ledger)
@@ -695,45 +649,3 @@ def read_ledger(path: str | Path) -> Iterator[tuple[str, LedgerLine]]:
 def check_ledger(record: dict, where: str) -> LedgerLine:
     """Return the line; InputError: it has no `prompt_id`, no `reason`, or a number that is not finite."""
     return checked(record, LedgerLine, where, AGAIN)
-
-
-def done_ids(*paths: str | Path) -> set[str]:
-    """The `prompt_id`s that stand in these files already (missing files count as empty).
-
-    Raises InputError as `read_jsonl`, and for a `prompt_id` that is no name.
-    """
-    return {
-        checked(record, Named, where, AGAIN)["prompt_id"]
-        for path in paths
-        if Path(path).exists()
-        for where, record in read_jsonl(path)
-        if "prompt_id" in record
-    }
-
-
-def write_atomic(path: str | Path, text: str) -> None:
-    """Write a file under a temporary name, then rename: a reader sees the old file or the whole new one."""
-    write_lines(path, [text])
-
-
-def write_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """As `write_atomic`, of texts that are written as they come."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # of a failed write Python does not say where
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)  # on a full disk it would keep what room there is
-
-
-def write_json(path: str | Path, value) -> None:
-    """Write one JSON value, indented, atomically; NaN is refused because it is no JSON."""
-    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")

@@ -16,8 +16,8 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import BeforeValidator, Field
 from typing_extensions import TypeAliasType, TypedDict  # pydantic needs this one before Python 3.12
 
-from hps.errors import InputError
-from pipeline.records import Messages, Name, Number, Whole, checked, shorten
+from hps.errors import InputError, shorten
+from pipeline.records import Messages, Name, Number, Whole, checked
 
 AGAIN = "put the file back as it was written, or delete its folder and run the stage again"
 SETS = ("written", "ranked")  # of held-out pairs

@@ -125,6 +125,7 @@ def load_weights(kind: type, model: Model, exact: bool = False, **settings) -> A
     from safetensors import SafetensorError
 
     load_config(model)
+    without_bars()
     try:
         _check_files(model)
         loaded, info = kind.from_pretrained(
@@ -142,6 +143,17 @@ def load_weights(kind: type, model: Model, exact: bool = False, **settings) -> A
         raise refusal(model.path, error) from None
     _check_keys(info, model.path, kind.__name__, exact)
     return loaded
+
+
+def without_bars() -> None:
+    """Turn off transformers' progress bars in this process; those of downloads stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
 
 
 def check_weights(model: Model, scores: bool = False) -> None:

@@ -10,6 +10,7 @@ from evaluation.before_after import SIDES, BeforeAfter
 from pipeline.recipe import Recipe
 from pipeline.records import Lines, read_jsonl
 from pipeline.run_records import check_greedy
+from pipeline.stage import is_finished
 from report.page import fitting
 
 MOST_PROMPTS, MOST_BYTES = 200, 3_000_000
@@ -22,7 +23,7 @@ def answers(recipe: Recipe) -> tuple[list[dict], int]:
     An answer has the fields of `BeforeAfter.of`, or `text` alone.
     """
     run, sft = recipe.evaluated_folder(), recipe.tested().sft_folder()
-    if all((folder / "scores" / "manifest.json").exists() for folder in (run, sft)):
+    if all(is_finished(folder / "scores") for folder in (run, sft)):
         both = BeforeAfter(recipe)
         shown = fitting((_best_first(both.of(name)) for name in both.prompts), MOST_PROMPTS, MOST_BYTES)
         return shown, len(both.prompts) + both.alone - len(shown)

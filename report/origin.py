@@ -7,14 +7,14 @@ Called by report.run.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.identity import identified
 from pipeline.recipe import Recipe
 from pipeline.records import read_json
 from pipeline.run_records import SCORES
+from pipeline.stage import MANIFEST, read_manifest
 from report.page import intact
-from tools.verify import read_manifest
 
 
 def folders(recipe: Recipe) -> list[Path]:
@@ -27,29 +27,18 @@ def folders(recipe: Recipe) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def models(settings, name: str = "") -> Iterator[tuple[str, dict]]:
-    """Every model or function in a stage's settings: its name there, and its identity (`pipeline.stage.model_hash`)."""
-    if not isinstance(settings, dict):
-        return
-    if any(names <= settings.keys() for names in ({"path", "weights"}, {"hub", "revision"}, {"function", "sha256"})):
-        yield name, settings
-        return
-    for key, value in settings.items():
-        yield from models(value, key)
-
-
 def manifests(recipe: Recipe) -> list[Path]:
     """The manifests that exist, in the order of the work.
 
     Raises:
         InputError: the win rate's file is damaged.
     """
-    found = [path for folder in folders(recipe) for path in sorted(folder.glob("*manifest.json"))]
+    found = [path for folder in folders(recipe) for path in sorted(folder.glob(f"*{MANIFEST}"))]
     rates = recipe.evaluated_folder() / "win_rate.json"
     if rates.exists():
         with intact(rates, "run the stage again"):
             verdicts = Path(recipe.tested().output) / "judge" / read_json(rates)["verdicts"]
-        found += [path for path in [verdicts.with_suffix(".manifest.json")] if path.exists()]
+        found += [path for path in [verdicts.with_suffix(f".{MANIFEST}")] if path.exists()]
     return found
 
 
@@ -68,16 +57,16 @@ def origin(recipe: Recipe) -> dict:
         with intact(path, "run the stage again"):
             versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
             # `metrics.manifest.json` is that of a stage without a folder of its own.
-            stage = str(path.parent) if path.name == "manifest.json" else str(path).removesuffix(".manifest.json")
+            stage = str(path.parent) if path.name == MANIFEST else str(path).removesuffix(f".{MANIFEST}")
             stages.append({"name": stage, "commit": manifest["git_commit"] or "unknown", "versions": versions})
-            for role, model in models(_settings(path, manifest)):
+            for role, model in identified(_settings(path, manifest)):
                 title = model.get("hub") or model.get("path") or model["function"]
                 found = model.get("revision") or model.get("weights") or model.get("sha256")
                 used[role, title] = found or "no revision pinned"
             named = list(manifest["inputs"].items())
             named += [(str(path.parent / name), found) for name, found in manifest["outputs"].items()]
             for name, found in named:
-                files[name].setdefault(found["sha256"], []).append(stage)
+                files[name].setdefault(found, []).append(stage)
     return {
         "stages": stages,
         "models": [(role, title, found) for (role, title), found in used.items()],

@@ -22,12 +22,12 @@ from pipeline.functions import scorer_name
 from pipeline.recipe import DEFAULT_RECIPE, Recipe
 from pipeline.records import read_json, read_jsonl
 from pipeline.run_records import check_log_line
+from pipeline.stage import MANIFEST, read_manifest, require_finished
 from report import run_pictures
 from report.answer_examples import answers
 from report.draws import read_draws, rewards_by_source
 from report.origin import origin
 from report.page import LONGEST, cut_texts, intact, render, write_page
-from tools.verify import read_manifest
 
 # Figures that a reader looks for first, in this order.
 NAMES = {
@@ -67,11 +67,8 @@ def trained(recipe: Recipe) -> tuple[Recipe, dict]:
     Raises:
         InputError: the training is not finished, or its manifest is damaged.
     """
-    path = recipe.run_folder() / "manifest.json"
-    if not path.exists():
-        raise InputError(
-            "the run is not finished", where=str(recipe.run_folder()), remedy="run `bash run.sh` with this recipe"
-        )
+    require_finished(recipe.run_folder(), "the run is", "bash run.sh")
+    path = recipe.run_folder() / MANIFEST
     with intact(path, AGAIN):
         plain = read_manifest(path)["recipe"]
         try:
@@ -106,7 +103,7 @@ def metrics(folder: Path, before: Path) -> dict | None:
     if (before / "metrics.json").exists():
         earlier = {line["name"]: line["mean"] for line in sampled(before / "metrics.json")[1]}
         lines = [line | {"before": earlier.get(line["name"])} for line in lines]
-    scores, evaluator = folder / "scores" / "manifest.json", None
+    scores, evaluator = folder / "scores" / MANIFEST, None
     if scores.exists():  # a user may have deleted them: the figures stay
         with intact(scores, AGAIN):
             model = read_manifest(scores)["recipe"]["models"]["evaluator"]

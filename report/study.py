@@ -23,9 +23,9 @@ from typing import TypeVar
 import numpy as np
 
 from evaluation.judge import CRITERIA
-from hps.errors import InputError, run_main
+from hps.errors import InputError, run_main, shorten
 from pipeline.files import file_hash, write_atomic, write_json
-from pipeline.records import canonical, check_storable, read_answers, read_json, shorten
+from pipeline.records import canonical, check_storable, read_answers, read_json
 from report.page import render
 from report.study_figures import figures, results_page, table
 

@@ -13,11 +13,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from annotation import annotate as stage
 from annotation import scorers as reward_models
-from annotation.annotate import annotate, rank, summarize
+from annotation.annotate import annotate, in_words, summarize
 from annotation.reward_model import RewardModel
 from hps.errors import InputError
 from pipeline.recipe import Model, load_recipe
 from pipeline.records import read_jsonl, read_ranked
+from pipeline.responses import rank
 
 SPLITS = {"train": 6, "test": 3}
 
@@ -90,6 +91,16 @@ def test_summary(write_lines):
         "source_of_best": {"generated": 1, "given_1": 1},
     }
     assert summarize(write_lines([])) == {"prompts": 0}
+
+
+def test_the_summary_in_words():
+    figures = {"prompts": 2, "best": 2.5, "mean": 1.5, "worst": 0.5, "standard_deviation": 0.8165, "tokens": 3.2,
+               "tied_responses": 1, "source_of_best": {"generated": 1, "given_1": 1}}  # fmt: skip
+    rest = "ties: 1; best response: 1 x generated, 1 x given_1"
+    start = "2 prompts; mean reward 1.500, best 2.500, worst 0.500"
+    assert in_words(figures) == f"{start}; {rest}"
+    assert in_words({**figures, "pairs_turned_by_noise": 0.25}) == f"{start}; noise turned 25.0% of the pairs; {rest}"
+    assert in_words({"prompts": 0}) == "no prompts"
 
 
 # ---- the stage ----
@@ -173,7 +184,7 @@ def test_whatever_decides_the_ranking_is_claimed(recipe):
 
 def test_unfinished_candidates_are_refused(recipe):
     (recipe.candidates("train").parent / "manifest.json").unlink()
-    with pytest.raises(InputError, match="the candidates are not finished; run generation first"):
+    with pytest.raises(InputError, match="the candidates are not finished; run `bash gene.sh`"):
         annotate(recipe)
 
 
@@ -236,14 +247,19 @@ def test_killed_and_run_again(tiny_recipe, run_module, monkeypatch):
 def test_a_prompt_that_ends_its_worker_twice_is_in_the_ledger(recipe, monkeypatch):
     def workers(worker, arguments, items, *_, **__):
         for number, item in enumerate(items):
-            rewards = [1.0 / (place + 1) for place in range(len(item["record"]["responses"]))]
-            found = {"lost": "ActorDiedError: killed"} if number == 1 else {"record": rank(item["record"], rewards)}
-            yield {"key": item["key"], **found}
+            details = [{"score": 1.0 / (place + 1)} for place in range(len(item["record"]["responses"]))]
+            found = {"lost": "ActorDiedError: killed"} if number == 1 else {"details": details}
+            yield {"key": item["key"], "record": item["record"], **found}
 
     monkeypatch.setattr(reward_models, "run_workers", workers)
     annotate(recipe)
     ((_, line),) = read_jsonl(recipe.ranked("train").with_name("train.ledger.jsonl"))
-    assert line == {"prompt_id": "p1", "reason": "its worker died twice", "cause": "ActorDiedError: killed"}
+    assert line == {
+        "prompt_id": "p1",
+        "reason": "its worker died twice",
+        "refused": True,
+        "cause": "ActorDiedError: killed",
+    }
     assert "p1" not in [record["prompt_id"] for _, record in read_ranked(recipe.ranked("train"))]
     annotate(recipe)  # finished: nothing is scored again
 

@@ -17,7 +17,7 @@ def sampled(monkeypatch):
     """Replace the engine by samples that name who answers; return the items that it was asked for."""
     asked = []
 
-    def sample(recipe, model, items, tokenizer, count, most, adapters):
+    def sample(model, settings, seed, items, tokenizer, count, most, adapters):
         items = list(items)
         assert count >= len(items) and set(adapters) == {item["adapter"] for item in items} - {None}
         asked.extend(items)

@@ -8,14 +8,14 @@ from conftest import make_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import LlamaModel
 
-from annotation.annotate import Scorer
 from annotation.armorm import ArmoRM
 from annotation.reward_model import RewardModel
-from annotation.scorers import load_reward_model
+from annotation.scorers import ScoreWorker, load_reward_model
 from hps.chat import inert
 from hps.errors import InputError
 from pipeline.models import check_labels
 from pipeline.recipe import Model
+from pipeline.responses import rank
 
 MESSAGES = [
     {"role": "user", "content": "My bread does not rise. What can I do?"},
@@ -375,12 +375,12 @@ def test_an_armorm_ranks(folders, tmp_path):
     model = Model(path=str(folders["llama3"]))
     check_labels(model)
     given = {"model": {"path": model.path}, "role": "reward", "writer": {}, "dtype": "float32", "batch_tokens": 16384}
-    scorer = Scorer(**given, canaries=str(tmp_path / "canaries"))
+    scorer = ScoreWorker(**given, canaries=str(tmp_path / "canaries"))
     responses = RESPONSES[:3]
     record = {"prompt_id": "p", "prompt": MESSAGES, "responses": responses, "truncated": TRUNCATED[:3]}
     record |= {"sources": ["generated"] * 3, "token_counts": [1, 2, 3]}
     (result,) = scorer.stream(iter([{"key": "train/p", "where": "here", "record": record}]))
-    ranked = result["record"]
+    ranked = rank(result["record"], [each["score"] for each in result["details"]])
     wanted = ArmoRM(model, "float32").score(MESSAGES, responses, TRUNCATED[:3])
     assert ranked["rewards"] == sorted(wanted, reverse=True)
     assert ranked["responses"] == [text for _, text in sorted(zip(wanted, responses, strict=True), reverse=True)]

@@ -179,14 +179,13 @@ def test_a_corrupt_record_is_refused(model, folder, fault):
     else:
         change_record(path, fault)
     message = refused(model, folder)
-    assert message.startswith(f"{path}: not a record of these canaries (")
-    assert message.endswith("delete the file; the next run records the scores anew")
+    assert message.startswith(str(path)) and message.endswith("delete the file; the next run records the scores again")
 
 
 def test_a_folder_that_cannot_be_made(model, folder):
     folder.parent.mkdir()
     folder.write_text("a file")
-    with pytest.raises(InputError, match="cannot write the record of the canaries .*; make the folder writable"):
+    with pytest.raises(InputError, match="cannot make or write the folder"):
         check(model, folder)
 
 

@@ -180,6 +180,6 @@ def test_dry_run_of_the_paper_marks_what_is_missing(name):
     done = script(name, "configs/hh_rlhf.yaml", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "MISSING" in done.stdout
-    assert {"gene.sh": "outputs: ", "run.sh": "global batch 64", "evaluate.sh": "there is no finished run"}[
+    assert {"gene.sh": "outputs: ", "run.sh": "global batch 64", "evaluate.sh": "the run is not finished"}[
         name
     ] in done.stdout

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from generation import generate as stage
-from generation.generate import SplitWriter, assemble, generate, stage_settings, summarize
-from hps.errors import InputError, run_main
+from generation.generate import SplitWriter, assemble, generate, in_words, stage_settings, summarize
+from hps.errors import InputError
+from pipeline.cli import run_stage
 from pipeline.engine import Sample
 from pipeline.files import Appender
 from pipeline.preflight import check_templates
@@ -147,6 +148,17 @@ def test_a_split_from_prompts_to_files(make_writer, tokenizer):
             "fewer than two distinct responses": 2,
         },
     }
+
+
+def test_the_counts_in_words():
+    counts = {"prompts": 3, "responses": {"given": 4, "generated": 5}, "truncated": 2}
+    plain = {**counts, "special_tokens": {"prompts": 0, "responses": 0}, "ledger": {}}
+    start = "3 prompts; responses: 4 x given, 5 x generated; 2 of them cut at the token limit"
+    assert in_words(plain) == f"{start}; ledger: none"
+    special = {**counts, "special_tokens": {"prompts": 1, "responses": 6}, "ledger": {"prompt too long": 7}}
+    assert in_words(special) == (
+        f"{start}; with special tokens: 1 x prompts, 6 x responses; ledger: 7 x prompt too long"
+    )
 
 
 def test_the_longest_prompt_that_fits(make_writer, tokenizer):
@@ -290,10 +302,9 @@ def test_a_single_response_ends_the_stage_with_status_2(tiny_recipe, write_lines
     monkeypatch.setattr(
         sys, "argv", ["generate", str(tiny_recipe), f"data.train.path={path}", "data.train.responses=0"]
     )
-    from generation.generate import main
 
     with pytest.raises(SystemExit) as stopped:
-        run_main(main)
+        run_stage(generate, stage.__doc__)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {path}:1: the prompt would have a single response")
 

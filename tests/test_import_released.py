@@ -187,7 +187,7 @@ def test_special_tokens_are_counted_or_refused_as_in_generation(tiny_recipe, wri
     assert reasons == ["special tokens in the prompt"] * 2 + ["special tokens in a response"] * 2
     assert ledger[1]["tokens"] == ["<|im_end|>"] and ledger[1]["refused"]
     assert ledger[-1]["reason"] == "fewer than two distinct responses"
-    with pytest.raises(InputError, match="special_tokens was refuse, is now None"):
+    with pytest.raises(InputError, match="special_tokens was refuse, is now neutralize"):
         import_released(path, load_recipe(tiny_recipe, [f"output={tmp_path / 'refusing'}"]), "test")
 
 

@@ -6,7 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from conftest import REPOSITORY
 
-FOLDERS = ("alignment", "annotation", "data", "evaluation", "generation", "report", "tools")
+FOLDERS = ("alignment", "annotation", "data", "evaluation", "generation", "hps", "pipeline", "report", "tools")
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
     for folder in FOLDERS
@@ -26,8 +26,8 @@ def imported(text: str) -> set[str]:
 
 
 def test_imports_inside_functions_are_seen():
-    text = "import json\nfrom report import page\n\ndef f():\n    from tools.verify import check\n"
-    assert imported(text) == {"report.page", "tools.verify"}
+    text = "import json\nfrom report import page\n\ndef f():\n    from hps.errors import InputError\n"
+    assert imported(text) == {"report.page", "hps.errors"}
 
 
 def test_no_import_cycle():
@@ -36,3 +36,9 @@ def test_no_import_cycle():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_the_library_knows_no_stage():
+    for name, path in MODULES.items():
+        if name.startswith("hps."):
+            assert {each for each in imported(path.read_text(encoding="utf-8")) if not each.startswith("hps.")} == set()

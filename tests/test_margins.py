@@ -19,7 +19,8 @@ from evaluation.divergence import answer_figures
 from evaluation.held_out import divergence, rounding_floor
 from evaluation.intervals import bootstrap
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
-from hps.errors import InputError, run_main
+from hps.errors import InputError
+from pipeline.cli import run_stage
 from pipeline.records import read_jsonl, read_prompts
 
 PAIRS = [
@@ -467,7 +468,7 @@ def test_unfinished_run_is_refused(ranked_recipe, tiny_recipe, monkeypatch, caps
     ranked_recipe()
     monkeypatch.setattr(sys, "argv", ["margins", str(tiny_recipe)])
     with pytest.raises(SystemExit) as status:
-        run_main(stage.main)
+        run_stage(stage.evaluate, stage.__doc__)
     assert status.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

@@ -241,7 +241,7 @@ def test_what_ranked_stands_beside_what_judges(evaluated):
     lines = dict(outcome(evaluated)["lines"])
     assert lines["score of what ranked, before"] == "10.000 [10.000, 10.000]"
     assert lines["score of what ranked, change"] == "+5.000 [+5.000, +5.000]"
-    inputs = json.loads((evaluated.run_folder() / stage.MANIFEST).read_text())["inputs"]
+    inputs = json.loads((evaluated.run_folder() / "metrics.manifest.json").read_text())["inputs"]
     assert sum("proxy_scores" in name for name in inputs) == 2
     evaluated.evaluation.proxy = False
     stage.evaluate(evaluated, sft=True)  # for another run, without the proxy
@@ -297,7 +297,7 @@ def test_a_flipped_byte_of_the_figures_or_of_what_they_are_made_of_is_named(eval
     content[5] ^= 1
     (folder / name).write_bytes(content)
     (wrong,) = check_stage(folder / "metrics.manifest.json")[0]
-    assert wrong.startswith(f"{folder / name}: ") and "byte 6 (line " in wrong
+    assert wrong.startswith(f"{folder / name}: ") and "has changed since the stage" in wrong
 
 
 def test_metrics_of_the_model_before_training(evaluated):
@@ -324,5 +324,5 @@ def test_what_is_missing_is_counted(evaluated):
 
 def test_unfinished_stages_are_named(evaluated):
     (evaluated.run_folder() / "scores" / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"dpo-hps/scores: this is not finished; run `bash evaluate.sh`"):
+    with pytest.raises(InputError, match=r"dpo-hps/scores: the stage `scores` is not finished; run `bash evaluate.sh`"):
         stage.evaluate(evaluated, sft=False)

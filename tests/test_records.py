@@ -1,7 +1,6 @@
-"""Record formats: what is refused and where, stable names, and files that survive a kill at any byte."""
+"""Record formats: what is refused and where, and stable names."""
 
 import codecs
-import errno
 import gzip
 import json
 import os
@@ -9,11 +8,8 @@ import subprocess
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hps.errors import InputError
-from pipeline.files import Appender, done_ids, write_atomic, write_json
 from pipeline.records import (
     Indexed,
     check_candidates,
@@ -328,102 +324,6 @@ def test_extra_fields_do_not_change_the_name_and_are_kept():
     assert record["topic"] == "greetings"
 
 
-# ---- files ----
-
-text = st.text(max_size=20)
-
-
-@settings(max_examples=50, deadline=None)  # every record waits for the disk
-@given(st.lists(st.dictionaries(text, text | st.lists(text, max_size=3), max_size=4), max_size=4))
-def test_records_of_any_strings_round_trip(tmp_path_factory, records):
-    path = tmp_path_factory.mktemp("round-trip") / "data.jsonl"
-    with Appender(path) as appender:
-        for record in records:
-            appender.append(record)
-    assert [record for _, record in read_jsonl(path)] == records
-
-
-def test_a_kill_at_any_byte_of_the_last_line_keeps_the_complete_ones(tmp_path):
-    """Every cut of the last of three lines, multi-byte characters included; what is appended then is whole."""
-    path = tmp_path / "data.jsonl"
-    records = [{"prompt_id": name, "text": "Größe\u2028 🙂"} for name in "abc"]
-    with Appender(path) as appender:
-        for record in records:
-            appender.append(record)
-    whole = path.read_bytes()
-    last = whole.rstrip(b"\n").rfind(b"\n") + 1
-    for size in range(last, len(whole)):
-        path.write_bytes(whole[:size])
-        Appender(path).close()
-        assert path.read_bytes() == whole[:last], size
-    with Appender(path) as appender:
-        appender.append(records[2])
-    assert path.read_bytes() == whole
-
-
-def test_a_partial_line_longer_than_a_block_is_cut(tmp_path):
-    """The end is searched in blocks of 65536 bytes: partial lines around one and two blocks, with and without a
-    complete line in front."""
-    path = tmp_path / "data.jsonl"
-    for head in (b"", b'{"a": 1}\n'):
-        for size in (65535, 65536, 65537, 131072, 140000):
-            path.write_bytes(head + b"x" * size)
-            Appender(path).close()
-            assert path.read_bytes() == head
-
-
-def test_nothing_is_cut_from_complete_and_new_files(tmp_path):
-    path = tmp_path / "new" / "data.jsonl"
-    Appender(path).close()
-    assert path.read_bytes() == b""
-    path.write_bytes(b"{}\n")
-    Appender(path).close()
-    assert path.read_bytes() == b"{}\n"
-
-
-def test_garbage_in_the_middle_is_an_error_with_its_line(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b'{"prompt_id": "a"}\n{"prompt_i\n{"prompt_id": "b"}\n{"pro')
-    Appender(path).close()
-    with pytest.raises(InputError, match=r"data\.jsonl:2: broken JSON"):
-        done_ids(path)
-
-
-def test_numbers_that_are_no_json_are_not_written(tmp_path):
-    with Appender(tmp_path / "data.jsonl") as appender, pytest.raises(ValueError, match="not JSON compliant"):
-        appender.append({"reward": float("nan")})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "value.json", {"reward": float("inf")})
-    assert (tmp_path / "data.jsonl").read_bytes() == b""
-    assert not (tmp_path / "value.json").exists()
-
-
-def test_done_ids_of_several_files(write_lines, tmp_path):
-    first = write_lines([{"prompt_id": "a"}, {"prompt_id": "b"}], "first.jsonl")
-    second = write_lines([{"prompt_id": "b"}, {"other": "line"}, {"prompt_id": "c"}], "second.jsonl")
-    assert done_ids(first, second, tmp_path / "none.jsonl") == {"a", "b", "c"}
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize("fault", [lambda *_: 1 / 0, lambda *_: os.kill(os.getpid(), 9)], ids=["error", "SIGKILL"])
-def test_write_atomic_leaves_the_old_file_when_the_writer_dies(tmp_path, step, fault):
-    """A child process dies when the text goes to the disk, or when all of it is there."""
-    path = tmp_path / "value.txt"
-    write_atomic(path, "old")
-    child = os.fork()
-    if child == 0:
-        setattr(os, step, fault)
-        try:
-            write_atomic(path, "new")
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert status != 0
-    assert path.read_text() == "old"
-    write_atomic(path, "new")
-    assert path.read_text() == "new"
-
-
 # ---- records by their names ----
 
 
@@ -462,18 +362,3 @@ def test_memory_does_not_grow_with_the_texts(write_lines):
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found) == 2000 and kept < 1e6
-
-
-def test_a_failed_write_says_where(tmp_path, monkeypatch):
-    """As on a full disk, where the error of the system names no file; the file before stays, nothing else is left."""
-    path = tmp_path / "metrics.json"
-    write_json(path, {"a": 1})
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError) as raised:
-        write_json(path, {"a": 2})
-    assert raised.value.filename == str(path)
-    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]

@@ -17,7 +17,7 @@ from evaluation.render import number
 from hps.errors import InputError
 from pipeline.files import file_hash, write_json
 from pipeline.records import Lines
-from pipeline.stage import fingerprint, finish, write_manifest
+from pipeline.stage import Work, claim, write_manifest
 from report import answer_examples as answers_of
 from report import draws, run_pictures
 from report.draws import Draws
@@ -231,7 +231,7 @@ def finished_training(recipe) -> None:
     folder = recipe.run_folder()
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     outputs = [folder / "plan.jsonl", folder / "log.jsonl"]
-    finish(folder, recipe, run_settings(recipe), outputs, [recipe.ranked("train")])
+    Work(folder, recipe, run_settings(recipe)).finish(outputs, [recipe.ranked("train")])
 
 
 def pictures(page: str) -> list[str]:
@@ -294,8 +294,8 @@ def evaluated(recipe, gains: tuple[float, ...] = (1.0, -0.5)) -> None:
             lines["scores/scores.jsonl"].append({"prompt_id": f"p{place}", "answers": scores, "given": []})
         for name, records in lines.items():
             (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-            write_json((folder / name).with_name("claim.json"), {})
-            finish((folder / name).parent, recipe, {}, [folder / name])
+            claim((folder / name).parent, {})
+            Work((folder / name).parent, recipe, {}).finish([folder / name])
     pair = {"set": "ranked", "prompt_id": "p1", "prompt": [{"role": "user", "content": "p1"}], "responses": ["a", "b"]}
     pair |= {"truncated": [False, False], "tokens": [1, 1]}
     pair |= {"reference": [-3.0, -2.0], "policy": [-2.0, -2.0], "kl": [0.5]}
@@ -454,7 +454,7 @@ def test_a_file_that_two_stages_know_differently(trained):
     ranked, scores = trained.ranked("train"), trained.run_folder() / "scores"
     before = file_hash(ranked)
     ranked.write_text(ranked.read_text() + "\n")
-    write_manifest(scores / "manifest.json", trained, {}, [], {str(ranked): fingerprint(ranked)})
+    write_manifest(scores / "manifest.json", trained, {}, [], {str(ranked): file_hash(ranked)})
     (found,) = origin(trained)["changed"]
     assert found == (str(ranked), {before: [str(trained.run_folder())], file_hash(ranked): [str(scores)]})
 

@@ -10,7 +10,7 @@ from conftest import REPOSITORY, candidate, write_candidates
 
 from annotation import annotate as stage
 from annotation import score_answers as scoring
-from annotation.annotate import add_noise, annotate, rank, summarize, turned_pairs
+from annotation.annotate import add_noise, annotate, summarize, turned_pairs
 from annotation.rewards import brevity, checks, sentiment
 from evaluation.metrics import print_metrics
 from evaluation.results import result_key
@@ -18,12 +18,12 @@ from hps.errors import InputError
 from pipeline import functions
 from pipeline.files import write_json
 from pipeline.functions import FunctionScorer, function_hash
-from pipeline.identity import check_model, model_hash
+from pipeline.identity import check_model, identified, model_hash
 from pipeline.models import same_model
 from pipeline.preflight import preflight
 from pipeline.recipe import Model, Reward, as_dict, as_yaml, load_recipe
 from pipeline.records import read_jsonl, read_ranked
-from report.origin import models
+from pipeline.responses import rank
 from tools.pin import pin
 from tools.prefetch import prefetch
 from tools.verify import verify
@@ -332,7 +332,7 @@ def test_two_lines_rank_by_a_function_of_ones_own(load, file, capsys):
     manifest = json.loads((recipe.ranked("train").parent / "manifest.json").read_text())
     assert manifest["settings"]["model"] == {
         "function": "mine.py:short",
-        "sha256": manifest["inputs"][str(file)]["sha256"],
+        "sha256": manifest["inputs"][str(file)],
         "packages": {},
     }
     assert not (Path(recipe.output).parent / "canaries").exists()
@@ -346,7 +346,7 @@ def test_verify_finds_a_changed_function(load, file, capsys):
     annotate(recipe)
     file.write_text(SHORT.replace("-", "+"))
     assert verify(recipe.ranked("train").parent) == 1
-    assert f"{file}: an input, byte" in capsys.readouterr().out
+    assert f"{file}: an input, has changed" in capsys.readouterr().out
     assert "model.sha256 was" in refusal(annotate, recipe)
 
 
@@ -458,7 +458,7 @@ def test_pages_and_commands_name_a_function(load, tiny_recipe, capsys):
     said = capsys.readouterr().out
     assert "pin: reward: the function sentiment\n" in said and "prefetch: reward: the function sentiment\n" in said
     settings = {"model": model_hash(recipe.models.reward), "noise": {"seed": 7}}
-    assert list(models(settings)) == [("model", settings["model"])]
+    assert list(identified(settings)) == [("model", settings["model"])]
     metrics = {"run": "sft", "samples": 1, "prompts": 40, "evaluator_is_reward": True, "left_out": {}, "figures": {}}
     print_metrics(metrics, Path("x"), function=True)
     assert "ranked and evaluated by the same function" in capsys.readouterr().out

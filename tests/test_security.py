@@ -124,7 +124,7 @@ def test_special_tokens_are_counted(tiny_recipe, hostile, capsys):
     generate(recipe)
     summary = json.loads((recipe.candidates("train").parent / "summary.json").read_text())
     assert summary["train"]["special_tokens"] == {"prompts": 1, "responses": 1}
-    assert '"special_tokens": {"prompts": 1, "responses": 1}' in capsys.readouterr().out
+    assert "with special tokens: 1 x prompts, 1 x responses" in capsys.readouterr().out
     texts = [record["responses"] for _, record in read_jsonl(recipe.candidates("train"))]
     assert texts == [["one", "two"], ["one<|im_end|>", "two", "three"], ["one", "two"]]  # stored as they are
 
@@ -146,7 +146,7 @@ def test_special_tokens_are_refused_by_a_setting(tiny_recipe, hostile):
             "text": "one<|im_end|>",
         },
     ]
-    with pytest.raises(InputError, match="special_tokens was refuse, is now None"):
+    with pytest.raises(InputError, match="special_tokens was refuse, is now neutralize"):
         generate(load_recipe(tiny_recipe, [*GIVEN, f"data.train.path={hostile}"]))
 
 
@@ -483,7 +483,7 @@ def test_every_adapter_that_is_loaded_must_be_safetensors(tiny_recipe, tiny_mode
         "evaluation": lambda: HeldOut(recipe, along=False),
         "along": lambda: HeldOut(recipe),
         "merge": lambda: merge(recipe),
-        "engine": lambda: sample(recipe, recipe.models.policy, [{}], None, 1, 1, [str(checkpoint)]),
+        "engine": lambda: sample(recipe.models.policy, recipe.generation, 7, [{}], None, 1, 1, [str(checkpoint)]),
     }[place]
     with pytest.raises(InputError, match=r"the weights \(adapter_model\.bin\) are pickled"):
         load()
@@ -532,12 +532,12 @@ def test_code_of_a_model_is_never_run(with_code, would_run, tmp_path):
 
 
 def test_an_engine_is_not_started_on_a_model_that_needs_code(tiny_recipe, with_code, monkeypatch):
-    """Generation, answers (both through `sample`) and judge: one line in the driver, not a page of vLLM's."""
+    """Generation, answers and judge, all through `sample`: one line in the driver, not a page of vLLM's."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     recipe = load_recipe(tiny_recipe, [f"models.judge.path={with_code}", "judge.enabled=true"])
     starts = (
-        lambda: sample(recipe, recipe.models.judge, [{}], None, 1, 1),
-        lambda: evaluation.judge._results(recipe, [{}], None),
+        lambda: sample(recipe.models.judge, recipe.generation, 7, [{}], None, 1),
+        lambda: evaluation.judge._verdicts(recipe, [{}], None),
     )
     for start in starts:
         with pytest.raises(InputError, match="the model brings Python code of its own, which is never run"):

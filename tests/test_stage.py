@@ -13,7 +13,17 @@ from hps.errors import InputError
 from pipeline.files import file_hash
 from pipeline.identity import check_model, model_hash
 from pipeline.recipe import Model, load_recipe
-from pipeline.stage import claim, finish, git_commit, hold, versions
+from pipeline.stage import (
+    LAYOUT,
+    Work,
+    claim,
+    git_commit,
+    hold,
+    read_manifest,
+    require_finished,
+    stage,
+    versions,
+)
 
 SETTINGS = {"seed": 7, "model": {"path": "models/a", "weights": "00ff"}, "responses": [6, 2]}
 
@@ -24,13 +34,12 @@ def test_a_folder_is_claimed_continued_and_finished(tmp_path, tiny_recipe):
     assert claim(folder, SETTINGS) is False
     output = folder / "data.jsonl"
     output.write_bytes(b"abc")
-    finish(folder, recipe, SETTINGS, [output], steps=3)
+    Work(folder, recipe, SETTINGS).finish([output], steps=3)
     assert claim(folder, SETTINGS) is True
     manifest = json.loads((folder / "manifest.json").read_text())
     # printf abc | sha256sum
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    # 97 + 98 + 99; 97 + 2 * 98 + 3 * 99
-    assert manifest["outputs"] == {"data.jsonl": {"sha256": abc, "bytes": 3, "sums": [294, 590]}}
+    assert manifest["outputs"] == {"data.jsonl": abc}
     assert manifest["settings"] == SETTINGS
     assert manifest["recipe"]["seed"] == 7
     assert manifest["versions"] == versions()
@@ -178,6 +187,38 @@ def test_local_models_must_be_there(tiny_model, tmp_path):
             check_model(Model(path=path), "models.reward")
     with pytest.raises(InputError, match=r"`models\.reward\.path`: no config\.json"):
         check_model(Model(path=str(tmp_path)), "models.reward")
+
+
+def test_a_stage_works_once(tmp_path, tiny_recipe, capsys):
+    """It holds the lock in its block, and says in one line that it was finished before."""
+    recipe, folder = load_recipe(tiny_recipe), tmp_path / "scores"
+    with pytest.raises(InputError, match="scores: the scores are not finished; run `bash evaluate.sh` with"):
+        require_finished(folder, "the scores are", "bash evaluate.sh")
+    with stage("scores", folder, recipe, SETTINGS) as work:
+        with pytest.raises(InputError, match="another run is working in this folder"), hold(folder):
+            pass
+        (folder / "scores.jsonl").write_text("{}")
+        assert capsys.readouterr().out == ""
+        work.finish([folder / "scores.jsonl"])
+    require_finished(folder, "the scores are", "bash evaluate.sh")
+    with stage("scores", folder, recipe, SETTINGS) as work:
+        assert work is None
+    assert capsys.readouterr().out == f"scores: finished before, {folder}\n"
+
+
+@pytest.mark.parametrize("before", [SETTINGS, {"layout": LAYOUT - 1, "settings": SETTINGS}])
+def test_a_folder_of_another_layout_is_refused(tmp_path, tiny_recipe, before):
+    """The first layout had no number. A manifest is refused as well, also where the claim was deleted."""
+    (tmp_path / "claim.json").write_text(json.dumps(before))
+    found = before.get("layout", "without a number")
+    message = f"another version of this repository wrote this: layout {found}, this version has layout {LAYOUT}; delete"
+    with pytest.raises(InputError, match=f"claim.json: {message}"):
+        claim(tmp_path, SETTINGS)
+    manifest = {name: value for name, value in before.items() if name == "layout"}
+    manifest |= {"settings": {}, "inputs": {}, "outputs": {}, "sha256": ""}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=f"manifest.json: {message}"):
+        read_manifest(tmp_path / "manifest.json")
 
 
 @pytest.mark.parametrize("content", [b'{"a": ', b"\xff\xfe", b"", b"[1]"])

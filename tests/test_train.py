@@ -254,6 +254,12 @@ def test_loss_of_every_step_follows_from_its_margin(ranked_recipe, settings):
 
 
 @pytest.mark.slow
+def test_a_step_on_the_screen():
+    line = {"step": 7, "loss": 0.62871, "gamma": -5.0, "rewards/margins": 0.14125, "grad_norm": 1.0}
+    assert stage.step_line(line, 30, 2.345) == "training: step 7 of 30: loss 0.6287, gamma -5, margin 0.1412, 2.3 s"
+    assert stage.step_line({"step": 1, "loss": "nan"}, 2, 0.04) == "training: step 1 of 2: loss nan, 0.0 s"
+
+
 def test_evaluation_steps_are_evenly_spread_and_short_of_the_end():
     assert stage.evaluation_steps(10, 2) == [3, 7]
     assert stage.evaluation_steps(100, 4) == [20, 40, 60, 80]

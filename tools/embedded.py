@@ -15,6 +15,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from pipeline.files import file_hash, whole_folder, write_json
 
 # torch, transformers and peft are imported by the functions that build: with everything in place, as at almost every
 # call, a run then takes a tenth of a second.
@@ -48,11 +51,10 @@ CONTEXT = 8192
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of transformers' conversion
     MODELS.mkdir(exist_ok=True)
     with (MODELS / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the set-ups of both environments end here
-        for leftover in MODELS.glob(".partial-*"):
-            shutil.rmtree(leftover)
         build_language_model(MODELS / LANGUAGE_MODEL)
         for name in REWARD_NAMES:
             build_reward_model(ADAPTERS / name, MODELS, MODELS / f"reward-{name}")
@@ -83,7 +85,7 @@ def build_reward_model(adapter: Path, models: Path, target: Path) -> None:
     if is_built_from(target, source):
         return
     started = time.monotonic()
-    with finished_folder(target, source) as partial, quiet_transformers():
+    with finished_folder(target, source) as partial:
         merge_reward_model(adapter, base, reward["layers"], partial)
     print(f"[models] {target.name}: adapter merged in {time.monotonic() - started:.0f} s", flush=True)
 
@@ -93,11 +95,12 @@ def reward_backbone(base_path: Path | str, layers: int, seed: int):
     final norm, under a new head drawn with `seed`."""
     import torch
     from transformers import LlamaForSequenceClassification
+    from transformers.utils import logging
 
-    with quiet_transformers():  # it would list the layers left out and the new head
-        model = LlamaForSequenceClassification.from_pretrained(
-            base_path, num_hidden_layers=layers, num_labels=1, dtype=torch.float32
-        )
+    logging.set_verbosity_error()  # it would list the layers that are left out, and the new head
+    model = LlamaForSequenceClassification.from_pretrained(
+        base_path, num_hidden_layers=layers, num_labels=1, dtype=torch.float32
+    )
     generator = torch.Generator().manual_seed(seed)
     torch.nn.init.normal_(model.score.weight.data, std=model.config.initializer_range, generator=generator)
     return model
@@ -172,33 +175,10 @@ def chat_tokenizer(gguf: Path):
 
 @contextmanager
 def finished_folder(target: Path, source: dict) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place, source.json included, once the block is through."""
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-    partial.chmod(0o755)  # mkdtemp makes it private
-    try:
+    """A `whole_folder` with its source.json."""
+    with whole_folder(target) as partial:
         yield partial
-        (partial / "source.json").write_text(json.dumps(source, indent=2) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        write_json(partial / "source.json", source)
 
 
 def is_built_from(target: Path, source: dict) -> bool:
@@ -209,11 +189,6 @@ def is_built_from(target: Path, source: dict) -> bool:
 def folder_hash(folder: Path) -> str:
     lines = (f"{path.name} {file_hash(path)}\n" for path in sorted(folder.iterdir()) if path.is_file())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

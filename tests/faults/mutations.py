@@ -328,7 +328,7 @@ MUTATIONS = [
     ),
     Mutation(
         "annotation ends truncated responses",
-        ANNOTATE,
+        "annotation/scorers.py",
         'record["responses"], record["truncated"], record["prompt_id"]',
         'record["responses"], [False] * len(record["responses"]), record["prompt_id"]',
         (REWARDS,),
