@@ -84,7 +84,7 @@ def test_done_ids(write_lines, tmp_path):
     path = write_lines([{"prompt_id": "a"}, {"prompt_id": "b"}, {"prompt_id": "a"}])
     assert done_ids(path) == {"a", "b"}
     assert done_ids(tmp_path / "none.jsonl") == set()
-    with pytest.raises(InputError, match="line.jsonl:1: `prompt_id` is null"):
+    with pytest.raises(InputError, match="line.jsonl:1: `prompt_id` is missing"):
         done_ids(write_lines([{"other": "line"}], "line.jsonl"))
 
 
