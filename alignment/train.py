@@ -1,7 +1,7 @@
 """Train the policy on the plan.
 
 Reads   `<output>/<run>/plan.jsonl`, `<output>/ranked/train.jsonl`
-Writes  `<output>/<run>/`: `steps/checkpoint-N` (to resume), `log.jsonl` and `curves.png`, `checkpoints/step-N` (for the
+Writes  `<output>/<run>/`: `steps/checkpoint-N` (to resume), `log.jsonl`, `checkpoints/step-N` (for the
         evaluation along the training), `checkpoint/` (adapter or weights, and tokenizer), `manifest.json` (last)
 Run     python -m alignment.train configs/quickstart.yaml                          # one process
         torchrun --nproc_per_node 8 -m alignment.train configs/hh_rlhf.yaml        # what run.sh does on 8 GPUs
@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOConfig
 
 from alignment.checks import check_wandb, try_lora
-from alignment.curves import draw_curves
 from alignment.plan import ranked_prompts, read_plan, run_settings
 from alignment.reference import add_reference
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
@@ -457,7 +456,6 @@ def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
     result = trainer.train(resume_from_checkpoint=resume)
     save(trainer, tokenizer, folder / "checkpoint")
     if state.is_main_process:
-        draw_curves(folder / "log.jsonl", folder / "curves.png")
         outputs = [folder / name for name in ("plan.jsonl", "plan.json", "log.jsonl")]
         for saved in ("checkpoint", "checkpoints/step-*"):
             outputs += sorted(path for path in folder.glob(f"{saved}/*") if path.is_file())

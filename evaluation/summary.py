@@ -39,7 +39,7 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
         "Where everything is",
         f"  candidates   {recipe.candidates('train').parent}      ranked   {recipe.ranked('train').parent}",
         f"  checkpoint   {run / 'checkpoint'}      plan     {run / 'plan.jsonl'}",
-        f"  figures      {run / 'evaluation' / 'margins.json'}      curves   {run / 'curves.png'}",
+        f"  figures      {run / 'evaluation' / 'margins.json'}",
         "",
         "Rewards of the candidates (means over prompts: best, mean, worst; standard deviation within a prompt)",
     ]

@@ -7,11 +7,26 @@ from array import array
 from collections import defaultdict
 from pathlib import Path
 
-from alignment.curves import PANELS, series
 from pipeline.records import read_jsonl
-from pipeline.run_records import check_pair
+from pipeline.run_records import LogLine, check_pair
 from report.draws import Draws
 from report.pictures import Picture, Pictures, before_after, curve, histogram, intervals, picture, sampled, scatter
+
+# Titles of the training's panels, and the figures of the log that each shows.
+PANELS = [
+    ("loss (nats)", ["loss"]),
+    ("implicit reward (beta x nats)", ["rewards/chosen", "rewards/rejected", "rewards/margins"]),
+    ("gamma", ["gamma"]),
+    ("share of pairs in order", ["rewards/accuracies"]),
+    ("log-probability (nats)", ["logps/chosen", "logps/rejected"]),
+    ("response length (tokens)", ["lengths/chosen", "lengths/rejected"]),
+]
+
+
+def series(lines: list[LogLine], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a figure, from the log lines that have it."""
+    having = [line for line in lines if line.get(name) is not None]
+    return [line["step"] for line in having], [float(line[name]) for line in having]
 
 
 def _told(title: str, series: dict[str, tuple[list, list]]) -> str:
@@ -22,7 +37,7 @@ def _told(title: str, series: dict[str, tuple[list, list]]) -> str:
 
 
 def training(lines: list[dict], draws: Draws | None, preference: str) -> Pictures:
-    """The panels of `curves.png` by the log; of hps the hardness of the draws by the plan, too."""
+    """The training's curves from its log and, for HPS, the hardness of the draws from its plan."""
     panels = []
     hps = preference == "hps"
     for title, names in PANELS:

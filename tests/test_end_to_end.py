@@ -58,7 +58,7 @@ def test_every_prompt_is_ranked(finished):
 def test_training_left_its_files(finished):
     _, output = finished
     run = output / "dpo-hps"
-    for name in ("plan.jsonl", "plan.json", "log.jsonl", "curves.png", "manifest.json"):
+    for name in ("plan.jsonl", "plan.json", "log.jsonl", "manifest.json"):
         assert (run / name).stat().st_size > 0, name
     plan = [row for _, row in read_jsonl(run / "plan.jsonl")]
     log = [line for _, line in read_jsonl(run / "log.jsonl")]

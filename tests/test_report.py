@@ -400,6 +400,16 @@ def test_gamma_and_hardness_are_of_hps_alone():
     assert set(titles["hps"]) - set(titles["bt"]) == {"gamma", "hardness: rank of the drawn (1 = hardest)"}
 
 
+def test_missing_figures_leave_a_gap():
+    """Step 2 has no gamma and a loss that is not a number; no line has lengths, so they have no panel."""
+    lines = [{"step": 1, "loss": 0.5, "gamma": 1.0}, {"step": 2, "loss": "nan"}, {"step": 3, "loss": 1.5, "gamma": 2.0}]
+    assert run_pictures.series(lines, "gamma") == ([1, 3], [1.0, 2.0])
+    steps, losses = run_pictures.series(lines, "loss")
+    assert steps == [1, 2, 3] and losses[0] == 0.5 and losses[1] != losses[1] and losses[2] == 1.5
+    titles = [panel.text.partition(",")[0] for panel in run_pictures.training(lines, None, "hps").panels]
+    assert titles == ["loss (nats)", "gamma"]
+
+
 def test_the_papers_figures_do_not_stretch_the_scale():
     """A bar within the scale of ours, an arrow at the edge that is nearer to what lies beyond."""
     axis = Figure().subplots()

@@ -54,7 +54,7 @@ def test_the_summary_fits_and_has_every_figure(recipe, width):
     lines = summarize(recipe, width)
     text = "\n".join(lines)
     run = recipe.run_folder()
-    for path in (run / "checkpoint", run / "plan.jsonl", run / "curves.png", recipe.ranked("train").parent):
+    for path in (run / "checkpoint", run / "plan.jsonl", recipe.ranked("train").parent):
         assert str(path) in text
     assert "  train   60 prompts    1.250   0.500  -0.250   0.612" in lines
     assert "  test    59 prompts    1.250   0.500  -0.250   0.612" in lines

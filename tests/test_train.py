@@ -209,7 +209,7 @@ def test_full_fine_tuning_moves_every_weight(ranked_recipe):
 
 
 @pytest.mark.slow
-def test_log_curves_and_loss(ranked_recipe):
+def test_log_and_loss(ranked_recipe):
     """Every field of the log, gamma as planned, falling loss; figures that must agree with each other do."""
     recipe = run(ranked_recipe("schedule.epochs=6", "optimizer.scheduler=constant", "optimizer.learning_rate=2e-3"))
     lines, planned = log_of(recipe), read_plan(recipe)
@@ -233,7 +233,6 @@ def test_log_curves_and_loss(ranked_recipe):
     losses = [line["loss"] for line in lines]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert sum(losses[-4:]) / 4 < 0.9 * losses[0]
-    assert (recipe.run_folder() / "curves.png").stat().st_size > 10_000
     manifest = json.loads((recipe.run_folder() / "manifest.json").read_text())
     assert {"plan.jsonl", "plan.json", "log.jsonl", "checkpoint/adapter_model.safetensors"} < set(manifest["outputs"])
 

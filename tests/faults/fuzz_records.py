@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from alignment.curves import PANELS, series
 from annotation.import_released import check_row, convert
 from evaluation.judge import CRITERIA, GRID, check_verdict, read_verdicts
 from evaluation.margins import margins, read_columns
@@ -67,6 +66,7 @@ from pipeline.run_records import (
     check_plan_row,
     check_scores,
 )
+from report.run_pictures import PANELS, series
 
 Reader = Callable[[Path], Iterable[tuple[str, dict]]]
 WORDS = (
