@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids, sampled_text
@@ -61,18 +62,11 @@ class HeldOut:
 
     @contextmanager
     def moved(self, share: float) -> Iterator[None]:
-        """Inside it the policy at the end of the training is this share of its way from the reference; after it, bit
-        for bit, where it was."""
+        """Inside it, the final policy is at this share of its way from the reference; afterwards it is restored bit for
+        bit."""
         if self.reference is self.policy:
-            layers = [scaling for scaling in map(_scaling, self.policy.modules()) if FINAL in scaling]
-            before = [scaling[FINAL] for scaling in layers]
-            try:
-                for scaling, value in zip(layers, before, strict=True):
-                    scaling[FINAL] = share * value
+            with rescale_adapter_scale(self.policy, share):
                 yield
-            finally:
-                for scaling, value in zip(layers, before, strict=True):
-                    scaling[FINAL] = value
             return
         weights = [weight.data for weight in self.policy.parameters()]
         kept = [weight.to("cpu", copy=True) for weight in weights]
@@ -212,12 +206,6 @@ def floor_line(dtype: str, floor: dict | None) -> str:
         f"computed in {dtype}, whose rounding shows a policy that has hardly moved as KL {floor['kl']:.2g} and "
         f"|s| up to {floor['s']:.2g} nats ({floor['responses']} responses of {floor['tokens']:.0f} tokens)"
     )
-
-
-def _scaling(layer: Any) -> dict:
-    """Of a layer of LoRA: the factor of each adapter; empty for other modules."""
-    scaling = getattr(layer, "scaling", None)
-    return scaling if isinstance(scaling, dict) else {}
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype):

@@ -14,7 +14,7 @@ over prompts.
 """
 
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -30,8 +30,8 @@ from pipeline.files import Appender, file_hash, write_json
 from pipeline.identity import model_hash
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe
-from pipeline.records import read_jsonl, read_ranked
-from pipeline.run_records import AGAIN, SETS, check_pair
+from pipeline.records import Prompt, Ranked, read_jsonl, read_ranked
+from pipeline.run_records import AGAIN, SETS, Pair, check_pair
 from pipeline.stage import Work, require_finished, stage
 
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
@@ -49,34 +49,27 @@ def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
         if len([text for text in responses if text]) < 2:
             left_out["written: fewer than two given responses"] += 1
         else:
-            yield {"set": "written", **_pair(record, responses, [False, False])}
+            yield _pair(record, "written", responses=responses, truncated=[False, False])
     for _, record in read_ranked(recipe.tested().ranked("test")):
         if recipe.evaluation.prompts is not None and record["prompt_id"] not in prompts:
             continue
         if record["rewards"][0] == record["rewards"][-1]:
             left_out["ranked: all rewards tie"] += 1
             continue
-        ends = {name: [record[name][index] for index in (0, -1)] for name in ("rewards", "sources")}
-        responses, truncated = ([record[name][index] for index in (0, -1)] for name in ("responses", "truncated"))
-        yield {"set": "ranked", **_pair(record, responses, truncated), **ends}
+        ends = {name: [record[name][0], record[name][-1]] for name in ("responses", "truncated", "rewards", "sources")}
+        yield _pair(record, "ranked", **ends)
 
 
-def _pair(record: dict, responses: list[str], truncated: list[bool]) -> dict:
-    return {
-        "prompt_id": record["prompt_id"],
-        "prompt": record["prompt"],
-        "responses": responses,
-        "truncated": truncated,
-    }
+def _pair(record: Prompt | Ranked, kind: str, **fields: list) -> dict:
+    return {"set": kind, "prompt_id": record["prompt_id"], "prompt": record["prompt"], **fields}
 
 
-def comparable(pairs: Iterable[dict], scorer: HeldOut, left_out: Counter) -> Iterator[dict]:
-    """The pairs that can be compared; the others are counted.
+def comparable(recipe: Recipe, scorer: HeldOut, left_out: Counter) -> Iterator[dict]:
+    """Yield the held-out pairs that can be compared; count the others by reason.
 
-    The prompt must leave room for a response, and the responses must be different tokens: of two equal ones neither is
-    better, and their margin is always 0.
+    The prompt must leave room for a response. The responses must differ as tokens: otherwise their margin is always 0.
     """
-    for pair in pairs:
+    for pair in held_out_pairs(recipe, left_out):
         prompt, responses = pair_ids(pair, scorer)
         if len(prompt) >= scorer.limit:
             left_out[f"{pair['set']}: prompt fills schedule.max_length"] += 1
@@ -84,11 +77,6 @@ def comparable(pairs: Iterable[dict], scorer: HeldOut, left_out: Counter) -> Ite
             left_out[f"{pair['set']}: both responses are the same tokens"] += 1
         else:
             yield pair
-
-
-def comparable_pairs(recipe: Recipe, scorer: HeldOut) -> Iterator[dict]:
-    """The pairs that are scored."""
-    return comparable(held_out_pairs(recipe, Counter()), scorer, Counter())
 
 
 def pair_ids(pair: dict, scorer: HeldOut) -> tuple[list[int], list[list[int]]]:
@@ -108,40 +96,38 @@ class Columns:
     `prompts` are the pairs' ids, `steps` those at which the policy was kept, in order.
     """
 
-    FIXED, MOVING = ("tokens", "characters", "reference"), ("policy", "kl")  # MOVING: by step, None at the end
-
     def __init__(self):
         self.prompts: list[str] = []
         self.steps: list[int] = []
-        self._values: dict[tuple[str, int | None], array] = defaultdict(lambda: array("d"))
+        self._numbers = array(
+            "d"
+        )  # of a pair: tokens, characters, reference; policy and kl of each step and of the end
 
-    def add(self, pair: dict, where: str) -> None:
-        """Take a line of `pairs.jsonl`. InputError: it was measured at other steps than those before."""
-        kept = {each["step"]: each for each in pair.get("along", [])}
-        if len(self) and list(kept) != self.steps:
-            found, before = shorten(list(kept)), shorten(self.steps)
+    def add(self, pair: Pair, where: str) -> None:
+        """Add a line of `pairs.jsonl`. InputError: it was measured at other steps than the lines before it."""
+        kept = pair.get("along", [])
+        steps = [each["step"] for each in kept]
+        if self.prompts and steps != self.steps:
+            found, before = shorten(steps), shorten(self.steps)
             problem = f"`along` was measured at the steps {found}, the lines before at {before}"
             raise InputError(problem, where=where, remedy=AGAIN)
         self.prompts.append(pair["prompt_id"])
-        self.steps = list(kept)
-        fixed = {**pair, "characters": [len(text) for text in pair["responses"]]}
-        for name in self.FIXED:
-            self._values[name, None].extend(fixed[name])
-        for step, figures in {**kept, None: pair}.items():
-            for name in self.MOVING:
-                self._values[name, step].extend(figures[name])
+        self.steps = steps
+        self._numbers.extend([*pair["tokens"], *map(len, pair["responses"]), *pair["reference"]])
+        for moved in (*kept, pair):
+            self._numbers.extend([*moved["policy"], *moved["kl"]])
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def at(self, step: int | None) -> Iterator[np.ndarray]:
+    def at(self, step: int | None) -> tuple[np.ndarray, ...]:
         """`tokens`, `characters`, `reference`, `policy` (pairs, 2), `kl` of y_1 (pairs,)."""
-        for name in (*self.FIXED, *self.MOVING):
-            values = np.array(self._values[name, step if name in self.MOVING else None])
-            yield values if name == "kl" else values.reshape(-1, 2)
+        table = np.array(self._numbers).reshape(len(self), -1)
+        place = 6 + 3 * (len(self.steps) if step is None else self.steps.index(step))
+        return *(table[:, first : first + 2] for first in (0, 2, 4, place)), table[:, place + 2].copy()
 
 
-def read_columns(pairs: Iterable[tuple[str, dict]]) -> dict[str, Columns]:
+def read_columns(pairs: Iterable[tuple[str, Pair]]) -> dict[str, Columns]:
     """The numbers of each set that has pairs, from place and line of each. InputError as `Columns.add`."""
     found = {name: Columns() for name in SETS}
     for where, pair in pairs:
@@ -183,12 +169,12 @@ def evaluate(recipe: Recipe) -> None:
 
 def _evaluate(recipe: Recipe, folder: Path, work: Work) -> None:
     scorer, left_out = HeldOut(recipe), Counter()
-    # Read once to be counted and once to be scored: what is held meanwhile is one pair.
-    count = sum(1 for _ in comparable(held_out_pairs(recipe, left_out), scorer, left_out))
-    _score_pairs(comparable_pairs(recipe, scorer), count, scorer, folder / "pairs.jsonl")
+    # Read once to count and once to score, so that only one pair is in memory.
+    count = sum(1 for _ in comparable(recipe, scorer, left_out))
+    _score_pairs(comparable(recipe, scorer, Counter()), count, scorer, folder / "pairs.jsonl")
     _write_answers(recipe, scorer, folder / "answers.jsonl")
     sets = read_columns(read_jsonl(folder / "pairs.jsonl", check_pair))
-    first = islice(comparable_pairs(recipe, scorer), FLOOR_TEXTS)
+    first = islice(comparable(recipe, scorer, Counter()), FLOOR_TEXTS)
     metrics: dict[str, Any] = {
         "dtype": scorer.dtype,
         "floor": rounding_floor(scorer, (pair_ids(pair, scorer) for pair in first)),

@@ -14,7 +14,7 @@ every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes s
 import json
 import statistics
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -209,25 +209,12 @@ def _with_reference(recipe: Recipe, sft: bool) -> Iterator[list[tuple[str, str]]
             yield [(text, given[0].strip()) for text in record["responses"]]
 
 
-class Figures:
-    """Columns of the prompts' figures: 8 bytes each."""
-
-    def __init__(self):
-        self.prompts = 0
-        self.columns: dict[str, array] = {}
-
-    def add(self, record: dict) -> None:
-        self.prompts += 1
-        for name, value in record.items():
-            if name != "prompt_id":
-                self.columns.setdefault(name, array("d")).append(value)
-
-    def aggregate(self, recipe: Recipe) -> dict:
-        """Means with intervals of every figure, over the prompts that have it."""
-        return {
-            name: {**bootstrap(np.array(values), recipe.evaluation.bootstrap, recipe.seed), "prompts": len(values)}
-            for name, values in self.columns.items()
-        }
+def aggregate(columns: dict[str, array], recipe: Recipe) -> dict:
+    """Means with intervals of every figure, over the prompts that have it."""
+    samples, seed = recipe.evaluation.bootstrap, recipe.seed
+    return {
+        name: {**bootstrap(np.array(values), samples, seed), "prompts": len(values)} for name, values in columns.items()
+    }
 
 
 def evaluate(recipe: Recipe, sft: bool) -> dict:
@@ -235,13 +222,16 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
     folder = evaluated(recipe, sft)
     if not sft:
         require_finished(folder / "evaluation", "the held-out figures are", EVALUATE)
-    bleu, left_out, figures = Bleu(), Counter(), Figures()
+    bleu, left_out = Bleu(), Counter()
+    columns: dict[str, array] = defaultdict(lambda: array("d"))  # 8 bytes a figure
 
     def lines() -> Iterator[str]:
         for record in prompt_figures(recipe, sft, bleu, left_out):
-            figures.add(record)
+            for name, value in record.items():
+                if name != "prompt_id":
+                    columns[name].append(value)
             yield json.dumps(record) + "\n"
-        if not figures.prompts:
+        if not columns:
             raise InputError("no prompt has answers", where=str(folder), remedy="see answers/ledger.jsonl in it")
 
     tokenizers = bleu_tokenizers(recipe, sft)
@@ -250,22 +240,24 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
     outputs = [folder / name for name in ("metrics.jsonl", "metrics.json")]
     with remade(outputs[1], recipe, {"seed": recipe.seed}, outputs, _inputs(recipe, sft)):
         write_lines(outputs[0], lines())
-        metrics = _metrics(recipe, sft, figures, bleu, tokenizers, left_out)
+        metrics = _metrics(recipe, sft, columns, bleu, tokenizers, left_out)
         write_json(outputs[1], metrics)
     return metrics
 
 
-def _metrics(recipe: Recipe, sft: bool, figures: Figures, bleu: Bleu, tokenizers: Counter, left_out: Counter) -> dict:
-    """What `metrics.json` holds."""
+def _metrics(
+    recipe: Recipe, sft: bool, columns: dict[str, array], bleu: Bleu, tokenizers: Counter, left_out: Counter
+) -> dict:
+    """The content of `metrics.json`."""
     metrics = {
         "run": SFT if sft else recipe.run,
-        "prompts": figures.prompts,
+        "prompts": len(columns["tokens_mean"]),
         "samples": recipe.evaluation.samples,
         "temperature": recipe.generation.temperature,
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,
         "left_out": left_out,
-        "figures": {**figures.aggregate(recipe), **corpus_bleu(recipe, sft, bleu, tokenizers)},
+        "figures": {**aggregate(columns, recipe), **corpus_bleu(recipe, sft, bleu, tokenizers)},
         "bleu_tokenizers": tokenizers,
         "bleu_signatures": bleu.signatures(),
         "evaluator_is_reward": same_model(recipe.models.reward, recipe.models.evaluator),

@@ -196,7 +196,7 @@ def test_prompts_that_leave_no_room_for_a_response_are_counted(finished):
     pairs, long = list(stage.held_out_pairs(recipe, Counter())), Counter()
     lengths = sorted(len(prompt_token_ids(held_out.tokenizer, pair["prompt"])) for pair in pairs)
     held_out.limit = lengths[-1]
-    fit = list(stage.comparable(pairs, held_out, long))
+    fit = list(stage.comparable(recipe, held_out, long))
     assert sum(long.values()) == lengths.count(lengths[-1]) > 0
     assert len(fit) + sum(long.values()) == len(pairs)
 
