@@ -19,9 +19,6 @@ from hps.planning import training_list
 from pipeline.recipe import Recipe
 from pipeline.records import Lines, read_ranked
 
-MOST_SOURCES = 6  # groups of a histogram; the smallest ones are merged
-OTHER = "other sources"
-
 
 @dataclass
 class Draws:
@@ -90,7 +87,7 @@ def read_draws(rows: Lines, path: Path, recipe: Recipe) -> tuple[Draws, dict[str
                 raise _not_its_plan(rows.where(number), where) from None
     for left in numbers.values():
         raise _not_its_plan(rows.where(left[0]), str(path))
-    return Draws(np.array(step), np.array(gamma), figures), grouped(rewards)
+    return Draws(np.array(step), np.array(gamma), figures), rewards
 
 
 def _not_its_plan(row: str, record: str) -> InputError:
@@ -108,19 +105,9 @@ def add_rewards(rewards: Mapping[str, array], record: dict) -> None:
         rewards["given_3 and later" if later else source].append(reward)
 
 
-def grouped(rewards: dict[str, array]) -> dict[str, array]:
-    """At most `MOST_SOURCES` groups by name: the smallest are put together."""
-    names = sorted(rewards, key=lambda name: -len(rewards[name]))
-    kept = names if len(names) <= MOST_SOURCES else names[: MOST_SOURCES - 1]
-    found = {name: rewards[name] for name in sorted(kept)}
-    for name in names[len(kept) :]:
-        found.setdefault(OTHER, array("f")).extend(rewards[name])
-    return found
-
-
 def rewards_by_source(path: Path) -> dict[str, array]:
     """Rewards of all candidates of a ranked file by source."""
     rewards: dict[str, array] = defaultdict(lambda: array("f"))
     for _, record in read_ranked(path):
         add_rewards(rewards, record)
-    return grouped(rewards)
+    return rewards

@@ -125,26 +125,15 @@ def win_rates(folder: Path) -> list[dict]:
         return []
     rows = []
     with intact(path, AGAIN):
-        against = read_json(path)["against"]
-        for title, found in zip(short_names(list(against)), against.values(), strict=True):
+        for folder, found in read_json(path)["against"].items():
             outcomes = {f"{name} (% of the prompts)": found[name] for name in ("win", "lose", "tie")}
             lines = [line(name, each["percent"], each, digits=1) for name, each in outcomes.items()]
             for side, name in (("run", "average score of this run"), ("against", "average score of the other")):
                 average = found["scores"][side]["average"]
                 lines.append(line(name, average["mean"], average, digits=2))
             facts = {key: found[key] for key in ("prompts", "flags", "left_out")}
-            rows.append({"against": title, "lines": lines, **facts})
+            rows.append({"against": folder, "lines": lines, **facts})
     return rows
-
-
-def short_names(folders: list[str]) -> list[str]:
-    """The last name of each folder, or as many from its end as tell them apart."""
-    parts = [Path(folder).parts for folder in folders]
-    for count in range(1, max(map(len, parts), default=0) + 1):
-        names = [str(Path(*part[-count:])) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return folders
 
 
 def line(name: str, mean: float, entry: dict, digits: int = 3) -> dict:

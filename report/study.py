@@ -16,22 +16,38 @@ import argparse
 import hashlib
 import random
 import secrets
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from evaluation.judge import CRITERIA
 from hps.errors import InputError, run_main, shorten
 from pipeline.files import file_hash, write_atomic, write_json
-from pipeline.records import canonical, check_storable, read_answers, read_json
+from pipeline.records import Number, Whole, canonical, check_storable, read_answers, read_json, typed
 from report.page import render
 from report.study_figures import figures, results_page, table
 
 LOWEST, HIGHEST = 1.0, 5.0
 AGAIN = "export the file from the page again"
 MOST_MODELS = 26  # the page names the answers A to Z
+
+
+class Rating(TypedDict):
+    prompt_id: str
+    answer: Whole  # place on the page, from 0
+    criterion: str
+    value: Annotated[Number, Field(ge=LOWEST, le=HIGHEST, multiple_of=0.01)]
+
+
+class RatingsFile(TypedDict):
+    study: str
+    rater: Annotated[Whole, Field(ge=1)]
+    ratings: list[Rating]
+
 
 Thing = TypeVar("Thing")
 Lines = dict[str, tuple[str, dict]]  # place and record of a file by `prompt_id`
@@ -259,13 +275,17 @@ def read_ratings(path: str | Path, key: dict) -> tuple[int, np.ndarray]:
         InputError: the file is of another study or damaged, a rating is missing, doubled, or not from 1.00 to 5.00.
     """
     where = str(path)
-    rater, lines = _read_file(Path(path), key)
+    file = _read_file(Path(path), key)
+    rater = file["rater"]
     names = [name for found in key["sets"].values() for name in found]
     orders = dict(order_of(key["seed"], rater, names, len(key["models"])))
     found = np.full((len(names), len(key["models"]), len(key["criteria"])), np.nan)
-    for number, line in enumerate(lines, 1):
+    known = {"prompt_id": orders, "answer": range(len(key["models"])), "criterion": key["criteria"]}
+    for number, line in enumerate(file["ratings"], 1):
         place = f"{where}: rating {number}"
-        _check_rating(line, key, orders, place)
+        for field, values in known.items():
+            if line[field] not in values:
+                raise InputError(f"`{field}` is {shorten(line[field])}, not in this study", where=place, remedy=AGAIN)
         name, answer, criterion = line["prompt_id"], line["answer"], line["criterion"]
         at = (names.index(name), orders[name][answer], key["criteria"].index(criterion))
         if not np.isnan(found[at]):
@@ -279,37 +299,17 @@ def read_ratings(path: str | Path, key: dict) -> tuple[int, np.ndarray]:
     return rater, found
 
 
-def _read_file(path: Path, key: dict) -> tuple[int, list]:
-    """Rater and ratings of a file of this study."""
-    given, problem, remedy = _read(path, AGAIN), None, AGAIN
+def _read_file(path: Path, key: dict) -> RatingsFile:
+    """A rater's file of this study."""
+    given = _read(path, AGAIN)
     if given.get("study") != key["study"]:
         problem = f"`study` is {shorten(given.get('study'))}, the key's is {key['study']}"
-        remedy = "give the key of that study with `--key`"
-    elif type(given.get("rater")) is not int or not 1 <= given["rater"] <= key["raters"]:
-        problem = f"`rater` is {shorten(given.get('rater'))}"
-        remedy = f"it must be from 1 to {key['raters']}"
-    elif not isinstance(given.get("ratings"), list):
-        problem = f"`ratings` is {shorten(given.get('ratings'))}, no list"
-    if problem:
+        raise InputError(problem, where=str(path), remedy="give the key of that study with `--key`")
+    ratings = typed(given, RatingsFile, str(path), AGAIN)
+    if ratings["rater"] > key["raters"]:
+        problem, remedy = f"`rater` is {ratings['rater']}", f"it must be from 1 to {key['raters']}"
         raise InputError(problem, where=str(path), remedy=remedy)
-    return given["rater"], given["ratings"]
-
-
-def _check_rating(line: object, key: dict, prompts: Container[str], where: str) -> None:
-    if not isinstance(line, dict):
-        raise InputError(f"expected an object, found {shorten(line)}", where=where, remedy=AGAIN)
-    name, answer, criterion, value = (line.get(field) for field in ("prompt_id", "answer", "criterion", "value"))
-    problem, remedy, models = None, AGAIN, len(key["models"])
-    if not isinstance(name, str) or name not in prompts:
-        problem = f"`prompt_id` is {shorten(name)}, no prompt of this study"
-    elif type(answer) is not int or not 0 <= answer < models:  # 1.0 and true are no places
-        problem = f"`answer` is {shorten(answer)}, not a whole number from 0 to {models - 1}"
-    elif criterion not in key["criteria"]:
-        problem = f"`criterion` is {shorten(criterion)}, none of {', '.join(key['criteria'])}"
-    elif type(value) not in (int, float) or not LOWEST <= value <= HIGHEST or round(value, 2) != value:
-        problem, remedy = f"`value` is {shorten(value)}", "it must be from 1.00 to 5.00, with at most two decimals"
-    if problem:
-        raise InputError(problem, where=where, remedy=remedy)
+    return ratings
 
 
 def import_ratings(key_path: Path, files: list[str]) -> dict:

@@ -1,20 +1,16 @@
 """The page of a table of the paper with ours beside it.
 
-Reads   `results/<scale>/<table>.json` (what `bash reproduce.sh` writes), and beside it the result files of the runs in
-        `runs/`, for seeds, commits, versions and hashes
+Reads   `results/<scale>/<table>.json`, which `bash reproduce.sh` writes
 Writes  `results/<scale>/<table>.html` (not kept in git; reproduce.sh writes it with the table's other files)
 Run     python -m report.table results/quickstart/table2.json
 """
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
 
 from evaluation.cells import EXTRA
 from evaluation.render import MARKED, comparisons, measured, number, seeds_of
-from evaluation.tables import TITLES, label, needed
 from hps.errors import InputError, run_main
-from pipeline.files import file_hash
 from pipeline.records import read_json
 from pipeline.run_records import SETS
 from report.page import intact, render, write_page
@@ -91,28 +87,6 @@ def _frontiers(frontiers: dict[str, dict]) -> Pictures:
     return Pictures(panels, "A method is better where its line is above another's at the same KL, not where it ends.")
 
 
-def origin(path: Path, scale: str) -> dict[str, list[dict]]:
-    """By data set, the result file of every run of the table, if it is there: what made it, and its hash.
-
-    Args:
-        path: of the table's JSON, whose name says which table it is.
-    """
-    table = path.stem.removeprefix("table")
-    found: dict[str, list[dict]] = defaultdict(list)
-    for evaluation in needed(table, scale) if table in TITLES else ():
-        name = f"runs/{evaluation.title}.json"
-        file = path.parent / name
-        if not file.exists():
-            continue
-        result = read_json(file)
-        with intact(file, REMEDY):
-            row = {"run": result["run"], "seed": result["seed"], "commit": result["git_commit"] or "unknown"}
-            row["versions"] = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-        row |= {"label": "SFT" if evaluation.sft else label(table, evaluation.recipe), "file": name}
-        found[evaluation.on].append(row | {"sha256": file_hash(file)})
-    return found
-
-
 def page(path: Path) -> str:
     """The page of a table's JSON. InputError: there is none, or it is damaged."""
     try:
@@ -120,13 +94,12 @@ def page(path: Path) -> str:
     except InputError as error:
         raise InputError(f"this is no table ({error})", remedy=REMEDY) from None
     with intact(path, REMEDY):
-        sources = origin(path, table["scale"])
-        parts = [_part(part, sources.get(part["data"], [])) for part in table["parts"]]
+        parts = [_part(part) for part in table["parts"]]
         lists = {"remarks": [in_words(line) for line in table["remarks"] if line], "flags": list(table["flags"])}
         return render("table", table["title"], {}, parts=parts, **lists, failed=dict(table["failed"]), mark=MARKED)
 
 
-def _part(part: dict, sources: list[dict]) -> dict:
+def _part(part: dict) -> dict:
     names = measured(part, list(dict.fromkeys([*part["columns"], *EXTRA])))
     return {
         "title": part["title"],
@@ -138,7 +111,6 @@ def _part(part: dict, sources: list[dict]) -> dict:
         "flags": [f"{row['label']}: {flag}" for row in part["rows"] for flag in row.get("flags", [])],
         "comparisons": [(grid, ["row", *titles(grid.head[1:])]) for grid in comparisons(part)],
         "pictures": pictures(part),
-        "origin": sources,
     }
 
 
