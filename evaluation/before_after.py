@@ -1,6 +1,6 @@
 """Answers to test prompts before and after training, with their scores, one prompt at a time.
 
-Reads   `answers/test.jsonl`, `scores/scores.jsonl` and, where what ranked has scored the answers, too,
+Reads   `answers/test.jsonl`, `scores/scores.jsonl` and, if the reward model scored the answers too,
         `proxy_scores/scores.jsonl`, of the run and of the model before training (evaluate.sh)
 """
 
@@ -12,7 +12,7 @@ SIDES = ("before", "after")
 
 
 class BeforeAfter:
-    """The answers of both models; `prompts` are those that both have answered, `alone` counts the others.
+    """The answers of both models. `prompts`: those that both answered; `alone`: how many only one of them answered.
 
     Raises:
         InputError: as `Answered`.
@@ -31,8 +31,8 @@ class BeforeAfter:
         self.alone = len(before) + len(after) - 2 * len(self.prompts)
 
     def of(self, name: str) -> dict:
-        """`id` and `prompt`; `before` and `after`: each answer's `text`, `score`, `tokens`, `cut` and perhaps `proxy`,
-        the score of what ranked."""
+        """`id` and `prompt`; `before` and `after`: of each answer `text`, `score`, `tokens`, `cut`, and `proxy`
+        if the reward model that ranked the candidates has scored it."""
         return {
             "id": name,
             "prompt": self._answered["after"].answers[name]["prompt"],

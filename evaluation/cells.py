@@ -1,7 +1,7 @@
 """One method's results over the seeds, and its row of figures in a table.
 
-Values per prompt are averaged over the seeds, the interval is a bootstrap over prompts, and the spread over seeds is
-given beside it. evaluation.matched reads the cells at one divergence.
+Per-prompt values are averaged over the seeds. The interval is a bootstrap over prompts; the spread over seeds is a
+separate number. evaluation.matched reads the cells at one divergence.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 from evaluation.intervals import percentile_interval
 
 COLUMNS = ("bleu", "reward", "rm_dpo", "rm_r_dpo")
-# Where a column's values per prompt are: `figures` are those of the answers, the others of a set of pairs.
+# Source of a column's per-prompt values: `figures` of the answers, or a set of pairs.
 SOURCES = {
     "bleu": ("figures", "bleu_best"),
     "reward": ("figures", "reward_best"),
@@ -28,7 +28,7 @@ SOURCES = {
 }
 EXTRA = ("kl", "rm_dpo_ranked", "accuracy_ranked", "accuracy_written", "reward_mean", "kl_sampled", "tokens_change")
 SAMPLES, SEED = 2000, 42  # of the bootstrap
-FINAL = "final"  # the point at the end of the training, beside the steps at which a policy was kept
+FINAL = "final"  # the end of the training; the other points are steps
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Cell:
     paper: dict | None = None
 
     def column(self, name: str) -> tuple[list[str], np.ndarray] | None:
-        """Prompt ids and (seeds, prompts) values of a column; None when the cell does not have it."""
+        """Prompt ids and (seeds, prompts) values of a column; None if the cell has no such column."""
         place, figure = SOURCES[name]
         if place == "figures":
             tables = [result["prompts"] for result in self.results]
@@ -85,12 +85,12 @@ def summary(values: np.ndarray) -> dict:
 
 
 def resamples(count: int) -> np.ndarray:
-    """(SAMPLES, count) indices of a bootstrap over so many prompts; the same for every figure, so that pairs stay."""
+    """(SAMPLES, count) bootstrap indices of prompts, the same for every figure, so that differences stay paired."""
     return np.random.default_rng(SEED).integers(0, count, (SAMPLES, count))
 
 
 def cell_figures(cell: Cell) -> dict:
-    """Every column that a cell has; the paper's figure and the difference where the paper has one."""
+    """The cell's columns, with the paper's figure and the difference from it where the paper has one."""
     figures: dict[str, dict] = {}
     for name in dict.fromkeys((*COLUMNS, *SOURCES)):
         found = cell.column(name)
@@ -106,25 +106,18 @@ def cell_figures(cell: Cell) -> dict:
 
 
 def same_prompts(cells: list[Cell]) -> tuple[list[Cell], dict[str, str]]:
-    """The cells whose runs were evaluated on the prompts of the first one, and why others were not kept, by label.
+    """Keep the cells that were evaluated on the first cell's prompts; say by label why the others were dropped.
 
-    Figures on different prompts cannot be compared, and would be paired wrongly.
+    Figures on different prompts cannot be compared or paired.
     """
     wanted: dict[str, set[str]] = {}
-    kept, odd = [], {}
+    odd = {}
     for cell in cells:
-        problem = None
-        for result in cell.results:
-            for pairs, table in result["pairs"].items():
-                names = set(table["prompt_id"])
-                others = names ^ wanted.setdefault(pairs, names)
-                if others:
-                    problem = (
-                        f"its {pairs} pairs differ from the first row's in {len(others)} prompts, e.g. "
-                        f"{sorted(others)[0]}; delete its result file and run it again"
-                    )
-        if problem:
-            odd[cell.label] = problem
-        else:
-            kept.append(cell)
-    return kept, odd
+        for pairs, table in (item for result in cell.results for item in result["pairs"].items()):
+            names = set(table["prompt_id"])
+            if others := names ^ wanted.setdefault(pairs, names):
+                odd[cell.label] = (
+                    f"its {pairs} pairs differ from the first row's in {len(others)} prompts, e.g. "
+                    f"{min(others)}; delete its result file and run it again"
+                )
+    return [cell for cell in cells if cell.label not in odd], odd

@@ -1,6 +1,6 @@
 """Hours and disk of the runs that a table still needs, by formulas, for the dry run of reproduce.sh.
 
-The assumptions are in configs/matrix.yaml (`cost` of each scale) and are printed with the result:
+The assumptions are in configs/matrix.yaml (`cost` of each scale); the dry run prints them:
 
     generation   new tokens / (tokens_per_second x devices)
     a pass       2 x weights x tokens operations forward; training with LoRA 4 x (forward, and backward without the
@@ -13,6 +13,8 @@ The assumptions are in configs/matrix.yaml (`cost` of each scale) and are printe
                  a token each
 """
 
+from collections import Counter
+
 from alignment.memory import responses_per_prompt
 from evaluation.results import Evaluated
 from hps.errors import InputError
@@ -24,7 +26,7 @@ STARTS = 8  # Python processes of run.sh and evaluate.sh that load a model
 
 
 def prompt_count(recipe: Recipe, split: str, cost: dict) -> int:
-    """Prompts of a split, or the assumed number where the file is not there."""
+    """Number of prompts of a split; the assumed number if the file does not exist."""
     try:
         return len(load_prompts(recipe, split)[0])
     except InputError:
@@ -62,7 +64,7 @@ def ranking_seconds(recipe: Recipe, cost: dict) -> float:
 
 def judge_seconds(judged: list[Evaluated], cost: dict) -> float:
     """Seconds of the judge for the answers of these runs and, for each data set, of the model before training."""
-    models = [*judged, *{evaluation.data: evaluation for evaluation in judged}.values()]
+    models = [*judged, *{evaluation.data: evaluation for evaluation in judged}.values()]  # and SFT, one a data set
     tokens = cost["rubric_tokens"] + cost["prompt_tokens"] + cost["response_tokens"]
     verdict = 2 * cost["judge_weights"] * tokens / cost["operations_per_second"]
     verdict += cost["verdict_tokens"] / cost["judge_tokens_per_second"]
@@ -76,20 +78,19 @@ def judge_seconds(judged: list[Evaluated], cost: dict) -> float:
 def disk_bytes(recipe: Recipe, cost: dict) -> float:
     """Bytes that one run leaves."""
     if recipe.lora.enabled:
-        # Two to resume from hold AdamW's two moments as well.
+        # The two to resume from include AdamW's two moments.
         return 4 * cost["adapter_weights"] * (recipe.evaluation.checkpoints + 1 + 3 * 2)
     return 2 * cost["weights"] * (1 + 2 * 6)
 
 
 def estimate(todo: list[Evaluated], judged: list[Evaluated], cost: dict) -> list[str]:
-    """The lines of the dry run: for evaluations to be made, and runs whose answers are to be judged."""
+    """The lines of the dry run, for the evaluations to do and the runs to judge."""
     runs = {(e.data, e.recipe.run): e.recipe for e in todo if not e.sft}
     rankings = {recipe.output: recipe for recipe in runs.values()}
-    parts: dict[str, float] = {}
+    parts: Counter[str] = Counter()
     for recipe in runs.values():
-        for name, seconds in run_seconds(recipe, cost).items():
-            parts[name] = parts.get(name, 0.0) + seconds
-    parts["candidates and ranking, unless they stand"] = sum(ranking_seconds(r, cost) for r in rankings.values())
+        parts.update(run_seconds(recipe, cost))
+    parts["candidates and ranking, unless they exist"] = sum(ranking_seconds(r, cost) for r in rankings.values())
     if judged:
         parts["judging"] = judge_seconds(judged, cost)
     texts = sum(

@@ -5,9 +5,9 @@ Writes  `<output>/<run>/divergence/divergence.jsonl`, a line a prompt: for each 
         `tokens`; `manifest.json` (last), with `dtype` and `floor` (evaluation.held_out.rounding_floor)
 Run     python -m evaluation.divergence configs/quickstart.yaml
 
-`kl` is the sum over the answer's tokens of KL(pi_theta || pi_ref) over the whole vocabulary, at temperature 1, along
-answers that were sampled at `generation.temperature`. `log_ratio` = log pi_theta(y) - log pi_ref(y) has the divergence
-as its mean for answers drawn at temperature 1 alone; for others its mean may be negative.
+`kl` is the sum over the answer's tokens of KL(pi_theta || pi_ref) over the whole vocabulary, at temperature 1. The
+answers were sampled at `generation.temperature`. `log_ratio` is log pi_theta(y) - log pi_ref(y). Its mean is the
+divergence if the answers were sampled at temperature 1; otherwise the mean may be negative.
 """
 
 from itertools import islice
@@ -18,7 +18,7 @@ from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, done_ids, file_hash
 from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
-from pipeline.records import read_answers
+from pipeline.records import Answers, read_answers
 from pipeline.stage import require_finished, stage
 
 
@@ -44,8 +44,8 @@ def measure(recipe: Recipe) -> None:
 
 
 def _measure(recipe: Recipe, answers: Path, path: Path) -> dict:
-    """Write the lines; `dtype` and `floor`, what rounding shows on the first answers."""
-    with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
+    """Write the lines; return `dtype` and `floor` (evaluation.held_out.rounding_floor)."""
+    with Appender(path) as file:  # first: it cuts off the half line that a kill leaves
         done = done_ids(path)
         total = sum(1 for _ in read_answers(answers))  # checks every line before a model loads
         todo = (record for _, record in read_answers(answers) if record["prompt_id"] not in done)
@@ -58,14 +58,14 @@ def _measure(recipe: Recipe, answers: Path, path: Path) -> dict:
     return {"dtype": scorer.dtype, "floor": floor}
 
 
-def answer_ids(record: dict, scorer: HeldOut) -> tuple[list[int], list[list[int]], list[list[int]]]:
-    """Token ids of the prompt, of its answers, and of those that have any."""
+def answer_ids(record: Answers, scorer: HeldOut) -> tuple[list[int], list[list[int]], list[list[int]]]:
+    """Token ids of the prompt, of its answers, and of the answers that are not empty."""
     prompt, answers = scorer.token_ids(record["prompt"], record["responses"], record["truncated"])
     return prompt, answers, [answer for answer in answers if answer]
 
 
-def answer_figures(record: dict, scorer: HeldOut) -> dict:
-    """`kl`, `log_ratio`, `tokens` of each answer; an answer without tokens has none of either."""
+def answer_figures(record: Answers, scorer: HeldOut) -> dict:
+    """`kl`, `log_ratio`, `tokens` of each answer; 0 for an empty answer."""
     prompt, answers, some = answer_ids(record, scorer)
     found = scorer.compare(prompt, some, diverging=len(some)) if some else {"policy": [], "reference": [], "kl": []}
     ratios = [after - before for after, before in zip(found["policy"], found["reference"], strict=True)]

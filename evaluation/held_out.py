@@ -18,21 +18,21 @@ from pipeline.recipe import Model, Recipe
 from pipeline.weights import ADAPTER, check_adapter, load_adapter, load_weights, refuse_pickles
 
 FINAL = "final"  # the policy at the end of the training
-NULL = 1e-3  # share of the policy's way from the reference at which `rounding_floor` measures
-FLOOR_TEXTS = 4  # prompts on which it does
+NULL = 1e-3  # share of the way from reference to policy at which `rounding_floor` measures
+FLOOR_TEXTS = 4  # prompts that it measures
 
 
 class HeldOut:
-    """The policies of a run and the reference, able to give log-probabilities, divergences and answers.
+    """The policies of a run and the reference: log-probabilities, divergences and answers.
 
-    With LoRA one model serves: the reference is the model with its adapter switched off, and a policy along the
-    training is another adapter. Full fine-tuning keeps nothing along the training (alignment.train.KeptCheckpoints).
+    With LoRA there is one model. The reference is the model with its adapter off; a policy along the training is
+    another adapter. Full fine-tuning keeps nothing along the training (alignment.train.KeptCheckpoints).
 
-    Both are computed in fp32 on every device. s and the divergence are small differences of large numbers: in bf16 an
-    adapter with almost no effect shows half a nat of s.
+    Both run in fp32 on every device. s and the divergence are small differences of large numbers: in bf16 an adapter
+    with almost no effect shows half a nat of s.
 
     Args:
-        along: load the policies along the training, too.
+        along: also load the policies along the training.
         dtype: of the weights and of everything computed.
     """
 
@@ -57,7 +57,7 @@ class HeldOut:
         self.layout: Layout = prove(_causal(self.reference), self.limit)
 
     def as_reference(self):
-        """Inside it `self.reference` is the model before training."""
+        """Context in which `self.reference` is the model before training."""
         return self.reference.disable_adapter() if self.reference is self.policy else nullcontext()
 
     @contextmanager
@@ -79,7 +79,7 @@ class HeldOut:
                 weight.copy_(value)
 
     def along(self) -> Iterator[int]:
-        """The steps at which the policy was kept; while one is yielded, `self.policy` is the policy of that step."""
+        """Yield the steps at which the policy was kept, with `self.policy` set to that step's policy."""
         for step in self.steps:
             self.policy.set_adapter(f"step-{step}")
             yield step
@@ -87,7 +87,7 @@ class HeldOut:
             self.policy.set_adapter(FINAL)
 
     def token_ids(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> tuple[list[int], list]:
-        """Token ids of the prompt, and of the responses as the policy is trained on them, cut at the limit."""
+        """Token ids of the prompt and of the responses, cut at the limit as in training."""
         prompt = prompt_token_ids(self.tokenizer, messages)
         ids = [
             response_token_ids(self.tokenizer, messages, text, cut)[: self.limit - len(prompt)]
@@ -96,10 +96,10 @@ class HeldOut:
         return prompt, ids
 
     def compare(self, prompt: list[int], responses: list[list[int]], diverging: int) -> dict:
-        """What the policy and the reference say of the responses.
+        """Log-probabilities and divergences of the responses.
 
         Args:
-            diverging: responses, from the first, whose divergence is taken.
+            diverging: number of responses, from the first, whose divergence is computed.
 
         Returns:
             `reference`, `policy`: summed log-probability of each response; `kl`: for the first responses the sum over
@@ -122,7 +122,7 @@ class HeldOut:
 
     @torch.inference_mode()
     def _log_probs(self, model: Any, prompt: list[int], responses: list[list[int]]) -> list[torch.Tensor]:
-        """For each response (tokens, vocabulary) log-probabilities where its tokens are predicted, float32."""
+        """Of each response the log-probabilities at its tokens, (tokens, vocabulary), float32."""
         network = _causal(model)
         rows = make_rows(self.layout, [prompt], [responses], self.tokenizer.pad_token_id)
         rows = {name: value.to(self.device) for name, value in rows.items()}
@@ -155,25 +155,25 @@ class HeldOut:
 
 
 def kept_checkpoints(recipe: Recipe) -> list[tuple[int, Path]]:
-    """`(step, folder)` of what the training kept along the way, in order."""
+    """`(step, folder)` of each adapter that the training kept, in order."""
     folders = (recipe.run_folder() / "checkpoints").glob("step-*")
     return sorted((int(folder.name.partition("-")[2]), folder) for folder in folders)
 
 
 def rounding_floor(scorer: HeldOut, texts: Iterable[tuple[list[int], list[list[int]]]]) -> dict | None:
-    """What the figures show of a policy that has hardly moved: rounding. What is smaller means nothing.
+    """The size of rounding errors in the figures: smaller values mean nothing.
 
-    The policy is moved to `NULL` of its way. Its divergence is then 1e-6 of what it was, because it grows with the
-    square of the way; what it shows above that is rounding. s grows with the way itself: so the policy is moved as far
-    to the other side as well, and in the mean of both s the true part cancels. An adapter scaled to 0 would show
-    nothing, however coarse the numbers: x + 0 is exact. So figures that are exactly 0 (an adapter that was never
-    trained, weights in bf16 that so small a move leaves as they were) are no measurement.
+    The policy is moved to `NULL` of its way from the reference. The divergence grows with the square of the way, so it
+    should be 1e-6 of what it was; the rest is rounding. s grows linearly, so the policy is also moved by -`NULL`: the
+    true parts of the two s cancel in their mean. Scaling an adapter to 0 would show nothing, because x + 0 is exact.
+    Figures that are exactly 0 (an untrained adapter, bf16 weights that such a small move does not change) are not a
+    measurement.
 
     Args:
         texts: token ids of a prompt and of its responses.
 
     Returns:
-        `responses`; `tokens`, their mean length; `kl`, mean divergence, and `s`, largest |s|, in nats. None where
+        `responses`; `tokens`, their mean length; `kl`, mean divergence, and `s`, largest |s|, in nats. None if
         nothing was measured.
     """
     texts = list(texts)
@@ -210,8 +210,7 @@ def floor_line(dtype: str, floor: dict | None) -> str:
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype):
     loaded = load_weights(AutoModelForCausalLM, model, dtype=dtype)
-    # `generate` completes its arguments from the model's own settings: penalties, suppressed tokens, sampling. An
-    # answer here is greedy and nothing else.
+    # `generate` reads penalties, suppressed tokens and sampling from the model's settings; answers here are greedy.
     loaded.generation_config = GenerationConfig()
     return loaded.to(device).eval()
 
@@ -223,7 +222,7 @@ def _causal(model: Any) -> Any:
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
     """Sum over the positions of KL(p || q), from (tokens, vocabulary) log-probabilities; nats."""
     total = float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
-    return max(total, 0.0)  # what rounding leaves of no divergence
+    return max(total, 0.0)  # rounding can make it negative
 
 
 def _picked(log_probs: torch.Tensor, response: list[int]) -> float:

@@ -1,4 +1,4 @@
-"""A chat model scores the answers to the test prompts, one at a time, without knowing which model wrote them.
+"""A chat model scores the answers to the test prompts, one at a time, without knowing which model wrote each.
 
 Reads   `<output>/<run>/answers/test.jsonl`, `<output>/sft/answers/test.jsonl` (answers of the trained model and of the
         one before training; with `evaluation.on` the folders of the other test split)
@@ -6,10 +6,9 @@ Writes  `<output>/judge/<key>.jsonl` (a line a verdict: `key`, and `scores` or `
         stands for: judge, rubric, sampling), `<key>.manifest.json` (last)
 Run     python -m evaluation.judge configs/quickstart.yaml judge.enabled=true
 
-Correctness, helpfulness, safety and clarity from 0 to 5 in steps of 0.5, as in the paper's Table 4; the wording of the
-rubric is this repository's. The verdicts are a replay cache for all runs in an output: an answer that was judged before
-is not judged again, whichever model wrote it, and where all are there no engine starts. A judge that was killed is
-continued by the same command. evaluation.win_rate makes the comparison.
+Correctness, helpfulness, safety and clarity from 0 to 5 in steps of 0.5, as in the paper's Table 4; the rubric's
+wording is ours. The verdicts are a cache for all runs in an output: an answer is judged once, whichever model wrote it,
+and no engine starts if all verdicts exist. After a kill the same command continues. evaluation.win_rate compares.
 """
 
 import json
@@ -26,13 +25,13 @@ from pipeline.files import Appender, value_hash, write_json
 from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.recipe import Recipe
-from pipeline.records import check_finite, read_answers, read_jsonl
+from pipeline.records import Answers, check_finite, read_answers, read_jsonl
 from pipeline.stage import MANIFEST, hold, remade, require_finished
 from pipeline.workers import check_gpus
 
 CRITERIA = ("correctness", "helpfulness", "safety", "clarity")
 GRID = [half / 2 if half % 2 else half // 2 for half in range(11)]  # 0, 0.5, 1, ... 5
-# Choices alone: a schema with free text would give a weak model room to write until it is cut.
+# Only choices: with free text in the schema a weak model would write until it is cut.
 SCHEMA = {
     "type": "object",
     "properties": {name: {"enum": GRID} for name in CRITERIA},
@@ -60,7 +59,7 @@ NO_SCORES = "no scores in the output"
 LOST = "the engine died twice"
 
 
-def judged_answers(folder: Path, count: int) -> list[dict]:
+def judged_answers(folder: Path, count: int) -> list[Answers]:
     """The finished answers in a run's folder; at least `count` to each prompt."""
     answers = folder / "answers"
     require_finished(answers, "the answers are", "bash evaluate.sh")
@@ -84,9 +83,8 @@ def verdict_key(messages: list[dict], answer: str, repeat: int) -> str:
 def judge_message(messages: list[dict], answer: str) -> list[dict]:
     """The request: rubric, conversation and answer in one user message.
 
-    The lines around the texts bear a hash of them, which no answer can know: it cannot close its own part. Of 128
-    bits: of a few digits one could be searched until the answer holds its own. That no text opens a turn of the judge's
-    template is hps.chat's work.
+    The lines around the texts carry a 128-bit hash of them. An answer cannot contain its own hash, so it cannot close
+    its part. hps.chat keeps a text from opening a turn of the judge's template.
     """
     mark = verdict_key(messages, answer, 0)[:32]
     turns = "\n\n".join(f"{SPEAKERS[message['role']]}: {message['content']}" for message in messages)
@@ -102,7 +100,7 @@ def judge_message(messages: list[dict], answer: str) -> list[dict]:
 
 
 def read_scores(sample: dict) -> dict:
-    """`scores` of a sample, or an `error` and the `output` that has none."""
+    """`scores` of a sample; or `error` and the `output` without scores."""
     try:
         scores = json.loads(sample["text"])
     except ValueError:
@@ -115,7 +113,7 @@ def read_scores(sample: dict) -> dict:
 def wanted_verdicts(recipe: Recipe) -> dict[str, tuple[list[dict], str]]:
     """`(messages, answer)` by verdict key: the run's answers and the SFT model's, in a shuffled order.
 
-    The order follows from the seed and from what is judged alone, so that nothing about it tells the models apart.
+    The order depends only on the seed and the texts, so it says nothing about the models.
     """
     wanted = {}
     for folder in (recipe.evaluated_folder(), recipe.tested().sft_folder()):
@@ -127,11 +125,11 @@ def wanted_verdicts(recipe: Recipe) -> dict[str, tuple[list[dict], str]]:
 
 
 def judge_settings(recipe: Recipe) -> dict:
-    """What decides a verdict. The seed does not stand here: a verdict is one draw of the judge, with any seed."""
+    """Everything that decides a verdict. Not the seed: a verdict is one draw of the judge, with any seed."""
     settings = ("temperature", "max_new_tokens", "max_prompt_tokens")
     model = model_hash(recipe.models.judge)
     return {
-        "model": {name: value for name, value in model.items() if name != "path"},  # a moved folder is the same judge
+        "model": {name: value for name, value in model.items() if name != "path"},  # a moved judge is the same
         "rubric": RUBRIC,
         "request": judge_message([{"role": "user", "content": "?"}], "!"),  # the frame around the texts
         "schema": SCHEMA,
@@ -140,20 +138,16 @@ def judge_settings(recipe: Recipe) -> dict:
     }
 
 
-def cache_path(recipe: Recipe) -> Path:
-    """Where the verdicts of the recipe's judge are."""
-    return _cache(recipe, judge_settings(recipe))
-
-
-def _cache(recipe: Recipe, settings: dict) -> Path:
-    return Path(recipe.tested().output) / "judge" / f"{value_hash(settings)[:16]}.jsonl"
+def cache_path(recipe: Recipe, settings: dict | None = None) -> Path:
+    """The file of the verdicts of the recipe's judge, whose `judge_settings` the caller may have already."""
+    return Path(recipe.tested().output) / "judge" / f"{value_hash(settings or judge_settings(recipe))[:16]}.jsonl"
 
 
 def read_verdicts(path: Path) -> dict[str, dict]:
-    """All verdicts by key. The caller holds the folder: what a kill left of the last line is cut off.
+    """All verdicts by key; the caller has locked the folder. A half line that a kill left is cut off.
 
     Raises:
-        InputError: a line is no verdict.
+        InputError: a line is not a verdict.
     """
     Appender(path).close()
     return {line["key"]: line for _, line in read_jsonl(path, check_verdict)}
@@ -184,8 +178,8 @@ def judge(recipe: Recipe) -> None:
         return
     check_model(recipe.models.judge, "models.judge")
     wanted = wanted_verdicts(recipe)
-    settings = judge_settings(recipe)  # once: it reads all weights of a local judge
-    path = _cache(recipe, settings)
+    settings = judge_settings(recipe)  # only once: it hashes all weights of a local judge
+    path = cache_path(recipe, settings)
     with hold(path.parent):
         verdicts = read_verdicts(path)
         todo = {key: texts for key, texts in wanted.items() if key not in verdicts}
@@ -214,10 +208,8 @@ def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
             else:
                 items.append({"key": key, "ids": ids, "count": 1})
         for result in progress(_verdicts(recipe, items, tokenizer), len(items), "judge", " verdicts"):
-            verdict = (
-                {"error": LOST, "output": result["lost"]} if "lost" in result else read_scores(result["samples"][0])
-            )
-            file.append({"key": result["key"], **verdict})
+            lost = {"error": LOST, "output": result.get("lost")}
+            file.append({"key": result["key"], **(lost if "lost" in result else read_scores(result["samples"][0]))})
 
 
 def _verdicts(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict]:

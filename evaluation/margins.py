@@ -8,7 +8,7 @@ Run     python -m evaluation.margins configs/quickstart.yaml
 
 `s = log pi_theta - log pi_ref`, summed over the response's tokens, in nats. RM_DPO is `s_1 - s_2` (no beta), RM_R-DPO
 is `RM_DPO - 0.01 (|y_1| - |y_2|)`, lengths in tokens (paper, section 6; `rm_r_dpo_characters`: in characters). A margin
-grows with how far the policy has moved, so it is also taken along the training, beside the divergence: `kl` is the sum
+grows with how far the policy has moved, so it is also measured along the training, with the divergence: `kl` is the sum
 over the tokens of y_1 of KL(pi_theta || pi_ref) over the vocabulary, nats (Table 8). Intervals: percentile bootstrap
 over prompts.
 """
@@ -38,7 +38,7 @@ LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
 
 
 def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
-    """Pairs in the order of preference, read as they are asked for; prompts without one are counted by reason.
+    """Yield the pairs, preferred response first; count the prompts without one by reason.
 
     `written`: the first two given responses. `ranked`: best and worst by reward. Of the first `evaluation.prompts`.
     """
@@ -91,7 +91,7 @@ def pair_figures(pair: dict, scorer: HeldOut) -> dict:
 
 
 class Columns:
-    """The numbers of a set's pairs, without the texts, so that a file of any length fits.
+    """The numbers of a set's pairs, without the texts, to save memory.
 
     `prompts` are the pairs' ids, `steps` those at which the policy was kept, in order.
     """
@@ -99,9 +99,8 @@ class Columns:
     def __init__(self):
         self.prompts: list[str] = []
         self.steps: list[int] = []
-        self._numbers = array(
-            "d"
-        )  # of a pair: tokens, characters, reference; policy and kl of each step and of the end
+        # A row for each pair: tokens, characters, reference; then policy and kl of each step and of the end.
+        self._numbers = array("d")
 
     def add(self, pair: Pair, where: str) -> None:
         """Add a line of `pairs.jsonl`. InputError: it was measured at other steps than the lines before it."""
@@ -128,7 +127,7 @@ class Columns:
 
 
 def read_columns(pairs: Iterable[tuple[str, Pair]]) -> dict[str, Columns]:
-    """The numbers of each set that has pairs, from place and line of each. InputError as `Columns.add`."""
+    """The numbers of each set that has pairs, from (place, line). InputError as `Columns.add`."""
     found = {name: Columns() for name in SETS}
     for where, pair in pairs:
         found[pair["set"]].add(pair, where)
@@ -136,7 +135,7 @@ def read_columns(pairs: Iterable[tuple[str, Pair]]) -> dict[str, Columns]:
 
 
 def margins(columns: Columns, step: int | None = None) -> dict[str, np.ndarray]:
-    """Per-pair figures, each (pairs,), of the policy that was kept at a step, or at the end."""
+    """Per-pair figures, each (pairs,), of the policy at a step, or at the end."""
     tokens, characters, reference, policy, kl = columns.at(step)
     ratios = policy - reference
     margin = ratios[:, 0] - ratios[:, 1]
@@ -191,7 +190,7 @@ def _evaluate(recipe: Recipe, folder: Path, work: Work) -> None:
 
 
 def set_figures(columns: Columns, recipe: Recipe) -> dict:
-    """Means with intervals of one set of pairs, and `along`: the same at each step at which the policy was kept."""
+    """Means with intervals of one set of pairs, and `along`: the same at each step where the policy was kept."""
 
     def means(step: int | None) -> dict:
         figures = margins(columns, step).items()
@@ -202,7 +201,7 @@ def set_figures(columns: Columns, recipe: Recipe) -> dict:
 
 
 def evaluation_settings(recipe: Recipe) -> dict:
-    """What decides the figures; a change of any of it needs another `run`, or the folder deleted."""
+    """Everything that decides the figures."""
     settings, tested = ("bootstrap", "answers", "answer_tokens", "prompts"), recipe.tested()
     return {
         "evaluation": {name: getattr(recipe.evaluation, name) for name in settings},
@@ -217,7 +216,7 @@ def evaluation_settings(recipe: Recipe) -> dict:
 
 
 def _score_pairs(pairs: Iterable[dict], count: int, scorer: HeldOut, path: Path) -> None:
-    with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
+    with Appender(path) as file:  # first: it cuts off the half line that a kill leaves
         done = {(line["set"], line["prompt_id"]) for _, line in read_jsonl(path, check_pair)}
         todo = (pair for pair in pairs if (pair["set"], pair["prompt_id"]) not in done)
         for pair in progress(todo, count, "held-out pairs", " pairs", len(done)):

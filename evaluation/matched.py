@@ -1,11 +1,10 @@
 """Methods against each other: differences paired over the prompts, and figures read at one divergence.
 
-A margin grows with how far a policy has moved, whatever the direction, and methods move unequally in the same steps. So
-figures are read where the mean KL from the reference is the same: between the points that were measured along the
-training, linearly in the square root of KL, because a small move changes margins in proportion to its size and KL to
-its square. A margin begins at 0, and what is read below the first point that was measured is marked
-(`before_first_point`); the share of pairs in order has no value there. Rewards have two points, before and after the
-training.
+A margin grows with how far a policy has moved, in any direction, and methods move differently in the same steps. So
+figures are read where the mean KL from the reference is the same. Between the measured points they are interpolated
+linearly in the square root of KL: for a small move, margins change in proportion to its size and KL to its square. A
+margin begins at 0; a value below the first measured point is marked (`before_first_point`), and the share of pairs in
+order has no value there. Rewards have two points, before and after the training.
 """
 
 import numpy as np
@@ -24,7 +23,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def measured(cell: Cell, pairs: str) -> set[str]:
-    """The prompts that have a pair at every point of the training; none without points."""
+    """The prompts that have a pair at every point of the training; empty if there are no points."""
     points = [set(cell.point(pairs, point, "kl")[0]) for point in cell.points(pairs)]
     return set.intersection(*points) if points else set()
 
@@ -33,8 +32,7 @@ def curve(cell: Cell, pairs: str, figure: str, prompts: set[str] | None = None) 
     """(points, prompts) of KL and of a figure along the training, seeds averaged; None without points.
 
     Args:
-        prompts: those that are wanted, of `measured`, which they are when it is left out; in the order of their ids, so
-            that the curves of several cells are paired.
+        prompts: a subset of `measured`, the default. They are sorted, so that the curves of several cells are paired.
     """
     points, names = cell.points(pairs), sorted(measured(cell, pairs) if prompts is None else prompts)
     if not points:
@@ -62,12 +60,13 @@ def _values(found: tuple[list[str], np.ndarray], names: list[str]) -> np.ndarray
 def _rewards(sft: dict | None) -> dict[str, float]:
     """Mean reward of the answers of the model before training, by prompt."""
     table = sft["prompts"] if sft else {"prompt_id": [], "reward_mean": []}
-    rewards = zip(table["prompt_id"], table["reward_mean"], strict=True)
-    return {name: value for name, value in rewards if value is not None}
+    return {
+        name: value for name, value in zip(table["prompt_id"], table["reward_mean"], strict=True) if value is not None
+    }
 
 
 def rewarded(cell: Cell, sft: dict | None) -> set[str]:
-    """The prompts that the policy and the model before training have answered, and that have a written pair."""
+    """The prompts with a written pair that both the policy and the model before training have answered."""
     after, kl = (by_prompt(cell.column(name)) for name in ("reward_mean", "kl"))
     return _rewards(sft).keys() & after.keys() & kl.keys()
 
@@ -88,7 +87,7 @@ def resampled(table: np.ndarray) -> np.ndarray:
 def reached(curves: list[Curve]) -> np.ndarray:
     """(1 + samples,) the largest mean KL that all curves reach, nats; of all prompts, then of each resample.
 
-    Every resample has its own: where one policy moves less on the drawn prompts, the others are read there too.
+    Each resample has its own value.
     """
     return np.min([resampled(kl).max(axis=0) for kl, _ in curves], axis=0)
 
@@ -109,12 +108,12 @@ def read_at(found: Curve, wanted: np.ndarray, first: float | None = None) -> dic
     """A figure at a KL with its interval.
 
     Args:
-        wanted: (1 + samples,) KLs, as `reached` gives them.
-        first: the mean KL of the first point that was measured; None where both ends were.
+        wanted: (1 + samples,) KLs from `reached`.
+        first: the mean KL of the first measured point; None if both ends were measured.
 
     Returns:
-        `mean`, `interval`; `before_first_point` where the figure is the straight line from 0 to that point; `at_kl`
-        where the curve ends before the KL that was asked for.
+        `mean`, `interval`; `before_first_point` if the value is on the straight line from 0 to that point; `at_kl`
+        if the curve ends before the wanted KL.
     """
     entry = with_interval(readings(found, wanted))
     if first is not None and wanted[0] < first:
@@ -124,7 +123,7 @@ def read_at(found: Curve, wanted: np.ndarray, first: float | None = None) -> dic
 
 
 def first_kl(found: Curve, figure: str) -> float:
-    """The mean KL of the first point of a curve that was measured, nats; margins begin at a point that was not."""
+    """The mean KL of a curve's first measured point, nats; the 0 at which a margin begins is not one."""
     means = resampled(found[0])[:, 0]
     first = 0 if figure == "rm_dpo_accuracy" else 1
     return float(means[min(first, len(means) - 1)])
@@ -156,13 +155,11 @@ def matched(cells: list[Cell], sft: dict | None) -> dict:
 def difference_at_kl(one: Curve, other: Curve, figure: str | None = None) -> dict:
     """The first minus the second at the largest KL that both reached, paired over the prompts; and that KL.
 
-    Both must have the same prompts in the same order (`curve`).
+    Both have the same prompts in the same order (`curve`).
 
     Args:
-        figure: of curves whose first point was measured, or begins at 0: marks what lies below the first measured one.
+        figure: of a curve of margins or accuracies: marks a value below the first measured point.
     """
-    if one[0].shape[1] != other[0].shape[1]:
-        raise ValueError(f"curves of {one[0].shape[1]} and {other[0].shape[1]} prompts cannot be paired")
     wanted = reached([one, other])
     found = with_interval(readings(one, wanted) - readings(other, wanted))
     if figure is not None and wanted[0] < max(first_kl(one, figure), first_kl(other, figure)):
@@ -228,7 +225,7 @@ def matched_differences(one: Cell, other: Cell, sft: dict | None) -> dict[str, d
 def by_seed(one: Cell, other: Cell, sft: dict | None) -> dict[str, dict[str, float]]:
     """Means of `matched_differences` of each seed that both cells have, where there are several.
 
-    The intervals are over prompts; this shows whether a difference survives another seed.
+    The intervals are over prompts; this shows whether a difference holds for another seed.
     """
     ours, theirs = ({result["seed"]: result for result in cell.results} for cell in (one, other))
     seeds = [seed for seed in ours if seed in theirs]

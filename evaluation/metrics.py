@@ -8,7 +8,7 @@ Writes  `<output>/<run>/metrics.jsonl` (a line a prompt), `metrics.json` (means 
 Run     python -m evaluation.metrics configs/quickstart.yaml
 
 A figure is the best of a prompt's answers (`_best`, the paper's) or their mean (`_mean`). docs/results.md describes
-every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes seconds and is done anew at each call.
+every one. Intervals: 95 %, percentile bootstrap over prompts. The stage takes seconds and runs again at each call.
 """
 
 import json
@@ -28,14 +28,14 @@ from pipeline.files import write_json, write_lines
 from pipeline.models import SAME_FUNCTION, SAME_MODEL, same_model
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import SFT, Recipe
-from pipeline.records import Check, Indexed, check_answers, read_answers, read_json
-from pipeline.run_records import AGAIN, SCORES, check_divergence, check_scores
+from pipeline.records import Answers, Check, Indexed, check_answers, read_answers, read_json
+from pipeline.run_records import AGAIN, SCORES, Score, Scores, check_divergence, check_scores
 from pipeline.stage import remade, require_finished
 
 EVALUATE = "bash evaluate.sh"
 
 
-def answer_figures(answers: dict, rewards: list[dict]) -> dict[str, float]:
+def answer_figures(answers: Answers, rewards: list[Score]) -> dict[str, float]:
     """Figures of the answers to one prompt that need no reference text."""
     texts = answers["responses"]
     figures: dict[str, float] = {}
@@ -53,8 +53,10 @@ def answer_figures(answers: dict, rewards: list[dict]) -> dict[str, float]:
     }
 
 
-def bleu_figures(answers: dict, rewards: list[dict], given: list[str], given_rewards: list[dict], bleu: Bleu) -> dict:
-    """BLEU of the answers against the preferred one; the released code's takes the evaluator's choice on both sides."""
+def bleu_figures(
+    answers: Answers, rewards: list[Score], given: list[str], given_rewards: list[Score], bleu: Bleu
+) -> dict:
+    """BLEU against the preferred response; the released code compares the evaluator's choices of both sides."""
     forget_texts()
     values = [bleu.sentence(text, given[0]) for text in answers["responses"]]
     chosen, reference = (
@@ -69,7 +71,7 @@ def bleu_figures(answers: dict, rewards: list[dict], given: list[str], given_rew
 
 
 def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu, left_out: Counter) -> Iterator[dict]:
-    """Yield a record of figures for each prompt; count in `left_out` what a figure had to leave out."""
+    """Yield the figures of each prompt; count what was left out by reason."""
     base = Answered(evaluated(recipe, sft=True))
     folder = evaluated(recipe, sft)
     mine = base if sft else Answered(folder)
@@ -103,7 +105,7 @@ def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu, left_out: Counter) -> 
 
 
 def change_figures(after: dict, before: dict, moved: dict) -> dict[str, float]:
-    """What training changed for one prompt, from figures of the answers and a line of the divergence."""
+    """What training changed for one prompt."""
     changes = {f"{name}_change": after[name] - before[name] for name in ("reward_best", "reward_mean", "tokens_mean")}
     return {
         **changes,
@@ -112,31 +114,31 @@ def change_figures(after: dict, before: dict, moved: dict) -> dict[str, float]:
     }
 
 
-def win_rate(after: list[dict], before: list[dict]) -> float:
-    """Share of all pairs (an answer after, one before) in which the one after has the higher reward; a tie is half."""
+def win_rate(after: list[Score], before: list[Score]) -> float:
+    """Share of pairs (answer after, answer before) in which the first has the higher reward; a tie counts half."""
     pairs = [(ours["score"], theirs["score"]) for ours in after for theirs in before]
     return statistics.mean((ours > theirs) + (ours == theirs) / 2 for ours, theirs in pairs)
 
 
 def evaluated(recipe: Recipe, sft: bool) -> Path:
-    """The folder of the run's evaluation, or of the model's before training."""
+    """The folder of the run's evaluation, or of the evaluation of the model before training."""
     return recipe.tested().sft_folder() if sft else recipe.evaluated_folder()
 
 
 def _folders(recipe: Recipe, sft: bool) -> list[Path]:
-    """The evaluation's folder, and that of the model before training where it is another one."""
+    """The evaluation's folder and, if it is another one, that of the model before training."""
     return list(dict.fromkeys((evaluated(recipe, sft), evaluated(recipe, sft=True))))
 
 
 class Answered:
-    """The answers of a folder of evaluate.sh and their scores, by prompt; those of one prompt belong together.
+    """The answers in a folder of evaluate.sh with their scores, by prompt.
 
     Args:
-        role: of what scored them, `evaluator` or `reward`.
+        role: of the model that scored them, `evaluator` or `reward`.
 
     Raises:
-        InputError: answers or scores are not finished, or a line is damaged; of a prompt that is asked for, there are
-            no scores, or not as many as texts.
+        InputError: answers or scores are not finished, or a line is damaged; a requested prompt has no scores, or not
+            one for each text.
     """
 
     def __init__(self, folder: Path, role: str = "evaluator"):
@@ -145,16 +147,16 @@ class Answered:
         self._folder, self._scored = folder, folder / SCORES[role]
         self.scores = _by_prompt(self._scored / "scores.jsonl", check_scores)
 
-    def of(self, name: str) -> tuple[dict, dict]:
+    def of(self, name: str) -> tuple[Answers, Scores]:
         """The record of a prompt's answers, and the line of their scores."""
         answers = _line(self.answers, name, self._folder / "answers")
         return answers, self._scores(name, "answers", len(answers["responses"]))
 
-    def given(self, name: str, count: int) -> list[dict]:
+    def given(self, name: str, count: int) -> list[Score]:
         """The scores of a prompt's `count` given responses."""
         return self._scores(name, "given", count)["given"]
 
-    def _scores(self, name: str, field: str, count: int) -> dict:
+    def _scores(self, name: str, field: str, count: int) -> Scores:
         line = _line(self.scores, name, self._scored)
         if len(line[field]) != count:
             raise InputError(
@@ -181,8 +183,8 @@ def corpus_bleu(recipe: Recipe, sft: bool, bleu: Bleu, tokenizers: Counter) -> d
     """Corpus BLEU of the answers that are best by sentence BLEU, and of all answers.
 
     Args:
-        tokenizers: how many prompts need which. Counts of words and of characters do not add up: with several there is
-            no such figure.
+        tokenizers: number of prompts by tokenizer. With several there is no corpus BLEU, because counts of words and
+            of characters do not add up.
     """
     if len(tokenizers) != 1:
         return {}
@@ -196,12 +198,12 @@ def corpus_bleu(recipe: Recipe, sft: bool, bleu: Bleu, tokenizers: Counter) -> d
 
 
 def bleu_tokenizers(recipe: Recipe, sft: bool) -> Counter:
-    """How many prompts' BLEU needs which of sacrebleu's tokenizers."""
+    """Number of prompts by the tokenizer of sacrebleu that their BLEU needs."""
     return Counter(tokenizer_of(pairs[0][1]) for pairs in _with_reference(recipe, sft))
 
 
 def _with_reference(recipe: Recipe, sft: bool) -> Iterator[list[tuple[str, str]]]:
-    """The pairs of answer and preferred response, of each prompt that has one."""
+    """Yield the pairs of answer and preferred response for each prompt that has one."""
     prompts, _ = evaluated_prompts(recipe)
     for _, record in read_answers(evaluated(recipe, sft) / "answers" / "test.jsonl"):
         given = prompts[record["prompt_id"]]["responses"]
@@ -268,7 +270,7 @@ def _metrics(
 
 
 def _inputs(recipe: Recipe, sft: bool) -> list[str | Path]:
-    """The files that the figures are made of."""
+    """The files that the figures are computed from."""
     names = ["answers/test.jsonl", "scores/scores.jsonl"]
     names += ["proxy_scores/scores.jsonl"] * recipe.evaluation.proxy
     paths = [each / name for each in _folders(recipe, sft) for name in names]
@@ -278,7 +280,7 @@ def _inputs(recipe: Recipe, sft: bool) -> list[str | Path]:
 
 
 def print_metrics(metrics: dict, path: Path, function: bool = False) -> None:
-    """The figures on the screen; `function`: the evaluator is one."""
+    """Print the figures; `function`: the evaluator is a reward function."""
     print(
         f"metrics: {metrics['run']}: {metrics['samples']} answers to {metrics['prompts']} prompts; mean "
         f"[95 % interval]{few(metrics['prompts'])} -> {path}"

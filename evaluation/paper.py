@@ -1,4 +1,4 @@
-"""The paper's own figures: the rows of its tables, and where they contradict each other.
+"""The figures of the paper's tables, and where they contradict each other.
 
 Reads   `results/paper.json` (every figure of the paper's tables)
 """
@@ -9,9 +9,9 @@ from collections import Counter
 from pipeline.recipe import REPOSITORY
 
 PAPER = REPOSITORY / "results" / "paper.json"
-EQUAL = 0.0015  # the paper prints three decimals: a difference of two figures is known to that
+EQUAL = 0.0015  # rounding error of a difference of two figures with three decimals
 METHODS = {"2": "table2_fine_tuning", "5": "table5_transfer"}
-# Tables that vary one setting: where they are, the setting's name in a label, and in the file.
+# Tables that vary one setting: key in the file, the setting's name in a label and in the file.
 VARIED = {
     "6": ("table6_responses_fine_tuning_hh_rlhf", "n", "responses"),
     "7": ("table7_responses_transfer_hh_to_pku", "n", "responses"),
@@ -47,8 +47,7 @@ def paper_marks() -> dict[str, float]:
 def length_term_flags(rows: dict[str, dict], title: str) -> list[str]:
     """Rows whose RM_R-DPO - RM_DPO is not the table's common one.
 
-    That difference is -0.01 times the difference of the test pairs' lengths, so with fixed test pairs it is the same
-    for every method.
+    It is -0.01 times the mean difference of the test pairs' lengths, so it is the same for every method.
     """
     gaps = {
         label: round(row["rm_r_dpo"] - row["rm_dpo"], 3)

@@ -16,7 +16,7 @@ MARKED = f"{MARK} below the KL of the first point that was measured: on the stra
 
 @dataclass
 class Grid:
-    """Cells as texts; `head` names the columns, and the first cell of a row is its label."""
+    """A table of texts. `head`: names of the columns; the first cell of a row is its label."""
 
     caption: str
     head: list[str]
@@ -28,7 +28,7 @@ class Grid:
 
 
 def number(entry: dict, digits: int = 3) -> str:
-    """`mean [low, high]`, or a dash; marked where it was read before the first point that was measured."""
+    """`mean [low, high]`, or a dash; marked if it was read before the first measured point."""
     if "mean" not in entry:
         return "-"
     return estimate(entry, digits) + (MARK if entry.get("before_first_point") else "")
@@ -39,7 +39,7 @@ def _signed(value: float | None) -> str:
 
 
 def measured(part: dict, names: list[str]) -> list[str]:
-    """The columns for which a row has a figure of ours."""
+    """The columns in which a row has a figure of ours."""
     return [name for name in names if any("mean" in row["figures"].get(name, {}) for row in part["rows"])]
 
 
@@ -48,7 +48,7 @@ def seeds_of(row: dict) -> int:
 
 
 def comparisons(part: dict) -> list[Grid]:
-    """The rows against each other: in pairs at the end, at the largest KL of each pair and by seed; all at one KL."""
+    """Comparisons of rows: in pairs (at the end, at their largest common KL, by seed), and all at one KL."""
     return [*_paired(part["paired"]), *_at_one_kl(part["matched"])]
 
 
@@ -161,7 +161,7 @@ def _tex(text: str) -> str:
 
 
 def draw_frontier(table: dict, target: Path) -> None:
-    """Margins and accuracy against KL along the training, a line a row; nothing without points."""
+    """Draw margins and accuracy against KL along the training, a line for each row that has points."""
     parts = [part for part in table["parts"] if any(points["ranked"] for points in part["frontier"].values())]
     if not parts:
         return

@@ -5,10 +5,9 @@ Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,
         under `<output>/logs/`
 Run     python -m evaluation.reproduce table2 --scale quickstart [--dry-run] [--only TEXT]
 
-Everything shared is made once: candidates and ranking, the reference's log-probabilities, the answers of the model
-before training, one engine for the answers of many runs. A run that has a result file, for example from the clone, does
-not run again unless its recipe has changed. A run that fails is listed and the others go on. After a kill the same
-command continues.
+Runs share candidates and ranking, the reference's log-probabilities, the answers of the model before training and the
+engine that answers. A run with a result file, for example from the clone, runs again only if its recipe has changed. A
+failed run is listed and the others go on. After a kill the same command continues.
 """
 
 import argparse
@@ -33,14 +32,14 @@ from report.table import page
 
 
 def with_a_run(todo: list[Evaluated], evaluations: list[Evaluated]) -> list[Evaluated]:
-    """What is to do, with a run for a model before training that no run would be evaluated beside."""
+    """What is to do. The model before training is evaluated with a run, so one is added where there is none."""
     covered = {evaluation.on for evaluation in todo if not evaluation.sft}
     lonely = [evaluation.on for evaluation in todo if evaluation.sft and evaluation.on not in covered]
     return [*todo, *(next(e for e in evaluations if e.on == on and not e.sft) for on in lonely)]
 
 
 class Driver:
-    """Runs the scripts for one scale, each stage's output in a log, and remembers what failed and how long it took."""
+    """Runs the scripts for one scale, with logs; keeps what failed and how long each took."""
 
     def __init__(self, scale: str, lock: int):
         self.scale, self.lock = scale, lock
@@ -63,7 +62,7 @@ class Driver:
     def attempt(
         self, script: str, arguments: list[str], recipe: Recipe, name: str, seconds: dict | None = None
     ) -> str | None:
-        """None, or why it failed; how long it took is put into `seconds`."""
+        """Run a script; return None, or why it failed. Its duration is added to `seconds`."""
         try:
             took = self.call(script, arguments, recipe, name)
         except subprocess.CalledProcessError as error:
@@ -74,14 +73,14 @@ class Driver:
         return None
 
     def step(self, run: Evaluated, script: str, arguments: list[str], name: str) -> bool:
-        """Whether a script succeeded for a run; if not, why is remembered."""
+        """Run a script for a run; return whether it succeeded, and record why not."""
         problem = self.attempt(script, arguments, run.recipe, name, self.seconds[run.title])
         if problem:
             self.failed[run.title] = problem
         return problem is None
 
     def rank(self, todo: list[Evaluated], recipes: dict[str, str]) -> list[Evaluated]:
-        """Candidates and ranking of every recipe that is needed; the evaluations for which they are there."""
+        """Make candidates and ranking for every recipe; return the evaluations that have them."""
         problems = {}
         for data in dict.fromkeys(data for run in todo for data in (run.data, run.on)):
             recipe = load_recipe(REPOSITORY / recipes[data])
@@ -105,7 +104,7 @@ class Driver:
                         print(f"reproduce: {each.path(self.scale).relative_to(REPOSITORY)}", flush=True)
 
     def answer(self, trained: list[Evaluated]) -> None:
-        """All answers that are missing, with one engine. What fails here is tried again run by run."""
+        """Sample all missing answers with one engine. If it fails, evaluate.sh does it run by run."""
         together = [run for run in trained if run.recipe.lora.enabled]
         if len(together) < 2:
             return
@@ -119,7 +118,7 @@ class Driver:
             print(f"reproduce: answers with one engine: {problem}; they are made run by run", flush=True)
 
     def judge(self, runs: list[Evaluated]) -> dict | None:
-        """Win rates of the first run against the others; None where something failed."""
+        """Win rates of the first run against the others; None if something failed."""
         found = find_judged(runs, self.scale)
         if found is None and all(
             self.step(run, "evaluate.sh", [*run.tested_arguments(), "judge.enabled=true"], f"judge-{run.name}")
@@ -130,13 +129,13 @@ class Driver:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that is not blank."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
 def groups(table: str, evaluations: list[Evaluated]) -> list[list[Evaluated]]:
-    """What is found or missing together: one evaluation; in the judged table all runs of a data set."""
+    """Evaluations that are found or missing together: each one; in the judged table all runs of a data set."""
     if table != JUDGED:
         return [[evaluation] for evaluation in evaluations]
     return [compared(evaluations, data) for data in dict.fromkeys(evaluation.data for evaluation in evaluations)]
@@ -152,7 +151,7 @@ def missing(table: str, scale: str, group: list[Evaluated]) -> tuple[list[Evalua
 
 
 def reproduce(table: str, scale: str, only: str | None) -> int:
-    """Run what is missing and write the table; the number of runs that failed.
+    """Run what is missing and write the table; return the number of failed runs.
 
     Raises:
         InputError: no run's name contains `only`.
@@ -199,7 +198,7 @@ def write_table(
 
 
 def plan(table: str, scale: str) -> list[str]:
-    """What `reproduce` would do: the runs, hours, disk; a line each."""
+    """What `reproduce` would do, as lines: runs, hours, disk."""
     lines, todo, judged = [], [], []
     for group in groups(table, needed(table, scale)):
         try:

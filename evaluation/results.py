@@ -1,12 +1,11 @@
-"""Result files: what a finished and evaluated run leaves in the repository, and how it is found again.
+"""Result files: what an evaluated run leaves in the repository, and how it is found again.
 
 Reads   `<output>/<run>/metrics.json`, `metrics.jsonl`, `evaluation/pairs.jsonl`, `manifest.json`
 Writes  `results/<scale>/runs/<data>/<run>.json`: `key` (the settings that decide the figures), `figures` and `sets`
         (means with intervals), `prompts` and `pairs` (columns of per-prompt values), `seconds`, versions, commit
 
-A result counts for a recipe when its `key` is that of the recipe now: paths and revisions of the models, hashes of the
-data files, and every setting except devices and folders. So a clone with committed results runs nothing again, and a
-changed recipe does.
+A result is valid for a recipe with the same `key`: paths and revisions of the models, hashes of the data files, and
+every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes.
 """
 
 import json
@@ -25,7 +24,7 @@ from pipeline.run_records import check_pair
 from pipeline.stage import git_commit, versions
 
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
-# Settings that change no figure, or only how fast it comes.
+# Settings that change no figure.
 DEVICES = {
     "generation": ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences", "enforce_eager"),
     "annotation": ("batch_tokens", "workers"),
@@ -36,7 +35,7 @@ NEW = ("noise", "proxy")  # of annotation and evaluation: not in a key while the
 
 @dataclass
 class Evaluated:
-    """A run's evaluation that a table needs: the recipe, the data set it trained on and the one it is tested on."""
+    """An evaluation that a table needs: recipe, data set of the training, data set of the test."""
 
     recipe: Recipe
     data: str
@@ -55,7 +54,7 @@ class Evaluated:
 
     @property
     def title(self) -> str:
-        """Names it among all evaluations of a table: what it trained and is tested on, and its run."""
+        """Unique name among the evaluations of a table."""
         folder = self.on if self.sft or self.data == self.on else f"{self.data}-on-{self.on}"
         return f"{folder}/{self.name}"
 
@@ -69,7 +68,7 @@ class Evaluated:
 
 
 def result_key(recipe: Recipe, sft: bool = False) -> dict:
-    """Everything that decides the figures; InputError when a data file is missing."""
+    """Everything that decides the figures. InputError: a data file is missing."""
     tested = recipe.tested()
     roles = ("policy", "evaluator") if sft else ("generator", "policy", "reward", "evaluator")
     key = {
@@ -98,7 +97,7 @@ def _split(recipe: Recipe, split: str, prompts_only: bool = False) -> dict:
 
 
 def _model(model: Model) -> dict:
-    """Path and revision of a model, or name of a function; of a user's own function the file's hash, too."""
+    """Path and revision of a model, or name of a function, with the file's hash if the user wrote it."""
     if not model.function:
         return {"path": model.path, "revision": model.revision}
     return identity(model.function) if ":" in model.function else {"function": model.function}
@@ -113,12 +112,12 @@ def _without_devices(recipe: Recipe, section: str) -> dict:
 
 
 def find(run: Evaluated, scale: str) -> dict | None:
-    """The committed or earlier result of exactly this recipe, if there is one."""
+    """The result of exactly this recipe, if it exists."""
     return read_result(run.path(scale), result_key(run.recipe, run.sft))
 
 
 def read_result(path: Path, key: dict) -> dict | None:
-    """The result in a file if its `key` is this one; None when it is another, or there is no file.
+    """The result in a file; None if its `key` is another one or there is no file.
 
     Raises:
         InputError: the file is damaged.
@@ -137,7 +136,7 @@ def read_result(path: Path, key: dict) -> dict | None:
 
 
 def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:
-    """Write the result file of an evaluation that is finished; `seconds` of the stages that ran for it."""
+    """Write the result file of a finished evaluation; `seconds`: duration of its scripts."""
     folder = run.folder()
     metrics = read_json(folder / "metrics.json")
     records = [record for _, record in read_jsonl(folder / "metrics.jsonl")]

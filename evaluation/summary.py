@@ -1,4 +1,4 @@
-"""One screenful about a finished run: did it learn, on prompts that it never saw, and where everything is.
+"""One screenful about a finished run: where everything is, and whether it learned, on test prompts.
 
 Reads   what gene.sh, run.sh and, if it has run, evaluate.sh wrote for the recipe
 Run     python -m evaluation.summary configs/quickstart.yaml
@@ -72,9 +72,9 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
 
 
 def outcome(recipe: Recipe) -> dict | None:
-    """What training changed in the answers to prompts that the policy never saw: a title, and names with estimates.
+    """What training changed in the answers to test prompts: a title, and names with estimates.
 
-    None until evaluate.sh has run. The reward is the evaluator's: the true one where a function defines it.
+    None until evaluate.sh has run. The reward is the evaluator's.
     """
     after, before = (folder / "metrics.json" for folder in (recipe.evaluated_folder(), recipe.tested().sft_folder()))
     if not (after.exists() and before.exists()):
@@ -89,8 +89,9 @@ def outcome(recipe: Recipe) -> dict | None:
         f"(mean [{LEVEL:.0%} interval])"
     )
     proxy = {}
-    # What ranked, beside what judges; a later run without `evaluation.proxy` writes the earlier figures again.
-    if "proxy_mean_change" in figures and "proxy_mean" in earlier:
+    if (
+        "proxy_mean_change" in figures and "proxy_mean" in earlier
+    ):  # a later run may have been without `evaluation.proxy`
         proxy["score of what ranked, before"] = estimate(earlier["proxy_mean"])
         proxy["score of what ranked, change"] = estimate(figures["proxy_mean_change"], write=signed)
     lines = {
@@ -107,7 +108,7 @@ def outcome(recipe: Recipe) -> dict | None:
 
 
 def side_by_side(recipe: Recipe) -> Iterator[dict]:
-    """Prompts from the least to the greatest change in reward, evenly spaced over all that both models have answered.
+    """Prompts from the least to the greatest change in reward, evenly spaced over all that both models answered.
 
     Each with the answer of middle reward before and after training (`BeforeAfter.of`), and the `change` of its mean
     reward.
@@ -127,7 +128,7 @@ def side_by_side(recipe: Recipe) -> Iterator[dict]:
 
 
 def _middle(answers: list[dict]) -> dict:
-    """The answer of middle reward, of two middle ones the lower."""
+    """The answer of median reward, the lower one of two."""
     return sorted(answers, key=lambda answer: answer["score"])[(len(answers) - 1) // 2]
 
 

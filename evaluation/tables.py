@@ -1,6 +1,6 @@
-"""The tables of the paper: which evaluations each needs, its rows, and everything that is read from them.
+"""The tables of the paper: the evaluations that each needs, its rows, and the comparisons of rows.
 
-evaluation.cells has a row's figures, evaluation.matched how rows differ, evaluation.render how a table looks.
+evaluation.cells computes a row's figures, evaluation.matched compares rows, evaluation.render formats a table, and
 evaluation.reproduce writes the files.
 """
 
@@ -39,7 +39,7 @@ def stem(table: str) -> str:
 
 
 def needed(table: str, scale: str) -> list[Evaluated]:
-    """The evaluations that a table shows: of its runs, and of the model before training."""
+    """The evaluations that a table shows: of the model before training and of the runs."""
     matrix = load_matrix(scale)
     found: list[Evaluated] = []
     for run in select(scale, {int(table) if table.isdigit() else table}):
@@ -55,7 +55,7 @@ def needed(table: str, scale: str) -> list[Evaluated]:
 
 
 def label(table: str, recipe: Recipe) -> str:
-    """The row of a run; runs that differ in the seed alone share one."""
+    """The label of a run's row; runs that differ only in the seed share it."""
     if table in ("6", "7"):
         return f"{method_name(recipe)}, n = {recipe.schedule.subsample or 'all'}"
     if table == "8":
@@ -68,7 +68,7 @@ def label(table: str, recipe: Recipe) -> str:
 
 
 def cells_of(table: str, results: Results, on: str) -> list[Cell]:
-    """The rows of one data set, in the order of the matrix; the model before training first."""
+    """The rows of one data set in the order of the matrix, the model before training first."""
     grouped: dict[str, list[dict]] = {}
     for evaluation, result in results:
         if result is not None and evaluation.on == on:
@@ -78,7 +78,7 @@ def cells_of(table: str, results: Results, on: str) -> list[Cell]:
 
 
 def give_paper(table: str, cells: list[Cell], rows: dict[str, dict]) -> None:
-    """Put the paper's row beside each of ours: by label, or for n, which a small scale cannot have, by place."""
+    """Give each row the paper's: by label, or in order of n, because a small scale has other n."""
     for cell in cells:
         cell.paper = rows.get(cell.label)
     if table not in ("6", "7"):
@@ -99,7 +99,7 @@ def _method_and_size(cell: Cell) -> tuple[bool, str, float]:
 
 
 def part(table: str, scale: str, results: Results, on: str) -> tuple[dict, list[str], dict[str, str]]:
-    """One data set's rows with everything read from them, the flags on the paper's, and rows that do not fit."""
+    """One data set's rows with their comparisons, the flags on the paper's rows, and the rows left out."""
     cells, odd = same_prompts(cells_of(table, results, on))
     data = PAPERS_DATA.get(table, on)
     rows = paper_rows(table, data)
@@ -112,7 +112,7 @@ def part(table: str, scale: str, results: Results, on: str) -> tuple[dict, list[
         "columns": ["kl", *COLUMNS] if table in ("8", "ablation") else list(COLUMNS),
         "rows": [{"label": cell.label, "figures": cell_figures(cell)} for cell in cells],
         "paired": differences(within_ablation(trained) if table == "ablation" else against_baselines(trained), sft),
-        # The ablation's rows end at KLs that have no point in common: they are read in pairs alone.
+        # The ablation's rows have no KL in common, so they are only compared in pairs.
         "matched": {} if table == "ablation" else matched(trained, sft),
         "frontier": {cell.label: frontier(cell) for cell in trained},
     }
@@ -153,10 +153,10 @@ def remarks(table: str, scale: str) -> list[str]:
 def assemble(
     table: str, scale: str, results: Results, failed: dict[str, str], judged: dict[str, dict] | None = None
 ) -> dict:
-    """A table as its JSON file has it.
+    """The content of a table's JSON file.
 
     Args:
-        failed: evaluations that could not be made, and why.
+        failed: evaluations that failed, and why.
         judged: of Table 4, the win rates by data set.
 
     Returns:

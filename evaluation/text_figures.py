@@ -14,7 +14,7 @@ from evaluation.intervals import bootstrap
 
 REPEATED = 4  # words of a sequence that counts as repeated
 # Letters of scripts that put no spaces between words: Unicode's line breaking (UAX #14) asks a dictionary there
-# (Thai, Lao, Khmer, Burmese, ...) or breaks anywhere (Chinese, Japanese, Yi). Tibetan has a mark of its own.
+# (Thai, Lao, Khmer, Burmese, ...) or breaks anywhere (Chinese, Japanese, Yi). Tibetan has its own mark.
 UNSPACED = regex.compile(r"[[\p{lb=SA}\p{lb=ID}\p{lb=CJ}\p{Script=Tibetan}]&&[\p{L}\p{M}]]", regex.V1)
 LETTER = regex.compile(r"[\p{L}\p{M}]")
 WORDS, CHINESE, CHARACTERS = "13a", "zh", "char"  # sacrebleu's tokenizers
@@ -45,12 +45,12 @@ class Bleu:
         return self._sentence[tokenizer_of(reference)].sentence_score(answer, [reference]).score / 100
 
     def characters(self, answer: str, reference: str) -> float:
-        """The released code's figure: its token-level function is given strings, so that characters are its tokens."""
-        # As a corpus of one: `sentence_score` would advise, at each call, the setting that the released code has not.
+        """The released code's figure: it passes strings to a function of tokens, so its tokens are characters."""
+        # As a corpus of one: `sentence_score` would warn at each call about the released code's setting.
         return self._plain.corpus_score([_spelled(answer)], [[_spelled(reference)]]).score / 100
 
     def counts(self, prompts: Iterable[list[tuple[str, str]]]) -> np.ndarray:
-        """What corpus BLEU adds up, (prompts, numbers), from the pairs of answer and reference of each prompt."""
+        """The counts that corpus BLEU adds up, (prompts, numbers), from each prompt's pairs of answer and reference."""
         return np.array([self._prompt_counts(pairs) for pairs in prompts])
 
     def _prompt_counts(self, pairs: list[tuple[str, str]]) -> np.ndarray:
@@ -78,7 +78,7 @@ class Bleu:
         return BLEU.compute_bleu(matches, totals, **lengths, **smoothing).score / 100
 
     def signatures(self) -> dict:
-        """How the figures were computed, of those that were: sacrebleu writes the number of references, too."""
+        """sacrebleu's signatures of the figures that were computed."""
         metrics = {"sentence": self._sentence[WORDS], "corpus": self._corpus[WORDS], "characters": self._plain}
         for kind, by_tokenizer in (("sentence", self._sentence), ("corpus", self._corpus)):
             metrics |= {f"{kind}, {name}": by_tokenizer[name] for name in (CHINESE, CHARACTERS)}
@@ -86,7 +86,7 @@ class Bleu:
 
 
 def forget_texts() -> None:
-    """Empty sacrebleu's caches, which keep the last 65,536 texts; only those of the current prompt are useful."""
+    """Empty sacrebleu's caches of 65,536 texts; only the current prompt's texts are used again."""
     for tokenizer in (Tokenizer13a, TokenizerRegexp, TokenizerZh, TokenizerChar):
         tokenizer.__call__.cache_clear()
 
@@ -103,7 +103,7 @@ def distinct(answers: list[str], size: int) -> float | None:
 
 
 def repetition(answer: str) -> float:
-    """Share of an answer's sequences of four words that stood in it before; of `_words`, that is."""
+    """Share of an answer's sequences of four words that it has already used."""
     grams = _grams(answer, REPEATED)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

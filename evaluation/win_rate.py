@@ -1,13 +1,13 @@
-"""Win rate of a run against other models, from the judge's verdicts, with what would expose a bad judge.
+"""Win rate of a run against other models from the judge's verdicts, with diagnostics of the judge.
 
 Reads   `<output>/<run>/answers/test.jsonl`, `FOLDER/answers/test.jsonl`, `<output>/judge/` (of evaluation.judge)
 Writes  `<output>/<run>/win_rate.json`, `win_rate.manifest.json` (last)
 Run     python -m evaluation.win_rate configs/quickstart.yaml judge.enabled=true --against runs/quickstart/sft
 
 For each prompt the four scores are averaged over criteria, answers and repeats; the higher average wins, equal ones tie
-(the paper's Table 4). Intervals: percentile bootstrap over prompts. The diagnostics look for three kinds of bad judge:
-constant, in love with length, random. A flag says which figure is beyond which of the thresholds below. It is a reason
-to read some verdicts, not a proof.
+(the paper's Table 4). Intervals: percentile bootstrap over prompts. The diagnostics look for judges that are constant,
+prefer length, or are random. A flag names a figure and the threshold that it exceeds. It is a reason to read some
+verdicts, not a proof.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from evaluation.judge import CRITERIA, cache_path, judged_answers, read_verdicts
 from hps.errors import InputError, run_main
 from pipeline.files import write_json
 from pipeline.recipe import Judge, Recipe, load_recipe, split_arguments
+from pipeline.records import Answers
 from pipeline.stage import hold, remade
 
 SIDES = ("run", "against")
@@ -32,24 +33,24 @@ NOT_JUDGED = "not judged"
 
 # Thresholds of the flags, and why.
 SIGNIFICANCE = 0.05  # of the p-values
-MOST_COMMON = 0.5  # one verdict on half of all answers: the judge hardly looks at them
-TIES = 0.5  # of prompts with different answers: less than half would decide the comparison
-DISTINCT, ENOUGH = 5, 20  # average scores, of 41 possible; fewer than 20 verdicts need not show more
-LENGTH_CORRELATION = 0.4  # length would explain a sixth of the variance of the ranks (0.4 squared)
-LONGER_WINS = 0.7  # or less than 0.3: length alone would predict seven of ten decisions
-AGREEMENT = 0.5  # a test-retest correlation is the share of the scores' variance that is no noise: half
+MOST_COMMON = 0.5  # half of all answers get the same verdict: the judge hardly reads them
+TIES = 0.5  # of prompts with different answers: beyond it, less than half decide
+DISTINCT, ENOUGH = 5, 20  # different averages of 41 possible; checked from 20 verdicts on
+LENGTH_CORRELATION = 0.4  # length explains a sixth of the ranks' variance (0.4 squared)
+LONGER_WINS = 0.7  # or below 0.3: length predicts seven of ten decisions
+AGREEMENT = 0.5  # test-retest correlation: half of the scores' variance is noise
 
 
 class Graded(NamedTuple):
-    """A prompt's answers of one model: scores (answers, repeats, criteria), NaN where there is no verdict."""
+    """A prompt's answers of one model: scores (answers, repeats, criteria), NaN without a verdict."""
 
     texts: list[str]
     tokens: float
     scores: np.ndarray
 
 
-def graded(answers: list[dict], verdicts: dict[str, dict], judge: Judge) -> tuple[dict[str, Graded], Counter]:
-    """The judged answers of a model by prompt; how many verdicts are missing, by reason."""
+def graded(answers: list[Answers], verdicts: dict[str, dict], judge: Judge) -> tuple[dict[str, Graded], Counter]:
+    """The judged answers of a model by prompt; the number of missing verdicts by reason."""
     found, missing = {}, Counter()
     for record in answers:
         texts = record["responses"][: judge.answers]
@@ -65,8 +66,8 @@ def graded(answers: list[dict], verdicts: dict[str, dict], judge: Judge) -> tupl
 
 
 def compare(
-    run_answers: list[dict],
-    against_answers: list[dict],
+    run_answers: list[Answers],
+    against_answers: list[Answers],
     verdicts: dict[str, dict],
     judge: Judge,
     samples: int,
@@ -75,7 +76,7 @@ def compare(
     """The comparison of two models.
 
     Args:
-        run_answers: lines of answers/test.jsonl; wins are wins of this model.
+        run_answers: lines of answers/test.jsonl; a win is a win of this model.
         verdicts: the judge's lines by key.
         samples: bootstrap resamples.
         seed: of the bootstrap.
@@ -98,7 +99,7 @@ def compare(
             remedy="run `python -m evaluation.judge` first",
         )
     means = np.array([[np.nanmean(one.scores, axis=(0, 1)) for one in pair] for pair in pairs.values()])
-    # (prompts, sides, criteria); rounded, because averages of thirds that are equal differ in their last bits
+    # `means` is (prompts, sides, criteria). Rounded: equal averages of thirds differ in their last bits.
     difference = np.round(means[:, 0].mean(axis=1) - means[:, 1].mean(axis=1), 9)
     facts = judge_facts(pairs, difference)
     return {
@@ -113,7 +114,7 @@ def compare(
 
 
 def _pairs(sides: dict[str, dict[str, Graded]], left_out: Counter) -> dict[str, tuple[Graded, Graded]]:
-    """Both models' answers by prompt, where there is a verdict on each; counts the other prompts."""
+    """Both models' answers to the prompts with a verdict on each; the other prompts are counted."""
     ours, theirs = (sides[side] for side in SIDES)
     left_out.update({"prompts: of one model alone": len(ours.keys() ^ theirs.keys())})
     pairs = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
@@ -142,7 +143,7 @@ def _scores(means: np.ndarray, samples: int, seed: int) -> dict:
 
 
 def judge_facts(pairs: dict[str, tuple[Graded, Graded]], difference: np.ndarray) -> dict:
-    """Diagnostics of the judge: is it constant, does it count words, is it random."""
+    """Diagnostics of the judge: is it constant, does it prefer length, is it random."""
     different = np.array([ours.texts != theirs.texts for ours, theirs in pairs.values()])
     return {
         **_spread(pairs),
@@ -155,7 +156,7 @@ def judge_facts(pairs: dict[str, tuple[Graded, Graded]], difference: np.ndarray)
 
 
 def _answers(pairs: dict[str, tuple[Graded, Graded]]) -> np.ndarray:
-    """Scores of every answer once, (answers, repeats, criteria): an answer that both models gave was judged once."""
+    """Scores of the distinct answers, (answers, repeats, criteria)."""
     judged = {
         (name, text): scores
         for name, pair in pairs.items()
@@ -166,7 +167,7 @@ def _answers(pairs: dict[str, tuple[Graded, Graded]]) -> np.ndarray:
 
 
 def _spread(pairs: dict[str, tuple[Graded, Graded]]) -> dict:
-    """How many verdicts, how many different averages, and the share of the most common four scores."""
+    """Number of verdicts, number of different averages, and share of the most common verdict."""
     verdicts = _answers(pairs).reshape(-1, len(CRITERIA))
     verdicts = verdicts[~np.isnan(verdicts).any(axis=1)]
     _, counts = np.unique(verdicts, axis=0, return_counts=True)
@@ -178,7 +179,7 @@ def _spread(pairs: dict[str, tuple[Graded, Graded]]) -> dict:
 
 
 def _length(longer: np.ndarray, difference: np.ndarray) -> dict:
-    """Rank correlation of the difference in score with the difference in length (tokens), and how the longer fares."""
+    """Rank correlation of differences in score and in length (tokens), and how often the longer answer wins."""
     rho, p = correlation(stats.spearmanr, difference, longer)
     decided = (difference != 0) & (longer != 0)
     wins = int((difference * longer > 0)[decided].sum())
@@ -191,7 +192,7 @@ def _length(longer: np.ndarray, difference: np.ndarray) -> dict:
 
 
 def _agreement(pairs: dict[str, tuple[Graded, Graded]]) -> dict:
-    """Two verdicts on one answer: correlation of their averages, share of equal ones. None without repeats."""
+    """Two verdicts on one answer: correlation of their averages, share of equal verdicts. None without repeats."""
     answers = _answers(pairs)
     couples = [answers[:, list(couple)] for couple in combinations(range(answers.shape[1]), 2)]
     both = np.concatenate(couples) if couples else answers[:0].reshape(0, 2, len(CRITERIA))
@@ -204,12 +205,12 @@ def _agreement(pairs: dict[str, tuple[Graded, Graded]]) -> dict:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of wins and losses as tosses of a fair coin."""
+    """Two-sided sign-test p-value."""
     return _round(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def correlation(coefficient: Callable, x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
-    """A coefficient of scipy.stats and its p-value; None for fewer than three pairs, or where one side is constant."""
+    """A coefficient of scipy.stats and its p-value; None for fewer than three pairs or a constant side."""
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None, None
     return tuple(map(_round, coefficient(x, y)))
@@ -220,7 +221,7 @@ def _round(value: float) -> float:
 
 
 def flags(facts: dict) -> list[str]:
-    """What in the diagnostics is beyond a threshold, in plain words."""
+    """The diagnostics that exceed a threshold, in words."""
     common, ties, averages = facts["most_common"], facts["tie_rate"], facts["distinct_averages"]
     rho, share, again = facts["length_correlation"], facts["longer_wins"], facts["repeat_correlation"]
     found = []

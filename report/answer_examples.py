@@ -1,7 +1,7 @@
-"""Answers before and after training, side by side, as many as a page holds.
+"""Answers before and after training, side by side, as many as fit on a page.
 
-Reads   what evaluation.before_after reads or, until evaluate.sh has run, `<run>/evaluation/answers.jsonl` (of run.sh:
-        a few greedy ones without scores)
+Reads   the files of evaluation.before_after; before evaluate.sh, `<run>/evaluation/answers.jsonl` (a few greedy answers
+        of run.sh, without scores)
 
 Called by report.run.
 """
@@ -9,7 +9,7 @@ Called by report.run.
 from evaluation.before_after import SIDES, BeforeAfter
 from pipeline.recipe import Recipe
 from pipeline.records import Lines, read_jsonl
-from pipeline.run_records import check_greedy
+from pipeline.run_records import Greedy, check_greedy
 from pipeline.stage import is_finished
 from report.page import fitting
 
@@ -17,10 +17,10 @@ MOST_PROMPTS, MOST_BYTES = 200, 3_000_000
 
 
 def answers(recipe: Recipe) -> tuple[list[dict], int]:
-    """Prompts with the answers `before` and `after`, best first where they are scored; how many prompts are left out.
+    """Prompts with the answers `before` and `after`, best first if they are scored; and the number of prompts left out.
 
-    Left out are those that the page has no room for, and those that one of the two models alone has answered.
-    An answer has the fields of `BeforeAfter.of`, or `text` alone.
+    Prompts are left out if the page has no room for them or only one model has answered them. An answer has the fields
+    of `BeforeAfter.of`, or only `text`.
     """
     run, sft = recipe.evaluated_folder(), recipe.tested().sft_folder()
     if all(is_finished(folder / "scores") for folder in (run, sft)):
@@ -38,5 +38,5 @@ def _best_first(entry: dict) -> dict:
     return entry | {side: sorted(entry[side], key=lambda answer: -answer["score"]) for side in SIDES}
 
 
-def _unscored(line: dict) -> dict:
+def _unscored(line: Greedy) -> dict:
     return {"id": line["prompt_id"], "prompt": line["prompt"], **{side: [{"text": line[side]}] for side in SIDES}}

@@ -1,9 +1,9 @@
-"""What a plan drew, read against the ranked file: how hard, how far apart in reward and length; rewards by source.
+"""The draws of a plan, compared with the ranked file: hardness, gaps in reward and length; rewards by source.
 
 Reads   `<output>/<run>/plan.jsonl`, `<output>/ranked/*.jsonl`
 
-Called by report.run. The ranked file is read once, in its own order, and only numbers are kept: a run of the paper has
-more than 60,000 rows and 100 responses a prompt.
+Called by report.run. The ranked file is read once and only numbers are kept: a run of the paper has more than 60,000
+rows and 100 responses a prompt.
 """
 
 from array import array
@@ -17,19 +17,20 @@ import numpy as np
 from hps.errors import InputError
 from hps.planning import training_list
 from pipeline.recipe import Recipe
-from pipeline.records import Lines, read_ranked
+from pipeline.records import Lines, Ranked, read_ranked
+from pipeline.run_records import PlanRow
 
 
 @dataclass
 class Draws:
-    """Of each row of a plan, in its order: step (from 1), gamma (NaN: none), and what `row_figures` says of it."""
+    """Of each row of a plan, in order: step (from 1), gamma (NaN if there is none), `row_figures`."""
 
     step: np.ndarray
     gamma: np.ndarray
     figures: np.ndarray  # (3, rows): place, reward gap, length gap
 
     def places(self) -> tuple[list[int], list[float]]:
-        """Steps, and the mean place of what each draws."""
+        """Steps, and the mean place of the responses that each draws."""
         steps, where = np.unique(self.step, return_inverse=True)
         return steps.tolist(), (np.bincount(where, self.figures[0]) / np.bincount(where)).tolist()
 
@@ -38,10 +39,10 @@ class Draws:
         return ["all" if np.isnan(gamma) else f"gamma {gamma:g}" for gamma in self.gamma]
 
 
-def row_figures(row: dict, record: dict, recipe: Recipe) -> tuple[float, float, float]:
-    """Place of the drawn in the list that the prompt trains on (1 = hardest), reward gap and length gap (tokens).
+def row_figures(row: PlanRow, record: Ranked, recipe: Recipe) -> tuple[float, float, float]:
+    """Place of the drawn responses in the prompt's list (1 = hardest), reward gap and length gap (tokens).
 
-    As `hps.planning.draw` takes them: means over the row's dispreferred responses by their weights in the loss.
+    As in `hps.planning.draw`: means over the row's dispreferred responses, weighted as in the loss.
     """
     (preferred, *others), _ = training_list(record, recipe.loss, recipe.schedule, recipe.seed)
     if recipe.loss.positives == 2 and recipe.loss.appendix_e_reading == "intended":
@@ -64,8 +65,8 @@ def read_draws(rows: Lines, path: Path, recipe: Recipe) -> tuple[Draws, dict[str
     """The draws of a plan, and the rewards of all candidates by source.
 
     Args:
-        path: the ranked file that the plan was made from.
-        recipe: that the plan was made with.
+        path: the ranked file of the plan.
+        recipe: the recipe of the plan.
 
     Raises:
         InputError: a row names a prompt or a response that the ranked file does not have.
@@ -98,8 +99,8 @@ def _not_its_plan(row: str, record: str) -> InputError:
     )
 
 
-def add_rewards(rewards: Mapping[str, array], record: dict) -> None:
-    """Sort a record's rewards into groups: `given_1` and `given_2` apart, further given ones together."""
+def add_rewards(rewards: Mapping[str, array], record: Ranked) -> None:
+    """Add a record's rewards to the groups: `given_1`, `given_2`, later given ones together."""
     for source, reward in zip(record["sources"], record["rewards"], strict=True):
         later = source.startswith("given_") and source not in ("given_1", "given_2")
         rewards["given_3 and later" if later else source].append(reward)

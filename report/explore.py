@@ -4,11 +4,11 @@ Reads   a ranked file (`prompt`, `responses`, `rewards`, `sources`, `token_count
 Writes  an HTML file, beside the ranked file if not told otherwise
 Run     python -m report.explore runs/quickstart/ranked/train.jsonl
 
-Of each prompt the preferred response (y_1, here the highest reward) and the dispreferred ones with their weights
-q_i = exp(gamma r_i) / sum_k exp(gamma r_k) (Eq. 9), and a draw from them: one uniform number, held until the next draw,
-so that a moved gamma shows which response the same chance would draw then. The settings of a recipe that change a
-prompt's list (`schedule.best`, `subsample`, `ties`, `standardize_rewards`) are not applied. A page holds a bounded
-number of prompts and bytes, and says what it leaves out.
+The page shows a prompt's preferred response (y_1, here the highest reward), the dispreferred ones with their weights
+q_i = exp(gamma r_i) / sum_k exp(gamma r_k) (Eq. 9), and a draw from them. The draw's uniform number is fixed until the
+next draw, so moving gamma shows its effect alone. Settings of a recipe that change a prompt's list (`schedule.best`,
+`subsample`, `ties`, `standardize_rewards`) are not applied. The number of prompts and bytes is bounded, and the page
+says what is left out.
 """
 
 import argparse

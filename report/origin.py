@@ -1,7 +1,7 @@
-"""Where a run comes from: of every stage its commit, versions and the hashes of what it read and wrote.
+"""Where a run comes from: commit and versions of each stage, hashes of what it read and wrote.
 
-Reads   the `manifest.json` of each stage, `metrics.manifest.json`, `win_rate.manifest.json`; where there is a win rate,
-        `<output>/judge/<key>.manifest.json` of the verdicts that it names
+Reads   the `manifest.json` of each stage, `metrics.manifest.json`, `win_rate.manifest.json`; if there is a win rate,
+        `<output>/judge/<key>.manifest.json` of its verdicts
 
 Called by report.run.
 """
@@ -18,7 +18,7 @@ from report.page import intact
 
 
 def folders(recipe: Recipe) -> list[Path]:
-    """The folders of the stages that a run may have, in the order of the work."""
+    """The folders of a run's stages, in the order of the work."""
     tested, run, evaluated = recipe.tested(), recipe.run_folder(), recipe.evaluated_folder()
     found = [recipe.candidates("train").parent, recipe.ranked("train").parent]
     found += [tested.candidates("test").parent, tested.ranked("test").parent, run]
@@ -43,9 +43,9 @@ def manifests(recipe: Recipe) -> list[Path]:
 
 
 def origin(recipe: Recipe) -> dict:
-    """`stages` (name, commit, versions), `models` and `files` (name, hash) of everything that is there; `changed`.
+    """`stages` (name, commit, versions), `models` and `files` (name, hash), `changed`.
 
-    `changed` are the files that have two hashes, one here and one there: name, and by hash the stages that name it.
+    `changed`: the files that stages know by different hashes; name, and the stages by hash.
 
     Raises:
         InputError: a manifest has changed since it was written.
@@ -56,7 +56,7 @@ def origin(recipe: Recipe) -> dict:
         manifest = read_manifest(path)
         with intact(path, "run the stage again"):
             versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-            # `metrics.manifest.json` is that of a stage without a folder of its own.
+            # `metrics.manifest.json` belongs to a stage that shares its folder.
             stage = str(path.parent) if path.name == MANIFEST else str(path).removesuffix(f".{MANIFEST}")
             stages.append({"name": stage, "commit": manifest["git_commit"] or "unknown", "versions": versions})
             for role, model in identified(_settings(path, manifest)):
@@ -76,7 +76,7 @@ def origin(recipe: Recipe) -> dict:
 
 
 def _settings(path: Path, manifest: dict) -> dict:
-    """A stage's settings; the judge's name its model without the path, which decides no verdict."""
+    """A stage's settings; the judge's lack the model's path, which decides no verdict."""
     if path.parent.name != "judge":
         return manifest["settings"]
     return {"judge": {"path": manifest["recipe"]["models"]["judge"]["path"]} | manifest["settings"]["model"]}

@@ -1,9 +1,8 @@
-"""What every page has in common: one self-contained file, no network, and texts of models that stay text.
+"""What all pages have in common: one self-contained file, no network, and models' texts shown as text.
 
-Everything that is not written here reaches a page in one of two ways: through Jinja2, which escapes it, or as JSON in a
-data block, from which the page's script takes it with `textContent`. A Content-Security-Policy in the page allows its
-own script and style by their hashes and nothing else, so that markup in an answer could do nothing even if it came
-through.
+Data reaches a page in two ways: through Jinja2, which escapes it, or as JSON in a data block, which the page's script
+reads and sets as `textContent`. The page's Content-Security-Policy allows only its own script and style, by their
+hashes. So markup in an answer does nothing, even if it got through.
 """
 
 import base64
@@ -28,7 +27,7 @@ LONGEST = 4000  # characters of a text on a page that bounds its size
 
 
 def script_json(value: Any) -> Markup:
-    """JSON that cannot end the data block it stands in: `<`, `>`, `&` and the line separators of Unicode as escapes."""
+    """JSON that cannot end its data block: `<`, `>`, `&` and Unicode's line separators are escaped."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -36,10 +35,10 @@ def script_json(value: Any) -> Markup:
 
 
 def fitting(entries: Iterable[dict], most: int, room: int) -> list[dict]:
-    """The first entries of a page: at most `most`, and so many as have at most `room` bytes as JSON.
+    """The first entries: at most `most`, and at most `room` bytes as JSON.
 
-    Texts of more than `LONGEST` characters are cut, and say so. The first entry is always there: its texts are cut
-    further until it fits.
+    Texts of more than `LONGEST` characters are cut, with a note. The first entry is always included: its texts are cut
+    until it fits.
     """
     found: list[dict] = []
     for entry in islice(entries, most):
@@ -60,7 +59,7 @@ def _bytes(value: Any) -> int:
 
 
 def cut_texts(value: Any, longest: int) -> Any:
-    """A JSON value whose texts have at most so many characters; what is cut says how much is missing."""
+    """A JSON value whose texts are cut to so many characters, with a note of how many are missing."""
     if isinstance(value, dict):
         return {name: cut_texts(inner, longest) for name, inner in value.items()}
     if isinstance(value, list):
@@ -112,7 +111,7 @@ def counted(count: int, noun: str) -> str:
 
 @contextmanager
 def intact(path: Path, remedy: str) -> Iterator[None]:
-    """A file (or folder) whose JSON has not the fields that the code inside takes from it becomes an InputError."""
+    """Turn errors of the code inside, which reads JSON of this file or folder, into an InputError."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, UndefinedError) as error:

@@ -1,13 +1,14 @@
 """The pictures of a page: matplotlib, an SVG in a data URI for each panel. The same figures give the same bytes.
 
-Panels are apart, so that a page can set them side by side or, on a phone, one below the other. The size of a panel is
-bounded whatever its data: long curves are drawn as means over equal windows, many points as a sample, and both is said.
+Each panel is a separate picture, so a page can put them side by side or, on a phone, below each other. The size of a
+panel is bounded: long curves are drawn as means over equal windows, many points as a sample, and the page says so.
 """
 
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -23,13 +24,13 @@ STYLE = {
     "legend.fontsize": 8,
     "axes.grid": True,
     "grid.alpha": 0.3,
-    # Names in the data are text: a `$` in one of them is no formula.
+    # Names in the data are text: a `$` does not begin a formula.
     "text.parse_math": False,
 }
 MOST_STEPS = 400  # of a curve
 MOST_POINTS = 2000  # of a scatter, all groups together
 NAME = 40  # characters of a name in a legend
-ZERO = {"color": "0.4", "linewidth": 0.8}  # of a line at zero, or of a diagonal
+ZERO: dict[str, Any] = {"color": "0.4", "linewidth": 0.8}  # of a line at zero, or of a diagonal
 MARKERS = "osD^vP*X<>"
 IN_RED = " In red the paper's mean: a bar, or an arrow where it lies beyond the edge."  # of a forest
 
@@ -39,7 +40,7 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 @dataclass
 class Picture:
-    """One panel. `source`: the data URI; `text`: what it shows, for those who do not see it."""
+    """One panel. `source`: the data URI; `text`: what it shows, for readers who cannot see it."""
 
     source: str
     text: str
@@ -71,7 +72,7 @@ def named(name: str, most: int = NAME) -> str:
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray, int]:
-    """At most `MOST_STEPS` means over windows of equal length (the last may be shorter), and that length."""
+    """At most `MOST_STEPS` means over windows of equal length (the last one may be shorter), and that length."""
     window = -(-len(steps) // MOST_STEPS)
     starts = range(0, len(steps), max(1, window))
     means = [np.array([np.mean(each[start : start + window]) for start in starts]) for each in (steps, values)]
@@ -182,11 +183,11 @@ def intervals(title: str, points: Mapping[str, list[tuple[float, dict]]], up: st
 def forest(title: str, rows: list[tuple[str, dict]], zero: bool = True) -> Draw:
     """Means with intervals of labelled rows, the first on top; where an entry has `paper`, a red upright bar there.
 
-    The scale is that of our figures. What the paper has beyond it is an arrow at that edge, or, with models so
-    different in size, nothing could be read of ours.
+    The scale is that of our figures, which would be unreadable at the paper's. A paper's mean beyond it is an arrow at
+    the edge.
 
     Args:
-        zero: whether zero means something here, and is drawn whatever the data.
+        zero: always draw a line at zero.
     """
 
     def draw(axis: Axes) -> None:
@@ -217,9 +218,9 @@ def forest_height(rows: Sequence) -> float:
 
 
 def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:
-    """A figure against KL, a line a method: colour says the family and setting, the stroke the preference model.
+    """A figure against KL, a line for each method: the colour shows family and setting, the stroke the preference model.
 
-    The last preference model, HPS where it is compared, has the solid line.
+    The last preference model (HPS) has the solid line.
     """
     traits = {label: _traits(label) for label in lines}
     colours = list(dict.fromkeys(colour for colour, _ in traits.values()))
@@ -234,14 +235,14 @@ def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:
         axis.axhline(0, **ZERO)
         axis.set(title=title, xlabel="KL on the preferred response (nats)", ylabel=up)
         columns = 3 if max(map(len, lines)) < 12 else 2
-        # Outside: with fifteen methods it would hide some. Below, not beside: a phone has no width for it.
+        # Outside, because it would hide lines; below, because a phone is narrow.
         axis.figure.legend(loc="outside lower center", ncols=columns, handlelength=3.5)
 
     return draw
 
 
 def _traits(label: str) -> tuple[str, str]:
-    """What a row's colour says and what its stroke: `DPO-HPS, n = 4` is (`DPO, n = 4`, `HPS`)."""
+    """What a row's colour and its stroke show: `DPO-HPS, n = 4` gives (`DPO, n = 4`, `HPS`)."""
     method, _, setting = label.partition(", ")
     family, _, preference = method.rpartition("-")
     return f"{family}, {setting}", preference

@@ -1,8 +1,8 @@
 """The page of a run: did it work, and why.
 
 Reads   `<output>/<run>/`: manifest (whose recipe the page shows), log, plan, `evaluation/`, `metrics.json`,
-        `win_rate.json`, `answers/`, `scores/`; `<output>/ranked/`, `<output>/sft/`. What is not there yet is said, with
-        the command that makes it
+        `win_rate.json`, `answers/`, `scores/`; `<output>/ranked/`, `<output>/sft/`. For what is missing the page names
+        the command
 Writes  `<output>/<run>/report.html`; of an evaluation on another test set (`evaluation.on`), into its folder
 Run     python -m report.run configs/quickstart.yaml
 """
@@ -29,7 +29,7 @@ from report.draws import read_draws, rewards_by_source
 from report.origin import origin
 from report.page import LONGEST, cut_texts, intact, render, write_page
 
-# Figures that a reader looks for first, in this order.
+# The figures on the page, in this order.
 NAMES = {
     "rm_dpo": "RM_DPO (nats)",
     "rm_r_dpo": "RM_R-DPO (nats)",
@@ -51,18 +51,18 @@ NAMES = {
     "distinct_2": "distinct 2-grams",
     "repetition": "repetition",
 }
-AGAIN = "run the stage again that writes it"
+AGAIN = "run the stage that writes it again"
 
 
 def figures_table(figures: dict) -> list[dict]:
-    """Name, mean and interval of the figures that there are."""
+    """Name, mean and interval of the figures that exist."""
     return [line(title, figures[name]["mean"], figures[name]) for name, title in NAMES.items() if name in figures]
 
 
 def trained(recipe: Recipe) -> tuple[Recipe, dict]:
-    """The recipe in the manifest of a finished training, typed and as written there.
+    """The recipe in the manifest of a finished training, typed and as it is written there.
 
-    What the page says of the run is this one: the command line may have other values where they decide no checkpoint.
+    The page shows this one: values on the command line may differ from it.
 
     Raises:
         InputError: the training is not finished, or its manifest is damaged.
@@ -79,7 +79,7 @@ def trained(recipe: Recipe) -> tuple[Recipe, dict]:
 
 
 def held_out(folder: Path, steps: int) -> dict:
-    """Tables and pictures of the held-out pairs of a training of so many steps; nothing where there are none yet."""
+    """Tables and pictures of the held-out pairs of a training of `steps` steps; empty if there are none yet."""
     path = folder / "evaluation" / "margins.json"
     if not path.exists():
         return {"sets": {}, "picture": None}
@@ -91,7 +91,7 @@ def held_out(folder: Path, steps: int) -> dict:
 
 
 def metrics(folder: Path, before: Path) -> dict | None:
-    """Figures of the policy's own answers, if they are there, with those of the model before training.
+    """Figures of the policy's own answers, if they exist, with those of the model before training.
 
     Args:
         folder: of the run's evaluation.
@@ -104,7 +104,7 @@ def metrics(folder: Path, before: Path) -> dict | None:
         earlier = {line["name"]: line["mean"] for line in sampled(before / "metrics.json")[1]}
         lines = [line | {"before": earlier.get(line["name"])} for line in lines]
     scores, evaluator = folder / "scores" / MANIFEST, None
-    if scores.exists():  # a user may have deleted them: the figures stay
+    if scores.exists():  # a user may have deleted them
         with intact(scores, AGAIN):
             model = read_manifest(scores)["recipe"]["models"]["evaluator"]
             evaluator = scorer_name(model["path"], model.get("function"))
@@ -119,7 +119,7 @@ def sampled(path: Path) -> tuple[int, list[dict]]:
 
 
 def win_rates(folder: Path) -> list[dict]:
-    """Win, lose and tie against each other model, both average scores, and what is wrong with the judge."""
+    """Win, lose and tie against each other model, both average scores, and flags on the judge."""
     path = folder / "win_rate.json"
     if not path.exists():
         return []
@@ -160,7 +160,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def pictures(recipe: Recipe, settings: Recipe, lines: list[dict]) -> dict:
-    """The pictures of training and data; those of the ranked file are None where it is not there any more."""
+    """The pictures of training and data; None for those of a ranked file that no longer exists."""
     path, draws, splits = recipe.ranked("train"), None, {}
     if path.exists():
         with intact(recipe.run_folder() / "plan.jsonl", AGAIN):
