@@ -161,10 +161,10 @@ def difference_at_kl(one: Curve, other: Curve, figure: str | None = None) -> dic
         figure: of a curve of margins or accuracies: marks a value below the first measured point.
     """
     wanted = reached([one, other])
-    found = with_interval(readings(one, wanted) - readings(other, wanted))
+    found = with_interval(readings(one, wanted) - readings(other, wanted)) | {"at_kl": round(float(wanted[0]), 4)}
     if figure is not None and wanted[0] < max(first_kl(one, figure), first_kl(other, figure)):
         found["before_first_point"] = True
-    return {**found, "at_kl": round(float(wanted[0]), 4)}
+    return found
 
 
 def against_baselines(cells: list[Cell]) -> list[tuple[str, Cell, Cell]]:

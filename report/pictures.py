@@ -218,7 +218,7 @@ def forest_height(rows: Sequence) -> float:
 
 
 def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:
-    """A figure against KL, a line for each method: the colour shows family and setting, the stroke the preference model.
+    """A figure against KL, a line a method: the colour shows family and setting, the stroke the preference model.
 
     The last preference model (HPS) has the solid line.
     """

@@ -51,8 +51,8 @@ def training(lines: list[dict], draws: Draws | None, preference: str) -> Picture
             title, found = "hardness: rank of the drawn (1 = hardest)", {"mean rank": draws.places()}
             panels.append(picture(curve(title, found), _told(title, found)))
     gamma = (
-        "The higher gamma, the harder the negatives that are drawn, up to the ones nearly as good as y_1: a margin "
-        "that shrinks there need not be a policy that learns less. "
+        "The higher gamma, the harder the drawn negatives, up to ones nearly as good as y_1. A margin that shrinks "
+        "there does not mean that the policy learns less. "
     )
     first = "The share of pairs in order means nothing in the first step, where every margin is zero up to rounding."
     return Pictures(panels, f"{gamma if hps else ''}{first}")
@@ -67,8 +67,8 @@ def rewards(splits: dict[str, dict[str, array]]) -> Pictures | None:
             text = f"Rewards of the candidates of {split} prompts by source; means: {means}."
             panels.append(picture(histogram(f"{split} prompts", groups, "reward"), text))
     caption = (
-        "given_1 is what people preferred, given_2 what they preferred less. Where given and generated responses "
-        "hardly overlap, the reward model tells the sources apart, and the policy can learn no more than that."
+        "given_1 is what people preferred, given_2 what they preferred less. If given and generated responses "
+        "hardly overlap, the reward model separates the sources, and the policy may learn nothing else."
     )
     return Pictures(panels, caption) if panels else None
 
@@ -82,8 +82,8 @@ def length(draws: Draws) -> Pictures:
         f"Each of {len(draws.step)} rows of the plan: by how many tokens y_1 is longer across, by how much its reward "
         "is higher up, coloured by gamma."
     )
-    caption = "Means over a row's dispreferred responses. A slope would mean that the ranking rewards length, and that "
-    return Pictures([picture(panel, text)], f"{caption}the policy is taught length.{sampled(len(draws.step))}")
+    caption = "Means over a row's dispreferred responses. A slope means that the ranking rewards length, so that "
+    return Pictures([picture(panel, text)], f"{caption}the policy learns length.{sampled(len(draws.step))}")
 
 
 def margins(path: Path, sets: dict, steps: int) -> Pictures:
@@ -108,5 +108,5 @@ def margins(path: Path, sets: dict, steps: int) -> Pictures:
         text = f"RM_DPO with 95 % intervals along the training, from zero; at its end: {ends} nats."
         panels.append(picture(intervals("RM_DPO along the training", along, "nats"), text))
     most = max((len(before) for before, _ in pairs.values()), default=0)
-    caption = "In the panels with a diagonal: above it the training raised the margin of that pair."
+    caption = "Above a diagonal, the training raised the margin of that pair."
     return Pictures(panels, f"{caption}{sampled(most)}")

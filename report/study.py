@@ -1,4 +1,4 @@
-"""A human study, as Table 3 of the paper: pages for the raters, and figures from what they send back.
+"""A human study like the paper's Table 3: pages for the raters, and figures from the files that they send back.
 
 Reads   answers files of several models (`prompt_id`, `prompt`, `responses`: the first is shown), of each model one file
         a data set; the raters' files
@@ -8,8 +8,8 @@ Run     python -m report.study build --to runs/study --raters 20 --prompts 15 --
             SFT=FILE,FILE DPO-BT=FILE,FILE DPO-HPS=FILE,FILE
         python -m report.study import --key runs/study/key.json ratings-*.json
 
-Each rater sees every prompt, in an order of its own, with the answers of all models in an order of its own and without
-names, and gives every answer four criteria from 1.00 to 5.00 (paper, section 6 and Table 3).
+Each rater sees every prompt with the answers of all models, in a random order and without names, and marks each answer
+on four criteria from 1.00 to 5.00 (paper, section 6 and Table 3).
 """
 
 import argparse
@@ -61,7 +61,7 @@ def read_named(named: list[str]) -> dict[str, list[str]]:
     """The answers files of each model, one a data set, from `NAME=FILE,FILE`.
 
     Raises:
-        InputError: fewer than two models or more than there are letters, a name twice, another number of files.
+        InputError: fewer than two or more than 26 models, a name given twice, or different numbers of files.
     """
     files: dict[str, list[str]] = {}
     for text in named:
@@ -83,7 +83,7 @@ def read_named(named: list[str]) -> dict[str, list[str]]:
 
 
 def read_lines(path: str) -> Lines:
-    """A model's answers to a data set. InputError: there are none, or a prompt is there twice."""
+    """A model's answers to a data set. InputError: there are none, or a prompt appears twice."""
     found: Lines = {}
     for where, record in read_answers(path):
         name = record["prompt_id"]
@@ -97,7 +97,7 @@ def read_lines(path: str) -> Lines:
 
 
 def read_set(files: dict[str, str]) -> dict[str, dict]:
-    """Of a data set: by prompt its messages, and the first answer of each model.
+    """By prompt of a data set, its messages and the first answer of each model.
 
     Raises:
         InputError: as `read_lines`; the models have not answered the same prompts.
@@ -129,7 +129,7 @@ def _spoken(record: dict) -> list[tuple[str, str]]:
 
 
 def choose(texts: dict[str, dict], count: int | None, seed: str, where: str) -> dict[str, dict]:
-    """`count` prompts of a data set, drawn by seed whatever their order in the file; all if `count` is None."""
+    """`count` prompts of a data set, drawn by seed, independent of their order in the file; all if `count` is None."""
     if count is None:
         return texts
     if count > len(texts):
@@ -144,18 +144,13 @@ def _shuffled(rng: random.Random, things: Sequence[Thing]) -> list[Thing]:
 
 
 def order_of(seed: int, rater: int, prompts: list[str], models: int) -> list[tuple[str, list[int]]]:
-    """What a rater sees: prompts in order, and for each the models behind answers A, B, ...; by seed and rater."""
+    """What a rater sees: the prompts in order, each with the models behind answers A, B, ..."""
     rng = random.Random(f"{seed}/{rater}")
     return [(name, _shuffled(rng, range(models))) for name in _shuffled(rng, prompts)]
 
 
-def _check_least(option: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise _wrong_command(f"`{option}` is {value}", f"it must be {least} or more")
-
-
 def name_sets(given: str | None, count: int) -> list[str]:
-    """Names of the data sets, from `--sets`. InputError: another number than there are files, or one twice."""
+    """Names of the data sets, from `--sets`. InputError: not one for each file, or one given twice."""
     names = given.split(",") if given else [f"data set {number}" for number in range(1, count + 1)]
     if len(names) != count or len(set(names)) != count or not all(names):
         problem = f"`--sets` is {given}, each model has {count} {'file' if count == 1 else 'files'}"
@@ -209,19 +204,19 @@ def build(
     prompts: int | None = None,
     sets: str | None = None,
 ) -> None:
-    """Write the key, then the pages, so that whatever page is out there can be read.
+    """Write the key first, then the pages, so that every page has a key.
 
     Args:
-        seed: None draws one that nobody can guess, or takes that of the key in the folder. Whoever knows it can tell
-            which model wrote which answer.
+        seed: None takes that of the key in the folder, or draws one that nobody can guess. It reveals which model
+            wrote which answer.
         prompts: how many of each data set; None for all.
 
     Raises:
         InputError: as `read_named` and `read_texts`; a number is too small; the folder has another study.
     """
-    _check_least("--raters", raters, 1)
-    _check_least("--prompts", prompts, 1)
-    _check_least("--seed", seed, 0)
+    for option, value, least in (("--raters", raters, 1), ("--prompts", prompts, 1), ("--seed", seed, 0)):
+        if value is not None and value < least:
+            raise _wrong_command(f"`{option}` is {value}", f"it must be {least} or more")
     files = read_named(named)
     names = name_sets(sets, len(next(iter(files.values()))))
     path = to / "key.json"
@@ -269,10 +264,10 @@ def _write(to: Path, key: dict, texts: dict[str, dict]) -> None:
 
 
 def read_ratings(path: str | Path, key: dict) -> tuple[int, np.ndarray]:
-    """A rater's number, and its ratings un-blinded: (prompts, models, criteria), prompts in the order of the key.
+    """A rater's number and un-blinded ratings: (prompts, models, criteria), prompts in the order of the key.
 
     Raises:
-        InputError: the file is of another study or damaged, a rating is missing, doubled, or not from 1.00 to 5.00.
+        InputError: the file belongs to another study or is damaged; a rating is missing, given twice, or out of range.
     """
     where = str(path)
     file = _read_file(Path(path), key)

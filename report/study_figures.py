@@ -3,10 +3,10 @@
 Reads   ratings un-blinded by `report.study`: (raters, prompts, models, criteria); `results/paper.json`
 Writes  nothing itself: `report.study import` writes what is made here
 
-Intervals are percentile intervals of a bootstrap that resamples both raters and prompts, with replacement (Owen 2007,
-"The pigeonhole bootstrap"): other raters than these would have marked more strictly, and other prompts been harder. The
-raters drawn are the same for all prompts of a resample, so that a strict one stays strict; prompts are drawn within
-their data set. For two models the difference is taken within each resample, where what both share cancels.
+Intervals are percentile intervals of a bootstrap that resamples both raters and prompts (Owen 2007, "The pigeonhole
+bootstrap"): other raters may be stricter, and other prompts harder. A resample uses the same raters for all its prompts.
+Prompts are drawn within their data set. The difference of two models is taken within each resample, so what both share
+cancels.
 """
 
 import itertools
@@ -27,11 +27,11 @@ AT_A_TIME = 500  # resamples, to bound the memory
 
 
 def resampled_means(values: np.ndarray, sets: list[list[int]], samples: int, seed: int) -> np.ndarray:
-    """Means over raters and prompts, on resamples of both: (samples, ...).
+    """Means over raters and prompts on resamples of both: (samples, ...).
 
     Args:
         values: (raters, prompts, ...).
-        sets: the prompts of each data set, by place; together all.
+        sets: the places of each data set's prompts; together all prompts.
     """
     rng = np.random.default_rng(seed)
     raters, prompts = values.shape[:2]
@@ -48,7 +48,7 @@ def resampled_means(values: np.ndarray, sets: list[list[int]], samples: int, see
 
 
 def _drawn(rng: np.random.Generator, things: int, samples: int) -> np.ndarray:
-    """How often each of so many things is drawn, when so many are drawn with replacement: (samples, things)."""
+    """How often each of `things` is drawn in as many draws with replacement: (samples, things)."""
     return rng.multinomial(things, np.full(things, 1 / things), size=samples)
 
 
@@ -57,7 +57,7 @@ def agreement(ratings: np.ndarray) -> float | None:
     from nltk.metrics.agreement import AnnotationTask
     from nltk.metrics.distance import interval_distance
 
-    # Averages of the same marks in another order differ in their last bit, and would be two values to the library.
+    # Averages of the same marks in another order differ in their last bit.
     rounded = ratings.round(4)
     if len(ratings) < 2 or rounded.min() == rounded.max():
         return None
@@ -111,7 +111,7 @@ def figures(ratings: np.ndarray, key: dict) -> dict:
 
 
 def beside_the_paper(means: dict[str, float]) -> dict[str, dict]:
-    """Name and mean of the paper's row, and the difference of ours from it, for models whose name is the paper's."""
+    """For models named as in the paper: name and mean of its row, and our difference from it."""
     paper = {name.casefold(): {"name": name, "mean": mean} for name, mean in paper_marks().items()}
     found = {model: paper[model.casefold()] for model in means if model.casefold() in paper}
     return {model: row | {"difference": round(means[model] - row["mean"], 4)} for model, row in found.items()}
@@ -123,7 +123,7 @@ def _parts(result: dict) -> list[tuple[str, dict]]:
 
 
 def sections(result: dict) -> list[dict]:
-    """What table and page show, as text: of all prompts and of each data set, means, differences and agreement."""
+    """The texts of table and page: means, differences and agreement, for all prompts and for each data set."""
     found = []
     for title, each in _parts(result):
         names = list(each["agreement"])
@@ -146,7 +146,7 @@ def sections(result: dict) -> list[dict]:
 
 
 def remarks(result: dict) -> list[str]:
-    """What a reader must know of the figures."""
+    """What a reader must know about the figures."""
     pairs = len(result["together"]["differences"])
     counts = " + ".join(str(count) for count in result["prompts"].values())
     found = [
@@ -194,7 +194,7 @@ def _rows(grid: dict) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """A name as Markdown that shows it and does nothing: markup, links and ends of lines as entities."""
+    """A name as inert Markdown: markup, links and line ends become entities."""
     return re.sub(r"[^\w .,+=/()'−-]|_|(?<=www)\.", lambda found: f"&#{ord(found[0])};", text, flags=re.IGNORECASE)
 
 

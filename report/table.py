@@ -1,4 +1,4 @@
-"""The page of a table of the paper with ours beside it.
+"""The page of a table: our figures and the paper's.
 
 Reads   `results/<scale>/<table>.json`, which `bash reproduce.sh` writes
 Writes  `results/<scale>/<table>.html` (not kept in git; reproduce.sh writes it with the table's other files)
@@ -16,7 +16,7 @@ from pipeline.run_records import SETS
 from report.page import intact, render, write_page
 from report.pictures import IN_RED, Pictures, forest, forest_height, frontier, picture
 
-# Of each part, where there are figures: what a reader compares first.
+# The figures that are drawn, if there are any.
 FOREST = ("rm_dpo", "rm_dpo_ranked", "reward", "kl", "win")
 NAMES = {
     "bleu": "BLEU, best answer",
@@ -36,7 +36,7 @@ NAMES = {
     "lose": "lose (%)",
     "tie": "tie (%)",
 }
-# What the columns are, in the page's words; the table's own remark explains its short names.
+# The columns in the page's words, in place of the remark that explains the table's short names.
 EXPLAINED = (
     "Mean [95 % interval, bootstrap over prompts]. Best answer: that of highest BLEU or reward of a prompt's answers. "
     "RM_DPO, RM_R-DPO and KL in nats. Written pairs: what people wrote, the preferred one first. Ranked pairs: best "
@@ -46,18 +46,18 @@ REMEDY = "take it from git again, or run `bash reproduce.sh`"
 
 
 def titles(names: list[str]) -> list[str]:
-    """What the columns are called on the page."""
+    """The columns' names on the page."""
     return [NAMES.get(name, name) for name in names]
 
 
 def in_words(remark: str) -> str:
-    """A remark of the table for the page, which shows no `rm_dpo_ranked`: where it explains such names, they go."""
+    """A remark for the page, without the names that the page does not show, such as `rm_dpo_ranked`."""
     start, explains, _ = remark.partition("Mean [95 % interval")
     return start + EXPLAINED if explains else remark
 
 
 def pictures(part: dict) -> list[Pictures]:
-    """Intervals of the chief figures, and margins against divergence along the training."""
+    """Intervals of the main figures, and margins against divergence along the training."""
     return [each for each in (_forests(part), _frontiers(part["frontier"])) if each.panels]
 
 
@@ -88,7 +88,7 @@ def _frontiers(frontiers: dict[str, dict]) -> Pictures:
 
 
 def page(path: Path) -> str:
-    """The page of a table's JSON. InputError: there is none, or it is damaged."""
+    """The page of a table's JSON. InputError: the file does not exist or is damaged."""
     try:
         table = read_json(path)
     except InputError as error:

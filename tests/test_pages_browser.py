@@ -150,7 +150,7 @@ def test_the_explorer_searches(open_page, explore_page):
     assert page.inner_text("#found") == "1 prompt"
     assert HOSTILE.replace("\u2028", "") in page.inner_text("#question").replace("\u2028", "")
     page.fill("#search", "nothing holds this")
-    assert page.inner_text("#found") == "No prompt holds these words."
+    assert page.inner_text("#found") == "No prompt contains these words."
     assert page.locator("#draw").is_disabled() and not page.locator("#hardness").is_visible()
     page.fill("#search", "")
     page.click("#draw")

@@ -444,7 +444,7 @@ def test_where_a_run_comes_from(trained):
         assert f'<th scope="row">{path}</th><td><code>{file_hash(path)}</code>' in page
     assert run_settings(trained)["policy"]["weights"] in page and trained.models.policy.path in page
     assert page.count("transformers ") == 5  # of the training, answers and scores of both models
-    assert "was not the same file" not in page
+    assert "was not the same for all stages" not in page
     judged(trained)
     page, folder = report(trained, []), Path(trained.output) / "judge"
     assert f'<th scope="row">{folder / "0123456789abcdef"}</th>' in page and page.count("transformers ") == 6

@@ -221,7 +221,7 @@ def test_an_exported_file_is_loaded_in_another_browser(page, open_page, rater_pa
     other = open_page(rater_page)
     other.fill("#mark-0-safety", "2")
     other.set_input_files("#load", path)
-    expect(other.locator("#said")).to_have_text("Loaded 8 marks from ratings-1.json; in 1 field another mark stood.")
+    expect(other.locator("#said")).to_have_text("Loaded 8 marks from ratings-1.json; 1 field had another mark.")
     assert other.input_value("#mark-0-safety") == "4.50" and "8 of 16 marks" in progress(other)
     other.reload()
     assert "prompt 2 of 2; 8 of 16 marks" in progress(other)
@@ -234,7 +234,7 @@ def test_an_exported_file_is_loaded_in_another_browser(page, open_page, rater_pa
         (lambda given: "null", "it belongs to another study"),
         (lambda given: {**given, "study": "x"}, "it belongs to another study"),
         (lambda given: {**given, "rater": 2}, "it belongs to another rater, this page to rater 1"),
-        (lambda given: {**given, "ratings": {}}, "it holds no ratings"),
+        (lambda given: {**given, "ratings": {}}, "it has no ratings"),
         (lambda given: {**given, "ratings": [*given["ratings"], 3]}, "its rating 2 is none of this page"),
         *(
             (

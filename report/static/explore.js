@@ -59,7 +59,7 @@ function card(record, index) {
   return box;
 }
 
-// Another prompt: everything anew.
+// Another prompt: draw everything again.
 function show() {
   const record = current();
   by("question").replaceChildren();
@@ -118,7 +118,7 @@ function fill() {
     }),
   );
   by("prompt").disabled = !shown.length;
-  by("found").textContent = shown.length ? counted(shown.length, "prompt") : "No prompt holds these words.";
+  by("found").textContent = shown.length ? counted(shown.length, "prompt") : "No prompt contains these words.";
   show();
 }
 

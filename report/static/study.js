@@ -3,7 +3,7 @@ const [LOWEST, HIGHEST, START] = [1, 5, 3];
 const KEPT = `hps-study/${data.study}/${data.rater}/`;
 const KEEPS_NOTHING = "This browser keeps nothing: export before you close the page.";
 
-// What was typed, by mark, as it was typed: a text that is no mark stays until it is corrected.
+// What was typed, by mark, as it was typed: a text that is not a mark stays until it is corrected.
 const typed = new Map();
 const marks = data.items.flatMap((item, place) =>
   item.answers.flatMap((_, answer) =>
@@ -14,9 +14,9 @@ const names = new Set(marks.map((mark) => mark.name));
 const shown = new Map(); // of each mark on the page its field and the message below it
 let place = 0;
 let keeps = true;
-let unsaved = false; // something was typed that no file holds
+let unsaved = false; // something was typed that no file has
 
-// 3, 3.5, 3,50: one digit, and up to two behind a point or a comma. Null is no mark.
+// 3, 3.5, 3,50: one digit, and up to two behind a point or a comma. Null is not a mark.
 function parse(text) {
   const value = /^[1-5]([.,]\d{0,2})?$/.test(text.trim()) ? Number(text.trim().replace(",", ".")) : null;
   return value !== null && value <= HIGHEST ? value : null;
@@ -80,7 +80,7 @@ function stepped(value, event) {
   return moved.toFixed(2);
 }
 
-// A text field: a number field changes under the mouse wheel, and has no text when what is typed is no number to it.
+// A text field: a number field changes under the mouse wheel, and has no text while its content is not a number.
 function field(mark) {
   const id = `mark-${mark.answer}-${mark.criterion}`;
   const input = element("input");
@@ -203,7 +203,7 @@ function readFile(content) {
   }
   if (given?.study !== data.study) throw new Error("it belongs to another study");
   if (given.rater !== data.rater) throw new Error(`it belongs to another rater, this page to rater ${data.rater}`);
-  if (!Array.isArray(given.ratings)) throw new Error("it holds no ratings");
+  if (!Array.isArray(given.ratings)) throw new Error("it has no ratings");
   const known = new Map(marks.map((mark) => [mark.name, mark]));
   return given.ratings.map((line, number) => {
     const mark = known.get(`${line?.prompt_id}/${line?.answer}/${line?.criterion}`);
@@ -226,7 +226,7 @@ async function load(file) {
   for (const [mark, value] of found) keep(mark, value);
   unsaved = before; // these are in a file
   refresh();
-  const other = replaced ? `; in ${counted(replaced, "field")} another mark stood.` : ".";
+  const other = replaced ? `; ${counted(replaced, "field")} had another mark.` : ".";
   say(`Loaded ${counted(found.length, "mark")} from ${file.name}${other}`);
 }
 
