@@ -66,11 +66,8 @@ def judged_answers(folder: Path, count: int) -> list[Answers]:
     records = []
     for where, record in read_answers(answers / "test.jsonl"):
         if len(record["responses"]) < count:
-            raise InputError(
-                f"{len(record['responses'])} `responses`, but `judge.answers` is {count}",
-                where=where,
-                remedy="lower it, or raise `evaluation.samples` and answer again",
-            )
+            problem = f"{len(record['responses'])} `responses`, but `judge.answers` is {count}"
+            raise InputError(problem, where=where, remedy="lower it, or raise `evaluation.samples` and answer again")
         records.append(record)
     return records
 

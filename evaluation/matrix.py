@@ -90,11 +90,8 @@ def select(scale: str, tables: set) -> list[Run]:
     known = set().union(*(run.tables for run in runs))
     unknown = sorted(map(str, tables - known))
     if unknown:
-        raise InputError(
-            f"there is no table `{unknown[0]}`",
-            where="command line",
-            remedy=f"give some of {', '.join(sorted(map(str, known)))}, or none",
-        )
+        remedy = f"give some of {', '.join(sorted(map(str, known)))}, or none"
+        raise InputError(f"there is no table `{unknown[0]}`", where="command line", remedy=remedy)
     return [run for run in runs if run.tables & (tables or known)]
 
 

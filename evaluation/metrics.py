@@ -159,11 +159,8 @@ class Answered:
     def _scores(self, name: str, field: str, count: int) -> Scores:
         line = _line(self.scores, name, self._scored)
         if len(line[field]) != count:
-            raise InputError(
-                f"`{field}` has {len(line[field])} scores for {count} texts",
-                where=self.scores.where(name),
-                remedy=AGAIN,
-            )
+            problem = f"`{field}` has {len(line[field])} scores for {count} texts"
+            raise InputError(problem, where=self.scores.where(name), remedy=AGAIN)
         return line
 
 

@@ -223,11 +223,8 @@ def main() -> None:
     options = parser.parse_args()
     table = options.table.removeprefix("table")
     if table not in TITLES:
-        raise InputError(
-            f"there is no table `{options.table}` to reproduce",
-            where="command line",
-            remedy=f"give one of {', '.join(TITLES)} (Table 3 is a human study)",
-        )
+        remedy = f"give one of {', '.join(TITLES)} (Table 3 is a human study)"
+        raise InputError(f"there is no table `{options.table}` to reproduce", where="command line", remedy=remedy)
     if options.dry_run:
         print("\n".join(f"plan: {line}" for line in plan(table, options.scale)))
         return

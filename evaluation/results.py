@@ -128,11 +128,9 @@ def read_result(path: Path, key: dict) -> dict | None:
         result = json.loads(path.read_text(encoding="utf-8"))
         return result if result["key"] == json.loads(json.dumps(key)) else None
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"this is no result ({type(error).__name__}: {error})",
-            where=str(path),
-            remedy="take it from git again, or delete it: the run is then done again",
-        ) from None
+        problem = f"this is not a result file ({type(error).__name__}: {error})"
+        remedy = "take it from git again, or delete it to repeat the run"
+        raise InputError(problem, where=str(path), remedy=remedy) from None
 
 
 def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:

@@ -94,10 +94,8 @@ def compare(
         left_out.update({f"{side}, verdicts: {reason}": count for reason, count in missing.items()})
     pairs = _pairs(sides, left_out)
     if not pairs:
-        raise InputError(
-            f"no prompt has verdicts on both models ({dict(+left_out)})",
-            remedy="run `python -m evaluation.judge` first",
-        )
+        problem = f"no prompt has verdicts on both models ({dict(+left_out)})"
+        raise InputError(problem, remedy="run `python -m evaluation.judge` first")
     means = np.array([[np.nanmean(one.scores, axis=(0, 1)) for one in pair] for pair in pairs.values()])
     # `means` is (prompts, sides, criteria). Rounded: equal averages of thirds differ in their last bits.
     difference = np.round(means[:, 0].mean(axis=1) - means[:, 1].mean(axis=1), 9)
@@ -226,35 +224,22 @@ def flags(facts: dict) -> list[str]:
     rho, share, again = facts["length_correlation"], facts["longer_wins"], facts["repeat_correlation"]
     found = []
     if common > MOST_COMMON:
-        found.append(
-            f"constant judge? {common:.0%} of the verdicts are the same four scores (threshold {MOST_COMMON:.0%})"
-        )
+        found.append(f"constant judge? {common:.0%} of the verdicts are equal (threshold {MOST_COMMON:.0%})")
     if ties is not None and ties > TIES:
         found.append(f"constant judge? {ties:.0%} of different answers tie (threshold {TIES:.0%})")
     if facts["verdicts"] >= ENOUGH and averages < DISTINCT:
-        found.append(
-            f"constant judge? {facts['verdicts']} verdicts have {averages} different averages (threshold {DISTINCT})"
-        )
+        found.append(f"constant judge? only {averages} different averages (threshold {DISTINCT})")
     if rho is not None and abs(rho) > LENGTH_CORRELATION and facts["length_correlation_p"] < SIGNIFICANCE:
-        found.append(
-            f"judge of length? score and length differ together, rank correlation {rho:.2f} "
-            f"(threshold {LENGTH_CORRELATION}): are {'longer' if rho > 0 else 'shorter'} answers better here?"
-        )
+        found.append(f"judge of length? score and length correlate by {rho:.2f} (threshold {LENGTH_CORRELATION})")
     if share is not None and abs(share - 0.5) > LONGER_WINS - 0.5 and facts["longer_wins_p"] < SIGNIFICANCE:
-        found.append(
-            f"judge of length? the longer answer wins {share:.0%} of what is decided "
-            f"(thresholds {1 - LONGER_WINS:.0%} and {LONGER_WINS:.0%})"
-        )
+        ends = f"{1 - LONGER_WINS:.0%} and {LONGER_WINS:.0%}"
+        found.append(f"judge of length? the longer answer wins {share:.0%} of the decided prompts (thresholds {ends})")
     if again is not None and again < AGREEMENT:
-        found.append(
-            f"random judge? its two verdicts on one answer correlate by {again:.2f} (threshold {AGREEMENT}), "
-            f"{facts['repeat_equal']:.0%} are equal"
-        )
+        equal = f"{facts['repeat_equal']:.0%} are equal"
+        found.append(f"random judge? repeated verdicts correlate by {again:.2f} (threshold {AGREEMENT}), {equal}")
     if facts["sign_test"] > SIGNIFICANCE:
-        found.append(
-            f"wins and losses are as even as tosses of a coin (sign test, p = {facts['sign_test']:.2g}, threshold "
-            f"{SIGNIFICANCE}): the models are equally good, the prompts too few, or the judge is random"
-        )
+        p = f"sign test, p = {facts['sign_test']:.2g}, threshold {SIGNIFICANCE}"
+        found.append(f"wins and losses look like coin tosses ({p}): equal models, too few prompts, or a random judge")
     return found
 
 

@@ -92,11 +92,8 @@ def read_draws(rows: Lines, path: Path, recipe: Recipe) -> tuple[Draws, dict[str
 
 
 def _not_its_plan(row: str, record: str) -> InputError:
-    return InputError(
-        f"the row does not fit the ranked file ({record})",
-        where=row,
-        remedy="put the ranked file back that the plan was made from, or run `bash run.sh` with another `run`",
-    )
+    remedy = "put the ranked file of the plan back, or run `bash run.sh` with another `run`"
+    return InputError(f"the row does not fit the ranked file ({record})", where=row, remedy=remedy)
 
 
 def add_rewards(rewards: Mapping[str, array], record: Ranked) -> None:

@@ -4,8 +4,8 @@ Reads   ratings un-blinded by `report.study`: (raters, prompts, models, criteria
 Writes  nothing itself: `report.study import` writes what is made here
 
 Intervals are percentile intervals of a bootstrap that resamples both raters and prompts (Owen 2007, "The pigeonhole
-bootstrap"): other raters may be stricter, and other prompts harder. A resample uses the same raters for all its prompts.
-Prompts are drawn within their data set. The difference of two models is taken within each resample, so what both share
+bootstrap"): other raters may be stricter, and other prompts harder. A resample has the same raters for all its prompts;
+prompts are drawn within their data set. The difference of two models is taken within each resample, so what both share
 cancels.
 """
 
@@ -223,9 +223,7 @@ def pictures(title: str, each: dict, paper: dict[str, dict]) -> list[Pictures]:
     caption += " Each picture has its own scale, not the marks' 1 to 5."
     return [
         Pictures(means, caption),
-        Pictures(
-            differences, "Differences: where the line includes zero, the study does not tell the two models apart."
-        ),
+        Pictures(differences, "Differences: if the line includes zero, the study does not separate the two models."),
     ]
 
 

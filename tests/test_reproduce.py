@@ -203,7 +203,7 @@ def test_a_damaged_result_is_named(scripts, text):
     reproduce.reproduce("8", "quickstart", "beta0.5")
     (run,) = (e for e in tables.needed("8", "quickstart") if e.name == "dpo-bt-beta0.5")
     run.path("quickstart").write_text(text)
-    with pytest.raises(InputError, match="dpo-bt-beta0.5.json: this is no result .*; take it from git again"):
+    with pytest.raises(InputError, match="dpo-bt-beta0.5.json: this is not a result file .*; take it from git again"):
         find(run, "quickstart")
 
 

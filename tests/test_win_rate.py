@@ -205,7 +205,11 @@ def test_a_constant_judge_is_exposed():
     result = judged_by(constant)
     assert "constant judge" in kinds(result)
     text = " ".join(result["flags"])
-    assert "are the same four scores" in text and "of different answers tie" in text and "2 different averages" in text
+    assert (
+        "of the verdicts are equal" in text
+        and "of different answers tie" in text
+        and "only 2 different averages" in text
+    )
     assert result["judge"]["most_common"] > 0.8 and result["judge"]["distinct_averages"] == 2
 
 
@@ -219,14 +223,14 @@ def test_a_length_loving_judge_is_exposed():
     result = judged_by(length_loving)
     assert "judge of length" in kinds(result) and "constant judge" not in kinds(result)
     assert result["judge"]["length_correlation"] > 0.8 and result["judge"]["longer_wins"] > 0.8
-    assert any("are longer answers better here?" in flag for flag in result["flags"])
+    assert any("score and length correlate by 0." in flag for flag in result["flags"])
 
 
 def test_a_random_judge_is_exposed():
     result = judged_by(dice)
     first, second = result["flags"]
-    assert first.startswith("random judge? its two verdicts on one answer correlate by ")
-    assert second.startswith("wins and losses are as even as tosses of a coin")
+    assert first.startswith("random judge? repeated verdicts correlate by ")
+    assert second.startswith("wins and losses look like coin tosses (")
     assert abs(result["judge"]["repeat_correlation"]) < 0.2
 
 
