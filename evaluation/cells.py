@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.intervals import percentile_interval
+from evaluation.intervals import with_interval
 
 COLUMNS = ("bleu", "reward", "rm_dpo", "rm_r_dpo")
 # Source of a column's per-prompt values: `figures` of the answers, or a set of pairs.
@@ -73,12 +73,7 @@ def summary(values: np.ndarray) -> dict:
     """Mean, interval and spread of (seeds, prompts) values."""
     mean = values.mean(axis=0)
     picks = resamples(len(mean))
-    found = {
-        "mean": round(float(mean.mean()), 4),
-        "interval": percentile_interval(mean[picks].mean(axis=1)),
-        "prompts": len(mean),
-        "seeds": len(values),
-    }
+    found = {**with_interval(mean.mean(), mean[picks].mean(axis=1)), "prompts": len(mean), "seeds": len(values)}
     if len(values) > 1:
         found["seed_standard_deviation"] = round(float(values.mean(axis=1).std(ddof=1)), 4)
     return found

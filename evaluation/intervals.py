@@ -1,7 +1,6 @@
-"""Means with intervals: the percentile bootstrap over prompts that every figure of the evaluation uses, and how they
-are written."""
+"""Means with intervals: the evaluation's percentile bootstrap over prompts, and the format of its figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,20 +17,21 @@ def few(count: int) -> str:
 def bootstrap(values: np.ndarray, samples: int, seed: int, statistic: Callable = np.mean) -> dict:
     """A statistic of (n, ...) values of n prompts, and its percentile bootstrap interval over the prompts.
 
-    `scipy.stats.bootstrap` refuses a single prompt, which a tried-out recipe has.
+    `scipy.stats.bootstrap` refuses a single prompt, which a small trial may have.
     """
     rng = np.random.default_rng(seed)
     drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(samples)]
-    return {"mean": round(float(statistic(values)), 4), "interval": percentile_interval(np.array(drawn))}
+    return with_interval(statistic(values), drawn)
 
 
-def percentile_interval(resampled: np.ndarray) -> list[float]:
-    """The middle 95 % of a statistic's values on resamples."""
-    return [round(float(value), 4) for value in np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+def with_interval(value: float, resampled: Sequence[float] | np.ndarray) -> dict:
+    """`mean`: a statistic; `interval`: the middle 95 % of its values on resamples."""
+    ends = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"mean": round(float(value), 4), "interval": [round(float(end), 4) for end in ends]}
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number for a table; a dash where there is none, and no sign before a zero."""
+    """A number for a table; a dash if there is none, and no sign before a zero."""
     if value is None:
         return "–"
     text = f"{value:.{digits}f}"
@@ -47,7 +47,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 def interval(entry: dict, digits: int = 3, write: Callable[[float, int], str] = figure) -> str:
     """`[low, high]`; `write` is `figure` or, for a difference, `signed`.
 
-    An end that rounds to zero keeps its sign, so that one sees whether the interval includes zero.
+    An end that rounds to zero keeps its sign, which shows whether the interval includes zero.
     """
     ends = ((end, write(end, digits)) for end in entry["interval"])
     return f"[{', '.join(f'-{text}' if end < 0 and float(text) == 0 else text for end, text in ends)}]"

@@ -10,7 +10,7 @@ order has no value there. Rewards have two points, before and after the training
 import numpy as np
 
 from evaluation.cells import Cell, resamples, summary
-from evaluation.intervals import percentile_interval
+from evaluation.intervals import with_interval
 
 PAIRED = ("rm_dpo", "rm_dpo_ranked", "reward_mean", "bleu_mean", "kl")
 MATCHED = {
@@ -99,11 +99,6 @@ def readings(found: Curve, wanted: np.ndarray) -> np.ndarray:
     return np.array([np.interp(w**0.5, x**0.5, y) for w, x, y in zip(wanted, kl.T, values.T, strict=True)])
 
 
-def with_interval(values: np.ndarray) -> dict:
-    """The first of `readings`, and the interval that the others give."""
-    return {"mean": round(float(values[0]), 4), "interval": percentile_interval(values[1:])}
-
-
 def read_at(found: Curve, wanted: np.ndarray, first: float | None = None) -> dict:
     """A figure at a KL with its interval.
 
@@ -115,7 +110,8 @@ def read_at(found: Curve, wanted: np.ndarray, first: float | None = None) -> dic
         `mean`, `interval`; `before_first_point` if the value is on the straight line from 0 to that point; `at_kl`
         if the curve ends before the wanted KL.
     """
-    entry = with_interval(readings(found, wanted))
+    value, *others = readings(found, wanted)
+    entry = with_interval(value, others)
     if first is not None and wanted[0] < first:
         entry["before_first_point"] = True
     end = float(resampled(found[0])[:, 0].max())
@@ -161,7 +157,8 @@ def difference_at_kl(one: Curve, other: Curve, figure: str | None = None) -> dic
         figure: of a curve of margins or accuracies: marks a value below the first measured point.
     """
     wanted = reached([one, other])
-    found = with_interval(readings(one, wanted) - readings(other, wanted)) | {"at_kl": round(float(wanted[0]), 4)}
+    value, *others = readings(one, wanted) - readings(other, wanted)
+    found = with_interval(value, others) | {"at_kl": round(float(wanted[0]), 4)}
     if figure is not None and wanted[0] < max(first_kl(one, figure), first_kl(other, figure)):
         found["before_first_point"] = True
     return found

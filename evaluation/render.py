@@ -1,6 +1,7 @@
 """How a table looks: Markdown, LaTeX, and a picture of margins against KL. evaluation.tables describes its fields."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def _signed(value: float | None) -> str:
     return "-" if value is None else signed(value)
 
 
-def measured(part: dict, names: list[str]) -> list[str]:
+def measured(part: dict, names: Iterable[str]) -> list[str]:
     """The columns in which a row has a figure of ours."""
     return [name for name in names if any("mean" in row["figures"].get(name, {}) for row in part["rows"])]
 

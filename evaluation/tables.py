@@ -4,6 +4,8 @@ evaluation.cells computes a row's figures, evaluation.matched compares rows, eva
 evaluation.reproduce writes the files.
 """
 
+from typing import Any
+
 from evaluation.cells import COLUMNS, Cell, cell_figures, same_prompts
 from evaluation.matched import against_baselines, differences, frontier, matched, within_ablation
 from evaluation.matrix import load_matrix, method_name, select
@@ -164,7 +166,7 @@ def assemble(
         `paired`, `matched`, `frontier`; `flags` on the paper's figures; `failed`: what is not in the table, and why.
     """
     missing = {evaluation.title: "not run yet" for evaluation, result in results if result is None}
-    found = {"title": TITLES[table], "scale": scale, "remarks": remarks(table, scale)}
+    found: dict[str, Any] = {"title": TITLES[table], "scale": scale, "remarks": remarks(table, scale)}
     found |= {"parts": [], "flags": [], "failed": {**missing, **failed}}
     if judged is not None:
         found["parts"] = [judged_part(scale, data, judged[data]) for data in judged]

@@ -211,7 +211,8 @@ def correlation(coefficient: Callable, x: np.ndarray, y: np.ndarray) -> tuple[fl
     """A coefficient of scipy.stats and its p-value; None for fewer than three pairs or a constant side."""
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None, None
-    return tuple(map(_round, coefficient(x, y)))
+    value, p = coefficient(x, y)
+    return _round(value), _round(p)
 
 
 def _round(value: float) -> float:

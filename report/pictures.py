@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.hashsalt": "hps",
     "svg.fonttype": "path",
     "font.size": 10,
@@ -91,7 +91,7 @@ def curve(title: str, series: Mapping[str, Points], stairs: bool = False) -> Dra
         window = 1
         for name, points in series.items():
             steps, values, window = (*points, 1) if stairs else thinned(*points)
-            style = {"drawstyle": "steps-mid"} if stairs else {}
+            style: dict[str, Any] = {"drawstyle": "steps-mid"} if stairs else {}
             marker = "." if len(steps) <= 50 else ""
             axis.plot(steps, values, label=named(name), marker=marker, markersize=3, **style)
         _over_steps(axis, title if window == 1 else f"{title}, means over {window} steps")
@@ -201,7 +201,7 @@ def forest(title: str, rows: list[tuple[str, dict]], zero: bool = True) -> Draw:
             if "paper" in entry:
                 inside = min(max(entry["paper"], left), right)
                 marker = "|" if inside == entry["paper"] else "<" if inside == left else ">"
-                style = {"markersize": 12, "markeredgewidth": 2} if marker == "|" else {"markersize": 6}
+                style: dict[str, Any] = {"markersize": 12, "markeredgewidth": 2} if marker == "|" else {"markersize": 6}
                 axis.plot(inside, place, marker, color="tab:red", clip_on=False, **style)
         axis.set_xlim(left, right)
         # Half a row above and below, however few rows there are.
@@ -229,7 +229,7 @@ def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:
     def draw(axis: Axes) -> None:
         for label, (xs, ys) in lines.items():
             colour, stroke = colours.index(traits[label][0]), strokes.index(traits[label][1])
-            style = {"color": f"C{colour % 10}", "marker": MARKERS[colour % len(MARKERS)]}
+            style: dict[str, Any] = {"color": f"C{colour % 10}", "marker": MARKERS[colour % len(MARKERS)]}
             style["linestyle"] = ("-", "--", ":", "-.")[(len(strokes) - 1 - stroke) % 4]
             axis.plot(xs, ys, label=named(label), markersize=3.5, linewidth=1.2, **style)
         axis.axhline(0, **ZERO)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from pipeline.records import read_jsonl
-from pipeline.run_records import LogLine, check_pair
+from pipeline.run_records import check_pair
 from report.draws import Draws
 from report.pictures import Picture, Pictures, before_after, curve, histogram, intervals, picture, sampled, scatter
 
@@ -23,7 +23,7 @@ PANELS = [
 ]
 
 
-def series(lines: list[LogLine], name: str) -> tuple[list[int], list[float]]:
+def series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of a figure, from the log lines that have it."""
     having = [line for line in lines if line.get(name) is not None]
     return [line["step"] for line in having], [float(line[name]) for line in having]

@@ -27,7 +27,7 @@ from typing_extensions import TypedDict
 from evaluation.judge import CRITERIA
 from hps.errors import InputError, run_main, shorten
 from pipeline.files import file_hash, write_atomic, write_json
-from pipeline.records import Number, Whole, canonical, check_storable, read_answers, read_json, typed
+from pipeline.records import Answers, Number, Whole, canonical, check_storable, read_answers, read_json, typed
 from report.page import render
 from report.study_figures import figures, results_page, table
 
@@ -50,7 +50,7 @@ class RatingsFile(TypedDict):
 
 
 Thing = TypeVar("Thing")
-Lines = dict[str, tuple[str, dict]]  # place and record of a file by `prompt_id`
+Lines = dict[str, tuple[str, Answers]]  # place and record of a file by `prompt_id`
 
 
 def _wrong_command(problem: str, remedy: str) -> InputError:
@@ -124,7 +124,7 @@ def _check_same_prompts(first: str, lines: Lines, other: str, others: Lines) -> 
             raise InputError(problem, where=where, remedy=remedy)
 
 
-def _spoken(record: dict) -> list[tuple[str, str]]:
+def _spoken(record: Answers) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in record["prompt"]]
 
 

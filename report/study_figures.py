@@ -14,7 +14,7 @@ import re
 
 import numpy as np
 
-from evaluation.intervals import estimate, figure, percentile_interval, signed
+from evaluation.intervals import estimate, figure, signed, with_interval
 from evaluation.paper import paper_marks
 from evaluation.render import markdown_table
 from report.page import render
@@ -72,10 +72,7 @@ def part(ratings: np.ndarray, sets: list[list[int]], key: dict) -> dict:
     means, drawn = values.mean(axis=(0, 1)), resampled_means(values, sets, RESAMPLES, key["seed"])
 
     def entries(mean: np.ndarray, resamples: np.ndarray) -> dict:
-        return {
-            name: {"mean": round(float(mean[place]), 4), "interval": percentile_interval(resamples[:, place])}
-            for place, name in enumerate(names)
-        }
+        return {name: with_interval(mean[place], resamples[:, place]) for place, name in enumerate(names)}
 
     models = list(enumerate(key["models"]))
     return {
