@@ -2,9 +2,8 @@
 
 Reads   configs/quickstart.yaml; every run is `bash run.sh configs/quickstart.yaml loss.family=... loss.preference=...`
         on a small ranking of its own, which `bash gene.sh` makes first
-Writes  runs/methods/ (candidates, ranking, a run folder for each method), anew; `--keep` goes on with what an earlier
-        call left, and shows the figures of what that had finished
-Run     .venv-train/bin/python benchmarks/methods.py [--keep] [--json FILE]
+Writes  runs/methods/ (candidates, ranking, a run folder for each method), in place of an earlier call's
+Run     .venv-train/bin/python benchmarks/methods.py [--json FILE]
 
 Columns: steps; responses that pass the model for each prompt and step; loss and margin of the implicit rewards, first
 and last step; seconds a step (median), and its ratio to dpo-bt of the same call.
@@ -31,9 +30,8 @@ def call(script: str, *settings: str) -> None:
     """Run a driver; its output is shown only if it fails."""
     done = subprocess.run(["bash", script, RECIPE, *settings], cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(
-            f"{script} {' '.join(settings)} ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        )
+        ended = f"{script} {' '.join(settings)} ended with {done.returncode}"
+        sys.exit(f"{ended}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
 
 def figures(settings: list[str]) -> dict:
@@ -59,11 +57,8 @@ def figures(settings: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--keep", action="store_true", help="go on with what an earlier call left")
-    arguments = parser.parse_args()
-    if not arguments.keep:
-        shutil.rmtree(REPOSITORY / FOLDER, ignore_errors=True)
+    arguments = options(__doc__).parse_args()
+    shutil.rmtree(REPOSITORY / FOLDER, ignore_errors=True)
     found: dict[str, dict] = {}
     about = machine()
     print(about, flush=True)

@@ -15,12 +15,13 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from measure import finish, machine, medians, options, show, timed
-from transformers import TrainerCallback
+from stages import peak_kb
 from trl import DPOTrainer
 
 from alignment.reference import add_reference
@@ -217,9 +218,7 @@ def print_peak(name: str) -> None:
     before = pages * resource.getpagesize() // 1024
     for _ in range(2):
         steps()
-    # Not `getrusage`: what that gives at first is the parent's.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    print(before, next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    print(before, peak_kb())
 
 
 def methods(times: int) -> dict:
@@ -243,47 +242,35 @@ def methods(times: int) -> dict:
     return {"seconds": seconds, "hps_over_bt": seconds["hps"] / seconds["bt"], "pl_over_hps_slope": slope}
 
 
-class Outside(TrainerCallback):
-    """Wall time of the steps of a real training, and of forward, backward and optimiser in them."""
+def loop(times: int) -> dict:
+    """`trainer.train()` itself: the share of a step that is neither forward, backward nor optimiser."""
+    trainer, calls = ours(examples_of(*SHAPES[0], 2, times + 2)).trainer, []
+    trainer.optimizer = None
+    trainer.create_optimizer()
 
-    def __init__(self):
-        self.steps, self.inside = [], []
-        self._last = None
+    def watch(owner, name: str) -> None:
+        function = getattr(owner, name)
 
-    def on_step_begin(self, *_, **__):
-        now = time.perf_counter()
-        if self._last is not None:
-            self.steps.append(now - self._last)
-        self._last = now
-        self.inside.append(0.0)
-
-    def watch(self, function):
         def watched(*args, **kwargs):
             start = time.perf_counter()
             result = function(*args, **kwargs)
-            self.inside[-1] += time.perf_counter() - start
+            calls.append((start, time.perf_counter() - start))
             return result
 
-        return watched
+        setattr(owner, name, watched)
 
-
-def loop(times: int) -> dict:
-    """`trainer.train()` itself: the share of a step that is neither forward, backward nor optimiser."""
-    trainer = ours(examples_of(*SHAPES[0], 2, times + 2)).trainer
-    trainer.optimizer = None
-    outside = Outside()
-    trainer.add_callback(outside)
-    trainer._log_probs = outside.watch(trainer._log_probs)  # the forward pass
-    trainer.accelerator.backward = outside.watch(trainer.accelerator.backward)
-    trainer.create_optimizer()
-    trainer.optimizer.step = outside.watch(trainer.optimizer.step)
+    watch(trainer, "_log_probs")  # the forward pass
+    watch(trainer.accelerator, "backward")
+    watch(trainer.optimizer, "step")
     with tempfile.TemporaryDirectory() as folder:
         trainer.args.output_dir, trainer.args.save_strategy = folder, "no"
         trainer.train()
-    shares = [1 - inside / step for step, inside in zip(outside.steps, outside.inside, strict=False)][1:]
-    share = statistics.median(shares)
+    steps = list(zip(*[iter(calls)] * 3, strict=True))  # three calls a step; the first step is left out
+    whole = [after[0][0] - step[0][0] for step, after in pairwise(steps)][1:]
+    inside = [sum(seconds for _, seconds in step) for step in steps[1:-1]]
+    share = statistics.median(1 - part / all_ for part, all_ in zip(inside, whole, strict=True))
     show("The training loop", ["", "share of a step"], [["outside forward, backward, optimiser", share]])
-    return {"share_outside": share, "steps": len(shares)}
+    return {"share_outside": share, "steps": len(whole)}
 
 
 PARTS = {"pairs": pairs, "lists": lists, "methods": methods, "loop": loop}
