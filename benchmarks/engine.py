@@ -27,7 +27,7 @@ def stage_rate(settings: list[str], generator) -> float:
     """Tokens a second of the stage, the engine's start left out."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(REPOSITORY / "configs/quickstart.yaml", [*settings, f"output={folder}"])
-        stage.Generator = lambda **_: generator  # the engine that stands already
+        stage.Generator = lambda **_: generator  # the engine that is loaded already
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             stage.generate(recipe)
@@ -64,25 +64,21 @@ def main() -> None:
     for split in ("train", "test"):
         data = getattr(recipe.data, split)
         for _, record in read_prompts(data.path, data.limit):
-            requests.append(
-                (f"{split}/{record['prompt_id']}", prompt_token_ids(tokenizer, record["prompt"]), data.responses)
-            )
+            ids = prompt_token_ids(tokenizer, record["prompt"])
+            requests.append((f"{split}/{record['prompt_id']}", ids, data.responses))
     generator = stage.Generator(
-        recipe.models.generator.model_dump(),
-        recipe.generation.model_dump(),
-        sorted(end_of_turn_ids(tokenizer)),
-        recipe.seed,
+        model=recipe.models.generator,
+        settings=recipe.generation,
+        stop_ids=end_of_turn_ids(tokenizer),
+        seed=recipe.seed,
     )
     figures: dict = {"machine": machine()}
     print(figures["machine"])
     rates: dict[str, list[float]] = {"bare engine": [], "generation stage": []}
     for turn in range(arguments.times + 1):
-        for name, rate in (
-            ("bare engine", bare_rate(requests, generator.engine)),
-            ("generation stage", stage_rate(SETTINGS, generator)),
-        ):
-            if turn:
-                rates[name].append(rate)
+        found = bare_rate(requests, generator.engine), stage_rate(SETTINGS, generator)
+        for values, rate in zip(rates.values(), found, strict=True):
+            values += [rate] if turn else []
     found = {name: statistics.median(values) for name, values in rates.items()}
     table = [[name, value, value / found["bare engine"]] for name, value in found.items()]
     samples = sum(count for _, _, count in requests)
