@@ -17,7 +17,7 @@ from itertools import product
 
 import torch
 
-from benchmarks.measure import finish, machine, options, show
+from benchmarks.measure import finish, options, show
 
 SETTINGS = ("", "GOMP_SPINCOUNT=10000", "OMP_WAIT_POLICY=PASSIVE")
 
@@ -71,7 +71,7 @@ def main() -> None:
     rows = [[*row, row[1] / row[2]] for row in rows]
     show("passes a second", ["setting", "alone", "beside a busy process", "times slower"], rows)
     figures = {name: {"alone": alone, "busy": busy, "times": times} for name, alone, busy, times in rows}
-    finish(arguments, {"machine": machine(), "settings": figures})
+    finish(arguments, {"settings": figures})
 
 
 if __name__ == "__main__":

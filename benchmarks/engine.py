@@ -2,9 +2,9 @@
 
 Run     .venv-infer/bin/python benchmarks/engine.py [--times N] [--json FILE]
 
-One vLLM engine, in turns: `generation.generate` whole (reading, hashing, queueing, writing every prompt to the disk,
-manifest), and the engine's own loop with all requests added at once. Samples differ from time to time, so what is
-compared is generated tokens a second; medians.
+One vLLM engine runs in turns the whole `generation.generate` (reading, hashing, queueing, writing every prompt to the
+disk, manifest) and its own loop with all requests added at once. Samples differ between runs, so the comparison is of
+generated tokens a second; medians.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 
-from measure import finish, machine, options, show
+from measure import finish, options, show
 
 from generation import generate as stage
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
@@ -72,8 +72,6 @@ def main() -> None:
         stop_ids=end_of_turn_ids(tokenizer),
         seed=recipe.seed,
     )
-    figures: dict = {"machine": machine()}
-    print(figures["machine"])
     rates: dict[str, list[float]] = {"bare engine": [], "generation stage": []}
     for turn in range(arguments.times + 1):
         found = bare_rate(requests, generator.engine), stage_rate(SETTINGS, generator)
@@ -83,7 +81,7 @@ def main() -> None:
     table = [[name, value, value / found["bare engine"]] for name, value in found.items()]
     samples = sum(count for _, _, count in requests)
     show(f"Generation, {len(requests)} prompts, {samples} samples", ["", "tokens / s", "of the bare engine"], table)
-    finish(arguments, {**figures, "tokens_per_second": found, "ratio": table[1][2]})
+    finish(arguments, {"tokens_per_second": found, "ratio": table[1][2]})
 
 
 if __name__ == "__main__":

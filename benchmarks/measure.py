@@ -66,6 +66,8 @@ def show(title: str, header: list[str], rows: list[list]) -> None:
 
 
 def finish(arguments: argparse.Namespace, figures: dict) -> None:
-    """Write the figures where `--json` asks for them."""
+    """Print the machine, and write it and the figures to the file of `--json`."""
+    figures = {"machine": machine(), **figures}
+    print(f"\n{figures['machine']}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

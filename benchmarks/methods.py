@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 
-from measure import finish, machine, options, show
+from measure import finish, options, show
 
 from hps.methods import methods
 from pipeline.recipe import REPOSITORY, load_recipe
@@ -60,8 +60,6 @@ def main() -> None:
     arguments = options(__doc__).parse_args()
     shutil.rmtree(REPOSITORY / FOLDER, ignore_errors=True)
     found: dict[str, dict] = {}
-    about = machine()
-    print(about, flush=True)
     call("gene.sh", *DATA)
     for family, preference in methods():
         settings = [*DATA, *STEPS, f"loss.family={family}", f"loss.preference={preference}"]
@@ -70,7 +68,7 @@ def main() -> None:
         row["times dpo-bt"] = row["s / step"] / found["dpo-bt"]["s / step"]
         print(f"{family}-{preference}: {row}", flush=True)
     show("Methods", ["", *row], [[name, *row.values()] for name, row in found.items()])
-    finish(arguments, {"machine": about, **found})
+    finish(arguments, found)
 
 
 if __name__ == "__main__":

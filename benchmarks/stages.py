@@ -1,10 +1,10 @@
-"""The stages as benchmarks/memory.py runs them: as they are, with real tokenizers and files, without models.
+"""The stages as benchmarks/memory.py runs them: unchanged, with real tokenizers and files, without models.
 
 Run     python benchmarks/stages.py NAME FOLDER --responses 100 --answers 5    # one stage; benchmarks/memory.py does it
 
-Stand-ins take the place of the models alone: a generator and a policy that answer with synthetic text, fixed scores,
-fixed log-probabilities. `training` is what training holds beside the model: the plan's rows, the reference's values,
-and one pass over the batches. The last line on the screen: seconds, seconds of the processor, and the process's peak
+Only the models are stand-ins: a generator and a policy that answer with synthetic text, fixed scores, fixed
+log-probabilities. `training` is everything in training except the model: the plan's rows, the reference's values, and
+one pass over the batches. The last line on the screen has the seconds, the processor's seconds, and the process's peak
 (the kernel's VmHWM).
 """
 
@@ -61,7 +61,7 @@ class Texts:
         for item in items:
             if item is not None:
                 seed = zlib.crc32(f"{item['key']} {item.get('adapter')}".encode())
-                words = 100 if "adapter" in item else 25  # five answers are to weigh as much as libraries' moods
+                words = 100 if "adapter" in item else 25  # five answers must outweigh the libraries' noise
                 texts = [text(seed + place, words) for place in range(item["count"])]
                 samples = [{"text": each, "tokens": 26, "truncated": False} for each in texts]
                 yield {"key": item["key"], "samples": samples}

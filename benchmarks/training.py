@@ -1,10 +1,10 @@
 """Training steps of ours and of TRL's, side by side on the small model: pairs, lists, HPS against BT, PL by n.
 
-Run     .venv-train/bin/python benchmarks/training.py [pairs] [lists] [methods] [loop] [--times N] [--json FILE]
+Run     .venv-train/bin/python benchmarks/training.py pairs lists methods loop [--times N] [--json FILE]
 
-Everything is compared in turns in one process: the same token ids, the same LoRA weights at first, the same settings of
-the optimiser; where two programs train the same, their losses must agree to 1e-4 in every step, or this ends with an
-error. Times are medians of at least five steps (collating, forward, backward, optimiser) behind one that is left out.
+Both sides take turns in one process with the same token ids, initial LoRA weights and optimiser settings. Where two
+programs train the same, their losses must agree to 1e-4 in every step, or this ends with an error. Times are medians of
+at least five steps (collating, forward, backward, optimiser); a first step is left out.
 """
 
 import random
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from measure import finish, machine, medians, options, show, timed
+from measure import finish, medians, options, show, timed
 from stages import peak_kb
 from trl import DPOTrainer
 
@@ -60,18 +60,9 @@ def examples_of(prompt: int, response: int, count: int, steps: int) -> list[dict
 
     for row in range(steps * PROMPTS):
         rewards = sorted((rng.gauss(0, 1) for _ in range(count)), reverse=True)
-        rows.append(
-            {
-                "row": row,
-                "prompt_ids": piece(prompt),
-                "response_ids": [piece(response) for _ in range(count)],
-                "rewards": rewards,
-                "weights": [[0.0] * (count - 1) + [1.0]],
-                "dispreferred_count": [count - 1],
-                "gamma": 0.0,
-                "cut": 0,
-            }
-        )
+        texts = {"prompt_ids": piece(prompt), "response_ids": [piece(response) for _ in range(count)]}
+        numbers = {"weights": [[0.0] * (count - 1) + [1.0]], "dispreferred_count": [count - 1], "gamma": 0.0, "cut": 0}
+        rows.append({"row": row, "rewards": rewards, **texts, **numbers})
     return rows
 
 
@@ -169,11 +160,8 @@ def pairs(times: int) -> dict:
         compare_losses(tasks)
         base = {name: seconds["TRL, in step" if "in step" in name else "TRL, precomputed"] for name in seconds}
         table = [[name, value, base[name] / value] for name, value in seconds.items()]
-        show(
-            f"Pairs, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step",
-            ["", "s / step", "times TRL"],
-            table,
-        )
+        title = f"Pairs, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step"
+        show(title, ["", "s / step", "times TRL"], table)
         found[f"{prompt}/{response}"] = {name: {"seconds": s, "times_trl": ratio} for name, s, ratio in table}
     return found
 
@@ -226,17 +214,14 @@ def methods(times: int) -> dict:
     prompt, response = SHAPES[0]
     rows = examples_of(prompt, response, 2, times + 1)
     tasks = {name: ours(rows, f"loss.preference={name}") for name in ("bt", "hps")}
-    for n in (4, 8, 16, 32):
+    sizes = [4, 8, 16, 32]
+    for n in sizes:
         many = examples_of(prompt, response, n, times + 1)
         tasks[f"pl, n = {n}"] = ours(many, "loss.preference=pl", f"loss.list_size={n}")
     seconds = medians(timed(tasks, times))
     table = [[name, value, value / seconds["hps"]] for name, value in seconds.items()]
-    show(
-        f"Methods, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step",
-        ["", "s / step", "times hps"],
-        table,
-    )
-    sizes = [4, 8, 16, 32]
+    title = f"Methods, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step"
+    show(title, ["", "s / step", "times hps"], table)
     slope, _ = statistics.linear_regression(sizes, [seconds[f"pl, n = {n}"] / seconds["hps"] for n in sizes])
     print(f"  hps / bt {seconds['hps'] / seconds['bt']:.3f}; pl / hps grows by {slope:.3f} for each response more")
     return {"seconds": seconds, "hps_over_bt": seconds["hps"] / seconds["bt"], "pl_over_hps_slope": slope}
@@ -281,16 +266,10 @@ def main() -> None:
         print_peak(sys.argv[2])
         return
     parser = options(__doc__)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--times", type=int, default=5, help="steps measured")
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(unknown)}")
-    figures: dict = {"machine": machine()}
-    print(figures["machine"])
-    for name in arguments.parts:
-        figures[name] = PARTS[name](arguments.times)
-    finish(arguments, figures)
+    finish(arguments, {name: PARTS[name](arguments.times) for name in arguments.parts})
 
 
 if __name__ == "__main__":
