@@ -23,7 +23,7 @@ PANELS = [
 
 
 def series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a figure, of the lines of a log that have it."""
+    """Steps and values of a figure, from the lines of the log that have it."""
     having = [line for line in lines if line.get(name) is not None]
     return [line["step"] for line in having], [float(line[name]) for line in having]
 
