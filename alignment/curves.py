@@ -1,14 +1,11 @@
 """Curves of a run's `log.jsonl`.
 
 Reads   `log.jsonl` (a line a step)
-Writes  a PNG: loss, margin and implicit rewards, accuracy, gamma (hps), log-probabilities, lengths
-Run     python -m alignment.curves runs/quickstart/dpo-hps/log.jsonl curves.png
+Writes  `curves.png`: loss, margin and implicit rewards, accuracy, gamma (hps), log-probabilities, lengths
 """
 
-import argparse
 from pathlib import Path
 
-from hps.errors import run_main
 from pipeline.records import read_jsonl
 from pipeline.run_records import check_log_line
 
@@ -52,15 +49,3 @@ def draw_curves(log: Path, target: Path) -> None:
             axis.legend(fontsize=8)
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("log", metavar="LOG", type=Path, help="log.jsonl of a run")
-    parser.add_argument("target", metavar="PNG", type=Path, help="the picture")
-    options = parser.parse_args()
-    draw_curves(options.log, options.target)
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -112,9 +112,8 @@ def files(samples: dict[str, dict]) -> dict[str, str]:
     made = {}
     for name, split in product(SETS, SPLITS):
         records = prompts(name, split)
-        made[f"{name}_{split}.jsonl"] = "".join(
-            map(json_line, sampled(records, samples) if split == "test" else records)
-        )
+        chosen = sampled(records, samples) if split == "test" else records
+        made[f"{name}_{split}.jsonl"] = "".join(map(json_line, chosen))
     return made
 
 

@@ -56,14 +56,3 @@ def test_field_that_no_line_has(write_lines, tmp_path, axes):
     draw_curves(write_lines(lines), tmp_path / "curves.png")
     assert [list(curve.get_xdata()) for axis in axes for curve in axis.get_lines()][0] == [1, 2]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-@pytest.mark.slow
-def test_command_line(write_lines, tmp_path, run_module):
-    path = write_lines([line(1), line(2)])
-    result = run_module("alignment.curves", path, tmp_path / "out.png")
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out.png").stat().st_size > 10_000
-    result = run_module("alignment.curves", tmp_path / "none.jsonl", tmp_path / "out2.png")
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {tmp_path / 'none.jsonl'}: ") and result.stderr.count("\n") == 1
