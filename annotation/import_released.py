@@ -24,7 +24,7 @@ from typing import Any
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from hps.chat import inert, load_tokenizer, special_tokens_in
+from hps.chat import encode, inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, run_main, shorten
 from pipeline.files import file_hash, json_line, write_lines
 from pipeline.identity import model_hash
@@ -42,7 +42,7 @@ from pipeline.records import (
     read_rows,
     refuse_misspelt,
 )
-from pipeline.responses import distinct, rank
+from pipeline.responses import candidates, distinct, rank
 from pipeline.stage import CLAIM, MANIFEST, Work, claim, hold, is_finished
 
 # How a chat template writes a turn: `start` role `between` content `end`; `begin` comes once, first.
@@ -130,22 +130,11 @@ def rank_row(
 
     def seen(text: str) -> tuple[int, ...]:
         """As a model sees it: the tokenizer may make one of two spellings."""
-        return tuple(_ids(tokenizer, inert(tokenizer, text)))
+        return tuple(encode(tokenizer, inert(tokenizer, text)))
 
     kept, ledger = distinct(row["prompt_id"], responses, refused, seen)
-    record = {
-        "prompt_id": row["prompt_id"],
-        "prompt": row["prompt"],
-        "responses": [response["text"] for response in kept],
-        "sources": [response["source"] for response in kept],
-        "token_counts": [len(_ids(tokenizer, response["text"])) for response in kept],
-        "truncated": [False] * len(kept),
-    }
-    return rank(record, [response["reward"] for response in kept]), ledger
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    kept = [{**each, "tokens": len(encode(tokenizer, each["text"])), "truncated": False} for each in kept]
+    return rank(candidates(row, kept), [response["reward"] for response in kept]), ledger
 
 
 PROMPTS, RESPONSES = "prompts with special tokens, kept", "responses with special tokens, kept"

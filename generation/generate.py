@@ -26,7 +26,7 @@ from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, load_prompts
 from pipeline.recipe import SPLITS, Generation, Model, Recipe
 from pipeline.records import Indexed, read_candidates, read_ledger
-from pipeline.responses import distinct
+from pipeline.responses import candidates, distinct
 from pipeline.stage import Work, is_finished, stage
 from pipeline.weights import ADAPTER, check_weights, refuse_pickles
 from pipeline.workers import run_workers
@@ -68,15 +68,7 @@ def assemble(
     ]
     sampled = [{**asdict(sample), "text": sample.text.strip(), "source": "generated"} for sample in samples]
     kept, ledger = distinct(record["prompt_id"], given + sampled, refused)
-    candidates = {
-        "prompt_id": record["prompt_id"],
-        "prompt": record["prompt"],
-        "responses": [response["text"] for response in kept],
-        "sources": [response["source"] for response in kept],
-        "token_counts": [response["tokens"] for response in kept],
-        "truncated": [response["truncated"] for response in kept],
-    }
-    return candidates, ledger
+    return candidates(record, kept), ledger
 
 
 class SplitWriter(Results):
@@ -114,11 +106,11 @@ class SplitWriter(Results):
         record = {**self.prompts[name], "responses": given}
         counts = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in given]
         refused = self._special if self._refuse_special else lambda text: []
-        candidates, dropped = assemble(record, samples, counts, refused)
-        if len(candidates["responses"]) < 2:
-            self.refuse(name, "fewer than two distinct responses", dropped, responses=candidates["responses"])
+        made, dropped = assemble(record, samples, counts, refused)
+        if len(made["responses"]) < 2:
+            self.refuse(name, "fewer than two distinct responses", dropped, responses=made["responses"])
         else:
-            self.add(candidates, dropped)
+            self.add(made, dropped)
 
     def _special(self, *texts: str) -> list[str]:
         return [token for text in texts for token in special_tokens_in(self._tokenizer, text)]
