@@ -252,7 +252,7 @@ class RunFiles(TrainerCallback):
         if not math.isfinite((logs or {}).get("grad_norm", 0.0)):
             first, last = (state.global_step - 1) * self._batch, min(state.global_step * self._batch, len(self._rows))
             places = self._rows.places(range(first, min(first + 4, last)))
-            rest = f" and the {last - first - 4} lines behind them" if last - first > 4 else ""
+            rest = f" and the {last - first - 4} lines after them" if last - first > 4 else ""
             raise not_finite("gradient's norm", state.global_step, places + rest)
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return

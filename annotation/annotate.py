@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from statistics import NormalDist, mean
 
@@ -115,23 +116,15 @@ def annotate(recipe: Recipe) -> None:
 
 def _annotate(recipe: Recipe, work: Work) -> None:
     check_fits("gene", recipe, "reward")
+    paths = {split: (recipe.ranked(split), recipe.ranked(split).with_suffix(".ledger.jsonl")) for split in SPLITS}
     with ExitStack() as opened:
-        results = {
-            split: opened.enter_context(Results(recipe.ranked(split), ledger_path(recipe, split))) for split in SPLITS
-        }
-        _score_all(recipe, results)
+        _score_all(recipe, {split: opened.enter_context(Results(*each)) for split, each in paths.items()})
     summary = {split: summarize(recipe.ranked(split)) for split in SPLITS}
     write_json(work.folder / "summary.json", summary)
     for split, figures in summary.items():
         print(f"annotation: {split}: {in_words(figures)}")
-    outputs = [path for split in SPLITS for path in (recipe.ranked(split), ledger_path(recipe, split))]
     inputs = [*(recipe.candidates(split) for split in SPLITS), *function_files(recipe.models.reward)]
-    work.finish([*outputs, work.folder / "summary.json"], inputs)
-
-
-def ledger_path(recipe: Recipe, split: str) -> Path:
-    """The file that lists prompts without a ranking."""
-    return recipe.ranked(split).with_name(f"{split}.ledger.jsonl")
+    work.finish([*chain.from_iterable(paths.values()), work.folder / "summary.json"], inputs)
 
 
 def _score_all(recipe: Recipe, results: dict[str, Results]) -> None:

@@ -209,7 +209,7 @@ def _import(file: str, recipe: Recipe, split: str, model: Model) -> Counter:
     write_lines(target, ranked())
     write_lines(target.with_suffix(".ledger.jsonl"), map(json_line, ledger))
     written = [recipe.ranked(name) for name in SPLITS if recipe.ranked(name).exists()]
-    outputs = [path for ranked in written for path in (ranked, ranked.with_suffix(".ledger.jsonl"))]
+    outputs = [*written, *(path.with_suffix(".ledger.jsonl") for path in written)]
     facts = {"file": file, "sha256": file_hash(file), **counts}
     Work(target.parent, recipe, settings).finish(outputs, imported={**before, split: facts})
     print(f"import: {file}: {_counted(counts)} -> {target}")

@@ -52,7 +52,7 @@ def recipe_of(folder: str, responses: int, answers: int, overrides: list[str]) -
 
 
 class Texts:
-    """In place of the engine, in process or in an actor."""
+    """Stand-in for the engine, in process or in an actor."""
 
     def __init__(self, **arguments: Any):
         pass
@@ -85,7 +85,7 @@ def generation(recipe: Recipe) -> Work:
 
 
 def fixed_scores() -> None:
-    """In place of the reward model: a score that depends on the response alone."""
+    """Stand-in for the reward model: a score that depends on the response alone."""
     from annotation import scorers
 
     class FixedScores(scorers.ScoreWorker):  # defined here, so that actors get the class itself, not its name
@@ -166,7 +166,7 @@ def scores(recipe: Recipe) -> Work:
 
 
 def fixed_policies() -> type:
-    """In place of the models of the evaluation: a token has -1 nat before training, a little more or less after."""
+    """Stand-in for the models of the evaluation: a token has -1 nat before training, a little more or less after."""
     from evaluation.held_out import HeldOut
     from hps.chat import load_tokenizer
 
@@ -224,7 +224,7 @@ def peak_kb() -> int:
 
 @dataclass
 class Stage:
-    """How a stage is run: environment, and settings of its own."""
+    """How a stage runs: its environment and its settings."""
 
     prepare: Callable[[Recipe], Work]
     environment: str = TRAIN

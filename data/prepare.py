@@ -146,7 +146,7 @@ def named(source: Source) -> str:
 
 
 def read_rows(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a JSON array or of JSON Lines; InputError: broken JSON (with its line), or a row that is no object."""
+    """Rows of a JSON array or of JSON Lines; InputError: broken JSON (with its line), or a row is not an object."""
     for number, (line, record) in enumerate(read_values(path), 1):
         row = Row(name, path, line, number, record)
         if not isinstance(record, dict):
