@@ -4,7 +4,7 @@
 #   bash evaluate.sh [RECIPE] [key=value ...] [--dry-run]
 #
 # RECIPE defaults to configs/quickstart.yaml. Run `bash run.sh` with the same arguments first. The model before training
-# answers once for all runs of a recipe. Interrupted, the same command continues.
+# answers once for all runs of a recipe. After an interruption the same command continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

@@ -3,8 +3,8 @@
 #
 #   bash gene.sh [RECIPE] [key=value ...] [--dry-run]
 #
-# RECIPE defaults to configs/quickstart.yaml. Killed at any moment, the same command continues. Several devices run as
-# actors of Ray; RAY_ADDRESS names a cluster.
+# RECIPE defaults to configs/quickstart.yaml. After a kill at any moment the same command continues. Several devices run
+# as actors of Ray; RAY_ADDRESS names a cluster.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

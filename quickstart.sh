@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole method on the embedded models and data, on a laptop without a GPU: candidates, ranking, alignment, and
-# what the aligned model answers to prompts that it never saw.
+# The whole method on the embedded models and data, on a laptop without a GPU: candidates, ranking, alignment, and the
+# aligned model's answers to prompts that it never saw.
 #
 #   bash quickstart.sh [key=value ...] [--dry-run]
 #
-# Takes minutes after the set-up. Interrupted, the same command continues; finished work is not repeated.
+# Takes minutes after the set-up. After an interruption the same command continues and repeats no finished work.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -13,7 +13,7 @@ RECIPE=configs/quickstart.yaml
 source ./environment.sh
 # ------------------
 
-# Both environments first, so that the time printed at the end is the method's alone.
+# Both environments first, so that the time printed at the end is only the method's.
 bash setup.sh infer
 bash setup.sh train
 start=$SECONDS

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A table of the paper with ours beside it: runs what is missing, writes results/<scale>/tableN.{json,md,tex,png,html}.
+# A table of the paper beside ours: does the missing runs, writes results/<scale>/tableN.{json,md,tex,png,html}.
 #
 #   bash reproduce.sh table2|table4|table5|table6|table7|table8|ablation [--scale quickstart|paper] [--dry-run]
 #
-# --scale quickstart (default): a 135M model on a CPU; paper: the paper's settings. Finished runs are found again by
-# their files in results/. A run that fails is listed, and the others go on. Interrupted, the same command continues.
+# --scale quickstart (default): a 135M model on a CPU; paper: the paper's settings. Finished runs are found by their
+# files in results/. A run that fails is listed, and the others go on. After an interruption the same command continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

@@ -3,8 +3,8 @@
 #
 #   bash run.sh [RECIPE] [key=value ...] [--dry-run]
 #
-# RECIPE defaults to configs/quickstart.yaml. Interrupted, the same command continues from the last checkpoint. With
-# several GPUs or a DeepSpeed file in the recipe, torchrun starts the training.
+# RECIPE defaults to configs/quickstart.yaml. After an interruption the same command continues from the last checkpoint.
+# With several GPUs or a DeepSpeed file in the recipe, torchrun starts the training.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

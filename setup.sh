@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds one of the two environments and the embedded models; returns at once when both exist.
+# Builds one of the two environments and the embedded models. Returns at once if both exist.
 #
 #   bash setup.sh infer|train [cpu|cuda]
 #   bash setup.sh browser
@@ -8,14 +8,14 @@
 #   train   .venv-train: TRL, DeepSpeed        requirements-train.txt, on the CPU requirements-train-cpu.txt
 #   browser Chromium or Chrome for the tests of the pages: finds one, or installs Debian's where it can
 #
-# The second argument defaults to that of the first time, and the first time to cuda where nvidia-smi runs, otherwise
-# cpu. On the CPU the environments take 4 GB and 2 GB and, on a fast network, three to five minutes each. An environment
-# is rebuilt when its requirement file or the repository's path changes, and after an interruption; pip's cache then
-# saves the downloads. Nothing needs to be activated. The settings below can be given in the environment.
+# The second argument defaults to the one of the first call; in the first call to cuda if nvidia-smi runs, else to cpu.
+# On the CPU the environments take 4 GB and 2 GB and, on a fast network, three to five minutes each. An environment is
+# rebuilt after an interruption and when its requirement file or the repository's path changes; pip's cache then saves
+# the downloads. Nothing needs to be activated. The settings below can be set in the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# First of all: macOS has a bash that cannot parse the rest of this file.
+# This comes first: the bash of macOS cannot parse the rest of this file.
 case "$(uname -s) $(uname -m)" in
     "Linux x86_64") ;;
     *)
@@ -28,16 +28,16 @@ esac
 # ---- settings ----
 # The interpreter to build from; if empty, the first of python3.11, python3.12, python3 that fits.
 PYTHON="${PYTHON:-}"
-# Used for torch alone, and only if pip's own sources lack the CPU build.
+# Used only for torch, and only if pip's configured sources lack the CPU build.
 TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
-# A ready-made flash-attn takes a minute. If it would compile for longer than this, PyTorch's sdpa takes its place.
+# A prebuilt flash-attn takes a minute. If compiling takes longer than this, PyTorch's sdpa is used instead.
 FLASH_ATTN_LIMIT="${FLASH_ATTN_LIMIT:-20m}"
 # ------------------
 
 main() {
     parse_arguments "$@"
     local stamp="$VENV/setup-stamp" environment project state
-    # Comments do not count. The path does: an environment copied with its clone would import from the old path.
+    # Comments do not count. The path does: an environment that is copied with its clone imports from the old path.
     environment="$({ echo "$PWD $DEVICE" && sed 's/ *#.*//; /^$/d' "$REQUIREMENTS"; } | sha256sum | cut -c1-64)"
     project="$(sha256sum <pyproject.toml | cut -c1-64)"
     if ! is_built "$stamp" "$environment $project"; then
@@ -86,7 +86,7 @@ parse_arguments() {
     [[ $# -le 2 ]] || die 2 "setup.sh: '$3' is one argument too many; usage: bash setup.sh infer|train [cpu|cuda]"
     DEVICE="${2:-}"
     CHOSEN="as asked"
-    # Keep the device of the first time: a login node without a driver must not replace what a GPU node uses.
+    # Keep the device of the first call: a login node without a driver must not replace a GPU node's environment.
     DEVICE_FILE="models/.device$VENV"
     if [[ -z "$DEVICE" && -f "$DEVICE_FILE" ]]; then
         DEVICE="$(<"$DEVICE_FILE")" CHOSEN="as the first time; bash setup.sh $1 cpu|cuda changes it"
@@ -152,7 +152,7 @@ install_cpu() { # the file is a complete lock: --no-deps
     local torch sources=()
     torch="$(grep -o '^torch==[^ ]*' "$REQUIREMENTS" || true)"
     if [[ -n "$torch" ]]; then
-        # An unreachable index costs seconds for every package, so it is used for this one alone.
+        # An unreachable index costs seconds for each package, so only this one uses it.
         if ! "$VENV/bin/python" -m pip install --dry-run --no-deps "$torch" >>"$VENV/setup.log" 2>&1; then
             say "pip's sources have no $torch: taking it from $TORCH_CPU_INDEX"
             sources=(--extra-index-url "$TORCH_CPU_INDEX")
@@ -178,13 +178,13 @@ install_flash_attn() { # after torch, which its build imports
         "$python" -c 'import flash_attn' >>"$log" 2>&1; then
         say "$1 installed"
     else
-        # transformers would choose one that is installed, even if it cannot be imported.
+        # transformers would choose an installed one even if it cannot be imported.
         "$python" -m pip uninstall -y flash-attn >>"$log" 2>&1
         say "$1 cannot be built or imported here: attention is PyTorch's sdpa (same results, slower on long sequences)"
     fi
 }
 
-install_project() { # with the environment's own setuptools: no isolated build, no network
+install_project() { # with the environment's setuptools: no isolated build, no network
     pip_install "this repository, editable" --no-deps --no-build-isolation --editable .
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and tests.
 #
-#   bash test.sh            what the repository does, with both drivers on the real engine
+#   bash test.sh            the repository's behaviour, with both drivers on the real engine
 #   bash test.sh fast       the quick subset
 #   bash test.sh full       faults, fuzzing and stress as well
 #
@@ -30,8 +30,8 @@ bash setup.sh train
 "$TRAIN" -m ruff check .
 "$TRAIN" -m ruff format --check .
 .venv-train/bin/shellcheck ./*.sh cluster/*.sbatch .ci/run
-# GPUs are hidden, because the tests of training are written for a CPU (bit-equality, fp32). One process per core, one
-# thread each, all tests of a file in one process.
+# GPUs are hidden because the training tests are written for a CPU (bit-equality, fp32). One process per core with one
+# thread; all tests of a file run in one process.
 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 "$TRAIN" -m pytest -m "not infer$only" --durations 10 \
     --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
 # Every test of the inference environment starts an engine or Ray, which use all cores: none is quick.

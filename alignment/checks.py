@@ -1,16 +1,18 @@
-"""What training needs beyond a valid recipe: modules for LoRA, a key for wandb. Looked at before a model loads."""
+"""Checks before a model loads: LoRA's target modules exist, and wandb has a key."""
 
 from hps.errors import InputError, refusal
 from pipeline.recipe import Recipe
 from pipeline.weights import UNUSABLE, load_config
+
+FIELD = "`lora.target_modules`"
 
 
 def try_lora(recipe: Recipe) -> None:
     """Try the recipe's LoRA on the policy's architecture, without weights.
 
     Raises:
-        InputError: an entry of `lora.target_modules` names no module (PEFT is content when one of several is found);
-            PEFT cannot adapt one, or it is the LM head, which TRL refuses.
+        InputError: an entry of `lora.target_modules` names no module (PEFT accepts it if another one is found), PEFT
+            cannot adapt one, or it is the LM head, which TRL refuses.
     """
     import torch
     from peft import LoraConfig, LoraModel
@@ -29,20 +31,17 @@ def try_lora(recipe: Recipe) -> None:
     remedy = f"give some of its linear layers: {', '.join(sorted(linear))}"
     for target in [] if targets == "all-linear" else targets:
         if not any(f".{name}".endswith(f".{target}") for name in parts):
-            problem = f"`lora.target_modules`: the policy has no module `{target}`"
-            raise InputError(problem, where=policy.path, remedy=remedy)
+            raise InputError(f"{FIELD}: the policy has no module `{target}`", where=policy.path, remedy=remedy)
     try:
         LoraModel(model, LoraConfig(r=recipe.lora.r, target_modules=targets), "default")
     except ValueError as error:
-        raise InputError(f"`lora.target_modules`: {str(error).splitlines()[0]}", where=policy.path) from None
+        raise InputError(f"{FIELD}: {str(error).splitlines()[0]}", where=policy.path) from None
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise InputError(
-            "`lora.target_modules`: the LM head cannot be adapted", where=policy.path, remedy="leave it out"
-        )
+        raise InputError(f"{FIELD}: the LM head cannot be adapted", where=policy.path, remedy="leave it out")
 
 
 def check_wandb(recipe: Recipe) -> None:
-    """Refuse `training.wandb` without a key for it; wandb itself would ask after the model has been loaded."""
+    """Refuse `training.wandb` without a key; wandb itself would only ask after the model has loaded."""
     if not recipe.training.wandb:
         return
     import wandb
@@ -51,9 +50,9 @@ def check_wandb(recipe: Recipe) -> None:
 
     try:
         settings = wandb.setup().settings
-    except ValueError as error:  # of a WANDB_... variable
+    except ValueError as error:  # a WANDB_... variable is wrong
         raise InputError(f"`training.wandb`: {error}", where="environment") from None
-    wandb.teardown()  # it would keep settings that the training has yet to make
+    wandb.teardown()  # it would keep these settings, and training changes them
     if settings.mode != "online":
         return
     try:

@@ -1,11 +1,11 @@
-"""Start training on the devices of this machine, alone or together with other machines.
+"""Start training on this machine's devices, alone or together with other machines.
 
-Reads   the recipe's `training.processes` (of each machine) and `training.deepspeed`; torchrun's `PET_NNODES`,
-        `PET_RDZV_ENDPOINT`, `PET_RDZV_ID` of the environment, on every machine the same (cluster/train.sbatch)
+Reads   the recipe's `training.processes` (of each machine) and `training.deepspeed`; torchrun's environment variables
+        `PET_NNODES`, `PET_RDZV_ENDPOINT`, `PET_RDZV_ID`, the same on every machine (cluster/train.sbatch)
 Run     python -m alignment.launch configs/hh_rlhf.yaml
 
-One process without DeepSpeed runs as it is; everything else is started by torchrun. (`accelerate launch` on a CPU
-applies no DeepSpeed settings and trains with plain DDP.)
+One process without DeepSpeed starts directly; torchrun starts everything else. (`accelerate launch` on a CPU ignores
+DeepSpeed settings and trains with plain DDP.)
 """
 
 import os
@@ -19,10 +19,10 @@ from pipeline.workers import accumulation_steps, node_count, process_count
 
 
 def torchrun(arguments: list[str]) -> None:
-    """Run torchrun here; a failed child ends this process with its exit status (2 for bad input), not with 1.
+    """Run torchrun. A failed child's exit status (2 for bad input) becomes ours, instead of torchrun's 1.
 
-    Ctrl-C, and the SIGTERM with which a cluster takes its nodes back, reach the processes through torchrun; they are
-    no error of the program.
+    Ctrl-C, and the SIGTERM with which a cluster takes its nodes back, reach the processes through torchrun. They are
+    not errors of the program.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -41,21 +41,21 @@ def torchrun(arguments: list[str]) -> None:
 def main() -> None:
     recipe, _ = parse(__doc__, dry_run=False)
     processes = process_count(recipe)
-    accumulation_steps(recipe, processes)  # one clear error here instead of one from every process
+    accumulation_steps(recipe, processes)  # one clear error here instead of one per process
     training = ["-m", "alignment.train", *sys.argv[1:]]
     import torch
 
-    # Without a launcher the trainer would take every GPU that it sees, by nn.DataParallel.
+    # Without a launcher the trainer would use every visible GPU through nn.DataParallel.
     if processes == 1 and not recipe.training.deepspeed and torch.cuda.device_count() <= 1:
         os.execv(sys.executable, [sys.executable, *training])
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     nodes = node_count()
-    if nodes > 1:  # the rest of the rendezvous torchrun takes from the environment
+    if nodes > 1:  # torchrun takes the rest of the rendezvous from the environment
         _check_shared(recipe)
         os.environ.setdefault("PET_RDZV_BACKEND", "c10d")
-    meeting = [] if nodes > 1 else ["--standalone"]
-    torchrun([*meeting, "--nproc_per_node", str(processes // nodes), *training])
+    rendezvous = [] if nodes > 1 else ["--standalone"]
+    torchrun([*rendezvous, "--nproc_per_node", str(processes // nodes), *training])
 
 
 def _check_shared(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""What a GPU has to hold in training, by formulas, for the dry run of run.sh.
+"""Memory of a GPU in training, by formulas, for the dry run of run.sh.
 
 Reads   the policy's `config.json` (its folder, or the hub's cache), else `configs/shapes/` for the paper's 8B policies
 
@@ -8,17 +8,16 @@ In bf16, with P weights of which T train, on G GPUs (docs/operations.md):
     gradients    2 T            ZeRO-2, 3: / G
     optimizer   12 T / G        fp32 copy and the two moments of AdamW
     reference    2 P            full fine-tuning with the reference in step; ZeRO-3, always in step: / G. With LoRA it
-                                is the policy, precomputed it is gone before the first step; SimPO has none
+                                is the policy; precomputed, it is freed before the first step; SimPO has none
     activations  2 L H t + w t  gradient checkpointing: inputs of L layers of width H for t tokens, and one layer's
                                 working set, w bytes a token (`layer_bytes`)
                  L w t          without gradient checkpointing
 
 t = prompts of one forward pass x responses of a prompt x `schedule.max_length`; responses that share their prompt have
-fewer tokens than that. DeepSpeed's own estimators
-(`estimate_zero2_model_states_mem_needs`, `..zero3..`) hold gradients in fp32 while the optimizer steps (activations
-are freed): 4 T / G more in ZeRO-2, 2 T / G in ZeRO-3 (in place of those in bf16), there also 4 bytes x largest layer.
-Left out: these, buffers of communication, the tiles of the fused LM head, fragmentation. These are estimates, not
-measurements.
+fewer tokens. DeepSpeed's estimators (`estimate_zero2_model_states_mem_needs`, `..zero3..`) keep gradients in fp32 while
+the optimizer steps (activations are freed then): 4 T / G more in ZeRO-2; in ZeRO-3 2 T / G more (instead of bf16) and 4
+bytes x the largest layer. The formulas leave these out, as well as communication buffers, the tiles of the fused LM
+head, and fragmentation. They are estimates, not measurements.
 """
 
 import warnings
@@ -35,7 +34,7 @@ SHAPES = {"RLHFlow/Llama3-SFT-v2.0-epoch3": "configs/shapes/llama-3-8b.json"}
 
 
 def responses_per_prompt(recipe: Recipe) -> int:
-    """The most responses of a prompt that pass the model in one step."""
+    """The largest number of a prompt's responses that pass the model in one step."""
     loss, schedule = recipe.loss, recipe.schedule
     given = GIVEN if recipe.generation.keep_given else 0
     whole = schedule.subsample or given + recipe.data.train.responses
@@ -49,12 +48,12 @@ def responses_per_prompt(recipe: Recipe) -> int:
 
 
 def count_weights(config, recipe: Recipe) -> tuple[int, int]:
-    """All weights of the policy and those that train; built without memory, LoRA as PEFT places it."""
+    """All weights of the policy, and those that train; built on the meta device, with LoRA where PEFT puts it."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is about to rename
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT calls a function that transformers will rename
         model = AutoModelForCausalLM.from_config(config)
         if recipe.lora.enabled:
             from peft import LoraConfig, get_peft_model
@@ -66,7 +65,7 @@ def count_weights(config, recipe: Recipe) -> tuple[int, int]:
 
 
 def states(weights: int, trainable: int, gpus: int, stage: int, reference: bool) -> dict[str, float]:
-    """Bytes on one GPU of weights, gradients, optimizer and frozen reference under ZeRO-`stage`."""
+    """Bytes on one GPU for weights, gradients, optimizer and frozen reference under ZeRO-`stage`."""
     part = {name: gpus if stage >= first else 1 for name, first in (("optimizer", 1), ("gradients", 2), ("weights", 3))}
     return {
         "weights": 2 * weights / part["weights"],
@@ -96,7 +95,7 @@ def activations(config, tokens: int, checkpointing: bool) -> float:
 
 
 def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
-    """Memory per GPU for ZeRO-1, 2, 3, a line each; one line that says why if the architecture is not known here."""
+    """Memory per GPU for ZeRO-1, 2, 3, a line each; one line with the reason if it cannot be estimated."""
     config, source = _architecture(recipe)
     if config is None:
         return [f"memory: not estimated, {source}"]
@@ -108,7 +107,7 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     tokens = schedule.device_batch * responses * schedule.max_length
     try:
         held = activations(config.get_text_config(), tokens, recipe.training.gradient_checkpointing)
-    except (AttributeError, TypeError):  # a size of `layer_bytes` that this configuration does not have
+    except (AttributeError, TypeError):  # this configuration lacks a size that `layer_bytes` needs
         return [f"memory: not estimated, the formulas are of Llama's layers, and this is {config.model_type}"]
     frozen_copy = not recipe.lora.enabled and FAMILIES[recipe.loss.family].reference
     chosen = deepspeed_stage(recipe)
@@ -126,7 +125,7 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
 
 
 def deepspeed_stage(recipe: Recipe) -> int | None:
-    """The ZeRO stage of the file that the recipe names.
+    """The ZeRO stage in the file that the recipe names.
 
     Raises:
         InputError: the file cannot be read, or it or its `zero_optimization` is not a JSON object.
@@ -141,7 +140,7 @@ def deepspeed_stage(recipe: Recipe) -> int | None:
 
 
 def _architecture(recipe: Recipe):
-    """The policy's configuration and where it is from, or None and why not. Nothing is asked of the network."""
+    """The policy's configuration and its source, or None and the reason. Does not use the network."""
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
@@ -149,7 +148,7 @@ def _architecture(recipe: Recipe):
     source = f"config.json of {model.path}"
     if Path(model.path).is_dir():
         folder = Path(model.path)
-    # Not `from_pretrained(name, local_files_only=True)`: huggingface_hub 1 asks the hub for a list of user agents then.
+    # Not `from_pretrained(name, local_files_only=True)`: huggingface_hub 1 then asks the hub for a list of user agents.
     elif isinstance(cached := try_to_load_from_cache(model.path, "config.json", revision=model.revision), str):
         folder = Path(cached).parent
     elif model.path in SHAPES:

@@ -1,11 +1,11 @@
-"""Write the policy with the adapter in its weights, when the recipe asks for it.
+"""Write the policy with the adapter merged into its weights, if the recipe asks for it.
 
 Reads   `<output>/<run>/checkpoint` (adapter)
 Writes  `<output>/<run>/merged/`: an ordinary checkpoint, `manifest.json`
 Run     python -m alignment.merge configs/quickstart.yaml training.merge=true
 
-A step of its own, because under DeepSpeed ZeRO-3 the training processes cannot load a whole model. The folder appears
-whole, under its name, when everything in it is written.
+This is a separate step because under DeepSpeed ZeRO-3 the training processes cannot load a whole model. The folder gets
+its name when everything in it is written.
 """
 
 from pathlib import Path
@@ -23,17 +23,16 @@ from pipeline.stage import CLAIM, begin, hold, require_finished
 from pipeline.weights import check_weights, load_adapter, load_weights
 
 PROBE = [{"role": "user", "content": "Name three things that float, two that sink, and say why in a sentence each."}]
-# Of a log-probability, in nats: what adding the adapter to the weights may change by float32's rounding, and what share
-# of the adapter's own effect.
+# How much merging may change a log-probability: float32's rounding, in nats, and a share of the adapter's effect.
 ROUNDING, SHARE = 1e-3, 1e-2
 
 
 def merge(recipe: Recipe) -> None:
-    """Run the stage; see the module's docstring. Nothing to do without `training.merge`, or when it is done.
+    """Run the stage; see the module's docstring. Does nothing without `training.merge`, or if it is done.
 
     Raises:
-        InputError: the run is not finished, another process works in its folder, or the merged weights that stand there
-            are those of another checkpoint.
+        InputError: the run is not finished, another process works in its folder, or the existing merged weights are
+            those of another checkpoint.
     """
     run = recipe.run_folder()
     if not recipe.training.merge or not recipe.lora.enabled:
@@ -62,10 +61,10 @@ def _merge(recipe: Recipe, checkpoint: Path, partial: Path, settings: dict) -> N
 
 
 def merged_model(recipe: Recipe, checkpoint: Path, tokenizer):
-    """The policy with the adapter in its weights, in float32.
+    """The policy with the adapter merged into its weights, in float32.
 
     Raises:
-        InputError: it is another model than the policy with its adapter.
+        InputError: the merged model differs from the policy with its adapter.
     """
     adapted = load_adapter(load_weights(AutoModelForCausalLM, recipe.models.policy, dtype=torch.float32), checkpoint)
     ids = torch.tensor([prompt_token_ids(tokenizer, PROBE)])

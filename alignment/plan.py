@@ -1,4 +1,4 @@
-"""Decide what every training step trains on, before the first one.
+"""Decide, before training starts, what every step trains on.
 
 Reads   `<output>/ranked/train.jsonl` (ranked)
 Writes  `<output>/<run>/plan.jsonl`, a line for each row in training order: `step`, `epoch`, `gamma`, `prompt_id`,
@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from hps.errors import InputError, naming, run_main
+from hps.errors import InputError, naming
 from hps.planning import Plan
 from hps.settings import Schedule, stages_without_steps
-from pipeline.cli import counted, parse
+from pipeline.cli import counted, run_stage
 from pipeline.files import file_hash, write_json, write_lines
 from pipeline.identity import check_model, model_hash
 from pipeline.recipe import Recipe
@@ -28,7 +28,7 @@ from pipeline.stage import CLAIM, claim, hold, require_finished
 
 
 def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
-    """The plan on the screen."""
+    """Print the plan."""
     equal = facts["responses_equal_to_the_preferred"]
     print(
         f"plan: {facts['prompts']} prompts, left out: {counted(facts['left_out'])}"
@@ -48,7 +48,7 @@ def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
 
 
 def run_settings(recipe: Recipe) -> dict:
-    """What decides a run's checkpoint; a change of any of it needs another `run` or `output`."""
+    """Everything that decides a run's checkpoint. Any change needs another `run` or `output`."""
     sections = ("loss", "schedule", "lora", "optimizer")
     return {
         **{name: getattr(recipe, name).model_dump() for name in sections},
@@ -69,7 +69,7 @@ def plan(recipe: Recipe) -> None:
             remedy="run `bash gene.sh` with this recipe first",
         )
     ranking = recipe.ranked("train").parent
-    # A ranked file that was put there by hand has neither claim nor manifest.
+    # A ranked file that the user put there has neither claim nor manifest.
     if (ranking / CLAIM).exists():
         require_finished(ranking, "the ranking is", "bash gene.sh")
     records = ranked_prompts(recipe)
@@ -97,12 +97,12 @@ def ranked_prompts(recipe: Recipe) -> Indexed:
 
 
 def _write_once(path: Path, lines: Iterator[str]) -> None:
-    """Write the plan, or check that the existing one is the same: training may be half way through it."""
+    """Write the plan, or check that an existing one is the same: training may be halfway through it."""
     if not path.exists():
         write_lines(path, lines)
         return
     with path.open(encoding="utf-8") as existing:
-        # Go on to the last line: the facts are about the whole plan.
+        # Read to the last line: the facts are about the whole plan.
         differ = sum(made != line for made, line in zip_longest(lines, existing))
     if differ:
         raise InputError(
@@ -113,7 +113,7 @@ def _write_once(path: Path, lines: Iterator[str]) -> None:
 
 
 def read_plan(recipe: Recipe) -> Lines:
-    """The plan's rows, checked against the ranked file that it was made from."""
+    """The plan's rows; the ranked file must be the one that the plan was made from."""
     path = recipe.run_folder() / "plan.jsonl"
     rows = Lines(path, check_plan_row)
     facts = read_json(path.with_suffix(".json"), "run `bash run.sh` from its beginning")
@@ -124,10 +124,5 @@ def read_plan(recipe: Recipe) -> Lines:
     return rows
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
-    plan(recipe)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(plan, __doc__)

@@ -1,11 +1,11 @@
-"""Keep the reference's log-probabilities on the disk, for a continued training and for later runs.
+"""Keep the reference's log-probabilities on disk, for a continued training and for later runs.
 
-Writes  `<output>/reference/<key>/<run>-<process>.jsonl`, a line a micro-batch: `batch`, hash of its token ids, and
-        `log_probs`, of its responses in their order, nats
+Writes  `<output>/reference/<key>/<run>-<process>.jsonl`, a line a micro-batch: `batch`, the hash of its token ids, and
+        `log_probs`, those of its responses in order, nats
 
-The folder's name is a hash of the model and of how it computes, so that a stale value cannot be read. Later runs into
-the same output with the same micro-batches find them. Every file has one writer, the run of its name. Called by
-alignment.train.
+The folder's name is a hash of the model and of how it computes, so a stale value cannot be read. Later runs with the
+same output and the same micro-batches find the values. Each file has one writer, the run that it is named after.
+alignment.train calls this module.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from pipeline.recipe import Recipe
 
 
 def cache_folder(recipe: Recipe, trainer: HPSTrainer) -> Path:
-    """The folder of this model and of everything beside the token ids that decides the last bits."""
+    """The folder for this model and everything except the token ids that decides the last bits."""
     how = {"model": model_hash(recipe.models.policy), **computation(trainer)}
     key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
     return Path(recipe.output) / "reference" / key
 
 
 def known_values(folder: Path) -> Iterator[tuple[str, list[float]]]:
-    """`(batch_key, log-probabilities)` of the lines that are whole; what others were to say is computed again."""
+    """`(batch_key, log-probabilities)` of the complete lines; the others are computed again."""
     for path in sorted(folder.glob("*.jsonl")):
         with path.open("rb") as file:
             for line in file:
@@ -49,7 +49,7 @@ def known_values(folder: Path) -> Iterator[tuple[str, list[float]]]:
 
 
 def why_in_step(recipe: Recipe, trainer: HPSTrainer) -> str | None:
-    """Why the reference is computed in every step, or None."""
+    """Why the reference is computed in every step; None if it is not."""
     if recipe.training.reference == "in_step":
         return "`training.reference` is in_step"
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
@@ -58,9 +58,9 @@ def why_in_step(recipe: Recipe, trainer: HPSTrainer) -> str | None:
 
 
 def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
-    """Give every row of the trainer its `reference`: read what is known, compute and write the rest.
+    """Give every row of the trainer its `reference`: read the known values, compute and write the rest.
 
-    The processes share the micro-batches. A kill loses the one that is running; the same command goes on and ends with
+    The processes share the micro-batches. A kill loses only the current one; the same command continues and ends with
     the same bits.
 
     Raises:
@@ -74,8 +74,8 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
         return
     size = trainer.args.per_device_train_batch_size
     values, folder = unknown_values(trainer.rows, size, trainer.accelerator), cache_folder(recipe, trainer)
-    # One process reads, and values go from process to process: files may be another run's that grow meanwhile, on
-    # another node, or not yet visible there.
+    # One process reads and sends the values to the others: another run's files may grow meanwhile, and another node
+    # may not see them yet.
     if trainer.accelerator.is_main_process:
         values.add(known_values(folder))
     (values.known,) = broadcast_object_list([values.known])
@@ -90,7 +90,7 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
 def _compute(
     recipe: Recipe, trainer: HPSTrainer, values: Values, todo: list[int], folder: Path
 ) -> list[tuple[str, array]]:
-    """This process's share of what is to be done, each micro-batch on the disk when it is done: keys, nats."""
+    """Compute this process's share of the micro-batches, writing each to disk: keys and log-probabilities in nats."""
     if not todo:
         return []
     state, computed = trainer.accelerator, []

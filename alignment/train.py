@@ -11,7 +11,6 @@ same weights, bit by bit, as one that was not interrupted.
 """
 
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -26,23 +25,25 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig
 
 from alignment.checks import check_wandb, try_lora
 from alignment.plan import ranked_prompts, read_plan, run_settings
 from alignment.reference import add_reference
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
-from hps.errors import InputError, naming, run_main, shorten
+from hps.errors import InputError, naming, run_main
 from hps.planning import weights_of
 from hps.shared_prefix import prove
 from hps.trainer import HPSTrainer, PlanCollator, not_finite
 from pipeline.cli import parse
-from pipeline.files import file_hash, write_atomic
+from pipeline.files import Appender, file_hash, json_line, whole_folder, write_lines
 from pipeline.identity import check_model
 from pipeline.models import check_fits
 from pipeline.recipe import Recipe
-from pipeline.records import parse_json
+from pipeline.records import read_jsonl
+from pipeline.run_records import check_log_line
 from pipeline.stage import CLAIM, Work, begin, hold
 from pipeline.weights import load_config, load_weights
 from pipeline.workers import accumulation_steps
@@ -51,11 +52,11 @@ COMPLETE = "complete"  # a checkpoint's last file
 
 
 class TokenRows(Sequence[dict]):
-    """The plan's rows as token ids, in training order, each made when it is asked for.
+    """The plan's rows as token ids, in training order. A row is made each time it is read.
 
-    Every row is made once at the beginning, so that a bad one is found before a model loads. `cut` are the responses of
-    the plan that lose their end to `schedule.max_length`; `equal` are the rows in which a dispreferred response is the
-    same tokens as the preferred one, by that cut or by what the tokenizer makes of the texts.
+    Every row is made once at the start, so a bad one is found before a model loads. `cut` counts the responses that
+    `schedule.max_length` shortens. `equal` counts the rows in which a dispreferred response has the same tokens as the
+    preferred one, because of that cut or of the tokenizer.
 
     Raises:
         InputError: a prompt leaves no room for a response within `schedule.max_length`, or a response is empty.
@@ -76,7 +77,7 @@ class TokenRows(Sequence[dict]):
         row = self._plan[index]
         record = self._ranked[row["prompt_id"]]
         terms = [row, row["second"]] if "second" in row else [row]
-        # y_1, with Appendix E y_2, then whatever else a term holds, by reward: each response passes the model once.
+        # y_1, with Appendix E y_2, then the terms' other responses by reward: each response passes the model once.
         first = [term["preferred"] for term in terms]
         members = [*first, *sorted({index for term in terms for index in term["dispreferred"]} - set(first))]
         with naming(self._ranked.where(row["prompt_id"])):
@@ -108,8 +109,8 @@ class TokenRows(Sequence[dict]):
         prompt = prompt_token_ids(self._tokenizer, record["prompt"])
         if len(prompt) >= self._limit:
             raise InputError(
-                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: nothing of a response "
-                "is left",
+                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: no room is left for a "
+                "response",
                 remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
             )
         texts, truncated = record["responses"], record["truncated"]
@@ -122,7 +123,7 @@ class TokenRows(Sequence[dict]):
 
 
 def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -> DPOConfig:
-    """The parent's settings for this recipe; the global batch is the recipe's whatever the number of processes.
+    """The parent's settings for this recipe. The global batch is the recipe's on any number of processes.
 
     Args:
         bf16: compute in it; None: on CUDA.
@@ -167,10 +168,9 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
 
 
 def attention(recipe: Recipe) -> str | None:
-    """The attention implementation: as the recipe says.
+    """The attention implementation that the recipe names.
 
-    `auto`: sdpa, or eager where the class has none, if prompts are shared (the mask needs one of them),
-    else flash attention where installed.
+    `auto` is sdpa (or eager) if prompts are shared, because the mask needs it, else flash attention where installed.
     """
     if recipe.training.attention != "auto":
         return recipe.training.attention
@@ -179,11 +179,11 @@ def attention(recipe: Recipe) -> str | None:
 
 
 def load_policy(recipe: Recipe, bf16: bool | None = None):
-    """The policy before training, which is also the reference, without its own dropout: s must be 0 at the start.
+    """The policy before training, which is also the reference, without dropout: s must be 0 at the start.
 
     Full fine-tuning keeps its weights in fp32 even where it computes in bf16, because a learning rate of 5e-7 moves few
-    weights by more than bf16's rounding. DeepSpeed's bf16 trains in bf16 and keeps them as the optimizer's copy. The
-    frozen copy is loaded and cast in the same way: with other roundings s would not be 0 before anything is learnt.
+    weights by more than bf16's rounding. DeepSpeed's bf16 trains in bf16 and keeps fp32 as the optimizer's copy. The
+    frozen copy is loaded and cast the same way: with other roundings s would not start at 0.
 
     Args:
         bf16: training computes in it (`DPOConfig.bf16`); None: on CUDA.
@@ -228,11 +228,11 @@ def lora_config(recipe: Recipe):
 
 
 class RunFiles(TrainerCallback):
-    """Marks complete checkpoints and keeps `log.jsonl`, a line a step, with the rate of training.
+    """Marks complete checkpoints and writes `log.jsonl`, a line a step, with the rate of training.
 
     Raises:
-        InputError: a gradient is not finite (the loss is checked by the trainer); before anything of the step is
-            written, and on every process, since the norm is that of all of them.
+        InputError: a gradient is not finite (the trainer checks the loss). Raised before the step is logged, and on
+            every process, since the norm is over all of them.
     """
 
     def __init__(self, folder: Path, rows: TokenRows, global_batch: int):
@@ -243,16 +243,15 @@ class RunFiles(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self._clock = time.monotonic()
-        if state.is_world_process_zero:  # lines of steps that are to be done again go
-            lines = logged(self.path, state.global_step)
-            self._tokens = lines[-1]["num_tokens"] if lines else 0.0
-            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._tokens = tokens_before(state)
+        if state.is_world_process_zero:  # remove lines of steps that will be repeated
+            write_lines(self.path, map(json_line, logged(self.path, state.global_step)))
 
     def on_log(self, args, state, control, logs=None, **_):
         if not math.isfinite((logs or {}).get("grad_norm", 0.0)):
             first, last = (state.global_step - 1) * self._batch, min(state.global_step * self._batch, len(self._rows))
             places = self._rows.places(range(first, min(first + 4, last)))
-            rest = f" and the {last - first - 4} lines behind them" if last - first > 4 else ""
+            rest = f" and the {last - first - 4} lines after them" if last - first > 4 else ""
             raise not_finite("gradient's norm", state.global_step, places + rest)
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
@@ -260,13 +259,10 @@ class RunFiles(TrainerCallback):
         seconds = now - self._clock
         rate = (tokens - self._tokens) / max(seconds, 1e-9)
         self._tokens, self._clock = tokens, now
-        line = {
-            "step": state.global_step,
-            **{k: _number(v) for k, v in logs.items()},
-            "tokens_per_second": round(rate, 1),
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        figures = {name: _number(value) for name, value in logs.items()}
+        line = {"step": state.global_step, **figures, "tokens_per_second": round(rate, 1)}
+        with Appender(self.path) as file:
+            file.append(line)
         print(step_line(line, state.max_steps, seconds), flush=True)
 
     def on_save(self, args, state, control, **_):
@@ -294,31 +290,28 @@ def step_line(line: dict, steps: int, seconds: float) -> str:
 
 
 def evaluation_steps(steps: int, points: int) -> list[int]:
-    """Steps, evenly spread and short of the last one, after which the policy is kept for the evaluation."""
+    """Evenly spread steps before the last one, after which the policy is kept for the evaluation."""
     return sorted({round(steps * point / (points + 1)) for point in range(1, points + 1)} - {0, steps})
 
 
 def logged(path: Path, last: int) -> list[dict]:
-    """The lines of `log.jsonl` up to a step, without one that a kill left half written (it has no newline)."""
-    raw = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    lines = [parse_json(line, path, number) for number, line in enumerate(raw, 1)]
-    for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int) or "num_tokens" not in line:
-            raise InputError(
-                f"a line of the log without `step` and `num_tokens`: {shorten(line)}",
-                where=f"{path}:{number}",
-                remedy="delete the run's folder and train again, or put the old line back",
-            )
-    return [line for line in lines if line["step"] <= last]
+    """The lines of `log.jsonl` up to a step; a line that a kill left half written is cut off."""
+    Appender(path).close()
+    return [line for _, line in read_jsonl(path, check_log_line) if line["step"] <= last]
+
+
+def tokens_before(state: TrainerState) -> float:
+    """Tokens that passed the policy up to a checkpoint; 0 at the start."""
+    return state.log_history[-1]["num_tokens"] if state.log_history else 0.0
 
 
 def _number(value):
-    """JSON has no NaN: write it as text, so that it is seen and not lost."""
-    return value if not isinstance(value, float) or value - value == 0 else str(value)
+    """JSON has no NaN: write it as text, so that it stays visible."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def last_checkpoint(steps: Path) -> str | None:
-    """The newest complete checkpoint; ones that a kill left half written are removed."""
+    """The newest complete checkpoint. Half-written ones, left by a kill, are removed."""
     complete = {}
     for folder in steps.glob("checkpoint-*"):
         if (folder / COMPLETE).exists():
@@ -329,26 +322,21 @@ def last_checkpoint(steps: Path) -> str | None:
 
 
 def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
-    """Save adapter (or weights) and tokenizer under a temporary name, then rename. Every process takes part."""
-    partial = target.with_name(f".{target.name}.partial")
+    """Save adapter (or weights) and tokenizer as a `whole_folder`. Every process takes part."""
     state = PartialState()
-    if state.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        target.parent.mkdir(exist_ok=True)
-    state.wait_for_everyone()
-    trainer.save_model(str(partial))  # ZeRO-3 gathers the shards of all processes here
-    state.wait_for_everyone()
-    if state.is_main_process:
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the manifest says what this is
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(partial, target)
+    with whole_folder(target) if state.is_main_process else nullcontext() as partial:
+        (folder,) = broadcast_object_list([partial])
+        trainer.save_model(str(folder))  # ZeRO-3 gathers the shards of all processes here
+        state.wait_for_everyone()
+        if partial:
+            tokenizer.save_pretrained(partial)
+            (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the manifest says what this is
     state.wait_for_everyone()
 
 
 def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     """The trainer on the plan's rows; without the reference's log-probabilities (`alignment.reference`)."""
-    # `setdefault`: a user's own settings win. The id makes a continued run go on in the same record.
+    # `setdefault`: a user's own settings win. The id lets a continued run extend the same record.
     os.environ.setdefault("WANDB_PROJECT", "hps")
     os.environ.setdefault("WANDB_RUN_ID", file_hash(recipe.run_folder() / CLAIM)[:16])
     os.environ.setdefault("WANDB_RESUME", "allow")
@@ -384,9 +372,9 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
 def leave_out_shared_memory_op() -> None:
     """Keep DeepSpeed from compiling a C++ extension when it starts on a CPU; its collectives are gloo's either way.
 
-    The extension (`deepspeed_shm_comm`) serves inference. It is compiled at the first start, for minutes and without a
-    word, and a process that is killed meanwhile leaves a lock in torch's cache at which every later start waits for
-    ever. Where DeepSpeed holds an extension for incompatible it does without; tests/test_distributed.py pins that.
+    The extension (`deepspeed_shm_comm`) serves inference. The first start compiles it silently for minutes. A process
+    that is killed meanwhile leaves a lock in torch's cache, and every later start waits for it for ever. DeepSpeed does
+    without an extension that it takes for incompatible; tests/test_distributed.py pins that.
     """
     import deepspeed
 
@@ -394,10 +382,10 @@ def leave_out_shared_memory_op() -> None:
 
 
 def check_shared(folder: Path, state: PartialState) -> None:
-    """Refuse a folder that is not one and the same for all processes.
+    """Refuse a folder that the processes do not share.
 
-    Nodes with a plan each, on disks of their own, would train; but every node would keep its own processes' shards of a
-    checkpoint, and none could be continued.
+    Nodes with separate disks and a plan on each would train, but each would keep only its own processes' shards of a
+    checkpoint, and no checkpoint could be continued.
 
     Raises:
         InputError: some do not see what the first process writes. Raised on every process, so none hangs.
@@ -405,7 +393,7 @@ def check_shared(folder: Path, state: PartialState) -> None:
     if state.num_processes == 1:
         return
     host = socket.gethostname()
-    # A name that nobody asked for before: a network file system may remember that a file was not there.
+    # A new name each time: a network file system may remember that a file was missing.
     said = [host, f".shared-{uuid.uuid4().hex}"]
     if state.is_main_process:
         (folder / said[1]).touch()
@@ -432,7 +420,7 @@ def train(recipe: Recipe) -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     with hold(folder) if state.is_main_process else nullcontext():
         check_shared(folder, state)
-        # By every process: all find the same, and none waits for one that failed.
+        # Every process claims: all find the same, so none hangs.
         if work := begin("training" if state.is_main_process else None, folder, recipe, run_settings(recipe)):
             _train(recipe, work, state)
 
@@ -447,12 +435,11 @@ def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
     trainer = build_trainer(recipe, tokenizer, training_config(recipe, state.num_processes))
     _announce(recipe, trainer)
     add_reference(recipe, trainer)
-    # One process looks and removes: over a network others may still see what is gone, and would resume elsewhere.
+    # One process looks and removes: over a network others may still see what is gone and would resume elsewhere.
     [resume] = broadcast_object_list([last_checkpoint(folder / "steps") if state.is_main_process else None])
     if resume:
         state.print(f"training: continued from {resume}")
-        before = logged(folder / "log.jsonl", int(resume.rpartition("-")[2]))
-        trainer.tokens = before[-1]["num_tokens"] if before else 0
+        trainer.tokens = tokens_before(TrainerState.load_from_json(f"{resume}/{TRAINER_STATE_NAME}"))
     result = trainer.train(resume_from_checkpoint=resume)
     save(trainer, tokenizer, folder / "checkpoint")
     if state.is_main_process:
@@ -466,14 +453,15 @@ def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
 
 
 def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:
-    """Say what really runs: a DeepSpeed that was asked for and is not on is an error, not a slower run."""
+    """Say what really runs. A DeepSpeed that was asked for and is not on is an error."""
     state = trainer.accelerator.state
     if recipe.training.deepspeed and not trainer.is_deepspeed_enabled:
         raise InputError("`training.deepspeed` is set, but DeepSpeed is not on", remedy="launch by run.sh (torchrun)")
     plugin = state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
     how = f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin else "no DeepSpeed"
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    trainer.accelerator.print(
+    say = trainer.accelerator.print
+    say(
         f"training: {recipe.loss.family}-{recipe.loss.preference}, {state.num_processes} process(es), {how}, "
         f"attention {trainer.model.config._attn_implementation}, "
         f"{'shared prompts' if trainer.data_collator.layout.shared else 'separate rows'}, "
@@ -481,11 +469,9 @@ def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:
         flush=True,
     )
     limit = recipe.schedule.max_length
-    trainer.accelerator.print(f"training: {trainer.rows.cut} responses are cut at schedule.max_length={limit}")
-    if trainer.rows.equal:
-        trainer.accelerator.print(
-            f"training: WARNING: in {trainer.rows.equal} rows a dispreferred response has the tokens of the preferred"
-        )
+    say(f"training: {trainer.rows.cut} responses are cut at schedule.max_length={limit}")
+    if equal := trainer.rows.equal:
+        say(f"training: WARNING: in {equal} rows a dispreferred response has the tokens of the preferred")
 
 
 def main() -> None:

@@ -1,18 +1,19 @@
-"""Score every candidate with the reward model, or a function in its place (pipeline/functions.py), and rank.
+"""Score every candidate with the reward model, or with a function instead (pipeline/functions.py), and rank them.
 
 Reads   `<output>/candidates/{train,test}.jsonl` (candidates)
 Writes  `<output>/ranked/{train,test}.jsonl` (ranked: candidates with `rewards`, sorted), `{train,test}.ledger.jsonl`,
-        `summary.json`, `manifest.json` (last); beside the output folder `canaries/` (annotation/canary.py)
+        `summary.json`, `manifest.json` (last); `canaries/` beside the output folder (annotation/canary.py)
 Run     python -m annotation.annotate configs/quickstart.yaml
 
-With `annotation.noise` Gaussian noise is added to the rewards; what they were stays as `rewards_without_noise`.
+`annotation.noise` adds Gaussian noise to the rewards; the record keeps them without it as `rewards_without_noise`.
 
-A run that was killed is continued by the same command. A score that is not finite stops the run and names the record;
-what was scored before stays.
+The same command continues a run that was killed. A score that is not finite stops the run and names the record; earlier
+scores stay.
 """
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from hashlib import sha256
 from itertools import chain
@@ -35,10 +36,10 @@ from pipeline.stage import Work, require_finished, stage
 
 
 def add_noise(record: dict, deviation: float, seed: int) -> dict:
-    """A ranked record, ranked again by rewards with Gaussian noise; what they were is kept.
+    """A ranked record, ranked again by rewards with Gaussian noise; the rewards without noise are kept.
 
-    A response's noise depends on seed, prompt and its text alone: the order of the work does not matter, and equal
-    responses stay equal.
+    A response's noise depends only on the seed, the prompt and its text: the order of the work does not matter, and
+    equal responses stay equal.
     """
     rewards = []
     for text, reward in zip(record["responses"], record["rewards"], strict=True):
@@ -49,7 +50,7 @@ def add_noise(record: dict, deviation: float, seed: int) -> dict:
 
 
 def turned_pairs(rewards: list[float], without_noise: list[float]) -> float:
-    """The share of pairs of different rewards without noise whose order the noise turned; 0 where all are equal."""
+    """Of the pairs with different rewards, the share whose order the noise turned; 0 if all rewards are equal."""
     now, before = (np.sign(np.subtract.outer(values, values)) for values in (rewards, without_noise))
     pairs = np.count_nonzero(before)
     return float(np.count_nonzero(now * before < 0) / pairs) if pairs else 0.0
@@ -90,7 +91,7 @@ def in_words(figures: dict) -> str:
 
 
 def stage_settings(recipe: Recipe) -> dict:
-    """What decides the ranking; a change of any of it needs another output folder."""
+    """Everything that decides the ranking. Any change needs another output folder."""
     settings = {
         "dtype": recipe.annotation.dtype,
         "model": model_hash(recipe.models.reward),
@@ -115,37 +116,32 @@ def annotate(recipe: Recipe) -> None:
 
 def _annotate(recipe: Recipe, work: Work) -> None:
     check_fits("gene", recipe, "reward")
+    paths = {split: (recipe.ranked(split), recipe.ranked(split).with_suffix(".ledger.jsonl")) for split in SPLITS}
     with ExitStack() as opened:
-        results = {
-            split: opened.enter_context(Results(recipe.ranked(split), ledger_path(recipe, split))) for split in SPLITS
-        }
-        _score_all(recipe, results)
+        _score_all(recipe, {split: opened.enter_context(Results(*each)) for split, each in paths.items()})
     summary = {split: summarize(recipe.ranked(split)) for split in SPLITS}
     write_json(work.folder / "summary.json", summary)
     for split, figures in summary.items():
         print(f"annotation: {split}: {in_words(figures)}")
-    outputs = [path for split in SPLITS for path in (recipe.ranked(split), ledger_path(recipe, split))]
     inputs = [*(recipe.candidates(split) for split in SPLITS), *function_files(recipe.models.reward)]
-    work.finish([*outputs, work.folder / "summary.json"], inputs)
-
-
-def ledger_path(recipe: Recipe, split: str) -> Path:
-    """Where prompts are noted that have no ranking."""
-    return recipe.ranked(split).with_name(f"{split}.ledger.jsonl")
+    work.finish([*chain.from_iterable(paths.values()), work.folder / "summary.json"], inputs)
 
 
 def _score_all(recipe: Recipe, results: dict[str, Results]) -> None:
-    """Score what is not scored, by split."""
-    total = sum(1 for split in SPLITS for _ in read_candidates(recipe.candidates(split)))  # checks every line
+    """Score what is not scored yet, by split."""
+
+    def candidates() -> Iterator[tuple[str, str, dict]]:
+        return ((split, *each) for split in SPLITS for each in read_candidates(recipe.candidates(split)))
+
+    total = sum(1 for _ in candidates())  # checks every line
     done = sum(len(each.done) for each in results.values())
     print(f"annotation: {total - done} prompts to score, {done} scored before", flush=True)
-    records = chain.from_iterable(read_candidates(recipe.candidates(split)) for split in SPLITS)
     items = (  # read as there is room
         {"key": f"{split}/{record['prompt_id']}", "where": where, "record": record}
-        for split in SPLITS
-        for where, record in read_candidates(recipe.candidates(split))
+        for split, where, record in candidates()
         if record["prompt_id"] not in results[split].done
     )
+    records = ((where, record) for _, where, record in candidates())
     scored, noise = run_scorers(recipe, "reward", records, items, total - done), recipe.annotation.noise
     for result in progress(scored, total, "annotation", " prompts", done):
         split, _, name = result["key"].partition("/")

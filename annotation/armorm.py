@@ -1,7 +1,7 @@
 """RLHFlow/ArmoRM-Llama3-8B-v0.1 (arXiv 2406.12845): 19 objectives, weighed by a gate that reads the prompt.
 
-The published code cannot be imported by current transformers, and code from the hub is never run here: this is a class
-of our own for the published weights. h is the last hidden state of a plain Llama (after the final norm):
+Current transformers cannot import the published code, and we never run code from the hub, so this is our class for the
+published weights. h is the last hidden state of a plain Llama (after the final norm):
 
     r     = W h(last token of the conversation)               W = regression_layer.weight, 19 x hidden
     g     = logit_scale * softmax(MLP(h(gate)) / temperature)  gating.layers.*, ReLU between the layers
@@ -9,11 +9,11 @@ of our own for the published weights. h is the last hidden state of a plain Llam
 
 `gate` is the token that ends the turn before the last assistant's header: the published code looks for the last
 occurrence of 128009 128006 78191 128007 271 ("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n") and takes
-its first position. Here the pattern comes from the tokenizer's own template, and begins at the same token. With a
-template that opens a turn only when asked to, that is the end of the prompt for every response, truncated or not.
+its first position. Here the pattern comes from the tokenizer's template and begins at the same token. With a template
+that opens a turn only when asked to, that is the end of the prompt for every response, truncated or not.
 
-What stands behind h is kept and computed in float32 in any `dtype` (regression_layer.weight is published so); the
-published example casts all to bfloat16.
+Everything after h is kept and computed in float32 for any `dtype` (regression_layer.weight is published that way); the
+published example casts everything to bfloat16.
 """
 
 import math
@@ -49,7 +49,7 @@ class Gate(nn.Module):
 
 
 class GatedLlama(LlamaPreTrainedModel):
-    """The modules, under the names of the published weights. What a config does not say has the published defaults."""
+    """The modules, under the names of the published weights. A config's missing values get the published defaults."""
 
     _keep_in_fp32_modules_strict = {"regression_layer", "reward_transform_matrix", "gating"}
 
@@ -67,7 +67,7 @@ class ArmoRM(ConversationScorer):
     """The gated score of a conversation, and its objectives; for the arguments see `ConversationScorer`.
 
     Raises:
-        InputError: the model is missing, is no Llama, or its weights are not those of the class.
+        InputError: the model is missing, is not a Llama, or its weights do not fit the class.
     """
 
     def __init__(self, model: Model, dtype: str = "auto", batch_tokens: int = 16384):
@@ -83,9 +83,8 @@ class ArmoRM(ConversationScorer):
         objectives = self.model.regression_layer(states[:, 1])
         scores = (objectives * (gates @ self.model.reward_transform_matrix.T)).sum(-1)
         means = objectives.mean(-1)  # the reward of the released code of HPS
-        columns = (scores.tolist(), objectives.tolist(), means.tolist())
-        names = ("score", "objectives", "objectives_mean")
-        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+        columns = zip(scores.tolist(), objectives.tolist(), means.tolist(), strict=True)
+        return [{"score": score, "objectives": each, "objectives_mean": mean} for score, each, mean in columns]
 
     def gate_position(self, row: list[int]) -> int:
         """Where the gate reads: the end of the turn before the last assistant's header (see the module's docstring)."""
@@ -99,19 +98,19 @@ class ArmoRM(ConversationScorer):
 
 
 def own_state(model, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """The last hidden state of a conversation by the class's own forward pass, (hidden size,)."""
+    """The last hidden state of a conversation by the class's forward pass, (hidden size,)."""
     return model(input_ids=torch.tensor([prompt + response])).last_hidden_state[0, -1]
 
 
 def trial_states(model, rows: dict[str, torch.Tensor], gathers: bool) -> torch.Tensor:
-    """The same of all conversations in rows of hps.shared_prefix: (conversations, hidden size)."""
+    """The same for all conversations in rows of hps.shared_prefix: (conversations, hidden size)."""
     return run(model, model, "last_hidden_state", rows)[0][rows["starts"][:, 1] + rows["sizes"] - 1]
 
 
 def _header(tokenizer) -> list[int]:
-    """The tokens between a user's text and the answer, short of the last one.
+    """The tokens between a user's text and the answer, without the last one.
 
-    The last token is white space, which might join the white space that an answer begins with.
+    The last token is white space, which may merge with white space at the start of an answer.
     """
     header = common_end(*(prompt_token_ids(tokenizer, [{"role": "user", "content": letter}]) for letter in "ab"))
     if len(header) < 2:

@@ -2,10 +2,10 @@
 
 Reads and writes   `<parent folder of output>/canaries/<model>-<key>.json`
 
-A changed chat template, tokenizer, model file or library changes scores without a word; here it stops a long run at its
-start. There is one record for a model (path and revision), dtype and kind of device. Scores may differ from it by
-PROBE_TOLERANCE (other kernels, another GPU), token ids may not. Workers that begin at the same time write the same
-record, each of them atomically.
+A changed chat template, tokenizer, model file or library changes scores silently; here it stops a long run at its
+start. There is one record for each model (path and revision), dtype and kind of device. Scores may differ from it by
+PROBE_TOLERANCE (other kernels, another GPU); token ids may not. Workers that start together write the same record, each
+atomically.
 """
 
 import re
@@ -24,7 +24,7 @@ def _user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
-# name: prompt, response. A changed text needs another name, or every record is refused as one of another template.
+# name: prompt, response. A changed text needs a new name, else every record is refused as one of another template.
 CANARIES: dict[str, tuple[list[dict], str]] = {
     "one turn": ([_user("Why is the sky blue?")], "Air scatters blue light more than red light."),
     "several turns": (
@@ -44,7 +44,7 @@ CANARIES: dict[str, tuple[list[dict], str]] = {
 
 
 def canary_folder(recipe: Recipe) -> Path:
-    """Where the records of an experiment's reward models are: shared by all outputs beside it."""
+    """The folder of the records of an experiment's reward models; all outputs beside it share it."""
     return Path(recipe.output).parent / "canaries"
 
 
@@ -78,12 +78,12 @@ def check_canaries(reward_model: ConversationScorer, folder: Path, model: Model)
                 f"the reward model {model.path} scores the canary {name!r} {now['score']:.6g}, recorded is "
                 f"{before['score']:.6g}; {_cause(before, now, record, model)}",
                 where=str(path),
-                remedy="if the change is meant, delete the named file; else undo it",
+                remedy="if you meant the change, delete the named file; else undo it",
             )
 
 
 def record_path(reward_model: ConversationScorer, folder: Path, model: Model) -> Path:
-    """The record's file: the end of the model's path, and a hash of all that tells records apart."""
+    """The record's file: the end of the model's path, and a hash of everything that distinguishes records."""
     key = value_hash([model.path, model.revision, *_setting(reward_model).values()])[:8]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", model.path).strip("-.")[-60:].lstrip("-.")
     return folder / f"{slug}-{key}.json"
@@ -104,7 +104,7 @@ def _setting(reward_model: ConversationScorer) -> dict:
 
 
 def _cause(before: dict, now: dict, record: dict, model: Model) -> str:
-    """What changed, as far as the record tells."""
+    """What changed, as far as the record shows."""
     if now["tokens"] != before["tokens"]:
         return "its token ids changed: the chat template or the tokenizer is another one"
     if model_hash(model) != record["hash"]:

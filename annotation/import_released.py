@@ -6,27 +6,25 @@ Writes  `<output>/ranked/{split}.jsonl` (ranked), `{split}.ledger.jsonl`, `manif
 Run     python -m annotation.import_released FILE configs/hh_rlhf.yaml [key=value ...] [--split train|test]
             [--tokenizer PATH]
 
-The prompt's string is parsed back into chat messages; a system block becomes a system message, the header that opens
-the assistant's turn is left out. Responses are sorted by reward, ties keep their order. Empty responses are dropped, of
-duplicates (the same text, or the same tokens) the first is kept, rows with fewer than two responses left and repeated
-prompts are refused: all of it stands in the ledger. What the file does not know: `sources` are `generated` unless the
-row has them (so `schedule.best=human` finds no human response), `truncated` is false everywhere (no mark of the length
-limit was kept). Texts that spell special tokens of the tokenizer are counted, or with `data.special_tokens: refuse`
-left out as in generation. In a templated string such a text is a turn like any other, and nobody can tell it from one;
-a system turn behind the first one is refused.
+The prompt's string is parsed back into chat messages; a system block becomes a system message, and the header that
+opens the assistant's turn is left out. Responses are sorted by reward; ties keep their order. Empty responses are
+dropped, of duplicates (the same text, or the same tokens) the first is kept, and rows with fewer than two responses
+left and repeated prompts are refused: the ledger lists them all. The file does not know everything: `sources` are
+`generated` unless the row has them (so `schedule.best=human` finds no human response), and `truncated` is false
+everywhere. Texts that spell special tokens of the tokenizer are counted, or left out with `data.special_tokens:
+refuse`, as in generation. In a templated string such a text cannot be told from a turn; a system turn after the first
+turn is refused.
 """
 
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from hps.chat import inert, load_tokenizer, special_tokens_in
+from hps.chat import encode, inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, run_main, shorten
 from pipeline.files import file_hash, json_line, write_lines
 from pipeline.identity import model_hash
@@ -44,23 +42,13 @@ from pipeline.records import (
     read_rows,
     refuse_misspelt,
 )
-from pipeline.responses import distinct, rank
+from pipeline.responses import candidates, distinct, rank
 from pipeline.stage import CLAIM, MANIFEST, Work, claim, hold, is_finished
 
-
-@dataclass(frozen=True)
-class Template:
-    """How a chat template writes a turn: `start` role `between` content `end`, and once in front of all `begin`."""
-
-    begin: str
-    start: str
-    between: str
-    end: str
-
-
+# How a chat template writes a turn: `start` role `between` content `end`; `begin` comes once, first.
 TEMPLATES = (
-    Template("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"),  # Llama-3
-    Template("", "<|im_start|>", "\n", "<|im_end|>"),  # ChatML
+    ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"),  # Llama-3
+    ("", "<|im_start|>", "\n", "<|im_end|>"),  # ChatML
 )
 
 
@@ -68,33 +56,30 @@ def parse_prompt(text: str, where: str) -> list[dict]:
     """Chat messages of a templated string.
 
     Raises:
-        InputError: no known template, text between the turns, a turn that is not closed (but for the header that
+        InputError: no known template, text between the turns, a turn that is not closed (except for the header that
             opens the assistant's), or a system turn that is not the first.
     """
     rest = text.strip()
-    template = next((known for known in TEMPLATES if rest.removeprefix(known.begin).startswith(known.start)), None)
-    if template is None:
+    known = [template for template in TEMPLATES if rest.removeprefix(template[0]).startswith(template[1])]
+    if not known:
         raise InputError(
             f"`prompt` is neither chat messages nor a string of Llama-3's template or ChatML: {shorten(text)}",
             where=where,
             remedy="give a list of messages with `role` and `content`",
         )
-    header = f"{template.start}assistant{template.between}".rstrip()  # opens the assistant's turn
-    rest = rest.removeprefix(template.begin).removesuffix(header)
+    begin, start, between, end = known[0]
+    rest = rest.removeprefix(begin).removesuffix(f"{start}assistant{between}".rstrip())  # opens the assistant's turn
     messages = []
-    while rest.strip():
-        rest = rest.lstrip()
-        if not rest.startswith(template.start):
+    while rest := rest.lstrip():
+        if not rest.startswith(start):
             raise InputError(f"`prompt` has text between its turns: {shorten(rest)}", where=where, remedy="correct it")
-        turn, end, rest = rest.removeprefix(template.start).partition(template.end)
-        role, between, content = turn.partition(template.between)
-        if not (end and between) or template.start in content:
-            raise InputError(
-                f"`prompt` has a turn without {template.end}: {shorten(turn)}", where=where, remedy="correct it"
-            )
+        turn, closed, rest = rest.removeprefix(start).partition(end)
+        role, opened, content = turn.partition(between)
+        if not (closed and opened) or start in content:
+            raise InputError(f"`prompt` has a turn without {end}: {shorten(turn)}", where=where, remedy="correct it")
         if role == "system" and messages:
             raise InputError(
-                f"`prompt` has a system turn behind another one: {shorten(turn)}",
+                f"`prompt` has a system turn after another one: {shorten(turn)}",
                 where=where,
                 remedy="a text of the user may have opened it: give chat messages",
             )
@@ -145,22 +130,11 @@ def rank_row(
 
     def seen(text: str) -> tuple[int, ...]:
         """As a model sees it: the tokenizer may make one of two spellings."""
-        return tuple(_ids(tokenizer, inert(tokenizer, text)))
+        return tuple(encode(tokenizer, inert(tokenizer, text)))
 
     kept, ledger = distinct(row["prompt_id"], responses, refused, seen)
-    record = {
-        "prompt_id": row["prompt_id"],
-        "prompt": row["prompt"],
-        "responses": [response["text"] for response in kept],
-        "sources": [response["source"] for response in kept],
-        "token_counts": [len(_ids(tokenizer, response["text"])) for response in kept],
-        "truncated": [False] * len(kept),
-    }
-    return rank(record, [response["reward"] for response in kept]), ledger
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    kept = [{**each, "tokens": len(encode(tokenizer, each["text"])), "truncated": False} for each in kept]
+    return rank(candidates(row, kept), [response["reward"] for response in kept]), ledger
 
 
 PROMPTS, RESPONSES = "prompts with special tokens, kept", "responses with special tokens, kept"
@@ -206,19 +180,18 @@ def convert(
 
 def import_released(file: str, recipe: Recipe, split: str = "train", tokenizer_path: str | None = None) -> Counter:
     """Import a file as one split of a recipe's ranking; see the module's docstring."""
+    with hold(recipe.ranked(split).parent):
+        return _import(file, recipe, split, Model(path=tokenizer_path) if tokenizer_path else recipe.models.policy)
+
+
+def _import(file: str, recipe: Recipe, split: str, model: Model) -> Counter:
     target = recipe.ranked(split)
-    with hold(target.parent):
-        return _import(file, recipe, split, tokenizer_path, target)
-
-
-def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, target: Path) -> Counter:
-    before = _imported_before(target.parent)
-    # A file that no manifest names is what a kill left between its renaming and the manifest: it is made again.
+    before = read_json(target.parent / MANIFEST).get("imported", {}) if is_finished(target.parent) else {}
+    # A file that no manifest names was left by a kill between its renaming and the manifest: it is made again.
     if target.exists() and (split in before or not (target.parent / CLAIM).exists()):
         raise InputError("there is a ranked file already", where=str(target), remedy="give another `output`")
-    model = Model(path=tokenizer_path) if tokenizer_path else recipe.models.policy
     tokenizer = load_tokenizer(model.path, model.revision)
-    # The claim keeps the annotation from adding to this folder. It says nothing of the split: both may be imported.
+    # The claim keeps the annotation from adding to this folder. It does not name the split: both may be imported.
     settings = {
         "imported_by": "annotation.import_released",
         "tokenizer": model_hash(model),
@@ -236,16 +209,11 @@ def _import(file: str, recipe: Recipe, split: str, tokenizer_path: str | None, t
     write_lines(target, ranked())
     write_lines(target.with_suffix(".ledger.jsonl"), map(json_line, ledger))
     written = [recipe.ranked(name) for name in SPLITS if recipe.ranked(name).exists()]
-    outputs = [path for ranked in written for path in (ranked, ranked.with_suffix(".ledger.jsonl"))]
+    outputs = [*written, *(path.with_suffix(".ledger.jsonl") for path in written)]
     facts = {"file": file, "sha256": file_hash(file), **counts}
     Work(target.parent, recipe, settings).finish(outputs, imported={**before, split: facts})
     print(f"import: {file}: {_counted(counts)} -> {target}")
     return counts
-
-
-def _imported_before(folder: Path) -> dict:
-    """What the folder's manifest says of earlier imports, by split."""
-    return read_json(folder / MANIFEST).get("imported", {}) if is_finished(folder) else {}
 
 
 def _counted(counts: Counter) -> str:

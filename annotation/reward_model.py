@@ -1,14 +1,14 @@
-"""The reward models: the one owner of their input and of their scores.
+"""The reward models: the only owner of their input and of their scores.
 
 Prompt and response are one conversation, templated once (`hps.chat.conversation_token_ids`), with the response as it
-was sampled. The released code templates the prompt with the assistant's header and templates the reply again: header
-and BOS are there twice.
+was sampled. The released code templates the prompt with the assistant's header and then templates the reply again, so
+header and BOS come twice.
 
-The responses of a prompt share the computation of the prompt where the model's class can (hps/shared_prefix.py); what
-follows the backbone is the class's own forward pass, in float32.
+The responses of a prompt share its computation if the model's class allows it (hps/shared_prefix.py). The head is the
+class's forward pass, in float32.
 
-`RewardModel` (a sequence classifier) and `annotation.armorm.ArmoRM` are a `ConversationScorer`;
-annotation.scorers loads either.
+`RewardModel` (a sequence classifier) and `annotation.armorm.ArmoRM` are `ConversationScorer`s; annotation.scorers loads
+either.
 """
 
 import math
@@ -31,9 +31,9 @@ from hps.shared_prefix import (
 from pipeline.recipe import Model
 from pipeline.weights import context_length, load_config, load_weights
 
-# Tokens of a forward pass whose activations stay in a processor's caches; more are slower there.
+# Tokens of a forward pass whose activations fit a processor's caches; more are slower.
 CACHED_TOKENS = 1024
-# A score may differ by this share of its size from another kernel's or another batch's (fp32: about 1e-6 seen).
+# Scores from another kernel or batch may differ by this share of their size (seen in fp32: about 1e-6).
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
@@ -53,9 +53,9 @@ class TooLong(InputError):
 
 
 class ConversationScorer:
-    """What every reward model here has in common: its input, the shared prompt, and that scores are finite.
+    """Common to all reward models: the input, the shared prompt, and the check that scores are finite.
 
-    A subclass sets `model`, a transformers model with a `base_model`, and `layout` (hps.shared_prefix), and gives
+    A subclass sets `model`, a transformers model with a `base_model`, and `layout` (hps.shared_prefix), and defines
     `_details`.
 
     Args:
@@ -91,10 +91,10 @@ class ConversationScorer:
     def score_details(
         self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
     ) -> list[dict]:
-        """For each response its `score`, and what else the model says of it; equal token rows have one score.
+        """For each response its `score` and the model's other figures; equal token rows have one score.
 
         Args:
-            prompt_id: for functions in a model's place (pipeline/functions.py); a model does not look at it.
+            prompt_id: for functions in place of a model (pipeline/functions.py); a model ignores it.
 
         Raises:
             TooLong: a conversation does not fit into the model's context.
@@ -103,10 +103,10 @@ class ConversationScorer:
         rows = [tuple(row) for row in self.conversations(messages, responses, truncated)]
         if (longest := max(map(len, rows))) > (limit := longest_conversation(self.model)):
             raise TooLong(longest, limit)
-        distinct = list(dict.fromkeys(rows))  # twice the same row could differ by rounding, and be ranked by it
+        distinct = list(dict.fromkeys(rows))  # two copies of a row could differ by rounding and be ranked by it
         details = self._details([list(row) for row in distinct])
         if not all(math.isfinite(each["score"]) for each in details):
-            # In a shared row one response that is not a number makes the others so: zero times NaN is NaN.
+            # In a shared row one NaN spreads to the other responses, because zero times NaN is NaN.
             details = [self._details([list(row)])[0] for row in distinct]
         scored = dict(zip(distinct, details, strict=True))
         found = [scored[row] for row in rows]
@@ -123,10 +123,10 @@ class ConversationScorer:
 
     @torch.inference_mode()
     def states(self, rows: list[list[int]], places: list[list[int]]) -> tuple[torch.Tensor, Any]:
-        """Hidden states of token rows that begin alike: the common beginning is computed once where the class can.
+        """Hidden states of token rows with a common beginning, which is computed once if the class allows it.
 
         Args:
-            places: for each row the positions that are wanted, equally many.
+            places: for each row the wanted positions, the same number in every row.
 
         Returns:
             (rows, positions, hidden size), float32; and the backbone's last output, for `OwnHead`.
@@ -173,7 +173,7 @@ class RewardModel(ConversationScorer):
 
     @torch.inference_mode()
     def score_rows(self, rows: list[list[int]]) -> list[float]:
-        """Scores of token rows that begin alike, in the cheapest way that is right for the model's class."""
+        """Scores of token rows with a common beginning, in the cheapest way that is correct for the class."""
         if not self.layout.gathers:
             return self.score_rows_plain(rows)
         states, output = self.states(rows, [[len(row) - 1] for row in rows])
@@ -181,10 +181,10 @@ class RewardModel(ConversationScorer):
 
     @torch.inference_mode()
     def score_rows_plain(self, rows: list[list[int]]) -> list[float]:
-        """Scores of token rows by the library's own forward pass, a row at a time.
+        """Scores of token rows by the library's forward pass, a row at a time.
 
-        For classes whose head cannot be given hidden states, and to check the others. Without a padding token the
-        library takes a row's last token; with one it takes the last that differs from it, the wrong one where a model
+        For classes whose head cannot take hidden states, and to check the others. Without a padding token the library
+        scores a row's last token. With one it scores the last token that differs from it, which is wrong if a model
         pads with its end of turn.
         """
         pad, self.model.config.pad_token_id = self.model.config.pad_token_id, None
@@ -195,7 +195,7 @@ class RewardModel(ConversationScorer):
 
 
 def longest_conversation(model: Any) -> float:
-    """Tokens that a model has positions for; RoBERTa's begin behind that of the padding token."""
+    """Tokens that a model has positions for; RoBERTa's begin after the padding token's position."""
     tables = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.Embedding)}
     behind = [
         table.num_embeddings - table.padding_idx - 1
@@ -206,12 +206,12 @@ def longest_conversation(model: Any) -> float:
 
 
 def own_score(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """The score of a conversation by the class's own forward pass, ()."""
+    """The score of a conversation by the class's forward pass, ()."""
     return model(input_ids=torch.tensor([prompt + response], device=model.device)).logits[0, 0]
 
 
 def trial_scores(model: Any, rows: dict[str, torch.Tensor], gathers: bool) -> torch.Tensor:
-    """The same of all conversations in rows of hps.shared_prefix, in our way: (conversations,)."""
+    """The same for all conversations in rows of hps.shared_prefix, computed our way: (conversations,)."""
     if not gathers:
         raise ValueError("the class's head needs whole rows")
     flat, output = run(model, model.base_model, "last_hidden_state", rows)
@@ -219,7 +219,7 @@ def trial_scores(model: Any, rows: dict[str, torch.Tensor], gathers: bool) -> to
 
 
 def _in_float32_behind_the_backbone(model: Any) -> None:
-    """In bf16 a score has 8 bits, and close responses would tie."""
+    """In bf16 a score has 8 bits, so close responses would tie."""
     backbone = model.base_model
     for module in model.children():
         if module is not backbone:

@@ -1,14 +1,14 @@
-"""Score the answers to the test prompts with the reward of the evaluation.
+"""Score the answers to the test prompts with the evaluator's reward.
 
 Reads   `answers/test.jsonl` under `<output>/sft/` (the model before training) and `<output>/<run>/`; `data.test.path`
 Writes  `scores/scores.jsonl` beside each answers' folder, a line a prompt: `answers` and, for the model before
-        training, `given` (the given responses of the prompt), for each `score` and what else the reward model gives;
-        `manifest.json` (last). With `evaluation.proxy` the same by `models.reward`, the proxy that ranked, in
-        `proxy_scores/`
+        training, `given` (the given responses of the prompt), each with its `score` and the reward model's other
+        figures; `manifest.json` (last). With `evaluation.proxy` also `proxy_scores/`: the same by `models.reward`, the
+        proxy that ranked
 Run     python -m annotation.score_answers configs/quickstart.yaml
 
-`models.evaluator` is another model than the one that ranked the candidates: a policy is not judged by the model that it
-was trained to please.
+`models.evaluator` differs from the model that ranked the candidates, so a policy is not judged by the model that it was
+trained to please.
 """
 
 from pathlib import Path
@@ -54,7 +54,7 @@ def score(recipe: Recipe, sft: bool, role: str = "evaluator") -> None:
 
 def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> None:
     check_fits("evaluate", recipe, role)
-    with Appender(path) as file:  # first of all: it cuts off what a kill left of a line, which is not done
+    with Appender(path) as file:  # first: it cuts off a line that a kill left half written
         done = done_ids(path)
         total = sum(1 for _ in read_answers(answers))  # checks every line
         print(f"scores: {total - len(done)} prompts to score, {len(done)} scored before; {path}", flush=True)
@@ -69,7 +69,7 @@ def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> N
         for result in progress(results, total, "scores", " prompts", len(done)):
             if "error" in result:
                 raise InputError(result["error"])
-            if "lost" in result:  # a figure without it would be one over other prompts
+            if "lost" in result:  # without it a figure would be over other prompts
                 raise InputError(
                     f"prompt {result['key']} ended its reward model twice: {result['lost']}",
                     where=str(answers),
@@ -80,7 +80,7 @@ def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> N
 
 
 def with_given(record: dict, given: list[str]) -> dict:
-    """An answers record with given responses behind the answers; `answers` is the number of answers."""
+    """An answers record with given responses after the answers; `answers` is the number of answers."""
     return {
         **record,
         "responses": [*record["responses"], *(text.strip() for text in given)],

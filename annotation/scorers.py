@@ -1,4 +1,4 @@
-"""Load what scores, a reward model of any of the classes here or a function, and run it on all devices."""
+"""Load a scorer (a reward model of one of the classes here, or a function) and run it on all devices."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from pipeline.recipe import Model, Recipe, Reward
 from pipeline.weights import load_config
 from pipeline.workers import run_workers
 
-SPELLED = 8  # records whose responses are tokenised before the model loads; the others are as they are scored
+SPELLED = 8  # records whose responses are tokenised before the model loads; the others when they are scored
 
 
 def load_reward_model(model: Model, dtype: str = "auto", batch_tokens: int = 16384) -> ConversationScorer:
@@ -24,25 +24,24 @@ def load_reward_model(model: Model, dtype: str = "auto", batch_tokens: int = 163
 
 
 def load_scorer(
-    model: dict, role: str, writer: dict, dtype: str, batch_tokens: int, canaries: str
+    model: Reward, role: str, writer: Model, dtype: str, batch_tokens: int, canaries: Path
 ) -> ConversationScorer | FunctionScorer:
-    """What a worker scores with; a reward model has scored the canaries (annotation/canary.py).
+    """The scorer of a worker; a reward model has scored the canaries (annotation/canary.py).
 
     Args:
         model, role: of the recipe.
         writer: the model whose responses are scored.
         canaries: folder of their records.
     """
-    reward = Reward(**model)
-    if reward.function:
-        return FunctionScorer(reward.function, f"models.{role}.function", Model(**writer))
-    found = load_reward_model(reward, dtype, batch_tokens)
-    check_canaries(found, Path(canaries), reward)
+    if model.function:
+        return FunctionScorer(model.function, f"models.{role}.function", writer)
+    found = load_reward_model(model, dtype, batch_tokens)
+    check_canaries(found, canaries, model)
     return found
 
 
 class ScoreWorker:
-    """The worker: a scorer of its own; records in, the details of their responses' scores out.
+    """The worker: one scorer. Records go in, the details of their responses' scores come out.
 
     Items in: `key`, `where` and `record` (`prompt_id`, `prompt`, `responses`, `truncated`). Items out: `key`, `record`
     and `details`; or `error`, with `too_long` for a conversation beyond the model's context.
@@ -73,13 +72,13 @@ def run_scorers(
     count: int,
     writer: Model | None = None,
 ) -> Iterator[dict]:
-    """What `ScoreWorker` makes of so many items on all devices; without items no model is loaded.
+    """Run `count` items through `ScoreWorker` on all devices; without items no model loads.
 
-    A function works in this process, or in as many as `annotation.workers` says, and holds no GPU.
+    A function runs in this process, or in `annotation.workers` processes, and takes no GPU.
 
     Args:
-        records: with their places; a tokenizer that cannot serve them is refused before a model loads.
-        writer: the model whose responses are scored; by default the one that the role is for.
+        records: with their places; a tokenizer that cannot encode them is refused before a model loads.
+        writer: the model whose responses are scored; default: the one that the role is for.
     """
     if not count:
         return iter(())
@@ -87,12 +86,12 @@ def run_scorers(
     reader = writer if model.function else model
     check_records(load_tokenizer(reader.path, reader.revision), records, spelled=SPELLED)
     arguments = {
-        "model": model.model_dump(),
+        "model": model,
         "role": role,
-        "writer": writer.model_dump(),
+        "writer": writer,
         "dtype": recipe.annotation.dtype,
         "batch_tokens": recipe.annotation.batch_tokens,
-        "canaries": str(canary_folder(recipe)),
+        "canaries": canary_folder(recipe),
     }
     if model.function and recipe.annotation.workers is None:
         return ScoreWorker(**arguments).stream(items)

@@ -1,15 +1,11 @@
-"""Train the small reward models of the quickstart (Bradley-Terry).
+"""Train `proxy`, the small reward model of the quickstart: it learns the testbed's true reward (VADER's sentiment).
 
-`proxy` learns the true reward of the testbed (VADER's sentiment) from the model's own answers. `train` and `eval` show
-the method and judge no model: 120 written pairs teach a 135M model's first layers little about quality. `train` ranks
-the candidates, `eval` is another one, with other layers, contrast pairs and seed, for evaluation (the paper also
-evaluates with a reward model that it did not train with).
+Reads   data/testbed/{reviews,chats}_{reward,test}.jsonl, samples.jsonl.gz (the model's answers)
+Writes  annotation/embedded/proxy/: LoRA adapter with the head (safetensors), `reward.json`;
+        annotation/embedded/reports/proxy.json: accuracies on the test split
+Run     python -m annotation.train_reward [--report]    # then `bash setup.sh train` merges it
 
-Reads   proxy: data/testbed/{reviews,chats}_{reward,test}.jsonl, samples.jsonl.gz (the model's answers)
-        train, eval: data/quickstart/{dialogue,safety}_{train,test}.jsonl (prompts with two responses, best first)
-Writes  annotation/embedded/<name>/: LoRA adapter with the head (safetensors), `reward.json`;
-        annotation/embedded/reports/<name>.json: accuracies on the test split
-Run     python -m annotation.train_reward proxy    # or `train`, `eval`; then `bash setup.sh train` merges them
+Commit 2980384 has the program that trained the other two embedded models, `train` and `eval`.
 """
 
 import argparse
@@ -31,113 +27,26 @@ from hps.errors import run_main
 from pipeline.files import write_json
 from pipeline.recipe import REPOSITORY, Model
 from pipeline.records import read_jsonl, read_prompts
-from tools.embedded import ADAPTERS, LANGUAGE_MODEL, MODELS, REWARD_NAMES, merge_reward_model, reward_backbone
+from tools.embedded import ADAPTERS, LANGUAGE_MODEL, MODELS, merge_reward_model, reward_backbone
 
-SETS = ("dialogue", "safety")
-DATA = REPOSITORY / "data" / "quickstart"
 TESTBED = REPOSITORY / "data" / "testbed"
-# Beside the adapters' folders, not inside: a new report does not change the model.
-REPORTS = ADAPTERS / "reports"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`layers` of the language model kept, `contrasts` of each kind made from a written pair.
+    """`layers` of the language model are kept; a batch counts prompts, each with all its answers."""
 
-    `batch` counts pairs; for the proxy prompts, each with all its answers.
-    """
-
-    layers: int
-    seed: int
-    contrasts: int = 1
+    layers: int = 4
+    seed: int = 3
     epochs: int = 2
-    batch: int = 8
-    learning_rate: float = 3e-4
-    lora_r: int = 8
+    batch: int = 2
+    learning_rate: float = 1e-3
+    lora_r: int = 16
 
 
-SETTINGS = {
-    "train": Settings(layers=10, seed=1),
-    "eval": Settings(layers=8, seed=2),
-    "proxy": Settings(layers=4, seed=3, batch=2, learning_rate=1e-3, lora_r=16),
-}
 # Pairs by the size of their true difference: name, more than, at most.
 SIZES = (("0-0.25", 0, 0.25), ("0.25-0.5", 0.25, 0.5), ("0.5-1", 0.5, 1), (">1", 1, 2), (">0.5", 0.5, 2), ("all", 0, 2))
-REPORT_PROMPTS = 150  # test prompts of each set in the proxy's report
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two responses to one prompt; `cut` says that the worse one is cut off, so that it has no end of turn."""
-
-    kind: str
-    messages: list
-    better: str
-    worse: str
-    cut: bool = False
-
-
-def written_pairs(split: str) -> list[Pair]:
-    """The pairs of a split as written, both sets."""
-    return [
-        Pair("written", record["prompt"], *record["responses"])
-        for name in SETS
-        for _, record in read_prompts(DATA / f"{name}_{split}.jsonl")
-    ]
-
-
-def contrast_pairs(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
-    """Pairs whose worse response is bad for a reason that needs no judgement.
-
-    For each written pair `count` times: an answer to another prompt, and one of four broken texts (words shuffled, the
-    beginning over and over, words left out, cut in the middle). The better response is the written better or worse one
-    in turn: either is preferable to those.
-    """
-    rng = random.Random(seed)
-    contrasts = []
-    for pair in pairs:
-        for repeat in range(count):
-            better = pair.better if (len(contrasts) // 2 + repeat) % 2 == 0 else pair.worse
-            other = rng.choice([p for p in pairs if p.messages != pair.messages])
-            contrasts.append(Pair("other prompt", pair.messages, better, rng.choice([other.better, other.worse])))
-            contrasts.append(_broken(pair.messages, better, rng))
-    return contrasts
-
-
-def _broken(messages: list, text: str, rng: random.Random) -> Pair:
-    words = text.split()
-    kind = rng.choice(["shuffled", "repeated", "gaps", "cut"])
-    if kind == "shuffled":
-        worse = " ".join(rng.sample(words, len(words)))
-    elif kind == "repeated":
-        start = " ".join(words[: rng.randint(3, 6)])
-        worse = " ".join([start] * max(2, len(words) // 5))
-    elif kind == "gaps":
-        worse = " ".join(word for word in words if rng.random() > 0.35) or words[0]
-    else:
-        worse = " ".join(words[: max(1, int(len(words) * rng.uniform(0.3, 0.8)))])
-    return Pair("broken", messages, text, worse, cut=kind == "cut")
-
-
-def pair_ids(tokenizer, pair: Pair) -> dict:
-    """The two conversations' token ids, made as annotation/reward_model.py makes them."""
-    return {
-        "chosen_ids": conversation_token_ids(tokenizer, pair.messages, pair.better, truncated=False),
-        "rejected_ids": conversation_token_ids(tokenizer, pair.messages, pair.worse, truncated=pair.cut),
-    }
-
-
-def report(folder: Path, seed: int) -> dict:
-    """Accuracy of a merged reward model on the test split, by kind of pair, with intervals."""
-    from annotation.reward_model import RewardModel
-
-    model = RewardModel(Model(path=str(folder)), dtype="float32")
-    written = written_pairs("test")
-    right: dict[str, list[bool]] = {}
-    for pair in written + contrast_pairs(written, 1, seed + 1000):
-        better, worse = model.score(pair.messages, [pair.better, pair.worse], [False, pair.cut])
-        right.setdefault(pair.kind, []).append(better > worse)
-    return {kind: accuracy(hits) for kind, hits in right.items()}
+REPORT_PROMPTS = 150  # test prompts of each set in the report
 
 
 def accuracy(hits: list[bool]) -> dict:
@@ -145,43 +54,6 @@ def accuracy(hits: list[bool]) -> dict:
     found = binomtest(sum(hits), len(hits))
     low, high = found.proportion_ci(method="wilson")
     return {"pairs": len(hits), "accuracy": round(found.statistic, 4), "interval": [round(low, 4), round(high, 4)]}
-
-
-def train(name: str, settings: Settings, output: Path) -> None:
-    """Train one reward model and write adapter and settings into `output`."""
-    from datasets import Dataset
-    from trl import RewardConfig, RewardTrainer
-
-    base = MODELS / LANGUAGE_MODEL
-    tokenizer = load_tokenizer(str(base))
-    written = written_pairs("train")
-    pairs = written + contrast_pairs(written, settings.contrasts, settings.seed)
-    print(f"reward model {name}: {len(written)} written pairs, {len(pairs) - len(written)} contrast pairs", flush=True)
-    model = reward_backbone(base, settings.layers, settings.seed)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = RewardTrainer(
-            model=model,
-            args=RewardConfig(
-                output_dir=scratch,
-                num_train_epochs=settings.epochs,
-                per_device_train_batch_size=settings.batch,
-                learning_rate=settings.learning_rate,
-                lr_scheduler_type="cosine",
-                seed=settings.seed,
-                data_seed=settings.seed,
-                logging_steps=5,
-                save_strategy="no",
-                report_to=[],
-                gradient_checkpointing=False,
-                bf16=False,
-            ),
-            train_dataset=Dataset.from_list([pair_ids(tokenizer, pair) for pair in pairs]),
-            processing_class=tokenizer,
-            peft_config=lora(settings),
-        )
-        trainer.train()
-    save(trainer.model, output, settings)
 
 
 def save(model, output: Path, settings: Settings) -> None:
@@ -204,9 +76,6 @@ def lora(settings: Settings):
         target_modules="all-linear",
         modules_to_save=["score"],
     )
-
-
-# ---- the proxy of the true reward ----
 
 
 def truth(texts: list[str]) -> list[float]:
@@ -235,11 +104,11 @@ def pairwise_loss(scores, rewards):
     return softplus(scores[None, :] - scores[:, None])[better].mean()
 
 
-def train_proxy(settings: Settings, output: Path) -> None:
+def train(settings: Settings, output: Path) -> None:
     """Train on the answers to the reward prompts, and on all their beginnings.
 
-    An answer that is cut anywhere is an answer too, with a true reward of its own. The backbone is causal, so one pass
-    gives the scores of all beginnings; the answers to a prompt share its computation as well.
+    An answer that is cut anywhere is also an answer and has its own true reward. The backbone is causal, so one pass
+    gives the scores of all beginnings; the answers to a prompt share the prompt's computation.
     """
     import torch
     from peft import get_peft_model
@@ -287,7 +156,7 @@ def train_proxy(settings: Settings, output: Path) -> None:
     save(wrapped, output, settings)
 
 
-def report_proxy(folder: Path) -> dict:
+def report(folder: Path) -> dict:
     """How well the merged model ranks the answers to test prompts, by the size of the true difference."""
     import numpy as np
 
@@ -305,17 +174,13 @@ def report_proxy(folder: Path) -> dict:
         pairs += found
         if len(set(rewards)) > 1:
             correlations.append(spearmanr(scores, rewards).statistic)
-    figures = {}
-    for name, low, high in SIZES:
-        if hits := [right for difference, right in pairs if low < difference <= high]:
-            figures[name] = accuracy(hits)
-    error = 1.96 * np.std(correlations, ddof=1) / math.sqrt(len(correlations))
-    mean = float(np.mean(correlations))
-    rank = {"prompts": len(correlations), "mean": round(mean, 4)}
+    sizes = {name: [right for gap, right in pairs if low < gap <= high] for name, low, high in SIZES}
+    mean, error = np.mean(correlations), 1.96 * np.std(correlations, ddof=1) / math.sqrt(len(correlations))
     return {
-        "pairs by true difference": figures,
+        "pairs by true difference": {name: accuracy(hits) for name, hits in sizes.items() if hits},
         "rank correlation within a prompt": {
-            **rank,
+            "prompts": len(correlations),
+            "mean": round(float(mean), 4),
             "interval": [round(float(bound), 4) for bound in (mean - error, mean + error)],
         },
     }
@@ -323,18 +188,16 @@ def report_proxy(folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=REWARD_NAMES)
     parser.add_argument("--report", action="store_true", help="measure the adapter that is there, train nothing")
-    options = parser.parse_args()
-    output, settings = ADAPTERS / options.name, SETTINGS[options.name]
-    if not options.report:
+    output, settings = ADAPTERS / "proxy", Settings()
+    if not parser.parse_args().report:
         shutil.rmtree(output, ignore_errors=True)
-        train_proxy(settings, output) if options.name == "proxy" else train(options.name, settings, output)
+        train(settings, output)
     with tempfile.TemporaryDirectory() as scratch:
         merge_reward_model(output, MODELS / LANGUAGE_MODEL, settings.layers, Path(scratch))
-        figures = report_proxy(Path(scratch)) if options.name == "proxy" else report(Path(scratch), settings.seed)
-    write_json(REPORTS / f"{options.name}.json", figures)
-    print(f"reward model {options.name}, on the test split: {json.dumps(figures, indent=1)}")
+        figures = report(Path(scratch))
+    write_json(ADAPTERS / "reports" / "proxy.json", figures)  # beside the adapter: a new report changes no model
+    print(f"reward model proxy, on the test split: {json.dumps(figures, indent=1)}")
 
 
 if __name__ == "__main__":

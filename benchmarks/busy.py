@@ -1,12 +1,11 @@
 """What a busy core beside ours costs, and what the OpenMP setting of the drivers does about it (environment.sh).
 
-Threads wait for one another at the end of every product, and spin meanwhile: when another process takes a core, one
-thread waits for its turn there, and the others burn their cores until then. The work is a chain of small products, as
-in a layer of the small model; each figure is a process of its own, because OpenMP reads its settings once. The busy
+Threads spin while they wait for each other at the end of every product. When another process takes a core, one thread
+waits for its turn there, and the others burn their cores until then. The work is a chain of small products, as in a
+layer of the small model. Each figure comes from its own process, because OpenMP reads its settings once. The busy
 process is an empty loop.
 
 Run     .venv-train/bin/python -m benchmarks.busy
-        .venv-infer/bin/python -m benchmarks.busy --preload    # Intel's OpenMP, which lies in that environment
 """
 
 import os
@@ -14,14 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from itertools import product
 
 import torch
 
-from benchmarks.measure import finish, machine, options, show
+from benchmarks.measure import finish, options, show
 
-GNU = ("", "GOMP_SPINCOUNT=10000", "OMP_WAIT_POLICY=PASSIVE")
-INTEL = ("", "KMP_BLOCKTIME=1", "KMP_BLOCKTIME=0", "OMP_WAIT_POLICY=PASSIVE")
+SETTINGS = ("", "GOMP_SPINCOUNT=10000", "OMP_WAIT_POLICY=PASSIVE")
 
 
 def passes(seconds: float) -> float:
@@ -39,11 +37,11 @@ def passes(seconds: float) -> float:
     return done / (time.monotonic() - start)
 
 
-def measured(setting: str, library: str, seconds: float, busy: bool) -> float:
+def measured(setting: str, seconds: float, busy: bool) -> float:
     """`passes` in a process with a setting (`NAME=value`, or none), alone or beside a busy one."""
-    known = {each.partition("=")[0] for each in (*GNU, *INTEL)}
+    known = {each.partition("=")[0] for each in SETTINGS}
     environment = {name: value for name, value in os.environ.items() if name not in known}
-    environment |= dict([setting.split("=")] if setting else []) | ({"LD_PRELOAD": library} if library else {})
+    environment |= dict([setting.split("=")] if setting else [])
     beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
         command = [sys.executable, "-m", "benchmarks.busy", "--work", str(seconds)]
@@ -58,25 +56,22 @@ def measured(setting: str, library: str, seconds: float, busy: bool) -> float:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--work", type=float, metavar="SECONDS", help="do the work, print passes a second")
-    parser.add_argument("--preload", action="store_true", help="with the environment's libiomp5.so")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0)
     arguments = parser.parse_args()
     if arguments.work:
         print(passes(arguments.work))
         return
-    library, settings = (str(Path(sys.prefix) / "lib" / "libiomp5.so"), INTEL) if arguments.preload else ("", GNU)
     rates: dict[tuple[str, bool], list[float]] = {}
-    for _ in range(arguments.turns):  # in turns, so that a slow spell of the machine meets all
-        for setting in settings:
-            for busy in (False, True):
-                rates.setdefault((setting, busy), []).append(measured(setting, library, arguments.seconds, busy))
+    for _ in range(arguments.turns):  # in turns, so that a slow spell of the machine hits all
+        for setting, busy in product(SETTINGS, (False, True)):
+            rates.setdefault((setting, busy), []).append(measured(setting, arguments.seconds, busy))
     middle = {key: statistics.median(values) for key, values in rates.items()}
-    rows = [[setting or "default", middle[setting, False], middle[setting, True]] for setting in settings]
+    rows = [[setting or "default", middle[setting, False], middle[setting, True]] for setting in SETTINGS]
     rows = [[*row, row[1] / row[2]] for row in rows]
     show("passes a second", ["setting", "alone", "beside a busy process", "times slower"], rows)
     figures = {name: {"alone": alone, "busy": busy, "times": times} for name, alone, busy, times in rows}
-    finish(arguments, {"machine": machine(), "preload": library, "settings": figures})
+    finish(arguments, {"settings": figures})
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Run     .venv-infer/bin/python benchmarks/engine.py [--times N] [--json FILE]
 
-One vLLM engine, in turns: `generation.generate` whole (reading, hashing, queueing, writing every prompt to the disk,
-manifest), and the engine's own loop with all requests added at once. Samples differ from time to time, so what is
-compared is generated tokens a second; medians.
+One vLLM engine runs in turns the whole `generation.generate` (reading, hashing, queueing, writing every prompt to the
+disk, manifest) and its own loop with all requests added at once. Samples differ between runs, so the comparison is of
+generated tokens a second; medians.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 
-from measure import finish, machine, options, show
+from measure import finish, options, show
 
 from generation import generate as stage
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
@@ -27,7 +27,7 @@ def stage_rate(settings: list[str], generator) -> float:
     """Tokens a second of the stage, the engine's start left out."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(REPOSITORY / "configs/quickstart.yaml", [*settings, f"output={folder}"])
-        stage.Generator = lambda **_: generator  # the engine that stands already
+        stage.Generator = lambda **_: generator  # the engine that is loaded already
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             stage.generate(recipe)
@@ -64,30 +64,24 @@ def main() -> None:
     for split in ("train", "test"):
         data = getattr(recipe.data, split)
         for _, record in read_prompts(data.path, data.limit):
-            requests.append(
-                (f"{split}/{record['prompt_id']}", prompt_token_ids(tokenizer, record["prompt"]), data.responses)
-            )
+            ids = prompt_token_ids(tokenizer, record["prompt"])
+            requests.append((f"{split}/{record['prompt_id']}", ids, data.responses))
     generator = stage.Generator(
-        recipe.models.generator.model_dump(),
-        recipe.generation.model_dump(),
-        sorted(end_of_turn_ids(tokenizer)),
-        recipe.seed,
+        model=recipe.models.generator,
+        settings=recipe.generation,
+        stop_ids=end_of_turn_ids(tokenizer),
+        seed=recipe.seed,
     )
-    figures: dict = {"machine": machine()}
-    print(figures["machine"])
     rates: dict[str, list[float]] = {"bare engine": [], "generation stage": []}
     for turn in range(arguments.times + 1):
-        for name, rate in (
-            ("bare engine", bare_rate(requests, generator.engine)),
-            ("generation stage", stage_rate(SETTINGS, generator)),
-        ):
-            if turn:
-                rates[name].append(rate)
+        found = bare_rate(requests, generator.engine), stage_rate(SETTINGS, generator)
+        for values, rate in zip(rates.values(), found, strict=True):
+            values += [rate] if turn else []
     found = {name: statistics.median(values) for name, values in rates.items()}
     table = [[name, value, value / found["bare engine"]] for name, value in found.items()]
     samples = sum(count for _, _, count in requests)
     show(f"Generation, {len(requests)} prompts, {samples} samples", ["", "tokens / s", "of the bare engine"], table)
-    finish(arguments, {**figures, "tokens_per_second": found, "ratio": table[1][2]})
+    finish(arguments, {"tokens_per_second": found, "ratio": table[1][2]})
 
 
 if __name__ == "__main__":

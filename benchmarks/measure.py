@@ -21,7 +21,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def machine() -> dict:
-    """Processor, threads and speed of a matrix product: what ratios do not tell."""
+    """Processor, threads and speed of a matrix product, which ratios do not tell."""
     name = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -44,7 +44,7 @@ def matrix_speed(rows: int = 512, width: int = 1536) -> float:
 
 
 def timed(tasks: dict[str, Callable[[], object]], times: int) -> dict[str, list[float]]:
-    """Seconds of each task, in turns, so that a slow spell of the machine meets all; a first turn is left out."""
+    """Seconds of each task. Tasks take turns, so a slow spell of the machine hits all; the first turn is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(times + 1):
         for name, task in tasks.items():
@@ -60,12 +60,14 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def show(title: str, header: list[str], rows: list[list]) -> None:
-    """A table on the screen; numbers with three digits behind the point."""
+    """A table on the screen, numbers with three decimals."""
     table = pandas.DataFrame(rows, columns=header).to_string(index=False, float_format="{:.3f}".format)
     print(f"\n{title}\n{table}", flush=True)
 
 
 def finish(arguments: argparse.Namespace, figures: dict) -> None:
-    """Write the figures where `--json` asks for them."""
+    """Print the machine, and write it and the figures to the file of `--json`."""
+    figures = {"machine": machine(), **figures}
+    print(f"\n{figures['machine']}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -2,15 +2,15 @@
 
 Run     .venv-train/bin/python benchmarks/memory.py [--prompts 1000 20000] [--test-prompts 1000 5000] [--json FILE]
 
-Each stage is a process of its own that runs the stage as it is, with real tokenizers and files, and stand-ins for the
-models alone (benchmarks/stages.py). What grows are the training prompts, or, for the stages of the evaluation, the test
-prompts; generation and annotation are measured with actors of Ray as well, of which the driver is what is measured.
+Each stage runs unchanged in a separate process, with real tokenizers and files; only the models are stand-ins
+(benchmarks/stages.py). The number of training prompts grows, or, for the stages of the evaluation, of test prompts.
+Generation and annotation are also measured with actors of Ray (the driver, not the actors).
 
-Peak is the kernel's VmHWM, which counts the interpreter and the libraries, too. A third measurement, with 8 prompts,
-says how much that is, and how long a stage takes to start. `KB / prompt` is the growth from few to many by the prompt:
-where the libraries are large, the ratio of the peaks (`growth`) says little. Time is the processor's, which other work
-on the machine changes less, without the start. Few and many are measured in turns; `times` is the median of the ratios
-of the times per prompt. The program ends with an error when `growth`, `KB / prompt` or `times` is above its limit.
+Peak is the kernel's VmHWM, which includes the interpreter and the libraries. A third measurement, with 8 prompts, shows
+how much that is and how long a stage takes to start. `KB / prompt` is the growth from few to many for each prompt:
+where the libraries are large, the ratio of the peaks (`growth`) says little. Time is processor time without the start,
+because other work on the machine changes it less. Few and many are measured in turns; `times` is the median of the
+ratios of the times per prompt. The program fails if `growth`, `KB / prompt` or `times` is above its limit.
 """
 
 import json
@@ -73,7 +73,7 @@ def compared(sizes: tuple[int, int], start: list[dict], rounds: list[tuple[dict,
         "growth": many["peak_mb"] / few["peak_mb"],
         "kb_per_prompt": 1024 * (many["peak_mb"] - few["peak_mb"]) / (sizes[1] - sizes[0]),
         "ms_per_prompt": [_ms(few, nothing, sizes[0]), _ms(many, nothing, sizes[1])],
-        # A machine is faster at one time than at another: what is compared was measured one after the other.
+        # The machine's speed changes with time, so each ratio is of two measurements made one after the other.
         "times": statistics.median(ratios),
     }
 
@@ -108,8 +108,8 @@ def main() -> None:
         sizes = arguments.test_prompts if family == "test" else arguments.prompts
         start, few, many = [], [], []
         for _ in range(arguments.times):
-            # Not counted: what follows a long run starts 0.3 s later than what follows a short one, and the start is
-            # taken off.
+            # Not counted: a process starts 0.3 s later after a long run than after a short one, and the start is
+            # subtracted.
             measured(family, START, arguments.responses, arguments.answers)
             for found, count in ((start, START), (few, sizes[0]), (many, sizes[1])):
                 found.append(measured(family, count, arguments.responses, arguments.answers))

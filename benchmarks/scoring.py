@@ -2,15 +2,15 @@
 
 Run     .venv-train/bin/python benchmarks/scoring.py [--times N] [--json FILE]
 
-The reward model of the quickstart, responses of 70 tokens behind one prompt, the same token rows both ways, in turns;
-medians. Scores must agree to 1e-4, or this ends with an error. Beside the ratio of times stands the ratio of tokens
-computed: what the ratio of times would be if every token cost the same.
+The reward model of the quickstart, responses of 70 tokens after one prompt, the same token rows both ways, in turns;
+medians. Scores must agree to 1e-4, or this ends with an error. The ratio of tokens computed is what the ratio of times
+would be if every token cost the same.
 """
 
 import random
 import sys
 
-from measure import finish, machine, medians, options, show, timed
+from measure import finish, medians, options, show, timed
 from training import tokens_of
 
 from annotation.reward_model import RewardModel
@@ -27,9 +27,7 @@ def main() -> None:
     recipe = load_recipe(REPOSITORY / "configs/quickstart.yaml")
     model = RewardModel(recipe.models.reward, recipe.annotation.dtype, recipe.annotation.batch_tokens)
     stream, rng = tokens_of(), random.Random(0)
-    figures: dict = {"machine": machine()}
-    print(figures["machine"])
-    table = []
+    figures, table = {}, []
     for prompt, count in SHAPES:
         beginning = stream[:prompt]
         starts = [rng.randrange(len(stream) - RESPONSE) for _ in range(count)]

@@ -1,16 +1,17 @@
-"""The stages as benchmarks/memory.py runs them: as they are, with real tokenizers and files, without models.
+"""The stages as benchmarks/memory.py runs them: unchanged, with real tokenizers and files, without models.
 
 Run     python benchmarks/stages.py NAME FOLDER --responses 100 --answers 5    # one stage; benchmarks/memory.py does it
 
-Stand-ins take the place of the models alone: a generator and a policy that answer with synthetic text, fixed scores,
-fixed log-probabilities. `training` is what training holds beside the model: the plan's rows, the reference's values,
-and one pass over the batches. The last line on the screen: seconds, seconds of the processor, and the process's peak
+Only the models are stand-ins: a generator and a policy that answer with synthetic text, fixed scores, fixed
+log-probabilities. `training` is everything in training except the model: the plan's rows, the reference's values, and
+one pass over the batches. The last line on the screen has the seconds, the processor's seconds, and the process's peak
 (the kernel's VmHWM).
 """
 
 import argparse
 import json
 import random
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_json, write_lines
-from pipeline.recipe import REPOSITORY, Recipe, load_recipe
+from pipeline.files import json_line, write_json, write_lines
+from pipeline.recipe import REPOSITORY, SPLITS, Recipe, load_recipe
 
 TRAIN, INFER = ".venv-train", ".venv-infer"
 WORDS = ["it", "is", "safe", "to", "keep", "a", "plant", "near", "the", "open", "window"]
@@ -34,40 +35,24 @@ def text(seed: int, words: int = 25) -> str:
 
 def prompts_file(path: Path, count: int, first: int) -> None:
     """Prompts of about 60 characters with two given responses."""
-    write_lines(
-        path,
-        (
-            json.dumps(
-                {
-                    "prompt": [{"role": "user", "content": f"Question {number}: {text(number, 8)}"}],
-                    "responses": [text(2 * number), text(2 * number + 1)],
-                }
-            )
-            + "\n"
-            for number in range(first, first + count)
-        ),
-    )
+
+    def record(number: int) -> dict:
+        question = {"role": "user", "content": f"Question {number}: {text(number, 8)}"}
+        return {"prompt": [question], "responses": [text(2 * number), text(2 * number + 1)]}
+
+    write_lines(path, (json_line(record(number)) for number in range(first, first + count)))
 
 
 def recipe_of(folder: str, responses: int, answers: int, overrides: list[str]) -> Recipe:
     """The quickstart's settings on synthetic prompts; one epoch, so that time is per prompt."""
-    return load_recipe(
-        REPOSITORY / "configs/quickstart.yaml",
-        [
-            f"output={folder}/out",
-            *(f"data.{split}.path={folder}/{split}.jsonl" for split in ("train", "test")),
-            *(f"data.{split}.limit=null" for split in ("train", "test")),
-            f"data.train.responses={responses}",
-            f"evaluation.samples={answers}",
-            "schedule.epochs=1",
-            "evaluation.proxy=false",
-            *overrides,
-        ],
-    )
+    data = [f"data.{split}.{what}" for split in SPLITS for what in (f"path={folder}/{split}.jsonl", "limit=null")]
+    sizes = [f"data.train.responses={responses}", f"evaluation.samples={answers}"]
+    settings = [f"output={folder}/out", *data, *sizes, "schedule.epochs=1", "evaluation.proxy=false", *overrides]
+    return load_recipe(REPOSITORY / "configs/quickstart.yaml", settings)
 
 
 class Texts:
-    """In place of the engine, in process or in an actor."""
+    """Stand-in for the engine, in process or in an actor."""
 
     def __init__(self, **arguments: Any):
         pass
@@ -76,23 +61,10 @@ class Texts:
         for item in items:
             if item is not None:
                 seed = zlib.crc32(f"{item['key']} {item.get('adapter')}".encode())
-                words = 100 if "adapter" in item else 25  # five answers are to weigh as much as libraries' moods
+                words = 100 if "adapter" in item else 25  # five answers must outweigh the libraries' noise
                 texts = [text(seed + place, words) for place in range(item["count"])]
                 samples = [{"text": each, "tokens": 26, "truncated": False} for each in texts]
                 yield {"key": item["key"], "samples": samples}
-
-
-class FixedScores:
-    """In place of what a worker scores with."""
-
-    def __init__(self, **arguments: Any):
-        self.model = self
-
-    def score(self, prompt, responses, truncated, prompt_id) -> list[float]:
-        return [random.Random(response).gauss(0, 1) for response in responses]
-
-    def score_details(self, *columns) -> list[dict]:
-        return [{"score": score} for score in self.score(*columns)]
 
 
 Work = Callable[[], object]  # what is measured: the imports are made, and the tokenizer's library is warm
@@ -113,7 +85,7 @@ def generation(recipe: Recipe) -> Work:
 
 
 def fixed_scores() -> None:
-    """In place of the reward model: a score that depends on the response alone."""
+    """Stand-in for the reward model: a score that depends on the response alone."""
     from annotation import scorers
 
     class FixedScores(scorers.ScoreWorker):  # defined here, so that actors get the class itself, not its name
@@ -194,7 +166,7 @@ def scores(recipe: Recipe) -> Work:
 
 
 def fixed_policies() -> type:
-    """In place of the models of the evaluation: a token has -1 nat before training, a little more or less after."""
+    """Stand-in for the models of the evaluation: a token has -1 nat before training, a little more or less after."""
     from evaluation.held_out import HeldOut
     from hps.chat import load_tokenizer
 
@@ -245,9 +217,14 @@ def metrics(recipe: Recipe) -> Work:
     return lambda: [evaluate(recipe, sft) for sft in (True, False)]
 
 
+def peak_kb() -> int:
+    """Peak resident memory of this process, in kB. `getrusage` would start with the parent's."""
+    return int(re.search(r"^VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
 @dataclass
 class Stage:
-    """How a stage is run: environment, and settings of its own."""
+    """How a stage runs: its environment and its settings."""
 
     prepare: Callable[[Recipe], Work]
     environment: str = TRAIN
@@ -292,9 +269,7 @@ def main(families: dict[str, dict[str, Stage]] = FAMILIES) -> None:
     start = time.perf_counter(), time.process_time()
     work()
     seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
-    status = Path("/proc/self/status").read_text()
-    (peak,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak / 1024}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak_kb() / 1024}))
 
 
 if __name__ == "__main__":

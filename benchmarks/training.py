@@ -1,10 +1,10 @@
 """Training steps of ours and of TRL's, side by side on the small model: pairs, lists, HPS against BT, PL by n.
 
-Run     .venv-train/bin/python benchmarks/training.py [pairs] [lists] [methods] [loop] [--times N] [--json FILE]
+Run     .venv-train/bin/python benchmarks/training.py pairs lists methods loop [--times N] [--json FILE]
 
-Everything is compared in turns in one process: the same token ids, the same LoRA weights at first, the same settings of
-the optimiser; where two programs train the same, their losses must agree to 1e-4 in every step, or this ends with an
-error. Times are medians of at least five steps (collating, forward, backward, optimiser) behind one that is left out.
+Both sides take turns in one process with the same token ids, initial LoRA weights and optimiser settings. Where two
+programs train the same, their losses must agree to 1e-4 in every step, or this ends with an error. Times are medians of
+at least five steps (collating, forward, backward, optimiser); a first step is left out.
 """
 
 import random
@@ -15,12 +15,13 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from measure import finish, machine, medians, options, show, timed
-from transformers import TrainerCallback
+from measure import finish, medians, options, show, timed
+from stages import peak_kb
 from trl import DPOTrainer
 
 from alignment.reference import add_reference
@@ -59,18 +60,9 @@ def examples_of(prompt: int, response: int, count: int, steps: int) -> list[dict
 
     for row in range(steps * PROMPTS):
         rewards = sorted((rng.gauss(0, 1) for _ in range(count)), reverse=True)
-        rows.append(
-            {
-                "row": row,
-                "prompt_ids": piece(prompt),
-                "response_ids": [piece(response) for _ in range(count)],
-                "rewards": rewards,
-                "weights": [[0.0] * (count - 1) + [1.0]],
-                "dispreferred_count": [count - 1],
-                "gamma": 0.0,
-                "cut": 0,
-            }
-        )
+        texts = {"prompt_ids": piece(prompt), "response_ids": [piece(response) for _ in range(count)]}
+        numbers = {"weights": [[0.0] * (count - 1) + [1.0]], "dispreferred_count": [count - 1], "gamma": 0.0, "cut": 0}
+        rows.append({"row": row, "rewards": rewards, **texts, **numbers})
     return rows
 
 
@@ -168,11 +160,8 @@ def pairs(times: int) -> dict:
         compare_losses(tasks)
         base = {name: seconds["TRL, in step" if "in step" in name else "TRL, precomputed"] for name in seconds}
         table = [[name, value, base[name] / value] for name, value in seconds.items()]
-        show(
-            f"Pairs, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step",
-            ["", "s / step", "times TRL"],
-            table,
-        )
+        title = f"Pairs, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step"
+        show(title, ["", "s / step", "times TRL"], table)
         found[f"{prompt}/{response}"] = {name: {"seconds": s, "times_trl": ratio} for name, s, ratio in table}
     return found
 
@@ -217,9 +206,7 @@ def print_peak(name: str) -> None:
     before = pages * resource.getpagesize() // 1024
     for _ in range(2):
         steps()
-    # Not `getrusage`: what that gives at first is the parent's.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    print(before, next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    print(before, peak_kb())
 
 
 def methods(times: int) -> dict:
@@ -227,63 +214,48 @@ def methods(times: int) -> dict:
     prompt, response = SHAPES[0]
     rows = examples_of(prompt, response, 2, times + 1)
     tasks = {name: ours(rows, f"loss.preference={name}") for name in ("bt", "hps")}
-    for n in (4, 8, 16, 32):
+    sizes = [4, 8, 16, 32]
+    for n in sizes:
         many = examples_of(prompt, response, n, times + 1)
         tasks[f"pl, n = {n}"] = ours(many, "loss.preference=pl", f"loss.list_size={n}")
     seconds = medians(timed(tasks, times))
     table = [[name, value, value / seconds["hps"]] for name, value in seconds.items()]
-    show(
-        f"Methods, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step",
-        ["", "s / step", "times hps"],
-        table,
-    )
-    sizes = [4, 8, 16, 32]
+    title = f"Methods, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step"
+    show(title, ["", "s / step", "times hps"], table)
     slope, _ = statistics.linear_regression(sizes, [seconds[f"pl, n = {n}"] / seconds["hps"] for n in sizes])
     print(f"  hps / bt {seconds['hps'] / seconds['bt']:.3f}; pl / hps grows by {slope:.3f} for each response more")
     return {"seconds": seconds, "hps_over_bt": seconds["hps"] / seconds["bt"], "pl_over_hps_slope": slope}
 
 
-class Outside(TrainerCallback):
-    """Wall time of the steps of a real training, and of forward, backward and optimiser in them."""
+def loop(times: int) -> dict:
+    """`trainer.train()` itself: the share of a step that is neither forward, backward nor optimiser."""
+    trainer, calls = ours(examples_of(*SHAPES[0], 2, times + 2)).trainer, []
+    trainer.optimizer = None
+    trainer.create_optimizer()
 
-    def __init__(self):
-        self.steps, self.inside = [], []
-        self._last = None
+    def watch(owner, name: str) -> None:
+        function = getattr(owner, name)
 
-    def on_step_begin(self, *_, **__):
-        now = time.perf_counter()
-        if self._last is not None:
-            self.steps.append(now - self._last)
-        self._last = now
-        self.inside.append(0.0)
-
-    def watch(self, function):
         def watched(*args, **kwargs):
             start = time.perf_counter()
             result = function(*args, **kwargs)
-            self.inside[-1] += time.perf_counter() - start
+            calls.append((start, time.perf_counter() - start))
             return result
 
-        return watched
+        setattr(owner, name, watched)
 
-
-def loop(times: int) -> dict:
-    """`trainer.train()` itself: the share of a step that is neither forward, backward nor optimiser."""
-    trainer = ours(examples_of(*SHAPES[0], 2, times + 2)).trainer
-    trainer.optimizer = None
-    outside = Outside()
-    trainer.add_callback(outside)
-    trainer._log_probs = outside.watch(trainer._log_probs)  # the forward pass
-    trainer.accelerator.backward = outside.watch(trainer.accelerator.backward)
-    trainer.create_optimizer()
-    trainer.optimizer.step = outside.watch(trainer.optimizer.step)
+    watch(trainer, "_log_probs")  # the forward pass
+    watch(trainer.accelerator, "backward")
+    watch(trainer.optimizer, "step")
     with tempfile.TemporaryDirectory() as folder:
         trainer.args.output_dir, trainer.args.save_strategy = folder, "no"
         trainer.train()
-    shares = [1 - inside / step for step, inside in zip(outside.steps, outside.inside, strict=False)][1:]
-    share = statistics.median(shares)
+    steps = list(zip(*[iter(calls)] * 3, strict=True))  # three calls a step; the first step is left out
+    whole = [after[0][0] - step[0][0] for step, after in pairwise(steps)][1:]
+    inside = [sum(seconds for _, seconds in step) for step in steps[1:-1]]
+    share = statistics.median(1 - part / all_ for part, all_ in zip(inside, whole, strict=True))
     show("The training loop", ["", "share of a step"], [["outside forward, backward, optimiser", share]])
-    return {"share_outside": share, "steps": len(shares)}
+    return {"share_outside": share, "steps": len(whole)}
 
 
 PARTS = {"pairs": pairs, "lists": lists, "methods": methods, "loop": loop}
@@ -294,16 +266,10 @@ def main() -> None:
         print_peak(sys.argv[2])
         return
     parser = options(__doc__)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--times", type=int, default=5, help="steps measured")
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(unknown)}")
-    figures: dict = {"machine": machine()}
-    print(figures["machine"])
-    for name in arguments.parts:
-        figures[name] = PARTS[name](arguments.times)
-    finish(arguments, figures)
+    finish(arguments, {name: PARTS[name](arguments.times) for name in arguments.parts})
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """Turn the published data sets into the prompts files that the recipes of the paper read.
 
 Reads   data/sources.yaml; the files that it names, from the hub (or its cache), or from FOLDER/<repo>/<file>
-Writes  data/<name>/{train,test}.jsonl (prompts), data/<name>/rejected.jsonl (each row that is left out: file, line,
-        row, reason), data/<name>/prepare.json (last: counts, reasons, commits, hashes); `pin`: data/sources.yaml
+Writes  data/<name>/{train,test}.jsonl (prompts), data/<name>/rejected.jsonl (rows that are left out: file, line, row,
+        reason), data/<name>/prepare.json (last: counts, reasons, commits, hashes); `pin`: data/sources.yaml
 Run     .venv-train/bin/python data/prepare.py hh_rlhf pku_safe [--from FOLDER] [--preference better|safer]
         .venv-train/bin/python data/prepare.py pin
 
-Training: the authors' curated files; the two responses of a row are taken as ranked by people, best first, the order in
-which the file has them. Test: the test files of the original sets; `--preference` says which of PKU-SafeRLHF's two
-rankings orders a pair. Texts lose the white space around them and carriage returns at line ends, nothing else.
+Training: the authors' curated files. The two responses of a row are taken as ranked by people, best first, as in the
+file. Test: the test files of the original sets; `--preference` chooses which of PKU-SafeRLHF's two rankings orders a
+pair. Texts only lose the white space around them and carriage returns at line ends.
 
-A test row whose prompt stands in training, or came before in the test files, is rejected (compared by all its
-messages, whatever their case and white space). Repeated prompts in training stay, as in the authors' file, and are
-counted; generation merges those that are equal to the letter.
+A test row is rejected if its prompt is also in training or came earlier in the test files (all messages are compared,
+ignoring case and white space). Repeated prompts in training stay, as in the authors' file, and are counted; generation
+merges exact repetitions.
 """
 
 import argparse
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.errors import InputError, run_main, shorten
-from pipeline.files import file_hash, write_atomic, write_json
+from pipeline.files import file_hash, json_line, write_atomic, write_json
 from pipeline.records import ROLES, canonical, prompt_id, read_values, refusal, typed
 from tools.hub import COMMIT, asking, commit_of, write_revisions
 
@@ -46,7 +45,7 @@ Pair = tuple[list[dict], list[str]]  # chat messages; two responses, best first
 
 
 class Rejected(Exception):
-    """A row that cannot be used; `same_as` is the place of the row whose prompt it repeats."""
+    """A row that cannot be used; `same_as` is the place of the row with the same prompt."""
 
     def __init__(self, reason: str, same_as: str | None = None):
         super().__init__(reason)
@@ -120,7 +119,7 @@ class Row:
 
 @dataclass
 class Split:
-    """What became of a split's rows; `places`: where each written prompt stood first, by its comparison key."""
+    """The outcome of a split's rows; `places`: where each written prompt came first, by its comparison key."""
 
     read: int = 0
     repeated: int = 0
@@ -147,7 +146,7 @@ def named(source: Source) -> str:
 
 
 def read_rows(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a JSON array or of JSON Lines; InputError: broken JSON (with its line), or a row that is no object."""
+    """Rows of a JSON array or of JSON Lines; InputError: broken JSON (with its line), or a row is not an object."""
     for number, (line, record) in enumerate(read_values(path), 1):
         row = Row(name, path, line, number, record)
         if not isinstance(record, dict):
@@ -160,7 +159,7 @@ def tidy(text: str) -> str:
 
 
 def two_responses(responses: list[str]) -> list[str]:
-    """The responses, if they are a preference: two texts that differ."""
+    """The responses, checked to be a preference: two different texts."""
     if len(responses) != 2:
         raise Rejected("not two responses")
     if not all(responses):
@@ -259,7 +258,7 @@ def convert(rows: Iterable[Row], parse: Callable[[Row], Pair], training: dict[st
 
 
 def check_encodable(value) -> None:
-    """Reject half a surrogate pair, which an escape in JSON can spell and no UTF-8 file can hold."""
+    """Reject half a surrogate pair: an escape in JSON can spell it, but UTF-8 cannot store it."""
     try:
         canonical(value).encode("utf-8")
     except UnicodeEncodeError:
@@ -267,7 +266,7 @@ def check_encodable(value) -> None:
 
 
 def counts(split: Split, name: str) -> dict:
-    """`read` = `written` + `rejected`, and the reasons; a test split always says how many prompts came twice."""
+    """`read` = `written` + `rejected`, and the reasons; a test split always counts the prompts that came twice."""
     reasons = Counter({"prompt in training": 0, "repeated prompt": 0} if name == "test" else {})
     reasons.update(line["reason"] for line in split.rejected)
     numbers = {"read": split.read, "written": len(split.records), "rejected": len(split.rejected)}
@@ -284,10 +283,7 @@ def counted(facts: dict) -> str:
 
 
 def obtain(name: str, split: str, source: Source, folder: Path | None) -> tuple[dict[str, Path], str | None]:
-    """The files of a split, from the hub's cache or `<folder>/<repo>`, and their commit; says which.
-
-    Of local files the commit is not known: None.
-    """
+    """The files of a split, from the hub's cache or `<folder>/<repo>`, and their commit (None for local files)."""
     from huggingface_hub import snapshot_download
 
     if folder is not None:
@@ -316,7 +312,7 @@ def prepare(
     preference: str = PREFERENCES[0],
     folder: Path | None = None,
 ) -> dict:
-    """Prepare one set; return what prepare.json says. Nothing is written unless all rows could be read.
+    """Prepare one set and return the content of prepare.json. Nothing is written unless all rows can be read.
 
     Args:
         sources: of this set, by split.
@@ -344,7 +340,7 @@ def prepare(
 
 
 def _refuse_foreign(output: Path) -> None:
-    """Refuse to write over somebody's own prompts files: those of this command have a rejected.jsonl beside them."""
+    """Refuse to overwrite the user's prompts files; files of this command have a rejected.jsonl beside them."""
     for split in SPLITS:
         path = output / f"{split}.jsonl"
         if path.exists() and not (output / "rejected.jsonl").exists():
@@ -353,12 +349,12 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def write(output: Path, results: dict[str, Split], facts: dict) -> dict:
-    """Write the files of a set; prepare.json is taken away first and comes last, so it never speaks of other files."""
+    """Write the files of a set. prepare.json is removed first and written last, so it always fits them."""
     (output / "prepare.json").unlink(missing_ok=True)
     rejected = [{"split": split, **line} for split, result in results.items() for line in result.rejected]
     files = {"rejected.jsonl": rejected, **{f"{split}.jsonl": result.records for split, result in results.items()}}
     for file, records in files.items():
-        write_atomic(output / file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in records))
+        write_atomic(output / file, "".join(map(json_line, records)))
     facts = {**facts, "outputs": {file: file_hash(output / file) for file in files}}
     write_json(output / "prepare.json", facts)
     print(f"prepare: {facts['set']}: -> {output}")
@@ -366,7 +362,7 @@ def write(output: Path, results: dict[str, Split], facts: dict) -> dict:
 
 
 def pin(path: Path) -> None:
-    """Write the current commits into the sources; full commits that stand there are left alone."""
+    """Write the current commits into the sources; full commits stay as they are."""
     sources = {(name, split): source for name, splits in load_sources(path).items() for split, source in splits.items()}
     commits = {
         key: commit_of("dataset", source.repo, source.revision, named(source))
@@ -389,7 +385,7 @@ def main() -> None:
     if options.names == ["pin"]:
         return pin(SOURCES)
     if "pin" in options.names:
-        raise InputError("`pin` stands alone", where="command line", remedy="run it first, then prepare")
+        raise InputError("`pin` cannot be combined", where="command line", remedy="run it first, then prepare")
     sources = load_sources(SOURCES)
     for name in dict.fromkeys(options.names):
         prepare(name, sources[name], DATA / name, options.preference, options.folder)

@@ -1,9 +1,9 @@
 """Write the two testbed sets: prompts whose answers have a reward that is known exactly (VADER's sentiment).
 
-`reviews` are single turns, `chats` have several. Templates and a list of things make the prompts; a thing belongs to
-one split, and (but for one of `reward`) has no word that VADER scores: no prompt asks for praise or for blame. Test
-prompts carry two of four answers sampled from SmolLM2-135M-Instruct, the one with the highest sentiment and the one
-with the lowest, in this order.
+`reviews` are single turns, `chats` have several. Templates and a list of things make the prompts. A thing belongs to
+one split and (except for one of `reward`) has no word that VADER scores: no prompt asks for praise or blame. Test
+prompts have two of four answers sampled from SmolLM2-135M-Instruct: the one with the highest sentiment, then the one
+with the lowest.
 
 Reads   `data/testbed/words.yaml`: things and templates; `samples.jsonl.gz`: the model's answers to the reward and the
         test prompts
@@ -32,7 +32,7 @@ import yaml
 
 from annotation.train_reward import truth
 from hps.errors import InputError, run_main
-from pipeline.files import write_atomic
+from pipeline.files import json_line, write_atomic, write_lines
 from pipeline.recipe import REPOSITORY
 from pipeline.records import prompt_id, read_candidates, read_jsonl
 
@@ -54,7 +54,7 @@ def words() -> dict:
 
 
 def splits() -> dict[str, list[str]]:
-    """The things of each split, of every kind as many."""
+    """The things of each split, the same number of every kind."""
     rng, found = random.Random(SEED), {split: [] for split in SPLITS}
     for kind in words()["things"].values():
         things = list(kind)
@@ -112,22 +112,23 @@ def files(samples: dict[str, dict]) -> dict[str, str]:
     made = {}
     for name, split in product(SETS, SPLITS):
         records = prompts(name, split)
-        made[f"{name}_{split}.jsonl"] = _lines(sampled(records, samples) if split == "test" else records)
+        chosen = sampled(records, samples) if split == "test" else records
+        made[f"{name}_{split}.jsonl"] = "".join(map(json_line, chosen))
     return made
 
 
 def pack(folder: Path) -> None:
-    """Keep of the stage's candidates what is used here."""
+    """Keep the fields of the stage's candidates that are used here."""
     fields = ("prompt_id", "responses", "truncated")
     kept = []
     for split in ("train", "test"):
         found = (record for _, record in read_candidates(folder / "candidates" / f"{split}.jsonl"))
         kept += [{field: record[field] for field in fields} for record in sorted(found, key=itemgetter("prompt_id"))]
-    (FOLDER / SAMPLES).write_bytes(gzip.compress(_lines(kept).encode(), mtime=0))
+    (FOLDER / SAMPLES).write_bytes(gzip.compress("".join(map(json_line, kept)).encode(), mtime=0))
 
 
 def measure(name: str, split: str, samples: dict[str, dict]) -> dict:
-    """Of the answers to the prompts of a set and split: how many, and their true reward."""
+    """For the answers to the prompts of a set and split: how many there are, and their true rewards."""
     found = [samples[prompt_id(record["prompt"])] for record in prompts(name, split)]
     rewards = [truth(each["responses"]) for each in found]
     flat = [reward for each in rewards for reward in each]
@@ -142,17 +143,13 @@ def measure(name: str, split: str, samples: dict[str, dict]) -> dict:
     }
 
 
-def _lines(records: list[dict]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["files", "prompts", "pack"], default="files")
     what = parser.parse_args().what
     if what == "prompts":
         for split in ("reward", "test"):
-            write_atomic(STAGE / f"{split}.jsonl", _lines([row for name in SETS for row in prompts(name, split)]))
+            write_lines(STAGE / f"{split}.jsonl", (json_line(row) for name in SETS for row in prompts(name, split)))
         return
     if what == "pack":
         pack(STAGE)

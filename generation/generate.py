@@ -5,8 +5,8 @@ Writes  `<output>/candidates/{train,test}.jsonl` (candidates), `{train,test}.led
         `manifest.json` (last)
 Run     python -m generation.generate configs/quickstart.yaml
 
-Every prompt ends up exactly once, in the candidates or in the ledger. A run that was killed is continued by the same
-command; prompts that are finished are not touched.
+Every prompt ends up once, in the candidates or in the ledger. The same command continues a run that was killed and does
+not touch finished prompts.
 """
 
 from collections import Counter
@@ -26,21 +26,21 @@ from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, load_prompts
 from pipeline.recipe import SPLITS, Generation, Model, Recipe
 from pipeline.records import Indexed, read_candidates, read_ledger
-from pipeline.responses import distinct
+from pipeline.responses import candidates, distinct
 from pipeline.stage import Work, is_finished, stage
 from pipeline.weights import ADAPTER, check_weights, refuse_pickles
 from pipeline.workers import run_workers
 
 
 class Generator:
-    """The worker: an engine of its own; prompts in, their samples out as each is finished.
+    """The worker: one engine. Prompts go in, and each prompt's samples come out when it is finished.
 
     Items in: `key`, `ids` (token ids), `count`, and `adapter` where one of the engine's adapters is to answer. Items
     out: `key`, `samples`.
     """
 
-    def __init__(self, model: dict, settings: dict, stop_ids: list[int], **options):
-        self.engine = Engine(Model(**model), Generation(**settings), frozenset(stop_ids), **options)
+    def __init__(self, **arguments):
+        self.engine = Engine(**arguments)
 
     def stream(self, items: Iterator[dict | None]) -> Iterator[dict]:
         prompts = (item and (item["key"], item["ids"], item["count"], item.get("adapter")) for item in items)
@@ -53,7 +53,7 @@ def assemble(
 ) -> tuple[dict, list[dict]]:
     """One candidates record of given and sampled responses, and ledger lines for what was dropped or merged.
 
-    Given responses come first and keep their place in the human order as source. Empty responses are dropped; of exact
+    Given responses come first; their source is their place in the human order. Empty responses are dropped. Of exact
     duplicates the first is kept.
 
     Args:
@@ -68,19 +68,11 @@ def assemble(
     ]
     sampled = [{**asdict(sample), "text": sample.text.strip(), "source": "generated"} for sample in samples]
     kept, ledger = distinct(record["prompt_id"], given + sampled, refused)
-    candidates = {
-        "prompt_id": record["prompt_id"],
-        "prompt": record["prompt"],
-        "responses": [response["text"] for response in kept],
-        "sources": [response["source"] for response in kept],
-        "token_counts": [response["tokens"] for response in kept],
-        "truncated": [response["truncated"] for response in kept],
-    }
-    return candidates, ledger
+    return candidates(record, kept), ledger
 
 
 class SplitWriter(Results):
-    """The one writer of a split: candidates and ledger, continued where an earlier run was stopped."""
+    """The only writer of a split's candidates and ledger. It continues where an earlier run stopped."""
 
     def __init__(self, recipe: Recipe, split: str, prompts: Indexed, repeated: list[dict], tokenizer):
         path = recipe.candidates(split)
@@ -91,7 +83,7 @@ class SplitWriter(Results):
         self._refuse_special = recipe.data.special_tokens == "refuse"
 
     def pending(self) -> Iterator[tuple[str, list[int]]]:
-        """Yield `(prompt_id, token ids)` of what remains; too long prompts go to the ledger here."""
+        """Yield `(prompt_id, token ids)` of the remaining prompts; those that are too long go to the ledger."""
         for name in self.prompts:
             if name in self.done:
                 continue
@@ -109,16 +101,16 @@ class SplitWriter(Results):
 
     def write(self, name: str, samples: list[Sample]) -> None:
         """Put a finished prompt on disk."""
-        # White space around a response would merge with the template's tokens; generated text is stripped as well.
+        # White space around a response would merge with the template's tokens. Generated text is stripped as well.
         given = [text.strip() for text in self.prompts[name]["responses"]] if self._settings.keep_given else []
         record = {**self.prompts[name], "responses": given}
         counts = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in given]
         refused = self._special if self._refuse_special else lambda text: []
-        candidates, dropped = assemble(record, samples, counts, refused)
-        if len(candidates["responses"]) < 2:
-            self.refuse(name, "fewer than two distinct responses", dropped, responses=candidates["responses"])
+        made, dropped = assemble(record, samples, counts, refused)
+        if len(made["responses"]) < 2:
+            self.refuse(name, "fewer than two distinct responses", dropped, responses=made["responses"])
         else:
-            self.add(candidates, dropped)
+            self.add(made, dropped)
 
     def _special(self, *texts: str) -> list[str]:
         return [token for text in texts for token in special_tokens_in(self._tokenizer, text)]
@@ -151,16 +143,13 @@ def in_words(counts: dict) -> str:
 
 
 def stage_settings(recipe: Recipe) -> dict:
-    """What decides the candidates; a change of any of it needs another output folder."""
-    settings = recipe.generation.model_dump()
-    # How many devices work and how much memory they take changes no distribution.
-    for name in ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences"):
-        del settings[name]
-    data = {
-        s: {**getattr(recipe.data, s).model_dump(), "sha256": file_hash(getattr(recipe.data, s).path)} for s in SPLITS
-    }
+    """Everything that decides the candidates. Any change needs another output folder."""
+    # The number of devices and their memory do not change the distribution.
+    devices = {"workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences"}
+    splits = {split: getattr(recipe.data, split) for split in SPLITS}
+    data = {split: {**each.model_dump(), "sha256": file_hash(each.path)} for split, each in splits.items()}
     return {
-        "generation": settings,
+        "generation": recipe.generation.model_dump(exclude=devices),
         "seed": recipe.seed,
         "model": model_hash(recipe.models.generator),
         "data": {**data, "special_tokens": recipe.data.special_tokens},
@@ -170,11 +159,11 @@ def stage_settings(recipe: Recipe) -> dict:
 def generate(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     check_model(recipe.models.generator, "models.generator")
-    prompts = {split: load_prompts(recipe, split) for split in SPLITS}  # every line is checked before a model loads
+    prompts = {split: load_prompts(recipe, split) for split in SPLITS}  # checks every line before a model loads
     check_disjoint(*(prompts[split][0].placed() for split in SPLITS))
     folder = recipe.candidates("train").parent
     settings, tokenizer = stage_settings(recipe), None
-    if not is_finished(folder):  # before the claim: corrected data may then come to the same output
+    if not is_finished(folder):  # before the claim, so that corrected data can use the same output
         check_fits("gene", recipe, "generator")
         tokenizer = load_tokenizer(recipe.models.generator.path, recipe.models.generator.revision)
         for indexed, _ in prompts.values():
@@ -224,32 +213,32 @@ def sample(
     adapters: Sequence[str] = (),
     schema: dict | None = None,
 ) -> Iterator[dict]:
-    """What `Generator` makes of the items on all devices.
+    """Run the items through `Generator` on all devices.
 
     Args:
         items: read as there is room for them; no engine starts when there are none.
-        count: how many items there are at most.
+        count: the most items that there can be.
         most: the largest number of samples of an item.
-        adapters: what items may ask for.
+        adapters: those that items may ask for.
         schema: JSON schema that every sample must follow.
     """
     items = iter(items)
     first = next(items, None)
     if first is None:
         return iter(())
-    check_weights(model)  # what does not fit is one line here, and a page of vLLM's there
-    for folder in adapters:  # vLLM loads a pickled one
+    check_weights(model)  # wrong weights are one line here and a page in vLLM
+    for folder in adapters:  # vLLM would load a pickled one
         refuse_pickles(Path(folder), None, ADAPTER)
     print("loading the engine", flush=True)
     arguments = {
-        "model": model.model_dump(),
-        "settings": settings.model_dump(),
-        "stop_ids": sorted(end_of_turn_ids(tokenizer)),
+        "model": model,
+        "settings": settings,
+        "stop_ids": end_of_turn_ids(tokenizer),
         "seed": seed,
         "adapters": sorted(adapters),
         "schema": schema,
     }
-    # More than the engine keeps waiting for itself, so that it never waits for us.
+    # More than the engine itself keeps waiting, so it never waits for us.
     window = 1 + 3 * settings.max_sequences // max(1, most)
     items = chain([first], items)
     return run_workers(Generator, arguments, items, settings.workers, count, settings.tensor_parallel, window)

@@ -7,8 +7,8 @@ Writes  `<output>/<run>/answers/`: `test.jsonl` (answers: `prompt_id`, `prompt`,
 Run     python -m generation.sample_answers configs/quickstart.yaml
         python -m generation.sample_answers --runs FILE   # many runs, one engine: a line of FILE is a command line
 
-The engine and the sampling are those of the candidates (`generation.*`). Unlike there, equal and empty answers stay:
-they are what the policy answers. Adapters on one model share an engine.
+Engine and sampling are as for the candidates (`generation.*`). Unlike there, equal and empty answers stay, because the
+policy gave them. Adapters on one model share an engine.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from pipeline.stage import Work, require_finished, stage
 
 @dataclass
 class Answering:
-    """One folder of answers to be filled: of a recipe's run, or of the model before training (`sft`)."""
+    """A folder of answers to fill: those of a recipe's run, or of the model before training (`sft`)."""
 
     recipe: Recipe
     sft: bool
-    work: Work | None = None  # of its folder, while that is held and not finished
+    work: Work | None = None  # while its folder is locked and not finished
 
     @property
     def folder(self) -> Path:
@@ -62,17 +62,17 @@ class Answering:
 
     @property
     def model(self) -> Model:
-        """The model to load; an adapter stands on the policy before training."""
+        """The model to load; an adapter goes onto the policy before training."""
         whole = not self.sft and not self.recipe.lora.enabled
         return Model(path=self.checkpoint) if whole else self.recipe.models.policy
 
     def settings(self) -> dict:
-        """What decides the answers. Those of the model before training serve runs of every seed."""
+        """Everything that decides the answers. Those of the model before training serve runs of every seed."""
         recipe, tested = self.recipe, self.recipe.tested().data.test
-        sampling = ("temperature", "top_p", "max_prompt_tokens", "max_new_tokens", "dtype")
+        sampling = {"temperature", "top_p", "max_prompt_tokens", "max_new_tokens", "dtype"}
         return {
-            "generation": {name: getattr(recipe.generation, name) for name in sampling},
-            "evaluation": {name: getattr(recipe.evaluation, name) for name in ("prompts", "samples")},
+            "generation": recipe.generation.model_dump(include=sampling),
+            "evaluation": recipe.evaluation.model_dump(include={"prompts", "samples"}),
             "seed": None if self.sft else recipe.seed,
             "policy": model_hash(recipe.models.policy),
             "checkpoint": None if self.sft else model_hash(Model(path=self.checkpoint)),
@@ -130,7 +130,7 @@ def _answer(jobs: list[Answering]) -> None:
 
 
 def pending(job: Answering, prompts: Indexed, results: Results, tokenizer) -> Iterator[dict]:
-    """Items of what a folder still needs; prompts that are too long go to its ledger here."""
+    """Items that a folder still needs; prompts that are too long go to its ledger."""
     recipe = job.recipe
     for name in (name for name in prompts if name not in results.done):
         with naming(prompts.where(name)):
@@ -153,7 +153,7 @@ def answers_record(prompt: dict, samples: list[dict]) -> dict:
 
 
 def read_runs(path: Path) -> list[Recipe]:
-    """The recipes of a file of command lines, `RECIPE key=value ...`, one a line."""
+    """The recipes in a file of command lines: each line is `RECIPE key=value ...`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -39,6 +39,13 @@ def distinct(
     return list(kept.values()), ledger
 
 
+def candidates(prompt: dict, kept: list[dict]) -> dict:
+    """The candidates record of a prompt and the responses that `distinct` kept, with `tokens` and `truncated`."""
+    fields = dict(zip(PARALLEL, ("text", "source", "tokens", "truncated"), strict=True))
+    lists = {name: [response[field] for response in kept] for name, field in fields.items()}
+    return {"prompt_id": prompt["prompt_id"], "prompt": prompt["prompt"], **lists}
+
+
 def rank(record: dict, rewards: list[float]) -> dict:
     """The record with `rewards`, its parallel lists sorted by reward, best first; ties keep their order."""
     order = sorted(range(len(rewards)), key=lambda index: -rewards[index])

@@ -270,6 +270,6 @@ def test_a_conversation_beyond_the_reward_models_context_goes_to_the_ledger(reci
     write_candidates(recipe, {"train": [candidate(0), long, candidate(2)], "test": [candidate(3)]})
     annotate(recipe)
     assert ids(recipe.ranked("train")) == ["p0", "p2"]
-    ((_, line),) = read_jsonl(stage.ledger_path(recipe, "train"))
+    ((_, line),) = read_jsonl(recipe.ranked("train").with_suffix(".ledger.jsonl"))
     assert line["prompt_id"] == "p1" and line["reason"] == "conversation too long for the reward model"
     assert line["limit"] == 1024 < line["tokens"]

@@ -14,7 +14,7 @@ from annotation.scorers import ScoreWorker, load_reward_model
 from hps.chat import inert
 from hps.errors import InputError
 from pipeline.models import check_labels
-from pipeline.recipe import Model
+from pipeline.recipe import Model, Reward
 from pipeline.responses import rank
 
 MESSAGES = [
@@ -372,10 +372,10 @@ def test_no_model(tmp_path):
 
 
 def test_an_armorm_ranks(folders, tmp_path):
-    model = Model(path=str(folders["llama3"]))
+    model = Reward(path=str(folders["llama3"]))
     check_labels(model)
-    given = {"model": {"path": model.path}, "role": "reward", "writer": {}, "dtype": "float32", "batch_tokens": 16384}
-    scorer = ScoreWorker(**given, canaries=str(tmp_path / "canaries"))
+    given = {"model": model, "role": "reward", "writer": model, "dtype": "float32", "batch_tokens": 16384}
+    scorer = ScoreWorker(**given, canaries=tmp_path / "canaries")
     responses = RESPONSES[:3]
     record = {"prompt_id": "p", "prompt": MESSAGES, "responses": responses, "truncated": TRUNCATED[:3]}
     record |= {"sources": ["generated"] * 3, "token_counts": [1, 2, 3]}

@@ -107,7 +107,7 @@ def test_another_chat_template_is_found(model, folder):
     assert message.startswith(f"{path}: the reward model {model.path} scores the canary 'one turn' ")
     before = json.loads(path.read_text())["canaries"]["one turn"]["score"]
     assert f"recorded is {before:.6g}; its token ids changed: the chat template or the tokenizer" in message
-    assert message.endswith("if the change is meant, delete the named file; else undo it")
+    assert message.endswith("if you meant the change, delete the named file; else undo it")
     path.unlink()
     check(model, folder)
     check(model, folder)

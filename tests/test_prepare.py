@@ -567,7 +567,7 @@ def test_the_command_line(command, place, tmp_path):
     command("hh_rlhf", "pku_safe", "--from", tmp_path / "raw", "--preference", "safer")
     found = {name: json.loads((tmp_path / "data" / name / "prepare.json").read_text()) for name in CURATED}
     assert [found[name]["preference"] for name in CURATED] == [None, "safer"]
-    with pytest.raises(InputError, match="`pin` stands alone"):
+    with pytest.raises(InputError, match="`pin` cannot be combined"):
         command("pin", "hh_rlhf")
     with pytest.raises(SystemExit):
         command("other")

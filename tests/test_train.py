@@ -541,7 +541,7 @@ def test_a_gradient_that_is_not_finite_ends_the_training(ranked_recipe, monkeypa
     with pytest.raises(InputError) as error:
         train(recipe)
     assert re.match(r"step 2: the gradient's norm is not finite, with \S+/plan.jsonl:9 \(prompt ", str(error.value))
-    assert "plan.jsonl:12 (prompt" in str(error.value) and " and the 4 lines behind them; look" in str(error.value)
+    assert "plan.jsonl:12 (prompt" in str(error.value) and " and the 4 lines after them; look" in str(error.value)
     assert [line["step"] for line in log_of(recipe)] == [1]
     assert last_checkpoint(recipe.run_folder() / "steps").endswith("checkpoint-1")
 

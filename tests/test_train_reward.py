@@ -39,10 +39,10 @@ def test_the_proxy_learns_the_truth_of_a_tiny_world(tiny_model, tmp_path, monkey
     monkeypatch.setattr(train_reward, "sampled", sampled)
     monkeypatch.setattr(train_reward, "MODELS", tiny_model.parent)
     monkeypatch.setattr(train_reward, "LANGUAGE_MODEL", tiny_model.name)
-    settings = replace(train_reward.SETTINGS["proxy"], layers=2, epochs=4, batch=2, learning_rate=1e-2)
-    train_reward.train_proxy(settings, tmp_path / "proxy")
+    settings = replace(train_reward.Settings(), layers=2, epochs=4, batch=2, learning_rate=1e-2)
+    train_reward.train(settings, tmp_path / "proxy")
     merge_reward_model(tmp_path / "proxy", tiny_model, 2, tmp_path / "merged")
-    figures = train_reward.report_proxy(tmp_path / "merged")
+    figures = train_reward.report(tmp_path / "merged")
     sizes = figures["pairs by true difference"]
     assert sizes["0.25-0.5"]["pairs"] + sizes[">0.5"]["pairs"] == sizes["all"]["pairs"] == 48
     assert sizes[">0.5"]["pairs"] == sizes["0.5-1"]["pairs"] == 32

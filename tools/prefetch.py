@@ -4,8 +4,8 @@ Reads   a recipe: `models.*`; the hub
 Writes  the hub's cache (`HF_HOME` says where): weights as safetensors, configuration, tokenizer; no pickles
 Run     python -m tools.prefetch configs/hh_rlhf.yaml [key=value ...]
 
-Downloads that were interrupted are continued by the same command. With HF_HUB_OFFLINE=1 it downloads nothing and says
-whether the cache holds the models.
+The same command continues interrupted downloads. With HF_HUB_OFFLINE=1 it downloads nothing and says whether the cache
+has the models.
 """
 
 from pathlib import Path
@@ -45,8 +45,7 @@ def size(folder: Path) -> int:
 
 def prefetch(recipe: Recipe, path: str) -> None:
     """Fetch every hub model of a recipe; see the module's docstring."""
-    models = hub_models(recipe)
-    fetched: dict[tuple, Path] = {}
+    models, fetched = hub_models(recipe), {}
     for role in roles(recipe):
         model, given = models.get(role), getattr(recipe.models, role)
         if model is None:
@@ -59,9 +58,7 @@ def prefetch(recipe: Recipe, path: str) -> None:
                 f"`python -m tools.pin {path}` writes it into the recipe"
             )
         key = (model.path, model.revision)
-        if key not in fetched:
-            fetched[key] = fetch(role, model)
-        folder = fetched[key]
+        folder = fetched[key] = fetched.get(key) or fetch(role, model)
         print(f"prefetch: {role}: {model.path}: {size(folder) / 1e9:.2f} GB in {folder}", flush=True)
     if models:
         print("prefetch: done; where there is no network, set HF_HUB_OFFLINE=1 for the scripts")

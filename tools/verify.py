@@ -1,11 +1,10 @@
-"""Check what finished stages left: every file that a manifest names, the recipe in it, the inputs and the models.
+"""Check the results of finished stages: every file that a manifest names, its recipe, the inputs and the models.
 
 Reads   every `manifest.json`, `NAME.manifest.json` and `claim.json` below a folder
 Run     python -m tools.verify runs/quickstart
 
-A line for each stage, and below it each file that is not what its manifest says. Ends with exit status 1 when there is
-one. A stage that is not finished, and an input or a model that is no longer there, is reported and not counted as
-damage.
+Prints a line for each stage, and below it each file that differs from its manifest. The exit status is 1 if there is
+one. Unfinished stages, and missing inputs or models, are reported but not counted as damage.
 """
 
 import argparse
@@ -19,16 +18,16 @@ from pipeline.identity import identified, model_hash
 from pipeline.recipe import Model
 from pipeline.stage import CLAIM, MANIFEST, read_claim, read_manifest
 
-# Results without a claim, because each call makes them again: without `NAME.manifest.json` the call was stopped.
+# Results without a claim, because each call makes them again. Without `NAME.manifest.json` the call was stopped.
 UNCLAIMED = ("metrics.json", "win_rate.json", "judge/*.jsonl")
 REMEDY = "put the old files back, or delete the stage's folder and run it again"
 
 
 def check_stage(path: Path) -> tuple[list[str], list[str], int]:
-    """What is wrong with a finished stage, what could not be checked, and how many files and models were."""
+    """What is wrong with a finished stage, what could not be checked, and the number of files and models checked."""
     try:
         manifest = read_manifest(path)
-        # A manifest with a name of its own belongs to results that every call makes again: nobody claims them.
+        # `NAME.manifest.json` belongs to results that every call makes again; they have no claim.
         claimed = read_claim(path.parent) if path.name == MANIFEST else manifest["settings"]
     except InputError as error:
         return [str(error)], [], 1
@@ -41,22 +40,18 @@ def check_stage(path: Path) -> tuple[list[str], list[str], int]:
 
 def files(manifest: dict, folder: Path) -> Iterator[tuple[bool, str | None]]:
     """For each file whether it could be checked, and what is wrong or absent."""
-    for name, expected in manifest["outputs"].items():
-        if not (folder / name).is_file():
-            yield True, f"{folder / name}: is missing"
+    outputs = [(folder / name, hash_, "", "wrote") for name, hash_ in manifest["outputs"].items()]
+    inputs = [(Path(name), hash_, " an input,", "read") for name, hash_ in manifest["inputs"].items()]
+    for path, expected, kind, verb in outputs + inputs:
+        if not path.is_file():
+            yield not kind, f"{path}:{kind} is missing"
         else:
-            changed = file_hash(folder / name) != expected
-            yield True, f"{folder / name}: has changed since the stage wrote it" if changed else None
-    for name, expected in manifest["inputs"].items():
-        if not Path(name).is_file():
-            yield False, f"{name}: an input, is missing"
-        else:
-            changed = file_hash(name) != expected
-            yield True, f"{name}: an input, has changed since the stage read it" if changed else None
+            changed = file_hash(path) != expected
+            yield True, f"{path}:{kind} has changed since the stage {verb} it" if changed else None
 
 
 def models(manifest: dict) -> Iterator[tuple[bool, str | None]]:
-    """The same for each local model; the file of a function is among the inputs."""
+    """The same for each local model; a function's file is among the inputs."""
     for path, expected in ((each["path"], each) for _, each in identified(manifest["settings"]) if "path" in each):
         if not Path(path).is_dir():
             yield False, f"{path}: a model, is missing"
@@ -67,7 +62,7 @@ def models(manifest: dict) -> Iterator[tuple[bool, str | None]]:
 
 
 def verify(folder: Path) -> int:
-    """Check every stage below a folder; print a line each and what is wrong. The number of things that are wrong."""
+    """Check every stage below a folder and print the outcome. Returns the number of things that are wrong."""
     manifests = {path: path.parent for path in folder.rglob(MANIFEST)}
     manifests |= {path: Path(str(path).removesuffix(f".{MANIFEST}")) for path in folder.rglob(f"*.{MANIFEST}")}
     begun = {path.parent for path in folder.rglob(CLAIM)} - {*manifests.values()}
