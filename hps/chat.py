@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
@@ -91,9 +91,9 @@ def _loaded(path: str, revision: str | None):
             f'A.from_pretrained("{path}").save_pretrained("{path}")\'',
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         if own and (not isinstance(tokenizer, PreTrainedTokenizerFast) or _misread(tokenizer, own)):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=revision or "main")
     except Exception as error:  # the library of tokenizers raises no narrower class
         raise refusal(path, error, "tokenizer") from None
     if own and (text := _misread(tokenizer, own)):
@@ -162,7 +162,7 @@ def same_tokens(ours: Any, other: Any) -> bool:
     return True
 
 
-def prompt_token_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
+def prompt_token_ids(tokenizer: Any, messages: Sequence[Mapping]) -> list[int]:
     """Token ids of a prompt, ending with the header that opens the assistant's turn.
 
     The texts are ordinary text, whatever they spell.
@@ -181,7 +181,7 @@ def prompt_token_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
     return ids
 
 
-def check_records(tokenizer: Any, records: Iterable[tuple[str, dict]], spelled: int = 0) -> None:
+def check_records(tokenizer: Any, records: Iterable[tuple[str, Mapping]], spelled: int = 0) -> None:
     """Refuse records (with their `path:line`) that the tokenizer cannot serve, before a model loads.
 
     Args:
@@ -197,7 +197,7 @@ def check_records(tokenizer: Any, records: Iterable[tuple[str, dict]], spelled: 
                 _spelled(tokenizer, record["prompt"], response)
 
 
-def conversation_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:
+def conversation_token_ids(tokenizer: Any, messages: Sequence[Mapping], response: str, truncated: bool) -> list[int]:
     """Token ids of prompt + response as one conversation, as reward models read it.
 
     Args:
@@ -211,7 +211,7 @@ def conversation_token_ids(tokenizer: Any, messages: list[dict], response: str, 
     return [*prompt, *ids, *([] if truncated else _turn(tokenizer).tail)]
 
 
-def response_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:
+def response_token_ids(tokenizer: Any, messages: Sequence[Mapping], response: str, truncated: bool) -> list[int]:
     """Token ids that the policy is trained on and scored at: the response and, unless truncated, the end of its turn.
 
     What a template writes after the end-of-turn token (a newline in ChatML) is left out: at generation the model stops
@@ -224,7 +224,7 @@ def response_token_ids(tokenizer: Any, messages: list[dict], response: str, trun
     return ids if truncated else [*ids, _end(tokenizer)]
 
 
-def _spelled(tokenizer: Any, messages: list[dict], response: str) -> tuple[list[int], list[int]]:
+def _spelled(tokenizer: Any, messages: Sequence[Mapping], response: str) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the response's text, which decode to it.
 
     The model sampled the text after the prompt and the assistant's header, so its tokens belong there. How the template
@@ -243,7 +243,7 @@ def _spelled(tokenizer: Any, messages: list[dict], response: str) -> tuple[list[
     )
 
 
-def _spellings(tokenizer: Any, messages: list[dict], text: str, prompt: list[int]) -> Iterator[list[int]]:
+def _spellings(tokenizer: Any, messages: Sequence[Mapping], text: str, prompt: list[int]) -> Iterator[list[int]]:
     """Token ids that may be a response: in the template's own turn, behind the prompt's text, and by themselves.
 
     The first are those of a model's training (Llama-2's template writes a space in front, which is part of the first
@@ -272,12 +272,12 @@ def _spells(tokenizer: Any, prompt: list[int], ids: list[int], text: str) -> boo
     return whole.startswith(before) and _normalized(tokenizer, whole[len(before) :]) == wanted
 
 
-def _texts(tokenizer: Any, messages: list[dict]) -> list[dict]:
+def _texts(tokenizer: Any, messages: Sequence[Mapping]) -> list[dict]:
     """The messages with inert texts. No other fields: a template may write them, too (`reasoning_content`)."""
     return [{"role": message["role"], "content": inert(tokenizer, message["content"])} for message in messages]
 
 
-def _turns(messages: list[dict]) -> tuple[tuple[str, bool], ...]:
+def _turns(messages: Sequence[Mapping]) -> tuple[tuple[str, bool], ...]:
     return tuple((message["role"], bool(message["content"].strip())) for message in messages)
 
 
@@ -311,11 +311,11 @@ def _still(template: str) -> str:
     return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}{template}"
 
 
-def _apply(tokenizer: Any, messages: list[dict], opens: bool) -> list[int]:
+def _apply(tokenizer: Any, messages: Sequence[Mapping], opens: bool) -> list[int]:
     return encode(tokenizer, _rendered(tokenizer, messages, opens))
 
 
-def _rendered(tokenizer: Any, messages: list[dict], opens: bool) -> str:
+def _rendered(tokenizer: Any, messages: Sequence[Mapping], opens: bool) -> str:
     """The templated text, with the header that opens the assistant's turn if it `opens`.
 
     Raises:
@@ -439,7 +439,7 @@ def _no_mark(token: str, words: set[str]) -> bool:
     return token.strip().isalnum() or {f"<{name}>", f"</{name}>"} <= words
 
 
-def _probe(tokenizer: Any, messages: list[dict]) -> list[int]:
+def _probe(tokenizer: Any, messages: Sequence[Mapping]) -> list[int]:
     """Token ids of a conversation; none when the template refuses its roles."""
     try:
         return _apply(tokenizer, messages, opens=messages[-1]["role"] == "user")
@@ -582,4 +582,4 @@ def _openers(tokenizer: Any) -> list[int]:
 
 def common_end(first: list[int], second: list[int]) -> list[int]:
     """The tokens with which both end: what a template writes behind texts that differ in their last letter."""
-    return commonprefix([first[::-1], second[::-1]])[::-1]
+    return list(commonprefix([first[::-1], second[::-1]]))[::-1]

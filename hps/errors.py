@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 # What libraries say instead of an OSError: safetensors the system's words, torch its own.
@@ -44,7 +44,7 @@ class InputError(Exception):
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def naming(where: str) -> Generator[None]:
     """Put a place (`path:line` of the record) in front of an InputError that has none."""
     try:
         yield
@@ -96,7 +96,7 @@ def forget_launcher() -> None:
         print(f"environment: not used, left over from another launcher: {', '.join(found)}", file=sys.stderr)
 
 
-def run_main(main: Callable[[], None], by_torchrun: bool = False) -> None:
+def run_main(main: Callable[[], object], by_torchrun: bool = False) -> None:
     """Run a stage's `main`; bad input and a full disk become one line on stderr, exit status 2; Ctrl-C status 130.
 
     What the terminal's encoding does not have is spelled out (`\\u767e`).
@@ -119,7 +119,7 @@ def run_main(main: Callable[[], None], by_torchrun: bool = False) -> None:
         if not is_full_disk(error):
             raise
         _end_bars()
-        name = next((each.filename for each in _chain(error) if getattr(each, "filename", None)), None)
+        name = next((file for each in _chain(error) if (file := getattr(each, "filename", None))), None)
         print(
             f"error: {f'{name}: ' if name else ''}the disk is full; make room and run the same command again, what is "
             "finished is on disk",

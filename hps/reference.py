@@ -77,7 +77,7 @@ class Values(Sequence[list[float]]):
     def __len__(self) -> int:
         return len(self.counts)
 
-    def __getitem__(self, row: int) -> list[float]:
+    def __getitem__(self, row: int) -> list[float]:  # ty: ignore[incompatible-method-override] (no slices)
         number, before = divmod(row, self.size)
         start = sum(self.counts[row - before : row])
         return self.known[self.keys[number]][start : start + self.counts[row]].tolist()

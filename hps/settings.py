@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from hps.methods import FAMILIES, Constant, constants
+from hps.methods import FAMILIES, constants
 
 
 class Section(BaseModel):
@@ -38,14 +38,14 @@ class CommonLoss(Section):
         def __getattr__(self, name: str) -> Any: ...
 
 
-def _field(constant: Constant) -> tuple[Any, Any]:
-    kind = Literal[constant.choices] if constant.choices else type(constant.default)
-    return kind, Field(constant.default, description=constant.meaning, **constant.bounds)
-
-
 if TYPE_CHECKING:
     Loss = CommonLoss
-else:  # with a field for each constant that a family has
+else:  # with a field for each constant of a family
+
+    def _field(constant):
+        kind = Literal[constant.choices] if constant.choices else type(constant.default)
+        return kind, Field(constant.default, description=constant.meaning, **constant.bounds)
+
     Loss = create_model(
         "Loss",
         __base__=CommonLoss,

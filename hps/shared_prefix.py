@@ -12,7 +12,7 @@ are too long for sharing get separate rows.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
 from os.path import commonprefix
@@ -287,7 +287,7 @@ def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What a model is called with for rows of `shared_rows` or `separate_rows`."""
     if "segments" not in rows:
         return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "use_cache": False}
-    mask = attention_mask(rows["segments"])
+    mask: Any = attention_mask(rows["segments"])
     if model.config._attn_implementation == "sdpa":
         ALL_ATTENTION_FUNCTIONS["sdpa"] = block_attention
         mask.blocks = blocks(rows)
@@ -355,12 +355,12 @@ def block_attention(module, query, key, value, attention_mask, **settings):
         if result is None:  # of the output's dtype, which autocast may have made another than the query's
             result = output.new_zeros(query.shape[0], query.shape[2], *output.shape[1:])
         result[block.row, block.start : block.end] = output
-        own = [each[block.row][:, block.places].transpose(0, 1) for each in (query, key, value)]
-        seen = [
+        own, *seen = (each[block.row][:, block.places].transpose(0, 1) for each in (query, key, value))
+        keys, values = (
             torch.cat([before.expand(len(after), -1, -1, -1), after], dim=2)
-            for before, after in zip(prompt[1:], own[1:], strict=True)
-        ]
-        output = sdpa_attention_forward(module, own[0], *seen, block.visible, **settings)[0]
+            for before, after in zip(prompt[1:], seen, strict=True)
+        )
+        output = sdpa_attention_forward(module, own, keys, values, block.visible, **settings)[0]
         result[block.row, block.places[block.taken]] = output[block.taken]
     return result, None
 
@@ -408,7 +408,7 @@ def add_response_head(model, gathers: bool = True) -> None:
     before = model.forward
 
     @wraps(type(model).forward)  # `generate` reads the signature
-    def forward(self, *args, scored=None, targets=None, **kwargs):
+    def forward(self, *args, scored=None, targets: Any = None, **kwargs):
         if scored is None:
             return before(*args, **kwargs)
         states, head = scored_logits(self, before, {**kwargs, "scored": scored}, gathers)
@@ -457,9 +457,9 @@ class _FrozenHead(torch.autograd.Function):
         return values.detach()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *gradients):
         (derivative,) = ctx.saved_tensors
-        return None, (grad.unsqueeze(1) * derivative).to(derivative.dtype), None
+        return None, (gradients[0].unsqueeze(1) * derivative).to(derivative.dtype), None
 
 
 def _log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -626,7 +626,7 @@ def with_large_weights(model):
     return model
 
 
-def small_config(architecture: type, config, narrow: dict[str, int | None] | None):
+def small_config(architecture: type, config, narrow: Mapping[str, int | None] | None):
     """The configuration with few layers and 64 tokens, and with every kind of layer that the class makes of it.
 
     Args:

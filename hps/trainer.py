@@ -10,6 +10,7 @@ we rely on in TRL 1.16.0.
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -84,7 +85,7 @@ class PlanCollator:
         return make_rows(self.layout, prompts, responses, self.pad_token_id, self.row_tokens)
 
 
-def _padded(lists: list[list[float]], value: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+def _padded(lists: Sequence[Sequence[float]], value: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Lists of unequal lengths as rows of one tensor, of torch's default dtype."""
     rows = [torch.tensor(each, dtype=dtype or torch.get_default_dtype()) for each in lists]
     return pad_sequence(rows, batch_first=True, padding_value=value)
@@ -100,7 +101,7 @@ class RowsWithReference(Sequence[dict]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict:  # ty: ignore[incompatible-method-override] (no slices)
         return {**self.rows[index], "reference": list(self.log_probs[index])}
 
 
@@ -119,12 +120,15 @@ class HPSTrainer(DPOTrainer):
     """
 
     _tag_names = ["trl", "hps"]
+    model: Any
+    data_collator: Any
 
     def __init__(self, *args, loss: Loss, train_dataset: Sequence[dict] = (), **kwargs):
         config = kwargs["args"]
         _refuse_unsupported(config)
         config.beta = loss.beta
-        self.loss, self.rows = loss, train_dataset
+        self.loss = loss
+        self.rows: Any = train_dataset
         self.compares = FAMILIES[loss.family].reference  # the policy with the reference
         self.tokens = 0  # that have passed the policy; a continued training sets what it had
         self.start: float | None = None  # the largest |s| before the first update, nats; None when resumed
@@ -192,7 +196,8 @@ class HPSTrainer(DPOTrainer):
     def as_reference(self):
         """Inside it a forward pass of `ref_model`, or without one of the policy, is the reference's."""
         adapter = self.accelerator.unwrap_model(self.model).disable_adapter() if self.is_adapted else nullcontext()
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        settings: Any = self.args.gradient_checkpointing_kwargs
+        checkpointing = disable_gradient_checkpointing(self.model, settings)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
             yield
 
@@ -237,12 +242,12 @@ class HPSTrainer(DPOTrainer):
                 "`training.reference=in_step`; if it stays, the policy's weights give no finite or repeatable values",
             )
 
-    def log(self, logs: dict[str, float], *args) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's; the first step's line has `s/largest_at_start`, too."""
         if self.start is not None and self.state.global_step == 1:
             self.accelerator.print(f"training: s at step 0: largest |s| = {self.start:.3g} nats", flush=True)
             logs = {**logs, "s/largest_at_start": self.start}
-        super().log(logs, *args)
+        super().log(logs, start_time)
 
     def _record(self, inputs, policy, rewards, losses) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.

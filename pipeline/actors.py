@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,7 +32,7 @@ DRAIN = 2.0  # seconds at most for results that are there already when it was
 
 
 @contextmanager
-def held_interrupts() -> Iterator[Callable[[], bool]]:
+def held_interrupts() -> Generator[Callable[[], bool]]:
     """Inside the block a first Ctrl-C is only noted; what is yielded says whether there was one. A second one raises.
 
     KeyboardInterrupt comes up wherever Python happens to be: in a destructor or a callback of Ray it is printed and

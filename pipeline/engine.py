@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hps.chat import load_tokenizer, same_tokens, sampled_text
 from hps.errors import InputError
@@ -29,7 +30,6 @@ _CUDA_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 CPU_KV_CACHE_BYTES = 2 * 2**30
 
 
-END = object()
 LORA_RANKS = (8, 16, 32, 64, 128, 256)  # of those that vLLM takes
 MOST_ADAPTERS = 4  # at work at a time; prompts come sorted by adapter, so that two or three overlap
 
@@ -83,7 +83,7 @@ class Engine:
         self._tokenizer.save_pretrained(self._folder.name)
         # Without a configuration beside it vLLM tries twice to read one, waits in between and prints errors.
         load_config(model).save_pretrained(self._folder.name)
-        extra = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        extra: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if not self._cuda:
             extra = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
         # vLLM knows adapters by numbers from 1.
@@ -135,10 +135,12 @@ class Engine:
         exhausted = False
         while True:
             while not exhausted and sum(waiting.values()) < 2 * self._settings.max_sequences:
-                item = next(source, END)
-                if item is END:
+                try:
+                    item = next(source)
+                except StopIteration:
                     exhausted = True
-                if item is END or item is None:
+                    break
+                if item is None:
                     break
                 key, ids, count, *adapter = item
                 self._engine.add_request(

@@ -8,14 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
 from hps.errors import InputError
-from pipeline.records import AGAIN, Named, canonical, checked, read_jsonl, read_ledger
+from pipeline.records import AGAIN, LedgerLine, Named, canonical, checked, read_jsonl, read_ledger
 
 
 def file_hash(path: str | Path) -> str:
@@ -38,7 +38,7 @@ def value_hash(value: object) -> str:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[TextIO]:
+def whole_file(path: str | Path) -> Generator[TextIO]:
     """A file under a temporary name, renamed at the end of the block: readers see the old or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path) -> Generator[Path]:
     """A folder under a temporary name, renamed at the end of the block. The caller keeps other processes out."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -89,7 +89,7 @@ def write_json(path: str | Path, value) -> None:
 # ---- files that grow ----
 
 
-def json_line(record: dict) -> str:
+def json_line(record: Mapping) -> str:
     """A record as a line of JSON Lines; NaN is refused because it is not JSON."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -124,7 +124,7 @@ class Appender:
             if keep < end:
                 file.truncate(keep)
 
-    def append(self, record: dict) -> None:
+    def append(self, record: Mapping) -> None:
         """Write one record and wait until the disk has it."""
         self._file.write(json_line(record).encode("utf-8"))
         self._file.flush()
@@ -172,7 +172,7 @@ class Results:
         write_lines(ledger, map(json_line, chain(repeated, self._kept())))
         self._ledger = Appender(ledger)
 
-    def _kept(self) -> Iterator[dict]:
+    def _kept(self) -> Iterator[LedgerLine]:
         """Ledger lines of finished prompts."""
         for _, line in read_ledger(self.ledger_path):
             if line["prompt_id"] in self.done and line["reason"] != REPEATED:

@@ -15,7 +15,7 @@ repository or beside it: so the hash of the file and the versions of the package
 
 import ast
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import packages_distributions, version
@@ -24,8 +24,8 @@ from types import ModuleType
 from typing import Any
 
 from hps.errors import InputError
+from hps.records import LARGEST_REWARD
 from pipeline.recipe import REPOSITORY, SHIPPED, Model, Recipe
-from pipeline.records import LARGEST_REWARD
 
 SHIPPED_MODULE = SHIPPED.removesuffix(".py").replace("/", ".")
 SIGNATURE = "def NAME(prompts, completions, **kwargs)"
@@ -57,7 +57,7 @@ def function_files(model: Model) -> list[Path]:
 
 def scorer_name(path: str | None, function: str | None) -> str:
     """What scored, for the reader: a model by its path, or a function without the way to its file."""
-    return path or f"the function {function.rpartition('/')[2]}"
+    return path or f"the function {str(function).rpartition('/')[2]}"
 
 
 def identity(function: str) -> dict:
@@ -167,7 +167,7 @@ class FunctionScorer:
     """
 
     def __init__(self, function: str, field: str, tokenizer: Model):
-        from hps.chat import load_tokenizer  # imports torch, which the stages without a model do not need
+        from hps.chat import load_tokenizer  # imports transformers, which stages without a model do not need
 
         self.path, self.name = located(function)
         self.title = f"`{field}` `{self.name}`"
@@ -188,25 +188,26 @@ class FunctionScorer:
             raise self._refusal(error, f"the file of {self.title} raised") from None
 
     def score(
-        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
+        self, messages: Sequence[Mapping], responses: list[str], truncated: list[bool], prompt_id: str | None = None
     ) -> list[float]:
         """Scores of the responses to one prompt, in their order. InputError: as `score_details`."""
         return [details["score"] for details in self.score_details(messages, responses, truncated, prompt_id)]
 
     def score_details(
-        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
+        self, messages: Sequence[Mapping], responses: list[str], truncated: list[bool], prompt_id: str | None = None
     ) -> list[dict]:
         """For each response its `score`.
 
         Raises:
-            InputError: the function raises, gives no list of one finite number for each response, or gives equal
-                responses, or the first prompt's at a second call, other scores.
+            InputError: the function raises; it does not return a list with one finite number for each response; equal
+                responses get different scores, or the first prompt gets other scores at a second call.
         """
-        scores = self._call(messages, responses, truncated, prompt_id)
-        again = scores if self.tried else self._call(messages, responses, truncated, prompt_id)
+        answers = list(zip(responses, truncated, strict=True))
+        scores = self._call(messages, prompt_id, answers)
+        again = scores if self.tried else self._call(messages, prompt_id, answers)
         self.tried, first = True, {}
-        for number, (text, cut) in enumerate(zip(responses, truncated, strict=True)):
-            seen = first.setdefault((text, cut), number)
+        for number, answer in enumerate(answers):
+            seen = first.setdefault(answer, number)
             for other, when in ((again[number], "at a second call"), (scores[seen], f"as response {seen + 1}")):
                 if other != scores[number]:
                     raise self._refuse(
@@ -215,49 +216,31 @@ class FunctionScorer:
                     )
         return [{"score": score} for score in scores]
 
-    def _columns(
-        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None
-    ) -> dict[str, list]:
-        """The arguments of a call, made for it: the function may change them."""
+    def _call(self, messages: Sequence[Mapping], prompt_id: str | None, answers: list[tuple[str, bool]]) -> list[float]:
+        """Checked scores of responses, each with whether it is truncated."""
         from hps.chat import response_token_ids
 
-        return {
-            "prompts": [[dict(message) for message in messages] for _ in responses],
-            "completions": [[{"role": "assistant", "content": text}] for text in responses],
-            "completion_ids": [
-                response_token_ids(self.tokenizer, messages, text, cut)
-                for text, cut in zip(responses, truncated, strict=True)
-            ],
-            "truncated": list(truncated),
-            "prompt_id": [prompt_id] * len(responses),
-        }
+        def run(part: list[tuple[str, bool]]) -> Any:  # new arguments for each call: the function may change them
+            return self.function(
+                prompts=[[dict(message) for message in messages] for _ in part],
+                completions=[[{"role": "assistant", "content": text}] for text, _ in part],
+                completion_ids=[response_token_ids(self.tokenizer, messages, *answer) for answer in part],
+                truncated=[cut for _, cut in part],
+                prompt_id=[prompt_id] * len(part),
+            )
 
-    def _call(
-        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None
-    ) -> list[float]:
-        columns = self._columns(messages, responses, truncated, prompt_id)
         try:
-            found = self.function(**columns)
+            found = run(answers)
         except (Exception, SystemExit) as error:
-            culprit = self._culprit(messages, responses, truncated, prompt_id)
+            culprit = next((f" on response {n}" for n, answer in enumerate(answers, 1) if _raises(run, [answer])), "")
             raise self._refusal(error, f"{self.title} raised{culprit}") from None
         if type(found) is not list:
             raise self._refuse(f"returns {type(found).__name__}", "return a list of floats")
-        if len(found) != len(responses):
+        if len(found) != len(answers):
             raise self._refuse(
-                f"returns {len(found)} scores for {len(responses)} responses", "return one for each of `completions`"
+                f"returns {len(found)} scores for {len(answers)} responses", "return one for each of `completions`"
             )
         return [self._number(value, number) for number, value in enumerate(found, 1)]
-
-    def _culprit(self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None) -> str:
-        """Which response the function raises on, if it does on one alone."""
-        for number, (text, cut) in enumerate(zip(responses, truncated, strict=True), 1):
-            columns = self._columns(messages, [text], [cut], prompt_id)
-            try:
-                self.function(**columns)
-            except (Exception, SystemExit):
-                return f" on response {number}"
-        return ""
 
     def _number(self, value: Any, number: int) -> float:
         """A score as a float; scalars of numpy and torch are numbers, too."""
@@ -291,6 +274,14 @@ class FunctionScorer:
         return InputError(
             f"{problem} {type(error).__name__}: {text}".rstrip(": "), where=f"{shown(self.path)}:{line}", remedy=remedy
         )
+
+
+def _raises(run: Callable, *arguments: Any) -> bool:
+    try:
+        run(*arguments)
+    except (Exception, SystemExit):
+        return True
+    return False
 
 
 def _shown(value: Any, write: Callable[[Any], str]) -> str:

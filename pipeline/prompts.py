@@ -1,16 +1,17 @@
 """The prompts files of a recipe: loaded, checked line by line, and kept apart by split."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
 from hps.errors import InputError
+from hps.records import Prompt
 from pipeline.recipe import Recipe
-from pipeline.records import Indexed, Prompt, check_prompt, prompt_id, read_jsonl, unread_fields
+from pipeline.records import Indexed, check_prompt, prompt_id, read_jsonl, unread_fields
 
 
-def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed, list[dict]]:
+def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed[Prompt], list[dict]]:
     """Check a split; return the prompts by id, and ledger lines for repeated ones.
 
     A prompt that stands twice is one prompt, with the given responses of the first. The same `prompt_id` on different
@@ -37,7 +38,7 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed, list[dict]]:
     return prompts, repeated
 
 
-def evaluated_prompts(recipe: Recipe) -> tuple[Indexed, list[dict]]:
+def evaluated_prompts(recipe: Recipe) -> tuple[Indexed[Prompt], list[dict]]:
     """The test prompts that are evaluated, by id, and ledger lines for repeated ones."""
     prompts, repeated = load_prompts(recipe.tested(), "test")
     return prompts.first(recipe.evaluation.prompts), repeated
@@ -64,7 +65,7 @@ def unread_lines(recipe: Recipe, split: str) -> list[str]:
     return [f"{split}: {settings.path}: `{name}` of {count} lines is not read" for name, count in found.items()]
 
 
-def check_disjoint(train: Iterable[tuple[str, dict]], test: Iterable[tuple[str, dict]]) -> None:
+def check_disjoint(train: Iterable[tuple[str, Mapping]], test: Iterable[tuple[str, Mapping]]) -> None:
     """Refuse prompts, with their places, that are in training and among those of the evaluation, too.
 
     Two conversations that differ only in white space are the same.
@@ -81,5 +82,5 @@ def check_disjoint(train: Iterable[tuple[str, dict]], test: Iterable[tuple[str, 
         )
 
 
-def _conversation(record: dict) -> str:
+def _conversation(record: Mapping) -> str:
     return prompt_id([{**message, "content": " ".join(message["content"].split())} for message in record["prompt"]])

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from functools import reduce
 from operator import attrgetter, getitem
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from yaml.constructor import ConstructorError
 
 from hps.combinations import refused
@@ -42,18 +43,25 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
 
 
+def _absent(function: str | None) -> None:
+    if function is not None:
+        raise PydanticCustomError("extra_forbidden", "a Reward alone has one")
+
+
 class Model(Section):
     """A model folder, or a name on the hub with an optional pinned revision."""
 
     path: str = Field(description="folder of a model, or its name on the hub")
     revision: str | None = Field(None, description="commit on the hub (null: the newest)")
-    function: None = Field(None, exclude=True)  # a Reward alone has one
+    function: Annotated[str | None, AfterValidator(_absent)] = Field(None, exclude=True)  # a Reward alone has one
 
 
 class Reward(Model):
     """A reward model, or a `function` instead of one (pipeline/functions.py)."""
 
-    path: str | None = Field(None, description="folder of a model, or its name on the hub")
+    path: str | None = Field(  # ty: ignore[incompatible-attribute-override] (null where there is a function)
+        None, description="folder of a model, or its name on the hub"
+    )
     function: str | None = Field(None, exclude=False, description="of annotation/rewards.py, or `file.py:name`")
 
 
@@ -356,7 +364,7 @@ def _shown(value: Any) -> Any:
 def _refusal(error: ValidationError, source: "_Source") -> InputError:
     """Pydantic's first error as one line; an unknown key comes before the field that may be missing because of it."""
     errors = error.errors(include_url=False)
-    unknown = ("extra_forbidden", "none_required", "invalid_key")
+    unknown = ("extra_forbidden", "invalid_key")
     first = next((one for one in errors if one["type"] in unknown), errors[0])
     key = ".".join(map(str, first["loc"]))
     if first["type"] in unknown:

@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class Work:
 
 
 @contextmanager
-def stage(title: str, folder: Path, recipe: Recipe, settings: dict) -> Iterator[Work | None]:
+def stage(title: str, folder: Path, recipe: Recipe, settings: dict) -> Generator[Work | None]:
     """Lock and claim a folder; None when the stage is finished, which is said in one line.
 
     Raises:
@@ -180,7 +180,7 @@ def _tokenizers(settings) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[int]:
+def hold(folder: Path) -> Generator[int]:
     """Keep other processes out of a folder inside the block; a process that ends, however it ends, lets go.
 
     Yields the lock's file descriptor: a child process that inherits it keeps the lock as well.
@@ -231,7 +231,7 @@ def make_folder(folder: Path) -> None:
 @contextmanager
 def remade(
     result: Path, recipe: Recipe, settings: dict, outputs: Iterable[Path], inputs: Iterable[str | Path] = ()
-) -> Iterator[None]:
+) -> Generator[None]:
     """Results that share their folder with others and are made or extended at each call: no claim, but a manifest.
 
     It is `NAME.manifest.json` beside `NAME`, gone inside the block and written at its end.

@@ -111,7 +111,7 @@ def context_length(config: Any) -> float:
     return length * (rope.get("factor") or 1) if rope.get("rope_type") in ("linear", "dynamic") else length
 
 
-def load_weights(kind: type, model: Model, exact: bool = False, **settings) -> Any:
+def load_weights(kind: Any, model: Model, exact: bool = False, **settings) -> Any:
     """`kind.from_pretrained` of a folder or hub name, with its revision.
 
     Args:
