@@ -59,11 +59,8 @@ def load_tokenizer(path: str, revision: str | None = None):
     for text in TEXTS:
         _check_kept(tokenizer, encode(tokenizer, text), text, path)
     if not _decoded(tokenizer, encode(tokenizer, "a\n")).endswith("\n"):
-        raise InputError(
-            "the tokenizer drops a line end at the end of a text, as templates have between header and answer",
-            where=path,
-            remedy="use a model whose tokenizer keeps it",
-        )
+        problem = "the tokenizer drops a line end at the end of a text, as templates have between header and answer"
+        raise InputError(problem, where=path, remedy="use a model whose tokenizer keeps it")
     try:
         template = tokenizer.get_chat_template()
     except (ValueError, AttributeError):  # also where it has several and none is the default, or a class without any
@@ -97,11 +94,9 @@ def _loaded(path: str, revision: str | None):
     except Exception as error:  # the library of tokenizers raises no narrower class
         raise refusal(path, error, "tokenizer") from None
     if own and (text := _misread(tokenizer, own)):
-        raise InputError(
-            f"transformers does not read its tokenizer.json: the ids of {shorten(text)} are others",
-            where=path,
-            remedy="correct its tokenizer_config.json (added tokens, class), or save the tokenizer again",
-        )
+        problem = f"transformers does not read its tokenizer.json: the ids of {shorten(text)} are others"
+        remedy = "correct its tokenizer_config.json (added tokens, class), or save the tokenizer again"
+        raise InputError(problem, where=path, remedy=remedy)
     return tokenizer
 
 
@@ -131,11 +126,9 @@ def _check_kept(tokenizer: Any, ids: list[int], text: str, where: str) -> None:
     """Refuse a tokenizer that does not give a text back, up to its normaliser and a space in front."""
     back = _decoded(tokenizer, ids)
     if _normalized(tokenizer, text) not in (_normalized(tokenizer, back), _normalized(tokenizer, back.lstrip(" "))):
-        raise InputError(
-            f"the tokenizer does not give texts back: {shorten(text)} comes back as {shorten(back)}",
-            where=where,
-            remedy="use a model whose tokenizer keeps spaces, line ends and every character",
-        )
+        problem = f"the tokenizer does not give texts back: {shorten(text)} comes back as {shorten(back)}"
+        remedy = "use a model whose tokenizer keeps spaces, line ends and every character"
+        raise InputError(problem, where=where, remedy=remedy)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -173,11 +166,9 @@ def prompt_token_ids(tokenizer: Any, messages: Sequence[Mapping]) -> list[int]:
     control = _control(tokenizer)
     ids = _apply(tokenizer, _texts(tokenizer, messages), opens=True)
     if control.of(ids) != _innocent(tokenizer, control, _turns(messages)):
-        raise InputError(
-            "a text of the conversation becomes special tokens in spite of the spaces in them",
-            where=_name(tokenizer),
-            remedy="take the prompt out of the data, or use another tokenizer",
-        )
+        problem = "a text of the conversation becomes special tokens in spite of the spaces in them"
+        remedy = "take the prompt out of the data, or use another tokenizer"
+        raise InputError(problem, where=_name(tokenizer), remedy=remedy)
     return ids
 
 
@@ -236,11 +227,9 @@ def _spelled(tokenizer: Any, messages: Sequence[Mapping], response: str) -> tupl
         if not control.of(ids) and _spells(tokenizer, prompt, ids, text):
             return prompt, ids
         found = ids
-    raise InputError(
-        f"no tokens spell the response {shorten(text)}: they say {shorten(_decoded(tokenizer, found))}",
-        where=_name(tokenizer),
-        remedy="take the response out of the data, or use a model whose tokenizer has its characters",
-    )
+    problem = f"no tokens spell the response {shorten(text)}: they say {shorten(_decoded(tokenizer, found))}"
+    remedy = "take the response out of the data, or use a model whose tokenizer has its characters"
+    raise InputError(problem, where=_name(tokenizer), remedy=remedy)
 
 
 def _spellings(tokenizer: Any, messages: Sequence[Mapping], text: str, prompt: list[int]) -> Iterator[list[int]]:
@@ -293,11 +282,9 @@ def _innocent(tokenizer: Any, control: "Control", turns: tuple[tuple[str, bool],
     for place, (role, _) in enumerate(turns):
         other = [{**message, "content": "b"} if at == place else message for at, message in enumerate(texts)]
         if _apply(tokenizer, other, opens=True) == ids:
-            raise InputError(
-                f"the chat template leaves out message {place + 1} of {len(turns)} ({role})",
-                where=_name(tokenizer),
-                remedy="take such prompts out of the data, or use a model whose template keeps them",
-            )
+            problem = f"the chat template leaves out message {place + 1} of {len(turns)} ({role})"
+            remedy = "take such prompts out of the data, or use a model whose template keeps them"
+            raise InputError(problem, where=_name(tokenizer), remedy=remedy)
     return control.of(ids)
 
 
@@ -330,11 +317,9 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping], opens: bool) -> str:
         )
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise InputError(
-            f"the chat template refuses the roles {roles} ({error})",
-            where=_name(tokenizer),
-            remedy="take such prompts out of the data, or use a model whose template knows them",
-        ) from None
+        problem = f"the chat template refuses the roles {roles} ({error})"
+        remedy = "take such prompts out of the data, or use a model whose template knows them"
+        raise InputError(problem, where=_name(tokenizer), remedy=remedy) from None
 
 
 def _name(tokenizer: Any) -> str:
@@ -364,11 +349,8 @@ def inert(tokenizer: Any, text: str) -> str:
             text = _broken_where_tokenized(tokenizer, control, text)
         else:
             return text
-    raise InputError(
-        f"a text spells special tokens that spaces do not break: {special_tokens_in(tokenizer, text)[:3]}",
-        where=_name(tokenizer),
-        remedy="take the text out of the data",
-    )
+    problem = f"a text spells special tokens that spaces do not break: {special_tokens_in(tokenizer, text)[:3]}"
+    raise InputError(problem, where=_name(tokenizer), remedy="take the text out of the data")
 
 
 def _broken(control: "Control", token: str) -> str:
@@ -532,11 +514,9 @@ def _end(tokenizer: Any) -> int:
     """The token behind a response that is whole."""
     end = _turn(tokenizer).end
     if end is None:
-        raise InputError(
-            "the chat template writes no token behind an answer, and the tokenizer has no `eos_token`",
-            where=_name(tokenizer),
-            remedy="name the token that ends an answer in tokenizer_config.json",
-        )
+        problem = "the chat template writes no token behind an answer, and the tokenizer has no `eos_token`"
+        remedy = "name the token that ends an answer in tokenizer_config.json"
+        raise InputError(problem, where=_name(tokenizer), remedy=remedy)
     return end
 
 

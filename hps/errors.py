@@ -62,25 +62,16 @@ def refusal(path: str, error: Exception, what: str = "model") -> InputError:
     """What transformers says when it cannot load something (`what`), as one line."""
     text = " ".join(str(error).split())[:300]
     if "trust_remote_code" in str(error):
-        return InputError(
-            f"the {what} brings Python code of its own, which is never run",
-            where=path,
-            remedy="use a model that transformers knows, or a copy converted to a class of transformers",
-        )
+        remedy = "use a model that transformers knows, or a copy converted to a class of transformers"
+        return InputError(f"the {what} brings Python code of its own, which is never run", where=path, remedy=remedy)
     if "safetensors" in str(error):
-        return InputError(
-            f"no weights as safetensors there ({text})",
-            where=path,
-            remedy="give a copy of the model with safetensors",
-        )
+        problem = f"no weights as safetensors there ({text})"
+        return InputError(problem, where=path, remedy="give a copy of the model with safetensors")
     if not isinstance(error, (OSError, ValueError)):
         text = f"{type(error).__name__}: {text}"
         return InputError(f"no {what} that can be loaded there ({text})", where=path, remedy="check its JSON files")
-    return InputError(
-        f"no {what} there ({text})",
-        where=path,
-        remedy="check the model's path in the recipe; fill the hub's cache with `python -m tools.prefetch`",
-    )
+    remedy = "check the model's path in the recipe; fill the hub's cache with `python -m tools.prefetch`"
+    return InputError(f"no {what} there ({text})", where=path, remedy=remedy)
 
 
 def forget_launcher() -> None:

@@ -110,8 +110,6 @@ def computed_values(trainer: HPSTrainer, values: Values, numbers: Iterable[int])
     for number in numbers:
         log_probs = trainer.reference_log_probs(micro_batch(trainer.rows, values.size, number))
         if not all(map(math.isfinite, log_probs)):
-            raise InputError(
-                f"the policy gives a response the log-probability {log_probs} before training",
-                remedy="check the model's weights",
-            )
+            problem = f"the policy gives a response the log-probability {log_probs} before training"
+            raise InputError(problem, remedy="check the model's weights")
         yield values.keys[number], log_probs

@@ -45,9 +45,8 @@ def _read(file: str, _: int) -> Any:
     try:
         own = Tokenizer.from_file(file)
     except Exception as error:  # the library raises no narrower class
-        raise InputError(
-            f"no readable tokenizer ({error})", where=file, remedy="take the file from the model again"
-        ) from None
+        problem = f"no readable tokenizer ({error})"
+        raise InputError(problem, where=file, remedy="take the file from the model again") from None
     own.no_padding()
     own.no_truncation()
     return own

@@ -287,10 +287,8 @@ class HPSTrainer(DPOTrainer):
 
 def not_finite(what: str, step: int, places: str) -> InputError:
     """The error that ends a training before it spoils the weights."""
-    return InputError(
-        f"step {step}: the {what} is not finite, with {places}",
-        remedy="look at these rewards and texts, or lower `optimizer.learning_rate`; the last checkpoint is kept",
-    )
+    remedy = "look at these rewards and texts, or lower `optimizer.learning_rate`; the last checkpoint is kept"
+    return InputError(f"step {step}: the {what} is not finite, with {places}", remedy=remedy)
 
 
 def rounding(dtype: torch.dtype, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:

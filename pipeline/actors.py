@@ -245,10 +245,8 @@ class Supervisor:
 
 
 def _nothing_finished(deaths: int, why: str) -> InputError:
-    return InputError(
-        f"{deaths} workers died in a row and none finished anything; the last: {why}",
-        remedy="see what the machine says of memory and devices; the same command continues",
-    )
+    problem = f"{deaths} workers died in a row and none finished anything; the last: {why}"
+    return InputError(problem, remedy="see what the machine says of memory and devices; the same command continues")
 
 
 def _told(error: BaseException) -> str:
@@ -262,10 +260,8 @@ def _check_room(ray, workers: int, gpus_each: int) -> None:
     room = sum(places(node, gpus_each) for node in ray.nodes() if node["Alive"])
     if workers > room:
         kind = f"{gpus_each} GPU(s)" if gpus_each else "one CPU core"
-        raise InputError(
-            f"{workers} workers of {kind} each do not fit: there is room for {room}",
-            remedy="lower `generation.workers`, `annotation.workers` or `generation.tensor_parallel`",
-        )
+        remedy = "lower `generation.workers`, `annotation.workers` or `generation.tensor_parallel`"
+        raise InputError(f"{workers} workers of {kind} each do not fit: there is room for {room}", remedy=remedy)
 
 
 def places(node: dict, gpus_each: int) -> int:
@@ -293,11 +289,9 @@ def connect(workers: int = 1):
             if interrupted():
                 raise KeyboardInterrupt
         except ConnectionError as error:
-            raise InputError(
-                f"no Ray cluster can be reached ({error})",
-                where=f"RAY_ADDRESS={address}",
-                remedy="check the address; a cluster with tokens, Ray's default, also needs RAY_AUTH_MODE=token here",
-            ) from None
+            problem = f"no Ray cluster can be reached ({error})"
+            remedy = "check the address; a cluster with tokens, Ray's default, also needs RAY_AUTH_MODE=token here"
+            raise InputError(problem, where=f"RAY_ADDRESS={address}", remedy=remedy) from None
     return ray
 
 

@@ -114,11 +114,8 @@ class Engine:
             **extra,
         ).llm_engine
         if schema and not same_tokens(self._tokenizer, self._engine.get_tokenizer()):
-            raise InputError(
-                "vLLM does not read the tokenizer as it is, so that it could not hold answers to a schema",
-                where=model.path,
-                remedy="use another judge",
-            )
+            problem = "vLLM does not read the tokenizer as it is, so that it could not hold answers to a schema"
+            raise InputError(problem, where=model.path, remedy="use another judge")
 
     def stream(
         self, prompts: Iterable[tuple[str, list[int], int] | tuple[str, list[int], int, str | None] | None]

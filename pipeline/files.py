@@ -24,9 +24,8 @@ def file_hash(path: str | Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(
-            f"cannot read the file ({error.strerror})", where=str(path), remedy="run the stage that writes it first"
-        ) from None
+        problem = f"cannot read the file ({error.strerror})"
+        raise InputError(problem, where=str(path), remedy="run the stage that writes it first") from None
 
 
 def value_hash(value: object) -> str:

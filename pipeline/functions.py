@@ -90,11 +90,9 @@ def check_function(function: str, field: str) -> int:
     found = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
     if name not in found:
         public = ", ".join(each for each in found if not each.startswith("_"))
-        raise InputError(
-            f"`{field}`: the file has no `def {name}` at the left margin",
-            where=shown(path),
-            remedy=f"it has: {public}" if public else f"define one: {SIGNATURE}",
-        )
+        problem = f"`{field}`: the file has no `def {name}` at the left margin"
+        remedy = f"it has: {public}" if public else f"define one: {SIGNATURE}"
+        raise InputError(problem, where=shown(path), remedy=remedy)
     return found[name]
 
 
@@ -102,9 +100,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"cannot read the function's file ({error.strerror})", where=shown(path), remedy="put the file back"
-        ) from None
+        problem = f"cannot read the function's file ({error.strerror})"
+        raise InputError(problem, where=shown(path), remedy="put the file back") from None
 
 
 def _parse(path: Path) -> ast.Module:
@@ -112,11 +109,8 @@ def _parse(path: Path) -> ast.Module:
         return ast.parse(_read(path), str(path))
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # a null byte; nested too deep
         line = getattr(error, "lineno", None) or 1
-        raise InputError(
-            f"this is no Python ({getattr(error, 'msg', '') or str(error) or 'nested too deeply'})",
-            where=f"{shown(path)}:{line}",
-            remedy="correct it",
-        ) from None
+        problem = f"this is no Python ({getattr(error, 'msg', '') or str(error) or 'nested too deeply'})"
+        raise InputError(problem, where=f"{shown(path)}:{line}", remedy="correct it") from None
 
 
 def _imported(tree: ast.Module, path: Path) -> Iterator[tuple[str, str]]:
@@ -271,9 +265,8 @@ class FunctionScorer:
             trace = trace.tb_next
         text = _shown(error, str)[:300]
         remedy = f"correct the function ({SIGNATURE})" if isinstance(error, TypeError) else "correct the function"
-        return InputError(
-            f"{problem} {type(error).__name__}: {text}".rstrip(": "), where=f"{shown(self.path)}:{line}", remedy=remedy
-        )
+        problem = f"{problem} {type(error).__name__}: {text}".rstrip(": ")
+        return InputError(problem, where=f"{shown(self.path)}:{line}", remedy=remedy)
 
 
 def _raises(run: Callable, *arguments: Any) -> bool:

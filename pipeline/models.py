@@ -37,11 +37,8 @@ def check_labels(model: Model, role: str = "reward") -> None:
     """
     config = load_config(model)
     if config.num_labels != 1 and ARMORM not in (config.architectures or []):
-        raise InputError(
-            f"`models.{role}`: the model has {config.num_labels} labels",
-            where=model.path,
-            remedy="give a sequence classifier with one label, or ArmoRM",
-        )
+        problem = f"`models.{role}`: the model has {config.num_labels} labels"
+        raise InputError(problem, where=model.path, remedy="give a sequence classifier with one label, or ArmoRM")
 
 
 def check_fits(stage: str, recipe: Recipe, role: str, tokenizer: bool = True) -> None:
@@ -61,11 +58,9 @@ def check_fits(stage: str, recipe: Recipe, role: str, tokenizer: bool = True) ->
             needed = sum(get(recipe, key) for key in keys)
             asked = "evaluation.answer_tokens" not in keys or recipe.evaluation.answers
             if asked and needed > length:
-                raise InputError(
-                    f"`models.{role}` has positions for {length:g} tokens, and {' + '.join(keys)} is {needed}",
-                    where=model.path,
-                    remedy="lower the setting, or use a model with a longer context",
-                )
+                problem = f"`models.{role}` has positions for {length:g} tokens, and {' + '.join(keys)} is {needed}"
+                remedy = "lower the setting, or use a model with a longer context"
+                raise InputError(problem, where=model.path, remedy=remedy)
     if tokenizer:
         check_vocabulary(load_tokenizer(model.path, model.revision), config.get_text_config().vocab_size, model.path)
 

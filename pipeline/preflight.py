@@ -152,11 +152,8 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
 def count_ranked(recipe: Recipe, split: str) -> int:
     """Number of prompts of a ranked file; every line is checked."""
     if not recipe.ranked(split).exists():
-        raise InputError(
-            "there is no ranked file",
-            where=str(recipe.ranked(split)),
-            remedy="run `bash gene.sh` with this recipe first",
-        )
+        problem = "there is no ranked file"
+        raise InputError(problem, where=str(recipe.ranked(split)), remedy="run `bash gene.sh` with this recipe first")
     return sum(1 for _ in read_ranked(recipe.ranked(split)))
 
 

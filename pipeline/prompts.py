@@ -76,10 +76,8 @@ def check_disjoint(train: Iterable[tuple[str, Mapping]], test: Iterable[tuple[st
     both = {where: places[name] for where, record in test if (name := _conversation(record)) in places}
     if both:
         first = "; ".join(f"{test_place} is {train_place}" for test_place, train_place in list(both.items())[:3])
-        raise InputError(
-            f"{len(both)} test prompt(s) are in training, too, so held-out figures would be wrong: {first}",
-            remedy="remove them from one of the two files",
-        )
+        problem = f"{len(both)} test prompt(s) are in training, too, so held-out figures would be wrong: {first}"
+        raise InputError(problem, remedy="remove them from one of the two files")
 
 
 def _conversation(record: Mapping) -> str:

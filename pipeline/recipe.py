@@ -271,9 +271,8 @@ def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
         if not path.endswith((".yaml", ".yml")):
             raise InputError(f"`{path}` is neither a recipe (*.yaml) nor key=value", where="command line")
     if len(paths) > 1:
-        raise InputError(
-            f"two recipes given: {' and '.join(paths)}", where="command line", remedy="give one, then key=value"
-        )
+        problem = f"two recipes given: {' and '.join(paths)}"
+        raise InputError(problem, where="command line", remedy="give one, then key=value")
     return (paths[0] if paths else DEFAULT_RECIPE), [argument for argument in arguments if "=" in argument]
 
 

@@ -113,9 +113,8 @@ def open_data(path: str | Path) -> Generator[BufferedReader | gzip.GzipFile]:
             zipped = file.read(len(GZIP)) == GZIP
         opened = gzip.open(path, "rb") if zipped else open(path, "rb")  # noqa: SIM115
     except OSError as error:
-        raise InputError(
-            f"cannot read the file ({error.strerror})", where=str(path), remedy="check the path in the recipe"
-        ) from None
+        problem = f"cannot read the file ({error.strerror})"
+        raise InputError(problem, where=str(path), remedy="check the path in the recipe") from None
     try:
         with opened as file:
             yield file
@@ -145,11 +144,9 @@ def _refuse_array(path: str | Path, number: int) -> None:
     lines = Path(path).with_suffix(".lines.jsonl")  # another file: the shell empties it before Python reads
     with open(path, "rb") as file:
         reads = "gzip -dc" if file.read(len(GZIP)) == GZIP else "cat"
-    raise InputError(
-        "expected a JSON object, found a JSON array: this file is JSON, not JSON Lines",
-        where=f"{path}:{number}",
-        remedy=f"write one object a line: {reads} {shlex.quote(str(path))} | {CONVERT} > {shlex.quote(str(lines))}",
-    )
+    problem = "expected a JSON object, found a JSON array: this file is JSON, not JSON Lines"
+    remedy = f"write one object a line: {reads} {shlex.quote(str(path))} | {CONVERT} > {shlex.quote(str(lines))}"
+    raise InputError(problem, where=f"{path}:{number}", remedy=remedy)
 
 
 def parse_json(raw: bytes, path: str | Path, line: int = 1, remedy: str | None = None, unique: bool = True) -> object:
@@ -351,9 +348,8 @@ def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
         name = re.sub(r"[\s-]+", "_", field.strip().casefold())
         for other in absent:
             if SequenceMatcher(None, name, other).ratio() > RESEMBLANCE:
-                raise InputError(
-                    f"unknown field `{field}`", where=where, remedy=f"write `{other}`, or rename the field"
-                )
+                problem = f"unknown field `{field}`"
+                raise InputError(problem, where=where, remedy=f"write `{other}`, or rename the field")
 
 
 def _refuse_preference(record: dict, where: str) -> None:
@@ -371,11 +367,9 @@ def _refuse_preference(record: dict, where: str) -> None:
         parallel = parallel and any(a < b for a, b in pairwise(values))
         words = {word.casefold() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", field)}
         if parallel or PREFERENCE & words:
-            raise InputError(
-                f"`{field}` seems to say which response is better, and it is not read",
-                where=where,
-                remedy="give `responses` best first (or `chosen` and `rejected`), and remove or rename the field",
-            )
+            problem = f"`{field}` seems to say which response is better, and it is not read"
+            remedy = "give `responses` best first (or `chosen` and `rejected`), and remove or rename the field"
+            raise InputError(problem, where=where, remedy=remedy)
 
 
 def unread_fields(record: dict) -> list[str]:
@@ -403,11 +397,9 @@ def _given_pair(record: dict, where: str) -> dict:
         if before and (prompt is None or isinstance(prompt, str) and _asks(before, prompt)):
             prompt = before
         if before not in ([], prompt):
-            raise InputError(
-                f"the conversation of `{side}` does not begin with the prompt: {shorten(before)}",
-                where=where,
-                remedy="give `prompt`, and in `chosen` and `rejected` the last answer alone",
-            )
+            problem = f"the conversation of `{side}` does not begin with the prompt: {shorten(before)}"
+            remedy = "give `prompt`, and in `chosen` and `rejected` the last answer alone"
+            raise InputError(problem, where=where, remedy=remedy)
         responses.append(text)
     kept = {field: value for field, value in record.items() if field not in PAIR}
     return {**kept, "prompt": prompt, "responses": responses}
@@ -507,9 +499,8 @@ class Indexed(Mapping[str, Record]):
             elif self[name].get("prompt") == record.get("prompt"):  # lines of figures have none
                 self.repeated.append((where, name))
             else:
-                raise InputError(
-                    f"`prompt_id` `{name}` stands on two different prompts", where=where, remedy="make the ids unique"
-                )
+                problem = f"`prompt_id` `{name}` stands on two different prompts"
+                raise InputError(problem, where=where, remedy="make the ids unique")
 
     def first(self, count: int | None) -> "Indexed[Record]":
         """The file with its first `count` prompts alone; with all when it is None."""
@@ -552,11 +543,8 @@ def check_parallel(record: Record, where: str) -> Record:
     """Refuse lists that have not one entry for each response."""
     for field in (*PARALLEL, "rewards", WITHOUT_NOISE):
         if field in record and len(record[field]) != len(record["responses"]):
-            raise InputError(
-                f"{len(record['responses'])} `responses` but {len(record[field])} `{field}`",
-                where=where,
-                remedy="the lists of a record must be of equal length",
-            )
+            problem = f"{len(record['responses'])} `responses` but {len(record[field])} `{field}`"
+            raise InputError(problem, where=where, remedy="the lists of a record must be of equal length")
     return record
 
 
@@ -582,17 +570,11 @@ def check_ranked(record: dict, where: str) -> Ranked:
     """Return the record, named; InputError as `check_candidates`, and for rewards missing, not finite, or unsorted."""
     ranked = check_parallel(checked(named(record), Ranked, where), where)
     if len(ranked["responses"]) < 2:
-        raise InputError(
-            f"`responses` has {len(record['responses'])} entry, preferences need at least two",
-            where=where,
-            remedy="remove the line, or generate more responses for this prompt",
-        )
+        problem = f"`responses` has {len(record['responses'])} entry, preferences need at least two"
+        raise InputError(problem, where=where, remedy="remove the line, or generate more responses for this prompt")
     if any(a < b for a, b in pairwise(ranked["rewards"])):
-        raise InputError(
-            "`rewards` are not sorted, best first",
-            where=where,
-            remedy="import the file with `python -m annotation.import_released`",
-        )
+        problem = "`rewards` are not sorted, best first"
+        raise InputError(problem, where=where, remedy="import the file with `python -m annotation.import_released`")
     return ranked
 
 

@@ -86,9 +86,8 @@ class Greedy(TypedDict):
 def _check_equal(record: Mapping, where: str, first: str, other: str, more: int = 0) -> None:
     """Refuse two lists of which the second is not longer than the first by `more`."""
     if len(record[other]) != len(record[first]) + more:
-        raise InputError(
-            f"`{first}` has {len(record[first])} entries, `{other}` {len(record[other])}", where=where, remedy=AGAIN
-        )
+        problem = f"`{first}` has {len(record[first])} entries, `{other}` {len(record[other])}"
+        raise InputError(problem, where=where, remedy=AGAIN)
 
 
 def check_plan_row(record: dict, where: str) -> PlanRow:

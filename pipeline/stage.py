@@ -52,11 +52,8 @@ class Work:
         hashes = {str(path): file_hash(path) for path in inputs}
         for path, found in hashes.items():
             if found not in claimed:
-                raise InputError(
-                    "the file changed while this stage worked on it",
-                    where=path,
-                    remedy=f"delete {self.folder} and run the stage again, or put the old file back",
-                )
+                remedy = f"delete {self.folder} and run the stage again, or put the old file back"
+                raise InputError("the file changed while this stage worked on it", where=path, remedy=remedy)
         write_manifest(self.folder / MANIFEST, self.recipe, self.settings, outputs, hashes, **facts)
 
 
@@ -116,11 +113,8 @@ def claim(folder: Path, settings: dict) -> bool:
         write_json(folder / CLAIM, {"layout": LAYOUT, "settings": settings})
         return False
     if changed := _differences(read_claim(folder), settings):
-        raise InputError(
-            f"the folder holds results of other settings: {'; '.join(changed[:3])}",
-            where=str(folder),
-            remedy="give another `output` (or `run`), or delete the folder",
-        )
+        problem = f"the folder holds results of other settings: {'; '.join(changed[:3])}"
+        raise InputError(problem, where=str(folder), remedy="give another `output` (or `run`), or delete the folder")
     return is_finished(folder)
 
 
@@ -160,11 +154,9 @@ def _compare_tokens(folder: Path, settings: dict) -> None:
         except InputError:  # its own stage says so
             continue
         if any(ours.get(name, tokens) != tokens for name, tokens in theirs.items()):
-            raise InputError(
-                "a tokenizer gives other ids here than in the environment of an earlier stage",
-                where=str(path),
-                remedy="build both environments with one release of `tokenizers` (`bash setup.sh`)",
-            )
+            problem = "a tokenizer gives other ids here than in the environment of an earlier stage"
+            remedy = "build both environments with one release of `tokenizers` (`bash setup.sh`)"
+            raise InputError(problem, where=str(path), remedy=remedy)
 
 
 def _tokenizers(settings) -> Iterator[tuple[str, str]]:
@@ -194,11 +186,8 @@ def hold(folder: Path) -> Generator[int]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(
-                "another run is working in this folder",
-                where=str(folder),
-                remedy="wait for it, or give another `output`",
-            ) from None
+            problem = "another run is working in this folder"
+            raise InputError(problem, where=str(folder), remedy="wait for it, or give another `output`") from None
         try:
             yield handle
         except Exception as error:
@@ -220,9 +209,8 @@ def make_folder(folder: Path) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "not writable")
     except OSError as error:
-        raise InputError(
-            f"cannot make or write the folder ({error.strerror})", where=str(folder), remedy="give another `output`"
-        ) from None
+        problem = f"cannot make or write the folder ({error.strerror})"
+        raise InputError(problem, where=str(folder), remedy="give another `output`") from None
 
 
 # ---- the manifest ----
@@ -272,16 +260,12 @@ def read_manifest(path: Path) -> dict:
         for name in ("settings", "inputs", "outputs"):
             manifest[name].items()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"this is not a manifest ({type(error).__name__}: {error})", where=str(path), remedy=again
-        ) from None
+        problem = f"this is not a manifest ({type(error).__name__}: {error})"
+        raise InputError(problem, where=str(path), remedy=again) from None
     check_layout(manifest, path)
     if value_hash(manifest) != own:
-        raise InputError(
-            "the manifest itself (recipe, settings, hashes) has changed since it was written",
-            where=str(path),
-            remedy=again,
-        )
+        problem = "the manifest itself (recipe, settings, hashes) has changed since it was written"
+        raise InputError(problem, where=str(path), remedy=again)
     return manifest
 
 

@@ -44,20 +44,15 @@ def refuse_pickles(folder: Path, field: str | None, weights: str = MODEL) -> Non
     if index and index.exists():
         check_index(index)
     if weights == MODEL and (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{named}there is an adapter in the model's folder, and it would be loaded with the model",
-            where=str(folder / "adapter_config.json"),
-            remedy="give the folder of a whole model (`training.merge=true` writes one)",
-        )
+        problem = f"{named}there is an adapter in the model's folder, and it would be loaded with the model"
+        remedy = "give the folder of a whole model (`training.merge=true` writes one)"
+        raise InputError(problem, where=str(folder / "adapter_config.json"), remedy=remedy)
     names = sorted(
         path.name for path in folder.iterdir() if path.suffix in PICKLES and path.name != "training_args.bin"
     )
     if names and not (folder / weights).exists() and not (index and index.exists()):
-        raise InputError(
-            f"{named}the weights ({names[0]}) are pickled, and a pickle can run code when it is loaded",
-            where=str(folder),
-            remedy=_SAVE,
-        )
+        problem = f"{named}the weights ({names[0]}) are pickled, and a pickle can run code when it is loaded"
+        raise InputError(problem, where=str(folder), remedy=_SAVE)
 
 
 def check_index(path: Path) -> None:
@@ -71,11 +66,8 @@ def check_index(path: Path) -> None:
         raise InputError(f"no index of weights ({type(error).__name__})", where=str(path), remedy=_SAVE) from None
     for shard in shards:
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise InputError(
-                f"`weight_map` names {json.dumps(shard)[:60]}, which is no safetensors file of the folder",
-                where=str(path),
-                remedy=_SAVE,
-            )
+            problem = f"`weight_map` names {json.dumps(shard)[:60]}, which is no safetensors file of the folder"
+            raise InputError(problem, where=str(path), remedy=_SAVE)
 
 
 def load_config(model: Model) -> Any:
@@ -92,9 +84,8 @@ def load_config(model: Model) -> Any:
         raise refusal(model.path, error) from None
     # It may name a pickle, or an index that we do not see.
     if getattr(config, "transformers_weights", None) is not None:
-        raise InputError(
-            "`transformers_weights` in config.json names the file of the weights", where=model.path, remedy=_SAVE
-        )
+        problem = "`transformers_weights` in config.json names the file of the weights"
+        raise InputError(problem, where=model.path, remedy=_SAVE)
     return config
 
 

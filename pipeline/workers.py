@@ -38,11 +38,8 @@ def check_gpus(field: str, wanted: int) -> None:
 
     found = torch.cuda.device_count()
     if wanted > max(1, found) and not os.environ.get("RAY_ADDRESS"):
-        raise InputError(
-            f"`{field}` is {wanted}, this machine has {found} GPUs",
-            where="recipe",
-            remedy=f"use {field}={max(1, found)} and a model that fits",
-        )
+        problem = f"`{field}` is {wanted}, this machine has {found} GPUs"
+        raise InputError(problem, where="recipe", remedy=f"use {field}={max(1, found)} and a model that fits")
 
 
 def node_count() -> int:
@@ -55,11 +52,9 @@ def node_count() -> int:
     if not text.isdigit() or int(text) < 1:
         raise InputError(f"`PET_NNODES` is `{text}`", where="environment", remedy="give the number of nodes")
     if int(text) > 1 and not os.environ.get("PET_RDZV_ENDPOINT"):
-        raise InputError(
-            f"`PET_NNODES` is {text}, and `PET_RDZV_ENDPOINT` is not set",
-            where="environment",
-            remedy="set it to HOST:PORT of one of the nodes, the same on all (cluster/train.sbatch does)",
-        )
+        problem = f"`PET_NNODES` is {text}, and `PET_RDZV_ENDPOINT` is not set"
+        remedy = "set it to HOST:PORT of one of the nodes, the same on all (cluster/train.sbatch does)"
+        raise InputError(problem, where="environment", remedy=remedy)
     return int(text)
 
 
