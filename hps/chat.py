@@ -81,12 +81,9 @@ def _loaded(path: str, revision: str | None):
 
     own = own_tokenizer(path, revision)
     if own is None and (others := sorted(Path(path).glob("*.model"))):  # one environment has the library for it
-        raise InputError(
-            f"{others[0].name} is there and no tokenizer.json, which every environment reads alike",
-            where=path,
-            remedy="write one: .venv-infer/bin/python -c 'from transformers import AutoTokenizer as A; "
-            f'A.from_pretrained("{path}").save_pretrained("{path}")\'',
-        )
+        problem = f"{others[0].name} is there and no tokenizer.json, which every environment reads alike"
+        code = f'from transformers import AutoTokenizer as A; A.from_pretrained("{path}").save_pretrained("{path}")'
+        raise InputError(problem, where=path, remedy=f"write one: .venv-infer/bin/python -c '{code}'")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         if own and (not isinstance(tokenizer, PreTrainedTokenizerFast) or _misread(tokenizer, own)):
@@ -448,23 +445,16 @@ def _prove(tokenizer: Any) -> None:
     """Refuse a tokenizer with which a probe conversation loses a text, whole or cut (`_spelled`)."""
     asked = [{"role": "user", "content": "What is 3 times 4?"}]
     system, earlier = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": REPLIES[1]}
-    for messages, replies in (
-        (asked, REPLIES),
-        ([system, *asked], REPLIES[:3]),
-        ([*asked, earlier, *asked], REPLIES[:3]),
-    ):
+    for messages in (asked, [system, *asked], [*asked, earlier, *asked]):
         if messages is asked or _probe(tokenizer, messages):  # prompts that it refuses are named by their place
-            for reply in replies:
+            for reply in REPLIES if messages is asked else REPLIES[:3]:
                 _spelled(tokenizer, messages, reply)
 
 
 def _remarks(tokenizer: Any) -> Iterator[str]:
     """What a user should know of a template that serves all the same."""
     if not opens_turns_by_tokens(tokenizer):
-        yield (
-            "the chat template opens turns with ordinary text, so that a prompt or a response can open one "
-            "(docs/operations.md)"
-        )
+        yield "the chat template opens turns with ordinary text, so any text can open one (docs/operations.md)"
     turn = _turn(tokenizer)
     if not _control(tokenizer).of(turn.tail) and turn.end is not None:
         ended = tokenizer.convert_ids_to_tokens(turn.end)
@@ -477,10 +467,8 @@ def _remarks(tokenizer: Any) -> Iterator[str]:
             return
         common = next((at for at, pair in enumerate(zip(asked, said, strict=False)) if pair[0] != pair[1]), len(asked))
         if not said[common:].lstrip().startswith(reply):
-            yield (
-                f"the chat template does not keep answers: {shorten(reply)} becomes {shorten(said[common:])}; they are "
-                "trained and scored behind the assistant's header, as they were sampled (docs/formats.md)"
-            )
+            changed = f"the chat template does not keep answers: {shorten(reply)} becomes {shorten(said[common:])}"
+            yield f"{changed}; they are trained and scored after the header, as they were sampled (docs/formats.md)"
             return
 
 

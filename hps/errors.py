@@ -111,11 +111,8 @@ def run_main(main: Callable[[], object], by_torchrun: bool = False) -> None:
             raise
         _end_bars()
         name = next((file for each in _chain(error) if (file := getattr(each, "filename", None))), None)
-        print(
-            f"error: {f'{name}: ' if name else ''}the disk is full; make room and run the same command again, what is "
-            "finished is on disk",
-            file=sys.stderr,
-        )
+        text = "the disk is full; make room and run the same command again, what is finished is on disk"
+        print(f"error: {name}: {text}" if name else f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         # An impatient second one must not break the clean-up of libraries; a third one ends a clean-up that hangs.

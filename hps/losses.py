@@ -205,11 +205,7 @@ def hps_loss(
 
 
 def mean_pair_loss(
-    best: torch.Tensor,
-    others: torch.Tensor,
-    log_weights: torch.Tensor,
-    log_n: torch.Tensor | float,
-    pair: PairLoss,
+    best: torch.Tensor, others: torch.Tensor, log_weights: torch.Tensor, log_n: torch.Tensor | float, pair: PairLoss
 ) -> torch.Tensor:
     """HPS of a family whose loss is not a function of the mixture's sum: `sum_i w_i pair(rho_1, rho_i)`, our choice.
 

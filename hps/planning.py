@@ -128,11 +128,9 @@ class Plan:
         self.records, self.loss, self.schedule, self.seed, self.where = records, loss, schedule, seed, where
         self.prompts, self.left_out = usable(records, loss, schedule, seed)
         if not self.prompts:
-            raise InputError(
-                f"no prompt can be trained on: {self.left_out or 'the file is empty'}",
-                remedy="check the rewards, and what leaves prompts out: `schedule.best`, `schedule.ties`, "
-                "`loss.positives`",
-            )
+            problem = f"no prompt can be trained on: {self.left_out or 'the file is empty'}"
+            remedy = "check the rewards, `schedule.best`, `schedule.ties` and `loss.positives`"
+            raise InputError(problem, remedy=remedy)
         self.gammas = gamma_stages(schedule)
         self._figures: dict[int, dict[str, array]] = {}
 
@@ -215,10 +213,9 @@ def check_spread(rewards: list[float], loss: Loss) -> None:
         return
     spread = (max(rewards) - min(rewards)) / getattr(loss, name)
     if spread > WIDEST:
-        raise InputError(
-            f"`rewards` differ by {spread:.3g} times `loss.{name}`, and the loss in single precision holds {WIDEST:,}",
-            remedy=f"correct the rewards, raise `loss.{name}`, or use schedule.standardize_rewards=true",
-        )
+        problem = f"`rewards` differ by {spread:.3g} times `loss.{name}`, single precision allows {WIDEST:,}"
+        remedy = f"correct the rewards, raise `loss.{name}`, or use schedule.standardize_rewards=true"
+        raise InputError(problem, remedy=remedy)
 
 
 def weights_of(term: Term, members: list[int]) -> list[float]:

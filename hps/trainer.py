@@ -64,9 +64,7 @@ class PlanCollator:
         batch = {
             "rows": self.rows(examples),
             "row": torch.tensor([example["row"] for example in examples]),
-            "tokens": torch.tensor(
-                [len(e["prompt_ids"]) * len(sizes) + sum(sizes) for e, sizes in zip(examples, lengths, strict=True)]
-            ),
+            "tokens": torch.tensor([sum(len(e["prompt_ids"]) + len(y) for y in e["response_ids"]) for e in examples]),
             "mask": torch.arange(weights.shape[1]) < torch.tensor(list(map(len, lengths)))[:, None],
             "lengths": _padded(lengths, 1.0),
             # Minus the highest: losses see differences alone, and float32 rounds them off where all rewards are large.
@@ -173,14 +171,8 @@ class HPSTrainer(DPOTrainer):
         if self.state.global_step == 0 and reference is not None:
             self._check_start(policy.detach(), reference, inputs["lengths"])
         scores = FORMULAS[self.loss.family].score(self.loss, policy, reference, inputs["lengths"])
-        losses = preference_loss(
-            self.loss,
-            scores,
-            inputs["rewards"],
-            inputs["mask"],
-            inputs["log_weights"],
-            inputs["dispreferred_count"],
-        )
+        lists = [inputs[name] for name in ("rewards", "mask", "log_weights", "dispreferred_count")]
+        losses = preference_loss(self.loss, scores, *lists)
         # The logged rewards are rho of Eq. 3, also where a family's score is something else.
         rewards = implicit_reward(policy, reference, self.loss.beta) if self.compares else scores
         self._record(inputs, policy.detach(), rewards.detach(), losses.detach())
@@ -235,12 +227,10 @@ class HPSTrainer(DPOTrainer):
         largest, share = self.accelerator.gather(worst.unsqueeze(0)).amax(dim=0).tolist()
         self.start = max(self.start or 0.0, largest)
         if not share <= 1:
-            raise InputError(
-                f"before the first update policy and reference differ by |s| = {largest:.3g} nats for a response, "
-                f"{share:.3g} times what rounding in {computed} explains",
-                remedy="delete `<output>/reference`, set every dropout in the policy's config.json to 0, or give "
-                "`training.reference=in_step`; if it stays, the policy's weights give no finite or repeatable values",
-            )
+            start = f"before the first update policy and reference differ by |s| = {largest:.3g} nats for a response"
+            remedy = "delete `<output>/reference`, set every dropout in the policy's config.json to 0, or give "
+            remedy += "`training.reference=in_step`; if it stays, the policy's values are not finite or repeatable"
+            raise InputError(f"{start}, {share:.3g} times what rounding in {computed} explains", remedy=remedy)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's; the first step's line has `s/largest_at_start`, too."""

@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
+from mmap import mmap
 from pathlib import Path
 from typing import TextIO
 
@@ -93,7 +94,7 @@ def json_line(record: Mapping) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-class Appender:
+class Appender(AbstractContextManager):
     """A JSON Lines file that grows by whole records.
 
     A record is written by one `write` and flushed to the disk. A last line without its newline is what a kill left
@@ -107,21 +108,12 @@ class Appender:
         self._file = self.path.open("ab")
 
     def _cut_partial_line(self) -> None:
-        if not self.path.exists():
+        if not self.path.exists() or not self.path.stat().st_size:  # an empty file cannot be mapped
             return
         with self.path.open("rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            keep = end
-            while keep > 0:  # walk back in blocks: the file may be large, the partial line is not
-                start = max(0, keep - 65536)
-                file.seek(start)
-                found = file.read(keep - start).rfind(b"\n")
-                if found >= 0:
-                    keep = start + found + 1
-                    break
-                keep = start
-            if keep < end:
-                file.truncate(keep)
+            with mmap(file.fileno(), 0) as content:  # the file may be large, the partial line is not
+                keep = content.rfind(b"\n") + 1
+            file.truncate(keep)
 
     def append(self, record: Mapping) -> None:
         """Write one record and wait until the disk has it."""
@@ -132,10 +124,7 @@ class Appender:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
 
@@ -152,7 +141,7 @@ def done_ids(path: str | Path) -> set[str]:
 REPEATED = "repeated prompt"  # reason of the ledger lines that every start makes again
 
 
-class Results:
+class Results(AbstractContextManager):
     """A stage's records, one for each prompt, and its ledger; continued where an earlier start was stopped.
 
     A prompt is done when it has a record, or a ledger line with `refused`: `done` holds their names. Other ledger lines
@@ -194,8 +183,5 @@ class Results:
         self._records.close()
         self._ledger.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()

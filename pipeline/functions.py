@@ -16,6 +16,7 @@ repository or beside it: so the hash of the file and the versions of the package
 import ast
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import packages_distributions, version
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hps.chat import load_tokenizer, response_token_ids
 from hps.errors import InputError
 from hps.records import LARGEST_REWARD
 from pipeline.recipe import REPOSITORY, SHIPPED, Model, Recipe
@@ -85,8 +87,7 @@ def check_function(function: str, field: str) -> int:
     """
     path, name = located(function)
     tree = _parse(path)
-    for _ in _imported(tree, path):
-        pass
+    list(_imported(tree, path))  # refuses what may not be imported
     found = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
     if name not in found:
         public = ", ".join(each for each in found if not each.startswith("_"))
@@ -161,8 +162,6 @@ class FunctionScorer:
     """
 
     def __init__(self, function: str, field: str, tokenizer: Model):
-        from hps.chat import load_tokenizer  # imports transformers, which stages without a model do not need
-
         self.path, self.name = located(function)
         self.title = f"`{field}` `{self.name}`"
         self.line = check_function(function, field)
@@ -212,7 +211,6 @@ class FunctionScorer:
 
     def _call(self, messages: Sequence[Mapping], prompt_id: str | None, answers: list[tuple[str, bool]]) -> list[float]:
         """Checked scores of responses, each with whether it is truncated."""
-        from hps.chat import response_token_ids
 
         def run(part: list[tuple[str, bool]]) -> Any:  # new arguments for each call: the function may change them
             return self.function(
@@ -240,10 +238,8 @@ class FunctionScorer:
         """A score as a float; scalars of numpy and torch are numbers, too."""
         plain = value
         if callable(getattr(value, "item", None)):
-            try:
+            with suppress(Exception):  # an array of several numbers; a class of the user's
                 plain = value.item()
-            except Exception:  # an array of several numbers; a class of the user's
-                plain = None
         if isinstance(plain, bool) or not isinstance(plain, (int, float)):
             raise self._refuse(f"gives response {number} {_short(value)}", "return a float for each response")
         if not abs(plain) <= LARGEST_REWARD:

@@ -73,19 +73,12 @@ def check_vocabulary(tokenizer: Any, rows: int, where: str) -> None:
     fed = {tokenizer.pad_token_id, tokenizer.eos_token_id}
     fed.update(prompt_token_ids(tokenizer, [{"role": "user", "content": "a"}]))
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    beyond = {
-        number: token
-        for token, number in tokenizer.get_vocab().items()
-        if number >= rows and (number in fed or number not in special)
-    }
-    if beyond:
-        names = ", ".join(f"`{token}` ({number})" for number, token in sorted(beyond.items())[:3])
-        raise InputError(
-            f"{len(beyond)} token(s) of the tokenizer have no row in the model's embedding of {rows}: {names}",
-            where=where,
-            remedy="take them out of the tokenizer (padding: give `pad_token` of tokenizer_config.json the end "
-            "token), or add rows by `resize_token_embeddings` and save the model",
-        )
+    known = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    if beyond := [(n, token) for n, token in known if n >= rows and (n in fed or n not in special)]:
+        names = ", ".join(f"`{token}` ({number})" for number, token in beyond[:3])
+        problem = f"{len(beyond)} token(s) of the tokenizer have no row in the model's embedding of {rows}: {names}"
+        remedy = "add rows by `resize_token_embeddings`, or remove the tokens (padding can be the end token)"
+        raise InputError(problem, where=where, remedy=remedy)
 
 
 def same_model(one: Model, other: Model) -> bool:

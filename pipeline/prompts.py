@@ -25,12 +25,8 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed[Prompt], list[dict
         return prompt
 
     if not Path(settings.path).exists():
-        raise InputError(
-            "cannot read the file (No such file or directory)",
-            where=settings.path,
-            remedy=f"correct `data.{split}.path`; `.venv-train/bin/python data/prepare.py` writes the published sets "
-            "(data/README.md)",
-        )
+        remedy = f"correct `data.{split}.path`, or write a published set by data/prepare.py (data/README.md)"
+        raise InputError("cannot read the file (No such file or directory)", where=settings.path, remedy=remedy)
     prompts = Indexed(settings.path, check, settings.limit)
     if not prompts:
         raise InputError("the file has no prompts", where=settings.path, remedy=f"correct `data.{split}.path`")
@@ -47,13 +43,8 @@ def evaluated_prompts(recipe: Recipe) -> tuple[Indexed[Prompt], list[dict]]:
 def _check_enough(record: Prompt, generated: int, keep_given: bool, where: str) -> None:
     given = len(record["responses"]) if keep_given else 0
     if given + generated < 2:
-        raise InputError(
-            f"the prompt would have a single response ({given} given, {generated} generated)"
-            if given + generated
-            else "the prompt would have no response",
-            where=where,
-            remedy="raise `data.<split>.responses`, or give more responses",
-        )
+        problem = f"the prompt would have fewer than two responses ({given} given, {generated} generated)"
+        raise InputError(problem, where=where, remedy="raise `data.<split>.responses`, or give more responses")
 
 
 def unread_lines(recipe: Recipe, split: str) -> list[str]:

@@ -12,11 +12,10 @@ folder with a manifest is finished, one with only a claim is continued by the sa
 
 import fcntl
 import importlib.metadata
-import json
 import os
 import subprocess
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,12 +128,10 @@ def read_claim(folder: Path) -> dict | None:
 def check_layout(found: dict, path: Path) -> None:
     """Refuse a claim or manifest that another version of this repository wrote."""
     if found.get("layout") != LAYOUT:
-        raise InputError(
-            f"another version of this repository wrote this: layout {found.get('layout', 'without a number')}, this "
-            f"version has layout {LAYOUT}",
-            where=str(path),
-            remedy="delete the folder and run the stage again, or go back to the version that wrote it",
-        )
+        theirs = found.get("layout", "without a number")
+        problem = f"another version of this repository wrote this: layout {theirs}, this version has layout {LAYOUT}"
+        remedy = "delete the folder and run the stage again, or go back to the version that wrote it"
+        raise InputError(problem, where=str(path), remedy=remedy)
 
 
 def _differences(before, after, prefix: str = "") -> list[str]:
@@ -193,11 +190,9 @@ def hold(folder: Path) -> Generator[int]:
         except Exception as error:
             if isinstance(error, InputError) or not is_full_disk(error):
                 raise
-            raise InputError(  # a failed write does not know its file: the folder says which disk it is
-                "the disk is full",
-                where=str(folder),
-                remedy="make room and run the same command again, what is finished is on disk",
-            ) from error
+            remedy = "make room and run the same command again, what is finished is on disk"
+            # A failed write does not know its file. The folder says which disk it is.
+            raise InputError("the disk is full", where=str(folder), remedy=remedy) from error
     finally:
         os.close(handle)
 
@@ -254,15 +249,9 @@ def read_manifest(path: Path) -> dict:
         InputError: it is not a manifest, another version wrote it, or a byte of it has changed.
     """
     again = "delete its folder and run the stage again, or put the old file back"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        own = manifest.pop("sha256")
-        for name in ("settings", "inputs", "outputs"):
-            manifest[name].items()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problem = f"this is not a manifest ({type(error).__name__}: {error})"
-        raise InputError(problem, where=str(path), remedy=again) from None
+    manifest = read_json(path, again)
     check_layout(manifest, path)
+    own = manifest.pop("sha256", None)
     if value_hash(manifest) != own:
         problem = "the manifest itself (recipe, settings, hashes) has changed since it was written"
         raise InputError(problem, where=str(path), remedy=again)
@@ -273,20 +262,16 @@ def versions() -> dict:
     """Versions of the packages that decide the numbers, as far as they are installed here."""
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def git_commit() -> str | None:
     """The repository's commit, with `+changes` when the work tree differs; `results/`, outputs, do not count."""
     try:
-        commit = _git("rev-parse", "HEAD")
-        return commit + (
-            "+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") else ""
-        )
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+        return _git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

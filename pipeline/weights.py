@@ -8,6 +8,7 @@ import json
 import math
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,7 @@ def refuse_pickles(folder: Path, field: str | None, weights: str = MODEL) -> Non
         problem = f"{named}there is an adapter in the model's folder, and it would be loaded with the model"
         remedy = "give the folder of a whole model (`training.merge=true` writes one)"
         raise InputError(problem, where=str(folder / "adapter_config.json"), remedy=remedy)
-    names = sorted(
-        path.name for path in folder.iterdir() if path.suffix in PICKLES and path.name != "training_args.bin"
-    )
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES and p.name != "training_args.bin")
     if names and not (folder / weights).exists() and not (index and index.exists()):
         problem = f"{named}the weights ({names[0]}) are pickled, and a pickle can run code when it is loaded"
         raise InputError(problem, where=str(folder), remedy=_SAVE)
@@ -166,18 +165,17 @@ def _check_keys(info: dict, path: str, kind: str, exact: bool) -> None:
         keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{fault}_keys"])
         if not keys:
             continue
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         name = "of another shape" if fault == "mismatched" else fault
-        problem = f"weights {name} for {kind}: {', '.join(keys[:3])}{more}"
+        problem = f"weights {name} for {kind}: {_first(keys)}"
         if fault == "unexpected" and not exact:
             warnings.warn(f"{path}: {problem}; they are left out", stacklevel=3)
             continue
-        raise InputError(
-            problem,
-            where=path,
-            remedy="give the files of a model of this class, saved with the config.json beside them "
-            "(what is missing would be random numbers)",
-        )
+        remedy = "give files of a model of this class with their config.json (missing weights would be random)"
+        raise InputError(problem, where=path, remedy=remedy)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_files(model: Model) -> None:
@@ -187,13 +185,10 @@ def _check_files(model: Model) -> None:
     if Path(model.path).is_dir():
         refuse_pickles(Path(model.path), None)
         return
-    index, adapter = (
-        cached_file(model.path, name, revision=model.revision, _raise_exceptions_for_missing_entries=False)
-        for name in (INDEX, "adapter_config.json")
-    )
-    if index:
+    fetch = partial(cached_file, model.path, revision=model.revision, _raise_exceptions_for_missing_entries=False)
+    if index := fetch(INDEX):
         check_index(Path(index))
-    if adapter:
+    if fetch("adapter_config.json"):
         raise InputError("the repository holds an adapter", where=model.path, remedy="give a whole model")
 
 
@@ -221,9 +216,5 @@ def check_adapter(model: Any, folder: Path, name: str) -> None:
     wanted = set(get_peft_model_state_dict(model, adapter_name=name))
     if different := sorted(there ^ wanted):
         fault = "missing" if different[0] in wanted else "without a place in the model"
-        raise InputError(
-            f"weights of the adapter are {fault}: {', '.join(different[:3])}"
-            + (f" and {len(different) - 3} more" if len(different) > 3 else ""),
-            where=str(folder / ADAPTER),
-            remedy="give the adapter that was trained on this model",
-        )
+        problem = f"weights of the adapter are {fault}: {_first(different)}"
+        raise InputError(problem, where=str(folder / ADAPTER), remedy="give the adapter of this model")

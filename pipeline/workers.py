@@ -19,14 +19,11 @@ def count_devices(requested: int | None, gpus_each: int = 1) -> int:
     if os.environ.get("RAY_ADDRESS"):
         from pipeline.actors import connect, places
 
-        return max(1, sum(places(node, gpus_each) for node in connect().nodes() if node["Alive"] and _gpus(node)))
+        nodes = [node for node in connect().nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+        return max(1, sum(places(node, gpus_each) for node in nodes))
     import torch
 
     return max(1, torch.cuda.device_count() // gpus_each)
-
-
-def _gpus(node: dict) -> int:
-    return int(node["Resources"].get("GPU", 0))
 
 
 def check_gpus(field: str, wanted: int) -> None:
@@ -76,11 +73,9 @@ def accumulation_steps(recipe: Recipe, processes: int) -> int:
     schedule = recipe.schedule
     share, rest = divmod(schedule.global_batch, schedule.device_batch * processes)
     if rest or not share:
-        raise InputError(
-            f"`schedule.global_batch` {schedule.global_batch} cannot be divided among {processes} processes of "
-            f"`schedule.device_batch` {schedule.device_batch}",
-            remedy="change one of them, or `training.processes`",
-        )
+        each = f"{processes} processes of `schedule.device_batch` {schedule.device_batch}"
+        problem = f"`schedule.global_batch` {schedule.global_batch} cannot be divided among {each}"
+        raise InputError(problem, remedy="change one of them, or `training.processes`")
     return share
 
 

@@ -114,7 +114,7 @@ def test_bad_input_of_gene(recipe, fault):
 def test_a_prompt_with_a_single_response(recipe):
     """One given and none generated."""
     single = json.dumps({"prompt": [USER, USER], "responses": ["Hi."]})
-    message = line(single, "the prompt would have a single response (1 given, 0 generated)")(recipe.parent)
+    message = line(single, "the prompt would have fewer than two responses (1 given, 0 generated)")(recipe.parent)
     assert_refused(preflight("gene", recipe, "data.train.responses=0"), message)
 
 
