@@ -299,8 +299,6 @@ def preference_loss(
     mixture_loss = hps_loss if FAMILIES[loss.family].inside_log else mean_pair_loss
     n = dispreferred_count if loss.factor_n else torch.ones_like(dispreferred_count)  # Eq. 8, or Eq. 10
     log_n, pair = n.to(scores.dtype).log().unsqueeze(2), partial(formulas.pair, loss)
-    first, *second = [
-        mixture_loss(scores[:, term], scores, log_weights[:, term], log_n[:, term], pair)
-        for term in range(log_weights.shape[1])
-    ]
+    weights = enumerate(log_weights.unbind(dim=1))
+    first, *second = [mixture_loss(scores[:, term], scores, w, log_n[:, term], pair) for term, w in weights]
     return first + loss.appendix_e_lambda * second[0] if second else first

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
+from itertools import accumulate, chain
 from os.path import commonprefix
 from types import MethodType
 from typing import Any
@@ -98,15 +99,11 @@ def fill_rows(sizes: list[int], budget: int | None) -> list[list[int]]:
     """
     limit = max(budget or 0, max(sizes))
     rows: list[list[int]] = []
-    used: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        fits = (row for row, tokens in enumerate(used) if tokens + sizes[index] <= limit)
-        row = next(fits, len(rows))
-        if row == len(rows):
-            rows.append([])
-            used.append(0)
-        rows[row].append(index)
-        used[row] += sizes[index]
+        fits = (row for row in rows if sum(sizes[other] for other in row) + sizes[index] <= limit)
+        if (row := next(fits, None)) is None:
+            rows.append(row := [])
+        row.append(index)
     return rows
 
 
@@ -143,27 +140,23 @@ def shared_rows(
         for index in row:
             prompt, each = split[index]
             begin = number * width + len(ids[number])
-            ids[number] += prompt
-            positions[number] += range(len(prompt))
-            segments[number] += [(index, 0)] * len(prompt)
-            scored[index], starts[index] = [], []
-            for place, response in enumerate(each, 1):
-                start = number * width + len(ids[number])
-                # The prompt's last token predicts the response's first, and so on.
-                scored[index] += [begin + len(prompt) - 1, *range(start, start + len(response) - 1)]
-                starts[index].append((begin, start))
-                ids[number] += response
-                positions[number] += range(len(prompt), len(prompt) + len(response))
-                segments[number] += [(index, place)] * len(response)
+            first = begin + len(prompt)
+            places = [first + before for before in accumulate(map(len, each[:-1]), initial=0)]
+            # The prompt's last token predicts the response's first, and so on.
+            spans = [(first - 1, *range(at, at + len(y) - 1)) for at, y in zip(places, each, strict=True)]
+            scored[index], starts[index] = [*chain(*spans)], [(begin, place) for place in places]
+            ids[number] += chain(prompt, *each)
+            positions[number] += chain(range(len(prompt)), *(range(len(prompt), len(prompt) + len(y)) for y in each))
+            segments[number] += [(index, place) for place, part in enumerate([prompt, *each]) for _ in part]
     flat = [response for _, each in split for response in each]
     return {
         "input_ids": _rectangle(ids, pad),
         "position_ids": _rectangle(positions, 0),
         "segments": _rectangle(segments, -1),
-        "scored": torch.tensor([place for index in range(len(split)) for place in scored[index]]),
+        "scored": torch.tensor([place for _, places in sorted(scored.items()) for place in places]),
         "targets": torch.tensor([token for response in flat for token in response]),
         "sizes": torch.tensor([len(response) for response in flat]),
-        "starts": torch.tensor([place for index in range(len(split)) for place in starts[index]]),
+        "starts": torch.tensor([place for _, places in sorted(starts.items()) for place in places]),
     }
 
 
@@ -186,12 +179,11 @@ def separate_rows(
     rows = [[*prompt, *response] for prompt, response in pairs]
     lengths = torch.tensor(list(map(len, rows)))
     kind = {"lengths": lengths} if alone else {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
+    ends = [(start - 1, len(response)) for (_, start), (_, response) in zip(begins, pairs, strict=True)]
     return {
         "input_ids": _rectangle(rows, pad),
         **kind,
-        "scored": torch.cat(
-            [start - 1 + torch.arange(len(response)) for (_, start), (_, response) in zip(begins, pairs, strict=True)]
-        ),
+        "scored": torch.cat([torch.arange(first, first + size) for first, size in ends]),
         "targets": torch.tensor([token for _, response in pairs for token in response]),
         "sizes": torch.tensor([len(response) for _, response in pairs]),
         "starts": torch.tensor(begins),
@@ -202,9 +194,7 @@ def make_rows(
     layout: Layout, prompts: list[list[int]], responses: list[list[list[int]]], pad: int, budget: int | None = None
 ) -> dict[str, torch.Tensor]:
     """The cheapest rows that are right for these conversations; the arguments are those of `shared_rows`."""
-    longest = max(
-        len(prompt) + len(response) for prompt, each in zip(prompts, responses, strict=True) for response in each
-    )
+    longest = max(len(prompt) + max(map(len, each)) for prompt, each in zip(prompts, responses, strict=True))
     if longest <= layout.shared:
         return shared_rows(prompts, responses, pad, budget)
     return separate_rows(prompts, responses, pad, alone=longest > layout.padded)
@@ -294,12 +284,7 @@ def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
     else:  # eager attention adds its mask
         lowest = torch.finfo(model.dtype).min
         mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
-    return {
-        "input_ids": rows["input_ids"],
-        "attention_mask": mask,
-        "position_ids": rows["position_ids"],
-        "use_cache": False,
-    }
+    return {name: rows[name] for name in ("input_ids", "position_ids")} | {"attention_mask": mask, "use_cache": False}
 
 
 @dataclass(frozen=True)
@@ -658,19 +643,16 @@ def _layers_of_every_kind(architecture: type, config, layers: int) -> int:
     with torch.device("meta"):
         model = architecture(config)
     stacks = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == layers]
-    kinds = [
-        frozenset(_kind(module) for stack in stacks for module in stack[place].modules()) for place in range(layers)
-    ]
+    kinds = [frozenset(_kind(part) for stack in stacks for part in stack[at].modules()) for at in range(layers)]
     last = max((kinds.index(kind) for kind in kinds), default=0)
     return min(layers, max(4, last + 1))
 
 
 def _kind(module: torch.nn.Module) -> tuple:
     """A module's class and simple settings, but for its place among the layers."""
-    settings = {name: value for name, value in vars(module).items() if name != "layer_idx" and not name.startswith("_")}
-    return type(module), tuple(
-        (name, value) for name, value in sorted(settings.items()) if isinstance(value, bool | int | str | None)
-    )
+    simple = [(name, value) for name, value in vars(module).items() if isinstance(value, bool | int | str | None)]
+    named = [(name, value) for name, value in simple if name != "layer_idx" and not name.startswith("_")]
+    return type(module), tuple(sorted(named))
 
 
 def _fewer_weights(architecture: type, config) -> None:

@@ -140,9 +140,8 @@ class Engine:
                 if item is None:
                     break
                 key, ids, count, *adapter = item
-                self._engine.add_request(
-                    key, {"prompt_token_ids": ids}, self._sampling(key, count), lora_request=self._lora(*adapter)
-                )
+                lora, sampling = self._lora(*adapter), self._sampling(key, count)
+                self._engine.add_request(key, {"prompt_token_ids": ids}, sampling, lora_request=lora)
                 waiting[key] = count
             if not waiting:
                 if exhausted:

@@ -127,12 +127,9 @@ def _imported(tree: ast.Module, path: Path) -> Iterator[tuple[str, str]]:
         elif top and top in _distributions() and not (REPOSITORY / top).is_dir():
             yield from ((package, version(package)) for package in _distributions()[top])
         else:
-            raise InputError(
-                f"the file imports `{name}`, which is no installed package",
-                where=f"{shown(path)}:{line}",
-                remedy=f"install it in this environment, or move its code here (of this repository {SHIPPED_MODULE} "
-                "alone may be imported)",
-            )
+            problem = f"the file imports `{name}`, which is not an installed package"
+            remedy = f"install it in this environment, or move its code here (only {SHIPPED_MODULE} may be imported)"
+            raise InputError(problem, where=f"{shown(path)}:{line}", remedy=remedy)
 
 
 def _import_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -203,10 +200,9 @@ class FunctionScorer:
             seen = first.setdefault(answer, number)
             for other, when in ((again[number], "at a second call"), (scores[seen], f"as response {seen + 1}")):
                 if other != scores[number]:
-                    raise self._refuse(
-                        f"gives response {number + 1} the score {scores[number]}, and {other} {when}",
-                        "equal responses must get equal scores: draw nothing at random, and keep no state",
-                    )
+                    problem = f"gives response {number + 1} the score {scores[number]}, and {other} {when}"
+                    remedy = "equal responses must get equal scores: draw nothing at random, and keep no state"
+                    raise self._refuse(problem, remedy)
         return [{"score": score} for score in scores]
 
     def _call(self, messages: Sequence[Mapping], prompt_id: str | None, answers: list[tuple[str, bool]]) -> list[float]:
@@ -229,9 +225,8 @@ class FunctionScorer:
         if type(found) is not list:
             raise self._refuse(f"returns {type(found).__name__}", "return a list of floats")
         if len(found) != len(answers):
-            raise self._refuse(
-                f"returns {len(found)} scores for {len(answers)} responses", "return one for each of `completions`"
-            )
+            problem = f"returns {len(found)} scores for {len(answers)} responses"
+            raise self._refuse(problem, "return one for each of `completions`")
         return [self._number(value, number) for number, value in enumerate(found, 1)]
 
     def _number(self, value: Any, number: int) -> float:
@@ -243,10 +238,8 @@ class FunctionScorer:
         if isinstance(plain, bool) or not isinstance(plain, (int, float)):
             raise self._refuse(f"gives response {number} {_short(value)}", "return a float for each response")
         if not abs(plain) <= LARGEST_REWARD:
-            raise self._refuse(
-                f"gives response {number} the score {_short(plain)}",
-                f"return finite numbers within {LARGEST_REWARD:.1e}",
-            )
+            remedy = f"return finite numbers within {LARGEST_REWARD:.1e}"
+            raise self._refuse(f"gives response {number} the score {_short(plain)}", remedy)
         return float(plain)
 
     def _refuse(self, problem: str, remedy: str) -> InputError:

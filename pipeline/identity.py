@@ -33,12 +33,8 @@ def model_hash(model: Model) -> dict:
     files = sorted(p for p in files if not p.name.startswith(".") and p.suffix not in UNREAD)
     weights = [p for p in files if p.suffix in (".safetensors", ".bin") or p.name in WEIGHTS]
     tokenizer = [p for p in files if p not in weights and p.suffix not in PICKLES]
-    return {
-        "path": model.path,
-        "weights": _combined(weights),
-        "tokenizer": _combined(tokenizer),
-        "tokens": model_tokens(model.path),
-    }
+    hashes = {"weights": _combined(weights), "tokenizer": _combined(tokenizer), "tokens": model_tokens(model.path)}
+    return {"path": model.path, **hashes}
 
 
 def identified(settings, role: str = "") -> Iterator[tuple[str, dict]]:

@@ -23,10 +23,7 @@ LENGTHS = {
 }
 WRITERS = {"reward": "generator", "evaluator": "policy"}  # whose responses they score
 ARMORM = "LlamaForRewardModelWithGating"  # its labels are its objectives; annotation/armorm.py makes one score of them
-SAME_MODEL = (
-    "`models.evaluator` is `models.reward`: answers are judged by the model that ranked the candidates, and the policy "
-    "was trained to please it"
-)
+SAME_MODEL = "`models.evaluator` is `models.reward`: the policy was trained to please the model that judges it"
 SAME_FUNCTION = "ranked and evaluated by the same function: this is the true reward of the experiment"
 
 
@@ -51,8 +48,7 @@ def check_fits(stage: str, recipe: Recipe, role: str, tokenizer: bool = True) ->
     model: Model = getattr(recipe.models, role)
     if model.function:
         return
-    config = load_config(model)
-    length = context_length(config)
+    length = context_length(config := load_config(model))
     if stage != "gene" or any(getattr(recipe.data, split).responses for split in SPLITS):
         for keys in LENGTHS[stage, role]:
             needed = sum(get(recipe, key) for key in keys)

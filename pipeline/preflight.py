@@ -10,26 +10,21 @@ plan is printed all the same.
 """
 
 import sys
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from alignment.checks import check_wandb, try_lora
 from alignment.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
 from hps.settings import stages_without_steps
+from pipeline import models
 from pipeline.cli import parse
 from pipeline.functions import FunctionScorer, announce, located, shown
 from pipeline.identity import check_model
-from pipeline.models import (
-    SAME_FUNCTION,
-    SAME_MODEL,
-    WRITERS,
-    check_fits,
-    check_labels,
-    check_local_weights,
-    same_model,
-)
+from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, evaluated_prompts, load_prompts, unread_lines
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml
 from pipeline.records import read_ranked
@@ -105,10 +100,8 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         lines.append("policy: `lora.target_modules` is not checked in a dry run, which asks the hub nothing")
     elif recipe.lora.enabled:
         try_lora(recipe)
-    batch = (
-        f"global batch {schedule.global_batch}: {processes} process(es) x {schedule.device_batch} prompt(s) at a time "
-        f"x {accumulation}"
-    )
+    share = f"{processes} process(es) x {schedule.device_batch} prompt(s) at a time x {accumulation}"
+    batch = f"global batch {schedule.global_batch}: {share}"
     if prompts:
         steps = -(-prompts * schedule.epochs // schedule.global_batch)
         most = responses_per_prompt(recipe) * steps * schedule.global_batch * schedule.max_length
@@ -157,43 +150,41 @@ def count_ranked(recipe: Recipe, split: str) -> int:
     return sum(1 for _ in read_ranked(recipe.ranked(split)))
 
 
-def check_templates(stage: str, recipe: Recipe, roles: list[str]) -> None:
-    """Load the models' tokenizers; refuse prompts whose roles one of the templates refuses.
+def prompt_files(stage: str, recipe: Recipe) -> list[Iterator[tuple[str, Any]]]:
+    """The records that a driver's models read, file by file, with their `path:line`."""
+    if stage == "evaluate":
+        return [evaluated_prompts(recipe)[0].placed()]
+    if stage == "run":
+        return [read_ranked(recipe.ranked(split)) for split in SPLITS]
+    return [load_prompts(recipe, split)[0].placed() for split in SPLITS]
 
-    The judge reads a message of its own.
-    """
+
+def check_templates(stage: str, recipe: Recipe, roles: list[str]) -> None:
+    """Load the models' tokenizers; refuse prompts with roles that a template refuses. The judge has its own prompt."""
     for role in roles:
         model: Model = getattr(recipe.models, role)
         tokenizer = load_tokenizer(model.path, model.revision)
-        if stage == "gene":
-            files = [load_prompts(recipe, split)[0].placed() for split in SPLITS]
-        elif stage == "run":
-            files = [read_ranked(recipe.ranked(split)) for split in SPLITS]
-        else:
-            files = [] if role == "judge" else [evaluated_prompts(recipe)[0].placed()]
-        for file in files:
+        for file in prompt_files(stage, recipe) if role != "judge" else ():
             check_records(tokenizer, file)
 
 
 def try_function(stage: str, recipe: Recipe, role: str) -> None:
     """Run a function on the first prompts of a driver, each with a given response or a short one."""
-    writer = getattr(recipe.models, WRITERS[role])
+    writer = getattr(recipe.models, models.WRITERS[role])
     scorer = FunctionScorer(getattr(recipe.models, role).function, f"models.{role}.function", writer)
-    files = [load_prompts(recipe, split)[0] for split in SPLITS] if stage == "gene" else [evaluated_prompts(recipe)[0]]
-    for prompts in files:
-        for where, record in islice(prompts.placed(), TRIED):
+    for file in prompt_files(stage, recipe):
+        for where, record in islice(file, TRIED):
             with naming(f"{where}: prompt {record['prompt_id']}"):
                 scorer.score(record["prompt"], record["responses"][:1] or ["Yes."], [False], record["prompt_id"])
 
 
 def scorer_lines(stage: str, recipe: Recipe) -> list[str]:
     """What stands out of how a recipe ranks and evaluates."""
-    lines, models = [], recipe.models
-    if stage == "gene" and recipe.annotation.noise:
-        deviation = recipe.annotation.noise
-        lines.append(f"reward: Gaussian noise of standard deviation {deviation:g} is added to the ranking rewards")
-    if stage != "run" and same_model(models.reward, models.evaluator):
-        lines.append(SAME_FUNCTION if models.reward.function else f"WARNING: {SAME_MODEL}")
+    lines = []
+    if stage == "gene" and (noise := recipe.annotation.noise):
+        lines.append(f"reward: Gaussian noise of standard deviation {noise:g} is added to the ranking rewards")
+    if stage != "run" and models.same_model(recipe.models.reward, recipe.models.evaluator):
+        lines.append(models.SAME_FUNCTION if recipe.models.reward.function else f"WARNING: {models.SAME_MODEL}")
     return lines
 
 
@@ -209,8 +200,8 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     functions = [role for role in roles if getattr(recipe.models, role).function]
     announce(recipe, *functions)
     for role in functions:
-        check_model(getattr(recipe.models, role), f"models.{role}")
-        path, name = located(getattr(recipe.models, role).function)
+        check_model(scorer := getattr(recipe.models, role), f"models.{role}")
+        path, name = located(scorer.function)
         lines.append(f"{role}: function {name} of {shown(path)}")
     roles = [role for role in roles if role not in functions]
     for role in roles:
@@ -222,9 +213,9 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
             if dry_run and not Path(model.path).is_dir():
                 lines.append(f"{role}: its number of labels is not checked in a dry run, which asks the hub nothing")
             else:
-                check_labels(model, role)
-    lines += scorer_lines(stage, recipe)
-    lines += {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage](recipe, dry_run)
+                models.check_labels(model, role)
+    plan = {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage]
+    lines += [*scorer_lines(stage, recipe), *plan(recipe, dry_run)]
     for role in roles:
         if not dry_run or (Path(getattr(recipe.models, role).path) / "config.json").exists():
             check_fits(stage, recipe, role, tokenizer=not dry_run)
@@ -233,7 +224,7 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     else:
         check_templates(stage, recipe, roles)
         for role in roles:
-            check_local_weights(role, getattr(recipe.models, role))
+            models.check_local_weights(role, getattr(recipe.models, role))
         for role in functions:
             try_function(stage, recipe, role)
         if stage == "run":

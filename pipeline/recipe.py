@@ -59,9 +59,8 @@ class Model(Section):
 class Reward(Model):
     """A reward model, or a `function` instead of one (pipeline/functions.py)."""
 
-    path: str | None = Field(  # ty: ignore[incompatible-attribute-override] (null where there is a function)
-        None, description="folder of a model, or its name on the hub"
-    )
+    # ty: ignore[incompatible-attribute-override] -- null where there is a function
+    path: str | None = Field(None, description="folder of a model, or its name on the hub")
     function: str | None = Field(None, exclude=False, description="of annotation/rewards.py, or `file.py:name`")
 
 

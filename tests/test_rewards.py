@@ -223,7 +223,7 @@ def test_noise_is_bounded(load):
         ("\n\0", "this is no Python (source code string cannot contain null bytes)"),
         (
             "import os\nimport helpers\n",
-            "mine.py:2: the file imports `helpers`, which is no installed package; install",
+            "mine.py:2: the file imports `helpers`, which is not an installed package; install",
         ),
         ("def f():\n    from . import helpers\n", "mine.py:2: the file imports `.`"),
         ("from pipeline.records import canonical\n", "mine.py:1: the file imports `pipeline.records`"),
