@@ -98,7 +98,7 @@ def _loaded(path: str, revision: str | None):
 
 
 def model_tokens(path: str, revision: str | None = None) -> str | None:
-    """SHA-256 of the ids of the probe texts; None where no tokenizer can be read, which whoever loads it says.
+    """SHA-256 of the ids of the probe texts; None if no tokenizer can be read (loading it reports why).
 
     A tokenizer without a `tokenizer.json` is asked as transformers builds it, which may differ between releases.
     """
@@ -230,7 +230,7 @@ def _spelled(tokenizer: Any, messages: Sequence[Mapping], response: str) -> tupl
 
 
 def _spellings(tokenizer: Any, messages: Sequence[Mapping], text: str, prompt: list[int]) -> Iterator[list[int]]:
-    """Token ids that may be a response: in the template's own turn, behind the prompt's text, and by themselves.
+    """Token ids that may be a response: in the template's own turn, after the prompt's text, and alone.
 
     The first are those of a model's training (Llama-2's template writes a space in front, which is part of the first
     token), the last are right where white space of the text would join that of the header.
@@ -247,7 +247,7 @@ def _spellings(tokenizer: Any, messages: Sequence[Mapping], text: str, prompt: l
 
 
 def _spells(tokenizer: Any, prompt: list[int], ids: list[int], text: str) -> bool:
-    """Whether token ids decode to a text, up to the tokenizer's normaliser; by themselves or behind the prompt.
+    """Whether token ids decode to a text, up to the tokenizer's normaliser, alone or after the prompt.
 
     Tokenizers of SentencePiece's kind drop the first space of what they decode.
     """
@@ -330,10 +330,10 @@ def special_tokens_in(tokenizer: Any, text: str) -> list[str]:
 
 
 def inert(tokenizer: Any, text: str) -> str:
-    """The text, with a space behind the first character of every control token that it spells out.
+    """The text, with a space after the first character of every control token in it.
 
     A template and its texts are tokenised together: a prompt with `<|im_end|>\\n<|im_start|>system` in it would begin a
-    turn of its own. `< |im_end|>` is ordinary text to the model. What is stored stays as it was.
+    new turn. `< |im_end|>` is ordinary text to the model. What is stored stays as it was.
 
     Raises:
         InputError: tokens of this tokenizer are in each other, so that spaces only make others of them.
@@ -351,7 +351,7 @@ def inert(tokenizer: Any, text: str) -> str:
 
 
 def _broken(control: "Control", token: str) -> str:
-    """A token as ordinary text: a space behind its first visible character, and another character for a single one."""
+    """A token as ordinary text: a space after its first visible character; a one-character token is replaced."""
     start = len(token) - len(token.lstrip())
     if len(token.strip()) > 1:
         return f"{token[: start + 1]} {token[start + 1 :]}"
@@ -458,7 +458,7 @@ def _remarks(tokenizer: Any) -> Iterator[str]:
     turn = _turn(tokenizer)
     if not _control(tokenizer).of(turn.tail) and turn.end is not None:
         ended = tokenizer.convert_ids_to_tokens(turn.end)
-        yield f"the chat template writes no token behind an answer; {ended} is trained as its end (docs/formats.md)"
+        yield f"the chat template writes no token after an answer; {ended} is trained as its end (docs/formats.md)"
     asked = _rendered(tokenizer, [QUESTION], opens=True)
     for reply in REPLIES[:2]:
         try:
@@ -499,10 +499,10 @@ def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def _end(tokenizer: Any) -> int:
-    """The token behind a response that is whole."""
+    """The token after a complete response."""
     end = _turn(tokenizer).end
     if end is None:
-        problem = "the chat template writes no token behind an answer, and the tokenizer has no `eos_token`"
+        problem = "the chat template writes no token after an answer, and the tokenizer has no `eos_token`"
         remedy = "name the token that ends an answer in tokenizer_config.json"
         raise InputError(problem, where=_name(tokenizer), remedy=remedy)
     return end
@@ -510,7 +510,7 @@ def _end(tokenizer: Any) -> int:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the template writes behind an assistant's last text (`tail`), and the token that ends its turn."""
+    """What the template writes after an assistant's last text (`tail`), and the token that ends its turn."""
 
     tail: list[int]
     end: int | None
@@ -549,5 +549,5 @@ def _openers(tokenizer: Any) -> list[int]:
 
 
 def common_end(first: list[int], second: list[int]) -> list[int]:
-    """The tokens with which both end: what a template writes behind texts that differ in their last letter."""
+    """The tokens with which both end: what a template writes after texts that differ in their last letter."""
     return list(commonprefix([first[::-1], second[::-1]]))[::-1]

@@ -1,5 +1,7 @@
-"""The one error for bad input, and the entry of every stage: one line and exit status 2, a terminal of any encoding, no
-other launcher's variables."""
+"""The error for bad input, and the entry of every stage.
+
+Bad input ends a stage with one line and exit status 2. The entry also handles terminals of any encoding and drops the
+variables of other launchers."""
 
 import errno
 import io
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
 # What a terminal obeys instead of showing: control characters but newline and tab, and those that turn the direction.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# Name and password in a URL, of a hub's endpoint or a proxy; a password may hold an @.
+# Name and password in a URL, of a hub's endpoint or a proxy; a password may contain an @.
 _USERINFO = re.compile(r"://[^/\s?#]*@")
 
 # By these accelerate, DeepSpeed, torch and vLLM find out that they are one process of several, and what the others do.
@@ -63,7 +65,7 @@ def refusal(path: str, error: Exception, what: str = "model") -> InputError:
     text = " ".join(str(error).split())[:300]
     if "trust_remote_code" in str(error):
         remedy = "use a model that transformers knows, or a copy converted to a class of transformers"
-        return InputError(f"the {what} brings Python code of its own, which is never run", where=path, remedy=remedy)
+        return InputError(f"the {what} comes with Python code, which is never run", where=path, remedy=remedy)
     if "safetensors" in str(error):
         problem = f"no weights as safetensors there ({text})"
         return InputError(problem, where=path, remedy="give a copy of the model with safetensors")
@@ -122,7 +124,7 @@ def run_main(main: Callable[[], object], by_torchrun: bool = False) -> None:
 
 
 def _end_bars() -> None:
-    """Let progress bars end their line, so that an error has one of its own."""
+    """Let progress bars end their line, so an error starts on a new one."""
     bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
     for bar in list(getattr(bars, "_instances", ())):
         bar.close()

@@ -193,7 +193,7 @@ def hps_loss(
 
     Args:
         best: (batch,), score of the preferred response.
-        others: (batch, n), scores. Columns of weight 0 are ignored; they need a finite square, and may hold `best`.
+        others: (batch, n), scores. Columns of weight 0 are ignored (their squares must be finite).
         log_weights: (batch, n), logarithms of the weights, -inf for weight 0; each row's weights sum to 1.
         log_n: log N, (batch, 1), for Eq. 8; 0 for Eq. 10.
         pair: a logistic pair loss: Bradley-Terry's, or one with smoothing and margin.

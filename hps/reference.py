@@ -1,9 +1,9 @@
 """Log-probabilities of the plan's responses under the reference, computed once before the training.
 
 In the first step the policy is the reference, so s = log pi_theta - log pi_ref must be 0. In bf16 it is only if both
-passes hold the same rows: a response that is computed beside others differs by tenths of a nat. So the reference takes
+passes have the same rows: a response that is computed beside others differs by tenths of a nat. So the reference takes
 the micro-batches of the training as they are, consecutive rows of the plan on any number of processes, through the same
-collator and autocast. A micro-batch is named by the hash of its token ids, behind templates and length limits: a change
+collator and autocast. A micro-batch is named by the hash of its token ids, after templates and length limits: a change
 of tokenizer, data, plan or lengths asks for other values.
 """
 

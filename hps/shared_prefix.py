@@ -1,6 +1,6 @@
 """One prompt, many responses, computed once: for training, the reference, scoring and evaluation alike.
 
-A row holds `prompt, response, response, ...`, then perhaps another prompt with its responses. Each response attends to
+A row is `prompt, response, response, ...`, then perhaps another prompt with its responses. Each response attends to
 its prompt and to itself, and its positions continue from the end of the prompt, so its log-probabilities are those of a
 separate row. The hidden states of scored tokens are gathered, and only they pass the model's head and whatever follows
 it, in chunks: the logits of a whole batch never exist.
@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-# Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass holds a few such tensors.
+# Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass keeps a few such tensors.
 CHUNK_LOGITS = 2**24
 # A prompt's responses are split over rows of at most this many tokens where no budget is given.
 ROW_TOKENS = 2048
@@ -292,7 +292,7 @@ class Block:
     """A prompt and its responses in a row; R responses of at most L tokens.
 
     Attributes:
-        row, start, end: the prompt's row, its first place and the one behind it.
+        row, start, end: the prompt's row, its first place and the place after its last.
         places: (R, L), of the responses' tokens in the row, 0 on padding.
         taken: (R, L), False on padding.
         visible: (R, 1, L, prompt + L), which of the prompt and of its own tokens a response's token sees.
@@ -478,7 +478,7 @@ TRIAL = (
 
 
 def own_log_probs(model, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """Summed log-probability of a response by the class's own forward pass on a row of its own."""
+    """Summed log-probability of a response by the class's own forward pass on a separate row."""
     logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
     targets = torch.tensor(response)[:, None]
     return logits[len(prompt) - 1 : -1].log_softmax(dim=-1).gather(1, targets).sum()

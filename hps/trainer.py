@@ -59,7 +59,7 @@ class PlanCollator:
 
     def __call__(self, examples: list[dict]) -> dict:
         lengths = [[len(ids) for ids in example["response_ids"]] for example in examples]
-        # The logarithm in float64: a weight that float32 cannot hold may still count against a large reward.
+        # The logarithm in float64: a weight too small for float32 may still count against a large reward.
         weights = _padded([term for example in examples for term in example["weights"]], dtype=torch.float64)
         batch = {
             "rows": self.rows(examples),
@@ -147,7 +147,7 @@ class HPSTrainer(DPOTrainer):
         return hasattr(self.model, "peft_config")
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """The plan's rows hold token ids already."""
+        """The plan's rows are token ids already."""
         return self.rows
 
     def _prepare_input(self, data):

@@ -14,7 +14,7 @@ def parse(
     """Read the command line of a stage and load its recipe; `flags` are its own `--name`s with their help.
 
     Args:
-        usage: of a command that takes an argument of its own before these.
+        usage: for a command with an argument before these.
     """
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=layout)

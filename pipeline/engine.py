@@ -50,9 +50,9 @@ class Engine:
         model: folder or hub name, with revision.
         settings: the recipe's `generation` section.
         stop_ids: token ids that end a turn.
-        seed: seeds the engine. On CUDA every prompt has a seed of its own besides, so that its samples depend less
-            on the prompts around it; on a CPU per-request seeds end vLLM 0.32's engine («CPU Generator does not use
-            offset») when many sequences are scheduled.
+        seed: seeds the engine. On CUDA every prompt also has its own seed, so its samples depend less on the
+            prompts around it. On a CPU per-request seeds crash vLLM 0.32's engine ("CPU Generator does not use
+            offset") when many sequences are scheduled.
         adapters: folders of the LoRA adapters (PEFT) that prompts may ask for.
         schema: JSON schema that every sample must follow.
     """
@@ -78,7 +78,7 @@ class Engine:
         self._settings, self._stop_ids, self._seed = settings, sorted(stop_ids), seed
         self._schema = schema
         self._tokenizer = load_tokenizer(model.path, model.revision)
-        # vLLM loads tokenizers by rules of its own. It gets ours as a folder, for schemas; texts are decoded here.
+        # vLLM loads tokenizers by its own rules. It gets ours as a folder, for schemas; texts are decoded here.
         self._folder = tempfile.TemporaryDirectory()
         self._tokenizer.save_pretrained(self._folder.name)
         # Without a configuration beside it vLLM tries twice to read one, waits in between and prints errors.
@@ -114,7 +114,7 @@ class Engine:
             **extra,
         ).llm_engine
         if schema and not same_tokens(self._tokenizer, self._engine.get_tokenizer()):
-            problem = "vLLM does not read the tokenizer as it is, so that it could not hold answers to a schema"
+            problem = "vLLM reads the tokenizer differently, so answers could not follow a schema"
             raise InputError(problem, where=model.path, remedy="use another judge")
 
     def stream(
@@ -181,7 +181,7 @@ class Engine:
 
 
 def _rank_place(adapter: str) -> int:
-    """The room that vLLM makes for an adapter: the smallest of its sizes that holds the rank."""
+    """The room that vLLM makes for an adapter: the smallest of its sizes that fits the rank."""
     rank = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     return next((size for size in LORA_RANKS if size >= rank), rank)
 

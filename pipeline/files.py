@@ -97,8 +97,8 @@ def json_line(record: Mapping) -> str:
 class Appender(AbstractContextManager):
     """A JSON Lines file that grows by whole records.
 
-    A record is written by one `write` and flushed to the disk. A last line without its newline is what a kill left
-    behind: opening cuts it off, so that its prompt counts as unfinished and is done again.
+    A record is written by one `write` and flushed to the disk. A last line without its newline was cut by a kill.
+    Opening removes it, so its prompt counts as unfinished and is done again.
     """
 
     def __init__(self, path: str | Path):
@@ -149,7 +149,7 @@ class Results(AbstractContextManager):
     opening removes the ledger lines of prompts that are not done.
 
     Args:
-        repeated: ledger lines of prompts that stand in the data twice.
+        repeated: ledger lines of prompts that are in the data twice.
     """
 
     def __init__(self, path: Path, ledger: Path, repeated: Iterable[dict] = ()):

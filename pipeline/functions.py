@@ -83,7 +83,7 @@ def check_function(function: str, field: str) -> int:
     """Look for a function in its file without running it; return its line.
 
     Raises:
-        InputError: the file is no Python, has no such function, or imports what may not be imported or is not there.
+        InputError: the file is not Python, has no such function, or imports what is forbidden or missing.
     """
     path, name = located(function)
     tree = _parse(path)
@@ -110,7 +110,7 @@ def _parse(path: Path) -> ast.Module:
         return ast.parse(_read(path), str(path))
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # a null byte; nested too deep
         line = getattr(error, "lineno", None) or 1
-        problem = f"this is no Python ({getattr(error, 'msg', '') or str(error) or 'nested too deeply'})"
+        problem = f"this is not Python ({getattr(error, 'msg', '') or str(error) or 'nested too deeply'})"
         raise InputError(problem, where=f"{shown(path)}:{line}", remedy="correct it") from None
 
 

@@ -1,4 +1,4 @@
-"""Look before a long run: check recipe, data and models without loading a model, and print the resolved plan.
+"""Before a long run: check recipe, data and models without loading a model, and print the resolved plan.
 
 Reads   the recipe, the data files, the models' `config.json`
 Run     python -m pipeline.preflight gene configs/quickstart.yaml --dry-run
@@ -179,7 +179,7 @@ def try_function(stage: str, recipe: Recipe, role: str) -> None:
 
 
 def scorer_lines(stage: str, recipe: Recipe) -> list[str]:
-    """What stands out of how a recipe ranks and evaluates."""
+    """What is unusual in how a recipe ranks and evaluates."""
     lines = []
     if stage == "gene" and (noise := recipe.annotation.noise):
         lines.append(f"reward: Gaussian noise of standard deviation {noise:g} is added to the ranking rewards")

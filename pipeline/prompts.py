@@ -14,7 +14,7 @@ from pipeline.records import Indexed, check_prompt, prompt_id, read_jsonl, unrea
 def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed[Prompt], list[dict]]:
     """Check a split; return the prompts by id, and ledger lines for repeated ones.
 
-    A prompt that stands twice is one prompt, with the given responses of the first. The same `prompt_id` on different
+    A repeated prompt counts once, with the given responses of the first. The same `prompt_id` on different
     conversations is an error.
     """
     settings = getattr(recipe.data, split)

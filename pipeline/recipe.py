@@ -36,7 +36,7 @@ SFT = "sft"  # the folder of the model before training, beside the runs
 SCORERS = ("reward", "evaluator")  # the roles of which a function can do the work
 LEAVE = "leave one of them out"
 SHIPPED = "annotation/rewards.py"  # the functions that a recipe names without a file
-RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are no run
+RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are not runs
 CHOICES = {"loss.family": FAMILIES, "loss.preference": PREFERENCES}
 REFERENCE = r"\$\{([^}]*)\}"  # to another field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -162,7 +162,7 @@ class Optimizer(Section):
 class Training(Section):
     """How the steps are run.
 
-    `shared_prefix` lays the responses of a prompt behind one copy of it. A longer list is split over rows of
+    `shared_prefix` puts the responses of a prompt after one copy of it. A longer list is split over rows of
     `row_tokens`, shorter groups share one (null: split above 2,048, share up to the longest group). `precomputed`
     takes the reference's log-probabilities before the training and keeps them in `<output>/reference/`.
     """

@@ -60,7 +60,7 @@ GZIP = b"\x1f\x8b"  # JSON never begins so
 REMEDIES = {
     "prompt": 'give chat messages, the last one the user\'s: [{"role": "user", "content": "..."}]',
     "prompt_id": "give a non-empty string, or leave it out",
-    "rewards": f"give a finite number within {LARGEST_REWARD:.1e}, so that single precision holds differences",
+    "rewards": f"give a finite number within {LARGEST_REWARD:.1e}, so single precision can represent differences",
 }
 Record = TypeVar("Record", bound=Mapping[str, Any], covariant=True)
 Check = Callable[[dict, str], Record]  # takes a record and `path:line`; returns the record, or raises InputError
@@ -96,7 +96,7 @@ def read_jsonl(path: str | Path, check: Check[Record] = _as_read) -> Iterator[tu
     The file may be gzipped and may begin with a byte order mark.
 
     Raises InputError for a missing file, bytes that are not UTF-8, broken JSON, a key that appears twice, a line that
-    is no JSON object, a JSON array instead of lines, and as `check`.
+    is not a JSON object, a JSON array instead of lines, and as `check`.
     """
     for number, _, raw in _lines(path):
         where = f"{path}:{number}"
@@ -188,7 +188,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def read_json(path: str | Path, remedy: str = "make it again, or put the old file back") -> dict:
-    """A file that is one JSON object. InputError: it cannot be read, or holds something else."""
+    """A file that is one JSON object. InputError: it cannot be read, or is something else."""
     path = Path(path)
     try:
         value = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, remedy=remedy)
@@ -200,7 +200,7 @@ def read_json(path: str | Path, remedy: str = "make it again, or put the old fil
 
 
 def check_storable(value: object, where: str) -> None:
-    """Refuse what no later file could hold: nesting beyond `DEEPEST`, half a surrogate pair."""
+    """Refuse what no later file could store: nesting beyond `DEEPEST`, half a surrogate pair."""
     if any(depth > DEEPEST for depth, _ in _walk(value)):
         raise InputError(f"values are nested more than {DEEPEST} deep", where=where, remedy="flatten them")
     try:
@@ -231,7 +231,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 def read_values(path: str | Path) -> Iterator[tuple[int, object]]:
     """Yield the values of JSON Lines, or the elements of a JSON array, with the lines on which they begin.
 
-    An array is read whole. InputError as `read_jsonl`, but any value may stand in a line.
+    An array is read whole. InputError as `read_jsonl`, but a line may be any value.
     """
     with open_data(path) as file:
         listed = next(filter(bytes.strip, file), b"").removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
@@ -294,7 +294,7 @@ def checked(record: Mapping, kind: type[Record], where: str, remedy: str | None 
 
 
 def check_finite(record: Mapping, where: str) -> None:
-    """Refuse NaN and infinities in any field: they are no JSON, and the next stage could not write them."""
+    """Refuse NaN and infinities in any field: they are not JSON, and the next stage could not write them."""
     with suppress(ValueError):  # half a character, which `check_storable` refuses
         spelled = to_json(record, inf_nan_mode="constants")  # many times faster than a walk through the values
         if b"NaN" not in spelled and b"Infinity" not in spelled:
@@ -302,7 +302,7 @@ def check_finite(record: Mapping, where: str) -> None:
     for field, value in record.items():
         for _, inner in _walk(value):
             if isinstance(inner, float) and not math.isfinite(inner):
-                problem = f"`{field}` holds {shorten(inner)}"
+                problem = f"`{field}` contains {shorten(inner)}"
                 raise InputError(problem, where=where, remedy="give finite numbers, or remove the field")
 
 
@@ -331,7 +331,7 @@ def check_prompt(record: dict, where: str) -> Prompt:
 
 
 def named(record: dict) -> dict:
-    """The record with the name of its prompt, if it has none; what is no prompt gets any, and is refused later."""
+    """The record, with `prompt_id` if it has none; an invalid prompt gets any name and is refused later."""
     if record.get("prompt_id") is not None:
         return record
     try:
@@ -420,13 +420,13 @@ def _answer(value: object, side: str, where: str) -> tuple[list[dict], str]:
 
 
 def _asks(messages: list[dict], text: str) -> bool:
-    """Whether a conversation is this question, perhaps behind a system message."""
+    """Whether a conversation is this question, perhaps after a system message."""
     turns = [message for message in messages if message.get("role") != "system"]
     return len(turns) == 1 and turns[0].get("role") == "user" and turns[0].get("content") == text
 
 
 class Lines(Sequence[Record]):
-    """Records of a JSON Lines file in its order: of each only its place is kept, it is read when it is asked for.
+    """Records of a JSON Lines file in its order: only their places are kept, and a record is read on access.
 
     Args:
         path: the file; it must not change meanwhile.
@@ -434,7 +434,7 @@ class Lines(Sequence[Record]):
         limit: lines that are read.
 
     Raises:
-        InputError: the file cannot be read; for a record that is asked for, its line is no JSON object, and as `check`.
+        InputError: the file cannot be read; on access, the line is not a JSON object, and as `check`.
     """
 
     def __init__(self, path: str | Path, check: Check[Record] = _as_read, limit: int | None = None):
@@ -475,17 +475,17 @@ def unpacked(path: str | Path):
 
 
 class Indexed(Mapping[str, Record]):
-    """Records of a JSON Lines file by `prompt_id`: of each only its place is kept, it is read when it is asked for.
+    """Records of a JSON Lines file by `prompt_id`: only their places are kept, and a record is read on access.
 
     Args:
         path: the file; it must not change meanwhile.
         check: validates a record and names it (`check_prompt`, `check_ranked`, ...).
         limit: lines that are read.
 
-    `repeated` are the `("path:line", prompt_id)` of lines whose prompt stood before.
+    `repeated` are the `("path:line", prompt_id)` of lines that repeat an earlier prompt.
 
     Raises:
-        InputError: a line is invalid, or one `prompt_id` stands on two different prompts.
+        InputError: a line is invalid, or one `prompt_id` names two different prompts.
     """
 
     def __init__(self, path: str | Path, check: Check[Record], limit: int | None = None):
@@ -499,7 +499,7 @@ class Indexed(Mapping[str, Record]):
             elif self[name].get("prompt") == record.get("prompt"):  # lines of figures have none
                 self.repeated.append((where, name))
             else:
-                problem = f"`prompt_id` `{name}` stands on two different prompts"
+                problem = f"`prompt_id` `{name}` names two different prompts"
                 raise InputError(problem, where=where, remedy="make the ids unique")
 
     def first(self, count: int | None) -> "Indexed[Record]":

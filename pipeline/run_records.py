@@ -1,4 +1,4 @@
-"""The lines that training and evaluation write about a run, and what each must hold (docs/formats.md describes them).
+"""The lines that training and evaluation write about a run, and what each must contain (docs/formats.md).
 
 - plan rows:   what each step trains on (alignment/plan.py)
 - log lines:   a step's figures (alignment/train.py)
@@ -127,7 +127,7 @@ def check_scores(record: dict, where: str) -> Scores:
 
 
 def check_divergence(record: dict, where: str) -> Divergence:
-    """Return the line; InputError: `kl`, `log_ratio` and `tokens` are no lists of numbers of equal length, or empty."""
+    """Return the line; InputError: `kl`, `log_ratio`, `tokens` are not lists of equal length, or are empty."""
     line = checked(record, Divergence, where, AGAIN)
     for field in ("log_ratio", "tokens"):
         _check_equal(line, where, "kl", field)
@@ -135,5 +135,5 @@ def check_divergence(record: dict, where: str) -> Divergence:
 
 
 def check_greedy(record: dict, where: str) -> Greedy:
-    """Return the line; InputError: no prompt, or `before` or `after` is no text."""
+    """Return the line; InputError: no prompt, or `before` or `after` is not a text."""
     return checked(record, Greedy, where, AGAIN)

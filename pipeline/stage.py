@@ -5,7 +5,7 @@
             ...
             work.finish(outputs, inputs)
 
-`claim.json` holds everything that decides the outputs: the recipe fields that the stage reads, hashes of its inputs and
+`claim.json` has everything that decides the outputs: the recipe fields that the stage reads, hashes of its inputs and
 models. A folder with other claims is refused, so no folder mixes two experiments. `manifest.json` is written last: a
 folder with a manifest is finished, one with only a claim is continued by the same command.
 """
@@ -103,7 +103,7 @@ def claim(folder: Path, settings: dict) -> bool:
             inputs and models.
 
     Raises:
-        InputError: the folder holds results of other settings (the message names what differs) or of another layout;
+        InputError: the folder has results of other settings (the message names what differs) or of another layout;
             or a tokenizer gives other ids than in an earlier stage, which may have run in another environment.
     """
     make_folder(folder)
@@ -112,7 +112,7 @@ def claim(folder: Path, settings: dict) -> bool:
         write_json(folder / CLAIM, {"layout": LAYOUT, "settings": settings})
         return False
     if changed := _differences(read_claim(folder), settings):
-        problem = f"the folder holds results of other settings: {'; '.join(changed[:3])}"
+        problem = f"the folder has results of other settings: {'; '.join(changed[:3])}"
         raise InputError(problem, where=str(folder), remedy="give another `output` (or `run`), or delete the folder")
     return is_finished(folder)
 

@@ -37,7 +37,7 @@ def refuse_pickles(folder: Path, field: str | None, weights: str = MODEL) -> Non
 
     Raises:
         InputError: there are files of PICKLES and not `weights` (nor an index of shards); the index names something
-            else than safetensors of the folder; a folder of a model holds an adapter as well, which would be loaded
+            else than safetensors of the folder; a model's folder also has an adapter, which would be loaded
             with it, from whatever its `adapter_config.json` names.
     """
     named = f"`{field}.path`: " if field else ""
@@ -57,7 +57,7 @@ def refuse_pickles(folder: Path, field: str | None, weights: str = MODEL) -> Non
 def check_index(path: Path) -> None:
     """Refuse an index of shards that names something else than safetensors beside it.
 
-    transformers loads whatever stands there, a pickle or a file of another folder too.
+    transformers loads whatever it names, even a pickle or a file of another folder.
     """
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
@@ -65,7 +65,7 @@ def check_index(path: Path) -> None:
         raise InputError(f"no index of weights ({type(error).__name__})", where=str(path), remedy=_SAVE) from None
     for shard in shards:
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            problem = f"`weight_map` names {json.dumps(shard)[:60]}, which is no safetensors file of the folder"
+            problem = f"`weight_map` names {json.dumps(shard)[:60]}, which is not a safetensors file of the folder"
             raise InputError(problem, where=str(path), remedy=_SAVE)
 
 
@@ -73,7 +73,7 @@ def load_config(model: Model) -> Any:
     """The configuration of a folder or hub name.
 
     Raises:
-        InputError: there is none, it needs code of its own, or it names a file of weights by itself.
+        InputError: there is none, it needs its own code, or it names a file of weights.
     """
     from transformers import AutoConfig
 
@@ -105,12 +105,12 @@ def load_weights(kind: Any, model: Model, exact: bool = False, **settings) -> An
     """`kind.from_pretrained` of a folder or hub name, with its revision.
 
     Args:
-        exact: the files must hold nothing else either, as those of a reward model, whose head goes by many names.
+        exact: refuse unexpected weights, too: a reward model's head has many names.
         settings: of `from_pretrained`.
 
     Raises:
         InputError: there are no weights as safetensors, they are not where `refuse_pickles` wants them, the model needs
-            code of its own, or weights are missing: transformers would make random numbers of them.
+            its own code, or weights are missing, for which transformers would draw random numbers.
     """
     from safetensors import SafetensorError
 
@@ -189,11 +189,11 @@ def _check_files(model: Model) -> None:
     if index := fetch(INDEX):
         check_index(Path(index))
     if fetch("adapter_config.json"):
-        raise InputError("the repository holds an adapter", where=model.path, remedy="give a whole model")
+        raise InputError("the repository has an adapter", where=model.path, remedy="give a whole model")
 
 
 def load_adapter(base: Any, folder: Path, name: str = "default") -> Any:
-    """A model with the LoRA adapter of a folder on it. InputError when that is no safetensors."""
+    """A model with the LoRA adapter of a folder on it. InputError when the file is not safetensors."""
     from peft import PeftModel
 
     refuse_pickles(folder, None, ADAPTER)

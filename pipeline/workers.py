@@ -43,7 +43,7 @@ def node_count() -> int:
     """Machines that train together: torchrun's `PET_NNODES`, else one.
 
     Raises:
-        InputError: it is no number (with a range, `2:4`, the batch would change), or nobody says where they meet.
+        InputError: it is not a number (a range such as `2:4` would change the batch), or the meeting point is missing.
     """
     text = os.environ.get("PET_NNODES", "1")
     if not text.isdigit() or int(text) < 1:
@@ -92,7 +92,7 @@ def run_workers(
 
     Where there are several devices, GPUs or a cluster (`RAY_ADDRESS`), or the number of workers is given, they are
     supervised actors of Ray: one that dies is replaced, and an item that ended two is `lost`. A single worker on a CPU
-    runs in process, because a laptop is better off without a cluster of its own; it is made before this returns, so
+    runs in process, because a laptop is better off without a cluster; it is made before this returns, so
     that a progress bar begins with the work.
 
     Args:

@@ -274,7 +274,7 @@ def test_a_kill_between_any_two_writes_gives_the_same_files(make_writer, monkeyp
 
 def test_a_file_with_one_name_on_two_prompts(tiny_recipe, write_lines):
     path = write_lines([prompt("a", "x", "y"), prompt("a", "x", "y", content="another")])
-    with pytest.raises(InputError, match=r":2: `prompt_id` `a` stands on two different prompts"):
+    with pytest.raises(InputError, match=r":2: `prompt_id` `a` names two different prompts"):
         load_prompts(load_recipe(tiny_recipe, [f"data.train.path={path}"]), "train")
 
 

@@ -122,7 +122,7 @@ def test_one_name_on_two_prompts(recipe):
     (recipe.parent / "train.jsonl").write_text(
         json.dumps({**GOOD, "prompt_id": "a"}) + "\n" + json.dumps({"prompt": [USER, USER], "prompt_id": "a"}) + "\n"
     )
-    assert_refused(preflight("gene", recipe), "train.jsonl:2: `prompt_id` `a` stands on two different prompts")
+    assert_refused(preflight("gene", recipe), "train.jsonl:2: `prompt_id` `a` names two different prompts")
 
 
 @pytest.mark.parametrize(

@@ -218,9 +218,9 @@ def test_noise_is_bounded(load):
         ("class f: pass\n", "has no `def f` at the left margin"),
         ("async def f(**kwargs): return []\n", "has no `def f` at the left margin"),
         ("if True:\n    def f(**kwargs): return []\n", "has no `def f` at the left margin"),
-        ("x = " + "-" * 100_000 + "1\n", "mine.py:1: this is no Python (nested too deeply); correct it"),
-        ("def f(:\n", "mine.py:1: this is no Python (invalid syntax); correct it"),
-        ("\n\0", "this is no Python (source code string cannot contain null bytes)"),
+        ("x = " + "-" * 100_000 + "1\n", "mine.py:1: this is not Python (nested too deeply); correct it"),
+        ("def f(:\n", "mine.py:1: this is not Python (invalid syntax); correct it"),
+        ("\n\0", "this is not Python (source code string cannot contain null bytes)"),
         (
             "import os\nimport helpers\n",
             "mine.py:2: the file imports `helpers`, which is not an installed package; install",

@@ -182,7 +182,7 @@ def test_merged_weights_are_written_once(trained, capsys):
     assert (target / "model.safetensors").stat().st_mtime_ns > written
     assert not (trained.run_folder() / ".merged.partial").exists() and verify(target) == 0
     flip(trained.run_folder() / "checkpoint" / "adapter_model.safetensors", -1)
-    with pytest.raises(InputError, match=r"merged: the folder holds results of other settings: checkpoint\.weights"):
+    with pytest.raises(InputError, match=r"merged: the folder has results of other settings: checkpoint\.weights"):
         merge(trained)
 
 

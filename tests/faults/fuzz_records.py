@@ -116,7 +116,7 @@ IMPOSSIBLE = {
     **dict.fromkeys(("before", "after"), (None, True, 7, [], {})),
 }
 # What the next stage may say of a file that was read: `prompt_id`s are a matter of the whole file.
-KNOWN = re.compile(r"stands on two different prompts|no prompt can be trained on|was measured at the steps")
+KNOWN = re.compile(r"names two different prompts|no prompt can be trained on|was measured at the steps")
 
 
 @dataclass(frozen=True)
