@@ -145,11 +145,8 @@ def sampled_text(tokenizer: Any, ids: list[int], truncated: bool) -> str:
 
 def same_tokens(ours: Any, other: Any) -> bool:
     """Whether two tokenizers give the same ids to probe texts and decode them alike."""
-    for text in (*TEXTS, *ours.all_special_tokens):
-        ids = encode(ours, text)
-        if encode(other, text) != ids or _decoded(other, ids) != _decoded(ours, ids):
-            return False
-    return True
+    read = {text: encode(ours, text) for text in (*TEXTS, *ours.all_special_tokens)}
+    return all(encode(other, text) == ids and _decoded(other, ids) == _decoded(ours, ids) for text, ids in read.items())
 
 
 def prompt_token_ids(tokenizer: Any, messages: Sequence[Mapping]) -> list[int]:

@@ -10,7 +10,7 @@ plan is printed all the same.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,26 @@ STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("pol
 TRIED = 8  # prompts of a split on which a function is tried before a model loads
 
 
-def attempt(check, *arguments, dry_run: bool):
-    """Run a check; in a dry run what is missing becomes a remark instead of an error."""
+def attempt(lines: list[str], dry_run: bool, title: str, check: Callable, *arguments) -> Any:
+    """Run a check. In a dry run what is missing becomes a line of the plan instead of an error; None is returned."""
     try:
-        return check(*arguments), None
+        return check(*arguments)
     except InputError as error:
-        if dry_run and any(words in str(error) for words in ("No such file", "there is no", "not finished")):
-            return None, f"MISSING: {error}"
-        raise
+        if not dry_run or not any(words in str(error) for words in ("No such file", "there is no", "not finished")):
+            raise
+        lines.append(f"{title}: MISSING: {error}")
+
+
+def model_lines(role: str, model: Model, dry_run: bool) -> list[str]:
+    """Where a model is. InputError: it is missing, or a reward model with the wrong number of labels."""
+    check_model(model, f"models.{role}")
+    local = Path(model.path).is_dir()
+    kind = "local folder" if local else f"hub, revision {model.revision or 'open'}"
+    if role in SCORERS and (local or not dry_run):
+        models.check_labels(model, role)
+    elif role in SCORERS:
+        kind += "; its number of labels is not checked in a dry run, which asks the hub nothing"
+    return [f"{role}: {model.path}: {kind}"]
 
 
 def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
@@ -53,9 +65,8 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     lines, found = [], {}
     for split in SPLITS:
         settings = getattr(recipe.data, split)
-        loaded, remark = attempt(load_prompts, recipe, split, dry_run=dry_run)
+        loaded = attempt(lines, dry_run, f"{split}: {settings.path}", load_prompts, recipe, split)
         if loaded is None:
-            lines.append(f"{split}: {settings.path}: {remark}")
             continue
         prompts = found[split] = loaded[0]
         given = sum(len(record["responses"]) for record in prompts.values()) * recipe.generation.keep_given
@@ -79,22 +90,17 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     deepspeed_stage(recipe)  # a missing or broken file is found here
     processes = process_count(recipe)
     accumulation = accumulation_steps(recipe, processes)
-    lines, sources = [], {split: [] for split in SPLITS}
+    lines, prompts, sources = [], None, {split: [] for split in SPLITS}
     for split in SPLITS:
-        count, remark = attempt(count_ranked, recipe, split, dry_run=dry_run)
-        lines.append(f"ranked: {remark or f'{recipe.ranked(split)}: {count} prompts'}")
+        count = attempt(lines, dry_run, "ranked", count_ranked, recipe, split)
         if count is not None:
+            lines.append(f"ranked: {recipe.ranked(split)}: {count} prompts")
             sources[split].append(read_ranked(recipe.ranked(split)))
         if split == "train" and count is not None:
             prompts = count
-            continue
-        loaded, remark = attempt(load_prompts, recipe, split, dry_run=dry_run)
-        if loaded:
+        elif loaded := attempt(lines, dry_run, split, load_prompts, recipe, split):
             sources[split].append(loaded[0].placed())
-        if remark:
-            lines.append(f"{split}: {remark}")
-        if split == "train":
-            prompts = len(loaded[0]) if loaded else None
+            prompts = len(loaded[0]) if split == "train" else prompts
     check_disjoint(*(chain(*sources[split]) for split in SPLITS))
     if recipe.lora.enabled and dry_run and not Path(recipe.models.policy.path).is_dir():
         lines.append("policy: `lora.target_modules` is not checked in a dry run, which asks the hub nothing")
@@ -123,13 +129,8 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     lines = []
     if recipe.judge.enabled and not dry_run:
         check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
-    _, remark = attempt(require_finished, run, "the run is", "bash run.sh", dry_run=dry_run)
-    if remark:
-        lines.append(f"run: {remark}")
-    loaded, remark = attempt(evaluated_prompts, recipe, dry_run=dry_run)
-    if loaded is None:
-        lines.append(f"test: {remark}")
-    else:
+    attempt(lines, dry_run, "run", require_finished, run, "the run is", "bash run.sh")
+    if loaded := attempt(lines, dry_run, "test", evaluated_prompts, recipe):
         if recipe.ranked("train").exists():
             check_disjoint(read_ranked(recipe.ranked("train")), loaded[0].placed())
         answers = len(loaded[0]) * settings.samples
@@ -206,14 +207,7 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     roles = [role for role in roles if role not in functions]
     for role in roles:
         model: Model = getattr(recipe.models, role)
-        _, remark = attempt(check_model, model, f"models.{role}", dry_run=dry_run)
-        kind = remark or ("local folder" if Path(model.path).is_dir() else f"hub, revision {model.revision or 'open'}")
-        lines.append(f"{role}: {model.path}: {kind}")
-        if role in SCORERS and not remark:
-            if dry_run and not Path(model.path).is_dir():
-                lines.append(f"{role}: its number of labels is not checked in a dry run, which asks the hub nothing")
-            else:
-                models.check_labels(model, role)
+        lines += attempt(lines, dry_run, f"{role}: {model.path}", model_lines, role, model, dry_run) or []
     plan = {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage]
     lines += [*scorer_lines(stage, recipe), *plan(recipe, dry_run)]
     for role in roles:
