@@ -218,7 +218,7 @@ def mean_pair_loss(
 
 
 class Formulas(NamedTuple):
-    """How a family computes; `loss` is the recipe's section, shapes are (batch, n) where nothing else is said.
+    """How a family computes; `loss` is the recipe's section, shapes are (batch, n) unless stated.
 
     Attributes:
         score: (loss, policy's log-probabilities, the reference's, lengths in tokens) to what its losses compare.

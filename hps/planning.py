@@ -107,7 +107,7 @@ def training_order(count: int, schedule: Schedule, rng: np.random.Generator) -> 
 
 
 class Plan:
-    """The plan's rows, made as they are asked for, and once they are all made its facts (counts and diagnostics).
+    """The plan's rows, made on demand; after the last one, its facts (counts and diagnostics).
 
     Args:
         records: ranked records by `prompt_id`; of each, one at a time is held.

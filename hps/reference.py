@@ -102,7 +102,7 @@ def unknown_values(rows: Sequence[dict], size: int, state: PartialState) -> Valu
 
 
 def computed_values(trainer: HPSTrainer, values: Values, numbers: Iterable[int]) -> Iterator[tuple[str, list[float]]]:
-    """`(batch_key, log-probabilities)` of micro-batches of the plan, each computed when it is asked for.
+    """`(batch_key, log-probabilities)` of micro-batches of the plan, each computed on demand.
 
     Raises:
         InputError: a log-probability is not finite.

@@ -2,7 +2,7 @@
 
 A row is `prompt, response, response, ...`, then perhaps another prompt with its responses. Each response attends to
 its prompt and to itself, and its positions continue from the end of the prompt, so its log-probabilities are those of a
-separate row. The hidden states of scored tokens are gathered, and only they pass the model's head and whatever follows
+separate row. The hidden states of scored tokens are gathered, and only they pass the model's head and what follows
 it, in chunks: the logits of a whole batch never exist.
 
 Not every model can share a prompt. `prove` tries it on a small float64 copy of the model. Length-dependent features
@@ -406,7 +406,7 @@ def token_log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.
     """Log-probabilities of the targets, the logits made in chunks and not kept.
 
     A head that trains makes its logits again in the backward pass. With a frozen one (LoRA) each token's derivative is
-    taken at once, while its logits exist: a matrix product less.
+    taken at once, while its logits exist, which saves a matrix product.
 
     Args:
         head: makes logits of hidden states, every token by itself; `OwnHead`, or a module.
@@ -509,7 +509,7 @@ def prove(model, longest: float, own: Callable = own_log_probs, ours: Callable =
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 _PROVEN[key] = Trial(type(model), model.config, own, ours).layout(longest)
-        except Exception as error:  # whatever a foreign architecture raises: it has not been shown to be able
+        except Exception as error:  # a foreign architecture may raise anything; it is then unproven
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             _PROVEN[key] = replace(SEPARATE, reason=f"a small model of this class cannot be tried ({text})")
     return _PROVEN[key]

@@ -129,7 +129,7 @@ class Supervisor:
         """Results; `{"key": ..., "lost": why}` of an item that ended two actors.
 
         Raises:
-            InputError: a worker raised it; or the actors die whatever they are given.
+            InputError: a worker raised it; or the actors die on any item.
             KeyboardInterrupt: Ctrl-C, after the results that had arrived by then.
         """
         with held_interrupts() as interrupted:

@@ -229,7 +229,7 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
 
 def main() -> None:
     if sys.argv[1:2] in (["-h"], ["--help"]):
-        parse(__doc__, usage=USAGE)  # says it, and ends
+        parse(__doc__, usage=USAGE)  # prints the help and exits
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         raise InputError(f"the first argument must be one of {', '.join(STAGES)}", where="command line")
     stage = sys.argv.pop(1)

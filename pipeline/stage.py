@@ -58,7 +58,7 @@ class Work:
 
 @contextmanager
 def stage(title: str, folder: Path, recipe: Recipe, settings: dict) -> Generator[Work | None]:
-    """Lock and claim a folder; None when the stage is finished, which is said in one line.
+    """Lock and claim a folder; None (and one printed line) when the stage is finished.
 
     Raises:
         InputError: as `hold` and `claim`.
@@ -175,7 +175,7 @@ def hold(folder: Path) -> Generator[int]:
     Yields the lock's file descriptor: a child process that inherits it keeps the lock as well.
 
     Raises:
-        InputError: another run works in the folder; or the disk got full inside the block, whatever library met it.
+        InputError: another run works in the folder; or the disk filled up inside the block, in any library.
     """
     make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)

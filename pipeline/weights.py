@@ -1,7 +1,7 @@
 """Loading of configurations and weights: safetensors alone, and no code that comes with a model.
 
 A pickle (`.bin`, `.pt`) can run code when it is loaded, and so can a model that brings Python files. Neither is loaded
-from anywhere, whatever a recipe says.
+from anywhere, and no recipe can change that.
 """
 
 import json
@@ -38,7 +38,7 @@ def refuse_pickles(folder: Path, field: str | None, weights: str = MODEL) -> Non
     Raises:
         InputError: there are files of PICKLES and not `weights` (nor an index of shards); the index names something
             else than safetensors of the folder; a model's folder also has an adapter, which would be loaded
-            with it, from whatever its `adapter_config.json` names.
+            with it, from the place that its `adapter_config.json` names.
     """
     named = f"`{field}.path`: " if field else ""
     index = folder / INDEX if weights == MODEL else None
