@@ -21,6 +21,7 @@ from functools import cache
 from hashlib import sha256
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from traceback import walk_tb
 from types import ModuleType
 from typing import Any
 
@@ -247,11 +248,8 @@ class FunctionScorer:
 
     def _refusal(self, error: BaseException, problem: str) -> InputError:
         """An exception of the function, with the last line of its file that was at work."""
-        line, trace = getattr(self, "line", 1), error.__traceback__
-        while trace:
-            if trace.tb_frame.f_code.co_filename == str(self.path):
-                line = trace.tb_lineno
-            trace = trace.tb_next
+        lines = [number for frame, number in walk_tb(error.__traceback__) if frame.f_code.co_filename == str(self.path)]
+        line = lines[-1] if lines else self.line
         text = _shown(error, str)[:300]
         remedy = f"correct the function ({SIGNATURE})" if isinstance(error, TypeError) else "correct the function"
         problem = f"{problem} {type(error).__name__}: {text}".rstrip(": ")
