@@ -40,6 +40,7 @@ from evaluation.summary import columns
 from hps.chat import load_tokenizer
 from hps.errors import InputError
 from hps.planning import Plan, weights_of
+from hps.records import PlanRow
 from hps.settings import Loss, Schedule
 from pipeline.files import Appender, done_ids
 from pipeline.recipe import REPOSITORY, Recipe
@@ -59,7 +60,6 @@ from pipeline.records import (
 from pipeline.run_records import (
     SETS,
     Pair,
-    PlanRow,
     check_divergence,
     check_greedy,
     check_log_line,

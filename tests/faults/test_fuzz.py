@@ -25,14 +25,13 @@ from hps.errors import InputError
 from hps.losses import FORMULAS, preference_loss
 from hps.negatives import gamma_stages, hardness_weights
 from hps.planning import equal_to, training_list, usable
+from hps.records import LARGEST_REWARD, MOST
 from hps.settings import Loss, Schedule
 from pipeline import records
 from pipeline.files import Appender, done_ids, write_lines
 from pipeline.prompts import load_prompts
 from pipeline.recipe import Data, Generation, Recipe, Split
 from pipeline.records import (
-    LARGEST_REWARD,
-    MOST,
     Indexed,
     check_prompt,
     check_ranked,
