@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and tests.
+# Lint, types and tests.
 #
 #   bash test.sh            the repository's behaviour, with both drivers on the real engine
 #   bash test.sh fast       the quick subset
@@ -29,6 +29,7 @@ bash setup.sh train
 [[ "$only" == *slow ]] || bash setup.sh browser
 "$TRAIN" -m ruff check .
 "$TRAIN" -m ruff format --check .
+.venv-train/bin/ty check hps pipeline --error-on-warning
 .venv-train/bin/shellcheck ./*.sh cluster/*.sbatch .ci/run
 # GPUs are hidden because the training tests are written for a CPU (bit-equality, fp32). One process per core with one
 # thread; all tests of a file run in one process.

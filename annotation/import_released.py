@@ -26,14 +26,11 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from hps.chat import encode, inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, run_main, shorten
+from hps.records import Messages, Name, Ranked, Reward
 from pipeline.files import file_hash, json_line, write_lines
 from pipeline.identity import model_hash
 from pipeline.recipe import SPLITS, Model, Recipe, load_recipe, split_arguments
 from pipeline.records import (
-    Messages,
-    Name,
-    Ranked,
-    Reward,
     check_parallel,
     check_ranked,
     checked,

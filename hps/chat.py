@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
@@ -59,11 +59,8 @@ def load_tokenizer(path: str, revision: str | None = None):
     for text in TEXTS:
         _check_kept(tokenizer, encode(tokenizer, text), text, path)
     if not _decoded(tokenizer, encode(tokenizer, "a\n")).endswith("\n"):
-        raise InputError(
-            "the tokenizer drops a line end at the end of a text, as templates have between header and answer",
-            where=path,
-            remedy="use a model whose tokenizer keeps it",
-        )
+        problem = "the tokenizer drops a line end at the end of a text, as templates have between header and answer"
+        raise InputError(problem, where=path, remedy="use a model whose tokenizer keeps it")
     try:
         template = tokenizer.get_chat_template()
     except (ValueError, AttributeError):  # also where it has several and none is the default, or a class without any
@@ -84,29 +81,24 @@ def _loaded(path: str, revision: str | None):
 
     own = own_tokenizer(path, revision)
     if own is None and (others := sorted(Path(path).glob("*.model"))):  # one environment has the library for it
-        raise InputError(
-            f"{others[0].name} is there and no tokenizer.json, which every environment reads alike",
-            where=path,
-            remedy="write one: .venv-infer/bin/python -c 'from transformers import AutoTokenizer as A; "
-            f'A.from_pretrained("{path}").save_pretrained("{path}")\'',
-        )
+        problem = f"{others[0].name} is there and no tokenizer.json, which every environment reads alike"
+        code = f'from transformers import AutoTokenizer as A; A.from_pretrained("{path}").save_pretrained("{path}")'
+        raise InputError(problem, where=path, remedy=f"write one: .venv-infer/bin/python -c '{code}'")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         if own and (not isinstance(tokenizer, PreTrainedTokenizerFast) or _misread(tokenizer, own)):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=revision or "main")
     except Exception as error:  # the library of tokenizers raises no narrower class
         raise refusal(path, error, "tokenizer") from None
     if own and (text := _misread(tokenizer, own)):
-        raise InputError(
-            f"transformers does not read its tokenizer.json: the ids of {shorten(text)} are others",
-            where=path,
-            remedy="correct its tokenizer_config.json (added tokens, class), or save the tokenizer again",
-        )
+        problem = f"transformers does not read its tokenizer.json: the ids of {shorten(text)} are others"
+        remedy = "correct its tokenizer_config.json (added tokens, class), or save the tokenizer again"
+        raise InputError(problem, where=path, remedy=remedy)
     return tokenizer
 
 
 def model_tokens(path: str, revision: str | None = None) -> str | None:
-    """SHA-256 of the ids of the probe texts; None where no tokenizer can be read, which whoever loads it says.
+    """SHA-256 of the ids of the probe texts; None if no tokenizer can be read (loading it reports why).
 
     A tokenizer without a `tokenizer.json` is asked as transformers builds it, which may differ between releases.
     """
@@ -131,11 +123,9 @@ def _check_kept(tokenizer: Any, ids: list[int], text: str, where: str) -> None:
     """Refuse a tokenizer that does not give a text back, up to its normaliser and a space in front."""
     back = _decoded(tokenizer, ids)
     if _normalized(tokenizer, text) not in (_normalized(tokenizer, back), _normalized(tokenizer, back.lstrip(" "))):
-        raise InputError(
-            f"the tokenizer does not give texts back: {shorten(text)} comes back as {shorten(back)}",
-            where=where,
-            remedy="use a model whose tokenizer keeps spaces, line ends and every character",
-        )
+        problem = f"the tokenizer does not give texts back: {shorten(text)} comes back as {shorten(back)}"
+        remedy = "use a model whose tokenizer keeps spaces, line ends and every character"
+        raise InputError(problem, where=where, remedy=remedy)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -155,14 +145,11 @@ def sampled_text(tokenizer: Any, ids: list[int], truncated: bool) -> str:
 
 def same_tokens(ours: Any, other: Any) -> bool:
     """Whether two tokenizers give the same ids to probe texts and decode them alike."""
-    for text in (*TEXTS, *ours.all_special_tokens):
-        ids = encode(ours, text)
-        if encode(other, text) != ids or _decoded(other, ids) != _decoded(ours, ids):
-            return False
-    return True
+    read = {text: encode(ours, text) for text in (*TEXTS, *ours.all_special_tokens)}
+    return all(encode(other, text) == ids and _decoded(other, ids) == _decoded(ours, ids) for text, ids in read.items())
 
 
-def prompt_token_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
+def prompt_token_ids(tokenizer: Any, messages: Sequence[Mapping]) -> list[int]:
     """Token ids of a prompt, ending with the header that opens the assistant's turn.
 
     The texts are ordinary text, whatever they spell.
@@ -173,15 +160,13 @@ def prompt_token_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
     control = _control(tokenizer)
     ids = _apply(tokenizer, _texts(tokenizer, messages), opens=True)
     if control.of(ids) != _innocent(tokenizer, control, _turns(messages)):
-        raise InputError(
-            "a text of the conversation becomes special tokens in spite of the spaces in them",
-            where=_name(tokenizer),
-            remedy="take the prompt out of the data, or use another tokenizer",
-        )
+        problem = "a text of the conversation becomes special tokens in spite of the spaces in them"
+        remedy = "take the prompt out of the data, or use another tokenizer"
+        raise InputError(problem, where=_name(tokenizer), remedy=remedy)
     return ids
 
 
-def check_records(tokenizer: Any, records: Iterable[tuple[str, dict]], spelled: int = 0) -> None:
+def check_records(tokenizer: Any, records: Iterable[tuple[str, Mapping]], spelled: int = 0) -> None:
     """Refuse records (with their `path:line`) that the tokenizer cannot serve, before a model loads.
 
     Args:
@@ -197,7 +182,7 @@ def check_records(tokenizer: Any, records: Iterable[tuple[str, dict]], spelled: 
                 _spelled(tokenizer, record["prompt"], response)
 
 
-def conversation_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:
+def conversation_token_ids(tokenizer: Any, messages: Sequence[Mapping], response: str, truncated: bool) -> list[int]:
     """Token ids of prompt + response as one conversation, as reward models read it.
 
     Args:
@@ -211,7 +196,7 @@ def conversation_token_ids(tokenizer: Any, messages: list[dict], response: str, 
     return [*prompt, *ids, *([] if truncated else _turn(tokenizer).tail)]
 
 
-def response_token_ids(tokenizer: Any, messages: list[dict], response: str, truncated: bool) -> list[int]:
+def response_token_ids(tokenizer: Any, messages: Sequence[Mapping], response: str, truncated: bool) -> list[int]:
     """Token ids that the policy is trained on and scored at: the response and, unless truncated, the end of its turn.
 
     What a template writes after the end-of-turn token (a newline in ChatML) is left out: at generation the model stops
@@ -224,7 +209,7 @@ def response_token_ids(tokenizer: Any, messages: list[dict], response: str, trun
     return ids if truncated else [*ids, _end(tokenizer)]
 
 
-def _spelled(tokenizer: Any, messages: list[dict], response: str) -> tuple[list[int], list[int]]:
+def _spelled(tokenizer: Any, messages: Sequence[Mapping], response: str) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the response's text, which decode to it.
 
     The model sampled the text after the prompt and the assistant's header, so its tokens belong there. How the template
@@ -236,15 +221,13 @@ def _spelled(tokenizer: Any, messages: list[dict], response: str) -> tuple[list[
         if not control.of(ids) and _spells(tokenizer, prompt, ids, text):
             return prompt, ids
         found = ids
-    raise InputError(
-        f"no tokens spell the response {shorten(text)}: they say {shorten(_decoded(tokenizer, found))}",
-        where=_name(tokenizer),
-        remedy="take the response out of the data, or use a model whose tokenizer has its characters",
-    )
+    problem = f"no tokens spell the response {shorten(text)}: they say {shorten(_decoded(tokenizer, found))}"
+    remedy = "take the response out of the data, or use a model whose tokenizer has its characters"
+    raise InputError(problem, where=_name(tokenizer), remedy=remedy)
 
 
-def _spellings(tokenizer: Any, messages: list[dict], text: str, prompt: list[int]) -> Iterator[list[int]]:
-    """Token ids that may be a response: in the template's own turn, behind the prompt's text, and by themselves.
+def _spellings(tokenizer: Any, messages: Sequence[Mapping], text: str, prompt: list[int]) -> Iterator[list[int]]:
+    """Token ids that may be a response: in the template's own turn, after the prompt's text, and alone.
 
     The first are those of a model's training (Llama-2's template writes a space in front, which is part of the first
     token), the last are right where white space of the text would join that of the header.
@@ -261,7 +244,7 @@ def _spellings(tokenizer: Any, messages: list[dict], text: str, prompt: list[int
 
 
 def _spells(tokenizer: Any, prompt: list[int], ids: list[int], text: str) -> bool:
-    """Whether token ids decode to a text, up to the tokenizer's normaliser; by themselves or behind the prompt.
+    """Whether token ids decode to a text, up to the tokenizer's normaliser, alone or after the prompt.
 
     Tokenizers of SentencePiece's kind drop the first space of what they decode.
     """
@@ -272,12 +255,12 @@ def _spells(tokenizer: Any, prompt: list[int], ids: list[int], text: str) -> boo
     return whole.startswith(before) and _normalized(tokenizer, whole[len(before) :]) == wanted
 
 
-def _texts(tokenizer: Any, messages: list[dict]) -> list[dict]:
+def _texts(tokenizer: Any, messages: Sequence[Mapping]) -> list[dict]:
     """The messages with inert texts. No other fields: a template may write them, too (`reasoning_content`)."""
     return [{"role": message["role"], "content": inert(tokenizer, message["content"])} for message in messages]
 
 
-def _turns(messages: list[dict]) -> tuple[tuple[str, bool], ...]:
+def _turns(messages: Sequence[Mapping]) -> tuple[tuple[str, bool], ...]:
     return tuple((message["role"], bool(message["content"].strip())) for message in messages)
 
 
@@ -293,11 +276,9 @@ def _innocent(tokenizer: Any, control: "Control", turns: tuple[tuple[str, bool],
     for place, (role, _) in enumerate(turns):
         other = [{**message, "content": "b"} if at == place else message for at, message in enumerate(texts)]
         if _apply(tokenizer, other, opens=True) == ids:
-            raise InputError(
-                f"the chat template leaves out message {place + 1} of {len(turns)} ({role})",
-                where=_name(tokenizer),
-                remedy="take such prompts out of the data, or use a model whose template keeps them",
-            )
+            problem = f"the chat template leaves out message {place + 1} of {len(turns)} ({role})"
+            remedy = "take such prompts out of the data, or use a model whose template keeps them"
+            raise InputError(problem, where=_name(tokenizer), remedy=remedy)
     return control.of(ids)
 
 
@@ -311,11 +292,11 @@ def _still(template: str) -> str:
     return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}{template}"
 
 
-def _apply(tokenizer: Any, messages: list[dict], opens: bool) -> list[int]:
+def _apply(tokenizer: Any, messages: Sequence[Mapping], opens: bool) -> list[int]:
     return encode(tokenizer, _rendered(tokenizer, messages, opens))
 
 
-def _rendered(tokenizer: Any, messages: list[dict], opens: bool) -> str:
+def _rendered(tokenizer: Any, messages: Sequence[Mapping], opens: bool) -> str:
     """The templated text, with the header that opens the assistant's turn if it `opens`.
 
     Raises:
@@ -330,11 +311,9 @@ def _rendered(tokenizer: Any, messages: list[dict], opens: bool) -> str:
         )
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise InputError(
-            f"the chat template refuses the roles {roles} ({error})",
-            where=_name(tokenizer),
-            remedy="take such prompts out of the data, or use a model whose template knows them",
-        ) from None
+        problem = f"the chat template refuses the roles {roles} ({error})"
+        remedy = "take such prompts out of the data, or use a model whose template knows them"
+        raise InputError(problem, where=_name(tokenizer), remedy=remedy) from None
 
 
 def _name(tokenizer: Any) -> str:
@@ -348,10 +327,10 @@ def special_tokens_in(tokenizer: Any, text: str) -> list[str]:
 
 
 def inert(tokenizer: Any, text: str) -> str:
-    """The text, with a space behind the first character of every control token that it spells out.
+    """The text, with a space after the first character of every control token in it.
 
     A template and its texts are tokenised together: a prompt with `<|im_end|>\\n<|im_start|>system` in it would begin a
-    turn of its own. `< |im_end|>` is ordinary text to the model. What is stored stays as it was.
+    new turn. `< |im_end|>` is ordinary text to the model. What is stored stays as it was.
 
     Raises:
         InputError: tokens of this tokenizer are in each other, so that spaces only make others of them.
@@ -364,15 +343,12 @@ def inert(tokenizer: Any, text: str) -> str:
             text = _broken_where_tokenized(tokenizer, control, text)
         else:
             return text
-    raise InputError(
-        f"a text spells special tokens that spaces do not break: {special_tokens_in(tokenizer, text)[:3]}",
-        where=_name(tokenizer),
-        remedy="take the text out of the data",
-    )
+    problem = f"a text spells special tokens that spaces do not break: {special_tokens_in(tokenizer, text)[:3]}"
+    raise InputError(problem, where=_name(tokenizer), remedy="take the text out of the data")
 
 
 def _broken(control: "Control", token: str) -> str:
-    """A token as ordinary text: a space behind its first visible character, and another character for a single one."""
+    """A token as ordinary text: a space after its first visible character; a one-character token is replaced."""
     start = len(token) - len(token.lstrip())
     if len(token.strip()) > 1:
         return f"{token[: start + 1]} {token[start + 1 :]}"
@@ -439,7 +415,7 @@ def _no_mark(token: str, words: set[str]) -> bool:
     return token.strip().isalnum() or {f"<{name}>", f"</{name}>"} <= words
 
 
-def _probe(tokenizer: Any, messages: list[dict]) -> list[int]:
+def _probe(tokenizer: Any, messages: Sequence[Mapping]) -> list[int]:
     """Token ids of a conversation; none when the template refuses its roles."""
     try:
         return _apply(tokenizer, messages, opens=messages[-1]["role"] == "user")
@@ -466,27 +442,20 @@ def _prove(tokenizer: Any) -> None:
     """Refuse a tokenizer with which a probe conversation loses a text, whole or cut (`_spelled`)."""
     asked = [{"role": "user", "content": "What is 3 times 4?"}]
     system, earlier = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": REPLIES[1]}
-    for messages, replies in (
-        (asked, REPLIES),
-        ([system, *asked], REPLIES[:3]),
-        ([*asked, earlier, *asked], REPLIES[:3]),
-    ):
+    for messages in (asked, [system, *asked], [*asked, earlier, *asked]):
         if messages is asked or _probe(tokenizer, messages):  # prompts that it refuses are named by their place
-            for reply in replies:
+            for reply in REPLIES if messages is asked else REPLIES[:3]:
                 _spelled(tokenizer, messages, reply)
 
 
 def _remarks(tokenizer: Any) -> Iterator[str]:
     """What a user should know of a template that serves all the same."""
     if not opens_turns_by_tokens(tokenizer):
-        yield (
-            "the chat template opens turns with ordinary text, so that a prompt or a response can open one "
-            "(docs/operations.md)"
-        )
+        yield "the chat template opens turns with ordinary text, so any text can open one (docs/operations.md)"
     turn = _turn(tokenizer)
     if not _control(tokenizer).of(turn.tail) and turn.end is not None:
         ended = tokenizer.convert_ids_to_tokens(turn.end)
-        yield f"the chat template writes no token behind an answer; {ended} is trained as its end (docs/formats.md)"
+        yield f"the chat template writes no token after an answer; {ended} is trained as its end (docs/formats.md)"
     asked = _rendered(tokenizer, [QUESTION], opens=True)
     for reply in REPLIES[:2]:
         try:
@@ -495,10 +464,8 @@ def _remarks(tokenizer: Any) -> Iterator[str]:
             return
         common = next((at for at, pair in enumerate(zip(asked, said, strict=False)) if pair[0] != pair[1]), len(asked))
         if not said[common:].lstrip().startswith(reply):
-            yield (
-                f"the chat template does not keep answers: {shorten(reply)} becomes {shorten(said[common:])}; they are "
-                "trained and scored behind the assistant's header, as they were sampled (docs/formats.md)"
-            )
+            changed = f"the chat template does not keep answers: {shorten(reply)} becomes {shorten(said[common:])}"
+            yield f"{changed}; they are trained and scored after the header, as they were sampled (docs/formats.md)"
             return
 
 
@@ -529,20 +496,18 @@ def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def _end(tokenizer: Any) -> int:
-    """The token behind a response that is whole."""
+    """The token after a complete response."""
     end = _turn(tokenizer).end
     if end is None:
-        raise InputError(
-            "the chat template writes no token behind an answer, and the tokenizer has no `eos_token`",
-            where=_name(tokenizer),
-            remedy="name the token that ends an answer in tokenizer_config.json",
-        )
+        problem = "the chat template writes no token after an answer, and the tokenizer has no `eos_token`"
+        remedy = "name the token that ends an answer in tokenizer_config.json"
+        raise InputError(problem, where=_name(tokenizer), remedy=remedy)
     return end
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the template writes behind an assistant's last text (`tail`), and the token that ends its turn."""
+    """What the template writes after an assistant's last text (`tail`), and the token that ends its turn."""
 
     tail: list[int]
     end: int | None
@@ -581,5 +546,5 @@ def _openers(tokenizer: Any) -> list[int]:
 
 
 def common_end(first: list[int], second: list[int]) -> list[int]:
-    """The tokens with which both end: what a template writes behind texts that differ in their last letter."""
-    return commonprefix([first[::-1], second[::-1]])[::-1]
+    """The tokens with which both end: what a template writes after texts that differ in their last letter."""
+    return list(commonprefix([first[::-1], second[::-1]]))[::-1]

@@ -1,5 +1,7 @@
-"""The one error for bad input, and the entry of every stage: one line and exit status 2, a terminal of any encoding, no
-other launcher's variables."""
+"""The error for bad input, and the entry of every stage.
+
+Bad input ends a stage with one line and exit status 2. The entry also handles terminals of any encoding and drops the
+variables of other launchers."""
 
 import errno
 import io
@@ -8,14 +10,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 # What libraries say instead of an OSError: safetensors the system's words, torch its own.
 FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
 # What a terminal obeys instead of showing: control characters but newline and tab, and those that turn the direction.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# Name and password in a URL, of a hub's endpoint or a proxy; a password may hold an @.
+# Name and password in a URL, of a hub's endpoint or a proxy; a password may contain an @.
 _USERINFO = re.compile(r"://[^/\s?#]*@")
 
 # By these accelerate, DeepSpeed, torch and vLLM find out that they are one process of several, and what the others do.
@@ -44,7 +46,7 @@ class InputError(Exception):
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def naming(where: str) -> Generator[None]:
     """Put a place (`path:line` of the record) in front of an InputError that has none."""
     try:
         yield
@@ -62,25 +64,16 @@ def refusal(path: str, error: Exception, what: str = "model") -> InputError:
     """What transformers says when it cannot load something (`what`), as one line."""
     text = " ".join(str(error).split())[:300]
     if "trust_remote_code" in str(error):
-        return InputError(
-            f"the {what} brings Python code of its own, which is never run",
-            where=path,
-            remedy="use a model that transformers knows, or a copy converted to a class of transformers",
-        )
+        remedy = "use a model that transformers knows, or a copy converted to a class of transformers"
+        return InputError(f"the {what} comes with Python code, which is never run", where=path, remedy=remedy)
     if "safetensors" in str(error):
-        return InputError(
-            f"no weights as safetensors there ({text})",
-            where=path,
-            remedy="give a copy of the model with safetensors",
-        )
+        problem = f"no weights as safetensors there ({text})"
+        return InputError(problem, where=path, remedy="give a copy of the model with safetensors")
     if not isinstance(error, (OSError, ValueError)):
         text = f"{type(error).__name__}: {text}"
         return InputError(f"no {what} that can be loaded there ({text})", where=path, remedy="check its JSON files")
-    return InputError(
-        f"no {what} there ({text})",
-        where=path,
-        remedy="check the model's path in the recipe; fill the hub's cache with `python -m tools.prefetch`",
-    )
+    remedy = "check the model's path in the recipe; fill the hub's cache with `python -m tools.prefetch`"
+    return InputError(f"no {what} there ({text})", where=path, remedy=remedy)
 
 
 def forget_launcher() -> None:
@@ -96,7 +89,7 @@ def forget_launcher() -> None:
         print(f"environment: not used, left over from another launcher: {', '.join(found)}", file=sys.stderr)
 
 
-def run_main(main: Callable[[], None], by_torchrun: bool = False) -> None:
+def run_main(main: Callable[[], object], by_torchrun: bool = False) -> None:
     """Run a stage's `main`; bad input and a full disk become one line on stderr, exit status 2; Ctrl-C status 130.
 
     What the terminal's encoding does not have is spelled out (`\\u767e`).
@@ -119,12 +112,9 @@ def run_main(main: Callable[[], None], by_torchrun: bool = False) -> None:
         if not is_full_disk(error):
             raise
         _end_bars()
-        name = next((each.filename for each in _chain(error) if getattr(each, "filename", None)), None)
-        print(
-            f"error: {f'{name}: ' if name else ''}the disk is full; make room and run the same command again, what is "
-            "finished is on disk",
-            file=sys.stderr,
-        )
+        name = next((file for each in _chain(error) if (file := getattr(each, "filename", None))), None)
+        text = "the disk is full; make room and run the same command again, what is finished is on disk"
+        print(f"error: {name}: {text}" if name else f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         # An impatient second one must not break the clean-up of libraries; a third one ends a clean-up that hangs.
@@ -134,7 +124,7 @@ def run_main(main: Callable[[], None], by_torchrun: bool = False) -> None:
 
 
 def _end_bars() -> None:
-    """Let progress bars end their line, so that an error has one of its own."""
+    """Let progress bars end their line, so an error starts on a new one."""
     bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
     for bar in list(getattr(bars, "_instances", ())):
         bar.close()

@@ -193,7 +193,7 @@ def hps_loss(
 
     Args:
         best: (batch,), score of the preferred response.
-        others: (batch, n), scores. Columns of weight 0 are ignored; they need a finite square, and may hold `best`.
+        others: (batch, n), scores. Columns of weight 0 are ignored (their squares must be finite).
         log_weights: (batch, n), logarithms of the weights, -inf for weight 0; each row's weights sum to 1.
         log_n: log N, (batch, 1), for Eq. 8; 0 for Eq. 10.
         pair: a logistic pair loss: Bradley-Terry's, or one with smoothing and margin.
@@ -205,11 +205,7 @@ def hps_loss(
 
 
 def mean_pair_loss(
-    best: torch.Tensor,
-    others: torch.Tensor,
-    log_weights: torch.Tensor,
-    log_n: torch.Tensor | float,
-    pair: PairLoss,
+    best: torch.Tensor, others: torch.Tensor, log_weights: torch.Tensor, log_n: torch.Tensor | float, pair: PairLoss
 ) -> torch.Tensor:
     """HPS of a family whose loss is not a function of the mixture's sum: `sum_i w_i pair(rho_1, rho_i)`, our choice.
 
@@ -222,7 +218,7 @@ def mean_pair_loss(
 
 
 class Formulas(NamedTuple):
-    """How a family computes; `loss` is the recipe's section, shapes are (batch, n) where nothing else is said.
+    """How a family computes; `loss` is the recipe's section, shapes are (batch, n) unless stated.
 
     Attributes:
         score: (loss, policy's log-probabilities, the reference's, lengths in tokens) to what its losses compare.
@@ -303,8 +299,6 @@ def preference_loss(
     mixture_loss = hps_loss if FAMILIES[loss.family].inside_log else mean_pair_loss
     n = dispreferred_count if loss.factor_n else torch.ones_like(dispreferred_count)  # Eq. 8, or Eq. 10
     log_n, pair = n.to(scores.dtype).log().unsqueeze(2), partial(formulas.pair, loss)
-    first, *second = [
-        mixture_loss(scores[:, term], scores, log_weights[:, term], log_n[:, term], pair)
-        for term in range(log_weights.shape[1])
-    ]
+    weights = enumerate(log_weights.unbind(dim=1))
+    first, *second = [mixture_loss(scores[:, term], scores, w, log_n[:, term], pair) for term, w in weights]
     return first + loss.appendix_e_lambda * second[0] if second else first

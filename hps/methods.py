@@ -1,4 +1,4 @@
-"""The families of losses: what is known of each besides its formulas, which are in hps/losses.py.
+"""The families of losses: what is known of each, without the formulas (hps/losses.py).
 
 The recipe checks `loss` against these entries; planning, trainer, reference and memory formulas ask them. A new family
 is its formulas, a row of `hps.losses.FORMULAS` and an entry here (docs/methods.md, "Add a loss in three edits").

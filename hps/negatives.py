@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from hps.records import Term
 from hps.settings import Loss, Schedule
 
 
@@ -46,7 +47,7 @@ def standardize(rewards: np.ndarray) -> np.ndarray:
 
 def term(
     preferred: int, others: list[int], rewards: np.ndarray, loss: Loss, gamma: float, rng: np.random.Generator
-) -> tuple[dict, np.ndarray]:
+) -> tuple[Term, np.ndarray]:
     """What one preferred response is compared with, and the distribution that it was drawn from.
 
     Args:
@@ -73,7 +74,7 @@ def term(
             drawn, times = np.unique(rng.choice(count, size=loss.samples, p=q), return_counts=True)
             places, weights = drawn.tolist(), (times / loss.samples).tolist()
     dispreferred = [others[place] for place in places]
-    fields = {
+    fields: Term = {
         "preferred": preferred,
         "dispreferred": dispreferred,
         "weights": weights,

@@ -9,25 +9,27 @@ import hashlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 import numpy as np
 
 from hps.errors import InputError, naming
 from hps.methods import FAMILIES
 from hps.negatives import gamma_stages, stage_of, standardize, term
+from hps.records import PlanRow, Ranked, Term
 from hps.settings import Loss, Schedule
 
 WIDEST = 2**24  # nats: the largest number beside which single precision still sees 1
 
 
-def preferred_index(record: dict, best: str) -> int | None:
+def preferred_index(record: Ranked, best: str) -> int | None:
     """Index of y_1: the highest reward (`reward`), or what humans preferred (`human`, None when it is absent)."""
     if best == "reward":
         return 0
     return record["sources"].index("given_1") if "given_1" in record["sources"] else None
 
 
-def training_list(record: dict, loss: Loss, schedule: Schedule, seed: int) -> tuple[list[int], str | None]:
+def training_list(record: Ranked, loss: Loss, schedule: Schedule, seed: int) -> tuple[list[int], str | None]:
     """What a prompt trains on: index of y_1 and of the dispreferred responses by reward; or why it cannot.
 
     `schedule.subsample` n keeps y_1 and n - 1 others: the first of a permutation that depends on the seed and the
@@ -60,14 +62,14 @@ def training_list(record: dict, loss: Loss, schedule: Schedule, seed: int) -> tu
     return [preferred, *others], None
 
 
-def without_ties(others: list[int], positive: int, record: dict, schedule: Schedule) -> list[int]:
+def without_ties(others: list[int], positive: int, record: Ranked, schedule: Schedule) -> list[int]:
     """Those of `others` that the positive may be preferred to, by the rule of `schedule.ties`; none is equal to it."""
     rewards, equal = record["rewards"], equal_to(record, positive)
     others = [index for index in others if index not in equal]
     return [index for index in others if schedule.ties == "keep" or rewards[index] != rewards[positive]]
 
 
-def equal_to(record: dict, positive: int) -> set[int]:
+def equal_to(record: Ranked, positive: int) -> set[int]:
     """Indices of the responses that are the same text as one of them, white space around it aside; itself among them.
 
     Only a ranked file that another program wrote has such responses: ours drop duplicates.
@@ -77,7 +79,9 @@ def equal_to(record: dict, positive: int) -> set[int]:
     return {index for index, text in enumerate(texts) if (record["truncated"][index], text) == alike}
 
 
-def usable(records: Mapping[str, dict], loss: Loss, schedule: Schedule, seed: int) -> tuple[list[str], dict[str, int]]:
+def usable(
+    records: Mapping[str, Ranked], loss: Loss, schedule: Schedule, seed: int
+) -> tuple[list[str], dict[str, int]]:
     """Prompts that can be trained on, sorted by prompt_id, and how many were left out, by reason."""
     kept, left_out = [], Counter()
     for name in sorted(records):
@@ -103,7 +107,7 @@ def training_order(count: int, schedule: Schedule, rng: np.random.Generator) -> 
 
 
 class Plan:
-    """The plan's rows, made as they are asked for, and once they are all made its facts (counts and diagnostics).
+    """The plan's rows, made on demand; after the last one, its facts (counts and diagnostics).
 
     Args:
         records: ranked records by `prompt_id`; of each, one at a time is held.
@@ -115,7 +119,7 @@ class Plan:
 
     def __init__(
         self,
-        records: Mapping[str, dict],
+        records: Mapping[str, Ranked],
         loss: Loss,
         schedule: Schedule,
         seed: int,
@@ -124,15 +128,13 @@ class Plan:
         self.records, self.loss, self.schedule, self.seed, self.where = records, loss, schedule, seed, where
         self.prompts, self.left_out = usable(records, loss, schedule, seed)
         if not self.prompts:
-            raise InputError(
-                f"no prompt can be trained on: {self.left_out or 'the file is empty'}",
-                remedy="check the rewards, and what leaves prompts out: `schedule.best`, `schedule.ties`, "
-                "`loss.positives`",
-            )
+            problem = f"no prompt can be trained on: {self.left_out or 'the file is empty'}"
+            remedy = "check the rewards, `schedule.best`, `schedule.ties` and `loss.positives`"
+            raise InputError(problem, remedy=remedy)
         self.gammas = gamma_stages(schedule)
         self._figures: dict[int, dict[str, array]] = {}
 
-    def rows(self) -> Iterator[dict]:
+    def rows(self) -> Iterator[PlanRow]:
         """Every row in training order; order and draws come from one generator of the seed."""
         schedule, rng = self.schedule, np.random.default_rng(self.seed)
         order, self._fill = training_order(len(self.prompts), schedule, rng)
@@ -152,7 +154,7 @@ class Plan:
                 check_spread(row["rewards"], self.loss)
             for figure, value in figures.items():
                 self._figures[stage][figure].append(value)
-            yield {"step": step, "epoch": int(epoch), **row}
+            yield cast(PlanRow, {"step": step, "epoch": int(epoch), **row})
 
     def facts(self) -> dict:
         """Counts, and diagnostics of each gamma stage; of the rows made last."""
@@ -170,7 +172,7 @@ class Plan:
 
 
 def draw(
-    record: dict, listed: list[int], loss: Loss, schedule: Schedule, gamma: float, rng: np.random.Generator
+    record: Ranked, listed: list[int], loss: Loss, schedule: Schedule, gamma: float, rng: np.random.Generator
 ) -> tuple[dict, dict]:
     """One row for one prompt, whose `training_list` is `listed`, and what the diagnostics need of it.
 
@@ -211,13 +213,12 @@ def check_spread(rewards: list[float], loss: Loss) -> None:
         return
     spread = (max(rewards) - min(rewards)) / getattr(loss, name)
     if spread > WIDEST:
-        raise InputError(
-            f"`rewards` differ by {spread:.3g} times `loss.{name}`, and the loss in single precision holds {WIDEST:,}",
-            remedy=f"correct the rewards, raise `loss.{name}`, or use schedule.standardize_rewards=true",
-        )
+        problem = f"`rewards` differ by {spread:.3g} times `loss.{name}`, single precision allows {WIDEST:,}"
+        remedy = f"correct the rewards, raise `loss.{name}`, or use schedule.standardize_rewards=true"
+        raise InputError(problem, remedy=remedy)
 
 
-def weights_of(term: dict, members: list[int]) -> list[float]:
+def weights_of(term: Term, members: list[int]) -> list[float]:
     """The weights of a term of the plan over all responses of the row; those of a list of pl are not used and 0."""
     weights = dict(zip(term["dispreferred"], term["weights"] or [0.0] * len(term["dispreferred"]), strict=True))
     return [weights.get(index, 0.0) for index in members]

@@ -1,9 +1,9 @@
 """Log-probabilities of the plan's responses under the reference, computed once before the training.
 
 In the first step the policy is the reference, so s = log pi_theta - log pi_ref must be 0. In bf16 it is only if both
-passes hold the same rows: a response that is computed beside others differs by tenths of a nat. So the reference takes
+passes have the same rows: a response that is computed beside others differs by tenths of a nat. So the reference takes
 the micro-batches of the training as they are, consecutive rows of the plan on any number of processes, through the same
-collator and autocast. A micro-batch is named by the hash of its token ids, behind templates and length limits: a change
+collator and autocast. A micro-batch is named by the hash of its token ids, after templates and length limits: a change
 of tokenizer, data, plan or lengths asks for other values.
 """
 
@@ -77,7 +77,7 @@ class Values(Sequence[list[float]]):
     def __len__(self) -> int:
         return len(self.counts)
 
-    def __getitem__(self, row: int) -> list[float]:
+    def __getitem__(self, row: int) -> list[float]:  # ty: ignore[incompatible-method-override] (no slices)
         number, before = divmod(row, self.size)
         start = sum(self.counts[row - before : row])
         return self.known[self.keys[number]][start : start + self.counts[row]].tolist()
@@ -102,7 +102,7 @@ def unknown_values(rows: Sequence[dict], size: int, state: PartialState) -> Valu
 
 
 def computed_values(trainer: HPSTrainer, values: Values, numbers: Iterable[int]) -> Iterator[tuple[str, list[float]]]:
-    """`(batch_key, log-probabilities)` of micro-batches of the plan, each computed when it is asked for.
+    """`(batch_key, log-probabilities)` of micro-batches of the plan, each computed on demand.
 
     Raises:
         InputError: a log-probability is not finite.
@@ -110,8 +110,6 @@ def computed_values(trainer: HPSTrainer, values: Values, numbers: Iterable[int])
     for number in numbers:
         log_probs = trainer.reference_log_probs(micro_batch(trainer.rows, values.size, number))
         if not all(map(math.isfinite, log_probs)):
-            raise InputError(
-                f"the policy gives a response the log-probability {log_probs} before training",
-                remedy="check the model's weights",
-            )
+            problem = f"the policy gives a response the log-probability {log_probs} before training"
+            raise InputError(problem, remedy="check the model's weights")
         yield values.keys[number], log_probs

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from hps.methods import FAMILIES, Constant, constants
+from hps.methods import FAMILIES, constants
 
 
 class Section(BaseModel):
@@ -38,14 +38,14 @@ class CommonLoss(Section):
         def __getattr__(self, name: str) -> Any: ...
 
 
-def _field(constant: Constant) -> tuple[Any, Any]:
-    kind = Literal[constant.choices] if constant.choices else type(constant.default)
-    return kind, Field(constant.default, description=constant.meaning, **constant.bounds)
-
-
 if TYPE_CHECKING:
     Loss = CommonLoss
-else:  # with a field for each constant that a family has
+else:  # with a field for each constant of a family
+
+    def _field(constant):
+        kind = Literal[constant.choices] if constant.choices else type(constant.default)
+        return kind, Field(constant.default, description=constant.meaning, **constant.bounds)
+
     Loss = create_model(
         "Loss",
         __base__=CommonLoss,
@@ -65,9 +65,7 @@ class Schedule(Section):
     gamma_start: float = Field(-5.0, description="gamma of the first stage; below 0 it favours easy negatives")
     gamma_end: float = Field(5.0, description="gamma at the end")
     gamma_stages: int = Field(5, ge=1, description="stages of equal length, linear from start to end")
-    gamma_ends: Literal["inclusive", "exclusive"] = Field(
-        "inclusive", description="whether the last stage has gamma_end"
-    )
+    gamma_ends: Literal["inclusive", "exclusive"] = Field("inclusive", description="does the last stage get gamma_end")
     best: Literal["reward", "human"] = Field("reward", description="y_1: the highest reward, or the human's choice")
     ties: Literal["keep", "exclude"] = Field("keep", description="exclude: what ties with y_1 is not dispreferred")
     subsample: int | None = Field(None, ge=2, description="responses of a prompt's list, y_1 kept (null: all)")
@@ -83,7 +81,5 @@ def stages_without_steps(steps: int, schedule: Schedule) -> str:
     stages = schedule.gamma_stages
     if steps >= stages or schedule.gamma_start == schedule.gamma_end:
         return ""
-    return (
-        f"{steps} steps for {stages} stages of gamma: some gammas never come; lower `schedule.global_batch` or "
-        "`schedule.gamma_stages`, or raise `schedule.epochs`"
-    )
+    remedy = "lower `schedule.global_batch` or `schedule.gamma_stages`, or raise `schedule.epochs`"
+    return f"{steps} steps for {stages} stages of gamma: some gammas never come; {remedy}"

@@ -1,8 +1,8 @@
 """One prompt, many responses, computed once: for training, the reference, scoring and evaluation alike.
 
-A row holds `prompt, response, response, ...`, then perhaps another prompt with its responses. Each response attends to
+A row is `prompt, response, response, ...`, then perhaps another prompt with its responses. Each response attends to
 its prompt and to itself, and its positions continue from the end of the prompt, so its log-probabilities are those of a
-separate row. The hidden states of scored tokens are gathered, and only they pass the model's head and whatever follows
+separate row. The hidden states of scored tokens are gathered, and only they pass the model's head and what follows
 it, in chunks: the logits of a whole batch never exist.
 
 Not every model can share a prompt. `prove` tries it on a small float64 copy of the model. Length-dependent features
@@ -12,9 +12,10 @@ are too long for sharing get separate rows.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
+from itertools import accumulate, chain
 from os.path import commonprefix
 from types import MethodType
 from typing import Any
@@ -28,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-# Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass holds a few such tensors.
+# Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass keeps a few such tensors.
 CHUNK_LOGITS = 2**24
 # A prompt's responses are split over rows of at most this many tokens where no budget is given.
 ROW_TOKENS = 2048
@@ -98,15 +99,11 @@ def fill_rows(sizes: list[int], budget: int | None) -> list[list[int]]:
     """
     limit = max(budget or 0, max(sizes))
     rows: list[list[int]] = []
-    used: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        fits = (row for row, tokens in enumerate(used) if tokens + sizes[index] <= limit)
-        row = next(fits, len(rows))
-        if row == len(rows):
-            rows.append([])
-            used.append(0)
-        rows[row].append(index)
-        used[row] += sizes[index]
+        fits = (row for row in rows if sum(sizes[other] for other in row) + sizes[index] <= limit)
+        if (row := next(fits, None)) is None:
+            rows.append(row := [])
+        row.append(index)
     return rows
 
 
@@ -143,27 +140,23 @@ def shared_rows(
         for index in row:
             prompt, each = split[index]
             begin = number * width + len(ids[number])
-            ids[number] += prompt
-            positions[number] += range(len(prompt))
-            segments[number] += [(index, 0)] * len(prompt)
-            scored[index], starts[index] = [], []
-            for place, response in enumerate(each, 1):
-                start = number * width + len(ids[number])
-                # The prompt's last token predicts the response's first, and so on.
-                scored[index] += [begin + len(prompt) - 1, *range(start, start + len(response) - 1)]
-                starts[index].append((begin, start))
-                ids[number] += response
-                positions[number] += range(len(prompt), len(prompt) + len(response))
-                segments[number] += [(index, place)] * len(response)
+            first = begin + len(prompt)
+            places = [first + before for before in accumulate(map(len, each[:-1]), initial=0)]
+            # The prompt's last token predicts the response's first, and so on.
+            spans = [(first - 1, *range(at, at + len(y) - 1)) for at, y in zip(places, each, strict=True)]
+            scored[index], starts[index] = [*chain(*spans)], [(begin, place) for place in places]
+            ids[number] += chain(prompt, *each)
+            positions[number] += chain(range(len(prompt)), *(range(len(prompt), len(prompt) + len(y)) for y in each))
+            segments[number] += [(index, place) for place, part in enumerate([prompt, *each]) for _ in part]
     flat = [response for _, each in split for response in each]
     return {
         "input_ids": _rectangle(ids, pad),
         "position_ids": _rectangle(positions, 0),
         "segments": _rectangle(segments, -1),
-        "scored": torch.tensor([place for index in range(len(split)) for place in scored[index]]),
+        "scored": torch.tensor([place for _, places in sorted(scored.items()) for place in places]),
         "targets": torch.tensor([token for response in flat for token in response]),
         "sizes": torch.tensor([len(response) for response in flat]),
-        "starts": torch.tensor([place for index in range(len(split)) for place in starts[index]]),
+        "starts": torch.tensor([place for _, places in sorted(starts.items()) for place in places]),
     }
 
 
@@ -186,12 +179,11 @@ def separate_rows(
     rows = [[*prompt, *response] for prompt, response in pairs]
     lengths = torch.tensor(list(map(len, rows)))
     kind = {"lengths": lengths} if alone else {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
+    ends = [(start - 1, len(response)) for (_, start), (_, response) in zip(begins, pairs, strict=True)]
     return {
         "input_ids": _rectangle(rows, pad),
         **kind,
-        "scored": torch.cat(
-            [start - 1 + torch.arange(len(response)) for (_, start), (_, response) in zip(begins, pairs, strict=True)]
-        ),
+        "scored": torch.cat([torch.arange(first, first + size) for first, size in ends]),
         "targets": torch.tensor([token for _, response in pairs for token in response]),
         "sizes": torch.tensor([len(response) for _, response in pairs]),
         "starts": torch.tensor(begins),
@@ -202,9 +194,7 @@ def make_rows(
     layout: Layout, prompts: list[list[int]], responses: list[list[list[int]]], pad: int, budget: int | None = None
 ) -> dict[str, torch.Tensor]:
     """The cheapest rows that are right for these conversations; the arguments are those of `shared_rows`."""
-    longest = max(
-        len(prompt) + len(response) for prompt, each in zip(prompts, responses, strict=True) for response in each
-    )
+    longest = max(len(prompt) + max(map(len, each)) for prompt, each in zip(prompts, responses, strict=True))
     if longest <= layout.shared:
         return shared_rows(prompts, responses, pad, budget)
     return separate_rows(prompts, responses, pad, alone=longest > layout.padded)
@@ -287,19 +277,14 @@ def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What a model is called with for rows of `shared_rows` or `separate_rows`."""
     if "segments" not in rows:
         return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "use_cache": False}
-    mask = attention_mask(rows["segments"])
+    mask: Any = attention_mask(rows["segments"])
     if model.config._attn_implementation == "sdpa":
         ALL_ATTENTION_FUNCTIONS["sdpa"] = block_attention
         mask.blocks = blocks(rows)
     else:  # eager attention adds its mask
         lowest = torch.finfo(model.dtype).min
         mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
-    return {
-        "input_ids": rows["input_ids"],
-        "attention_mask": mask,
-        "position_ids": rows["position_ids"],
-        "use_cache": False,
-    }
+    return {name: rows[name] for name in ("input_ids", "position_ids")} | {"attention_mask": mask, "use_cache": False}
 
 
 @dataclass(frozen=True)
@@ -307,7 +292,7 @@ class Block:
     """A prompt and its responses in a row; R responses of at most L tokens.
 
     Attributes:
-        row, start, end: the prompt's row, its first place and the one behind it.
+        row, start, end: the prompt's row, its first place and the place after its last.
         places: (R, L), of the responses' tokens in the row, 0 on padding.
         taken: (R, L), False on padding.
         visible: (R, 1, L, prompt + L), which of the prompt and of its own tokens a response's token sees.
@@ -355,12 +340,12 @@ def block_attention(module, query, key, value, attention_mask, **settings):
         if result is None:  # of the output's dtype, which autocast may have made another than the query's
             result = output.new_zeros(query.shape[0], query.shape[2], *output.shape[1:])
         result[block.row, block.start : block.end] = output
-        own = [each[block.row][:, block.places].transpose(0, 1) for each in (query, key, value)]
-        seen = [
+        own, *seen = (each[block.row][:, block.places].transpose(0, 1) for each in (query, key, value))
+        keys, values = (
             torch.cat([before.expand(len(after), -1, -1, -1), after], dim=2)
-            for before, after in zip(prompt[1:], own[1:], strict=True)
-        ]
-        output = sdpa_attention_forward(module, own[0], *seen, block.visible, **settings)[0]
+            for before, after in zip(prompt[1:], seen, strict=True)
+        )
+        output = sdpa_attention_forward(module, own, keys, values, block.visible, **settings)[0]
         result[block.row, block.places[block.taken]] = output[block.taken]
     return result, None
 
@@ -408,7 +393,7 @@ def add_response_head(model, gathers: bool = True) -> None:
     before = model.forward
 
     @wraps(type(model).forward)  # `generate` reads the signature
-    def forward(self, *args, scored=None, targets=None, **kwargs):
+    def forward(self, *args, scored=None, targets: Any = None, **kwargs):
         if scored is None:
             return before(*args, **kwargs)
         states, head = scored_logits(self, before, {**kwargs, "scored": scored}, gathers)
@@ -421,7 +406,7 @@ def token_log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.
     """Log-probabilities of the targets, the logits made in chunks and not kept.
 
     A head that trains makes its logits again in the backward pass. With a frozen one (LoRA) each token's derivative is
-    taken at once, while its logits exist: a matrix product less.
+    taken at once, while its logits exist, which saves a matrix product.
 
     Args:
         head: makes logits of hidden states, every token by itself; `OwnHead`, or a module.
@@ -457,9 +442,9 @@ class _FrozenHead(torch.autograd.Function):
         return values.detach()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *gradients):
         (derivative,) = ctx.saved_tensors
-        return None, (grad.unsqueeze(1) * derivative).to(derivative.dtype), None
+        return None, (gradients[0].unsqueeze(1) * derivative).to(derivative.dtype), None
 
 
 def _log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -493,7 +478,7 @@ TRIAL = (
 
 
 def own_log_probs(model, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """Summed log-probability of a response by the class's own forward pass on a row of its own."""
+    """Summed log-probability of a response by the class's own forward pass on a separate row."""
     logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
     targets = torch.tensor(response)[:, None]
     return logits[len(prompt) - 1 : -1].log_softmax(dim=-1).gather(1, targets).sum()
@@ -524,7 +509,7 @@ def prove(model, longest: float, own: Callable = own_log_probs, ours: Callable =
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 _PROVEN[key] = Trial(type(model), model.config, own, ours).layout(longest)
-        except Exception as error:  # whatever a foreign architecture raises: it has not been shown to be able
+        except Exception as error:  # a foreign architecture may raise anything; it is then unproven
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             _PROVEN[key] = replace(SEPARATE, reason=f"a small model of this class cannot be tried ({text})")
     return _PROVEN[key]
@@ -626,7 +611,7 @@ def with_large_weights(model):
     return model
 
 
-def small_config(architecture: type, config, narrow: dict[str, int | None] | None):
+def small_config(architecture: type, config, narrow: Mapping[str, int | None] | None):
     """The configuration with few layers and 64 tokens, and with every kind of layer that the class makes of it.
 
     Args:
@@ -658,19 +643,16 @@ def _layers_of_every_kind(architecture: type, config, layers: int) -> int:
     with torch.device("meta"):
         model = architecture(config)
     stacks = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == layers]
-    kinds = [
-        frozenset(_kind(module) for stack in stacks for module in stack[place].modules()) for place in range(layers)
-    ]
+    kinds = [frozenset(_kind(part) for stack in stacks for part in stack[at].modules()) for at in range(layers)]
     last = max((kinds.index(kind) for kind in kinds), default=0)
     return min(layers, max(4, last + 1))
 
 
 def _kind(module: torch.nn.Module) -> tuple:
     """A module's class and simple settings, but for its place among the layers."""
-    settings = {name: value for name, value in vars(module).items() if name != "layer_idx" and not name.startswith("_")}
-    return type(module), tuple(
-        (name, value) for name, value in sorted(settings.items()) if isinstance(value, bool | int | str | None)
-    )
+    simple = [(name, value) for name, value in vars(module).items() if isinstance(value, bool | int | str | None)]
+    named = [(name, value) for name, value in simple if name != "layer_idx" and not name.startswith("_")]
+    return type(module), tuple(sorted(named))
 
 
 def _fewer_weights(architecture: type, config) -> None:

@@ -2,7 +2,7 @@
 
 Releases of transformers differ in how they rebuild a tokenizer from its configuration: one of them loses every space of
 a DeepSeek tokenizer. Read by the library that wrote it, the file gives the same ids everywhere. `hps.chat` compares
-what transformers loads with it. A claim holds the hash of its ids (`hps.chat.model_tokens`), so stages in different
+what transformers loads with it. A claim has the hash of its ids (`hps.chat.model_tokens`), so stages in different
 environments can tell whether they use the same tokenizer.
 """
 
@@ -45,9 +45,8 @@ def _read(file: str, _: int) -> Any:
     try:
         own = Tokenizer.from_file(file)
     except Exception as error:  # the library raises no narrower class
-        raise InputError(
-            f"no readable tokenizer ({error})", where=file, remedy="take the file from the model again"
-        ) from None
+        problem = f"no readable tokenizer ({error})"
+        raise InputError(problem, where=file, remedy="take the file from the model again") from None
     own.no_padding()
     own.no_truncation()
     return own
@@ -59,7 +58,7 @@ def _fetched(path: str, revision: str | None) -> Path | None:
 
     try:
         return Path(hf_hub_download(path, FILE, revision=revision))
-    except (OSError, HfHubHTTPError, HFValidationError):  # whoever loads the tokenizer says what is wrong
+    except (OSError, HfHubHTTPError, HFValidationError):  # loading the tokenizer reports what is wrong
         return None
 
 

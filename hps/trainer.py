@@ -10,6 +10,7 @@ we rely on in TRL 1.16.0.
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -58,14 +59,12 @@ class PlanCollator:
 
     def __call__(self, examples: list[dict]) -> dict:
         lengths = [[len(ids) for ids in example["response_ids"]] for example in examples]
-        # The logarithm in float64: a weight that float32 cannot hold may still count against a large reward.
+        # The logarithm in float64: a weight too small for float32 may still count against a large reward.
         weights = _padded([term for example in examples for term in example["weights"]], dtype=torch.float64)
         batch = {
             "rows": self.rows(examples),
             "row": torch.tensor([example["row"] for example in examples]),
-            "tokens": torch.tensor(
-                [len(e["prompt_ids"]) * len(sizes) + sum(sizes) for e, sizes in zip(examples, lengths, strict=True)]
-            ),
+            "tokens": torch.tensor([sum(len(e["prompt_ids"]) + len(y) for y in e["response_ids"]) for e in examples]),
             "mask": torch.arange(weights.shape[1]) < torch.tensor(list(map(len, lengths)))[:, None],
             "lengths": _padded(lengths, 1.0),
             # Minus the highest: losses see differences alone, and float32 rounds them off where all rewards are large.
@@ -84,7 +83,7 @@ class PlanCollator:
         return make_rows(self.layout, prompts, responses, self.pad_token_id, self.row_tokens)
 
 
-def _padded(lists: list[list[float]], value: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+def _padded(lists: Sequence[Sequence[float]], value: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Lists of unequal lengths as rows of one tensor, of torch's default dtype."""
     rows = [torch.tensor(each, dtype=dtype or torch.get_default_dtype()) for each in lists]
     return pad_sequence(rows, batch_first=True, padding_value=value)
@@ -100,7 +99,7 @@ class RowsWithReference(Sequence[dict]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict:  # ty: ignore[incompatible-method-override] (no slices)
         return {**self.rows[index], "reference": list(self.log_probs[index])}
 
 
@@ -119,12 +118,15 @@ class HPSTrainer(DPOTrainer):
     """
 
     _tag_names = ["trl", "hps"]
+    model: Any
+    data_collator: Any
 
     def __init__(self, *args, loss: Loss, train_dataset: Sequence[dict] = (), **kwargs):
         config = kwargs["args"]
         _refuse_unsupported(config)
         config.beta = loss.beta
-        self.loss, self.rows = loss, train_dataset
+        self.loss = loss
+        self.rows: Any = train_dataset
         self.compares = FAMILIES[loss.family].reference  # the policy with the reference
         self.tokens = 0  # that have passed the policy; a continued training sets what it had
         self.start: float | None = None  # the largest |s| before the first update, nats; None when resumed
@@ -145,7 +147,7 @@ class HPSTrainer(DPOTrainer):
         return hasattr(self.model, "peft_config")
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """The plan's rows hold token ids already."""
+        """The plan's rows are token ids already."""
         return self.rows
 
     def _prepare_input(self, data):
@@ -169,14 +171,8 @@ class HPSTrainer(DPOTrainer):
         if self.state.global_step == 0 and reference is not None:
             self._check_start(policy.detach(), reference, inputs["lengths"])
         scores = FORMULAS[self.loss.family].score(self.loss, policy, reference, inputs["lengths"])
-        losses = preference_loss(
-            self.loss,
-            scores,
-            inputs["rewards"],
-            inputs["mask"],
-            inputs["log_weights"],
-            inputs["dispreferred_count"],
-        )
+        lists = [inputs[name] for name in ("rewards", "mask", "log_weights", "dispreferred_count")]
+        losses = preference_loss(self.loss, scores, *lists)
         # The logged rewards are rho of Eq. 3, also where a family's score is something else.
         rewards = implicit_reward(policy, reference, self.loss.beta) if self.compares else scores
         self._record(inputs, policy.detach(), rewards.detach(), losses.detach())
@@ -192,7 +188,8 @@ class HPSTrainer(DPOTrainer):
     def as_reference(self):
         """Inside it a forward pass of `ref_model`, or without one of the policy, is the reference's."""
         adapter = self.accelerator.unwrap_model(self.model).disable_adapter() if self.is_adapted else nullcontext()
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        settings: Any = self.args.gradient_checkpointing_kwargs
+        checkpointing = disable_gradient_checkpointing(self.model, settings)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
             yield
 
@@ -230,19 +227,17 @@ class HPSTrainer(DPOTrainer):
         largest, share = self.accelerator.gather(worst.unsqueeze(0)).amax(dim=0).tolist()
         self.start = max(self.start or 0.0, largest)
         if not share <= 1:
-            raise InputError(
-                f"before the first update policy and reference differ by |s| = {largest:.3g} nats for a response, "
-                f"{share:.3g} times what rounding in {computed} explains",
-                remedy="delete `<output>/reference`, set every dropout in the policy's config.json to 0, or give "
-                "`training.reference=in_step`; if it stays, the policy's weights give no finite or repeatable values",
-            )
+            start = f"before the first update policy and reference differ by |s| = {largest:.3g} nats for a response"
+            remedy = "delete `<output>/reference`, set every dropout in the policy's config.json to 0, or give "
+            remedy += "`training.reference=in_step`; if it stays, the policy's values are not finite or repeatable"
+            raise InputError(f"{start}, {share:.3g} times what rounding in {computed} explains", remedy=remedy)
 
-    def log(self, logs: dict[str, float], *args) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's; the first step's line has `s/largest_at_start`, too."""
         if self.start is not None and self.state.global_step == 1:
             self.accelerator.print(f"training: s at step 0: largest |s| = {self.start:.3g} nats", flush=True)
             logs = {**logs, "s/largest_at_start": self.start}
-        super().log(logs, *args)
+        super().log(logs, start_time)
 
     def _record(self, inputs, policy, rewards, losses) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.
@@ -282,10 +277,8 @@ class HPSTrainer(DPOTrainer):
 
 def not_finite(what: str, step: int, places: str) -> InputError:
     """The error that ends a training before it spoils the weights."""
-    return InputError(
-        f"step {step}: the {what} is not finite, with {places}",
-        remedy="look at these rewards and texts, or lower `optimizer.learning_rate`; the last checkpoint is kept",
-    )
+    remedy = "look at these rewards and texts, or lower `optimizer.learning_rate`; the last checkpoint is kept"
+    return InputError(f"step {step}: the {what} is not finite, with {places}", remedy=remedy)
 
 
 def rounding(dtype: torch.dtype, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:

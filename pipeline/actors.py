@@ -1,10 +1,9 @@
 """Workers as supervised actors of Ray: on all devices of this machine, or of the cluster that `RAY_ADDRESS` names.
 
-Each actor has one worker and a queue. Items go to whoever has room, results come back one by one, no more than
-`window` items are with an actor at a time, so that memory does not grow with the data. An actor that dies (a signal,
-want of memory, an exception of its worker) is replaced. What was with it is done again, a prompt at a time: one of
-them may have been the cause. An item that ends its actor when it is alone there is given up (`lost`), and the others
-go on.
+Each actor has one worker and a queue. Items go to an actor with room, and results come back one by one. An
+actor has at most `window` items at a time, so memory does not grow with the data. An actor that dies (a signal,
+out of memory, an exception of its worker) is replaced. Its items are done again, one at a time, because one of them may
+have been the cause. An item that ends its actor while alone there is given up (`lost`), and the others go on.
 
 Ray Data, which would hand items over in batches, returns a batch as a whole and cannot tell which of its items ended an
 actor.
@@ -16,7 +15,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,7 +23,7 @@ from typing import Any
 
 from hps.errors import InputError
 
-# In a row, without a result in between, and two for each worker besides: the cause is no single item, and no lost node.
+# In a row without a result, plus two for each worker: then the cause is not a single item or a lost node.
 MOST_DEATHS = 5
 READY = {"ready": True}
 LOOK = 0.5  # seconds between two looks at whether Ctrl-C was pressed
@@ -32,7 +31,7 @@ DRAIN = 2.0  # seconds at most for results that are there already when it was
 
 
 @contextmanager
-def held_interrupts() -> Iterator[Callable[[], bool]]:
+def held_interrupts() -> Generator[Callable[[], bool]]:
     """Inside the block a first Ctrl-C is only noted; what is yielded says whether there was one. A second one raises.
 
     KeyboardInterrupt comes up wherever Python happens to be: in a destructor or a callback of Ray it is printed and
@@ -59,7 +58,7 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 class Actor:
-    """Runs in a process of its own: a worker, fed by `put`, answering through `results`."""
+    """Runs in its own process: a worker, fed by `put`, answering through `results`."""
 
     def __init__(self, worker: type, arguments: dict):
         self._worker, self._arguments = worker, arguments
@@ -71,7 +70,7 @@ class Actor:
             self._queue.put(item)
 
     def results(self) -> Iterator[dict]:
-        """A line when the worker stands, then each of its results."""
+        """A line when the worker is ready, then each of its results."""
         worker = self._worker(**self._arguments)  # here, so that what it raises arrives as it is
         yield READY
         for result in worker.stream(self._feed()):
@@ -130,8 +129,8 @@ class Supervisor:
         """Results; `{"key": ..., "lost": why}` of an item that ended two actors.
 
         Raises:
-            InputError: a worker raised it; or the actors die whatever they are given.
-            KeyboardInterrupt: Ctrl-C, behind the results that were there by then.
+            InputError: a worker raised it; or the actors die on any item.
+            KeyboardInterrupt: Ctrl-C, after the results that had arrived by then.
         """
         with held_interrupts() as interrupted:
             try:
@@ -152,16 +151,16 @@ class Supervisor:
                     self._ray.kill(hired.actor)
 
     def _waiting(self, seconds: float) -> list[Hired]:
-        """Those who have something to say; none when that takes longer."""
+        """The actors with something to report; none after so many seconds."""
         streams = {hired.results: hired for hired in self._hired}
         ready, _ = self._ray.wait(list(streams), num_returns=1, timeout=seconds, fetch_local=False)
         found = [streams[stream] for stream in ready]
-        # Of several that are ready Ray takes the first: whoever was heard goes to the end.
+        # Of several that are ready Ray takes the first: an actor that was heard goes to the end.
         self._hired = [hired for hired in self._hired if hired not in found] + found
         return found
 
     def _drain(self) -> Iterator[dict]:
-        """What has arrived and waits to be taken: it is finished work. Nobody is replaced any more."""
+        """Results that have arrived: finished work. Dead actors are no longer replaced."""
         limit = time.monotonic() + DRAIN
         while self._hired and time.monotonic() < limit and (found := self._waiting(0)):
             for hired in found:
@@ -175,7 +174,7 @@ class Supervisor:
                     yield result
 
     def _check_sent(self) -> None:
-        """An actor that lives, but did not get what was sent to it, would be waited for in vain."""
+        """Bury an actor that is alive but did not get what was sent to it: no result would ever come."""
         for hired in [hired for hired in self._hired if hired.sent is not None]:
             done, _ = self._ray.wait([hired.sent], timeout=0)
             if done:
@@ -183,7 +182,7 @@ class Supervisor:
                 try:
                     self._ray.get(done[0])
                 except self._ray.exceptions.ActorDiedError:
-                    continue  # its stream says so, behind the results that it still has
+                    continue  # its stream says so, after the results that it still has
                 except self._ray.exceptions.RayError as error:
                     self._bury(hired, _told(error))
 
@@ -228,7 +227,7 @@ class Supervisor:
         self._hired[self._hired.index(hired)] = self._hire()
 
     def _feed_all(self, items: Iterator[dict]) -> None:
-        """Fill every actor's window: suspects to whoever has nothing, one each; the others take new items."""
+        """Fill every actor's window: suspects to idle actors, one each; the others take new items."""
         for hired in self._hired:
             if not hired.ready or hired.alone:
                 continue
@@ -245,10 +244,8 @@ class Supervisor:
 
 
 def _nothing_finished(deaths: int, why: str) -> InputError:
-    return InputError(
-        f"{deaths} workers died in a row and none finished anything; the last: {why}",
-        remedy="see what the machine says of memory and devices; the same command continues",
-    )
+    problem = f"{deaths} workers died in a row and none finished anything; the last: {why}"
+    return InputError(problem, remedy="see what the machine says of memory and devices; the same command continues")
 
 
 def _told(error: BaseException) -> str:
@@ -258,14 +255,12 @@ def _told(error: BaseException) -> str:
 
 
 def _check_room(ray, workers: int, gpus_each: int) -> None:
-    """Refuse more workers than the machines hold, for which Ray would wait for ever."""
+    """Refuse more workers than the machines have room for: Ray would wait forever."""
     room = sum(places(node, gpus_each) for node in ray.nodes() if node["Alive"])
     if workers > room:
         kind = f"{gpus_each} GPU(s)" if gpus_each else "one CPU core"
-        raise InputError(
-            f"{workers} workers of {kind} each do not fit: there is room for {room}",
-            remedy="lower `generation.workers`, `annotation.workers` or `generation.tensor_parallel`",
-        )
+        remedy = "lower `generation.workers`, `annotation.workers` or `generation.tensor_parallel`"
+        raise InputError(f"{workers} workers of {kind} each do not fit: there is room for {room}", remedy=remedy)
 
 
 def places(node: dict, gpus_each: int) -> int:
@@ -280,7 +275,7 @@ def connect(workers: int = 1):
     Raises:
         InputError: the cluster cannot be reached.
     """
-    # A killed engine leaves no process of its own behind that would hold the GPU.
+    # A killed engine must not leave a process that keeps the GPU.
     os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
     import ray
 
@@ -293,11 +288,9 @@ def connect(workers: int = 1):
             if interrupted():
                 raise KeyboardInterrupt
         except ConnectionError as error:
-            raise InputError(
-                f"no Ray cluster can be reached ({error})",
-                where=f"RAY_ADDRESS={address}",
-                remedy="check the address; a cluster with tokens, Ray's default, also needs RAY_AUTH_MODE=token here",
-            ) from None
+            problem = f"no Ray cluster can be reached ({error})"
+            remedy = "check the address; a cluster with tokens, Ray's default, also needs RAY_AUTH_MODE=token here"
+            raise InputError(problem, where=f"RAY_ADDRESS={address}", remedy=remedy) from None
     return ray
 
 

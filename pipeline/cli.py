@@ -14,11 +14,10 @@ def parse(
     """Read the command line of a stage and load its recipe; `flags` are its own `--name`s with their help.
 
     Args:
-        usage: of a command that takes an argument of its own before these.
+        usage: for a command with an argument before these.
     """
-    parser = argparse.ArgumentParser(
-        description=description, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=layout)
     parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value", help=f"default: {DEFAULT_RECIPE}")
     if dry_run:
         parser.add_argument("--dry-run", action="store_true", help="print the resolved plan, run nothing")

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hps.chat import load_tokenizer, same_tokens, sampled_text
 from hps.errors import InputError
@@ -29,7 +30,6 @@ _CUDA_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 CPU_KV_CACHE_BYTES = 2 * 2**30
 
 
-END = object()
 LORA_RANKS = (8, 16, 32, 64, 128, 256)  # of those that vLLM takes
 MOST_ADAPTERS = 4  # at work at a time; prompts come sorted by adapter, so that two or three overlap
 
@@ -50,9 +50,9 @@ class Engine:
         model: folder or hub name, with revision.
         settings: the recipe's `generation` section.
         stop_ids: token ids that end a turn.
-        seed: seeds the engine. On CUDA every prompt has a seed of its own besides, so that its samples depend less
-            on the prompts around it; on a CPU per-request seeds end vLLM 0.32's engine («CPU Generator does not use
-            offset») when many sequences are scheduled.
+        seed: seeds the engine. On CUDA every prompt also has its own seed, so its samples depend less on the
+            prompts around it. On a CPU per-request seeds crash vLLM 0.32's engine ("CPU Generator does not use
+            offset") when many sequences are scheduled.
         adapters: folders of the LoRA adapters (PEFT) that prompts may ask for.
         schema: JSON schema that every sample must follow.
     """
@@ -78,12 +78,12 @@ class Engine:
         self._settings, self._stop_ids, self._seed = settings, sorted(stop_ids), seed
         self._schema = schema
         self._tokenizer = load_tokenizer(model.path, model.revision)
-        # vLLM loads tokenizers by rules of its own. It gets ours as a folder, for schemas; texts are decoded here.
+        # vLLM loads tokenizers by its own rules. It gets ours as a folder, for schemas; texts are decoded here.
         self._folder = tempfile.TemporaryDirectory()
         self._tokenizer.save_pretrained(self._folder.name)
         # Without a configuration beside it vLLM tries twice to read one, waits in between and prints errors.
         load_config(model).save_pretrained(self._folder.name)
-        extra = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        extra: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
         if not self._cuda:
             extra = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
         # vLLM knows adapters by numbers from 1.
@@ -114,11 +114,8 @@ class Engine:
             **extra,
         ).llm_engine
         if schema and not same_tokens(self._tokenizer, self._engine.get_tokenizer()):
-            raise InputError(
-                "vLLM does not read the tokenizer as it is, so that it could not hold answers to a schema",
-                where=model.path,
-                remedy="use another judge",
-            )
+            problem = "vLLM reads the tokenizer differently, so answers could not follow a schema"
+            raise InputError(problem, where=model.path, remedy="use another judge")
 
     def stream(
         self, prompts: Iterable[tuple[str, list[int], int] | tuple[str, list[int], int, str | None] | None]
@@ -135,15 +132,16 @@ class Engine:
         exhausted = False
         while True:
             while not exhausted and sum(waiting.values()) < 2 * self._settings.max_sequences:
-                item = next(source, END)
-                if item is END:
+                try:
+                    item = next(source)
+                except StopIteration:
                     exhausted = True
-                if item is END or item is None:
+                    break
+                if item is None:
                     break
                 key, ids, count, *adapter = item
-                self._engine.add_request(
-                    key, {"prompt_token_ids": ids}, self._sampling(key, count), lora_request=self._lora(*adapter)
-                )
+                lora, sampling = self._lora(*adapter), self._sampling(key, count)
+                self._engine.add_request(key, {"prompt_token_ids": ids}, sampling, lora_request=lora)
                 waiting[key] = count
             if not waiting:
                 if exhausted:
@@ -183,7 +181,7 @@ class Engine:
 
 
 def _rank_place(adapter: str) -> int:
-    """The room that vLLM makes for an adapter: the smallest of its sizes that holds the rank."""
+    """The room that vLLM makes for an adapter: the smallest of its sizes that fits the rank."""
     rank = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     return next((size for size in LORA_RANKS if size >= rank), rank)
 

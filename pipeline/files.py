@@ -8,14 +8,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
+from mmap import mmap
 from pathlib import Path
 from typing import TextIO
 
 from hps.errors import InputError
-from pipeline.records import AGAIN, Named, canonical, checked, read_jsonl, read_ledger
+from pipeline.records import AGAIN, LedgerLine, Named, canonical, checked, read_jsonl, read_ledger
 
 
 def file_hash(path: str | Path) -> str:
@@ -24,9 +25,8 @@ def file_hash(path: str | Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(
-            f"cannot read the file ({error.strerror})", where=str(path), remedy="run the stage that writes it first"
-        ) from None
+        problem = f"cannot read the file ({error.strerror})"
+        raise InputError(problem, where=str(path), remedy="run the stage that writes it first") from None
 
 
 def value_hash(value: object) -> str:
@@ -38,7 +38,7 @@ def value_hash(value: object) -> str:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[TextIO]:
+def whole_file(path: str | Path) -> Generator[TextIO]:
     """A file under a temporary name, renamed at the end of the block: readers see the old or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path) -> Generator[Path]:
     """A folder under a temporary name, renamed at the end of the block. The caller keeps other processes out."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -89,16 +89,16 @@ def write_json(path: str | Path, value) -> None:
 # ---- files that grow ----
 
 
-def json_line(record: dict) -> str:
+def json_line(record: Mapping) -> str:
     """A record as a line of JSON Lines; NaN is refused because it is not JSON."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-class Appender:
+class Appender(AbstractContextManager):
     """A JSON Lines file that grows by whole records.
 
-    A record is written by one `write` and flushed to the disk. A last line without its newline is what a kill left
-    behind: opening cuts it off, so that its prompt counts as unfinished and is done again.
+    A record is written by one `write` and flushed to the disk. A last line without its newline was cut by a kill.
+    Opening removes it, so its prompt counts as unfinished and is done again.
     """
 
     def __init__(self, path: str | Path):
@@ -108,23 +108,14 @@ class Appender:
         self._file = self.path.open("ab")
 
     def _cut_partial_line(self) -> None:
-        if not self.path.exists():
+        if not self.path.exists() or not self.path.stat().st_size:  # an empty file cannot be mapped
             return
         with self.path.open("rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            keep = end
-            while keep > 0:  # walk back in blocks: the file may be large, the partial line is not
-                start = max(0, keep - 65536)
-                file.seek(start)
-                found = file.read(keep - start).rfind(b"\n")
-                if found >= 0:
-                    keep = start + found + 1
-                    break
-                keep = start
-            if keep < end:
-                file.truncate(keep)
+            with mmap(file.fileno(), 0) as content:  # the file may be large, the partial line is not
+                keep = content.rfind(b"\n") + 1
+            file.truncate(keep)
 
-    def append(self, record: dict) -> None:
+    def append(self, record: Mapping) -> None:
         """Write one record and wait until the disk has it."""
         self._file.write(json_line(record).encode("utf-8"))
         self._file.flush()
@@ -133,10 +124,7 @@ class Appender:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
 
@@ -153,7 +141,7 @@ def done_ids(path: str | Path) -> set[str]:
 REPEATED = "repeated prompt"  # reason of the ledger lines that every start makes again
 
 
-class Results:
+class Results(AbstractContextManager):
     """A stage's records, one for each prompt, and its ledger; continued where an earlier start was stopped.
 
     A prompt is done when it has a record, or a ledger line with `refused`: `done` holds their names. Other ledger lines
@@ -161,7 +149,7 @@ class Results:
     opening removes the ledger lines of prompts that are not done.
 
     Args:
-        repeated: ledger lines of prompts that stand in the data twice.
+        repeated: ledger lines of prompts that are in the data twice.
     """
 
     def __init__(self, path: Path, ledger: Path, repeated: Iterable[dict] = ()):
@@ -172,7 +160,7 @@ class Results:
         write_lines(ledger, map(json_line, chain(repeated, self._kept())))
         self._ledger = Appender(ledger)
 
-    def _kept(self) -> Iterator[dict]:
+    def _kept(self) -> Iterator[LedgerLine]:
         """Ledger lines of finished prompts."""
         for _, line in read_ledger(self.ledger_path):
             if line["prompt_id"] in self.done and line["reason"] != REPEATED:
@@ -195,8 +183,5 @@ class Results:
         self._records.close()
         self._ledger.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()

@@ -15,17 +15,20 @@ repository or beside it: so the hash of the file and the versions of the package
 
 import ast
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from traceback import walk_tb
 from types import ModuleType
 from typing import Any
 
+from hps.chat import load_tokenizer, response_token_ids
 from hps.errors import InputError
+from hps.records import LARGEST_REWARD
 from pipeline.recipe import REPOSITORY, SHIPPED, Model, Recipe
-from pipeline.records import LARGEST_REWARD
 
 SHIPPED_MODULE = SHIPPED.removesuffix(".py").replace("/", ".")
 SIGNATURE = "def NAME(prompts, completions, **kwargs)"
@@ -57,7 +60,7 @@ def function_files(model: Model) -> list[Path]:
 
 def scorer_name(path: str | None, function: str | None) -> str:
     """What scored, for the reader: a model by its path, or a function without the way to its file."""
-    return path or f"the function {function.rpartition('/')[2]}"
+    return path or f"the function {str(function).rpartition('/')[2]}"
 
 
 def identity(function: str) -> dict:
@@ -81,20 +84,17 @@ def check_function(function: str, field: str) -> int:
     """Look for a function in its file without running it; return its line.
 
     Raises:
-        InputError: the file is no Python, has no such function, or imports what may not be imported or is not there.
+        InputError: the file is not Python, has no such function, or imports what is forbidden or missing.
     """
     path, name = located(function)
     tree = _parse(path)
-    for _ in _imported(tree, path):
-        pass
+    list(_imported(tree, path))  # refuses what may not be imported
     found = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
     if name not in found:
         public = ", ".join(each for each in found if not each.startswith("_"))
-        raise InputError(
-            f"`{field}`: the file has no `def {name}` at the left margin",
-            where=shown(path),
-            remedy=f"it has: {public}" if public else f"define one: {SIGNATURE}",
-        )
+        problem = f"`{field}`: the file has no `def {name}` at the left margin"
+        remedy = f"it has: {public}" if public else f"define one: {SIGNATURE}"
+        raise InputError(problem, where=shown(path), remedy=remedy)
     return found[name]
 
 
@@ -102,9 +102,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"cannot read the function's file ({error.strerror})", where=shown(path), remedy="put the file back"
-        ) from None
+        problem = f"cannot read the function's file ({error.strerror})"
+        raise InputError(problem, where=shown(path), remedy="put the file back") from None
 
 
 def _parse(path: Path) -> ast.Module:
@@ -112,11 +111,8 @@ def _parse(path: Path) -> ast.Module:
         return ast.parse(_read(path), str(path))
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # a null byte; nested too deep
         line = getattr(error, "lineno", None) or 1
-        raise InputError(
-            f"this is no Python ({getattr(error, 'msg', '') or str(error) or 'nested too deeply'})",
-            where=f"{shown(path)}:{line}",
-            remedy="correct it",
-        ) from None
+        problem = f"this is not Python ({getattr(error, 'msg', '') or str(error) or 'nested too deeply'})"
+        raise InputError(problem, where=f"{shown(path)}:{line}", remedy="correct it") from None
 
 
 def _imported(tree: ast.Module, path: Path) -> Iterator[tuple[str, str]]:
@@ -132,12 +128,9 @@ def _imported(tree: ast.Module, path: Path) -> Iterator[tuple[str, str]]:
         elif top and top in _distributions() and not (REPOSITORY / top).is_dir():
             yield from ((package, version(package)) for package in _distributions()[top])
         else:
-            raise InputError(
-                f"the file imports `{name}`, which is no installed package",
-                where=f"{shown(path)}:{line}",
-                remedy=f"install it in this environment, or move its code here (of this repository {SHIPPED_MODULE} "
-                "alone may be imported)",
-            )
+            problem = f"the file imports `{name}`, which is not an installed package"
+            remedy = f"install it in this environment, or move its code here (only {SHIPPED_MODULE} may be imported)"
+            raise InputError(problem, where=f"{shown(path)}:{line}", remedy=remedy)
 
 
 def _import_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -167,8 +160,6 @@ class FunctionScorer:
     """
 
     def __init__(self, function: str, field: str, tokenizer: Model):
-        from hps.chat import load_tokenizer  # imports torch, which the stages without a model do not need
-
         self.path, self.name = located(function)
         self.title = f"`{field}` `{self.name}`"
         self.line = check_function(function, field)
@@ -188,92 +179,68 @@ class FunctionScorer:
             raise self._refusal(error, f"the file of {self.title} raised") from None
 
     def score(
-        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
+        self, messages: Sequence[Mapping], responses: list[str], truncated: list[bool], prompt_id: str | None = None
     ) -> list[float]:
         """Scores of the responses to one prompt, in their order. InputError: as `score_details`."""
         return [details["score"] for details in self.score_details(messages, responses, truncated, prompt_id)]
 
     def score_details(
-        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
+        self, messages: Sequence[Mapping], responses: list[str], truncated: list[bool], prompt_id: str | None = None
     ) -> list[dict]:
         """For each response its `score`.
 
         Raises:
-            InputError: the function raises, gives no list of one finite number for each response, or gives equal
-                responses, or the first prompt's at a second call, other scores.
+            InputError: the function raises; it does not return a list with one finite number for each response; equal
+                responses get different scores, or the first prompt gets other scores at a second call.
         """
-        scores = self._call(messages, responses, truncated, prompt_id)
-        again = scores if self.tried else self._call(messages, responses, truncated, prompt_id)
+        answers = list(zip(responses, truncated, strict=True))
+        scores = self._call(messages, prompt_id, answers)
+        again = scores if self.tried else self._call(messages, prompt_id, answers)
         self.tried, first = True, {}
-        for number, (text, cut) in enumerate(zip(responses, truncated, strict=True)):
-            seen = first.setdefault((text, cut), number)
+        for number, answer in enumerate(answers):
+            seen = first.setdefault(answer, number)
             for other, when in ((again[number], "at a second call"), (scores[seen], f"as response {seen + 1}")):
                 if other != scores[number]:
-                    raise self._refuse(
-                        f"gives response {number + 1} the score {scores[number]}, and {other} {when}",
-                        "equal responses must get equal scores: draw nothing at random, and keep no state",
-                    )
+                    problem = f"gives response {number + 1} the score {scores[number]}, and {other} {when}"
+                    remedy = "equal responses must get equal scores: draw nothing at random, and keep no state"
+                    raise self._refuse(problem, remedy)
         return [{"score": score} for score in scores]
 
-    def _columns(
-        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None
-    ) -> dict[str, list]:
-        """The arguments of a call, made for it: the function may change them."""
-        from hps.chat import response_token_ids
+    def _call(self, messages: Sequence[Mapping], prompt_id: str | None, answers: list[tuple[str, bool]]) -> list[float]:
+        """Checked scores of responses, each with whether it is truncated."""
 
-        return {
-            "prompts": [[dict(message) for message in messages] for _ in responses],
-            "completions": [[{"role": "assistant", "content": text}] for text in responses],
-            "completion_ids": [
-                response_token_ids(self.tokenizer, messages, text, cut)
-                for text, cut in zip(responses, truncated, strict=True)
-            ],
-            "truncated": list(truncated),
-            "prompt_id": [prompt_id] * len(responses),
-        }
+        def run(part: list[tuple[str, bool]]) -> Any:  # new arguments for each call: the function may change them
+            return self.function(
+                prompts=[[dict(message) for message in messages] for _ in part],
+                completions=[[{"role": "assistant", "content": text}] for text, _ in part],
+                completion_ids=[response_token_ids(self.tokenizer, messages, *answer) for answer in part],
+                truncated=[cut for _, cut in part],
+                prompt_id=[prompt_id] * len(part),
+            )
 
-    def _call(
-        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None
-    ) -> list[float]:
-        columns = self._columns(messages, responses, truncated, prompt_id)
         try:
-            found = self.function(**columns)
+            found = run(answers)
         except (Exception, SystemExit) as error:
-            culprit = self._culprit(messages, responses, truncated, prompt_id)
+            culprit = next((f" on response {n}" for n, answer in enumerate(answers, 1) if _raises(run, [answer])), "")
             raise self._refusal(error, f"{self.title} raised{culprit}") from None
         if type(found) is not list:
             raise self._refuse(f"returns {type(found).__name__}", "return a list of floats")
-        if len(found) != len(responses):
-            raise self._refuse(
-                f"returns {len(found)} scores for {len(responses)} responses", "return one for each of `completions`"
-            )
+        if len(found) != len(answers):
+            problem = f"returns {len(found)} scores for {len(answers)} responses"
+            raise self._refuse(problem, "return one for each of `completions`")
         return [self._number(value, number) for number, value in enumerate(found, 1)]
-
-    def _culprit(self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None) -> str:
-        """Which response the function raises on, if it does on one alone."""
-        for number, (text, cut) in enumerate(zip(responses, truncated, strict=True), 1):
-            columns = self._columns(messages, [text], [cut], prompt_id)
-            try:
-                self.function(**columns)
-            except (Exception, SystemExit):
-                return f" on response {number}"
-        return ""
 
     def _number(self, value: Any, number: int) -> float:
         """A score as a float; scalars of numpy and torch are numbers, too."""
         plain = value
         if callable(getattr(value, "item", None)):
-            try:
+            with suppress(Exception):  # an array of several numbers; a class of the user's
                 plain = value.item()
-            except Exception:  # an array of several numbers; a class of the user's
-                plain = None
         if isinstance(plain, bool) or not isinstance(plain, (int, float)):
             raise self._refuse(f"gives response {number} {_short(value)}", "return a float for each response")
         if not abs(plain) <= LARGEST_REWARD:
-            raise self._refuse(
-                f"gives response {number} the score {_short(plain)}",
-                f"return finite numbers within {LARGEST_REWARD:.1e}",
-            )
+            remedy = f"return finite numbers within {LARGEST_REWARD:.1e}"
+            raise self._refuse(f"gives response {number} the score {_short(plain)}", remedy)
         return float(plain)
 
     def _refuse(self, problem: str, remedy: str) -> InputError:
@@ -281,16 +248,20 @@ class FunctionScorer:
 
     def _refusal(self, error: BaseException, problem: str) -> InputError:
         """An exception of the function, with the last line of its file that was at work."""
-        line, trace = getattr(self, "line", 1), error.__traceback__
-        while trace:
-            if trace.tb_frame.f_code.co_filename == str(self.path):
-                line = trace.tb_lineno
-            trace = trace.tb_next
+        lines = [number for frame, number in walk_tb(error.__traceback__) if frame.f_code.co_filename == str(self.path)]
+        line = lines[-1] if lines else self.line
         text = _shown(error, str)[:300]
         remedy = f"correct the function ({SIGNATURE})" if isinstance(error, TypeError) else "correct the function"
-        return InputError(
-            f"{problem} {type(error).__name__}: {text}".rstrip(": "), where=f"{shown(self.path)}:{line}", remedy=remedy
-        )
+        problem = f"{problem} {type(error).__name__}: {text}".rstrip(": ")
+        return InputError(problem, where=f"{shown(self.path)}:{line}", remedy=remedy)
+
+
+def _raises(run: Callable, *arguments: Any) -> bool:
+    try:
+        run(*arguments)
+    except (Exception, SystemExit):
+        return True
+    return False
 
 
 def _shown(value: Any, write: Callable[[Any], str]) -> str:

@@ -33,12 +33,8 @@ def model_hash(model: Model) -> dict:
     files = sorted(p for p in files if not p.name.startswith(".") and p.suffix not in UNREAD)
     weights = [p for p in files if p.suffix in (".safetensors", ".bin") or p.name in WEIGHTS]
     tokenizer = [p for p in files if p not in weights and p.suffix not in PICKLES]
-    return {
-        "path": model.path,
-        "weights": _combined(weights),
-        "tokenizer": _combined(tokenizer),
-        "tokens": model_tokens(model.path),
-    }
+    hashes = {"weights": _combined(weights), "tokenizer": _combined(tokenizer), "tokens": model_tokens(model.path)}
+    return {"path": model.path, **hashes}
 
 
 def identified(settings, role: str = "") -> Iterator[tuple[str, dict]]:
@@ -63,11 +59,9 @@ def _hub_commit(model: Model) -> str:
     try:
         return Path(hf_hub_download(model.path, "config.json", revision=model.revision)).parent.name
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise InputError(
-            f"no such model in the hub's cache, and it cannot be fetched ({str(error).splitlines()[0]})",
-            where=model.path,
-            remedy="check name and network, or fill the cache with `python -m tools.prefetch`",
-        ) from None
+        problem = f"no such model in the hub's cache, and it cannot be fetched ({str(error).splitlines()[0]})"
+        remedy = "check name and network, or fill the cache with `python -m tools.prefetch`"
+        raise InputError(problem, where=model.path, remedy=remedy) from None
 
 
 def check_model(model: Model, field: str) -> None:
@@ -86,7 +80,5 @@ def check_model(model: Model, field: str) -> None:
         return
     looks_like_hub = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~", "models/", "runs/"))
     if not looks_like_hub:
-        raise InputError(
-            f"`{field}.path`: there is no model folder {path}",
-            remedy="run `bash setup.sh infer` for the embedded models, or correct the path",
-        )
+        problem = f"`{field}.path`: there is no model folder {path}"
+        raise InputError(problem, remedy="run `bash setup.sh infer` for the embedded models, or correct the path")

@@ -23,10 +23,7 @@ LENGTHS = {
 }
 WRITERS = {"reward": "generator", "evaluator": "policy"}  # whose responses they score
 ARMORM = "LlamaForRewardModelWithGating"  # its labels are its objectives; annotation/armorm.py makes one score of them
-SAME_MODEL = (
-    "`models.evaluator` is `models.reward`: answers are judged by the model that ranked the candidates, and the policy "
-    "was trained to please it"
-)
+SAME_MODEL = "`models.evaluator` is `models.reward`: the policy was trained to please the model that judges it"
 SAME_FUNCTION = "ranked and evaluated by the same function: this is the true reward of the experiment"
 
 
@@ -37,11 +34,8 @@ def check_labels(model: Model, role: str = "reward") -> None:
     """
     config = load_config(model)
     if config.num_labels != 1 and ARMORM not in (config.architectures or []):
-        raise InputError(
-            f"`models.{role}`: the model has {config.num_labels} labels",
-            where=model.path,
-            remedy="give a sequence classifier with one label, or ArmoRM",
-        )
+        problem = f"`models.{role}`: the model has {config.num_labels} labels"
+        raise InputError(problem, where=model.path, remedy="give a sequence classifier with one label, or ArmoRM")
 
 
 def check_fits(stage: str, recipe: Recipe, role: str, tokenizer: bool = True) -> None:
@@ -54,18 +48,15 @@ def check_fits(stage: str, recipe: Recipe, role: str, tokenizer: bool = True) ->
     model: Model = getattr(recipe.models, role)
     if model.function:
         return
-    config = load_config(model)
-    length = context_length(config)
+    length = context_length(config := load_config(model))
     if stage != "gene" or any(getattr(recipe.data, split).responses for split in SPLITS):
         for keys in LENGTHS[stage, role]:
             needed = sum(get(recipe, key) for key in keys)
             asked = "evaluation.answer_tokens" not in keys or recipe.evaluation.answers
             if asked and needed > length:
-                raise InputError(
-                    f"`models.{role}` has positions for {length:g} tokens, and {' + '.join(keys)} is {needed}",
-                    where=model.path,
-                    remedy="lower the setting, or use a model with a longer context",
-                )
+                problem = f"`models.{role}` has positions for {length:g} tokens, and {' + '.join(keys)} is {needed}"
+                remedy = "lower the setting, or use a model with a longer context"
+                raise InputError(problem, where=model.path, remedy=remedy)
     if tokenizer:
         check_vocabulary(load_tokenizer(model.path, model.revision), config.get_text_config().vocab_size, model.path)
 
@@ -78,19 +69,12 @@ def check_vocabulary(tokenizer: Any, rows: int, where: str) -> None:
     fed = {tokenizer.pad_token_id, tokenizer.eos_token_id}
     fed.update(prompt_token_ids(tokenizer, [{"role": "user", "content": "a"}]))
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    beyond = {
-        number: token
-        for token, number in tokenizer.get_vocab().items()
-        if number >= rows and (number in fed or number not in special)
-    }
-    if beyond:
-        names = ", ".join(f"`{token}` ({number})" for number, token in sorted(beyond.items())[:3])
-        raise InputError(
-            f"{len(beyond)} token(s) of the tokenizer have no row in the model's embedding of {rows}: {names}",
-            where=where,
-            remedy="take them out of the tokenizer (padding: give `pad_token` of tokenizer_config.json the end "
-            "token), or add rows by `resize_token_embeddings` and save the model",
-        )
+    known = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    if beyond := [(n, token) for n, token in known if n >= rows and (n in fed or n not in special)]:
+        names = ", ".join(f"`{token}` ({number})" for number, token in beyond[:3])
+        problem = f"{len(beyond)} token(s) of the tokenizer have no row in the model's embedding of {rows}: {names}"
+        remedy = "add rows by `resize_token_embeddings`, or remove the tokens (padding can be the end token)"
+        raise InputError(problem, where=where, remedy=remedy)
 
 
 def same_model(one: Model, other: Model) -> bool:

@@ -1,4 +1,4 @@
-"""Look before a long run: check recipe, data and models without loading a model, and print the resolved plan.
+"""Before a long run: check recipe, data and models without loading a model, and print the resolved plan.
 
 Reads   the recipe, the data files, the models' `config.json`
 Run     python -m pipeline.preflight gene configs/quickstart.yaml --dry-run
@@ -10,26 +10,21 @@ plan is printed all the same.
 """
 
 import sys
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from alignment.checks import check_wandb, try_lora
 from alignment.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
 from hps.settings import stages_without_steps
+from pipeline import models
 from pipeline.cli import parse
 from pipeline.functions import FunctionScorer, announce, located, shown
 from pipeline.identity import check_model
-from pipeline.models import (
-    SAME_FUNCTION,
-    SAME_MODEL,
-    WRITERS,
-    check_fits,
-    check_labels,
-    check_local_weights,
-    same_model,
-)
+from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, evaluated_prompts, load_prompts, unread_lines
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml
 from pipeline.records import read_ranked
@@ -41,14 +36,26 @@ STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("pol
 TRIED = 8  # prompts of a split on which a function is tried before a model loads
 
 
-def attempt(check, *arguments, dry_run: bool):
-    """Run a check; in a dry run what is missing becomes a remark instead of an error."""
+def attempt(lines: list[str], dry_run: bool, title: str, check: Callable, *arguments) -> Any:
+    """Run a check. In a dry run what is missing becomes a line of the plan instead of an error; None is returned."""
     try:
-        return check(*arguments), None
+        return check(*arguments)
     except InputError as error:
-        if dry_run and any(words in str(error) for words in ("No such file", "there is no", "not finished")):
-            return None, f"MISSING: {error}"
-        raise
+        if not dry_run or not any(words in str(error) for words in ("No such file", "there is no", "not finished")):
+            raise
+        lines.append(f"{title}: MISSING: {error}")
+
+
+def model_lines(role: str, model: Model, dry_run: bool) -> list[str]:
+    """Where a model is. InputError: it is missing, or a reward model with the wrong number of labels."""
+    check_model(model, f"models.{role}")
+    local = Path(model.path).is_dir()
+    kind = "local folder" if local else f"hub, revision {model.revision or 'open'}"
+    if role in SCORERS and (local or not dry_run):
+        models.check_labels(model, role)
+    elif role in SCORERS:
+        kind += "; its number of labels is not checked in a dry run, which asks the hub nothing"
+    return [f"{role}: {model.path}: {kind}"]
 
 
 def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
@@ -58,9 +65,8 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     lines, found = [], {}
     for split in SPLITS:
         settings = getattr(recipe.data, split)
-        loaded, remark = attempt(load_prompts, recipe, split, dry_run=dry_run)
+        loaded = attempt(lines, dry_run, f"{split}: {settings.path}", load_prompts, recipe, split)
         if loaded is None:
-            lines.append(f"{split}: {settings.path}: {remark}")
             continue
         prompts = found[split] = loaded[0]
         given = sum(len(record["responses"]) for record in prompts.values()) * recipe.generation.keep_given
@@ -84,31 +90,24 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     deepspeed_stage(recipe)  # a missing or broken file is found here
     processes = process_count(recipe)
     accumulation = accumulation_steps(recipe, processes)
-    lines, sources = [], {split: [] for split in SPLITS}
+    lines, prompts, sources = [], None, {split: [] for split in SPLITS}
     for split in SPLITS:
-        count, remark = attempt(count_ranked, recipe, split, dry_run=dry_run)
-        lines.append(f"ranked: {remark or f'{recipe.ranked(split)}: {count} prompts'}")
+        count = attempt(lines, dry_run, "ranked", count_ranked, recipe, split)
         if count is not None:
+            lines.append(f"ranked: {recipe.ranked(split)}: {count} prompts")
             sources[split].append(read_ranked(recipe.ranked(split)))
         if split == "train" and count is not None:
             prompts = count
-            continue
-        loaded, remark = attempt(load_prompts, recipe, split, dry_run=dry_run)
-        if loaded:
+        elif loaded := attempt(lines, dry_run, split, load_prompts, recipe, split):
             sources[split].append(loaded[0].placed())
-        if remark:
-            lines.append(f"{split}: {remark}")
-        if split == "train":
-            prompts = len(loaded[0]) if loaded else None
+            prompts = len(loaded[0]) if split == "train" else prompts
     check_disjoint(*(chain(*sources[split]) for split in SPLITS))
     if recipe.lora.enabled and dry_run and not Path(recipe.models.policy.path).is_dir():
         lines.append("policy: `lora.target_modules` is not checked in a dry run, which asks the hub nothing")
     elif recipe.lora.enabled:
         try_lora(recipe)
-    batch = (
-        f"global batch {schedule.global_batch}: {processes} process(es) x {schedule.device_batch} prompt(s) at a time "
-        f"x {accumulation}"
-    )
+    share = f"{processes} process(es) x {schedule.device_batch} prompt(s) at a time x {accumulation}"
+    batch = f"global batch {schedule.global_batch}: {share}"
     if prompts:
         steps = -(-prompts * schedule.epochs // schedule.global_batch)
         most = responses_per_prompt(recipe) * steps * schedule.global_batch * schedule.max_length
@@ -130,13 +129,8 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     lines = []
     if recipe.judge.enabled and not dry_run:
         check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
-    _, remark = attempt(require_finished, run, "the run is", "bash run.sh", dry_run=dry_run)
-    if remark:
-        lines.append(f"run: {remark}")
-    loaded, remark = attempt(evaluated_prompts, recipe, dry_run=dry_run)
-    if loaded is None:
-        lines.append(f"test: {remark}")
-    else:
+    attempt(lines, dry_run, "run", require_finished, run, "the run is", "bash run.sh")
+    if loaded := attempt(lines, dry_run, "test", evaluated_prompts, recipe):
         if recipe.ranked("train").exists():
             check_disjoint(read_ranked(recipe.ranked("train")), loaded[0].placed())
         answers = len(loaded[0]) * settings.samples
@@ -152,51 +146,46 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
 def count_ranked(recipe: Recipe, split: str) -> int:
     """Number of prompts of a ranked file; every line is checked."""
     if not recipe.ranked(split).exists():
-        raise InputError(
-            "there is no ranked file",
-            where=str(recipe.ranked(split)),
-            remedy="run `bash gene.sh` with this recipe first",
-        )
+        problem = "there is no ranked file"
+        raise InputError(problem, where=str(recipe.ranked(split)), remedy="run `bash gene.sh` with this recipe first")
     return sum(1 for _ in read_ranked(recipe.ranked(split)))
 
 
-def check_templates(stage: str, recipe: Recipe, roles: list[str]) -> None:
-    """Load the models' tokenizers; refuse prompts whose roles one of the templates refuses.
+def prompt_files(stage: str, recipe: Recipe) -> list[Iterator[tuple[str, Any]]]:
+    """The records that a driver's models read, file by file, with their `path:line`."""
+    if stage == "evaluate":
+        return [evaluated_prompts(recipe)[0].placed()]
+    if stage == "run":
+        return [read_ranked(recipe.ranked(split)) for split in SPLITS]
+    return [load_prompts(recipe, split)[0].placed() for split in SPLITS]
 
-    The judge reads a message of its own.
-    """
+
+def check_templates(stage: str, recipe: Recipe, roles: list[str]) -> None:
+    """Load the models' tokenizers; refuse prompts with roles that a template refuses. The judge has its own prompt."""
     for role in roles:
         model: Model = getattr(recipe.models, role)
         tokenizer = load_tokenizer(model.path, model.revision)
-        if stage == "gene":
-            files = [load_prompts(recipe, split)[0].placed() for split in SPLITS]
-        elif stage == "run":
-            files = [read_ranked(recipe.ranked(split)) for split in SPLITS]
-        else:
-            files = [] if role == "judge" else [evaluated_prompts(recipe)[0].placed()]
-        for file in files:
+        for file in prompt_files(stage, recipe) if role != "judge" else ():
             check_records(tokenizer, file)
 
 
 def try_function(stage: str, recipe: Recipe, role: str) -> None:
     """Run a function on the first prompts of a driver, each with a given response or a short one."""
-    writer = getattr(recipe.models, WRITERS[role])
+    writer = getattr(recipe.models, models.WRITERS[role])
     scorer = FunctionScorer(getattr(recipe.models, role).function, f"models.{role}.function", writer)
-    files = [load_prompts(recipe, split)[0] for split in SPLITS] if stage == "gene" else [evaluated_prompts(recipe)[0]]
-    for prompts in files:
-        for where, record in islice(prompts.placed(), TRIED):
+    for file in prompt_files(stage, recipe):
+        for where, record in islice(file, TRIED):
             with naming(f"{where}: prompt {record['prompt_id']}"):
                 scorer.score(record["prompt"], record["responses"][:1] or ["Yes."], [False], record["prompt_id"])
 
 
 def scorer_lines(stage: str, recipe: Recipe) -> list[str]:
-    """What stands out of how a recipe ranks and evaluates."""
-    lines, models = [], recipe.models
-    if stage == "gene" and recipe.annotation.noise:
-        deviation = recipe.annotation.noise
-        lines.append(f"reward: Gaussian noise of standard deviation {deviation:g} is added to the ranking rewards")
-    if stage != "run" and same_model(models.reward, models.evaluator):
-        lines.append(SAME_FUNCTION if models.reward.function else f"WARNING: {SAME_MODEL}")
+    """What is unusual in how a recipe ranks and evaluates."""
+    lines = []
+    if stage == "gene" and (noise := recipe.annotation.noise):
+        lines.append(f"reward: Gaussian noise of standard deviation {noise:g} is added to the ranking rewards")
+    if stage != "run" and models.same_model(recipe.models.reward, recipe.models.evaluator):
+        lines.append(models.SAME_FUNCTION if recipe.models.reward.function else f"WARNING: {models.SAME_MODEL}")
     return lines
 
 
@@ -212,22 +201,15 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     functions = [role for role in roles if getattr(recipe.models, role).function]
     announce(recipe, *functions)
     for role in functions:
-        check_model(getattr(recipe.models, role), f"models.{role}")
-        path, name = located(getattr(recipe.models, role).function)
+        check_model(scorer := getattr(recipe.models, role), f"models.{role}")
+        path, name = located(scorer.function)
         lines.append(f"{role}: function {name} of {shown(path)}")
     roles = [role for role in roles if role not in functions]
     for role in roles:
         model: Model = getattr(recipe.models, role)
-        _, remark = attempt(check_model, model, f"models.{role}", dry_run=dry_run)
-        kind = remark or ("local folder" if Path(model.path).is_dir() else f"hub, revision {model.revision or 'open'}")
-        lines.append(f"{role}: {model.path}: {kind}")
-        if role in SCORERS and not remark:
-            if dry_run and not Path(model.path).is_dir():
-                lines.append(f"{role}: its number of labels is not checked in a dry run, which asks the hub nothing")
-            else:
-                check_labels(model, role)
-    lines += scorer_lines(stage, recipe)
-    lines += {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage](recipe, dry_run)
+        lines += attempt(lines, dry_run, f"{role}: {model.path}", model_lines, role, model, dry_run) or []
+    plan = {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage]
+    lines += [*scorer_lines(stage, recipe), *plan(recipe, dry_run)]
     for role in roles:
         if not dry_run or (Path(getattr(recipe.models, role).path) / "config.json").exists():
             check_fits(stage, recipe, role, tokenizer=not dry_run)
@@ -236,7 +218,7 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     else:
         check_templates(stage, recipe, roles)
         for role in roles:
-            check_local_weights(role, getattr(recipe.models, role))
+            models.check_local_weights(role, getattr(recipe.models, role))
         for role in functions:
             try_function(stage, recipe, role)
         if stage == "run":
@@ -247,7 +229,7 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
 
 def main() -> None:
     if sys.argv[1:2] in (["-h"], ["--help"]):
-        parse(__doc__, usage=USAGE)  # says it, and ends
+        parse(__doc__, usage=USAGE)  # prints the help and exits
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         raise InputError(f"the first argument must be one of {', '.join(STAGES)}", where="command line")
     stage = sys.argv.pop(1)

@@ -1,19 +1,20 @@
 """The prompts files of a recipe: loaded, checked line by line, and kept apart by split."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
 from hps.errors import InputError
+from hps.records import Prompt
 from pipeline.recipe import Recipe
-from pipeline.records import Indexed, Prompt, check_prompt, prompt_id, read_jsonl, unread_fields
+from pipeline.records import Indexed, check_prompt, prompt_id, read_jsonl, unread_fields
 
 
-def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed, list[dict]]:
+def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed[Prompt], list[dict]]:
     """Check a split; return the prompts by id, and ledger lines for repeated ones.
 
-    A prompt that stands twice is one prompt, with the given responses of the first. The same `prompt_id` on different
+    A repeated prompt counts once, with the given responses of the first. The same `prompt_id` on different
     conversations is an error.
     """
     settings = getattr(recipe.data, split)
@@ -24,12 +25,8 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed, list[dict]]:
         return prompt
 
     if not Path(settings.path).exists():
-        raise InputError(
-            "cannot read the file (No such file or directory)",
-            where=settings.path,
-            remedy=f"correct `data.{split}.path`; `.venv-train/bin/python data/prepare.py` writes the published sets "
-            "(data/README.md)",
-        )
+        remedy = f"correct `data.{split}.path`, or write a published set by data/prepare.py (data/README.md)"
+        raise InputError("cannot read the file (No such file or directory)", where=settings.path, remedy=remedy)
     prompts = Indexed(settings.path, check, settings.limit)
     if not prompts:
         raise InputError("the file has no prompts", where=settings.path, remedy=f"correct `data.{split}.path`")
@@ -37,7 +34,7 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed, list[dict]]:
     return prompts, repeated
 
 
-def evaluated_prompts(recipe: Recipe) -> tuple[Indexed, list[dict]]:
+def evaluated_prompts(recipe: Recipe) -> tuple[Indexed[Prompt], list[dict]]:
     """The test prompts that are evaluated, by id, and ledger lines for repeated ones."""
     prompts, repeated = load_prompts(recipe.tested(), "test")
     return prompts.first(recipe.evaluation.prompts), repeated
@@ -46,13 +43,8 @@ def evaluated_prompts(recipe: Recipe) -> tuple[Indexed, list[dict]]:
 def _check_enough(record: Prompt, generated: int, keep_given: bool, where: str) -> None:
     given = len(record["responses"]) if keep_given else 0
     if given + generated < 2:
-        raise InputError(
-            f"the prompt would have a single response ({given} given, {generated} generated)"
-            if given + generated
-            else "the prompt would have no response",
-            where=where,
-            remedy="raise `data.<split>.responses`, or give more responses",
-        )
+        problem = f"the prompt would have fewer than two responses ({given} given, {generated} generated)"
+        raise InputError(problem, where=where, remedy="raise `data.<split>.responses`, or give more responses")
 
 
 def unread_lines(recipe: Recipe, split: str) -> list[str]:
@@ -64,7 +56,7 @@ def unread_lines(recipe: Recipe, split: str) -> list[str]:
     return [f"{split}: {settings.path}: `{name}` of {count} lines is not read" for name, count in found.items()]
 
 
-def check_disjoint(train: Iterable[tuple[str, dict]], test: Iterable[tuple[str, dict]]) -> None:
+def check_disjoint(train: Iterable[tuple[str, Mapping]], test: Iterable[tuple[str, Mapping]]) -> None:
     """Refuse prompts, with their places, that are in training and among those of the evaluation, too.
 
     Two conversations that differ only in white space are the same.
@@ -75,11 +67,9 @@ def check_disjoint(train: Iterable[tuple[str, dict]], test: Iterable[tuple[str, 
     both = {where: places[name] for where, record in test if (name := _conversation(record)) in places}
     if both:
         first = "; ".join(f"{test_place} is {train_place}" for test_place, train_place in list(both.items())[:3])
-        raise InputError(
-            f"{len(both)} test prompt(s) are in training, too, so held-out figures would be wrong: {first}",
-            remedy="remove them from one of the two files",
-        )
+        problem = f"{len(both)} test prompt(s) are in training, too, so held-out figures would be wrong: {first}"
+        raise InputError(problem, remedy="remove them from one of the two files")
 
 
-def _conversation(record: dict) -> str:
+def _conversation(record: Mapping) -> str:
     return prompt_id([{**message, "content": " ".join(message["content"].split())} for message in record["prompt"]])

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from functools import reduce
 from operator import attrgetter, getitem
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from yaml.constructor import ConstructorError
 
 from hps.combinations import refused
@@ -35,11 +36,16 @@ SFT = "sft"  # the folder of the model before training, beside the runs
 SCORERS = ("reward", "evaluator")  # the roles of which a function can do the work
 LEAVE = "leave one of them out"
 SHIPPED = "annotation/rewards.py"  # the functions that a recipe names without a file
-RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are no run
+RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are not runs
 CHOICES = {"loss.family": FAMILIES, "loss.preference": PREFERENCES}
 REFERENCE = r"\$\{([^}]*)\}"  # to another field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+
+
+def _absent(function: str | None) -> None:
+    if function is not None:
+        raise PydanticCustomError("extra_forbidden", "a Reward alone has one")
 
 
 class Model(Section):
@@ -47,12 +53,13 @@ class Model(Section):
 
     path: str = Field(description="folder of a model, or its name on the hub")
     revision: str | None = Field(None, description="commit on the hub (null: the newest)")
-    function: None = Field(None, exclude=True)  # a Reward alone has one
+    function: Annotated[str | None, AfterValidator(_absent)] = Field(None, exclude=True)  # a Reward alone has one
 
 
 class Reward(Model):
     """A reward model, or a `function` instead of one (pipeline/functions.py)."""
 
+    # ty: ignore[incompatible-attribute-override] -- null where there is a function
     path: str | None = Field(None, description="folder of a model, or its name on the hub")
     function: str | None = Field(None, exclude=False, description="of annotation/rewards.py, or `file.py:name`")
 
@@ -155,7 +162,7 @@ class Optimizer(Section):
 class Training(Section):
     """How the steps are run.
 
-    `shared_prefix` lays the responses of a prompt behind one copy of it. A longer list is split over rows of
+    `shared_prefix` puts the responses of a prompt after one copy of it. A longer list is split over rows of
     `row_tokens`, shorter groups share one (null: split above 2,048, share up to the longest group). `precomputed`
     takes the reference's log-probabilities before the training and keeps them in `<output>/reference/`.
     """
@@ -263,9 +270,8 @@ def split_arguments(arguments: list[str]) -> tuple[str, list[str]]:
         if not path.endswith((".yaml", ".yml")):
             raise InputError(f"`{path}` is neither a recipe (*.yaml) nor key=value", where="command line")
     if len(paths) > 1:
-        raise InputError(
-            f"two recipes given: {' and '.join(paths)}", where="command line", remedy="give one, then key=value"
-        )
+        problem = f"two recipes given: {' and '.join(paths)}"
+        raise InputError(problem, where="command line", remedy="give one, then key=value")
     return (paths[0] if paths else DEFAULT_RECIPE), [argument for argument in arguments if "=" in argument]
 
 
@@ -356,7 +362,7 @@ def _shown(value: Any) -> Any:
 def _refusal(error: ValidationError, source: "_Source") -> InputError:
     """Pydantic's first error as one line; an unknown key comes before the field that may be missing because of it."""
     errors = error.errors(include_url=False)
-    unknown = ("extra_forbidden", "none_required", "invalid_key")
+    unknown = ("extra_forbidden", "invalid_key")
     first = next((one for one in errors if one["type"] in unknown), errors[0])
     key = ".".join(map(str, first["loc"]))
     if first["type"] in unknown:

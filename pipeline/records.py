@@ -28,26 +28,25 @@ import tempfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from difflib import SequenceMatcher
 from functools import cache
+from io import BufferedReader
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, NotRequired, TypeVar
+from typing import Any, TypeVar, cast
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError, to_json
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.errors import InputError, shorten
+from hps.records import LARGEST_REWARD, Answers, Candidates, Name, Prompt, Ranked
 
-MOST = 3.4028234663852886e38  # the largest number in single precision, in which training holds rewards
-LARGEST_REWARD = MOST / 2  # so that single precision holds the difference of any two
 DEEPEST = 100  # brackets in brackets; near 1,000 Python's stack ends, for reading and for writing at different depths
 AGAIN = "remove the line, so that its prompt is done again"
-Check = Callable[[dict, str], dict]  # record and `path:line` in, the record out, or an InputError
 ROLES = ("system", "user", "assistant")
 PARALLEL = ("responses", "sources", "token_counts", "truncated")
 WITHOUT_NOISE = "rewards_without_noise"  # of a ranked record, where the ranking added noise (`annotation.noise`)
@@ -61,57 +60,11 @@ GZIP = b"\x1f\x8b"  # JSON never begins so
 REMEDIES = {
     "prompt": 'give chat messages, the last one the user\'s: [{"role": "user", "content": "..."}]',
     "prompt_id": "give a non-empty string, or leave it out",
-    "rewards": f"give a finite number within {LARGEST_REWARD:.1e}, so that single precision holds differences",
+    "rewards": f"give a finite number within {LARGEST_REWARD:.1e}, so single precision can represent differences",
 }
-Record = TypeVar("Record")
+Record = TypeVar("Record", bound=Mapping[str, Any], covariant=True)
+Check = Callable[[dict, str], Record]  # takes a record and `path:line`; returns the record, or raises InputError
 CONVERT = """python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin.buffer)]'"""
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("blank", "should be a text that is not blank")
-    return text
-
-
-def _ends_with_user(messages: list) -> list:
-    if (role := messages[-1]["role"]) != "user":
-        problem = "should end with the user's turn, not the {role}'s (answers belong in `responses`)"
-        raise PydanticCustomError("answered", problem, {"role": role})
-    return messages
-
-
-Name = Annotated[str, Field(min_length=1)]
-Whole = Annotated[int, Field(ge=0, le=int(MOST))]
-Number = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
-Reward = Annotated[float, Field(ge=-LARGEST_REWARD, le=LARGEST_REWARD, allow_inf_nan=False)]
-
-
-class Message(TypedDict):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[str, AfterValidator(_not_blank)]
-
-
-Messages = Annotated[list[Message], Field(min_length=1), AfterValidator(_ends_with_user)]
-
-
-class Prompt(TypedDict):
-    prompt: Messages
-    prompt_id: Name
-    responses: list[str]
-
-
-class Answers(Prompt):
-    token_counts: list[Whole]
-    truncated: list[bool]
-
-
-class Candidates(Answers):
-    sources: list[str]
-
-
-class Ranked(Candidates):
-    rewards: list[Reward]
-    rewards_without_noise: NotRequired[list[Reward]]
 
 
 class Named(TypedDict):
@@ -127,27 +80,31 @@ def canonical(value) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
-def prompt_id(messages: list[dict]) -> str:
+def prompt_id(messages: Iterable[Mapping[str, Any]]) -> str:
     """Stable name of a prompt: 16 hexadecimal digits of the SHA-256 of its messages (roles and contents only)."""
     pairs = [[message["role"], message["content"]] for message in messages]
     return hashlib.sha256(canonical(pairs).encode()).hexdigest()[:16]
 
 
-def read_jsonl(path: str | Path, check: Check | None = None) -> Iterator[tuple[str, dict]]:
-    """Yield `("path:line", record)`; blank lines are passed over. `check` validates each record, and may complete it.
+def _as_read(record: dict, where: str) -> Any:
+    return record
+
+
+def read_jsonl(path: str | Path, check: Check[Record] = _as_read) -> Iterator[tuple[str, Record]]:
+    """Yield `("path:line", record)`, without blank lines. `check` validates each record, and may complete it.
 
     The file may be gzipped and may begin with a byte order mark.
 
     Raises InputError for a missing file, bytes that are not UTF-8, broken JSON, a key that appears twice, a line that
-    is no JSON object, a JSON array instead of lines, and as `check`.
+    is not a JSON object, a JSON array instead of lines, and as `check`.
     """
     for number, _, raw in _lines(path):
-        where, record = f"{path}:{number}", _parse(raw, path, number)
-        yield where, check(record, where) if check else record
+        where = f"{path}:{number}"
+        yield where, check(_parse(raw, path, number), where)
 
 
 @contextmanager
-def open_data(path: str | Path) -> Iterator[BinaryIO]:
+def open_data(path: str | Path) -> Generator[BufferedReader | gzip.GzipFile]:
     """A file for reading, unpacked where its bytes are gzip's. InputError: it cannot be read, or unpacked."""
     if stat.S_ISFIFO(os.stat(path).st_mode if os.path.exists(path) else 0):
         raise InputError("a pipe can be read once only", where=str(path), remedy="write its contents to a file")
@@ -156,9 +113,8 @@ def open_data(path: str | Path) -> Iterator[BinaryIO]:
             zipped = file.read(len(GZIP)) == GZIP
         opened = gzip.open(path, "rb") if zipped else open(path, "rb")  # noqa: SIM115
     except OSError as error:
-        raise InputError(
-            f"cannot read the file ({error.strerror})", where=str(path), remedy="check the path in the recipe"
-        ) from None
+        problem = f"cannot read the file ({error.strerror})"
+        raise InputError(problem, where=str(path), remedy="check the path in the recipe") from None
     try:
         with opened as file:
             yield file
@@ -188,11 +144,9 @@ def _refuse_array(path: str | Path, number: int) -> None:
     lines = Path(path).with_suffix(".lines.jsonl")  # another file: the shell empties it before Python reads
     with open(path, "rb") as file:
         reads = "gzip -dc" if file.read(len(GZIP)) == GZIP else "cat"
-    raise InputError(
-        "expected a JSON object, found a JSON array: this file is JSON, not JSON Lines",
-        where=f"{path}:{number}",
-        remedy=f"write one object a line: {reads} {shlex.quote(str(path))} | {CONVERT} > {shlex.quote(str(lines))}",
-    )
+    problem = "expected a JSON object, found a JSON array: this file is JSON, not JSON Lines"
+    remedy = f"write one object a line: {reads} {shlex.quote(str(path))} | {CONVERT} > {shlex.quote(str(lines))}"
+    raise InputError(problem, where=f"{path}:{number}", remedy=remedy)
 
 
 def parse_json(raw: bytes, path: str | Path, line: int = 1, remedy: str | None = None, unique: bool = True) -> object:
@@ -234,7 +188,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def read_json(path: str | Path, remedy: str = "make it again, or put the old file back") -> dict:
-    """A file that is one JSON object. InputError: it cannot be read, or holds something else."""
+    """A file that is one JSON object. InputError: it cannot be read, or is something else."""
     path = Path(path)
     try:
         value = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, remedy=remedy)
@@ -246,7 +200,7 @@ def read_json(path: str | Path, remedy: str = "make it again, or put the old fil
 
 
 def check_storable(value: object, where: str) -> None:
-    """Refuse what no later file could hold: nesting beyond `DEEPEST`, half a surrogate pair."""
+    """Refuse what no later file could store: nesting beyond `DEEPEST`, half a surrogate pair."""
     if any(depth > DEEPEST for depth, _ in _walk(value)):
         raise InputError(f"values are nested more than {DEEPEST} deep", where=where, remedy="flatten them")
     try:
@@ -277,7 +231,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 def read_values(path: str | Path) -> Iterator[tuple[int, object]]:
     """Yield the values of JSON Lines, or the elements of a JSON array, with the lines on which they begin.
 
-    An array is read whole. InputError as `read_jsonl`, but any value may stand in a line.
+    An array is read whole. InputError as `read_jsonl`, but a line may be any value.
     """
     with open_data(path) as file:
         listed = next(filter(bytes.strip, file), b"").removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
@@ -290,7 +244,7 @@ def read_values(path: str | Path) -> Iterator[tuple[int, object]]:
     text, decoder, gap = raw.decode("utf-8"), json.JSONDecoder(object_pairs_hook=_unique), re.compile(r"[\s,]*")
     end = text.index("[") + 1
     line = 1 + text.count("\n", 0, end)
-    while text[start := gap.match(text, end).end()] != "]":
+    while (found := gap.match(text, end)) and text[start := found.end()] != "]":
         line += text.count("\n", end, start)
         try:
             value, end = decoder.raw_decode(text, start)
@@ -320,7 +274,7 @@ def _adapter(kind: type) -> TypeAdapter:
     return TypeAdapter(kind)
 
 
-def typed(record: dict, kind: type[Record], where: str, remedy: str | None = None) -> Record:
+def typed(record: Mapping, kind: type[Record], where: str, remedy: str | None = None) -> Record:
     """Return the record as it is, if its fields are what `kind`, a TypedDict, says; it may have others.
 
     Raises:
@@ -330,18 +284,17 @@ def typed(record: dict, kind: type[Record], where: str, remedy: str | None = Non
         _adapter(kind).validate_python(record, strict=True)
     except ValidationError as error:
         raise refusal(error, where, remedy) from None
-    return record
+    return cast(Record, record)
 
 
-def checked(record: dict, kind: type[Record], where: str, remedy: str | None = None) -> Record:
+def checked(record: Mapping, kind: type[Record], where: str, remedy: str | None = None) -> Record:
     """As `typed`; InputError for NaN and infinities in any field, too."""
-    typed(record, kind, where, remedy)
-    check_finite(record, where)
-    return record
+    check_finite(found := typed(record, kind, where, remedy), where)
+    return found
 
 
-def check_finite(record: dict, where: str) -> None:
-    """Refuse NaN and infinities in any field: they are no JSON, and the next stage could not write them."""
+def check_finite(record: Mapping, where: str) -> None:
+    """Refuse NaN and infinities in any field: they are not JSON, and the next stage could not write them."""
     with suppress(ValueError):  # half a character, which `check_storable` refuses
         spelled = to_json(record, inf_nan_mode="constants")  # many times faster than a walk through the values
         if b"NaN" not in spelled and b"Infinity" not in spelled:
@@ -349,7 +302,7 @@ def check_finite(record: dict, where: str) -> None:
     for field, value in record.items():
         for _, inner in _walk(value):
             if isinstance(inner, float) and not math.isfinite(inner):
-                problem = f"`{field}` holds {shorten(inner)}"
+                problem = f"`{field}` contains {shorten(inner)}"
                 raise InputError(problem, where=where, remedy="give finite numbers, or remove the field")
 
 
@@ -378,7 +331,7 @@ def check_prompt(record: dict, where: str) -> Prompt:
 
 
 def named(record: dict) -> dict:
-    """The record with the name of its prompt, if it has none; what is no prompt gets any, and is refused later."""
+    """The record, with `prompt_id` if it has none; an invalid prompt gets any name and is refused later."""
     if record.get("prompt_id") is not None:
         return record
     try:
@@ -395,9 +348,8 @@ def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
         name = re.sub(r"[\s-]+", "_", field.strip().casefold())
         for other in absent:
             if SequenceMatcher(None, name, other).ratio() > RESEMBLANCE:
-                raise InputError(
-                    f"unknown field `{field}`", where=where, remedy=f"write `{other}`, or rename the field"
-                )
+                problem = f"unknown field `{field}`"
+                raise InputError(problem, where=where, remedy=f"write `{other}`, or rename the field")
 
 
 def _refuse_preference(record: dict, where: str) -> None:
@@ -415,11 +367,9 @@ def _refuse_preference(record: dict, where: str) -> None:
         parallel = parallel and any(a < b for a, b in pairwise(values))
         words = {word.casefold() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", field)}
         if parallel or PREFERENCE & words:
-            raise InputError(
-                f"`{field}` seems to say which response is better, and it is not read",
-                where=where,
-                remedy="give `responses` best first (or `chosen` and `rejected`), and remove or rename the field",
-            )
+            problem = f"`{field}` seems to say which response is better, and it is not read"
+            remedy = "give `responses` best first (or `chosen` and `rejected`), and remove or rename the field"
+            raise InputError(problem, where=where, remedy=remedy)
 
 
 def unread_fields(record: dict) -> list[str]:
@@ -447,11 +397,9 @@ def _given_pair(record: dict, where: str) -> dict:
         if before and (prompt is None or isinstance(prompt, str) and _asks(before, prompt)):
             prompt = before
         if before not in ([], prompt):
-            raise InputError(
-                f"the conversation of `{side}` does not begin with the prompt: {shorten(before)}",
-                where=where,
-                remedy="give `prompt`, and in `chosen` and `rejected` the last answer alone",
-            )
+            problem = f"the conversation of `{side}` does not begin with the prompt: {shorten(before)}"
+            remedy = "give `prompt`, and in `chosen` and `rejected` the last answer alone"
+            raise InputError(problem, where=where, remedy=remedy)
         responses.append(text)
     kept = {field: value for field, value in record.items() if field not in PAIR}
     return {**kept, "prompt": prompt, "responses": responses}
@@ -472,13 +420,13 @@ def _answer(value: object, side: str, where: str) -> tuple[list[dict], str]:
 
 
 def _asks(messages: list[dict], text: str) -> bool:
-    """Whether a conversation is this question, perhaps behind a system message."""
+    """Whether a conversation is this question, perhaps after a system message."""
     turns = [message for message in messages if message.get("role") != "system"]
     return len(turns) == 1 and turns[0].get("role") == "user" and turns[0].get("content") == text
 
 
-class Lines(Sequence[dict]):
-    """Records of a JSON Lines file in its order: of each only its place is kept, it is read when it is asked for.
+class Lines(Sequence[Record]):
+    """Records of a JSON Lines file in its order: only their places are kept, and a record is read on access.
 
     Args:
         path: the file; it must not change meanwhile.
@@ -486,10 +434,10 @@ class Lines(Sequence[dict]):
         limit: lines that are read.
 
     Raises:
-        InputError: the file cannot be read; for a record that is asked for, its line is no JSON object, and as `check`.
+        InputError: the file cannot be read; on access, the line is not a JSON object, and as `check`.
     """
 
-    def __init__(self, path: str | Path, check: Check | None = None, limit: int | None = None):
+    def __init__(self, path: str | Path, check: Check[Record] = _as_read, limit: int | None = None):
         self.path, self._check = Path(path), check
         self._unpacked = unpacked(path)
         self._plain = Path(self._unpacked.name) if self._unpacked else self.path
@@ -502,12 +450,11 @@ class Lines(Sequence[dict]):
         """`path:line` of a record."""
         return f"{self.path}:{self._numbers[index]}"
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:  # ty: ignore[incompatible-method-override] (no slices)
         with self._plain.open("rb") as file:
             file.seek(self._places[index])
             raw = file.readline()
-        record = _parse(raw, self.path, self._numbers[index])
-        return self._check(record, self.where(index)) if self._check else record
+        return self._check(_parse(raw, self.path, self._numbers[index]), self.where(index))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -527,21 +474,21 @@ def unpacked(path: str | Path):
         return copied
 
 
-class Indexed(Mapping[str, dict]):
-    """Records of a JSON Lines file by `prompt_id`: of each only its place is kept, it is read when it is asked for.
+class Indexed(Mapping[str, Record]):
+    """Records of a JSON Lines file by `prompt_id`: only their places are kept, and a record is read on access.
 
     Args:
         path: the file; it must not change meanwhile.
         check: validates a record and names it (`check_prompt`, `check_ranked`, ...).
         limit: lines that are read.
 
-    `repeated` are the `("path:line", prompt_id)` of lines whose prompt stood before.
+    `repeated` are the `("path:line", prompt_id)` of lines that repeat an earlier prompt.
 
     Raises:
-        InputError: a line is invalid, or one `prompt_id` stands on two different prompts.
+        InputError: a line is invalid, or one `prompt_id` names two different prompts.
     """
 
-    def __init__(self, path: str | Path, check: Check, limit: int | None = None):
+    def __init__(self, path: str | Path, check: Check[Record], limit: int | None = None):
         self._lines = Lines(path, check, limit)
         self._index: dict[str, int] = {}
         self.repeated: list[tuple[str, str]] = []
@@ -552,11 +499,10 @@ class Indexed(Mapping[str, dict]):
             elif self[name].get("prompt") == record.get("prompt"):  # lines of figures have none
                 self.repeated.append((where, name))
             else:
-                raise InputError(
-                    f"`prompt_id` `{name}` stands on two different prompts", where=where, remedy="make the ids unique"
-                )
+                problem = f"`prompt_id` `{name}` names two different prompts"
+                raise InputError(problem, where=where, remedy="make the ids unique")
 
-    def first(self, count: int | None) -> "Indexed":
+    def first(self, count: int | None) -> "Indexed[Record]":
         """The file with its first `count` prompts alone; with all when it is None."""
         few = copy(self)
         few._index = dict(islice(self._index.items(), count))
@@ -566,11 +512,11 @@ class Indexed(Mapping[str, dict]):
         """`path:line` of a record."""
         return self._lines.where(self._index[name])
 
-    def placed(self) -> Iterator[tuple[str, dict]]:
+    def placed(self) -> Iterator[tuple[str, Record]]:
         """`("path:line", record)` of every record."""
         return ((self.where(name), record) for name, record in self.items())
 
-    def __getitem__(self, name: str) -> dict:
+    def __getitem__(self, name: str) -> Record:
         return self._lines[self._index[name]]
 
     def __contains__(self, name: object) -> bool:
@@ -597,11 +543,8 @@ def check_parallel(record: Record, where: str) -> Record:
     """Refuse lists that have not one entry for each response."""
     for field in (*PARALLEL, "rewards", WITHOUT_NOISE):
         if field in record and len(record[field]) != len(record["responses"]):
-            raise InputError(
-                f"{len(record['responses'])} `responses` but {len(record[field])} `{field}`",
-                where=where,
-                remedy="the lists of a record must be of equal length",
-            )
+            problem = f"{len(record['responses'])} `responses` but {len(record[field])} `{field}`"
+            raise InputError(problem, where=where, remedy="the lists of a record must be of equal length")
     return record
 
 
@@ -612,10 +555,10 @@ def read_answers(path: str | Path) -> Iterator[tuple[str, Answers]]:
 
 def check_answers(record: dict, where: str) -> Answers:
     """Return the record, named; InputError: a field is missing or mistyped, the lists differ in length or are empty."""
-    record = check_parallel(checked(named(record), Answers, where), where)
-    if not record["responses"]:
+    answers = check_parallel(checked(named(record), Answers, where), where)
+    if not answers["responses"]:
         raise InputError("`responses` is empty", where=where, remedy="delete the file and answer again")
-    return record
+    return answers
 
 
 def read_ranked(path: str | Path) -> Iterator[tuple[str, Ranked]]:
@@ -625,20 +568,14 @@ def read_ranked(path: str | Path) -> Iterator[tuple[str, Ranked]]:
 
 def check_ranked(record: dict, where: str) -> Ranked:
     """Return the record, named; InputError as `check_candidates`, and for rewards missing, not finite, or unsorted."""
-    record = check_parallel(checked(named(record), Ranked, where), where)
-    if len(record["responses"]) < 2:
-        raise InputError(
-            f"`responses` has {len(record['responses'])} entry, preferences need at least two",
-            where=where,
-            remedy="remove the line, or generate more responses for this prompt",
-        )
-    if any(a < b for a, b in pairwise(record["rewards"])):
-        raise InputError(
-            "`rewards` are not sorted, best first",
-            where=where,
-            remedy="import the file with `python -m annotation.import_released`",
-        )
-    return record
+    ranked = check_parallel(checked(named(record), Ranked, where), where)
+    if len(ranked["responses"]) < 2:
+        problem = f"`responses` has {len(record['responses'])} entry, preferences need at least two"
+        raise InputError(problem, where=where, remedy="remove the line, or generate more responses for this prompt")
+    if any(a < b for a, b in pairwise(ranked["rewards"])):
+        problem = "`rewards` are not sorted, best first"
+        raise InputError(problem, where=where, remedy="import the file with `python -m annotation.import_released`")
+    return ranked
 
 
 def read_ledger(path: str | Path) -> Iterator[tuple[str, LedgerLine]]:

@@ -14,7 +14,7 @@ def distinct(
     """Drop empty responses and those with refused tokens; of equal ones keep the first.
 
     Args:
-        responses: each has `text`, `source`, and what the caller needs; a `reward` is told in the ledger, too.
+        responses: each has `text`, `source`, and what the caller needs; a `reward` goes into the ledger, too.
         refused: the special tokens for which a response is dropped.
         spelled: responses are equal when this is equal.
 

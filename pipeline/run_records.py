@@ -1,4 +1,4 @@
-"""The lines that training and evaluation write about a run, and what each must hold (docs/formats.md describes them).
+"""The lines that training and evaluation write about a run, and what each must contain (docs/formats.md).
 
 - plan rows:   what each step trains on (alignment/plan.py)
 - log lines:   a step's figures (alignment/train.py)
@@ -11,13 +11,15 @@ A line that was edited, or that another version wrote, is refused with file, lin
 it enters a figure. `read_jsonl`, `Lines` and `Indexed` take the checks.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, NotRequired
 
 from pydantic import BeforeValidator, Field
-from typing_extensions import TypeAliasType, TypedDict  # pydantic needs this one before Python 3.12
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.errors import InputError, shorten
-from pipeline.records import Messages, Name, Number, Whole, checked
+from hps.records import Messages, Name, Number, PlanRow, Whole
+from pipeline.records import checked
 
 AGAIN = "put the file back as it was written, or delete its folder and run the stage again"
 SETS = ("written", "ranked")  # of held-out pairs
@@ -30,27 +32,8 @@ Two = Annotated[Numbers, Field(min_length=2, max_length=2)]
 Logged = Annotated[Number | None, BeforeValidator(lambda value: None if value in ("nan", "inf", "-inf") else value)]
 
 
-class Term(TypedDict):
-    preferred: Whole
-    dispreferred: Annotated[list[Whole], Field(min_length=1)]
-    weights: Numbers | None
-    dispreferred_count: Whole
-    rewards: Numbers
-
-
-class PlanRow(Term):
-    step: Whole
-    epoch: Whole
-    gamma: Number | None
-    prompt_id: Name
-    second: NotRequired[Term]
-
-
 class LogLine(TypedDict):
     step: Whole
-
-
-Figures = TypeAliasType("Figures", dict[str, Logged])  # of a log line, those of `FIGURES`
 
 
 class Moved(TypedDict):
@@ -100,12 +83,11 @@ class Greedy(TypedDict):
     after: str
 
 
-def _check_equal(record: dict, where: str, first: str, other: str, more: int = 0) -> None:
+def _check_equal(record: Mapping, where: str, first: str, other: str, more: int = 0) -> None:
     """Refuse two lists of which the second is not longer than the first by `more`."""
     if len(record[other]) != len(record[first]) + more:
-        raise InputError(
-            f"`{first}` has {len(record[first])} entries, `{other}` {len(record[other])}", where=where, remedy=AGAIN
-        )
+        problem = f"`{first}` has {len(record[first])} entries, `{other}` {len(record[other])}"
+        raise InputError(problem, where=where, remedy=AGAIN)
 
 
 def check_plan_row(record: dict, where: str) -> PlanRow:
@@ -121,7 +103,7 @@ def check_plan_row(record: dict, where: str) -> PlanRow:
 def check_log_line(record: dict, where: str) -> LogLine:
     """Return the line; InputError: it has no `step`, or a figure of the step is not `Logged`."""
     figures = {name: value for name, value in record.items() if name.startswith(FIGURES)}
-    checked(figures, Figures, where, AGAIN)
+    checked(figures, dict[str, Logged], where, AGAIN)
     return checked(record, LogLine, where, AGAIN)
 
 
@@ -145,7 +127,7 @@ def check_scores(record: dict, where: str) -> Scores:
 
 
 def check_divergence(record: dict, where: str) -> Divergence:
-    """Return the line; InputError: `kl`, `log_ratio` and `tokens` are no lists of numbers of equal length, or empty."""
+    """Return the line; InputError: `kl`, `log_ratio`, `tokens` are not lists of equal length, or are empty."""
     line = checked(record, Divergence, where, AGAIN)
     for field in ("log_ratio", "tokens"):
         _check_equal(line, where, "kl", field)
@@ -153,5 +135,5 @@ def check_divergence(record: dict, where: str) -> Divergence:
 
 
 def check_greedy(record: dict, where: str) -> Greedy:
-    """Return the line; InputError: no prompt, or `before` or `after` is no text."""
+    """Return the line; InputError: no prompt, or `before` or `after` is not a text."""
     return checked(record, Greedy, where, AGAIN)

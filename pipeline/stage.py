@@ -5,18 +5,17 @@
             ...
             work.finish(outputs, inputs)
 
-`claim.json` holds everything that decides the outputs: the recipe fields that the stage reads, hashes of its inputs and
+`claim.json` has everything that decides the outputs: the recipe fields that the stage reads, hashes of its inputs and
 models. A folder with other claims is refused, so no folder mixes two experiments. `manifest.json` is written last: a
 folder with a manifest is finished, one with only a claim is continued by the same command.
 """
 
 import fcntl
 import importlib.metadata
-import json
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,17 +51,14 @@ class Work:
         hashes = {str(path): file_hash(path) for path in inputs}
         for path, found in hashes.items():
             if found not in claimed:
-                raise InputError(
-                    "the file changed while this stage worked on it",
-                    where=path,
-                    remedy=f"delete {self.folder} and run the stage again, or put the old file back",
-                )
+                remedy = f"delete {self.folder} and run the stage again, or put the old file back"
+                raise InputError("the file changed while this stage worked on it", where=path, remedy=remedy)
         write_manifest(self.folder / MANIFEST, self.recipe, self.settings, outputs, hashes, **facts)
 
 
 @contextmanager
-def stage(title: str, folder: Path, recipe: Recipe, settings: dict) -> Iterator[Work | None]:
-    """Lock and claim a folder; None when the stage is finished, which is said in one line.
+def stage(title: str, folder: Path, recipe: Recipe, settings: dict) -> Generator[Work | None]:
+    """Lock and claim a folder; None (and one printed line) when the stage is finished.
 
     Raises:
         InputError: as `hold` and `claim`.
@@ -107,7 +103,7 @@ def claim(folder: Path, settings: dict) -> bool:
             inputs and models.
 
     Raises:
-        InputError: the folder holds results of other settings (the message names what differs) or of another layout;
+        InputError: the folder has results of other settings (the message names what differs) or of another layout;
             or a tokenizer gives other ids than in an earlier stage, which may have run in another environment.
     """
     make_folder(folder)
@@ -116,11 +112,8 @@ def claim(folder: Path, settings: dict) -> bool:
         write_json(folder / CLAIM, {"layout": LAYOUT, "settings": settings})
         return False
     if changed := _differences(read_claim(folder), settings):
-        raise InputError(
-            f"the folder holds results of other settings: {'; '.join(changed[:3])}",
-            where=str(folder),
-            remedy="give another `output` (or `run`), or delete the folder",
-        )
+        problem = f"the folder has results of other settings: {'; '.join(changed[:3])}"
+        raise InputError(problem, where=str(folder), remedy="give another `output` (or `run`), or delete the folder")
     return is_finished(folder)
 
 
@@ -135,12 +128,10 @@ def read_claim(folder: Path) -> dict | None:
 def check_layout(found: dict, path: Path) -> None:
     """Refuse a claim or manifest that another version of this repository wrote."""
     if found.get("layout") != LAYOUT:
-        raise InputError(
-            f"another version of this repository wrote this: layout {found.get('layout', 'without a number')}, this "
-            f"version has layout {LAYOUT}",
-            where=str(path),
-            remedy="delete the folder and run the stage again, or go back to the version that wrote it",
-        )
+        theirs = found.get("layout", "without a number")
+        problem = f"another version of this repository wrote this: layout {theirs}, this version has layout {LAYOUT}"
+        remedy = "delete the folder and run the stage again, or go back to the version that wrote it"
+        raise InputError(problem, where=str(path), remedy=remedy)
 
 
 def _differences(before, after, prefix: str = "") -> list[str]:
@@ -160,11 +151,9 @@ def _compare_tokens(folder: Path, settings: dict) -> None:
         except InputError:  # its own stage says so
             continue
         if any(ours.get(name, tokens) != tokens for name, tokens in theirs.items()):
-            raise InputError(
-                "a tokenizer gives other ids here than in the environment of an earlier stage",
-                where=str(path),
-                remedy="build both environments with one release of `tokenizers` (`bash setup.sh`)",
-            )
+            problem = "a tokenizer gives other ids here than in the environment of an earlier stage"
+            remedy = "build both environments with one release of `tokenizers` (`bash setup.sh`)"
+            raise InputError(problem, where=str(path), remedy=remedy)
 
 
 def _tokenizers(settings) -> Iterator[tuple[str, str]]:
@@ -180,13 +169,13 @@ def _tokenizers(settings) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[int]:
+def hold(folder: Path) -> Generator[int]:
     """Keep other processes out of a folder inside the block; a process that ends, however it ends, lets go.
 
     Yields the lock's file descriptor: a child process that inherits it keeps the lock as well.
 
     Raises:
-        InputError: another run works in the folder; or the disk got full inside the block, whatever library met it.
+        InputError: another run works in the folder; or the disk filled up inside the block, in any library.
     """
     make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
@@ -194,21 +183,16 @@ def hold(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(
-                "another run is working in this folder",
-                where=str(folder),
-                remedy="wait for it, or give another `output`",
-            ) from None
+            problem = "another run is working in this folder"
+            raise InputError(problem, where=str(folder), remedy="wait for it, or give another `output`") from None
         try:
             yield handle
         except Exception as error:
             if isinstance(error, InputError) or not is_full_disk(error):
                 raise
-            raise InputError(  # a failed write does not know its file: the folder says which disk it is
-                "the disk is full",
-                where=str(folder),
-                remedy="make room and run the same command again, what is finished is on disk",
-            ) from error
+            remedy = "make room and run the same command again, what is finished is on disk"
+            # A failed write does not know its file. The folder says which disk it is.
+            raise InputError("the disk is full", where=str(folder), remedy=remedy) from error
     finally:
         os.close(handle)
 
@@ -220,9 +204,8 @@ def make_folder(folder: Path) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "not writable")
     except OSError as error:
-        raise InputError(
-            f"cannot make or write the folder ({error.strerror})", where=str(folder), remedy="give another `output`"
-        ) from None
+        problem = f"cannot make or write the folder ({error.strerror})"
+        raise InputError(problem, where=str(folder), remedy="give another `output`") from None
 
 
 # ---- the manifest ----
@@ -231,7 +214,7 @@ def make_folder(folder: Path) -> None:
 @contextmanager
 def remade(
     result: Path, recipe: Recipe, settings: dict, outputs: Iterable[Path], inputs: Iterable[str | Path] = ()
-) -> Iterator[None]:
+) -> Generator[None]:
     """Results that share their folder with others and are made or extended at each call: no claim, but a manifest.
 
     It is `NAME.manifest.json` beside `NAME`, gone inside the block and written at its end.
@@ -266,22 +249,12 @@ def read_manifest(path: Path) -> dict:
         InputError: it is not a manifest, another version wrote it, or a byte of it has changed.
     """
     again = "delete its folder and run the stage again, or put the old file back"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        own = manifest.pop("sha256")
-        for name in ("settings", "inputs", "outputs"):
-            manifest[name].items()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"this is not a manifest ({type(error).__name__}: {error})", where=str(path), remedy=again
-        ) from None
+    manifest = read_json(path, again)
     check_layout(manifest, path)
+    own = manifest.pop("sha256", None)
     if value_hash(manifest) != own:
-        raise InputError(
-            "the manifest itself (recipe, settings, hashes) has changed since it was written",
-            where=str(path),
-            remedy=again,
-        )
+        problem = "the manifest itself (recipe, settings, hashes) has changed since it was written"
+        raise InputError(problem, where=str(path), remedy=again)
     return manifest
 
 
@@ -289,20 +262,16 @@ def versions() -> dict:
     """Versions of the packages that decide the numbers, as far as they are installed here."""
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def git_commit() -> str | None:
     """The repository's commit, with `+changes` when the work tree differs; `results/`, outputs, do not count."""
     try:
-        commit = _git("rev-parse", "HEAD")
-        return commit + (
-            "+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results") else ""
-        )
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+        return _git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -1,13 +1,14 @@
 """Loading of configurations and weights: safetensors alone, and no code that comes with a model.
 
 A pickle (`.bin`, `.pt`) can run code when it is loaded, and so can a model that brings Python files. Neither is loaded
-from anywhere, whatever a recipe says.
+from anywhere, and no recipe can change that.
 """
 
 import json
 import math
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,34 +37,27 @@ def refuse_pickles(folder: Path, field: str | None, weights: str = MODEL) -> Non
 
     Raises:
         InputError: there are files of PICKLES and not `weights` (nor an index of shards); the index names something
-            else than safetensors of the folder; a folder of a model holds an adapter as well, which would be loaded
-            with it, from whatever its `adapter_config.json` names.
+            else than safetensors of the folder; a model's folder also has an adapter, which would be loaded
+            with it, from the place that its `adapter_config.json` names.
     """
     named = f"`{field}.path`: " if field else ""
     index = folder / INDEX if weights == MODEL else None
     if index and index.exists():
         check_index(index)
     if weights == MODEL and (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{named}there is an adapter in the model's folder, and it would be loaded with the model",
-            where=str(folder / "adapter_config.json"),
-            remedy="give the folder of a whole model (`training.merge=true` writes one)",
-        )
-    names = sorted(
-        path.name for path in folder.iterdir() if path.suffix in PICKLES and path.name != "training_args.bin"
-    )
+        problem = f"{named}there is an adapter in the model's folder, and it would be loaded with the model"
+        remedy = "give the folder of a whole model (`training.merge=true` writes one)"
+        raise InputError(problem, where=str(folder / "adapter_config.json"), remedy=remedy)
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES and p.name != "training_args.bin")
     if names and not (folder / weights).exists() and not (index and index.exists()):
-        raise InputError(
-            f"{named}the weights ({names[0]}) are pickled, and a pickle can run code when it is loaded",
-            where=str(folder),
-            remedy=_SAVE,
-        )
+        problem = f"{named}the weights ({names[0]}) are pickled, and a pickle can run code when it is loaded"
+        raise InputError(problem, where=str(folder), remedy=_SAVE)
 
 
 def check_index(path: Path) -> None:
     """Refuse an index of shards that names something else than safetensors beside it.
 
-    transformers loads whatever stands there, a pickle or a file of another folder too.
+    transformers loads whatever it names, even a pickle or a file of another folder.
     """
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
@@ -71,18 +65,15 @@ def check_index(path: Path) -> None:
         raise InputError(f"no index of weights ({type(error).__name__})", where=str(path), remedy=_SAVE) from None
     for shard in shards:
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise InputError(
-                f"`weight_map` names {json.dumps(shard)[:60]}, which is no safetensors file of the folder",
-                where=str(path),
-                remedy=_SAVE,
-            )
+            problem = f"`weight_map` names {json.dumps(shard)[:60]}, which is not a safetensors file of the folder"
+            raise InputError(problem, where=str(path), remedy=_SAVE)
 
 
 def load_config(model: Model) -> Any:
     """The configuration of a folder or hub name.
 
     Raises:
-        InputError: there is none, it needs code of its own, or it names a file of weights by itself.
+        InputError: there is none, it needs its own code, or it names a file of weights.
     """
     from transformers import AutoConfig
 
@@ -92,9 +83,8 @@ def load_config(model: Model) -> Any:
         raise refusal(model.path, error) from None
     # It may name a pickle, or an index that we do not see.
     if getattr(config, "transformers_weights", None) is not None:
-        raise InputError(
-            "`transformers_weights` in config.json names the file of the weights", where=model.path, remedy=_SAVE
-        )
+        problem = "`transformers_weights` in config.json names the file of the weights"
+        raise InputError(problem, where=model.path, remedy=_SAVE)
     return config
 
 
@@ -111,16 +101,16 @@ def context_length(config: Any) -> float:
     return length * (rope.get("factor") or 1) if rope.get("rope_type") in ("linear", "dynamic") else length
 
 
-def load_weights(kind: type, model: Model, exact: bool = False, **settings) -> Any:
+def load_weights(kind: Any, model: Model, exact: bool = False, **settings) -> Any:
     """`kind.from_pretrained` of a folder or hub name, with its revision.
 
     Args:
-        exact: the files must hold nothing else either, as those of a reward model, whose head goes by many names.
+        exact: refuse unexpected weights, too: a reward model's head has many names.
         settings: of `from_pretrained`.
 
     Raises:
         InputError: there are no weights as safetensors, they are not where `refuse_pickles` wants them, the model needs
-            code of its own, or weights are missing: transformers would make random numbers of them.
+            its own code, or weights are missing, for which transformers would draw random numbers.
     """
     from safetensors import SafetensorError
 
@@ -175,18 +165,17 @@ def _check_keys(info: dict, path: str, kind: str, exact: bool) -> None:
         keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{fault}_keys"])
         if not keys:
             continue
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         name = "of another shape" if fault == "mismatched" else fault
-        problem = f"weights {name} for {kind}: {', '.join(keys[:3])}{more}"
+        problem = f"weights {name} for {kind}: {_first(keys)}"
         if fault == "unexpected" and not exact:
             warnings.warn(f"{path}: {problem}; they are left out", stacklevel=3)
             continue
-        raise InputError(
-            problem,
-            where=path,
-            remedy="give the files of a model of this class, saved with the config.json beside them "
-            "(what is missing would be random numbers)",
-        )
+        remedy = "give files of a model of this class with their config.json (missing weights would be random)"
+        raise InputError(problem, where=path, remedy=remedy)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_files(model: Model) -> None:
@@ -196,18 +185,15 @@ def _check_files(model: Model) -> None:
     if Path(model.path).is_dir():
         refuse_pickles(Path(model.path), None)
         return
-    index, adapter = (
-        cached_file(model.path, name, revision=model.revision, _raise_exceptions_for_missing_entries=False)
-        for name in (INDEX, "adapter_config.json")
-    )
-    if index:
+    fetch = partial(cached_file, model.path, revision=model.revision, _raise_exceptions_for_missing_entries=False)
+    if index := fetch(INDEX):
         check_index(Path(index))
-    if adapter:
-        raise InputError("the repository holds an adapter", where=model.path, remedy="give a whole model")
+    if fetch("adapter_config.json"):
+        raise InputError("the repository has an adapter", where=model.path, remedy="give a whole model")
 
 
 def load_adapter(base: Any, folder: Path, name: str = "default") -> Any:
-    """A model with the LoRA adapter of a folder on it. InputError when that is no safetensors."""
+    """A model with the LoRA adapter of a folder on it. InputError when the file is not safetensors."""
     from peft import PeftModel
 
     refuse_pickles(folder, None, ADAPTER)
@@ -230,9 +216,5 @@ def check_adapter(model: Any, folder: Path, name: str) -> None:
     wanted = set(get_peft_model_state_dict(model, adapter_name=name))
     if different := sorted(there ^ wanted):
         fault = "missing" if different[0] in wanted else "without a place in the model"
-        raise InputError(
-            f"weights of the adapter are {fault}: {', '.join(different[:3])}"
-            + (f" and {len(different) - 3} more" if len(different) > 3 else ""),
-            where=str(folder / ADAPTER),
-            remedy="give the adapter that was trained on this model",
-        )
+        problem = f"weights of the adapter are {fault}: {_first(different)}"
+        raise InputError(problem, where=str(folder / ADAPTER), remedy="give the adapter of this model")

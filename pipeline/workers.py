@@ -19,14 +19,11 @@ def count_devices(requested: int | None, gpus_each: int = 1) -> int:
     if os.environ.get("RAY_ADDRESS"):
         from pipeline.actors import connect, places
 
-        return max(1, sum(places(node, gpus_each) for node in connect().nodes() if node["Alive"] and _gpus(node)))
+        nodes = [node for node in connect().nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+        return max(1, sum(places(node, gpus_each) for node in nodes))
     import torch
 
     return max(1, torch.cuda.device_count() // gpus_each)
-
-
-def _gpus(node: dict) -> int:
-    return int(node["Resources"].get("GPU", 0))
 
 
 def check_gpus(field: str, wanted: int) -> None:
@@ -38,28 +35,23 @@ def check_gpus(field: str, wanted: int) -> None:
 
     found = torch.cuda.device_count()
     if wanted > max(1, found) and not os.environ.get("RAY_ADDRESS"):
-        raise InputError(
-            f"`{field}` is {wanted}, this machine has {found} GPUs",
-            where="recipe",
-            remedy=f"use {field}={max(1, found)} and a model that fits",
-        )
+        problem = f"`{field}` is {wanted}, this machine has {found} GPUs"
+        raise InputError(problem, where="recipe", remedy=f"use {field}={max(1, found)} and a model that fits")
 
 
 def node_count() -> int:
     """Machines that train together: torchrun's `PET_NNODES`, else one.
 
     Raises:
-        InputError: it is no number (with a range, `2:4`, the batch would change), or nobody says where they meet.
+        InputError: it is not a number (a range such as `2:4` would change the batch), or the meeting point is missing.
     """
     text = os.environ.get("PET_NNODES", "1")
     if not text.isdigit() or int(text) < 1:
         raise InputError(f"`PET_NNODES` is `{text}`", where="environment", remedy="give the number of nodes")
     if int(text) > 1 and not os.environ.get("PET_RDZV_ENDPOINT"):
-        raise InputError(
-            f"`PET_NNODES` is {text}, and `PET_RDZV_ENDPOINT` is not set",
-            where="environment",
-            remedy="set it to HOST:PORT of one of the nodes, the same on all (cluster/train.sbatch does)",
-        )
+        problem = f"`PET_NNODES` is {text}, and `PET_RDZV_ENDPOINT` is not set"
+        remedy = "set it to HOST:PORT of one of the nodes, the same on all (cluster/train.sbatch does)"
+        raise InputError(problem, where="environment", remedy=remedy)
     return int(text)
 
 
@@ -81,11 +73,9 @@ def accumulation_steps(recipe: Recipe, processes: int) -> int:
     schedule = recipe.schedule
     share, rest = divmod(schedule.global_batch, schedule.device_batch * processes)
     if rest or not share:
-        raise InputError(
-            f"`schedule.global_batch` {schedule.global_batch} cannot be divided among {processes} processes of "
-            f"`schedule.device_batch` {schedule.device_batch}",
-            remedy="change one of them, or `training.processes`",
-        )
+        each = f"{processes} processes of `schedule.device_batch` {schedule.device_batch}"
+        problem = f"`schedule.global_batch` {schedule.global_batch} cannot be divided among {each}"
+        raise InputError(problem, remedy="change one of them, or `training.processes`")
     return share
 
 
@@ -102,7 +92,7 @@ def run_workers(
 
     Where there are several devices, GPUs or a cluster (`RAY_ADDRESS`), or the number of workers is given, they are
     supervised actors of Ray: one that dies is replaced, and an item that ended two is `lost`. A single worker on a CPU
-    runs in process, because a laptop is better off without a cluster of its own; it is made before this returns, so
+    runs in process, because a laptop is better off without a cluster; it is made before this returns, so
     that a progress bar begins with the work.
 
     Args:

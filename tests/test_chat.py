@@ -288,12 +288,12 @@ def test_reasoning_models_keep_what_they_sampled(drawn, template, end, tmp_path)
 def test_a_template_without_an_end_is_said_and_one_that_can_have_none_refused(drawn, tmp_path):
     drawn.chat_template = CHATML.replace("<|im_end|>", "")
     drawn.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="writes no token behind an answer; <|endoftext|> is trained as its end"):
+    with pytest.warns(UserWarning, match="writes no token after an answer; <|endoftext|> is trained as its end"):
         tokenizer = load_tokenizer(str(tmp_path))
     assert end_of_turn_ids(tokenizer) == {tokenizer.eos_token_id}
     tokenizer.eos_token = None
     endless = copy.deepcopy(tokenizer)
-    with pytest.raises(InputError, match="writes no token behind an answer, and the tokenizer has no `eos_token`"):
+    with pytest.raises(InputError, match="writes no token after an answer, and the tokenizer has no `eos_token`"):
         response_token_ids(endless, MESSAGES, "12", truncated=False)
     assert response_token_ids(endless, MESSAGES, "12", truncated=True) == encode(endless, "12")
 

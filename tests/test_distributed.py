@@ -256,5 +256,5 @@ def test_bad_input_found_by_the_processes_keeps_its_message_and_status(ranked_re
     plan(ranked_recipe(*settings))
     result = run_module("alignment.launch", tiny_recipe, *settings, "loss.beta=0.2")
     assert result.returncode == 2, result.stderr[-3000:]
-    assert "the folder holds results of other settings: loss.beta was 0.1, is now 0.2" in result.stderr
+    assert "the folder has results of other settings: loss.beta was 0.1, is now 0.2" in result.stderr
     assert "Traceback" not in result.stderr

@@ -274,16 +274,19 @@ def test_a_kill_between_any_two_writes_gives_the_same_files(make_writer, monkeyp
 
 def test_a_file_with_one_name_on_two_prompts(tiny_recipe, write_lines):
     path = write_lines([prompt("a", "x", "y"), prompt("a", "x", "y", content="another")])
-    with pytest.raises(InputError, match=r":2: `prompt_id` `a` stands on two different prompts"):
+    with pytest.raises(InputError, match=r":2: `prompt_id` `a` names two different prompts"):
         load_prompts(load_recipe(tiny_recipe, [f"data.train.path={path}"]), "train")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.train.responses=0"], r":2: the prompt would have a single response \(1 given, 0 generated\)"),
+        (["data.train.responses=0"], r":2: the prompt would have fewer than two responses \(1 given, 0 generated\)"),
         (["generation.keep_given=false", "data.train.responses=1"], r":1: .* a single response \(0 given, 1 generated"),
-        (["generation.keep_given=false", "data.train.responses=0"], r":1: the prompt would have no response"),
+        (
+            ["generation.keep_given=false", "data.train.responses=0"],
+            r":1: the prompt would have fewer than two responses",
+        ),
     ],
 )
 def test_prompts_that_could_never_have_two_responses(tiny_recipe, write_lines, overrides, message):
@@ -306,7 +309,7 @@ def test_a_single_response_ends_the_stage_with_status_2(tiny_recipe, write_lines
     with pytest.raises(SystemExit) as stopped:
         run_stage(generate, stage.__doc__)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {path}:1: the prompt would have a single response")
+    assert capsys.readouterr().err.startswith(f"error: {path}:1: the prompt would have fewer than two responses")
 
 
 def test_settings_that_decide_the_candidates(tiny_recipe, write_lines):

@@ -161,7 +161,7 @@ def test_annotation_does_not_add_to_an_imported_ranking(recipe, write_lines):
     from pipeline.stage import claim
 
     import_released(str(write_lines([row()])), recipe)
-    with pytest.raises(InputError, match="holds results of other settings"):
+    with pytest.raises(InputError, match="has results of other settings"):
         claim(recipe.ranked("train").parent, {"dtype": "float32"})
 
 

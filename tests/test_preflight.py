@@ -114,7 +114,7 @@ def test_bad_input_of_gene(recipe, fault):
 def test_a_prompt_with_a_single_response(recipe):
     """One given and none generated."""
     single = json.dumps({"prompt": [USER, USER], "responses": ["Hi."]})
-    message = line(single, "the prompt would have a single response (1 given, 0 generated)")(recipe.parent)
+    message = line(single, "the prompt would have fewer than two responses (1 given, 0 generated)")(recipe.parent)
     assert_refused(preflight("gene", recipe, "data.train.responses=0"), message)
 
 
@@ -122,7 +122,7 @@ def test_one_name_on_two_prompts(recipe):
     (recipe.parent / "train.jsonl").write_text(
         json.dumps({**GOOD, "prompt_id": "a"}) + "\n" + json.dumps({"prompt": [USER, USER], "prompt_id": "a"}) + "\n"
     )
-    assert_refused(preflight("gene", recipe), "train.jsonl:2: `prompt_id` `a` stands on two different prompts")
+    assert_refused(preflight("gene", recipe), "train.jsonl:2: `prompt_id` `a` names two different prompts")
 
 
 @pytest.mark.parametrize(

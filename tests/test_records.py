@@ -349,7 +349,7 @@ def test_a_repeated_record_is_the_first_one(write_lines):
 
 def test_one_name_on_two_prompts(write_lines):
     path = write_lines([prompt_of(1), {**prompt_of(2), "prompt_id": "p1"}])
-    with pytest.raises(InputError, match=":2: `prompt_id` `p1` stands on two different prompts; make the ids unique"):
+    with pytest.raises(InputError, match=":2: `prompt_id` `p1` names two different prompts; make the ids unique"):
         Indexed(path, check_prompt)
 
 

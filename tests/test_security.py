@@ -408,7 +408,7 @@ def test_an_index_names_safetensors_of_its_folder_alone(tiny_model, tmp_path, sh
     model = Model(path=str(folder))
     for load in (lambda: check_model(model, "models.policy"), lambda: load_weights(AutoModelForCausalLM, model)):
         with pytest.raises(
-            InputError, match=r"index\.json: `weight_map` names .*, which is no safetensors file of the"
+            InputError, match=r"index\.json: `weight_map` names .*, which is not a safetensors file of the"
         ):
             load()
     (folder / "model.safetensors.index.json").write_text("[]")
@@ -460,7 +460,7 @@ def test_hub_models_are_held_to_the_same(hub_model):
         load_weights(AutoModelForCausalLM, Model(path="org/tiny"))
     index.unlink()
     (hub_model / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="org/tiny: the repository holds an adapter"):
+    with pytest.raises(InputError, match="org/tiny: the repository has an adapter"):
         load_weights(AutoModelForCausalLM, Model(path="org/tiny"))
 
 
@@ -526,7 +526,7 @@ def test_code_of_a_model_is_never_run(with_code, would_run, tmp_path):
     would_run(AutoConfig, with_code)
     model = Model(path=str(with_code))
     for load in (load_config, lambda model: load_weights(AutoModelForCausalLM, model), load_reward_model):
-        with pytest.raises(InputError, match=r"brings Python code of its own, which is never run; use a model that"):
+        with pytest.raises(InputError, match=r"comes with Python code, which is never run; use a model that"):
             load(model)
     assert not (tmp_path / "harm").exists()
 
@@ -540,7 +540,7 @@ def test_an_engine_is_not_started_on_a_model_that_needs_code(tiny_recipe, with_c
         lambda: evaluation.judge._verdicts(recipe, [{}], None),
     )
     for start in starts:
-        with pytest.raises(InputError, match="the model brings Python code of its own, which is never run"):
+        with pytest.raises(InputError, match="the model comes with Python code, which is never run"):
             start()
 
 
@@ -580,7 +580,7 @@ def test_an_error_moves_no_cursor(write_lines):
     assert r"x\x9b2J\u202e" in str(error.value) and str(error.value).startswith(r"f\x1b[2J:1: ")
     name = "\x1b]0;owned\x07"
     path = write_lines([{"prompt": [{"role": "user", "content": text}], "prompt_id": name} for text in "ab"])
-    with pytest.raises(InputError, match="stands on two different prompts") as error:
+    with pytest.raises(InputError, match="names two different prompts") as error:
         Indexed(path, check_prompt)
     assert str(error.value).isprintable()
 

@@ -77,11 +77,21 @@ def test_what_is_missing(finished, capsys):
     assert "given.jsonl: an input, is missing" in printed and "model: a model, is missing" in printed
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"sha256": 1}', '{"sha256": "0", "settings": [], "inputs": {}}', "\x00"])
-def test_a_damaged_manifest_is_one_line(finished, capsys, text):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ":1: broken JSON"),
+        ("\x00", ":1: broken JSON"),
+        ("[]", ": expected a JSON object, found []"),
+        ('{"sha256": 1}', ": another version of this repository wrote this: layout without a number"),
+        (json.dumps({"layout": LAYOUT, "sha256": "0", "settings": []}), ": the manifest itself"),
+        (json.dumps({"layout": LAYOUT}), ": the manifest itself"),
+    ],
+)
+def test_a_damaged_manifest_is_one_line(finished, capsys, text, said):
     (finished / "manifest.json").write_text(text)
     assert verify(finished) == 1
-    assert "manifest.json: this is not a manifest" in capsys.readouterr().out
+    assert f"manifest.json{said}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -172,7 +182,7 @@ def test_merged_weights_are_written_once(trained, capsys):
     assert (target / "model.safetensors").stat().st_mtime_ns > written
     assert not (trained.run_folder() / ".merged.partial").exists() and verify(target) == 0
     flip(trained.run_folder() / "checkpoint" / "adapter_model.safetensors", -1)
-    with pytest.raises(InputError, match=r"merged: the folder holds results of other settings: checkpoint\.weights"):
+    with pytest.raises(InputError, match=r"merged: the folder has results of other settings: checkpoint\.weights"):
         merge(trained)
 
 

@@ -129,7 +129,7 @@ def changed_input(case: Case) -> str:
     case.passes("generation.generate", *GIVEN)
     before = (case.output / "candidates" / "train.jsonl").read_bytes()
     case.write("train", [*prompts(4), line("Another?", "a", "b")])
-    said = case.refused("generation.generate", *GIVEN, says="the folder holds results of other settings")
+    said = case.refused("generation.generate", *GIVEN, says="the folder has results of other settings")
     assert (case.output / "candidates" / "train.jsonl").read_bytes() == before
     return said
 
@@ -158,7 +158,7 @@ def input_changed_at_work(case: Case) -> str:
     (said,) = re.findall("error: .*", printed)
     assert "train.jsonl: the file changed while this stage worked on it" in said, said
     assert not (case.output / "candidates" / "manifest.json").exists()
-    case.refused("generation.generate", *GENERATED, says="the folder holds results of other settings")
+    case.refused("generation.generate", *GENERATED, says="the folder has results of other settings")
     case.write("train", prompts(5))
     before = (case.output / "candidates" / "train.jsonl").read_bytes()
     case.passes("generation.generate", *GENERATED, python=INFER)

@@ -39,6 +39,7 @@ from evaluation.summary import columns
 from hps.chat import load_tokenizer
 from hps.errors import InputError
 from hps.planning import Plan, weights_of
+from hps.records import PlanRow
 from hps.settings import Loss, Schedule
 from pipeline.files import Appender, done_ids
 from pipeline.recipe import REPOSITORY, Recipe
@@ -58,7 +59,6 @@ from pipeline.records import (
 from pipeline.run_records import (
     SETS,
     Pair,
-    PlanRow,
     check_divergence,
     check_greedy,
     check_log_line,
@@ -116,7 +116,7 @@ IMPOSSIBLE = {
     **dict.fromkeys(("before", "after"), (None, True, 7, [], {})),
 }
 # What the next stage may say of a file that was read: `prompt_id`s are a matter of the whole file.
-KNOWN = re.compile(r"stands on two different prompts|no prompt can be trained on|was measured at the steps")
+KNOWN = re.compile(r"names two different prompts|no prompt can be trained on|was measured at the steps")
 
 
 @dataclass(frozen=True)

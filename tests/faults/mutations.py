@@ -231,15 +231,15 @@ MUTATIONS = [
     Mutation(
         "the loss sees no annotated rewards",
         TRAINER,
-        '            inputs["rewards"],\n            inputs["mask"],',
-        '            torch.zeros_like(inputs["rewards"]),\n            inputs["mask"],',
+        "        losses = preference_loss(self.loss, scores, *lists)",
+        "        losses = preference_loss(self.loss, scores, torch.zeros_like(lists[0]), *lists[1:])",
         (f"{STEP}[exo-pl-before]",),
     ),
     Mutation(
         "the loss sees padding as responses",
         TRAINER,
-        '            inputs["mask"],\n            inputs["log_weights"],',
-        '            torch.ones_like(inputs["mask"]),\n            inputs["log_weights"],',
+        "        losses = preference_loss(self.loss, scores, *lists)",
+        "        losses = preference_loss(self.loss, scores, lists[0], torch.ones_like(lists[1]), *lists[2:])",
         (f"{STEP}[exo-pl-before]",),
     ),
     # ---- what is found again ----

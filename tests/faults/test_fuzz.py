@@ -25,14 +25,13 @@ from hps.errors import InputError
 from hps.losses import FORMULAS, preference_loss
 from hps.negatives import gamma_stages, hardness_weights
 from hps.planning import equal_to, training_list, usable
+from hps.records import LARGEST_REWARD, MOST
 from hps.settings import Loss, Schedule
 from pipeline import records
 from pipeline.files import Appender, done_ids, write_lines
 from pipeline.prompts import load_prompts
 from pipeline.recipe import Data, Generation, Recipe, Split
 from pipeline.records import (
-    LARGEST_REWARD,
-    MOST,
     Indexed,
     check_prompt,
     check_ranked,
@@ -150,7 +149,7 @@ def test_any_bytes_are_indexed_or_give_the_error_of_the_stream(path, data):
     elif error is None:
         assert {name: found[name] for name in found} == {record["prompt_id"]: record for record in reversed(stream)}
     else:
-        assert "stands on two different prompts" in error
+        assert "names two different prompts" in error
 
 
 @examples(100)
@@ -243,8 +242,8 @@ def test_templates_of_any_text_come_back(messages, header):
 USER = [{"role": "user", "content": "Hello"}]
 DEEP = "[" * 500 + "]" * 500
 FOUND = {
-    "NaN in an extra field": ('{"topic": [NaN], "prompt": %s}', "1: `topic` holds NaN; give finite numbers"),
-    "infinity in an extra field": ('{"topic": {"a": 1e400}, "prompt": %s}', "1: `topic` holds Infinity"),
+    "NaN in an extra field": ('{"topic": [NaN], "prompt": %s}', "1: `topic` contains NaN; give finite numbers"),
+    "infinity in an extra field": ('{"topic": {"a": 1e400}, "prompt": %s}', "1: `topic` contains Infinity"),
     "deep nesting": ('{"topic": ' + DEEP + ', "prompt": %s}', "1: values are nested more than 100 deep; flatten them"),
 }
 
@@ -282,7 +281,7 @@ def test_damaged_lists_of_the_release_are_refused_with_their_place(path, data, m
         ({"prompt_id": 7}, "`prompt_id` is 7"),
         ({"sources": ""}, '`sources` is ""'),
         ({"sources": [1, 2]}, "`sources[0]` is 1"),
-        ({"prompt": [{**USER[0], "weight": math.inf}]}, "`prompt` holds Infinity"),
+        ({"prompt": [{**USER[0], "weight": math.inf}]}, "`prompt` contains Infinity"),
     ],
 )
 def test_rows_of_the_release_with_wrong_fields_are_refused(changes, message):
@@ -325,7 +324,7 @@ def test_rewards_and_counts_are_numbers_that_training_can_hold():
         ({"reason": "x"}, "`prompt_id` is missing; remove the line, so that its prompt is done again"),
         ({"prompt_id": [], "reason": "x"}, "`prompt_id` is []"),
         ({"prompt_id": "a"}, "`reason` is missing; remove the line"),
-        ({"prompt_id": "a", "reason": "x", "tokens": math.nan}, "`tokens` holds NaN"),
+        ({"prompt_id": "a", "reason": "x", "tokens": math.nan}, "`tokens` contains NaN"),
     ],
 )
 def test_damaged_ledgers_are_refused(write_lines, line, message):
@@ -875,7 +874,7 @@ FORGIVEN = {
     "flags": ("checked", "`truncated[", "candidates answers"),
     "strings": ("checked", "`responses[", "prompts candidates"),
     "lengths": ("check_parallel", "of equal length", "candidates answers"),
-    "not finite": ("check_finite", "holds", "prompts ledger"),
+    "not finite": ("check_finite", "contains", "prompts ledger"),
     "names": ("checked", "`prompt_id` is", "prompts ledger"),
 }
 
