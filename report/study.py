@@ -26,8 +26,9 @@ from typing_extensions import TypedDict
 
 from evaluation.judge import CRITERIA
 from hps.errors import InputError, run_main, shorten
+from hps.records import Number, Whole
 from pipeline.files import file_hash, write_atomic, write_json
-from pipeline.records import Answers, Number, Whole, canonical, check_storable, read_answers, read_json, typed
+from pipeline.records import Answers, canonical, check_storable, read_answers, read_json, typed
 from report.page import render
 from report.study_figures import figures, results_page, table
 
