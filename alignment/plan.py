@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from hps.errors import InputError, naming
+from hps.methods import own_settings
 from hps.planning import Plan
 from hps.settings import Schedule, stages_without_steps
 from pipeline.cli import counted, run_stage
@@ -49,9 +50,9 @@ def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
 
 def run_settings(recipe: Recipe) -> dict:
     """Everything that decides a run's checkpoint. Any change needs another `run` or `output`."""
-    sections = ("loss", "schedule", "lora", "optimizer")
     return {
-        **{name: getattr(recipe, name).model_dump() for name in sections},
+        "loss": own_settings(recipe.loss.model_dump()),
+        **{name: getattr(recipe, name).model_dump() for name in ("schedule", "lora", "optimizer")},
         "seed": recipe.seed,
         "kept_checkpoints": recipe.evaluation.checkpoints if recipe.lora.enabled else 0,
         "policy": model_hash(recipe.models.policy),

@@ -16,6 +16,7 @@ from evaluation.cells import FINAL
 from evaluation.margins import Columns, margins, read_columns
 from evaluation.matrix import method_name
 from hps.errors import InputError
+from hps.methods import own_settings
 from pipeline.files import file_hash, write_json
 from pipeline.functions import identity
 from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe
@@ -81,7 +82,8 @@ def result_key(recipe: Recipe, sft: bool = False) -> dict:
     return {
         **key,
         "train": {split: _split(recipe, split) for split in SPLITS},
-        **{name: getattr(recipe, name).model_dump() for name in ("loss", "schedule", "lora", "optimizer")},
+        "loss": own_settings(recipe.loss.model_dump()),
+        **{name: getattr(recipe, name).model_dump() for name in ("schedule", "lora", "optimizer")},
         "annotation": _without_devices(recipe, "annotation"),
         **({} if recipe.data.special_tokens == "neutralize" else {"special_tokens": recipe.data.special_tokens}),
         "seed": recipe.seed,
@@ -126,7 +128,10 @@ def read_result(path: Path, key: dict) -> dict | None:
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return result if result["key"] == json.loads(json.dumps(key)) else None
+        found = result["key"]
+        if "loss" in found:  # earlier results have the constants of all families
+            found = {**found, "loss": own_settings(found["loss"])}
+        return result if found == json.loads(json.dumps(key)) else None
     except (ValueError, KeyError, TypeError) as error:
         problem = f"this is not a result file ({type(error).__name__}: {error})"
         remedy = "take it from git again, or delete it to repeat the run"

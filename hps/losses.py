@@ -211,6 +211,8 @@ def mean_pair_loss(
 
     Arguments and result are those of `hps_loss`.
     """
+    # Where a weight is 0 the scores may be anything: a pair loss that overflows there would give 0 times infinity.
+    others = others.where(log_weights > -torch.inf, best.detach().unsqueeze(1))
     return (log_weights.exp() * pair(best.unsqueeze(1), others + log_n)).sum(dim=1)
 
 

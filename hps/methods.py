@@ -6,7 +6,9 @@ is its formulas, a row of `hps.losses.FORMULAS` and an entry here (docs/methods.
 No torch: stages without a model read this too.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 PREFERENCES = ("bt", "pl", "hps")
 PAIRS, LISTS = ("bt", "hps"), ("pl",)
@@ -17,7 +19,7 @@ class Constant:
     """A setting that one family alone has. It becomes a field of `hps.settings.Loss` and is named after the family.
 
     Attributes:
-        default: its value where the recipe does not say.
+        default: its value where the recipe does not say. Its type is the field's: write 1.0 for a number.
         meaning: what it is, for docs/recipe.md.
         bounds: of a number, by pydantic's names (`gt`, `ge`, `lt`, `le`).
         choices: of a text.
@@ -29,6 +31,10 @@ class Constant:
     bounds: dict[str, float] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
     preferences: tuple[str, ...] = PREFERENCES
+
+    def __post_init__(self):
+        if unknown := self.bounds.keys() - {"gt", "ge", "lt", "le"}:
+            raise ValueError(f"`bounds` has {', '.join(sorted(unknown))}; use gt, ge, lt, le")
 
 
 @dataclass(frozen=True)
@@ -104,5 +110,24 @@ def methods() -> list[tuple[str, str]]:
 
 
 def constants() -> dict[str, Constant]:
-    """The constants of all families, by name."""
-    return {name: constant for family in FAMILIES.values() for name, constant in family.constants.items()}
+    """The constants of all families, by name.
+
+    Raises:
+        ValueError: a name does not begin with its family's, so it could replace another field of the loss.
+    """
+    found = {}
+    for family, entry in FAMILIES.items():
+        for name, constant in entry.constants.items():
+            if not name.startswith(f"{family}_"):
+                raise ValueError(f"the constant `{name}` of the family {family} must be called `{family}_...`")
+            found[name] = constant
+    return found
+
+
+def own_settings(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a loss without the constants of other families.
+
+    They identify a run, so a new family leaves the claims and results of the others as they are.
+    """
+    others = constants().keys() - FAMILIES[loss["family"]].constants.keys()
+    return {name: value for name, value in loss.items() if name not in others}

@@ -248,6 +248,7 @@ def brute_force_pair(loss: Loss, w: float, l: float) -> float:  # noqa: E741
         return (w - 0.5 / loss.beta) ** 2 + (l + 0.5 / loss.beta) ** 2
     if loss.family == "nca":
         return -math.log(sigmoid(w)) - 0.5 * math.log(sigmoid(-w)) - 0.5 * math.log(sigmoid(-l))
+    assert loss.family in ("dpo", "simpo"), f"add the formula of {loss.family} here"
     d, e = w - l - (loss.simpo_margin if loss.family == "simpo" else 0.0), loss.label_smoothing
     return -(1 - e) * math.log(sigmoid(d)) - e * math.log(sigmoid(-d))
 

@@ -15,7 +15,7 @@ from hps import losses
 from hps import methods as registry
 from hps.chat import load_tokenizer
 from hps.errors import InputError
-from hps.methods import methods
+from hps.methods import methods, own_settings
 
 VARIANTS = {
     "exact": ["loss.estimator=exact"],
@@ -115,3 +115,33 @@ def test_what_an_added_loss_does_not_support_is_refused(hinge, ranked_recipe):
         ranked_recipe("loss.family=hinge", "loss.factor_n=true")
     with pytest.raises(InputError, match="hinge-hps is none; use loss.label_smoothing=0$"):
         ranked_recipe("loss.family=hinge", "loss.label_smoothing=0.1")
+
+
+def test_another_familys_constants_do_not_identify_a_run(hinge, monkeypatch):
+    """A constant of a new family appears in no claim but that family's own."""
+    before = own_settings({"family": "exo", "beta": 0.1, "exo_epsilon": 0.02, "nca_alpha": 1.0})
+    assert before == {"family": "exo", "beta": 0.1, "exo_epsilon": 0.02}
+    margin = registry.Constant(1.0, "the margin", {"gt": 0})
+    monkeypatch.setitem(registry.FAMILIES, "hinge", registry.Family({"hinge_margin": margin}))
+    assert own_settings({"family": "exo", "beta": 0.1, "exo_epsilon": 0.02, "hinge_margin": 1.0}) == before
+    own = own_settings({"family": "hinge", "beta": 0.1, "exo_epsilon": 1e-3, "hinge_margin": 1.0})
+    assert own == {"family": "hinge", "beta": 0.1, "hinge_margin": 1.0}
+
+
+@pytest.mark.parametrize("name", ["beta", "margin", "simpo_beta"])
+def test_a_constant_is_named_after_its_family(hinge, monkeypatch, name):
+    """`beta` would replace the field that all families share."""
+    monkeypatch.setitem(registry.FAMILIES, "hinge", registry.Family({name: registry.Constant(1.0, "a constant")}))
+    with pytest.raises(ValueError, match=f"the constant `{name}` of the family hinge must be called `hinge_...`"):
+        registry.constants()
+
+
+def test_a_misspelt_bound_is_refused():
+    with pytest.raises(ValueError, match="`bounds` has min; use gt, ge, lt, le"):
+        registry.Constant(1.0, "a constant", {"min": 0})
+
+
+def test_every_family_has_its_formulas():
+    assert losses.FORMULAS.keys() == registry.FAMILIES.keys()
+    for name, family in registry.FAMILIES.items():
+        assert (losses.FORMULAS[name].list is None) == ("pl" not in family.preferences)
