@@ -69,11 +69,10 @@ def answer_figures(record: Answers, scorer: HeldOut) -> dict:
     prompt, answers, some = answer_ids(record, scorer)
     found = scorer.compare(prompt, some, diverging=len(some)) if some else {"policy": [], "reference": [], "kl": []}
     ratios = [after - before for after, before in zip(found["policy"], found["reference"], strict=True)]
-    values = iter(zip(found["kl"], ratios, strict=True))
-    pairs = [next(values) if answer else (0.0, 0.0) for answer in answers]
+    kl, ratio = iter(found["kl"]), iter(ratios)
     return {
-        "kl": [kl for kl, _ in pairs],
-        "log_ratio": [ratio for _, ratio in pairs],
+        "kl": [next(kl) if answer else 0.0 for answer in answers],
+        "log_ratio": [next(ratio) if answer else 0.0 for answer in answers],
         "tokens": [len(answer) for answer in answers],
     }
 
