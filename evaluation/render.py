@@ -54,8 +54,6 @@ def comparisons(part: dict) -> list[Grid]:
 
 
 def _paired(rows: list[dict]) -> list[Grid]:
-    if not rows:
-        return []
     names = [*MATCHED, "reward_mean"]
     ends, matched, seeds = [], [], []
     for row in rows:

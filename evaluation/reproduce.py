@@ -21,8 +21,7 @@ from pathlib import Path
 from evaluation.cost import estimate
 from evaluation.matrix import load_matrix
 from evaluation.render import draw_frontier, latex, markdown
-from evaluation.results import Evaluated, collect, find
-from evaluation.table4 import collect_judged, compared, find_judged
+from evaluation.results import Evaluated, collect, collect_judged, compared, find, find_judged
 from evaluation.tables import JUDGED, TITLES, assemble, needed, stem
 from hps.errors import InputError, run_main
 from pipeline.files import write_atomic, write_json
