@@ -21,25 +21,21 @@ from pipeline.records import Answers, read_answers
 from pipeline.stage import require_finished, stage
 
 
-def divergence_path(recipe: Recipe) -> Path:
-    return recipe.evaluated_folder() / "divergence" / "divergence.jsonl"
-
-
 def measure(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
-    path = divergence_path(recipe)
-    answers = recipe.evaluated_folder() / "answers"
-    require_finished(answers, "the answers are", "bash evaluate.sh")
+    path = recipe.evaluated_folder() / "divergence" / "divergence.jsonl"
+    answers = recipe.evaluated_folder() / "answers" / "test.jsonl"
+    require_finished(answers.parent, "the answers are", "bash evaluate.sh")
     settings = {
-        "answers": file_hash(answers / "test.jsonl"),
+        "answers": file_hash(answers),
         "checkpoint": model_hash(Model(path=str(recipe.run_folder() / "checkpoint"))),
         "reference": model_hash(recipe.models.policy),
         "max_length": recipe.schedule.max_length,
     }
     with stage("divergence", path.parent, recipe, settings) as work:
         if work:
-            _measure(recipe, answers / "test.jsonl", path)
-            work.finish([path], [answers / "test.jsonl"])
+            _measure(recipe, answers, path)
+            work.finish([path], [answers])
 
 
 def _measure(recipe: Recipe, answers: Path, path: Path) -> None:

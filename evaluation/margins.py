@@ -237,12 +237,10 @@ def print_metrics(metrics: dict, folder: Path) -> None:
     if metrics["left_out"]:
         print(f"held-out, left out: {counted(metrics['left_out'])}")
     print(f"held-out: {floor_line(metrics['dtype'], metrics['floor'])}")
+    titles = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}
     for name, figures in metrics["sets"].items():
-        title = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}[name]
-        print(
-            f"held-out, {title}: {figures['pairs']} pairs; mean [95 % interval]{few(figures['pairs'])} -> "
-            f"{folder / 'margins.json'}"
-        )
+        about = f"{figures['pairs']} pairs; mean [95 % interval]{few(figures['pairs'])}"
+        print(f"held-out, {titles[name]}: {about} -> {folder / 'margins.json'}")
         for key, value in figures.items():
             if key not in ("pairs", "along"):
                 print(f"  {key:26s} {figure(value['mean']):>8s}  {interval(value)}")

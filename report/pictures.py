@@ -7,8 +7,7 @@ panel is bounded: long curves are drawn as means over equal windows, many points
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -37,16 +36,14 @@ IN_RED = " In red the paper's mean: a bar, or an arrow where it lies beyond the 
 Points = tuple[Sequence[float], Sequence[float]]
 
 
-@dataclass
-class Picture:
+class Picture(NamedTuple):
     """One panel. `source`: the data URI; `text`: what it shows, for readers who cannot see it."""
 
     source: str
     text: str
 
 
-@dataclass
-class Pictures:
+class Pictures(NamedTuple):
     """Panels that belong together, with one caption."""
 
     panels: list[Picture]
@@ -60,8 +57,7 @@ def picture(text: str, draw: Callable[..., None], *arguments: Any, height: float
         draw(drawing.subplots(), *arguments, **options)
         buffer = io.BytesIO()
         drawing.savefig(buffer, format="svg", metadata={"Date": None})
-    source = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Picture(source, text)
+    return Picture("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode(), text)
 
 
 def named(name: str, most: int = NAME) -> str:

@@ -13,7 +13,6 @@ on four criteria from 1.00 to 5.00 (paper, section 6 and Table 3).
 """
 
 import argparse
-import hashlib
 import random
 import secrets
 from collections.abc import Sequence
@@ -26,8 +25,8 @@ from typing_extensions import TypedDict
 
 from evaluation.judge import CRITERIA
 from hps.errors import InputError, run_main, shorten
-from pipeline.files import file_hash, write_atomic, write_json
-from pipeline.records import Indexed, Number, Whole, canonical, check_answers, check_storable, read_json, typed
+from pipeline.files import file_hash, value_hash, write_atomic, write_json
+from pipeline.records import Indexed, Number, Whole, check_answers, check_storable, read_json, typed
 from report.page import render
 from report.study_figures import figures, results_page, table
 
@@ -167,7 +166,7 @@ def read_texts(files: dict[str, list[str]], names: list[str], prompts: int | Non
 
 def study_name(key: dict) -> str:
     """The study's identity: a hash of everything in its key."""
-    return hashlib.sha256(canonical({name: key[name] for name in key if name != "study"}).encode()).hexdigest()[:16]
+    return value_hash({name: key[name] for name in key if name != "study"})[:16]
 
 
 def read_key(path: Path) -> dict:
@@ -226,9 +225,7 @@ def build(
     }
     key["study"] = study_name(key)
     if before and before != key:
-        problem = (
-            f"the folder has the key of another study, {before['study']}, without which nobody can read its ratings"
-        )
+        problem = f"the folder has the key of another study, {before['study']}: nobody can read its ratings without it"
         raise InputError(problem, where=str(path), remedy="give another folder with `--to`")
     _write(to, key, {name: text for found in texts.values() for name, text in found.items()})
 
@@ -276,9 +273,8 @@ def read_ratings(path: str | Path, key: dict) -> tuple[int, np.ndarray]:
         name, answer, criterion = line["prompt_id"], line["answer"], line["criterion"]
         at = (names.index(name), orders[name][answer], key["criteria"].index(criterion))
         if not np.isnan(found[at]):
-            raise InputError(
-                f"`{name}`, answer {answer}, `{criterion}` is there twice", where=place, remedy="leave one"
-            )
+            problem = f"`{name}`, answer {answer}, `{criterion}` is there twice"
+            raise InputError(problem, where=place, remedy="leave one")
         found[at] = line["value"]
     if missing := int(np.isnan(found).sum()):
         remedy = "ask the rater for them: the page loads this file and goes on"
@@ -346,8 +342,7 @@ def main() -> None:
     if options.command == "import":
         import_ratings(Path(options.key), options.files)
         return
-    chosen = {name: getattr(options, name) for name in ("seed", "prompts", "sets")}
-    build(Path(options.to), options.models, options.raters, **chosen)
+    build(Path(options.to), options.models, options.raters, options.seed, options.prompts, options.sets)
 
 
 if __name__ == "__main__":

@@ -93,10 +93,8 @@ def figures(ratings: np.ndarray, key: dict) -> dict:
     Args:
         ratings: (raters, prompts, models, criteria), the prompts in the order of the key.
     """
-    sets, start = {}, 0
-    for name, prompts in key["sets"].items():
-        sets[name] = list(range(start, start + len(prompts)))
-        start += len(prompts)
+    places = itertools.count()
+    sets = {name: list(itertools.islice(places, len(prompts))) for name, prompts in key["sets"].items()}
     together = part(ratings, list(sets.values()), key)
     averages = {model: means["average"]["mean"] for model, means in together["means"].items()}
     several = sets if len(sets) > 1 else {}
