@@ -34,10 +34,6 @@ class Run:
     recipe: Recipe
     tables: set = field(default_factory=set)
 
-    @property
-    def name(self) -> str:
-        return f"{self.data}/{self.recipe.run}"
-
     def arguments(self) -> list[str]:
         """What follows the script's name on the command line."""
         return [self.path, *self.overrides]
