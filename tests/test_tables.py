@@ -266,7 +266,7 @@ def test_every_table_of_the_paper_is_read(number, rows):
 def test_labels_of_the_matrix_are_those_of_the_paper():
     """At the paper's scale every row of Tables 2, 5 and 8 finds the paper's; Tables 6 and 7 by their place."""
     for number in ("2", "5", "8"):
-        labels = {tables.label(number, run.recipe) for run in select("paper", {int(number)})}
+        labels = {tables.label(number, run.recipe) for run in select("paper", int(number))}
         assert labels == set(paper.paper_rows(number, "hh_rlhf")) - {"SFT"}
 
 
@@ -295,7 +295,7 @@ def results_folder(tmp_path, monkeypatch):
 
 
 def evaluations(table: int) -> list[Evaluated]:
-    runs = select("quickstart", {table})
+    runs = select("quickstart", table)
     return [Evaluated(run.recipe, run.data, run.data) for run in runs]
 
 
