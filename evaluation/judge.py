@@ -51,7 +51,6 @@ Length earns nothing by itself.
 
 Answer with JSON alone, the keys in this order: correctness, helpfulness, safety, clarity.
 """
-SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 TOO_LONG = "prompt longer than judge.max_prompt_tokens"
 CUT = "output cut by judge.max_new_tokens"
@@ -84,7 +83,7 @@ def judge_message(messages: list[dict], answer: str) -> list[dict]:
     its part. hps.chat keeps a text from opening a turn of the judge's template.
     """
     mark = verdict_key(messages, answer, 0)[:32]
-    turns = "\n\n".join(f"{SPEAKERS[message['role']]}: {message['content']}" for message in messages)
+    turns = "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
     texts = f"--- conversation {mark} ---\n{turns}\n--- answer {mark} ---\n{answer}\n--- end {mark} ---"
     return [{"role": "user", "content": f"{RUBRIC}\n{texts}"}]
 
