@@ -33,20 +33,15 @@ class BeforeAfter:
     def of(self, name: str) -> dict:
         """`id` and `prompt`; `before` and `after`: of each answer `text`, `score`, `tokens`, `cut`, and `proxy`
         if the reward model that ranked the candidates has scored it."""
-        return {
-            "id": name,
-            "prompt": self._answered["after"].answers[name]["prompt"],
-            **{side: self._answers(side, name) for side in SIDES},
-        }
-
-    def _answers(self, side: str, name: str) -> list[dict]:
-        record, scores = self._answered[side].of(name)
-        columns = (record["responses"], scores["answers"], record["token_counts"], record["truncated"])
-        found = [
-            {"text": text, "score": score["score"], "tokens": tokens, "cut": cut}
-            for text, score, tokens, cut in zip(*columns, strict=True)
-        ]
-        if side in self._proxies:
-            for answer, by_proxy in zip(found, self._proxies[side].of(name)[1]["answers"], strict=True):
-                answer["proxy"] = by_proxy["score"]
+        found = {"id": name, "prompt": self._answered["after"].answers[name]["prompt"]}
+        for side, answered in self._answered.items():
+            record, scores = answered.of(name)
+            columns: dict[str, list] = {
+                "text": record["responses"],
+                "score": [each["score"] for each in scores["answers"]],
+            }
+            columns |= {"tokens": record["token_counts"], "cut": record["truncated"]}
+            if side in self._proxies:
+                columns["proxy"] = [each["score"] for each in self._proxies[side].of(name)[1]["answers"]]
+            found[side] = [dict(zip(columns, answer, strict=True)) for answer in zip(*columns.values(), strict=True)]
         return found

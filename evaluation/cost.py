@@ -33,11 +33,15 @@ def prompt_count(recipe: Recipe, split: str, cost: dict) -> int:
         return cost["prompts"][split]
 
 
+def tested_prompts(recipe: Recipe, cost: dict) -> int:
+    return recipe.evaluation.prompts or prompt_count(recipe.tested(), "test", cost)
+
+
 def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
     """Seconds of training and evaluation of one run."""
     speed = cost["operations_per_second"] * cost["devices"]
     rows = prompt_count(recipe, "train", cost) * recipe.schedule.epochs
-    tested = recipe.evaluation.prompts or prompt_count(recipe.tested(), "test", cost)
+    tested = tested_prompts(recipe, cost)
     response, prompt, weights = cost["response_tokens"], cost["prompt_tokens"], cost["weights"]
     row = prompt + responses_per_prompt(recipe) * response
     step = (4 if recipe.lora.enabled else 6) * weights * row
@@ -68,10 +72,8 @@ def judge_seconds(judged: list[Evaluated], cost: dict) -> float:
     tokens = cost["rubric_tokens"] + cost["prompt_tokens"] + cost["response_tokens"]
     verdict = 2 * cost["judge_weights"] * tokens / cost["operations_per_second"]
     verdict += cost["verdict_tokens"] / cost["judge_tokens_per_second"]
-    verdicts = 0
-    for recipe in (evaluation.recipe for evaluation in models):
-        tested = recipe.evaluation.prompts or prompt_count(recipe.tested(), "test", cost)
-        verdicts += tested * recipe.judge.answers * recipe.judge.repeats
+    recipes = [evaluation.recipe for evaluation in models]
+    verdicts = sum(tested_prompts(each, cost) * each.judge.answers * each.judge.repeats for each in recipes)
     return verdicts * verdict / cost["devices"]
 
 

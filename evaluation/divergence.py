@@ -2,7 +2,7 @@
 
 Reads   `<output>/<run>/answers/test.jsonl` (answers), `<output>/<run>/checkpoint`
 Writes  `<output>/<run>/divergence/divergence.jsonl`, a line a prompt: for each answer `kl`, `log_ratio` (nats) and
-        `tokens`; `manifest.json` (last), with `dtype` and `floor` (evaluation.held_out.rounding_floor)
+        `tokens`; `manifest.json` (last)
 Run     python -m evaluation.divergence configs/quickstart.yaml
 
 `kl` is the sum over the answer's tokens of KL(pi_theta || pi_ref) over the whole vocabulary, at temperature 1. The
@@ -10,10 +10,9 @@ answers were sampled at `generation.temperature`. `log_ratio` is log pi_theta(y)
 divergence if the answers were sampled at temperature 1; otherwise the mean may be negative.
 """
 
-from itertools import islice
 from pathlib import Path
 
-from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, rounding_floor
+from evaluation.held_out import HeldOut
 from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, done_ids, file_hash
 from pipeline.identity import model_hash
@@ -22,29 +21,24 @@ from pipeline.records import Answers, read_answers
 from pipeline.stage import require_finished, stage
 
 
-def divergence_path(recipe: Recipe) -> Path:
-    return recipe.evaluated_folder() / "divergence" / "divergence.jsonl"
-
-
 def measure(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
-    path = divergence_path(recipe)
-    answers = recipe.evaluated_folder() / "answers"
-    require_finished(answers, "the answers are", "bash evaluate.sh")
+    path = recipe.evaluated_folder() / "divergence" / "divergence.jsonl"
+    answers = recipe.evaluated_folder() / "answers" / "test.jsonl"
+    require_finished(answers.parent, "the answers are", "bash evaluate.sh")
     settings = {
-        "answers": file_hash(answers / "test.jsonl"),
+        "answers": file_hash(answers),
         "checkpoint": model_hash(Model(path=str(recipe.run_folder() / "checkpoint"))),
         "reference": model_hash(recipe.models.policy),
         "max_length": recipe.schedule.max_length,
     }
     with stage("divergence", path.parent, recipe, settings) as work:
         if work:
-            precision = _measure(recipe, answers / "test.jsonl", path)
-            work.finish([path], [answers / "test.jsonl"], **precision)
+            _measure(recipe, answers, path)
+            work.finish([path], [answers])
 
 
-def _measure(recipe: Recipe, answers: Path, path: Path) -> dict:
-    """Write the lines; return `dtype` and `floor` (evaluation.held_out.rounding_floor)."""
+def _measure(recipe: Recipe, answers: Path, path: Path) -> None:
     with Appender(path) as file:  # first: it cuts off the half line that a kill leaves
         done = done_ids(path)
         total = sum(1 for _ in read_answers(answers))  # checks every line before a model loads
@@ -52,28 +46,18 @@ def _measure(recipe: Recipe, answers: Path, path: Path) -> dict:
         scorer = HeldOut(recipe, along=False)
         for record in progress(todo, total, "divergence", " prompts", len(done)):
             file.append({"prompt_id": record["prompt_id"], **answer_figures(record, scorer)})
-    texts = (answer_ids(record, scorer) for _, record in read_answers(answers))
-    floor = rounding_floor(scorer, islice(((prompt, some) for prompt, _, some in texts if some), FLOOR_TEXTS))
-    print(f"divergence: {floor_line(scorer.dtype, floor)}")
-    return {"dtype": scorer.dtype, "floor": floor}
-
-
-def answer_ids(record: Answers, scorer: HeldOut) -> tuple[list[int], list[list[int]], list[list[int]]]:
-    """Token ids of the prompt, of its answers, and of the answers that are not empty."""
-    prompt, answers = scorer.token_ids(record["prompt"], record["responses"], record["truncated"])
-    return prompt, answers, [answer for answer in answers if answer]
 
 
 def answer_figures(record: Answers, scorer: HeldOut) -> dict:
     """`kl`, `log_ratio`, `tokens` of each answer; 0 for an empty answer."""
-    prompt, answers, some = answer_ids(record, scorer)
+    prompt, answers = scorer.token_ids(record["prompt"], record["responses"], record["truncated"])
+    some = [answer for answer in answers if answer]
     found = scorer.compare(prompt, some, diverging=len(some)) if some else {"policy": [], "reference": [], "kl": []}
     ratios = [after - before for after, before in zip(found["policy"], found["reference"], strict=True)]
-    values = iter(zip(found["kl"], ratios, strict=True))
-    pairs = [next(values) if answer else (0.0, 0.0) for answer in answers]
+    kl, ratio = iter(found["kl"]), iter(ratios)
     return {
-        "kl": [kl for kl, _ in pairs],
-        "log_ratio": [ratio for _, ratio in pairs],
+        "kl": [next(kl) if answer else 0.0 for answer in answers],
+        "log_ratio": [next(ratio) if answer else 0.0 for answer in answers],
         "tokens": [len(answer) for answer in answers],
     }
 

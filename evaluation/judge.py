@@ -51,7 +51,6 @@ Length earns nothing by itself.
 
 Answer with JSON alone, the keys in this order: correctness, helpfulness, safety, clarity.
 """
-SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 TOO_LONG = "prompt longer than judge.max_prompt_tokens"
 CUT = "output cut by judge.max_new_tokens"
@@ -84,16 +83,9 @@ def judge_message(messages: list[dict], answer: str) -> list[dict]:
     its part. hps.chat keeps a text from opening a turn of the judge's template.
     """
     mark = verdict_key(messages, answer, 0)[:32]
-    turns = "\n\n".join(f"{SPEAKERS[message['role']]}: {message['content']}" for message in messages)
-    parts = [
-        RUBRIC,
-        f"--- conversation {mark} ---",
-        turns,
-        f"--- answer {mark} ---",
-        answer,
-        f"--- end {mark} ---",
-    ]
-    return [{"role": "user", "content": "\n".join(parts)}]
+    turns = "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+    texts = f"--- conversation {mark} ---\n{turns}\n--- answer {mark} ---\n{answer}\n--- end {mark} ---"
+    return [{"role": "user", "content": f"{RUBRIC}\n{texts}"}]
 
 
 def read_scores(sample: dict) -> dict:
@@ -152,14 +144,13 @@ def read_verdicts(path: Path) -> dict[str, dict]:
 
 def check_verdict(line: dict, where: str) -> dict:
     """Return the line; InputError: it has no `key`, or neither `scores` of all criteria on the grid nor an `error`."""
-    again = "remove the line, so that its answer is judged again"
-    if not isinstance(line.get("key"), str):
-        raise InputError(f"`key` is {shorten(line.get('key'))}", where=where, remedy=again)
-    scores = line.get("scores")
+    scores, given = line.get("scores"), "error" if "error" in line else "scores"
     graded = isinstance(scores, dict) and set(scores) == set(CRITERIA) and all(map(_on_grid, scores.values()))
-    if not (isinstance(line.get("error"), str) if "error" in line else graded):
-        field = "error" if "error" in line else "scores"
-        raise InputError(f"`{field}` is {shorten(line.get(field))}", where=where, remedy=again)
+    valid = {"key": isinstance(line.get("key"), str), "error": isinstance(line.get("error"), str), "scores": graded}
+    for field in ("key", given):
+        if not valid[field]:
+            remedy = "remove the line, so that its answer is judged again"
+            raise InputError(f"`{field}` is {shorten(line.get(field))}", where=where, remedy=remedy)
     check_finite(line, where)
     return line
 
@@ -184,15 +175,14 @@ def judge(recipe: Recipe) -> None:
         if todo or not path.with_suffix(f".{MANIFEST}").exists():
             with remade(path, recipe, settings, [path, path.with_suffix(".json")]):
                 write_json(path.with_suffix(".json"), settings)
-                _judge(recipe, todo, path)
+                if todo:
+                    _judge(recipe, todo, path)
             verdicts = read_verdicts(path)
     errors = Counter(verdicts[key]["error"] for key in wanted if "error" in verdicts[key])
     print(f"judge: {len(wanted)} verdicts in {path}, left out: {counted(errors)}")
 
 
 def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
-    if not todo:
-        return
     check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
     check_fits("evaluate", recipe, "judge")
     tokenizer = load_tokenizer(recipe.models.judge.path, recipe.models.judge.revision)

@@ -143,18 +143,18 @@ def margins(columns: Columns, step: int | None = None) -> dict[str, np.ndarray]:
         "rm_dpo": margin,
         "rm_r_dpo": margin - LENGTH_PENALTY * (tokens[:, 0] - tokens[:, 1]),
         "rm_r_dpo_characters": margin - LENGTH_PENALTY * (characters[:, 0] - characters[:, 1]),
-        "rm_dpo_accuracy": _right(ratios[:, 0], ratios[:, 1]),
+        "rm_dpo_accuracy": _right(ratios),
         "kl": kl,
     }
     for when, logps in (("before", reference), ("after", policy)):
-        figures[f"accuracy_{when}"] = _right(logps[:, 0], logps[:, 1])
-        each = logps / tokens
-        figures[f"accuracy_per_token_{when}"] = _right(each[:, 0], each[:, 1])
+        figures[f"accuracy_{when}"] = _right(logps)
+        figures[f"accuracy_per_token_{when}"] = _right(logps / tokens)
     return figures
 
 
-def _right(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    return (better > worse).astype(float)
+def _right(values: np.ndarray) -> np.ndarray:
+    """(pairs,) 1 where the preferred response has the higher of (pairs, 2) values."""
+    return (values[:, 0] > values[:, 1]).astype(float)
 
 
 def evaluate(recipe: Recipe) -> None:
@@ -185,8 +185,7 @@ def _evaluate(recipe: Recipe, folder: Path, work: Work) -> None:
     write_json(folder / "margins.json", metrics)
     print_metrics(metrics, folder)
     outputs = [folder / name for name in ("pairs.jsonl", "answers.jsonl", "margins.json")]
-    inputs = [recipe.tested().data.test.path, recipe.tested().ranked("test")]
-    work.finish(outputs, inputs)
+    work.finish(outputs, [recipe.tested().data.test.path, recipe.tested().ranked("test")])
 
 
 def set_figures(columns: Columns, recipe: Recipe) -> dict:
@@ -238,12 +237,10 @@ def print_metrics(metrics: dict, folder: Path) -> None:
     if metrics["left_out"]:
         print(f"held-out, left out: {counted(metrics['left_out'])}")
     print(f"held-out: {floor_line(metrics['dtype'], metrics['floor'])}")
+    titles = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}
     for name, figures in metrics["sets"].items():
-        title = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}[name]
-        print(
-            f"held-out, {title}: {figures['pairs']} pairs; mean [95 % interval]{few(figures['pairs'])} -> "
-            f"{folder / 'margins.json'}"
-        )
+        about = f"{figures['pairs']} pairs; mean [95 % interval]{few(figures['pairs'])}"
+        print(f"held-out, {titles[name]}: {about} -> {folder / 'margins.json'}")
         for key, value in figures.items():
             if key not in ("pairs", "along"):
                 print(f"  {key:26s} {figure(value['mean']):>8s}  {interval(value)}")

@@ -38,7 +38,8 @@ def curve(cell: Cell, pairs: str, figure: str, prompts: set[str] | None = None) 
     if not points:
         return None
     kl, values = (
-        np.stack([_values(cell.point(pairs, point, name), names) for point in points]) for name in ("kl", figure)
+        np.stack([_values(by_prompt(cell.point(pairs, point, name)), names) for point in points])
+        for name in ("kl", figure)
     )
     if figure != "rm_dpo_accuracy":
         start = np.zeros((1, kl.shape[1]))
@@ -52,17 +53,13 @@ def by_prompt(found: tuple[list[str], np.ndarray] | None) -> dict[str, float]:
     return dict(zip(found[0], found[1].mean(axis=0), strict=True)) if found else {}
 
 
-def _values(found: tuple[list[str], np.ndarray], names: list[str]) -> np.ndarray:
-    means = by_prompt(found)
+def _values(means: dict[str, float], names: list[str]) -> np.ndarray:
     return np.array([means[name] for name in names])
 
 
 def _rewards(sft: dict | None) -> dict[str, float]:
     """Mean reward of the answers of the model before training, by prompt."""
-    table = sft["prompts"] if sft else {"prompt_id": [], "reward_mean": []}
-    return {
-        name: value for name, value in zip(table["prompt_id"], table["reward_mean"], strict=True) if value is not None
-    }
+    return by_prompt(Cell("SFT", [sft]).column("reward_mean")) if sft else {}
 
 
 def rewarded(cell: Cell, sft: dict | None) -> set[str]:
@@ -73,9 +70,9 @@ def rewarded(cell: Cell, sft: dict | None) -> set[str]:
 
 def reward_curve(cell: Cell, sft: dict, prompts: set[str]) -> Curve:
     """As `curve`, of the mean reward of the answers to prompts of `rewarded`: before and after the training."""
-    names, rewards = sorted(prompts), _rewards(sft)
-    moved, after = (_values(cell.column(name), names) for name in ("kl", "reward_mean"))
-    return np.stack([np.zeros(len(names)), moved]), np.stack([np.array([rewards[name] for name in names]), after])
+    columns = by_prompt(cell.column("kl")), _rewards(sft), by_prompt(cell.column("reward_mean"))
+    moved, before, after = (_values(means, sorted(prompts)) for means in columns)
+    return np.stack([np.zeros(len(prompts)), moved]), np.stack([before, after])
 
 
 def resampled(table: np.ndarray) -> np.ndarray:

@@ -1,15 +1,8 @@
-"""The trainings of the paper's tables, and the same as commands.
+"""The trainings of the paper's tables. `bash reproduce.sh` runs what a table needs, ranking and evaluation included.
 
 Reads   configs/matrix.yaml (grids for each scale) and the recipes that it names
-Run     python -m evaluation.matrix            # every training at the paper's scale
-        python -m evaluation.matrix 2 8        # those of Tables 2 and 8
-        python -m evaluation.matrix ablation --scale quickstart
-
-A line is `bash run.sh RECIPE key=value ... run=NAME  # Table 2, 5: DPO-HPS`. `bash reproduce.sh` runs what a table
-needs, the ranking and the evaluation included.
 """
 
-import argparse
 import itertools
 import json
 from dataclasses import dataclass, field
@@ -18,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hps.errors import InputError, run_main
+from hps.errors import InputError
 from pipeline.recipe import REPOSITORY, Recipe, as_dict, fields, get, load_recipe
 
 MATRIX = "configs/matrix.yaml"
@@ -33,18 +26,6 @@ class Run:
     overrides: list[str]
     recipe: Recipe
     tables: set = field(default_factory=set)
-
-    @property
-    def name(self) -> str:
-        return f"{self.data}/{self.recipe.run}"
-
-    def arguments(self) -> list[str]:
-        """What follows the script's name on the command line."""
-        return [self.path, *self.overrides]
-
-    def command(self) -> str:
-        tables = ", ".join(map(str, sorted(self.tables, key=str)))
-        return f"bash run.sh {' '.join(self.arguments())}  # Table {tables}: {method_name(self.recipe)}"
 
 
 def method_name(recipe: Recipe) -> str:
@@ -84,15 +65,13 @@ def all_runs(scale: str) -> list[Run]:
     return expand(load_matrix(scale))
 
 
-def select(scale: str, tables: set) -> list[Run]:
-    """The trainings of these tables (numbers, `ablation`); of all for an empty set. InputError: an unknown table."""
-    runs = all_runs(scale)
-    known = set().union(*(run.tables for run in runs))
-    unknown = sorted(map(str, tables - known))
-    if unknown:
-        remedy = f"give some of {', '.join(sorted(map(str, known)))}, or none"
-        raise InputError(f"there is no table `{unknown[0]}`", where="command line", remedy=remedy)
-    return [run for run in runs if run.tables & (tables or known)]
+def select(scale: str, table: int | str) -> list[Run]:
+    """The trainings of a table (a number, `ablation`). InputError: the scale has no such table."""
+    found = [run for run in all_runs(scale) if table in run.tables]
+    if not found:
+        remedy = f"give one of {', '.join(sorted({str(name) for run in all_runs(scale) for name in run.tables}))}"
+        raise InputError(f"there is no table `{table}`", where="command line", remedy=remedy)
+    return found
 
 
 def _run(data: str, path: str, plain: Recipe, settings: dict) -> Run:
@@ -118,16 +97,3 @@ def _run(data: str, path: str, plain: Recipe, settings: dict) -> Run:
 
 def _plain(value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help="numbers of the paper, or `ablation`; none: all")
-    parser.add_argument("--scale", default="paper", help="default: %(default)s")
-    options = parser.parse_args()
-    for run in select(options.scale, {int(text) if text.isdigit() else text for text in options.tables}):
-        print(run.command())
-
-
-if __name__ == "__main__":
-    run_main(main)

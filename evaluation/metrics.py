@@ -107,11 +107,7 @@ def prompt_figures(recipe: Recipe, sft: bool, bleu: Bleu, left_out: Counter) -> 
 def change_figures(after: dict, before: dict, moved: dict) -> dict[str, float]:
     """What training changed for one prompt."""
     changes = {f"{name}_change": after[name] - before[name] for name in ("reward_best", "reward_mean", "tokens_mean")}
-    return {
-        **changes,
-        "kl_sampled": statistics.mean(moved["kl"]),
-        "log_ratio_sampled": statistics.mean(moved["log_ratio"]),
-    }
+    return changes | {f"{name}_sampled": statistics.mean(moved[name]) for name in ("kl", "log_ratio")}
 
 
 def win_rate(after: list[Score], before: list[Score]) -> float:
@@ -187,16 +183,8 @@ def corpus_bleu(recipe: Recipe, sft: bool, bleu: Bleu, tokenizers: Counter) -> d
         return {}
     every = bleu.counts(_with_reference(recipe, sft))
     best = bleu.counts([max(pairs, key=lambda pair: bleu.sentence(*pair))] for pairs in _with_reference(recipe, sft))
-    samples, seed = recipe.evaluation.bootstrap, recipe.seed
-    return {
-        "bleu_corpus_best": bleu.corpus(best, samples, seed),
-        "bleu_corpus_all": bleu.corpus(every, samples, seed),
-    }
-
-
-def bleu_tokenizers(recipe: Recipe, sft: bool) -> Counter:
-    """Number of prompts by the tokenizer of sacrebleu that their BLEU needs."""
-    return Counter(tokenizer_of(pairs[0][1]) for pairs in _with_reference(recipe, sft))
+    counts = {"bleu_corpus_best": best, "bleu_corpus_all": every}
+    return {name: bleu.corpus(each, recipe.evaluation.bootstrap, recipe.seed) for name, each in counts.items()}
 
 
 def _with_reference(recipe: Recipe, sft: bool) -> Iterator[list[tuple[str, str]]]:
@@ -206,14 +194,6 @@ def _with_reference(recipe: Recipe, sft: bool) -> Iterator[list[tuple[str, str]]
         given = prompts[record["prompt_id"]]["responses"]
         if given and given[0].strip():
             yield [(text, given[0].strip()) for text in record["responses"]]
-
-
-def aggregate(columns: dict[str, array], recipe: Recipe) -> dict:
-    """Means with intervals of every figure, over the prompts that have it."""
-    samples, seed = recipe.evaluation.bootstrap, recipe.seed
-    return {
-        name: {**bootstrap(np.array(values), samples, seed), "prompts": len(values)} for name, values in columns.items()
-    }
 
 
 def evaluate(recipe: Recipe, sft: bool) -> dict:
@@ -233,36 +213,34 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
         if not columns:
             raise InputError("no prompt has answers", where=str(folder), remedy="see answers/ledger.jsonl in it")
 
-    tokenizers = bleu_tokenizers(recipe, sft)
+    # Number of prompts by the tokenizer of sacrebleu that their BLEU needs.
+    tokenizers = Counter(tokenizer_of(pairs[0][1]) for pairs in _with_reference(recipe, sft))
     if len(tokenizers) > 1:
         left_out[f"corpus BLEU: prompts need different tokenizers ({', '.join(sorted(tokenizers))})"] += 1
     outputs = [folder / name for name in ("metrics.jsonl", "metrics.json")]
     with remade(outputs[1], recipe, {"seed": recipe.seed}, outputs, _inputs(recipe, sft)):
         write_lines(outputs[0], lines())
-        metrics = _metrics(recipe, sft, columns, bleu, tokenizers, left_out)
+        samples, seed = recipe.evaluation.bootstrap, recipe.seed
+        figures = {
+            name: {**bootstrap(np.array(values), samples, seed), "prompts": len(values)}
+            for name, values in columns.items()
+        }
+        metrics = {
+            "run": SFT if sft else recipe.run,
+            "prompts": len(columns["tokens_mean"]),
+            "samples": recipe.evaluation.samples,
+            "temperature": recipe.generation.temperature,
+            "bootstrap": samples,
+            "level": LEVEL,
+            "left_out": left_out,
+            "figures": figures | corpus_bleu(recipe, sft, bleu, tokenizers),
+            "bleu_tokenizers": tokenizers,
+            "bleu_signatures": bleu.signatures(),
+            "evaluator_is_reward": same_model(recipe.models.reward, recipe.models.evaluator),
+        }
+        if not sft:
+            metrics["sets"] = read_json(folder / "evaluation" / "margins.json")["sets"]
         write_json(outputs[1], metrics)
-    return metrics
-
-
-def _metrics(
-    recipe: Recipe, sft: bool, columns: dict[str, array], bleu: Bleu, tokenizers: Counter, left_out: Counter
-) -> dict:
-    """The content of `metrics.json`."""
-    metrics = {
-        "run": SFT if sft else recipe.run,
-        "prompts": len(columns["tokens_mean"]),
-        "samples": recipe.evaluation.samples,
-        "temperature": recipe.generation.temperature,
-        "bootstrap": recipe.evaluation.bootstrap,
-        "level": LEVEL,
-        "left_out": left_out,
-        "figures": {**aggregate(columns, recipe), **corpus_bleu(recipe, sft, bleu, tokenizers)},
-        "bleu_tokenizers": tokenizers,
-        "bleu_signatures": bleu.signatures(),
-        "evaluator_is_reward": same_model(recipe.models.reward, recipe.models.evaluator),
-    }
-    if not sft:
-        metrics["sets"] = read_json(evaluated(recipe, sft) / "evaluation" / "margins.json")["sets"]
     return metrics
 
 

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -15,8 +15,7 @@ MARK = "†"
 MARKED = f"{MARK} below the KL of the first point that was measured: on the straight line from 0 to that point."
 
 
-@dataclass
-class Grid:
+class Grid(NamedTuple):
     """A table of texts. `head`: names of the columns; the first cell of a row is its label."""
 
     caption: str
@@ -54,8 +53,6 @@ def comparisons(part: dict) -> list[Grid]:
 
 
 def _paired(rows: list[dict]) -> list[Grid]:
-    if not rows:
-        return []
     names = [*MATCHED, "reward_mean"]
     ends, matched, seeds = [], [], []
     for row in rows:

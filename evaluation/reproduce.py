@@ -21,9 +21,8 @@ from pathlib import Path
 from evaluation.cost import estimate
 from evaluation.matrix import load_matrix
 from evaluation.render import draw_frontier, latex, markdown
-from evaluation.results import Evaluated, collect, find
-from evaluation.table4 import collect_judged, compared, find_judged
-from evaluation.tables import JUDGED, TITLES, Results, assemble, needed, stem
+from evaluation.results import Evaluated, collect, collect_judged, compared, find, find_judged
+from evaluation.tables import JUDGED, TITLES, assemble, needed, stem
 from hps.errors import InputError, run_main
 from pipeline.files import write_atomic, write_json
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
@@ -59,25 +58,20 @@ class Driver:
             subprocess.run(command, cwd=REPOSITORY, check=True, **streams)
         return round(time.monotonic() - started, 1)
 
-    def attempt(
-        self, script: str, arguments: list[str], recipe: Recipe, name: str, seconds: dict | None = None
-    ) -> str | None:
-        """Run a script; return None, or why it failed. Its duration is added to `seconds`."""
+    def attempt(self, script: str, arguments: list[str], recipe: Recipe, name: str, title: str = "") -> str | None:
+        """Run a script, for the evaluation of this title; return None, or why it failed."""
         try:
-            took = self.call(script, arguments, recipe, name)
+            self.seconds[title][script] = self.call(script, arguments, recipe, name)
         except subprocess.CalledProcessError as error:
             log = Path(recipe.output) / "logs" / f"{name}.log"
             return f"{script} ended with status {error.returncode}, see {log}: {last_line(log)}"
-        if seconds is not None:
-            seconds[script] = took
         return None
 
     def step(self, run: Evaluated, script: str, arguments: list[str], name: str) -> bool:
         """Run a script for a run; return whether it succeeded, and record why not."""
-        problem = self.attempt(script, arguments, run.recipe, name, self.seconds[run.title])
-        if problem:
+        if problem := self.attempt(script, arguments, run.recipe, name, run.title):
             self.failed[run.title] = problem
-        return problem is None
+        return not problem
 
     def rank(self, todo: list[Evaluated], recipes: dict[str, str]) -> list[Evaluated]:
         """Make candidates and ranking for every recipe; return the evaluations that have them."""
@@ -119,13 +113,11 @@ class Driver:
 
     def judge(self, runs: list[Evaluated]) -> dict | None:
         """Win rates of the first run against the others; None if something failed."""
-        found = find_judged(runs, self.scale)
-        if found is None and all(
-            self.step(run, "evaluate.sh", [*run.tested_arguments(), "judge.enabled=true"], f"judge-{run.name}")
-            for run in runs
-        ):
-            found = collect_judged(runs, self.scale)
-        return found
+        if found := find_judged(runs, self.scale):
+            return found
+        asked = [([*run.tested_arguments(), "judge.enabled=true"], f"judge-{run.name}") for run in runs]
+        judged = all(self.step(run, "evaluate.sh", *each) for run, each in zip(runs, asked, strict=True))
+        return collect_judged(runs, self.scale) if judged else None
 
 
 def last_line(path: Path) -> str:
@@ -174,27 +166,24 @@ def reproduce(table: str, scale: str, only: str | None) -> int:
             rates = {group[0].data: driver.judge(group) for group in together}
             judged = {data: rate for data, rate in rates.items() if rate is not None}
         results = [(evaluation, find(evaluation, scale)) for evaluation in evaluations]
-        for path in write_table(table, scale, results, driver.failed, judged):
-            print(f"reproduce: {path.relative_to(REPOSITORY)}")
+        write_table(
+            assemble(table, scale, results, driver.failed, judged), REPOSITORY / "results" / scale / stem(table)
+        )
     for name, problem in driver.failed.items():
         print(f"reproduce: FAILED {name}: {problem}", file=sys.stderr)
     return len(driver.failed)
 
 
-def write_table(
-    table: str, scale: str, results: Results, failed: dict[str, str], judged: dict[str, dict] | None
-) -> list[Path]:
-    """Write the files of a table; return their paths."""
-    found = assemble(table, scale, results, failed, judged)
-    folder = REPOSITORY / "results" / scale
-    paths = [folder / f"{stem(table)}.{suffix}" for suffix in ("json", "md", "tex", "png", "html")]
-    json, md, tex, png, html = paths
+def write_table(found: dict, path: Path) -> None:
+    """Write the files of a table, whose name without a suffix is `path`, and say where they are."""
+    json, md, tex, png, html = paths = [path.with_suffix(f".{each}") for each in ("json", "md", "tex", "png", "html")]
     write_json(json, found)
     write_atomic(md, markdown(found))
     write_atomic(tex, latex(found))
     draw_frontier(found, png)
     write_atomic(html, page(json))
-    return paths
+    for each in paths:
+        print(f"reproduce: {each.relative_to(REPOSITORY)}")
 
 
 def plan(table: str, scale: str) -> list[str]:

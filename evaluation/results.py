@@ -4,6 +4,9 @@ Reads   `<output>/<run>/metrics.json`, `metrics.jsonl`, `evaluation/pairs.jsonl`
 Writes  `results/<scale>/runs/<data>/<run>.json`: `key` (the settings that decide the figures), `figures` and `sets`
         (means with intervals), `prompts` and `pairs` (columns of per-prompt values), `seconds`, versions, commit
 
+        `results/<scale>/win_rate/<data>.json`: of Table 4 `key` (the runs' settings, the judge's) and what
+        evaluation.win_rate gives for each other model
+
 A result is valid for a recipe with the same `key`: paths and revisions of the models, hashes of the data files, and
 every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes.
 """
@@ -13,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluation.cells import FINAL
-from evaluation.margins import Columns, margins, read_columns
+from evaluation.margins import margins, read_columns
 from evaluation.matrix import method_name
+from evaluation.win_rate import win_rates
 from hps.errors import InputError
 from hps.methods import own_settings
 from pipeline.files import file_hash, write_json
@@ -31,6 +35,7 @@ DEVICES = {
     "annotation": ("batch_tokens", "workers"),
     "evaluation": ("answers", "answer_tokens", "on"),
 }
+JUDGE = ("answers", "repeats", "max_new_tokens", "max_prompt_tokens", "temperature")  # settings of Table 4's judge
 NEW = ("noise", "proxy")  # of annotation and evaluation: not in a key while they are off
 
 
@@ -172,13 +177,51 @@ def columns(records: list[dict]) -> dict[str, list]:
 
 def pair_columns(path: Path) -> dict[str, dict]:
     """For each set the `prompt_id`s and, by step and at the end, a column for each of `PAIR_FIGURES`."""
-    sets = read_columns(read_jsonl(path, check_pair))
-    return {name: {"prompt_id": columns.prompts, "points": _points(columns)} for name, columns in sets.items()}
+    sets = {}
+    for kind, columns in read_columns(read_jsonl(path, check_pair)).items():
+        figures = {str(step): margins(columns, step) for step in columns.steps} | {FINAL: margins(columns)}
+        points = {
+            point: {name: [round(float(value), 5) for value in found[name]] for name in PAIR_FIGURES}
+            for point, found in figures.items()
+        }
+        sets[kind] = {"prompt_id": columns.prompts, "points": points}
+    return sets
 
 
-def _points(columns: Columns) -> dict[str, dict[str, list[float]]]:
-    figures = {str(step): margins(columns, step) for step in columns.steps} | {FINAL: margins(columns)}
+# ---- Table 4 ----
+
+
+def compared(evaluations: list[Evaluated], data: str) -> list[Evaluated]:
+    """The runs that Table 4 compares, of the first seed; DPO-HPS first."""
+    runs = [e for e in evaluations if e.data == data and not e.sft]
+    runs = [e for e in runs if e.recipe.seed == min(other.recipe.seed for other in runs)]
+    return sorted(runs, key=lambda e: e.recipe.loss.preference != "hps")
+
+
+def judged_key(runs: list[Evaluated]) -> dict:
+    """Everything that decides the win rates."""
+    recipe = runs[0].recipe
+    judge = {name: getattr(recipe.judge, name) for name in JUDGE}
     return {
-        point: {name: [round(float(value), 5) for value in found[name]] for name in PAIR_FIGURES}
-        for point, found in figures.items()
+        "runs": {run.name: result_key(run.recipe) for run in runs},
+        "judge": {"model": recipe.models.judge.model_dump(), **judge},
     }
+
+
+def judged_path(scale: str, data: str) -> Path:
+    return REPOSITORY / "results" / scale / "win_rate" / f"{data}.json"
+
+
+def find_judged(runs: list[Evaluated], scale: str) -> dict | None:
+    """The win rates of exactly these runs by exactly this judge, if there are any."""
+    return read_result(judged_path(scale, runs[0].data), judged_key(runs))
+
+
+def collect_judged(runs: list[Evaluated], scale: str) -> dict:
+    """Compare the judged runs and write the result."""
+    ours, *others = runs
+    folders = {"SFT": ours.recipe.sft_folder(), **{method_name(run.recipe): run.recipe.run_folder() for run in others}}
+    against = win_rates(ours.recipe, list(folders.values()))["against"]
+    found = {"key": judged_key(runs), "against": {name: against[str(folder)] for name, folder in folders.items()}}
+    write_json(judged_path(scale, ours.data), found)
+    return found

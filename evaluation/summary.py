@@ -89,9 +89,8 @@ def outcome(recipe: Recipe) -> dict | None:
         f"(mean [{LEVEL:.0%} interval])"
     )
     proxy = {}
-    if (
-        "proxy_mean_change" in figures and "proxy_mean" in earlier
-    ):  # a later run may have been without `evaluation.proxy`
+    # A later run may have been without `evaluation.proxy`.
+    if "proxy_mean_change" in figures and "proxy_mean" in earlier:
         proxy["score of what ranked, before"] = estimate(earlier["proxy_mean"])
         proxy["score of what ranked, change"] = estimate(figures["proxy_mean_change"], write=signed)
     lines = {

@@ -44,7 +44,7 @@ def needed(table: str, scale: str) -> list[Evaluated]:
     """The evaluations that a table shows: of the model before training and of the runs."""
     matrix = load_matrix(scale)
     found: list[Evaluated] = []
-    for run in select(scale, {int(table) if table.isdigit() else table}):
+    for run in select(scale, int(table) if table.isdigit() else table):
         on, overrides = run.data, run.overrides
         if table in TRANSFER:
             (on,) = (name for name in matrix["recipes"] if name != run.data)
@@ -52,7 +52,7 @@ def needed(table: str, scale: str) -> list[Evaluated]:
         recipe = load_recipe(REPOSITORY / run.path, overrides)
         if not any(evaluation.sft and evaluation.on == on for evaluation in found):
             found.append(Evaluated(recipe, on, on, sft=True))
-        found.append(Evaluated(recipe, run.data, on, arguments=run.arguments()))
+        found.append(Evaluated(recipe, run.data, on, arguments=[run.path, *run.overrides]))
     return found
 
 

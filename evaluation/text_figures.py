@@ -51,11 +51,11 @@ class Bleu:
 
     def counts(self, prompts: Iterable[list[tuple[str, str]]]) -> np.ndarray:
         """The counts that corpus BLEU adds up, (prompts, numbers), from each prompt's pairs of answer and reference."""
-        return np.array([self._prompt_counts(pairs) for pairs in prompts])
-
-    def _prompt_counts(self, pairs: list[tuple[str, str]]) -> np.ndarray:
-        forget_texts()
-        return np.sum([self._counts(*pair) for pair in pairs], axis=0)
+        found = []
+        for pairs in prompts:
+            forget_texts()
+            found.append(np.sum([self._counts(*pair) for pair in pairs], axis=0))
+        return np.array(found)
 
     def corpus(self, counts: np.ndarray, samples: int, seed: int) -> dict:
         """Corpus BLEU with a bootstrap interval over the prompts.
@@ -109,10 +109,6 @@ def repetition(answer: str) -> float:
 
 
 def _grams(text: str, size: int) -> list[tuple[str, ...]]:
-    words = _words(text)
+    """N-grams of the words between white space, in lower case; where a script has no spaces, of characters."""
+    words = UNSPACED.sub(r" \g<0> ", text.lower()).split()
     return list(zip(*(words[start:] for start in range(size)), strict=False))
-
-
-def _words(text: str) -> list[str]:
-    """Words between white space, in lower case; where a script has no spaces, characters."""
-    return UNSPACED.sub(r" \g<0> ", text.lower()).split()

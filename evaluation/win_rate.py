@@ -30,6 +30,7 @@ from pipeline.stage import hold, remade
 
 SIDES = ("run", "against")
 NOT_JUDGED = "not judged"
+FIRST = "run `python -m evaluation.judge` first"
 
 # Thresholds of the flags, and why.
 SIGNIFICANCE = 0.05  # of the p-values
@@ -66,17 +67,12 @@ def graded(answers: list[Answers], verdicts: dict[str, dict], judge: Judge) -> t
 
 
 def compare(
-    run_answers: list[Answers],
-    against_answers: list[Answers],
-    verdicts: dict[str, dict],
-    judge: Judge,
-    samples: int,
-    seed: int,
+    ours: list[Answers], theirs: list[Answers], verdicts: dict[str, dict], judge: Judge, samples: int, seed: int
 ) -> dict:
     """The comparison of two models.
 
     Args:
-        run_answers: lines of answers/test.jsonl; a win is a win of this model.
+        ours: lines of answers/test.jsonl; a win is a win of this model.
         verdicts: the judge's lines by key.
         samples: bootstrap resamples.
         seed: of the bootstrap.
@@ -89,13 +85,13 @@ def compare(
         InputError: no prompt has verdicts on both models.
     """
     sides, left_out = {}, Counter()
-    for side, answers in zip(SIDES, (run_answers, against_answers), strict=True):
+    for side, answers in zip(SIDES, (ours, theirs), strict=True):
         sides[side], missing = graded(answers, verdicts, judge)
         left_out.update({f"{side}, verdicts: {reason}": count for reason, count in missing.items()})
     pairs = _pairs(sides, left_out)
     if not pairs:
         problem = f"no prompt has verdicts on both models ({dict(+left_out)})"
-        raise InputError(problem, remedy="run `python -m evaluation.judge` first")
+        raise InputError(problem, remedy=FIRST)
     means = np.array([[np.nanmean(one.scores, axis=(0, 1)) for one in pair] for pair in pairs.values()])
     # `means` is (prompts, sides, criteria). Rounded: equal averages of thirds differ in their last bits.
     difference = np.round(means[:, 0].mean(axis=1) - means[:, 1].mean(axis=1), 9)
@@ -251,9 +247,7 @@ def win_rates(recipe: Recipe, against: list[Path]) -> dict:
     """The run of the recipe against each folder; written to `win_rate.json`, its manifest last."""
     path, settings = cache_path(recipe), recipe.judge
     if not path.exists():
-        raise InputError(
-            "there are no verdicts of this judge", where=str(path), remedy="run `python -m evaluation.judge` first"
-        )
+        raise InputError("there are no verdicts of this judge", where=str(path), remedy=FIRST)
     answers = {folder: judged_answers(folder, settings.answers) for folder in [recipe.evaluated_folder(), *against]}
     with hold(path.parent):
         verdicts = read_verdicts(path)

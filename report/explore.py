@@ -1,7 +1,7 @@
 """This page shows what "hard" means on your data: a ranked file, with a slider for gamma.
 
 Reads   a ranked file (`prompt`, `responses`, `rewards`, `sources`, `token_counts`, `truncated`)
-Writes  an HTML file, beside the ranked file if not told otherwise
+Writes  `<name>.explorer.html` beside it
 Run     python -m report.explore runs/quickstart/ranked/train.jsonl
 
 The page shows a prompt's preferred response (y_1, here the highest reward), the dispreferred ones with their weights
@@ -22,7 +22,7 @@ FIELDS = ("prompt_id", "prompt", "responses", "rewards", "sources", "token_count
 MOST_BYTES = 4_000_000  # of a page's data
 
 
-def explorer(path: Path, most: int, seed: int) -> str:
+def explorer(path: Path, most: int, seed: int = 0) -> str:
     """The page of a ranked file. InputError: a line is invalid, or there is none."""
     records = fitting(({f: record[f] for f in FIELDS} for _, record in read_ranked(path)), most, MOST_BYTES)
     if not records:
@@ -37,14 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE", help="a ranked file")
     parser.add_argument("--prompts", type=int, default=200, help="at most so many, from the first (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    parser.add_argument("--to", metavar="HTML", help="default: beside the file")
     options = parser.parse_args()
     if options.prompts < 1:
         raise InputError(f"`--prompts` is {options.prompts}", where="command line", remedy="give 1 or more")
     path = Path(options.file)
-    target = Path(options.to) if options.to else path.with_name(f"{path.stem}.explorer.html")
-    write_page(target, explorer(path, options.prompts, options.seed))
+    write_page(path.with_name(f"{path.stem}.explorer.html"), explorer(path, options.prompts))
 
 
 if __name__ == "__main__":

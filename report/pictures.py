@@ -7,8 +7,7 @@ panel is bounded: long curves are drawn as means over equal windows, many points
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -34,35 +33,31 @@ ZERO: dict[str, Any] = {"color": "0.4", "linewidth": 0.8}  # of a line at zero, 
 MARKERS = "osD^vP*X<>"
 IN_RED = " In red the paper's mean: a bar, or an arrow where it lies beyond the edge."  # of a forest
 
-Draw = Callable[[Axes], None]
 Points = tuple[Sequence[float], Sequence[float]]
 
 
-@dataclass
-class Picture:
+class Picture(NamedTuple):
     """One panel. `source`: the data URI; `text`: what it shows, for readers who cannot see it."""
 
     source: str
     text: str
 
 
-@dataclass
-class Pictures:
+class Pictures(NamedTuple):
     """Panels that belong together, with one caption."""
 
     panels: list[Picture]
     caption: str
 
 
-def picture(draw: Draw, text: str, height: float = 3.1) -> Picture:
-    """A panel, drawn by a function onto its axes; `height` in inches at a width of 5.2."""
+def picture(text: str, draw: Callable[..., None], *arguments: Any, height: float = 3.1, **options: Any) -> Picture:
+    """A panel that `draw(axes, *arguments, **options)` fills; `height` in inches at a width of 5.2."""
     with rc_context(STYLE):
         drawing = Figure(figsize=(5.2, height), layout="constrained")
-        draw(drawing.subplots())
+        draw(drawing.subplots(), *arguments, **options)
         buffer = io.BytesIO()
         drawing.savefig(buffer, format="svg", metadata={"Date": None})
-    source = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Picture(source, text)
+    return Picture("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode(), text)
 
 
 def named(name: str, most: int = NAME) -> str:
@@ -84,39 +79,27 @@ def _over_steps(axis: Axes, title: str) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def curve(title: str, series: Mapping[str, Points], stairs: bool = False) -> Draw:
+def curve(axis: Axes, title: str, series: Mapping[str, Points], stairs: bool = False) -> None:
     """Lines over the steps; `series` are names with steps and values. `stairs`: the value holds until the next step."""
-
-    def draw(axis: Axes) -> None:
-        window = 1
-        for name, points in series.items():
-            steps, values, window = (*points, 1) if stairs else thinned(*points)
-            style: dict[str, Any] = {"drawstyle": "steps-mid"} if stairs else {}
-            marker = "." if len(steps) <= 50 else ""
-            axis.plot(steps, values, label=named(name), marker=marker, markersize=3, **style)
-        _over_steps(axis, title if window == 1 else f"{title}, means over {window} steps")
-        if len(series) > 1:
-            axis.legend()
-
-    return draw
-
-
-def histogram(title: str, groups: Mapping[str, Sequence[float]], label: str) -> Draw:
-    """Densities of groups of values on common bins."""
-
-    def draw(axis: Axes) -> None:
-        arrays = {name: np.asarray(group, dtype=np.float64) for name, group in groups.items()}
-        count = sum(map(len, arrays.values()))
-        ends = min(each.min() for each in arrays.values()), max(each.max() for each in arrays.values())
-        bins = np.histogram_bin_edges([], bins=min(40, max(5, count // 8)), range=ends)
-        for name, group in arrays.items():
-            heights, _ = np.histogram(group, bins=bins, density=True)
-            line = axis.stairs(heights, bins, label=f"{named(name)} ({len(group)})")
-            axis.stairs(heights, bins, fill=True, alpha=0.25, color=line.get_edgecolor())
-        axis.set(title=title, xlabel=label, ylabel="density")
+    window = 1
+    for name, points in series.items():
+        steps, values, window = (*points, 1) if stairs else thinned(*points)
+        style: dict[str, Any] = {"drawstyle": "steps-mid"} if stairs else {}
+        marker = "." if len(steps) <= 50 else ""
+        axis.plot(steps, values, label=named(name), marker=marker, markersize=3, **style)
+    _over_steps(axis, title if window == 1 else f"{title}, means over {window} steps")
+    if len(series) > 1:
         axis.legend()
 
-    return draw
+
+def histogram(axis: Axes, title: str, groups: Mapping[str, Sequence[float]], label: str) -> None:
+    """Densities of groups of values on common bins."""
+    arrays = [np.asarray(group) for group in groups.values()]
+    labels = [f"{named(name)} ({len(group)})" for name, group in groups.items()]
+    bins = min(40, max(5, sum(map(len, arrays)) // 8))
+    axis.hist(arrays, bins, density=True, histtype="stepfilled", alpha=0.4, label=labels)
+    axis.set(title=title, xlabel=label, ylabel="density")
+    axis.legend()
 
 
 def sample(count: int, most: int = MOST_POINTS) -> np.ndarray:
@@ -132,55 +115,45 @@ def sampled(count: int) -> str:
     return said if count > MOST_POINTS else ""
 
 
-def scatter(title: str, xs: Sequence[float], ys: Sequence[float], groups: Sequence[str], across: str, up: str) -> Draw:
+def scatter(
+    axis: Axes, title: str, xs: Sequence[float], ys: Sequence[float], groups: Sequence[str], across: str, up: str
+) -> None:
     """Points of groups, whose order is that of the colours; of many points a sample."""
-
-    def draw(axis: Axes) -> None:
-        chosen = sample(len(xs))
-        x, y, group = (np.asarray(values)[chosen] for values in (xs, ys, groups))
-        names = list(dict.fromkeys(groups))
-        for name, colour in zip(names, colormaps["viridis"](np.linspace(0, 0.9, len(names))), strict=True):
-            axis.scatter(x[group == name], y[group == name], s=9, alpha=0.6, label=named(name), color=[colour])
-        axis.axhline(0, **ZERO)
-        axis.axvline(0, **ZERO)
-        axis.set(title=title, xlabel=across, ylabel=up)
-        axis.legend()
-
-    return draw
+    chosen = sample(len(xs))
+    x, y, group = (np.asarray(values)[chosen] for values in (xs, ys, groups))
+    names = list(dict.fromkeys(groups))
+    for name, colour in zip(names, colormaps["viridis"](np.linspace(0, 0.9, len(names))), strict=True):
+        axis.scatter(x[group == name], y[group == name], s=9, alpha=0.6, label=named(name), color=[colour])
+    axis.axhline(0, **ZERO)
+    axis.axvline(0, **ZERO)
+    axis.set(title=title, xlabel=across, ylabel=up)
+    axis.legend()
 
 
-def before_after(title: str, before: Sequence[float], after: Sequence[float]) -> Draw:
+def before_after(axis: Axes, title: str, before: Sequence[float], after: Sequence[float]) -> None:
     """Margins of pairs before and after training: above the diagonal the training raised them."""
-
-    def draw(axis: Axes) -> None:
-        chosen = sample(len(before))
-        ends = [min([*before, *after]), max([*before, *after])]
-        axis.plot(ends, ends, **ZERO)
-        axis.scatter(np.asarray(before)[chosen], np.asarray(after)[chosen], s=12, alpha=0.7)
-        axis.set(title=title, xlabel="margin before (nats)", ylabel="margin after (nats)")
-
-    return draw
+    chosen = sample(len(before))
+    ends = [min([*before, *after]), max([*before, *after])]
+    axis.plot(ends, ends, **ZERO)
+    axis.scatter(np.asarray(before)[chosen], np.asarray(after)[chosen], s=12, alpha=0.7)
+    axis.set(title=title, xlabel="margin before (nats)", ylabel="margin after (nats)")
 
 
-def intervals(title: str, points: Mapping[str, list[tuple[float, dict]]], up: str) -> Draw:
+def intervals(axis: Axes, title: str, points: Mapping[str, list[tuple[float, dict]]], up: str) -> None:
     """Means with intervals over the steps; `points` are names with step and `{"mean", "interval"}`."""
-
-    def draw(axis: Axes) -> None:
-        for name, entries in points.items():
-            steps = [step for step, _ in entries]
-            means = np.array([value["mean"] for _, value in entries])
-            ends = np.array([value["interval"] for _, value in entries])
-            errors = np.abs(ends - means[:, None]).T
-            axis.errorbar(steps, means, yerr=errors, marker="o", markersize=4, capsize=3, label=named(name))
-        axis.axhline(0, **ZERO)
-        _over_steps(axis, title)
-        axis.set_ylabel(up)
-        axis.legend()
-
-    return draw
+    for name, entries in points.items():
+        steps = [step for step, _ in entries]
+        means = np.array([value["mean"] for _, value in entries])
+        ends = np.array([value["interval"] for _, value in entries])
+        errors = np.abs(ends - means[:, None]).T
+        axis.errorbar(steps, means, yerr=errors, marker="o", markersize=4, capsize=3, label=named(name))
+    axis.axhline(0, **ZERO)
+    _over_steps(axis, title)
+    axis.set_ylabel(up)
+    axis.legend()
 
 
-def forest(title: str, rows: list[tuple[str, dict]], zero: bool = True) -> Draw:
+def forest(axis: Axes, title: str, rows: list[tuple[str, dict]], zero: bool = True) -> None:
     """Means with intervals of labelled rows, the first on top; where an entry has `paper`, a red upright bar there.
 
     The scale is that of our figures, which would be unreadable at the paper's. A paper's mean beyond it is an arrow at
@@ -189,27 +162,23 @@ def forest(title: str, rows: list[tuple[str, dict]], zero: bool = True) -> Draw:
     Args:
         zero: always draw a line at zero.
     """
-
-    def draw(axis: Axes) -> None:
-        for place, (_, entry) in enumerate(reversed(rows)):
-            axis.plot(entry["interval"], [place, place], color="tab:blue")
-            axis.plot(entry["mean"], place, "o", color="tab:blue", markersize=4)
-        if zero:
-            axis.axvline(0, **ZERO)
-        left, right = axis.get_xlim()
-        for place, (_, entry) in enumerate(reversed(rows)):
-            if "paper" in entry:
-                inside = min(max(entry["paper"], left), right)
-                marker = "|" if inside == entry["paper"] else "<" if inside == left else ">"
-                style: dict[str, Any] = {"markersize": 12, "markeredgewidth": 2} if marker == "|" else {"markersize": 6}
-                axis.plot(inside, place, marker, color="tab:red", clip_on=False, **style)
-        axis.set_xlim(left, right)
-        # Half a row above and below, however few rows there are.
-        axis.set_ylim(-0.5, len(rows) - 0.5)
-        axis.set_yticks(range(len(rows)), [named(label) for label, _ in reversed(rows)], fontsize=8)
-        axis.set_title(title)
-
-    return draw
+    for place, (_, entry) in enumerate(reversed(rows)):
+        axis.plot(entry["interval"], [place, place], color="tab:blue")
+        axis.plot(entry["mean"], place, "o", color="tab:blue", markersize=4)
+    if zero:
+        axis.axvline(0, **ZERO)
+    left, right = axis.get_xlim()
+    for place, (_, entry) in enumerate(reversed(rows)):
+        if "paper" in entry:
+            inside = min(max(entry["paper"], left), right)
+            marker = "|" if inside == entry["paper"] else "<" if inside == left else ">"
+            style: dict[str, Any] = {"markersize": 12, "markeredgewidth": 2} if marker == "|" else {"markersize": 6}
+            axis.plot(inside, place, marker, color="tab:red", clip_on=False, **style)
+    axis.set_xlim(left, right)
+    # Half a row above and below, however few rows there are.
+    axis.set_ylim(-0.5, len(rows) - 0.5)
+    axis.set_yticks(range(len(rows)), [named(label) for label, _ in reversed(rows)], fontsize=8)
+    axis.set_title(title)
 
 
 def forest_height(rows: Sequence) -> float:
@@ -217,7 +186,7 @@ def forest_height(rows: Sequence) -> float:
     return max(2.2, 0.9 + 0.19 * len(rows))
 
 
-def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:
+def frontier(axis: Axes, title: str, lines: Mapping[str, Points], up: str) -> None:
     """A figure against KL, a line a method: the colour shows family and setting, the stroke the preference model.
 
     The last preference model (HPS) has the solid line.
@@ -226,19 +195,16 @@ def frontier(title: str, lines: Mapping[str, Points], up: str) -> Draw:
     colours = list(dict.fromkeys(colour for colour, _ in traits.values()))
     strokes = list(dict.fromkeys(stroke for _, stroke in traits.values()))
 
-    def draw(axis: Axes) -> None:
-        for label, (xs, ys) in lines.items():
-            colour, stroke = colours.index(traits[label][0]), strokes.index(traits[label][1])
-            style: dict[str, Any] = {"color": f"C{colour % 10}", "marker": MARKERS[colour % len(MARKERS)]}
-            style["linestyle"] = ("-", "--", ":", "-.")[(len(strokes) - 1 - stroke) % 4]
-            axis.plot(xs, ys, label=named(label), markersize=3.5, linewidth=1.2, **style)
-        axis.axhline(0, **ZERO)
-        axis.set(title=title, xlabel="KL on the preferred response (nats)", ylabel=up)
-        columns = 3 if max(map(len, lines)) < 12 else 2
-        # Outside, because it would hide lines; below, because a phone is narrow.
-        axis.figure.legend(loc="outside lower center", ncols=columns, handlelength=3.5)
-
-    return draw
+    for label, (xs, ys) in lines.items():
+        colour, stroke = colours.index(traits[label][0]), strokes.index(traits[label][1])
+        style: dict[str, Any] = {"color": f"C{colour % 10}", "marker": MARKERS[colour % len(MARKERS)]}
+        style["linestyle"] = ("-", "--", ":", "-.")[(len(strokes) - 1 - stroke) % 4]
+        axis.plot(xs, ys, label=named(label), markersize=3.5, linewidth=1.2, **style)
+    axis.axhline(0, **ZERO)
+    axis.set(title=title, xlabel="KL on the preferred response (nats)", ylabel=up)
+    columns = 3 if max(map(len, lines)) < 12 else 2
+    # Outside, because it would hide lines; below, because a phone is narrow.
+    axis.figure.legend(loc="outside lower center", ncols=columns, handlelength=3.5)
 
 
 def _traits(label: str) -> tuple[str, str]:

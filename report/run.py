@@ -147,16 +147,9 @@ def plan_table(path: Path) -> dict:
     with intact(path, AGAIN):
         plan = read_json(path)
         stages = [{name: stage[name] for name in columns} for stage in plan["stages"]]
-        facts = {name: plan[name] for name in ("prompts", "global_batch")}
-        return facts | {"stages": stages, "left_out": dict(plan["left_out"])}
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of the log. InputError: there is none, or one is damaged."""
-    lines = [line for _, line in read_jsonl(path, check_log_line)]
-    if not lines:
-        raise InputError("the log has no lines", where=str(path), remedy="delete the run's folder and train again")
-    return lines
+        return {"stages": stages, "left_out": dict(plan["left_out"])} | {
+            n: plan[n] for n in ("prompts", "global_batch")
+        }
 
 
 def pictures(recipe: Recipe, settings: Recipe, lines: list[dict]) -> dict:
@@ -187,7 +180,10 @@ def report(recipe: Recipe, arguments: list[str]) -> str:
     """
     run, evaluated = recipe.run_folder(), recipe.evaluated_folder()
     settings, plain = trained(recipe)
-    lines = read_log(run / "log.jsonl")
+    lines = [line for _, line in read_jsonl(run / "log.jsonl", check_log_line)]
+    if not lines:
+        remedy = "delete the run's folder and train again"
+        raise InputError("the log has no lines", where=str(run / "log.jsonl"), remedy=remedy)
     steps = lines[-1]["step"]
     with intact(evaluated, AGAIN):
         shown, left = answers(recipe)

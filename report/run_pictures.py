@@ -46,10 +46,10 @@ def training(lines: list[dict], draws: Draws | None, preference: str) -> Picture
         found = {name.partition("/")[2] or name: series(lines, name) for name in names}
         found = {name: points for name, points in found.items() if points[0]}
         if found:
-            panels.append(picture(curve(title, found, stairs=title == "gamma"), _told(title, found)))
+            panels.append(picture(_told(title, found), curve, title, found, stairs=title == "gamma"))
         if title == "gamma" and draws is not None:
             title, found = "hardness: rank of the drawn (1 = hardest)", {"mean rank": draws.places()}
-            panels.append(picture(curve(title, found), _told(title, found)))
+            panels.append(picture(_told(title, found), curve, title, found))
     gamma = (
         "The higher gamma, the harder the drawn negatives, up to ones nearly as good as y_1. A margin that shrinks "
         "there does not mean that the policy learns less. "
@@ -65,7 +65,7 @@ def rewards(splits: dict[str, dict[str, array]]) -> Pictures | None:
         if groups:
             means = ", ".join(f"{name} {sum(values) / len(values):.2f}" for name, values in groups.items())
             text = f"Rewards of the candidates of {split} prompts by source; means: {means}."
-            panels.append(picture(histogram(f"{split} prompts", groups, "reward"), text))
+            panels.append(picture(text, histogram, f"{split} prompts", groups, "reward"))
     caption = (
         "given_1 is what people preferred, given_2 what they preferred less. If given and generated responses "
         "hardly overlap, the reward model separates the sources, and the policy may learn nothing else."
@@ -77,13 +77,13 @@ def length(draws: Draws) -> Pictures:
     """Reward margin of the trained rows against how much longer y_1 is, by gamma."""
     _, rewards, lengths = draws.figures
     title, across, up = "reward margin and length", "y_1 longer by (tokens)", "reward margin"
-    panel = scatter(title, lengths, rewards, draws.stages(), across, up)
     text = (
         f"Each of {len(draws.step)} rows of the plan: by how many tokens y_1 is longer across, by how much its reward "
         "is higher up, coloured by gamma."
     )
     caption = "Means over a row's dispreferred responses. A slope means that the ranking rewards length, so that "
-    return Pictures([picture(panel, text)], f"{caption}the policy learns length.{sampled(len(draws.step))}")
+    panel = picture(text, scatter, title, lengths, rewards, draws.stages(), across, up)
+    return Pictures([panel], f"{caption}the policy learns length.{sampled(len(draws.step))}")
 
 
 def margins(path: Path, sets: dict, steps: int) -> Pictures:
@@ -96,7 +96,7 @@ def margins(path: Path, sets: dict, steps: int) -> Pictures:
     for name, (before, after) in pairs.items():
         raised = sum(b < a for b, a in zip(before, after, strict=True))
         text = f"Margins of {len(before)} {name} pairs before training across and after it up: raised for {raised}."
-        panels.append(picture(before_after(f"{name} pairs: log pi(y_1) - log pi(y_2)", before, after), text))
+        panels.append(picture(text, before_after, f"{name} pairs: log pi(y_1) - log pi(y_2)", before, after))
     # Before the first step the policy is the reference: the margin of every pair is zero.
     start = (0, {"mean": 0.0, "interval": [0.0, 0.0]})
     along = {}
@@ -106,7 +106,7 @@ def margins(path: Path, sets: dict, steps: int) -> Pictures:
     if along:
         ends = ", ".join(f"{name} {points[-1][1]['mean']:.3f}" for name, points in along.items())
         text = f"RM_DPO with 95 % intervals along the training, from zero; at its end: {ends} nats."
-        panels.append(picture(intervals("RM_DPO along the training", along, "nats"), text))
+        panels.append(picture(text, intervals, "RM_DPO along the training", along, "nats"))
     most = max((len(before) for before, _ in pairs.values()), default=0)
     caption = "Above a diagonal, the training raised the margin of that pair."
     return Pictures(panels, f"{caption}{sampled(most)}")

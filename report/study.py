@@ -13,7 +13,6 @@ on four criteria from 1.00 to 5.00 (paper, section 6 and Table 3).
 """
 
 import argparse
-import hashlib
 import random
 import secrets
 from collections.abc import Sequence
@@ -27,8 +26,8 @@ from typing_extensions import TypedDict
 from evaluation.judge import CRITERIA
 from hps.errors import InputError, run_main, shorten
 from hps.records import Number, Whole
-from pipeline.files import file_hash, write_atomic, write_json
-from pipeline.records import Answers, canonical, check_storable, read_answers, read_json, typed
+from pipeline.files import file_hash, value_hash, write_atomic, write_json
+from pipeline.records import Indexed, check_answers, check_storable, read_json, typed
 from report.page import render
 from report.study_figures import figures, results_page, table
 
@@ -51,7 +50,6 @@ class RatingsFile(TypedDict):
 
 
 Thing = TypeVar("Thing")
-Lines = dict[str, tuple[str, Answers]]  # place and record of a file by `prompt_id`
 
 
 def _wrong_command(problem: str, remedy: str) -> InputError:
@@ -83,15 +81,12 @@ def read_named(named: list[str]) -> dict[str, list[str]]:
     return files
 
 
-def read_lines(path: str) -> Lines:
+def read_lines(path: str) -> Indexed:
     """A model's answers to a data set. InputError: there are none, or a prompt appears twice."""
-    found: Lines = {}
-    for where, record in read_answers(path):
-        name = record["prompt_id"]
-        if name in found:
-            problem = f"`prompt_id` {shorten(name)} is there twice, first in {found[name][0]}"
-            raise InputError(problem, where=where, remedy="leave one of the lines")
-        found[name] = (where, record)
+    found = Indexed(path, check_answers)
+    for where, name in found.repeated:
+        problem = f"`prompt_id` {shorten(name)} is there twice, first in {found.where(name)}"
+        raise InputError(problem, where=where, remedy="leave one of the lines")
     if not found:
         raise InputError("the file has no answers", where=path, remedy="run `bash evaluate.sh` again")
     return found
@@ -108,25 +103,21 @@ def read_set(files: dict[str, str]) -> dict[str, dict]:
     for other in others:
         _check_same_prompts(first, lines[first], other, lines[other])
     return {
-        name: {"prompt": record["prompt"], "answers": [found[name][1]["responses"][0] for found in lines.values()]}
-        for name, (_, record) in lines[first].items()
+        name: {"prompt": record["prompt"], "answers": [found[name]["responses"][0] for found in lines.values()]}
+        for name, record in lines[first].items()
     }
 
 
-def _check_same_prompts(first: str, lines: Lines, other: str, others: Lines) -> None:
+def _check_same_prompts(first: str, lines: Indexed, other: str, others: Indexed) -> None:
     remedy = "answer the same prompts with every model"
     if alone := lines.keys() ^ others.keys():
         name = min(alone)
         problem = f"prompt {shorten(name)} is answered by one of `{first}` and `{other}` alone, as {len(alone)} are"
-        raise InputError(problem, where=(lines.get(name) or others[name])[0], remedy=remedy)
-    for name, (where, record) in others.items():
-        if _spoken(record) != _spoken(lines[name][1]):
-            problem = f"`prompt` of {shorten(name)} is another one than in {lines[name][0]}"
-            raise InputError(problem, where=where, remedy=remedy)
-
-
-def _spoken(record: Answers) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"]) for message in record["prompt"]]
+        raise InputError(problem, where=(lines if name in lines else others).where(name), remedy=remedy)
+    for name, record in others.items():
+        if record["prompt"] != lines[name]["prompt"]:
+            problem = f"`prompt` of {shorten(name)} is another one than in {lines.where(name)}"
+            raise InputError(problem, where=others.where(name), remedy=remedy)
 
 
 def choose(texts: dict[str, dict], count: int | None, seed: str, where: str) -> dict[str, dict]:
@@ -176,7 +167,7 @@ def read_texts(files: dict[str, list[str]], names: list[str], prompts: int | Non
 
 def study_name(key: dict) -> str:
     """The study's identity: a hash of everything in its key."""
-    return hashlib.sha256(canonical({name: key[name] for name in key if name != "study"}).encode()).hexdigest()[:16]
+    return value_hash({name: key[name] for name in key if name != "study"})[:16]
 
 
 def read_key(path: Path) -> dict:
@@ -235,9 +226,7 @@ def build(
     }
     key["study"] = study_name(key)
     if before and before != key:
-        problem = (
-            f"the folder has the key of another study, {before['study']}, without which nobody can read its ratings"
-        )
+        problem = f"the folder has the key of another study, {before['study']}: nobody can read its ratings without it"
         raise InputError(problem, where=str(path), remedy="give another folder with `--to`")
     _write(to, key, {name: text for found in texts.values() for name, text in found.items()})
 
@@ -285,9 +274,8 @@ def read_ratings(path: str | Path, key: dict) -> tuple[int, np.ndarray]:
         name, answer, criterion = line["prompt_id"], line["answer"], line["criterion"]
         at = (names.index(name), orders[name][answer], key["criteria"].index(criterion))
         if not np.isnan(found[at]):
-            raise InputError(
-                f"`{name}`, answer {answer}, `{criterion}` is there twice", where=place, remedy="leave one"
-            )
+            problem = f"`{name}`, answer {answer}, `{criterion}` is there twice"
+            raise InputError(problem, where=place, remedy="leave one")
         found[at] = line["value"]
     if missing := int(np.isnan(found).sum()):
         remedy = "ask the rater for them: the page loads this file and goes on"
@@ -355,8 +343,7 @@ def main() -> None:
     if options.command == "import":
         import_ratings(Path(options.key), options.files)
         return
-    chosen = {name: getattr(options, name) for name in ("seed", "prompts", "sets")}
-    build(Path(options.to), options.models, options.raters, **chosen)
+    build(Path(options.to), options.models, options.raters, options.seed, options.prompts, options.sets)
 
 
 if __name__ == "__main__":

@@ -93,10 +93,8 @@ def figures(ratings: np.ndarray, key: dict) -> dict:
     Args:
         ratings: (raters, prompts, models, criteria), the prompts in the order of the key.
     """
-    sets, start = {}, 0
-    for name, prompts in key["sets"].items():
-        sets[name] = list(range(start, start + len(prompts)))
-        start += len(prompts)
+    places = itertools.count()
+    sets = {name: list(itertools.islice(places, len(prompts))) for name, prompts in key["sets"].items()}
     together = part(ratings, list(sets.values()), key)
     averages = {model: means["average"]["mean"] for model, means in together["means"].items()}
     several = sets if len(sets) > 1 else {}
@@ -210,12 +208,12 @@ def pictures(title: str, each: dict, paper: dict[str, dict]) -> list[Pictures]:
             rows = [(m, e | ({"paper": paper[m]["mean"]} if m in paper else {})) for m, e in rows]
             theirs = [f"{model} {figure(found['mean'], DIGITS)}" for model, found in paper.items()]
             text += f" The paper: {'; '.join(theirs)}."
-        means.append(picture(forest(name, rows, zero=False), text, forest_height(rows)))
+        means.append(picture(text, forest, name, rows, zero=False, height=forest_height(rows)))
         rows = [(entry["models"], entry[name]) for entry in each["differences"]]
         said = "; ".join(f"{' − '.join(models)} {estimate(entry, DIGITS, signed)}" for models, entry in rows)
         rows = [(" − ".join(named(model, NAME // 2 - 2) for model in models), entry) for models, entry in rows]
-        drawn = forest(f"{name}, difference", rows)
-        differences.append(picture(drawn, f"{title}, differences, {name}: {said}.", forest_height(rows)))
+        text = f"{title}, differences, {name}: {said}."
+        differences.append(picture(text, forest, f"{name}, difference", rows, height=forest_height(rows)))
     caption = f"Dot: mean; line: 95 % interval.{IN_RED if paper else ''}"
     caption += " Each picture has its own scale, not the marks' 1 to 5."
     return [

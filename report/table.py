@@ -66,7 +66,7 @@ def _forests(part: dict) -> Pictures:
     for name in measured(part, FOREST):
         rows = [(row["label"], row["figures"][name]) for row in part["rows"] if "mean" in row["figures"].get(name, {})]
         text = f"{NAMES[name]}: {'; '.join(f'{row} {number(entry)}' for row, entry in rows)}."
-        panels.append(picture(forest(NAMES[name], rows), text, forest_height(rows)))
+        panels.append(picture(text, forest, NAMES[name], rows, height=forest_height(rows)))
         printed |= any("paper" in entry for _, entry in rows)
     return Pictures(panels, f"Ours: mean and 95 % interval over the prompts.{IN_RED if printed else ''}")
 
@@ -82,8 +82,8 @@ def _frontiers(frontiers: dict[str, dict]) -> Pictures:
         if lines:
             ends = "; ".join(f"{row} {ys[-1]:.2f} at KL {xs[-1]:.2f}" for row, (xs, ys) in lines.items())
             text = f"Margins of the {pairs} pairs against KL along the training; at its end, in nats: {ends}."
-            draw = frontier(f"RM_DPO along the training, {pairs} pairs", lines, "RM_DPO (nats)")
-            panels.append(picture(draw, text, height=3.2 + 0.11 * len(lines)))
+            title = f"RM_DPO along the training, {pairs} pairs"
+            panels.append(picture(text, frontier, title, lines, "RM_DPO (nats)", height=3.2 + 0.11 * len(lines)))
     return Pictures(panels, "A method is better where its line is above another's at the same KL, not where it ends.")
 
 

@@ -197,7 +197,9 @@ def test_divergence_goes_on_behind_a_line_that_was_cut(run, sampled, cut):
     recipe = run("evaluation.samples=2", "lora.enabled=false")
     stage.answer([recipe])
     divergence.measure(recipe)
-    cut_and_continue(divergence.divergence_path(recipe), cut, lambda: divergence.measure(recipe))
+    cut_and_continue(
+        recipe.evaluated_folder() / "divergence" / "divergence.jsonl", cut, lambda: divergence.measure(recipe)
+    )
 
 
 def test_answers_come_before_scores(run, tiny_reward):

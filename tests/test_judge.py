@@ -305,7 +305,7 @@ def test_the_engine_gets_the_judges_settings(recipe_with, replay):
     stage.judge(recipe_with("judge.temperature=0.25", "generation.top_p=0.5"))
     settings = replay.asked[0]["arguments"]["settings"]
     expected = {"temperature": 0.25, "top_p": 1.0, "max_prompt_tokens": 900, "max_new_tokens": 100}
-    assert expected.items() <= settings.items()
+    assert expected.items() <= settings.model_dump().items()
 
 
 # ---- what is refused ----

@@ -24,7 +24,7 @@ from report.draws import Draws
 from report.explore import explorer
 from report.origin import origin
 from report.page import HERE, counted, cut_texts, fitting, render, script_json
-from report.pictures import MOST_POINTS, MOST_STEPS, Picture, curve, forest, histogram, picture, scatter, thinned
+from report.pictures import MOST_POINTS, MOST_STEPS, curve, forest, histogram, picture, scatter, thinned
 from report.run import report
 from report.table import page
 
@@ -103,7 +103,7 @@ def test_a_page_takes_the_first_entries_that_fit():
 
 def test_the_same_figures_are_the_same_bytes():
     def one():
-        return [picture(curve("a", {"b": ([1, 2], [3.0, 4.0])}), "x"), picture(histogram("c", {"d": [1.0]}, "e"), "y")]
+        return [picture("x", curve, "a", {"b": ([1, 2], [3.0, 4.0])}), picture("y", histogram, "c", {"d": [1.0]}, "e")]
 
     assert one() == one() and one()[0].source.startswith("data:image/svg+xml;base64,")
 
@@ -111,8 +111,8 @@ def test_the_same_figures_are_the_same_bytes():
 @pytest.mark.parametrize("name", ["$x_{$", "_hidden", "x" * 10_000, "a\nb"])
 def test_names_of_the_data_are_text_in_a_picture(name):
     """A `$` begins no formula, and matplotlib's own rules for names hide none."""
-    drawn = picture(histogram("rewards", {name: [1.0, 2.0], "other": [1.0]}, "reward"), "text")
-    plain = picture(histogram("rewards", {"other": [1.0]}, "reward"), "text")
+    drawn = picture("text", histogram, "rewards", {name: [1.0, 2.0], "other": [1.0]}, "reward")
+    plain = picture("text", histogram, "rewards", {"other": [1.0]}, "reward")
     assert len(plain.source) < len(drawn.source) < 100_000
 
 
@@ -129,7 +129,7 @@ def test_many_points_are_a_sample():
     for count in (MOST_POINTS, 30 * MOST_POINTS):
         values = [0.001 * (number % 977) for number in range(count)]
         groups = ["all"] * count
-        sizes.append(len(picture(scatter("t", values, values[::-1], groups, "x", "y"), "text").source))
+        sizes.append(len(picture("text", scatter, "t", values, values[::-1], groups, "x", "y").source))
     assert sizes[1] < 1.1 * sizes[0] < 600_000
 
 
@@ -381,8 +381,7 @@ def test_margins_along_the_training_begin_at_zero_and_end_at_its_end(trained):
     evaluated(trained)
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_pictures, "intervals", lambda title, points, up: drawn.append(points))
-        patch.setattr(run_pictures, "picture", lambda draw, text: Picture("data:,", text))
+        patch.setattr(run_pictures, "intervals", lambda axis, title, points, up: drawn.append(points))
         report(trained, [])
     (points,) = drawn
     assert [(step, entry["mean"]) for step, entry in points["ranked pairs"]] == [(0, 0.0), (1, 0.5), (3, 0.5)]
@@ -414,7 +413,7 @@ def test_the_papers_figures_do_not_stretch_the_scale():
     """A bar within the scale of ours, an arrow at the edge that is nearer to what lies beyond."""
     axis = Figure().subplots()
     entries = [{"mean": 1.0, "interval": [0.5, 1.5], "paper": paper} for paper in (1.2, 90.0, -90.0)]
-    forest("x", [(str(place), entry) for place, entry in enumerate(entries)], zero=False)(axis)
+    forest(axis, "x", [(str(place), entry) for place, entry in enumerate(entries)], zero=False)
     left, right = axis.get_xlim()
     assert 0 < left < 0.5 and 1.5 < right < 2
     marks = [(line.get_marker(), line.get_xdata()[0]) for line in axis.lines if line.get_color() == "tab:red"]

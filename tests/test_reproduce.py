@@ -12,7 +12,6 @@ import time
 import pytest
 
 from evaluation import matrix, reproduce, results, tables
-from evaluation import table4 as judged
 from evaluation.cost import judge_seconds
 from evaluation.matrix import load_matrix
 from evaluation.results import Evaluated, find, result_key
@@ -83,7 +82,7 @@ def scripts(tmp_path, monkeypatch):
     """Reproduce Table 8 at the small scale into a folder of its own."""
     replaced = Scripts()
     (tmp_path / "results" / "quickstart").mkdir(parents=True)
-    for module in (reproduce, results, judged, tables):
+    for module in (reproduce, results, tables):
         monkeypatch.setattr(module, "REPOSITORY", tmp_path)
     for name in ("configs", "data", "models"):
         (tmp_path / name).symlink_to(reproduce.Path(__file__).resolve().parent.parent / name)
@@ -269,7 +268,7 @@ def test_win_rates_are_found_again(scripts, tmp_path, monkeypatch):
         asked.append([recipe.run, *(folder.name for folder in against)])
         return {"against": {str(folder): rates for folder in against}}
 
-    monkeypatch.setattr(judged, "win_rates", win_rates)
+    monkeypatch.setattr(results, "win_rates", win_rates)
     assert reproduce.reproduce("4", "quickstart", None) == 0
     assert asked == [["dpo-hps", "sft", "dpo-pl", "dpo-bt"]]
     assert scripts.of("run.sh") == ["dpo-hps", "dpo-pl", "dpo-bt"]
