@@ -1,6 +1,6 @@
 """Training steps of ours and of TRL's, side by side on the small model: pairs, lists, HPS against BT, PL by n.
 
-Run     .venv-train/bin/python benchmarks/training.py pairs lists methods loop [--times N] [--json FILE]
+Run     .venv-train/bin/python benchmarks/training.py pairs lists methods loop [--times N]
 
 Both sides take turns in one process with the same token ids, initial LoRA weights and optimiser settings. Where two
 programs train the same, their losses must agree to 1e-4 in every step, or this ends with an error. Times are medians of
@@ -8,7 +8,6 @@ at least five steps (collating, forward, backward, optimiser); a first step is l
 """
 
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,11 +15,10 @@ import tempfile
 import time
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from datasets import Dataset
-from measure import finish, medians, options, show, timed
+from measure import medians, options, show
 from stages import peak_kb
 from trl import DPOTrainer
 
@@ -143,9 +141,8 @@ def compare_losses(tasks: dict[str, Steps]) -> None:
             sys.exit(f"{name} does not train as {first}: losses differ by {worst:.1e}")
 
 
-def pairs(times: int) -> dict:
+def pairs(times: int) -> None:
     """TRL's pair loss and ours, the reference computed before and in step; what head and sharing save, apart."""
-    found = {}
     for prompt, response in SHAPES:
         rows = examples_of(prompt, response, 2, times + 1)
         bt, separate, in_step = "loss.preference=bt", "training.shared_prefix=false", "training.reference=in_step"
@@ -156,17 +153,14 @@ def pairs(times: int) -> dict:
             "TRL, in step": trl(rows, False),
             "ours, in step": ours(rows, bt, in_step),
         }
-        seconds = medians(timed(tasks, times))
+        seconds = medians(tasks, times)
         compare_losses(tasks)
         base = {name: seconds["TRL, in step" if "in step" in name else "TRL, precomputed"] for name in seconds}
-        table = [[name, value, base[name] / value] for name, value in seconds.items()]
-        title = f"Pairs, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step"
-        show(title, ["", "s / step", "times TRL"], table)
-        found[f"{prompt}/{response}"] = {name: {"seconds": s, "times_trl": ratio} for name, s, ratio in table}
-    return found
+        table = [{"": name, "s / step": s, "times TRL": base[name] / s} for name, s in seconds.items()]
+        show(f"Pairs, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step", table)
 
 
-def lists(times: int) -> dict:
+def lists(times: int) -> None:
     """Lists of 8 in shared rows against rows of their own: time, and peak memory in processes of their own."""
     prompt, response = SHAPES[0]
     rows = examples_of(prompt, response, 8, times + 1)
@@ -175,59 +169,52 @@ def lists(times: int) -> dict:
         "separate rows": ours(rows, *settings, "training.shared_prefix=false"),
         "shared prompt": ours(rows, *settings),
     }
-    seconds = medians(timed(tasks, times))
+    seconds, peak = medians(tasks, times), {name: peak_memory(name) for name in tasks}
     compare_losses(tasks)
-    memory = {name: peak_memory(name) for name in tasks}
-    table = [[name, seconds[name], seconds["separate rows"] / seconds[name], *memory[name]] for name in tasks]
-    header = ["", "s / step", "times separate", "peak of the process, GB", "of that the step, GB"]
-    show(f"Lists of 8, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step", header, table)
-    whole, step = ([memory[name][place] for name in ("shared prompt", "separate rows")] for place in (0, 1))
-    print(f"  memory, shared / separate: process {whole[0] / whole[1]:.2f}, step {step[0] / step[1]:.2f}")
-    return {
-        row[0]: dict(zip(("seconds", "times_separate", "peak_gb", "step_gb"), row[1:], strict=True)) for row in table
-    }
+    table = [
+        {
+            "": name,
+            "s / step": seconds[name],
+            "times separate": seconds["separate rows"] / seconds[name],
+            "peak, GB": peak[name],
+            "of separate": peak[name] / peak["separate rows"],
+        }
+        for name in tasks
+    ]
+    show(f"Lists of 8, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step", table)
 
 
-def peak_memory(name: str) -> tuple[float, float]:
-    """Peak resident memory of a process that takes two steps on lists of 8, and what the steps added; GB."""
+def peak_memory(name: str) -> float:
+    """Peak resident memory of a process that takes two steps on lists of 8, in GB."""
     command = [sys.executable, __file__, "peak", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    before, peak = map(int, done.stdout.split()[-2:])
-    return peak / 1e6, (peak - before) / 1e6
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
 
 
 def print_peak(name: str) -> None:
-    """The child of `peak_memory`: resident kB before the steps, and at their peak."""
+    """The child of `peak_memory`: its peak in kB."""
     rows = examples_of(*SHAPES[0], 8, 2)
     shared = f"training.shared_prefix={str(name == 'shared prompt').lower()}"
     # SimPO computes no reference beforehand, whose peak would count; its step has the same forward and backward pass.
     steps = ours(rows, "loss.family=simpo", "loss.preference=pl", "loss.list_size=8", shared)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    before = pages * resource.getpagesize() // 1024
     for _ in range(2):
         steps()
-    print(before, peak_kb())
+    print(peak_kb())
 
 
-def methods(times: int) -> dict:
+def methods(times: int) -> None:
     """HPS against BT on the same pairs, and PL over n against HPS."""
     prompt, response = SHAPES[0]
     rows = examples_of(prompt, response, 2, times + 1)
     tasks = {name: ours(rows, f"loss.preference={name}") for name in ("bt", "hps")}
-    sizes = [4, 8, 16, 32]
-    for n in sizes:
+    for n in (4, 8, 16, 32):
         many = examples_of(prompt, response, n, times + 1)
         tasks[f"pl, n = {n}"] = ours(many, "loss.preference=pl", f"loss.list_size={n}")
-    seconds = medians(timed(tasks, times))
-    table = [[name, value, value / seconds["hps"]] for name, value in seconds.items()]
-    title = f"Methods, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step"
-    show(title, ["", "s / step", "times hps"], table)
-    slope, _ = statistics.linear_regression(sizes, [seconds[f"pl, n = {n}"] / seconds["hps"] for n in sizes])
-    print(f"  hps / bt {seconds['hps'] / seconds['bt']:.3f}; pl / hps grows by {slope:.3f} for each response more")
-    return {"seconds": seconds, "hps_over_bt": seconds["hps"] / seconds["bt"], "pl_over_hps_slope": slope}
+    seconds = medians(tasks, times)
+    table = [{"": name, "s / step": s, "times hps": s / seconds["hps"]} for name, s in seconds.items()]
+    show(f"Methods, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step", table)
 
 
-def loop(times: int) -> dict:
+def loop(times: int) -> None:
     """`trainer.train()` itself: the share of a step that is neither forward, backward nor optimiser."""
     trainer, calls = ours(examples_of(*SHAPES[0], 2, times + 2)).trainer, []
     trainer.optimizer = None
@@ -254,8 +241,7 @@ def loop(times: int) -> dict:
     whole = [after[0][0] - step[0][0] for step, after in pairwise(steps)][1:]
     inside = [sum(seconds for _, seconds in step) for step in steps[1:-1]]
     share = statistics.median(1 - part / all_ for part, all_ in zip(inside, whole, strict=True))
-    show("The training loop", ["", "share of a step"], [["outside forward, backward, optimiser", share]])
-    return {"share_outside": share, "steps": len(whole)}
+    show("The training loop", [{"": "outside forward, backward, optimiser", "share of a step": share}])
 
 
 PARTS = {"pairs": pairs, "lists": lists, "methods": methods, "loop": loop}
@@ -267,9 +253,9 @@ def main() -> None:
         return
     parser = options(__doc__)
     parser.add_argument("parts", nargs="+", choices=PARTS)
-    parser.add_argument("--times", type=int, default=5, help="steps measured")
     arguments = parser.parse_args()
-    finish(arguments, {name: PARTS[name](arguments.times) for name in arguments.parts})
+    for name in arguments.parts:
+        PARTS[name](arguments.times)
 
 
 if __name__ == "__main__":
