@@ -9,6 +9,7 @@ from annotation.reward_model import ConversationScorer, RewardModel, TooLong
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError
 from pipeline.functions import FunctionScorer
+from pipeline.identity import model_hash
 from pipeline.models import ARMORM, WRITERS
 from pipeline.recipe import Model, Recipe, Reward
 from pipeline.weights import load_config
@@ -38,6 +39,14 @@ def load_scorer(
     found = load_reward_model(model, dtype, batch_tokens)
     check_canaries(found, canaries, model)
     return found
+
+
+def scorer_settings(recipe: Recipe, role: str, writer: Model) -> dict:
+    """What decides a score, for the claim. A function counts in the tokens of the model that wrote the responses."""
+    scorer = getattr(recipe.models, role)
+    if scorer.function:
+        return {"dtype": None, "model": model_hash(scorer), "tokenizer": model_hash(writer)}
+    return {"dtype": recipe.annotation.dtype, "model": model_hash(scorer)}
 
 
 class ScoreWorker:
