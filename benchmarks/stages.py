@@ -61,7 +61,8 @@ class Texts:
         for item in items:
             if item is not None:
                 seed = zlib.crc32(f"{item['key']} {item.get('adapter')}".encode())
-                words = 100 if "adapter" in item else 25  # five answers must outweigh the libraries' noise
+                # Five answers must outweigh the libraries' noise.
+                words = 25 if item["key"].partition("/")[0] in SPLITS else 100
                 texts = [text(seed + place, words) for place in range(item["count"])]
                 samples = [{"text": each, "tokens": 26, "truncated": False} for each in texts]
                 yield {"key": item["key"], "samples": samples}

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 
 from annotation import score_answers as scoring
+from generation import generate
 from generation import sample_answers as stage
 from hps.errors import InputError
 from pipeline.prompts import evaluated_prompts
@@ -26,7 +27,7 @@ def sampled(monkeypatch):
             samples = [{"text": f" {who} {n} ", "tokens": n, "truncated": n == 0} for n in range(item["count"])]
             yield {"key": item["key"], "samples": samples}
 
-    monkeypatch.setattr(stage, "sample", sample)
+    monkeypatch.setattr(generate, "sample", sample)
     return asked
 
 
