@@ -336,8 +336,8 @@ MUTATIONS = [
     Mutation(
         "annotation.dtype is not passed on",
         "annotation/scorers.py",
-        '"dtype": recipe.annotation.dtype,\n        "batch_tokens"',
-        '"dtype": "auto",\n        "batch_tokens"',
+        "load_reward_model(scorer, settings.dtype,",
+        'load_reward_model(scorer, "auto",',
         (REWARDS,),
     ),
     # ---- margins ----
