@@ -25,7 +25,7 @@ from trl import DPOTrainer
 from alignment.reference import add_reference
 from alignment.train import load_policy, lora_config, training_config
 from hps.chat import load_tokenizer
-from hps.shared_prefix import SHARED, Layout
+from hps.shared_prefix import SHARED
 from hps.trainer import HPSTrainer, PlanCollator
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
 from pipeline.records import read_prompts
@@ -85,21 +85,18 @@ class Steps:
         self.losses.append(loss.item())
 
 
-def layout_of(recipe: Recipe) -> Layout:
-    return SHARED if recipe.training.shared_prefix else replace(SHARED, shared=0)
-
-
 def ours(rows: list[dict], *settings: str) -> Steps:
     """Our trainer as `alignment.train` builds it, on these rows."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(folder, *settings)
         tokenizer = load_tokenizer(recipe.models.policy.path)
+        layout = SHARED if recipe.training.shared_prefix else replace(SHARED, shared=0)
         trainer = HPSTrainer(
             model=load_policy(recipe),
             args=training_config(recipe, 1),
             loss=recipe.loss,
             train_dataset=rows,
-            data_collator=PlanCollator(tokenizer.pad_token_id, layout_of(recipe)),
+            data_collator=PlanCollator(tokenizer.pad_token_id, layout),
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
         )
