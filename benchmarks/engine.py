@@ -58,12 +58,11 @@ def main() -> None:
     times = options(__doc__).parse_args().times
     recipe = load_recipe(REPOSITORY / "configs/quickstart.yaml", [*SETTINGS, "output=runs/benchmark"])
     tokenizer = load_tokenizer(recipe.models.generator.path)
-    requests = []
-    for split in ("train", "test"):
-        data = getattr(recipe.data, split)
-        for _, record in read_prompts(data.path, data.limit):
-            ids = prompt_token_ids(tokenizer, record["prompt"])
-            requests.append((f"{split}/{record['prompt_id']}", ids, data.responses))
+    requests = [
+        (f"{split}/{record['prompt_id']}", prompt_token_ids(tokenizer, record["prompt"]), data.responses)
+        for split, data in (("train", recipe.data.train), ("test", recipe.data.test))
+        for _, record in read_prompts(data.path, data.limit)
+    ]
     generator = stage.Generator(
         model=recipe.models.generator,
         settings=recipe.generation,

@@ -1,10 +1,11 @@
-"""Training steps of ours and of TRL's, side by side on the small model: pairs, lists, HPS against BT, PL by n.
+"""Speed of training and scoring, side by side with what others do; each part is a function below.
 
-Run     .venv-train/bin/python benchmarks/training.py pairs lists methods loop [--times N]
+Run     .venv-train/bin/python benchmarks/speed.py pairs lists methods loop scoring busy [--times N]
 
-Both sides take turns in one process with the same token ids, initial LoRA weights and optimiser settings. Where two
-programs train the same, their losses must agree to 1e-4 in every step, or this ends with an error. Times are medians of
-at least five steps (collating, forward, backward, optimiser); a first step is left out.
+Both sides take turns in one process with the same token ids; for training (the small model) also with the same initial
+LoRA weights and optimiser settings. Where two programs compute the same, their losses or scores must agree to 1e-4 in
+every step, or this ends with an error. Times are medians of at least five steps (collating, forward, backward,
+optimiser); a first step is left out.
 """
 
 import random
@@ -24,6 +25,7 @@ from trl import DPOTrainer
 
 from alignment.reference import add_reference
 from alignment.train import load_policy, lora_config, training_config
+from annotation.reward_model import RewardModel
 from hps.chat import load_tokenizer
 from hps.shared_prefix import SHARED
 from hps.trainer import HPSTrainer, PlanCollator
@@ -32,6 +34,8 @@ from pipeline.records import read_prompts
 
 SHAPES = [(170, 50), (60, 100)]  # tokens of the prompt, of each response
 PROMPTS = 2  # of a step
+RESPONSE = 70  # tokens of a response that is scored
+SCORED = [(150, 16), (150, 100), (600, 50)]  # tokens of the prompt, responses
 SETTINGS = ["optimizer.learning_rate=1e-3", "optimizer.scheduler=constant", "schedule.max_length=2048"]
 
 
@@ -241,7 +245,71 @@ def loop(times: int) -> None:
     show("The training loop", [{"": "outside forward, backward, optimiser", "share of a step": share}])
 
 
-PARTS = {"pairs": pairs, "lists": lists, "methods": methods, "loop": loop}
+def scoring(times: int) -> None:
+    """Annotation against scoring one response at a time, as the released code does; the same token rows both ways.
+
+    The ratio of tokens computed is what the ratio of times would be if every token cost the same.
+    """
+    recipe = load_recipe(REPOSITORY / "configs/quickstart.yaml")
+    model = RewardModel(recipe.models.reward, recipe.annotation.dtype, recipe.annotation.batch_tokens)
+    stream, rng = tokens_of(), random.Random(0)
+    table = []
+    for prompt, count in SCORED:
+        starts = [rng.randrange(len(stream) - RESPONSE) for _ in range(count)]
+        rows = [stream[:prompt] + stream[start : start + RESPONSE] for start in starts]
+        scores: dict[str, list[float]] = {}
+        tasks = {
+            "one at a time": lambda rows=rows, scores=scores: scores.update(plain=model.score_rows_plain(rows)),
+            "annotation": lambda rows=rows, scores=scores: scores.update(shared=model.score_rows(rows)),
+        }
+        seconds = medians(tasks, times)
+        worst = max(abs(a - b) for a, b in zip(scores["plain"], scores["shared"], strict=True))
+        if not worst <= 1e-4:
+            sys.exit(f"scores of the two ways differ by {worst:.1e}")
+        ratios = {
+            "times faster": seconds["one at a time"] / seconds["annotation"],
+            "times fewer tokens": count * (prompt + RESPONSE) / (prompt + count * RESPONSE),
+        }
+        table.append({"": f"{count} responses, prompt {prompt}", **seconds, **ratios})
+    show(f"Scoring, responses of {RESPONSE} tokens, seconds", table)
+
+
+def passes(seconds: float = 6.0) -> float:
+    """Passes a second through 30 layers' products of 270 tokens: small products, as in a layer of the small model."""
+    torch.manual_seed(0)
+    first = torch.randn(270, 576)
+    layers = [(torch.randn(576, 1536), torch.randn(1536, 576)) for _ in range(30)]
+    done, start = 0, time.monotonic()
+    while time.monotonic() - start < seconds:
+        hidden = first
+        for up, down in layers:
+            hidden = torch.nn.functional.silu(hidden @ up) @ down
+            hidden = hidden / hidden.norm(dim=-1, keepdim=True)
+        done += 1
+    return done / (time.monotonic() - start)
+
+
+def busy(times: int) -> None:
+    """What a busy core beside ours costs, and what the OpenMP setting of the drivers does about it (environment.sh).
+
+    Threads spin while they wait for each other at the end of every product. When another process takes a core, one
+    thread waits for its turn there, and the others burn their cores until then. The busy process is an empty loop.
+    OpenMP reads its settings once: put one (`GOMP_SPINCOUNT=10000`) in front of the command.
+    """
+    rates = []
+    for _ in range(times):  # in turns: a slow spell hits both
+        rates.append([passes()])
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+            try:
+                rates[-1].append(passes())
+            finally:
+                other.kill()
+    alone, beside = map(statistics.median, zip(*rates, strict=True))
+    row = {"alone": alone, "beside a busy process": beside, "times slower": alone / beside}
+    show("Passes a second", [row])
+
+
+PARTS = {"pairs": pairs, "lists": lists, "methods": methods, "loop": loop, "scoring": scoring, "busy": busy}
 
 
 def main() -> None:
