@@ -83,9 +83,7 @@ class ConversationScorer:
             for response, cut in zip(responses, truncated, strict=True)
         ]
 
-    def score(
-        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
-    ) -> list[float]:
+    def score(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> list[float]:
         """Scores of the responses to one prompt, in their order. InputError: as `score_details`."""
         return [details["score"] for details in self.score_details(messages, responses, truncated)]
 

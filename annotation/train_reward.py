@@ -158,12 +158,11 @@ def report(folder: Path) -> dict:
     pairs, correlations = [], []
     for messages, answers, cut, rewards in sampled("test", REPORT_PROMPTS):
         scores = model.score(messages, answers, cut)
-        found = [
+        pairs += [
             (abs(rewards[i] - rewards[j]), (scores[i] > scores[j]) == (rewards[i] > rewards[j]))
             for i, j in combinations(range(len(answers)), 2)
             if rewards[i] != rewards[j]
         ]
-        pairs += found
         if len(set(rewards)) > 1:
             correlations.append(spearmanr(scores, rewards).statistic)
     sizes = {name: [right for gap, right in pairs if low < gap <= high] for name, low, high in SIZES}

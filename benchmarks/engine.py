@@ -69,14 +69,12 @@ def main() -> None:
         stop_ids=end_of_turn_ids(tokenizer),
         seed=recipe.seed,
     )
-    rates: dict[str, list[float]] = {"bare engine": [], "generation stage": []}
-    for turn in range(times + 1):
-        found = bare_rate(requests, generator.engine), stage_rate(SETTINGS, generator)
-        for values, rate in zip(rates.values(), found, strict=True):
-            values += [rate] if turn else []
-    found = {name: statistics.median(values) for name, values in rates.items()}
-    bare, samples = found["bare engine"], sum(count for _, _, count in requests)
-    rows = [{"": name, "tokens / s": rate, "of the bare engine": rate / bare} for name, rate in found.items()]
+    found = [(bare_rate(requests, generator.engine), stage_rate(SETTINGS, generator)) for _ in range(times + 1)]
+    rates = [statistics.median(each) for each in zip(*found[1:], strict=True)]  # the first turn is left out
+    samples, names = sum(count for _, _, count in requests), ("bare engine", "generation stage")
+    rows = [
+        {"": name, "tokens / s": r, "of the bare engine": r / rates[0]} for name, r in zip(names, rates, strict=True)
+    ]
     show(f"Generation, {len(requests)} prompts, {samples} samples", rows)
 
 

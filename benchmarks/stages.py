@@ -236,24 +236,9 @@ class Stage:
 ACTORS = {"environment": INFER, "overrides": ("generation.workers=1", "annotation.workers=1")}
 # By what grows: the training prompts, or the test prompts. In a family each stage reads what those before it left.
 FAMILIES = {
-    "train": {
-        "generation": Stage(generation),
-        "annotation": Stage(annotation),
-        "plan": Stage(plan),
-        "training": Stage(training),
-    },
-    "actors": {
-        "generation, actors": Stage(generation, **ACTORS),
-        "annotation, actors": Stage(annotation, **ACTORS),
-    },
-    "test": {
-        "a finished run": Stage(finished_run),
-        "answers": Stage(answers),
-        "scores": Stage(scores),
-        "margins": Stage(margins),
-        "divergence": Stage(divergence),
-        "metrics": Stage(metrics),
-    },
+    "train": {each.__name__: Stage(each) for each in (generation, annotation, plan, training)},
+    "actors": {f"{each.__name__}, actors": Stage(each, **ACTORS) for each in (generation, annotation)},
+    "test": {each.__name__: Stage(each) for each in (finished_run, answers, scores, margins, divergence, metrics)},
 }
 
 

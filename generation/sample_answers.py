@@ -44,12 +44,9 @@ class Answering:
         return (recipe.tested().sft_folder() if self.sft else recipe.evaluated_folder()) / "answers"
 
     @property
-    def path(self) -> Path:
-        return self.folder / "test.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.folder / "ledger.jsonl"
+    def files(self) -> tuple[Path, Path]:
+        """The answers, and the ledger."""
+        return self.folder / "test.jsonl", self.folder / "ledger.jsonl"
 
     @property
     def checkpoint(self) -> str:
@@ -95,8 +92,8 @@ def answer(recipes: list[Recipe]) -> None:
         for jobs in groups.values():
             _answer(jobs)
             for job in jobs:
-                job.work.finish([job.path, job.ledger], [job.recipe.tested().data.test.path])
-                print(f"answers: {job.path}")
+                job.work.finish(job.files, [job.recipe.tested().data.test.path])
+                print(f"answers: {job.files[0]}")
 
 
 def _answer(jobs: list[Answering]) -> None:
@@ -115,7 +112,7 @@ class AnswersWriter(Writer):
         limit, count = job.recipe.generation.max_prompt_tokens, job.recipe.evaluation.samples
         self.adapter, prompts = job.adapter, evaluated_prompts(job.recipe)[0]
         check_records(tokenizer, prompts.placed())
-        super().__init__((job.path, job.ledger), prompts, tokenizer, limit, count)
+        super().__init__(job.files, prompts, tokenizer, limit, count)
 
     def write(self, name: str, samples: list[Sample]) -> None:
         self.add(
