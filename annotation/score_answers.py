@@ -14,8 +14,8 @@ trained to please.
 from pathlib import Path
 
 from annotation.scorers import run_scorers, scorer_settings
-from hps.errors import InputError, run_main
-from pipeline.cli import parse, progress
+from hps.errors import InputError
+from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, done_ids, file_hash
 from pipeline.functions import announce, function_files
 from pipeline.identity import check_model
@@ -83,8 +83,8 @@ def with_given(record: dict, given: list[str]) -> dict:
     }
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
+def score_all(recipe: Recipe) -> None:
+    """Score the answers before and after training, with `evaluation.proxy` by the proxy too."""
     for sft in (True, False):
         score(recipe, sft)
         if recipe.evaluation.proxy:
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(score_all, __doc__)
