@@ -61,6 +61,7 @@ def main() -> None:
     requests = [
         (f"{split}/{record['prompt_id']}", prompt_token_ids(tokenizer, record["prompt"]), data.responses)
         for split, data in (("train", recipe.data.train), ("test", recipe.data.test))
+        if data.responses
         for _, record in read_prompts(data.path, data.limit)
     ]
     generator = stage.Generator(
