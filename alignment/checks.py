@@ -7,6 +7,22 @@ from pipeline.weights import UNUSABLE, load_config
 FIELD = "`lora.target_modules`"
 
 
+def lora_config(recipe: Recipe):
+    """PEFT's LoRA settings, or None for full fine-tuning."""
+    from peft import LoraConfig
+
+    lora = recipe.lora
+    if not lora.enabled:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+    )
+
+
 def try_lora(recipe: Recipe) -> None:
     """Try the recipe's LoRA on the policy's architecture, without weights.
 
@@ -15,7 +31,7 @@ def try_lora(recipe: Recipe) -> None:
             cannot adapt one, or it is the LM head, which TRL refuses.
     """
     import torch
-    from peft import LoraConfig, LoraModel
+    from peft import LoraModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -33,7 +49,7 @@ def try_lora(recipe: Recipe) -> None:
         if not any(f".{name}".endswith(f".{target}") for name in parts):
             raise InputError(f"{FIELD}: the policy has no module `{target}`", where=policy.path, remedy=remedy)
     try:
-        LoraModel(model, LoraConfig(r=recipe.lora.r, target_modules=targets), "default")
+        LoraModel(model, lora_config(recipe), "default")
     except ValueError as error:
         raise InputError(f"{FIELD}: {str(error).splitlines()[0]}", where=policy.path) from None
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):

@@ -14,7 +14,6 @@ import sys
 
 from hps.errors import InputError, run_main
 from pipeline.cli import parse
-from pipeline.recipe import Recipe
 from pipeline.workers import accumulation_steps, node_count, process_count
 
 
@@ -52,20 +51,16 @@ def main() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     nodes = node_count()
     if nodes > 1:  # torchrun takes the rest of the rendezvous from the environment
-        _check_shared(recipe)
+        plan = recipe.run_folder() / "plan.jsonl"
+        if not plan.exists():
+            raise InputError(
+                f"this node ({socket.gethostname()}) does not see the plan",
+                where=str(plan),
+                remedy="make it first (`python -m alignment.plan`, on one node) on a file system that all nodes share",
+            )
         os.environ.setdefault("PET_RDZV_BACKEND", "c10d")
     rendezvous = [] if nodes > 1 else ["--standalone"]
     torchrun([*rendezvous, "--nproc_per_node", str(processes // nodes), *training])
-
-
-def _check_shared(recipe: Recipe) -> None:
-    plan = recipe.run_folder() / "plan.jsonl"
-    if not plan.exists():
-        raise InputError(
-            f"this node ({socket.gethostname()}) does not see the plan",
-            where=str(plan),
-            remedy="make it first (`python -m alignment.plan`, on one node) on a file system that all nodes share",
-        )
 
 
 if __name__ == "__main__":

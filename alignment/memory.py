@@ -23,6 +23,7 @@ head, and fragmentation. They are estimates, not measurements.
 import warnings
 from pathlib import Path
 
+from alignment.checks import lora_config
 from hps.errors import InputError
 from hps.methods import FAMILIES
 from pipeline.recipe import REPOSITORY, Recipe
@@ -56,10 +57,9 @@ def count_weights(config, recipe: Recipe) -> tuple[int, int]:
         warnings.simplefilter("ignore", FutureWarning)  # PEFT calls a function that transformers will rename
         model = AutoModelForCausalLM.from_config(config)
         if recipe.lora.enabled:
-            from peft import LoraConfig, get_peft_model
+            from peft import get_peft_model
 
-            lora = recipe.lora
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=lora.r, target_modules=lora.targets))
+            model = get_peft_model(model, lora_config(recipe))
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 

@@ -39,13 +39,11 @@ def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
     )
     if facts["gamma"] and (warning := stages_without_steps(facts["steps"], schedule)):
         print(f"plan: WARNING: {warning}")
-    print("plan: gamma   rows  effective sample size  mean rank drawn  reward gap  length gap (tokens)")
+    row = "plan: {:>6} {:>6} {:>22} {:>16} {:>11} {:>20}".format
+    print(row("gamma", "rows", "effective sample size", "mean rank drawn", "reward gap", "length gap (tokens)"))
     for line in facts["stages"]:
-        gamma = "   -  " if line["gamma"] is None else f"{line['gamma']:6.2f}"
-        print(
-            f"plan: {gamma} {line['rows']:6d} {line['effective_sample_size']:22.2f} {line['rank']:16.2f}"
-            f" {line['reward_gap']:11.3f} {line['length_gap']:20.2f}"
-        )
+        names = ("gamma", "rows", "effective_sample_size", "rank", "reward_gap", "length_gap")
+        print(row(*("-" if line[name] is None else round(line[name], 3) for name in names)))
 
 
 def run_settings(recipe: Recipe) -> dict:

@@ -48,15 +48,6 @@ def known_values(folder: Path) -> Iterator[tuple[str, list[float]]]:
                     yield key, values
 
 
-def why_in_step(recipe: Recipe, trainer: HPSTrainer) -> str | None:
-    """Why the reference is computed in every step; None if it is not."""
-    if recipe.training.reference == "in_step":
-        return "`training.reference` is in_step"
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        return "ZeRO-3 spreads its weights over the processes"
-    return None
-
-
 def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
     """Give every row of the trainer its `reference`: read the known values, compute and write the rest.
 
@@ -69,7 +60,9 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
     if not FAMILIES[recipe.loss.family].reference:
         return
     say = trainer.accelerator.print
-    if reason := why_in_step(recipe, trainer):
+    asked = recipe.training.reference == "in_step"
+    if asked or (trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3):
+        reason = "`training.reference` is in_step" if asked else "ZeRO-3 spreads its weights over the processes"
         say(f"training: the reference is computed in every step: {reason}")
         return
     size = trainer.args.per_device_train_batch_size

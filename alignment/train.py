@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback,
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig
 
-from alignment.checks import check_wandb, try_lora
+from alignment.checks import check_wandb, lora_config, try_lora
 from alignment.plan import ranked_prompts, read_plan, run_settings
 from alignment.reference import add_reference
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
@@ -209,22 +209,6 @@ def without_dropout(config):
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
     return config
-
-
-def lora_config(recipe: Recipe):
-    """PEFT's LoRA settings, or None for full fine-tuning."""
-    from peft import LoraConfig
-
-    lora = recipe.lora
-    if not lora.enabled:
-        return None
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-    )
 
 
 class RunFiles(TrainerCallback):

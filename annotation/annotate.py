@@ -22,12 +22,12 @@ from statistics import NormalDist, mean
 
 import numpy as np
 
-from annotation.scorers import run_scorers
+from annotation.scorers import run_scorers, scorer_settings
 from hps.errors import InputError
 from pipeline.cli import counted, progress, run_stage
 from pipeline.files import Results, file_hash, write_json
 from pipeline.functions import announce, function_files
-from pipeline.identity import check_model, model_hash
+from pipeline.identity import check_model
 from pipeline.models import check_fits
 from pipeline.recipe import SPLITS, Recipe
 from pipeline.records import WITHOUT_NOISE, canonical, read_candidates, read_ranked
@@ -93,12 +93,9 @@ def in_words(figures: dict) -> str:
 def stage_settings(recipe: Recipe) -> dict:
     """Everything that decides the ranking. Any change needs another output folder."""
     settings = {
-        "dtype": recipe.annotation.dtype,
-        "model": model_hash(recipe.models.reward),
+        **scorer_settings(recipe, "reward", recipe.models.generator),
         "candidates": {split: file_hash(recipe.candidates(split)) for split in SPLITS},
     }
-    if recipe.models.reward.function:
-        settings |= {"dtype": None, "tokenizer": model_hash(recipe.models.generator)}
     if recipe.annotation.noise:
         settings["noise"] = {"standard_deviation": recipe.annotation.noise, "seed": recipe.seed}
     return settings

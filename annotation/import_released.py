@@ -18,7 +18,7 @@ turn is refused.
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -112,13 +112,11 @@ def check_row(row: dict, where: str) -> ReleasedRow:
     return {**row, "responses": [text.strip() for text in row["responses"]]}
 
 
-def rank_row(
-    row: ReleasedRow, tokenizer: Any, refused: Callable[[str], list[str]] = lambda _: []
-) -> tuple[dict, list[dict]]:
+def rank_row(row: ReleasedRow, tokenizer: Any, refuse: bool = False) -> tuple[dict, list[dict]]:
     """The ranked record of a checked row, and ledger lines for the responses that were dropped or merged.
 
     Args:
-        refused: the special tokens for which a response is dropped.
+        refuse: responses that spell special tokens are dropped.
     """
     responses = [
         {"text": text, "source": source, "reward": reward}
@@ -129,6 +127,7 @@ def rank_row(
         """As a model sees it: the tokenizer may make one of two spellings."""
         return tuple(encode(tokenizer, inert(tokenizer, text)))
 
+    refused = partial(special_tokens_in, tokenizer) if refuse else lambda text: []
     kept, ledger = distinct(row["prompt_id"], responses, refused, seen)
     kept = [{**each, "tokens": len(encode(tokenizer, each["text"])), "truncated": False} for each in kept]
     return rank(candidates(row, kept), [response["reward"] for response in kept]), ledger
@@ -138,26 +137,21 @@ PROMPTS, RESPONSES = "prompts with special tokens, kept", "responses with specia
 
 
 def convert(
-    rows: Iterator[tuple[str, dict]],
-    tokenizer: Any,
-    counts: Counter,
-    ledger: list[dict],
-    special: Callable[[str], list[str]] = lambda _: [],
-    refuse: bool = False,
+    rows: Iterator[tuple[str, dict]], tokenizer: Any, counts: Counter, ledger: list[dict], refuse: bool = False
 ) -> Iterator[Ranked]:
     """Yield ranked records.
 
     Args:
         counts: is filled: `read` = `written` + `rejected`, and the reasons of the ledger.
         ledger: is filled with the lines for what is left out.
-        special: the special tokens that a text spells.
-        refuse: prompts and responses with any are left out; else they are counted.
+        refuse: prompts and responses that spell special tokens are left out; else they are counted.
     """
     counts.update(read=0, written=0, rejected=0)
     places: dict[str, str] = {}
+    special = partial(special_tokens_in, tokenizer)
     for where, raw in rows:
         row = check_row(raw, where)
-        record, lines = rank_row(row, tokenizer, *[special] * refuse)
+        record, lines = rank_row(row, tokenizer, refuse)
         tokens = [token for message in row["prompt"] for token in special(message["content"])]
         named = {"prompt_id": row["prompt_id"], "place": where, "refused": True}
         if row["prompt_id"] in places:
@@ -195,10 +189,10 @@ def _import(file: str, recipe: Recipe, split: str, model: Model) -> Counter:
         "special_tokens": recipe.data.special_tokens,
     }
     refuse = recipe.data.special_tokens == "refuse"
-    counts, ledger, special = Counter(), [], partial(special_tokens_in, tokenizer)
+    counts, ledger = Counter(), []
 
     def ranked() -> Iterator[str]:
-        yield from map(json_line, convert(read_rows(file), tokenizer, counts, ledger, special, refuse))
+        yield from map(json_line, convert(read_rows(file), tokenizer, counts, ledger, refuse))
         if not counts["written"]:
             raise InputError(f"no row can be used ({_counted(counts)})", where=file, remedy="check the file")
         claim(target.parent, settings)  # before the file has its name

@@ -28,6 +28,7 @@ from hps.shared_prefix import (
     prove,
     run,
 )
+from pipeline.models import check_labels
 from pipeline.recipe import Model
 from pipeline.weights import context_length, load_config, load_weights
 
@@ -82,9 +83,7 @@ class ConversationScorer:
             for response, cut in zip(responses, truncated, strict=True)
         ]
 
-    def score(
-        self, messages: list[dict], responses: list[str], truncated: list[bool], prompt_id: str | None = None
-    ) -> list[float]:
+    def score(self, messages: list[dict], responses: list[str], truncated: list[bool]) -> list[float]:
         """Scores of the responses to one prompt, in their order. InputError: as `score_details`."""
         return [details["score"] for details in self.score_details(messages, responses, truncated)]
 
@@ -159,10 +158,9 @@ class RewardModel(ConversationScorer):
 
     def __init__(self, model: Model, dtype: str = "auto", batch_tokens: int = 16384):
         super().__init__(model, dtype, batch_tokens)
-        config = _one_label(load_config(model), model)
-        self.model = load_weights(
-            AutoModelForSequenceClassification, model, exact=True, config=config, dtype=self.dtype
-        )
+        check_labels(model)
+        kind, config = AutoModelForSequenceClassification, load_config(model)
+        self.model = load_weights(kind, model, exact=True, config=config, dtype=self.dtype)
         self.model.to(self.device).eval()
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.layout = prove(self.model, math.inf, own_score, trial_scores)
@@ -227,13 +225,3 @@ def _in_float32_behind_the_backbone(model: Any) -> None:
     backbone.register_forward_hook(
         lambda module, given, output: type(output)(**{**output, "last_hidden_state": output.last_hidden_state.float()})
     )
-
-
-def _one_label(config, model: Model):
-    if config.num_labels != 1:
-        raise InputError(
-            f"the reward model has {config.num_labels} labels",
-            where=model.path,
-            remedy="`models.reward` must be a sequence classifier with one label (or ArmoRM), as `models.evaluator`",
-        )
-    return config

@@ -13,12 +13,12 @@ trained to please.
 
 from pathlib import Path
 
-from annotation.scorers import run_scorers
-from hps.errors import InputError, run_main
-from pipeline.cli import parse, progress
+from annotation.scorers import run_scorers, scorer_settings
+from hps.errors import InputError
+from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, done_ids, file_hash
 from pipeline.functions import announce, function_files
-from pipeline.identity import check_model, model_hash
+from pipeline.identity import check_model
 from pipeline.models import check_fits
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Recipe
@@ -39,13 +39,7 @@ def score(recipe: Recipe, sft: bool, role: str = "evaluator") -> None:
     path = scores_path(recipe, sft, role)
     answers = path.parent.parent / "answers"
     require_finished(answers, "the answers are", "bash evaluate.sh")
-    settings = {
-        "dtype": recipe.annotation.dtype,
-        "model": model_hash(scorer),
-        "answers": file_hash(answers / "test.jsonl"),
-    }
-    if scorer.function:
-        settings |= {"dtype": None, "tokenizer": model_hash(recipe.models.policy)}
+    settings = scorer_settings(recipe, role, recipe.models.policy) | {"answers": file_hash(answers / "test.jsonl")}
     with stage("scores", path.parent, recipe, settings) as work:
         if work:
             _score(recipe, sft, role, answers / "test.jsonl", path)
@@ -89,8 +83,8 @@ def with_given(record: dict, given: list[str]) -> dict:
     }
 
 
-def main() -> None:
-    recipe, _ = parse(__doc__, dry_run=False)
+def score_all(recipe: Recipe) -> None:
+    """Score the answers before and after training, with `evaluation.proxy` by the proxy too."""
     for sft in (True, False):
         score(recipe, sft)
         if recipe.evaluation.proxy:
@@ -98,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_stage(score_all, __doc__)

@@ -1,7 +1,6 @@
 """Load a scorer (a reward model of one of the classes here, or a function) and run it on all devices."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from annotation.armorm import ArmoRM
 from annotation.canary import canary_folder, check_canaries
@@ -9,8 +8,9 @@ from annotation.reward_model import ConversationScorer, RewardModel, TooLong
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError
 from pipeline.functions import FunctionScorer
-from pipeline.models import ARMORM, WRITERS
-from pipeline.recipe import Model, Recipe, Reward
+from pipeline.identity import model_hash
+from pipeline.models import ARMORM, WRITERS, check_labels
+from pipeline.recipe import Model, Recipe
 from pipeline.weights import load_config
 from pipeline.workers import run_workers
 
@@ -23,21 +23,12 @@ def load_reward_model(model: Model, dtype: str = "auto", batch_tokens: int = 163
     return kind(model, dtype, batch_tokens)
 
 
-def load_scorer(
-    model: Reward, role: str, writer: Model, dtype: str, batch_tokens: int, canaries: Path
-) -> ConversationScorer | FunctionScorer:
-    """The scorer of a worker; a reward model has scored the canaries (annotation/canary.py).
-
-    Args:
-        model, role: of the recipe.
-        writer: the model whose responses are scored.
-        canaries: folder of their records.
-    """
-    if model.function:
-        return FunctionScorer(model.function, f"models.{role}.function", writer)
-    found = load_reward_model(model, dtype, batch_tokens)
-    check_canaries(found, canaries, model)
-    return found
+def scorer_settings(recipe: Recipe, role: str, writer: Model) -> dict:
+    """What decides a score, for the claim. A function counts in the tokens of the model that wrote the responses."""
+    scorer = getattr(recipe.models, role)
+    if scorer.function:
+        return {"dtype": None, "model": model_hash(scorer), "tokenizer": model_hash(writer)}
+    return {"dtype": recipe.annotation.dtype, "model": model_hash(scorer)}
 
 
 class ScoreWorker:
@@ -45,10 +36,22 @@ class ScoreWorker:
 
     Items in: `key`, `where` and `record` (`prompt_id`, `prompt`, `responses`, `truncated`). Items out: `key`, `record`
     and `details`; or `error`, with `too_long` for a conversation beyond the model's context.
+
+    Args:
+        role: of the scorer in the recipe. A reward model scores the canaries first (annotation/canary.py).
+        writer: the model whose responses are scored.
     """
 
-    def __init__(self, **arguments):
-        self.model = load_scorer(**arguments)
+    def __init__(self, recipe: Recipe, role: str, writer: Model):
+        scorer, settings = getattr(recipe.models, role), recipe.annotation
+        if scorer.function:
+            self.model: ConversationScorer | FunctionScorer = FunctionScorer(
+                scorer.function, f"models.{role}.function", writer
+            )
+        else:
+            check_labels(scorer, role)
+            self.model = load_reward_model(scorer, settings.dtype, settings.batch_tokens)
+            check_canaries(self.model, canary_folder(recipe), scorer)
 
     def stream(self, items: Iterator[dict]) -> Iterator[dict]:
         for item in items:
@@ -85,14 +88,7 @@ def run_scorers(
     model, writer = getattr(recipe.models, role), writer or getattr(recipe.models, WRITERS[role])
     reader = writer if model.function else model
     check_records(load_tokenizer(reader.path, reader.revision), records, spelled=SPELLED)
-    arguments = {
-        "model": model,
-        "role": role,
-        "writer": writer,
-        "dtype": recipe.annotation.dtype,
-        "batch_tokens": recipe.annotation.batch_tokens,
-        "canaries": canary_folder(recipe),
-    }
+    arguments = {"recipe": recipe, "role": role, "writer": writer}
     if model.function and recipe.annotation.workers is None:
         return ScoreWorker(**arguments).stream(items)
     gpus = 0 if model.function else 1

@@ -66,18 +66,6 @@ def save(model, output: Path, settings: Settings) -> None:
     write_json(output / "reward.json", {"base": LANGUAGE_MODEL, "layers": settings.layers})
 
 
-def lora(settings: Settings):
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="SEQ_CLS",
-        r=settings.lora_r,
-        lora_alpha=2 * settings.lora_r,
-        target_modules="all-linear",
-        modules_to_save=["score"],
-    )
-
-
 def truth(texts: list[str]) -> list[float]:
     """The true reward of each text: VADER's compound score, from -1 to 1."""
     return sentiment([], [[{"role": "assistant", "content": text}] for text in texts])
@@ -111,7 +99,7 @@ def train(settings: Settings, output: Path) -> None:
     gives the scores of all beginnings; the answers to a prompt share the prompt's computation.
     """
     import torch
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
     from transformers import get_cosine_schedule_with_warmup
 
     from hps.shared_prefix import common_prefix, run, shared_rows
@@ -128,7 +116,11 @@ def train(settings: Settings, output: Path) -> None:
         if len(set(rewards)) > 1:
             groups.append((rows[0][:shared], tails, torch.tensor(rewards)))
     torch.manual_seed(settings.seed)
-    wrapped = get_peft_model(reward_backbone(base, settings.layers, settings.seed), lora(settings))
+    rank = settings.lora_r
+    lora = LoraConfig(
+        task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=["score"]
+    )
+    wrapped = get_peft_model(reward_backbone(base, settings.layers, settings.seed), lora)
     model, rng = wrapped.get_base_model(), random.Random(settings.seed)
     weights = [weight for weight in wrapped.parameters() if weight.requires_grad]
     steps = settings.epochs * (len(groups) // settings.batch)
@@ -166,12 +158,11 @@ def report(folder: Path) -> dict:
     pairs, correlations = [], []
     for messages, answers, cut, rewards in sampled("test", REPORT_PROMPTS):
         scores = model.score(messages, answers, cut)
-        found = [
+        pairs += [
             (abs(rewards[i] - rewards[j]), (scores[i] > scores[j]) == (rewards[i] > rewards[j]))
             for i, j in combinations(range(len(answers)), 2)
             if rewards[i] != rewards[j]
         ]
-        pairs += found
         if len(set(rewards)) > 1:
             correlations.append(spearmanr(scores, rewards).statistic)
     sizes = {name: [right for gap, right in pairs if low < gap <= high] for name, low, high in SIZES}

@@ -1,6 +1,6 @@
 """The generation stage against the bare engine on the same requests.
 
-Run     .venv-infer/bin/python benchmarks/engine.py [--times N] [--json FILE]
+Run     .venv-infer/bin/python benchmarks/engine.py [--times N]
 
 One vLLM engine runs in turns the whole `generation.generate` (reading, hashing, queueing, writing every prompt to the
 disk, manifest) and its own loop with all requests added at once. Samples differ between runs, so the comparison is of
@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 
-from measure import finish, options, show
+from measure import options, show
 
 from generation import generate as stage
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
@@ -55,33 +55,28 @@ def bare_rate(requests: list[tuple], engine) -> float:
 
 
 def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--times", type=int, default=5, help="measurements of each")
-    arguments = parser.parse_args()
+    times = options(__doc__).parse_args().times
     recipe = load_recipe(REPOSITORY / "configs/quickstart.yaml", [*SETTINGS, "output=runs/benchmark"])
     tokenizer = load_tokenizer(recipe.models.generator.path)
-    requests = []
-    for split in ("train", "test"):
-        data = getattr(recipe.data, split)
-        for _, record in read_prompts(data.path, data.limit):
-            ids = prompt_token_ids(tokenizer, record["prompt"])
-            requests.append((f"{split}/{record['prompt_id']}", ids, data.responses))
+    requests = [
+        (f"{split}/{record['prompt_id']}", prompt_token_ids(tokenizer, record["prompt"]), data.responses)
+        for split, data in (("train", recipe.data.train), ("test", recipe.data.test))
+        if data.responses
+        for _, record in read_prompts(data.path, data.limit)
+    ]
     generator = stage.Generator(
         model=recipe.models.generator,
         settings=recipe.generation,
         stop_ids=end_of_turn_ids(tokenizer),
         seed=recipe.seed,
     )
-    rates: dict[str, list[float]] = {"bare engine": [], "generation stage": []}
-    for turn in range(arguments.times + 1):
-        found = bare_rate(requests, generator.engine), stage_rate(SETTINGS, generator)
-        for values, rate in zip(rates.values(), found, strict=True):
-            values += [rate] if turn else []
-    found = {name: statistics.median(values) for name, values in rates.items()}
-    table = [[name, value, value / found["bare engine"]] for name, value in found.items()]
-    samples = sum(count for _, _, count in requests)
-    show(f"Generation, {len(requests)} prompts, {samples} samples", ["", "tokens / s", "of the bare engine"], table)
-    finish(arguments, {"tokens_per_second": found, "ratio": table[1][2]})
+    found = [(bare_rate(requests, generator.engine), stage_rate(SETTINGS, generator)) for _ in range(times + 1)]
+    rates = [statistics.median(each) for each in zip(*found[1:], strict=True)]  # the first turn is left out
+    samples, names = sum(count for _, _, count in requests), ("bare engine", "generation stage")
+    rows = [
+        {"": name, "tokens / s": r, "of the bare engine": r / rates[0]} for name, r in zip(names, rates, strict=True)
+    ]
+    show(f"Generation, {len(requests)} prompts, {samples} samples", rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Peak memory and time per prompt of each stage's own part, with few and with many prompts.
 
-Run     .venv-train/bin/python benchmarks/memory.py [--prompts 1000 20000] [--test-prompts 1000 5000] [--json FILE]
+Run     .venv-train/bin/python benchmarks/memory.py [--prompts 1000 20000] [--test-prompts 1000 5000]
 
 Each stage runs unchanged in a separate process, with real tokenizers and files; only the models are stand-ins
 (benchmarks/stages.py). The number of training prompts grows, or, for the stages of the evaluation, of test prompts.
@@ -21,17 +21,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import finish, options, show
+from measure import options, show
 from stages import FAMILIES, prompts_file
 
 from pipeline.recipe import REPOSITORY
 
 CHILD = Path(__file__).with_name("stages.py")
 START = 8  # prompts: as good as none
-MOST_GROWTH, MOST_TIMES = 1.15, 1.15
-# A prompt's id and places in files; its texts, here 17 KB in training and 2 KB in the evaluation, are more.
-MOST_KB = 2.0
-HEADER = ["", "libraries (MB)", "peak, few", "peak, many", "growth", "KB / prompt", "ms / prompt, few", "many", "times"]
+# 2 KB: a prompt's id and places in files; its texts, here 17 KB in training and 2 KB in the evaluation, are more.
+LIMITS = {"growth": 1.15, "KB / prompt": 2.0, "times": 1.15}
 
 
 def measured(family: str, prompts: int, responses: int, answers: int) -> dict[str, dict]:
@@ -67,12 +65,13 @@ def compared(sizes: tuple[int, int], start: list[dict], rounds: list[tuple[dict,
     nothing, few, many = (medians(found) for found in (start, *map(list, zip(*rounds, strict=True))))
     ratios = [_ms(large, nothing, sizes[1]) / max(_ms(small, nothing, sizes[0]), 1e-9) for small, large in rounds]
     return {
-        "seconds": [at["seconds"] for at in (nothing, few, many)],
-        "libraries_mb": nothing["peak_mb"],
-        "peak_mb": [few["peak_mb"], many["peak_mb"]],
+        "libraries (MB)": nothing["peak_mb"],
+        "peak, few": few["peak_mb"],
+        "peak, many": many["peak_mb"],
         "growth": many["peak_mb"] / few["peak_mb"],
-        "kb_per_prompt": 1024 * (many["peak_mb"] - few["peak_mb"]) / (sizes[1] - sizes[0]),
-        "ms_per_prompt": [_ms(few, nothing, sizes[0]), _ms(many, nothing, sizes[1])],
+        "KB / prompt": 1024 * (many["peak_mb"] - few["peak_mb"]) / (sizes[1] - sizes[0]),
+        "ms / prompt, few": _ms(few, nothing, sizes[0]),
+        "ms / prompt, many": _ms(many, nothing, sizes[1]),
         # The machine's speed changes with time, so each ratio is of two measurements made one after the other.
         "times": statistics.median(ratios),
     }
@@ -83,27 +82,15 @@ def _ms(at: dict, nothing: dict, prompts: int) -> float:
     return 1000 * (at["cpu_seconds"] - nothing["cpu_seconds"]) / (prompts - START)
 
 
-def beyond(figures: dict[str, dict]) -> list[str]:
-    """What is above a limit, a line each."""
-    limits = {"growth": MOST_GROWTH, "kb_per_prompt": MOST_KB, "times": MOST_TIMES}
-    return [
-        f"{name}: `{figure}` is {found[figure]:.3f}, the limit {limit}"
-        for name, found in figures.items()
-        for figure, limit in limits.items()
-        if found[figure] > limit
-    ]
-
-
 def main() -> None:
-    parser = options(__doc__)
+    parser = options(__doc__, times=3)
     parser.add_argument("--prompts", type=int, nargs=2, default=[1000, 20000], metavar=("FEW", "MANY"))
     parser.add_argument("--test-prompts", type=int, nargs=2, default=[1000, 5000], metavar=("FEW", "MANY"))
     parser.add_argument("--responses", type=int, default=100, help="generated for each training prompt")
     parser.add_argument("--answers", type=int, default=5, help="of a model to each test prompt")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES])
-    parser.add_argument("--times", type=int, default=3, help="measurements, with few and with many prompts in turns")
     arguments = parser.parse_args()
-    figures: dict[str, dict] = {}
+    problems: list[str] = []
     for family in arguments.families:
         sizes = arguments.test_prompts if family == "test" else arguments.prompts
         start, few, many = [], [], []
@@ -113,18 +100,17 @@ def main() -> None:
             measured(family, START, arguments.responses, arguments.answers)
             for found, count in ((start, START), (few, sizes[0]), (many, sizes[1])):
                 found.append(measured(family, count, arguments.responses, arguments.answers))
+        rows = []
         for name in FAMILIES[family]:
             rounds = [(small[name], large[name]) for small, large in zip(few, many, strict=True)]
-            figures[name] = compared(sizes, [each[name] for each in start], rounds)
-        rows = [
-            [name, found["libraries_mb"], *found["peak_mb"], found["growth"], found["kb_per_prompt"]]
-            + [*found["ms_per_prompt"], found["times"]]
-            for name, found in figures.items()
-            if name in FAMILIES[family]
-        ]
-        show(f"{family}: {sizes[0]} and {sizes[1]} prompts", HEADER, rows)
-    finish(arguments, figures)
-    if problems := beyond(figures):
+            rows.append({"": name, **compared(sizes, [each[name] for each in start], rounds)})
+            problems += [
+                f"{name}: `{figure}` is {rows[-1][figure]:.3f}, the limit {limit}"
+                for figure, limit in LIMITS.items()
+                if rows[-1][figure] > limit
+            ]
+        show(f"{family}: {sizes[0]} and {sizes[1]} prompts", rows)
+    if problems:
         sys.exit("memory or time grows with the data:\n" + "\n".join(problems))
 
 

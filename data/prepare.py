@@ -100,17 +100,13 @@ class Question(TypedDict):
 
 @dataclass(frozen=True)
 class Row:
-    """A record and its place: `name` is <repo>/<file>, `path` the file here; `line` and `row` count from 1."""
+    """A record and its place: `name` is <repo>/<file>, `where` names the file here; `line` and `row` count from 1."""
 
     name: str
-    path: Path
+    where: str
     line: int
     row: int
     record: dict
-
-    @property
-    def where(self) -> str:
-        return f"{self.path}:{self.line}: row {self.row}"
 
     @property
     def place(self) -> str:
@@ -121,8 +117,6 @@ class Row:
 class Split:
     """The outcome of a split's rows; `places`: where each written prompt came first, by its comparison key."""
 
-    read: int = 0
-    repeated: int = 0
     records: list[dict] = field(default_factory=list)
     rejected: list[dict] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)
@@ -148,10 +142,10 @@ def named(source: Source) -> str:
 def read_rows(path: Path, name: str) -> Iterator[Row]:
     """Rows of a JSON array or of JSON Lines; InputError: broken JSON (with its line), or a row is not an object."""
     for number, (line, record) in enumerate(read_values(path), 1):
-        row = Row(name, path, line, number, record)
+        where = f"{path}:{line}: row {number}"
         if not isinstance(record, dict):
-            raise InputError(f"expected a JSON object, found {shorten(record)}", where=row.where, remedy=FORMAT)
-        yield row
+            raise InputError(f"expected a JSON object, found {shorten(record)}", where=where, remedy=FORMAT)
+        yield Row(name, where, line, number, record)
 
 
 def tidy(text: str) -> str:
@@ -237,40 +231,31 @@ def convert(rows: Iterable[Row], parse: Callable[[Row], Pair], training: dict[st
     """
     split = Split()
     for row in rows:
-        split.read += 1
         try:
             messages, responses = parse(row)
-            check_encodable([messages, responses])
+            # An escape in JSON can spell half a surrogate pair, but UTF-8 cannot store it.
+            canonical([messages, responses]).encode("utf-8")
             key = comparison_key(messages)
-            if training is not None and key in training:
-                raise Rejected("prompt in training", training[key])
-            if training is not None and key in split.places:
-                raise Rejected("repeated prompt", split.places[key])
-        except Rejected as error:
-            same = {"same_as": error.same_as} if error.same_as else {}
-            facts = {"file": row.name, "line": row.line, "row": row.row, "reason": error.reason}
+            if training is not None and (first := training.get(key) or split.places.get(key)):
+                raise Rejected("prompt in training" if key in training else "repeated prompt", first)
+        except (Rejected, UnicodeEncodeError) as error:
+            found = error if isinstance(error, Rejected) else Rejected("half a character")
+            same = {"same_as": found.same_as} if found.same_as else {}
+            facts = {"file": row.name, "line": row.line, "row": row.row, "reason": found.reason}
             split.rejected.append({**facts, **same})
             continue
-        split.repeated += key in split.places
         split.places.setdefault(key, row.place)
         split.records.append({"prompt": messages, "responses": responses, "source": row.place})
     return split
-
-
-def check_encodable(value) -> None:
-    """Reject half a surrogate pair: an escape in JSON can spell it, but UTF-8 cannot store it."""
-    try:
-        canonical(value).encode("utf-8")
-    except UnicodeEncodeError:
-        raise Rejected("half a character") from None
 
 
 def counts(split: Split, name: str) -> dict:
     """`read` = `written` + `rejected`, and the reasons; a test split always counts the prompts that came twice."""
     reasons = Counter({"prompt in training": 0, "repeated prompt": 0} if name == "test" else {})
     reasons.update(line["reason"] for line in split.rejected)
-    numbers = {"read": split.read, "written": len(split.records), "rejected": len(split.rejected)}
-    kept = {"repeated_prompts_kept": split.repeated} if name == "train" else {}
+    written, rejected = len(split.records), len(split.rejected)
+    numbers = {"read": written + rejected, "written": written, "rejected": rejected}
+    kept = {"repeated_prompts_kept": written - len(split.places)} if name == "train" else {}
     return {**numbers, "reasons": dict(sorted(reasons.items())), **kept}
 
 

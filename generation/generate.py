@@ -10,7 +10,8 @@ not touch finished prompts.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -71,49 +72,70 @@ def assemble(
     return candidates(record, kept), ledger
 
 
-class SplitWriter(Results):
-    """The only writer of a split's candidates and ledger. It continues where an earlier run stopped."""
+class Writer(Results):
+    """The only writer of what is sampled for some prompts. It continues where an earlier run stopped.
 
-    def __init__(self, recipe: Recipe, split: str, prompts: Indexed, repeated: list[dict], tokenizer):
-        path = recipe.candidates(split)
-        super().__init__(path, path.with_name(f"{split}.ledger.jsonl"), repeated)
-        self.prompts = prompts
-        self.count = getattr(recipe.data, split).responses
-        self._settings, self._tokenizer = recipe.generation, tokenizer
-        self._refuse_special = recipe.data.special_tokens == "refuse"
+    Args:
+        files: of the records, and of the ledger.
+        tokenizer, limit: the model's, and the tokens that a prompt may have.
+        count: samples of a prompt.
+    """
+
+    adapter: str | None = None  # folder of the LoRA adapter that answers
+
+    def __init__(self, files: tuple[Path, Path], prompts: Indexed, tokenizer, limit: int, count: int, repeated=()):
+        super().__init__(*files, repeated)
+        self.prompts, self.count, self._tokenizer, self._limit = prompts, count, tokenizer, limit
 
     def pending(self) -> Iterator[tuple[str, list[int]]]:
-        """Yield `(prompt_id, token ids)` of the remaining prompts; those that are too long go to the ledger."""
+        """Yield `(prompt_id, token ids)` of the remaining prompts; those that are refused go to the ledger."""
         for name in self.prompts:
             if name in self.done:
                 continue
             prompt = self.prompts[name]["prompt"]
             with naming(self.prompts.where(name)):
                 ids = prompt_token_ids(self._tokenizer, prompt)
-            if self._refuse_special and (tokens := self._special(*(message["content"] for message in prompt))):
+            if tokens := self.refused(*(message["content"] for message in prompt)):
                 self.refuse(name, "special tokens in the prompt", tokens=tokens)
-            elif len(ids) > self._settings.max_prompt_tokens:
-                self.refuse(name, "prompt too long", tokens=len(ids), limit=self._settings.max_prompt_tokens)
+            elif len(ids) > self._limit:
+                self.refuse(name, "prompt too long", tokens=len(ids), limit=self._limit)
             elif self.count == 0:
                 self.write(name, [])
             else:
                 yield name, ids
 
+    def refused(self, *texts: str) -> list[str]:
+        """The special tokens for which texts are refused."""
+        return []
+
     def write(self, name: str, samples: list[Sample]) -> None:
         """Put a finished prompt on disk."""
+        raise NotImplementedError
+
+
+class SplitWriter(Writer):
+    """The writer of a split's candidates."""
+
+    def __init__(self, recipe: Recipe, split: str, prompts: Indexed, repeated: list[dict], tokenizer):
+        path, count = recipe.candidates(split), getattr(recipe.data, split).responses
+        files = path, path.with_suffix(".ledger.jsonl")
+        super().__init__(files, prompts, tokenizer, recipe.generation.max_prompt_tokens, count, repeated)
+        self._keep_given = recipe.generation.keep_given
+        self._refuse_special = recipe.data.special_tokens == "refuse"
+
+    def refused(self, *texts: str) -> list[str]:
+        return [token for text in texts if self._refuse_special for token in special_tokens_in(self._tokenizer, text)]
+
+    def write(self, name: str, samples: list[Sample]) -> None:
         # White space around a response would merge with the template's tokens. Generated text is stripped as well.
-        given = [text.strip() for text in self.prompts[name]["responses"]] if self._settings.keep_given else []
+        given = [text.strip() for text in self.prompts[name]["responses"]] if self._keep_given else []
         record = {**self.prompts[name], "responses": given}
         counts = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in given]
-        refused = self._special if self._refuse_special else lambda text: []
-        made, dropped = assemble(record, samples, counts, refused)
+        made, dropped = assemble(record, samples, counts, self.refused)
         if len(made["responses"]) < 2:
             self.refuse(name, "fewer than two distinct responses", dropped, responses=made["responses"])
         else:
             self.add(made, dropped)
-
-    def _special(self, *texts: str) -> list[str]:
-        return [token for text in texts for token in special_tokens_in(self._tokenizer, text)]
 
 
 def summarize(path: Path, ledger_path: Path, tokenizer) -> dict:
@@ -175,24 +197,7 @@ def generate(recipe: Recipe) -> None:
 
 def _generate(recipe: Recipe, prompts: dict[str, tuple], work: Work, tokenizer: Any) -> None:
     writers = {split: SplitWriter(recipe, split, *prompts[split], tokenizer) for split in SPLITS}
-    total = sum(len(writer.prompts) for writer in writers.values())
-    done = sum(len(writer.done) for writer in writers.values())
-    print(f"generation: {total - done} prompts to do, {done} of {total} done before", flush=True)
-    items = (  # read as the engine has room
-        {"key": f"{split}/{name}", "ids": ids, "count": writer.count}
-        for split, writer in writers.items()
-        for name, ids in writer.pending()
-    )
-    most = max(writer.count for writer in writers.values())
-    results = sample(recipe.models.generator, recipe.generation, recipe.seed, items, tokenizer, total - done, most)
-    for result in progress(results, total, "generation", " prompts", done):
-        split, _, name = result["key"].partition("/")
-        if "lost" in result:
-            writers[split].refuse(name, "its engine died twice", cause=result["lost"])
-        else:
-            writers[split].write(name, [Sample(**sample) for sample in result["samples"]])
-    for writer in writers.values():
-        writer.close()
+    fill("generation", writers, recipe.models.generator, recipe, tokenizer)
     summary = {split: summarize(writer.path, writer.ledger_path, tokenizer) for split, writer in writers.items()}
     write_json(work.folder / "summary.json", summary)
     for split, counts in summary.items():
@@ -200,6 +205,30 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], work: Work, tokenizer: 
     outputs = [path for writer in writers.values() for path in (writer.path, writer.ledger_path)]
     inputs = [getattr(recipe.data, split).path for split in SPLITS]
     work.finish([*outputs, work.folder / "summary.json"], inputs)
+
+
+def fill(title: str, writers: Mapping[str, Writer], model: Model, recipe: Recipe, tokenizer) -> None:
+    """Sample with a model what the writers still need, and close them. Keys are without a slash."""
+    total = sum(len(writer.prompts) for writer in writers.values())
+    done = sum(len(writer.done) for writer in writers.values())
+    print(f"{title}: {total - done} prompts to do, {done} of {total} done before", flush=True)
+    items = (  # read as the engine has room
+        {"key": f"{key}/{name}", "ids": ids, "count": writer.count, "adapter": writer.adapter}
+        for key, writer in writers.items()
+        for name, ids in writer.pending()
+    )
+    most = max(writer.count for writer in writers.values())
+    adapters = sorted({writer.adapter for writer in writers.values() if writer.adapter})
+    with ExitStack() as opened:
+        for writer in writers.values():
+            opened.enter_context(writer)
+        results = sample(model, recipe.generation, recipe.seed, items, tokenizer, total - done, most, adapters)
+        for result in progress(results, total, title, " prompts", done):
+            key, _, name = result["key"].partition("/")
+            if "lost" in result:
+                writers[key].refuse(name, "its engine died twice", cause=result["lost"])
+            else:
+                writers[key].write(name, [Sample(**each) for each in result["samples"]])
 
 
 def sample(

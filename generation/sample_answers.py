@@ -13,21 +13,20 @@ policy gave them. Adapters on one model share an engine.
 
 import argparse
 import shlex
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from generation.generate import sample
-from hps.chat import check_records, load_tokenizer, prompt_token_ids
-from hps.errors import InputError, naming, run_main
-from pipeline.cli import progress
-from pipeline.files import Results, file_hash
+from generation.generate import Writer, fill
+from hps.chat import check_records, load_tokenizer
+from hps.errors import InputError, run_main
+from pipeline.engine import Sample
+from pipeline.files import file_hash
 from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe, load_recipe, split_arguments
-from pipeline.records import Indexed, canonical
+from pipeline.records import canonical
 from pipeline.stage import Work, require_finished, stage
 
 
@@ -45,12 +44,9 @@ class Answering:
         return (recipe.tested().sft_folder() if self.sft else recipe.evaluated_folder()) / "answers"
 
     @property
-    def path(self) -> Path:
-        return self.folder / "test.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.folder / "ledger.jsonl"
+    def files(self) -> tuple[Path, Path]:
+        """The answers, and the ledger."""
+        return self.folder / "test.jsonl", self.folder / "ledger.jsonl"
 
     @property
     def checkpoint(self) -> str:
@@ -96,8 +92,8 @@ def answer(recipes: list[Recipe]) -> None:
         for jobs in groups.values():
             _answer(jobs)
             for job in jobs:
-                job.work.finish([job.path, job.ledger], [job.recipe.tested().data.test.path])
-                print(f"answers: {job.path}")
+                job.work.finish(job.files, [job.recipe.tested().data.test.path])
+                print(f"answers: {job.files[0]}")
 
 
 def _answer(jobs: list[Answering]) -> None:
@@ -105,51 +101,29 @@ def _answer(jobs: list[Answering]) -> None:
     first = jobs[0]
     check_fits("evaluate", first.recipe, "policy")
     tokenizer = load_tokenizer(first.model.path, first.model.revision)
-    prompts = [evaluated_prompts(job.recipe)[0] for job in jobs]
-    for each in prompts:
-        check_records(tokenizer, each.placed())
-    with ExitStack() as opened:
-        results = [opened.enter_context(Results(job.path, job.ledger)) for job in jobs]
-        total, finished = sum(map(len, prompts)), sum(len(each.done) for each in results)
-        print(f"answers: {total - finished} of {total} prompts to do for {len(jobs)} model(s)", flush=True)
-        items = (  # read as the engine has room
-            {**item, "key": f"{number}/{item['key']}"}
-            for number, job in enumerate(jobs)
-            for item in pending(job, prompts[number], results[number], tokenizer)
+    writers = {str(number): AnswersWriter(job, tokenizer) for number, job in enumerate(jobs)}
+    fill("answers", writers, first.model, first.recipe, tokenizer)
+
+
+class AnswersWriter(Writer):
+    """The writer of a folder's `test.jsonl`."""
+
+    def __init__(self, job: Answering, tokenizer):
+        limit, count = job.recipe.generation.max_prompt_tokens, job.recipe.evaluation.samples
+        self.adapter, prompts = job.adapter, evaluated_prompts(job.recipe)[0]
+        check_records(tokenizer, prompts.placed())
+        super().__init__(job.files, prompts, tokenizer, limit, count)
+
+    def write(self, name: str, samples: list[Sample]) -> None:
+        self.add(
+            {
+                "prompt_id": name,
+                "prompt": self.prompts[name]["prompt"],
+                "responses": [sample.text.strip() for sample in samples],
+                "token_counts": [sample.tokens for sample in samples],
+                "truncated": [sample.truncated for sample in samples],
+            }
         )
-        adapters = {job.adapter for job in jobs if job.adapter}
-        most = max(job.recipe.evaluation.samples for job in jobs)
-        settings, seed = first.recipe.generation, first.recipe.seed
-        samples = sample(first.model, settings, seed, items, tokenizer, total - finished, most, sorted(adapters))
-        for result in progress(samples, total, "answers", " prompts", finished):
-            number, _, name = result["key"].partition("/")
-            if "lost" in result:
-                results[int(number)].refuse(name, "its engine died twice", cause=result["lost"])
-            else:
-                results[int(number)].add(answers_record(prompts[int(number)][name], result["samples"]))
-
-
-def pending(job: Answering, prompts: Indexed, results: Results, tokenizer) -> Iterator[dict]:
-    """Items that a folder still needs; prompts that are too long go to its ledger."""
-    recipe = job.recipe
-    for name in (name for name in prompts if name not in results.done):
-        with naming(prompts.where(name)):
-            ids = prompt_token_ids(tokenizer, prompts[name]["prompt"])
-        if len(ids) > recipe.generation.max_prompt_tokens:
-            results.refuse(name, "prompt too long", tokens=len(ids))
-        else:
-            yield {"key": name, "ids": ids, "count": recipe.evaluation.samples, "adapter": job.adapter}
-
-
-def answers_record(prompt: dict, samples: list[dict]) -> dict:
-    """One line of `test.jsonl`."""
-    return {
-        "prompt_id": prompt["prompt_id"],
-        "prompt": prompt["prompt"],
-        "responses": [sample["text"].strip() for sample in samples],
-        "token_counts": [sample["tokens"] for sample in samples],
-        "truncated": [sample["truncated"] for sample in samples],
-    }
 
 
 def read_runs(path: Path) -> list[Recipe]:

@@ -1,11 +1,11 @@
 """Sampling and scoring of answers without an engine: whose answers, what is kept, how they go on."""
 
 import json
-from argparse import Namespace
 
 import pytest
 
 from annotation import score_answers as scoring
+from generation import generate
 from generation import sample_answers as stage
 from hps.errors import InputError
 from pipeline.prompts import evaluated_prompts
@@ -26,7 +26,7 @@ def sampled(monkeypatch):
             samples = [{"text": f" {who} {n} ", "tokens": n, "truncated": n == 0} for n in range(item["count"])]
             yield {"key": item["key"], "samples": samples}
 
-    monkeypatch.setattr(stage, "sample", sample)
+    monkeypatch.setattr(generate, "sample", sample)
     return asked
 
 
@@ -150,13 +150,12 @@ def test_scores_of_answers_and_of_the_given_responses(run, sampled, monkeypatch,
     assert json.loads((scoring.scores_path(recipe, False).parent / "manifest.json").read_text())["settings"]["model"]
 
 
-def test_what_ranked_scores_the_answers_too(run, sampled, tiny_reward, monkeypatch):
+def test_what_ranked_scores_the_answers_too(run, sampled, tiny_reward):
     """`evaluation.proxy`: the true reward is a function, the proxy a model; each has a file of its own."""
     settings = ["models.evaluator.function=sentiment", f"models.reward.path={tiny_reward}", "evaluation.samples=2"]
     recipe = run(*settings, "evaluation.proxy=true")
     stage.answer([recipe])
-    monkeypatch.setattr(scoring, "parse", lambda *_, **__: (recipe, Namespace()))
-    scoring.main()
+    scoring.score_all(recipe)
     by = {}
     for role in ("evaluator", "reward"):
         lines = [line for _, line in read_jsonl(scoring.scores_path(recipe, False, role))]

@@ -14,7 +14,7 @@ from annotation.scorers import ScoreWorker, load_reward_model
 from hps.chat import inert
 from hps.errors import InputError
 from pipeline.models import check_labels
-from pipeline.recipe import Model, Reward
+from pipeline.recipe import Model, Reward, load_recipe
 from pipeline.responses import rank
 
 MESSAGES = [
@@ -371,11 +371,11 @@ def test_no_model(tmp_path):
         load_reward_model(Model(path=str(tmp_path)))
 
 
-def test_an_armorm_ranks(folders, tmp_path):
+def test_an_armorm_ranks(folders, tiny_recipe, tmp_path):
     model = Reward(path=str(folders["llama3"]))
     check_labels(model)
-    given = {"model": model, "role": "reward", "writer": model, "dtype": "float32", "batch_tokens": 16384}
-    scorer = ScoreWorker(**given, canaries=tmp_path / "canaries")
+    settings = [f"models.reward.path={model.path}", "annotation.dtype=float32", f"output={tmp_path}/out"]
+    scorer = ScoreWorker(load_recipe(tiny_recipe, settings), "reward", model)
     responses = RESPONSES[:3]
     record = {"prompt_id": "p", "prompt": MESSAGES, "responses": responses, "truncated": TRUNCATED[:3]}
     record |= {"sources": ["generated"] * 3, "token_counts": [1, 2, 3]}

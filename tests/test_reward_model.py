@@ -223,12 +223,12 @@ def test_positions_that_begin_behind_the_padding(tokenizer, tmp_path):
 
 def test_two_labels_are_refused(tokenizer, tmp_path):
     folder = make_reward_model(tmp_path / "reward", tokenizer, labels=2)
-    with pytest.raises(InputError, match=r"reward: the reward model has 2 labels"):
+    with pytest.raises(InputError, match=r"reward: `models.reward`: the model has 2 labels"):
         RewardModel(Model(path=str(folder)))
 
 
 def test_a_language_model_is_no_reward_model(tiny_model):
-    with pytest.raises(InputError, match="labels; `models.reward` must be a sequence classifier with one label"):
+    with pytest.raises(InputError, match="labels; give a sequence classifier with one label"):
         RewardModel(Model(path=str(tiny_model)))
 
 

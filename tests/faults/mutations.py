@@ -71,6 +71,7 @@ BF16 = "test_shared_prefix.py::test_log_probabilities_of_a_bf16_model_are_float3
 BEFORE, IN_STEP = f"{STEP}[hps-before]", f"{STEP}[hps-in step]"
 
 TRAIN, TRAINER, REFERENCE = "alignment/train.py", "hps/trainer.py", "hps/reference.py"
+CHECKS = "alignment/checks.py"
 SHARED, HELD_OUT = "hps/shared_prefix.py", "evaluation/held_out.py"
 SCORE, ANNOTATE, PLAN, MARGINS = (
     "annotation/reward_model.py",
@@ -120,9 +121,9 @@ MUTATIONS = [
         (f"{RATES}[constant-shares2]",),
     ),
     dropped("the learning rate is not passed on", TRAIN, "        learning_rate=optimizer.learning_rate,", RATES),
-    dropped("LoRA's alpha is not passed on", TRAIN, "        lora_alpha=lora.alpha,", BEFORE),
-    dropped("LoRA's rank is not passed on", TRAIN, "        r=lora.r,", BEFORE),
-    dropped("LoRA's targets are not passed on", TRAIN, "        target_modules=lora.targets,", BEFORE),
+    dropped("LoRA's alpha is not passed on", CHECKS, "        lora_alpha=lora.alpha,", BEFORE),
+    dropped("LoRA's rank is not passed on", CHECKS, "        r=lora.r,", BEFORE),
+    dropped("LoRA's targets are not passed on", CHECKS, "        target_modules=lora.targets,", BEFORE),
     dropped(
         "the seed is not passed on",
         TRAIN,
@@ -292,9 +293,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a ranking does not claim its precision",
-        ANNOTATE,
-        '"dtype": recipe.annotation.dtype,\n        "model": model_hash',
-        '"model": model_hash',
+        "annotation/scorers.py",
+        '{"dtype": recipe.annotation.dtype, "model"',
+        '{"model"',
         (RANKING,),
     ),
     # ---- reward -> rank -> plan ----
@@ -336,8 +337,8 @@ MUTATIONS = [
     Mutation(
         "annotation.dtype is not passed on",
         "annotation/scorers.py",
-        '"dtype": recipe.annotation.dtype,\n        "batch_tokens"',
-        '"dtype": "auto",\n        "batch_tokens"',
+        "load_reward_model(scorer, settings.dtype,",
+        'load_reward_model(scorer, "auto",',
         (REWARDS,),
     ),
     # ---- margins ----

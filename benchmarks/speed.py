@@ -1,14 +1,14 @@
-"""Training steps of ours and of TRL's, side by side on the small model: pairs, lists, HPS against BT, PL by n.
+"""Speed of training and scoring, side by side with what others do; each part is a function below.
 
-Run     .venv-train/bin/python benchmarks/training.py pairs lists methods loop [--times N] [--json FILE]
+Run     .venv-train/bin/python benchmarks/speed.py pairs lists methods loop scoring busy [--times N]
 
-Both sides take turns in one process with the same token ids, initial LoRA weights and optimiser settings. Where two
-programs train the same, their losses must agree to 1e-4 in every step, or this ends with an error. Times are medians of
-at least five steps (collating, forward, backward, optimiser); a first step is left out.
+Both sides take turns in one process with the same token ids; for training (the small model) also with the same initial
+LoRA weights and optimiser settings. Where two programs compute the same, their losses or scores must agree to 1e-4 in
+every step, or this ends with an error. Times are medians of at least five steps (collating, forward, backward,
+optimiser); a first step is left out.
 """
 
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,24 +16,26 @@ import tempfile
 import time
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from datasets import Dataset
-from measure import finish, medians, options, show, timed
+from measure import medians, options, show
 from stages import peak_kb
 from trl import DPOTrainer
 
 from alignment.reference import add_reference
 from alignment.train import load_policy, lora_config, training_config
+from annotation.reward_model import RewardModel
 from hps.chat import load_tokenizer
-from hps.shared_prefix import SHARED, Layout
+from hps.shared_prefix import SHARED
 from hps.trainer import HPSTrainer, PlanCollator
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
 from pipeline.records import read_prompts
 
 SHAPES = [(170, 50), (60, 100)]  # tokens of the prompt, of each response
 PROMPTS = 2  # of a step
+RESPONSE = 70  # tokens of a response that is scored
+SCORED = [(150, 16), (150, 100), (600, 50)]  # tokens of the prompt, responses
 SETTINGS = ["optimizer.learning_rate=1e-3", "optimizer.scheduler=constant", "schedule.max_length=2048"]
 
 
@@ -87,21 +89,18 @@ class Steps:
         self.losses.append(loss.item())
 
 
-def layout_of(recipe: Recipe) -> Layout:
-    return SHARED if recipe.training.shared_prefix else replace(SHARED, shared=0)
-
-
 def ours(rows: list[dict], *settings: str) -> Steps:
     """Our trainer as `alignment.train` builds it, on these rows."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(folder, *settings)
         tokenizer = load_tokenizer(recipe.models.policy.path)
+        layout = SHARED if recipe.training.shared_prefix else replace(SHARED, shared=0)
         trainer = HPSTrainer(
             model=load_policy(recipe),
             args=training_config(recipe, 1),
             loss=recipe.loss,
             train_dataset=rows,
-            data_collator=PlanCollator(tokenizer.pad_token_id, layout_of(recipe)),
+            data_collator=PlanCollator(tokenizer.pad_token_id, layout),
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
         )
@@ -143,9 +142,8 @@ def compare_losses(tasks: dict[str, Steps]) -> None:
             sys.exit(f"{name} does not train as {first}: losses differ by {worst:.1e}")
 
 
-def pairs(times: int) -> dict:
+def pairs(times: int) -> None:
     """TRL's pair loss and ours, the reference computed before and in step; what head and sharing save, apart."""
-    found = {}
     for prompt, response in SHAPES:
         rows = examples_of(prompt, response, 2, times + 1)
         bt, separate, in_step = "loss.preference=bt", "training.shared_prefix=false", "training.reference=in_step"
@@ -156,17 +154,14 @@ def pairs(times: int) -> dict:
             "TRL, in step": trl(rows, False),
             "ours, in step": ours(rows, bt, in_step),
         }
-        seconds = medians(timed(tasks, times))
+        seconds = medians(tasks, times)
         compare_losses(tasks)
         base = {name: seconds["TRL, in step" if "in step" in name else "TRL, precomputed"] for name in seconds}
-        table = [[name, value, base[name] / value] for name, value in seconds.items()]
-        title = f"Pairs, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step"
-        show(title, ["", "s / step", "times TRL"], table)
-        found[f"{prompt}/{response}"] = {name: {"seconds": s, "times_trl": ratio} for name, s, ratio in table}
-    return found
+        table = [{"": name, "s / step": s, "times TRL": base[name] / s} for name, s in seconds.items()]
+        show(f"Pairs, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step", table)
 
 
-def lists(times: int) -> dict:
+def lists(times: int) -> None:
     """Lists of 8 in shared rows against rows of their own: time, and peak memory in processes of their own."""
     prompt, response = SHAPES[0]
     rows = examples_of(prompt, response, 8, times + 1)
@@ -175,59 +170,52 @@ def lists(times: int) -> dict:
         "separate rows": ours(rows, *settings, "training.shared_prefix=false"),
         "shared prompt": ours(rows, *settings),
     }
-    seconds = medians(timed(tasks, times))
+    seconds, peak = medians(tasks, times), {name: peak_memory(name) for name in tasks}
     compare_losses(tasks)
-    memory = {name: peak_memory(name) for name in tasks}
-    table = [[name, seconds[name], seconds["separate rows"] / seconds[name], *memory[name]] for name in tasks]
-    header = ["", "s / step", "times separate", "peak of the process, GB", "of that the step, GB"]
-    show(f"Lists of 8, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step", header, table)
-    whole, step = ([memory[name][place] for name in ("shared prompt", "separate rows")] for place in (0, 1))
-    print(f"  memory, shared / separate: process {whole[0] / whole[1]:.2f}, step {step[0] / step[1]:.2f}")
-    return {
-        row[0]: dict(zip(("seconds", "times_separate", "peak_gb", "step_gb"), row[1:], strict=True)) for row in table
-    }
+    table = [
+        {
+            "": name,
+            "s / step": seconds[name],
+            "times separate": seconds["separate rows"] / seconds[name],
+            "peak, GB": peak[name],
+            "of separate": peak[name] / peak["separate rows"],
+        }
+        for name in tasks
+    ]
+    show(f"Lists of 8, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step", table)
 
 
-def peak_memory(name: str) -> tuple[float, float]:
-    """Peak resident memory of a process that takes two steps on lists of 8, and what the steps added; GB."""
+def peak_memory(name: str) -> float:
+    """Peak resident memory of a process that takes two steps on lists of 8, in GB."""
     command = [sys.executable, __file__, "peak", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    before, peak = map(int, done.stdout.split()[-2:])
-    return peak / 1e6, (peak - before) / 1e6
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
 
 
 def print_peak(name: str) -> None:
-    """The child of `peak_memory`: resident kB before the steps, and at their peak."""
+    """The child of `peak_memory`: its peak in kB."""
     rows = examples_of(*SHAPES[0], 8, 2)
     shared = f"training.shared_prefix={str(name == 'shared prompt').lower()}"
     # SimPO computes no reference beforehand, whose peak would count; its step has the same forward and backward pass.
     steps = ours(rows, "loss.family=simpo", "loss.preference=pl", "loss.list_size=8", shared)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    before = pages * resource.getpagesize() // 1024
     for _ in range(2):
         steps()
-    print(before, peak_kb())
+    print(peak_kb())
 
 
-def methods(times: int) -> dict:
+def methods(times: int) -> None:
     """HPS against BT on the same pairs, and PL over n against HPS."""
     prompt, response = SHAPES[0]
     rows = examples_of(prompt, response, 2, times + 1)
     tasks = {name: ours(rows, f"loss.preference={name}") for name in ("bt", "hps")}
-    sizes = [4, 8, 16, 32]
-    for n in sizes:
+    for n in (4, 8, 16, 32):
         many = examples_of(prompt, response, n, times + 1)
         tasks[f"pl, n = {n}"] = ours(many, "loss.preference=pl", f"loss.list_size={n}")
-    seconds = medians(timed(tasks, times))
-    table = [[name, value, value / seconds["hps"]] for name, value in seconds.items()]
-    title = f"Methods, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step"
-    show(title, ["", "s / step", "times hps"], table)
-    slope, _ = statistics.linear_regression(sizes, [seconds[f"pl, n = {n}"] / seconds["hps"] for n in sizes])
-    print(f"  hps / bt {seconds['hps'] / seconds['bt']:.3f}; pl / hps grows by {slope:.3f} for each response more")
-    return {"seconds": seconds, "hps_over_bt": seconds["hps"] / seconds["bt"], "pl_over_hps_slope": slope}
+    seconds = medians(tasks, times)
+    table = [{"": name, "s / step": s, "times hps": s / seconds["hps"]} for name, s in seconds.items()]
+    show(f"Methods, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step", table)
 
 
-def loop(times: int) -> dict:
+def loop(times: int) -> None:
     """`trainer.train()` itself: the share of a step that is neither forward, backward nor optimiser."""
     trainer, calls = ours(examples_of(*SHAPES[0], 2, times + 2)).trainer, []
     trainer.optimizer = None
@@ -254,11 +242,74 @@ def loop(times: int) -> dict:
     whole = [after[0][0] - step[0][0] for step, after in pairwise(steps)][1:]
     inside = [sum(seconds for _, seconds in step) for step in steps[1:-1]]
     share = statistics.median(1 - part / all_ for part, all_ in zip(inside, whole, strict=True))
-    show("The training loop", ["", "share of a step"], [["outside forward, backward, optimiser", share]])
-    return {"share_outside": share, "steps": len(whole)}
+    show("The training loop", [{"": "outside forward, backward, optimiser", "share of a step": share}])
 
 
-PARTS = {"pairs": pairs, "lists": lists, "methods": methods, "loop": loop}
+def scoring(times: int) -> None:
+    """Annotation against scoring one response at a time, as the released code does; the same token rows both ways.
+
+    The ratio of tokens computed is what the ratio of times would be if every token cost the same.
+    """
+    recipe = load_recipe(REPOSITORY / "configs/quickstart.yaml")
+    model = RewardModel(recipe.models.reward, recipe.annotation.dtype, recipe.annotation.batch_tokens)
+    stream, rng = tokens_of(), random.Random(0)
+    table = []
+    for prompt, count in SCORED:
+        starts = [rng.randrange(len(stream) - RESPONSE) for _ in range(count)]
+        rows = [stream[:prompt] + stream[start : start + RESPONSE] for start in starts]
+        scores: dict[str, list[float]] = {}
+        tasks = {
+            "one at a time": lambda rows=rows, scores=scores: scores.update(plain=model.score_rows_plain(rows)),
+            "annotation": lambda rows=rows, scores=scores: scores.update(shared=model.score_rows(rows)),
+        }
+        seconds = medians(tasks, times)
+        worst = max(abs(a - b) for a, b in zip(scores["plain"], scores["shared"], strict=True))
+        if not worst <= 1e-4:
+            sys.exit(f"scores of the two ways differ by {worst:.1e}")
+        ratios = {
+            "times faster": seconds["one at a time"] / seconds["annotation"],
+            "times fewer tokens": count * (prompt + RESPONSE) / (prompt + count * RESPONSE),
+        }
+        table.append({"": f"{count} responses, prompt {prompt}", **seconds, **ratios})
+    show(f"Scoring, responses of {RESPONSE} tokens, seconds", table)
+
+
+def passes(seconds: float = 6.0) -> float:
+    """Passes a second through 30 layers' products of 270 tokens: small products, as in a layer of the small model."""
+    torch.manual_seed(0)
+    first = torch.randn(270, 576)
+    layers = [(torch.randn(576, 1536), torch.randn(1536, 576)) for _ in range(30)]
+    done, start = 0, time.monotonic()
+    while time.monotonic() - start < seconds:
+        hidden = first
+        for up, down in layers:
+            hidden = torch.nn.functional.silu(hidden @ up) @ down
+            hidden = hidden / hidden.norm(dim=-1, keepdim=True)
+        done += 1
+    return done / (time.monotonic() - start)
+
+
+def busy(times: int) -> None:
+    """What a busy core beside ours costs, and what the OpenMP setting of the drivers does about it (environment.sh).
+
+    Threads spin while they wait for each other at the end of every product. When another process takes a core, one
+    thread waits for its turn there, and the others burn their cores until then. The busy process is an empty loop.
+    OpenMP reads its settings once: put one (`GOMP_SPINCOUNT=10000`) in front of the command.
+    """
+    rates = []
+    for _ in range(times):  # in turns: a slow spell hits both
+        rates.append([passes()])
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+            try:
+                rates[-1].append(passes())
+            finally:
+                other.kill()
+    alone, beside = map(statistics.median, zip(*rates, strict=True))
+    row = {"alone": alone, "beside a busy process": beside, "times slower": alone / beside}
+    show("Passes a second", [row])
+
+
+PARTS = {"pairs": pairs, "lists": lists, "methods": methods, "loop": loop, "scoring": scoring, "busy": busy}
 
 
 def main() -> None:
@@ -267,9 +318,9 @@ def main() -> None:
         return
     parser = options(__doc__)
     parser.add_argument("parts", nargs="+", choices=PARTS)
-    parser.add_argument("--times", type=int, default=5, help="steps measured")
     arguments = parser.parse_args()
-    finish(arguments, {name: PARTS[name](arguments.times) for name in arguments.parts})
+    for name in arguments.parts:
+        PARTS[name](arguments.times)
 
 
 if __name__ == "__main__":
