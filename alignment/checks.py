@@ -76,8 +76,6 @@ def check_wandb(recipe: Recipe) -> None:
     except Error as error:
         raise InputError(f"`training.wandb`: {str(error).splitlines()[0]}", where="environment") from None
     if key is None:
-        raise InputError(
-            f"`training.wandb` is true, and there is no key for {settings.base_url}",
-            where="environment",
-            remedy="run `.venv-train/bin/wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline",
-        )
+        problem = f"`training.wandb` is true, and there is no key for {settings.base_url}"
+        remedy = "run `.venv-train/bin/wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
+        raise InputError(problem, where="environment", remedy=remedy)

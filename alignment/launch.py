@@ -53,11 +53,9 @@ def main() -> None:
     if nodes > 1:  # torchrun takes the rest of the rendezvous from the environment
         plan = recipe.run_folder() / "plan.jsonl"
         if not plan.exists():
-            raise InputError(
-                f"this node ({socket.gethostname()}) does not see the plan",
-                where=str(plan),
-                remedy="make it first (`python -m alignment.plan`, on one node) on a file system that all nodes share",
-            )
+            problem = f"this node ({socket.gethostname()}) does not see the plan"
+            remedy = "make it first (`python -m alignment.plan`, on one node) on a file system that all nodes share"
+            raise InputError(problem, where=str(plan), remedy=remedy)
         os.environ.setdefault("PET_RDZV_BACKEND", "c10d")
     rendezvous = [] if nodes > 1 else ["--standalone"]
     torchrun([*rendezvous, "--nproc_per_node", str(processes // nodes), *training])

@@ -62,11 +62,8 @@ def plan(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     check_model(recipe.models.policy, "models.policy")
     if not recipe.ranked("train").exists():
-        raise InputError(
-            "there is no ranked file",
-            where=str(recipe.ranked("train")),
-            remedy="run `bash gene.sh` with this recipe first",
-        )
+        problem = "there is no ranked file"
+        raise InputError(problem, where=str(recipe.ranked("train")), remedy="run `bash gene.sh` with this recipe first")
     ranking = recipe.ranked("train").parent
     # A ranked file that the user put there has neither claim nor manifest.
     if (ranking / CLAIM).exists():
@@ -87,11 +84,8 @@ def ranked_prompts(recipe: Recipe) -> Indexed:
     """The ranked training prompts by id. InputError: a line is invalid, or a prompt appears twice."""
     records = Indexed(recipe.ranked("train"), check_ranked)
     for where, name in records.repeated:
-        raise InputError(
-            f"the prompt `{name}` is here and at line {records.where(name).rpartition(':')[2]}",
-            where=where,
-            remedy="leave one of the two lines",
-        )
+        problem = f"the prompt `{name}` is here and at line {records.where(name).rpartition(':')[2]}"
+        raise InputError(problem, where=where, remedy="leave one of the two lines")
     return records
 
 
@@ -104,11 +98,9 @@ def _write_once(path: Path, lines: Iterator[str]) -> None:
         # Read to the last line: the facts are about the whole plan.
         differ = sum(made != line for made, line in zip_longest(lines, existing))
     if differ:
-        raise InputError(
-            f"the plan made now differs from the existing one in {differ} rows",
-            where=str(path),
-            remedy="another version of the code made it: give another `run`, or go back to that version",
-        )
+        problem = f"the plan made now differs from the existing one in {differ} rows"
+        remedy = "another version of the code made it: give another `run`, or go back to that version"
+        raise InputError(problem, where=str(path), remedy=remedy)
 
 
 def read_plan(recipe: Recipe) -> Lines:
@@ -117,9 +109,8 @@ def read_plan(recipe: Recipe) -> Lines:
     rows = Lines(path, check_plan_row)
     facts = read_json(path.with_suffix(".json"), "run `bash run.sh` from its beginning")
     if facts.get("ranked_sha256") != file_hash(recipe.ranked("train")):
-        raise InputError(
-            "the plan was made from another ranked file", where=str(path), remedy="run `bash run.sh` from its beginning"
-        )
+        problem = "the plan was made from another ranked file"
+        raise InputError(problem, where=str(path), remedy="run `bash run.sh` from its beginning")
     return rows
 
 

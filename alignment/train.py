@@ -386,11 +386,9 @@ def check_shared(folder: Path, state: PartialState) -> None:
     if state.is_main_process:  # all have looked
         (folder / name).unlink()
     if blind:
-        raise InputError(
-            f"these do not see the folder of the first node ({first}): {'; '.join(blind)}",
-            where=str(folder),
-            remedy="use a file system that all nodes share, under the same path",
-        )
+        problem = f"these do not see the folder of the first node ({first}): {'; '.join(blind)}"
+        remedy = "use a file system that all nodes share, under the same path"
+        raise InputError(problem, where=str(folder), remedy=remedy)
 
 
 def train(recipe: Recipe) -> None:

@@ -92,9 +92,8 @@ class ArmoRM(ConversationScorer):
         for start in range(len(row) - size, -1, -1):
             if row[start : start + size] == self.header:
                 return start
-        raise InputError(
-            "the conversation has no assistant's header", remedy="check the chat template of the reward model"
-        )
+        problem = "the conversation has no assistant's header"
+        raise InputError(problem, remedy="check the chat template of the reward model")
 
 
 def own_state(model, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -114,18 +113,15 @@ def _header(tokenizer) -> list[int]:
     """
     header = common_end(*(prompt_token_ids(tokenizer, [{"role": "user", "content": letter}]) for letter in "ab"))
     if len(header) < 2:
-        raise InputError(
-            "the chat template writes nothing between the user's text and the answer",
-            where=str(tokenizer.name_or_path),
-            remedy="give the tokenizer that was published with the reward model",
-        )
+        problem = "the chat template writes nothing between the user's text and the answer"
+        remedy = "give the tokenizer that was published with the reward model"
+        raise InputError(problem, where=str(tokenizer.name_or_path), remedy=remedy)
     return header[:-1]
 
 
 def _load(model: Model, dtype: torch.dtype) -> GatedLlama:
     config = load_config(model)
     if not isinstance(config, LlamaConfig):
-        raise InputError(
-            f"`model_type` is {config.model_type}", where=model.path, remedy="an ArmoRM must be a llama model"
-        )
+        problem = f"`model_type` is {config.model_type}"
+        raise InputError(problem, where=model.path, remedy="an ArmoRM must be a llama model")
     return load_weights(GatedLlama, model, exact=True, config=config, dtype=dtype)

@@ -59,11 +59,8 @@ def parse_prompt(text: str, where: str) -> list[dict]:
     rest = text.strip()
     known = [template for template in TEMPLATES if rest.removeprefix(template[0]).startswith(template[1])]
     if not known:
-        raise InputError(
-            f"`prompt` is neither chat messages nor a string of Llama-3's template or ChatML: {shorten(text)}",
-            where=where,
-            remedy="give a list of messages with `role` and `content`",
-        )
+        problem = f"`prompt` is neither chat messages nor a string of Llama-3's template or ChatML: {shorten(text)}"
+        raise InputError(problem, where=where, remedy="give a list of messages with `role` and `content`")
     begin, start, between, end = known[0]
     rest = rest.removeprefix(begin).removesuffix(f"{start}assistant{between}".rstrip())  # opens the assistant's turn
     messages = []
@@ -75,11 +72,8 @@ def parse_prompt(text: str, where: str) -> list[dict]:
         if not (closed and opened) or start in content:
             raise InputError(f"`prompt` has a turn without {end}: {shorten(turn)}", where=where, remedy="correct it")
         if role == "system" and messages:
-            raise InputError(
-                f"`prompt` has a system turn after another one: {shorten(turn)}",
-                where=where,
-                remedy="a text of the user may have opened it: give chat messages",
-            )
+            problem = f"`prompt` has a system turn after another one: {shorten(turn)}"
+            raise InputError(problem, where=where, remedy="a text of the user may have opened it: give chat messages")
         messages.append({"role": role, "content": content})
     return messages
 

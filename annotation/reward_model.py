@@ -111,10 +111,8 @@ class ConversationScorer:
         found = [scored[row] for row in rows]
         for number, details in enumerate(found, 1):
             if not math.isfinite(details["score"]):
-                raise InputError(
-                    f"the reward model's score of response {number} is {details['score']}",
-                    remedy="check the reward model, or try `annotation.dtype=float32`",
-                )
+                problem = f"the reward model's score of response {number} is {details['score']}"
+                raise InputError(problem, remedy="check the reward model, or try `annotation.dtype=float32`")
         return found
 
     def _details(self, rows: list[list[int]]) -> list[dict]:

@@ -64,11 +64,9 @@ def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> N
             if "error" in result:
                 raise InputError(result["error"])
             if "lost" in result:  # without it a figure would be over other prompts
-                raise InputError(
-                    f"prompt {result['key']} ended its reward model twice: {result['lost']}",
-                    where=str(answers),
-                    remedy="lower `annotation.batch_tokens`; the same command continues",
-                )
+                problem = f"prompt {result['key']} ended its reward model twice: {result['lost']}"
+                remedy = "lower `annotation.batch_tokens`; the same command continues"
+                raise InputError(problem, where=str(answers), remedy=remedy)
             count, details = result["record"]["answers"], result["details"]
             file.append({"prompt_id": result["key"], "answers": details[:count], "given": details[count:]})
 

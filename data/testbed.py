@@ -94,11 +94,9 @@ def sampled(records: list[dict], samples: dict[str, dict]) -> list[dict]:
             pair = {"responses": [better, worse], "truncated": [better_cut, worse_cut]}
             found.append({**record, **pair, "difference": round(high - low, 4)})
     if len(found) < TEST:
-        raise InputError(
-            f"{len(found)} of {len(records)} test prompts have answers that differ by {LEAST}, {TEST} are needed",
-            where=str(FOLDER / SAMPLES),
-            remedy="raise PROMPTS['test'] in data/testbed.py and sample again",
-        )
+        problem = f"{len(found)} of {len(records)} test prompts have answers that differ by {LEAST}, {TEST} are needed"
+        remedy = "raise PROMPTS['test'] in data/testbed.py and sample again"
+        raise InputError(problem, where=str(FOLDER / SAMPLES), remedy=remedy)
     return found[:TEST]
 
 

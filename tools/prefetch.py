@@ -28,11 +28,9 @@ def fetch(role: str, model: Model) -> Path:
     with asking("model", named(role, model)):
         folder = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=PATTERNS))
     if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            "the repository has no weights as safetensors, and pickles are not fetched",
-            where=named(role, model),
-            remedy="use a revision or a copy of the model with safetensors",
-        )
+        problem = "the repository has no weights as safetensors, and pickles are not fetched"
+        remedy = "use a revision or a copy of the model with safetensors"
+        raise InputError(problem, where=named(role, model), remedy=remedy)
     if (folder / INDEX).exists():
         check_index(folder / INDEX)
     return folder
