@@ -313,7 +313,7 @@ FAULTS = {
 @pytest.mark.parametrize(("change", "message"), FAULTS.values(), ids=FAULTS)
 def test_other_weights_are_refused(change, message, folders, tmp_path):
     folder = copy_of(folders["llama3"], tmp_path, change)
-    with pytest.raises(InputError, match=f"copy: {message}give the files of a model of this class"):
+    with pytest.raises(InputError, match=f"copy: {message}give files of a model of this class"):
         ArmoRM(Model(path=str(folder)))
 
 

@@ -282,7 +282,10 @@ def test_a_file_with_one_name_on_two_prompts(tiny_recipe, write_lines):
     ("overrides", "message"),
     [
         (["data.train.responses=0"], r":2: the prompt would have fewer than two responses \(1 given, 0 generated\)"),
-        (["generation.keep_given=false", "data.train.responses=1"], r":1: .* a single response \(0 given, 1 generated"),
+        (
+            ["generation.keep_given=false", "data.train.responses=1"],
+            r":1: .* fewer than two responses \(0 given, 1 generated",
+        ),
         (
             ["generation.keep_given=false", "data.train.responses=0"],
             r":1: the prompt would have fewer than two responses",

@@ -333,13 +333,18 @@ def test_a_reference_of_another_precision_is_another(ranked_recipe):
 
 
 def test_whatever_decides_the_weights_is_claimed(ranked_recipe):
-    """Every field of loss, schedule, LoRA and optimizer; seed, kept checkpoints, policy and ranked file."""
+    """Every field of loss, schedule, LoRA and optimizer; seed, kept checkpoints, policy and ranked file.
+
+    Of the loss, another family, and what this family reads: the others' constants decide nothing.
+    """
     recipe = ranked_recipe()
     before = run_settings(recipe)
-    fields = [
-        (section, name)
-        for section in (recipe.loss, recipe.schedule, recipe.lora, recipe.optimizer)
-        for name in vars(section)
+    assert {name for name in vars(recipe.loss) if name not in before["loss"]} == {
+        "exo_epsilon", "exo_beta_r", "ipo_per_token", "sppo_win", "nca_alpha", "simpo_beta", "simpo_margin"
+    }  # fmt: skip
+    fields = [(recipe.loss, name) for name in before["loss"] if name != "family"]
+    fields += [
+        (section, name) for section in (recipe.schedule, recipe.lora, recipe.optimizer) for name in vars(section)
     ]
     fields += [(recipe, "seed"), (recipe.evaluation, "checkpoints")]
     for section, name in fields:
@@ -347,6 +352,9 @@ def test_whatever_decides_the_weights_is_claimed(ranked_recipe):
         setattr(section, name, 3.25)
         assert run_settings(recipe) != before, name
         setattr(section, name, value)
+    recipe.loss.family = "exo"
+    assert run_settings(recipe)["loss"] == before["loss"] | {"family": "exo", "exo_epsilon": 1e-3, "exo_beta_r": 1.0}
+    recipe.loss.family = "dpo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe.models.policy, "path", recipe.models.reward.path)
         assert run_settings(recipe) != before
