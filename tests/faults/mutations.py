@@ -260,8 +260,8 @@ MUTATIONS = [
     Mutation(
         "a run does not claim its optimizer and LoRA",
         PLAN,
-        'sections = ("loss", "schedule", "lora", "optimizer")',
-        'sections = ("loss", "schedule")',
+        'for name in ("schedule", "lora", "optimizer")}',
+        'for name in ("schedule",)}',
         (CLAIMED,),
     ),
     dropped("a run does not claim its seed", PLAN, '        "seed": recipe.seed,', CLAIMED),
