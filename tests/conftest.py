@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 # is marked for it.
 if importlib.util.find_spec("trl") is None:
     collect_ignore = [
-        path.name for path in Path(__file__).parent.glob("test_*.py") if "mark.infer" not in path.read_text("utf-8")
+        str(path) for path in Path(__file__).parent.rglob("test_*.py") if "mark.infer" not in path.read_text("utf-8")
     ]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
