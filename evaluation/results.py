@@ -33,7 +33,7 @@ PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
 DEVICES = {
     "generation": ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences", "enforce_eager"),
     "annotation": ("batch_tokens", "workers"),
-    "evaluation": ("answers", "answer_tokens", "on"),
+    "evaluation": ("answers", "on"),
 }
 JUDGE = ("answers", "repeats", "max_new_tokens", "max_prompt_tokens", "temperature")  # settings of Table 4's judge
 NEW = ("noise", "proxy")  # of annotation and evaluation: not in a key while they are off

@@ -5,13 +5,13 @@
 - pairs:       log-probabilities of the held-out pairs (evaluation/margins.py)
 - scores:      rewards of the answers to a prompt (annotation/score_answers.py)
 - divergence:  how far the policy has moved on its own answers (evaluation/divergence.py)
-- greedy:      a few answers before and after training (evaluation/margins.py)
 
 A line that was edited, or that another version wrote, is refused with file, line, field and value, before a number of
 it enters a figure. `read_jsonl`, `Lines` and `Indexed` take the checks.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal, NotRequired
 
 from pydantic import BeforeValidator, Field
@@ -19,6 +19,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from hps.errors import InputError, shorten
 from hps.records import Messages, Name, Number, PlanRow, Whole
+from pipeline.recipe import Recipe
 from pipeline.records import checked
 
 AGAIN = "put the file back as it was written, or delete its folder and run the stage again"
@@ -76,13 +77,6 @@ class Divergence(TypedDict):
     tokens: list[Whole]
 
 
-class Greedy(TypedDict):
-    prompt_id: Name
-    prompt: Messages
-    before: str
-    after: str
-
-
 def _check_equal(record: Mapping, where: str, first: str, other: str, more: int = 0) -> None:
     """Refuse two lists of which the second is not longer than the first by `more`."""
     if len(record[other]) != len(record[first]) + more:
@@ -134,6 +128,7 @@ def check_divergence(record: dict, where: str) -> Divergence:
     return line
 
 
-def check_greedy(record: dict, where: str) -> Greedy:
-    """Return the line; InputError: no prompt, or `before` or `after` is not a text."""
-    return checked(record, Greedy, where, AGAIN)
+def kept_checkpoints(recipe: Recipe) -> list[tuple[int, Path]]:
+    """`(step, folder)` of each adapter that the training kept (alignment.train), in order."""
+    folders = (recipe.run_folder() / "checkpoints").glob("step-*")
+    return sorted((int(folder.name.partition("-")[2]), folder) for folder in folders)
