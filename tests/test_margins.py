@@ -190,6 +190,19 @@ def test_pairs_without_a_preference_are_passed_over(ranked_recipe):
     assert +left_out == {"written: fewer than two given responses": 2, "ranked: all rewards tie": 1}
 
 
+def test_a_ranking_of_the_given_pair_is_not_measured_again(ranked_recipe):
+    """Without candidates for the test prompts, best and worst are the written pair; a third response is another one."""
+    recipe = ranked_recipe()
+    recipe.data.test.responses = 0
+    lines = [json.loads(line) for line in recipe.ranked("test").read_text().splitlines()]
+    columns = ("responses", "rewards", "sources", "truncated", "token_counts")
+    lines[1:] = [{**line, **{name: line[name][:2] for name in columns}} for line in lines[1:]]
+    recipe.ranked("test").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    left_out = Counter()
+    pairs = [pair["set"] for pair in stage.held_out_pairs(recipe, left_out)]
+    assert pairs == ["written"] * 4 + ["ranked"] and +left_out == {"ranked: the written pair": 3}
+
+
 def test_prompts_that_leave_no_room_for_a_response_are_counted(finished):
     recipe = finished(trained=False)
     held_out = HeldOut(recipe)
