@@ -72,7 +72,9 @@ class Engine:
         self._cuda = torch.cuda.is_available()
         for name, value in {**_ENVIRONMENT, **(_CUDA_ENVIRONMENT if self._cuda else _CPU_ENVIRONMENT)}.items():
             os.environ.setdefault(name, value)
-        logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns about triton before it reads its own setting
+        # vLLM warns about triton before it reads its own setting; so does torch, where triton is not installed.
+        for noisy in ("vllm", "torch._library.triton"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         from vllm import LLM
 
         self._settings, self._stop_ids, self._seed = settings, sorted(stop_ids), seed
