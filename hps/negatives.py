@@ -12,15 +12,43 @@ def hardness_weights(rewards: np.ndarray, gamma: float) -> np.ndarray:
     The maximum is subtracted first, so that large rewards do not overflow (the released code gives NaN there).
 
     Args:
-        rewards: (N,), rewards of the dispreferred responses, any unit.
+        rewards: (..., N), rewards of the dispreferred responses, any unit.
         gamma: hardness; positive favours high rewards (hard negatives), negative low ones, 0 is uniform.
 
     Returns:
-        (N,), sums to 1.
+        (..., N), sums to 1 over the last dimension.
     """
     logits = gamma * np.asarray(rewards, dtype=np.float64)
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def reversal_threshold(responses: int, scale: float = 1.0) -> float:
+    """The gamma from which HPS learns small differences of the reward reversed: `alpha (n - 1) / (n - 2)`.
+
+    For free scores, and a y_1 chosen with probability proportional to `exp(alpha r)`, independently of the rewards in
+    q: to first order in the rewards, every loss then moves a response by how much more often it wins than it is the
+    negative, `(alpha - gamma (n - 2) / (n - 1)) r / (n - 1)` (docs/methods.md, "Consistency").
+
+    Args:
+        responses: n, y_1 included.
+        scale: alpha, in units of 1 / reward.
+
+    Returns:
+        In the unit of gamma; infinite for n = 2, where q has no choice.
+    """
+    return scale * (responses - 1) / (responses - 2) if responses > 2 else float("inf")
+
+
+def draws(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Independent draws from each distribution, with replacement; (..., N) weights to (..., count) indices.
+
+    For one distribution these are the numbers of `rng.choice(N, size=count, p=weights)`, which knows no more than one.
+    """
+    cumulative = weights.cumsum(axis=-1)
+    cumulative /= cumulative[..., -1:]
+    uniform = rng.random((*weights.shape[:-1], count))
+    return (cumulative[..., None, :] <= uniform[..., None]).sum(axis=-1)
 
 
 def gamma_stages(schedule: Schedule) -> list[float]:
@@ -71,7 +99,7 @@ def term(
         if loss.estimator == "exact":
             places, weights = range(count), q.tolist()
         else:
-            drawn, times = np.unique(rng.choice(count, size=loss.samples, p=q), return_counts=True)
+            drawn, times = np.unique(draws(q, loss.samples, rng), return_counts=True)
             places, weights = drawn.tolist(), (times / loss.samples).tolist()
     dispreferred = [others[place] for place in places]
     fields: Term = {

@@ -1,0 +1,161 @@
+"""Which order does HPS learn? With noisy winners, a large gamma teaches the reward reversed; or it does not.
+
+A loss on one draw is a mean over pairs (winner w, negative i), so its minimiser is computed from the pairs'
+probabilities, with the trainer's own loss. docs/methods.md ("Consistency") has the derivation.
+"""
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from scipy.stats import kendalltau
+
+from hps.losses import FORMULAS, preference_loss
+from hps.negatives import hardness_weights, reversal_threshold
+from hps.settings import Loss
+from theory.fit import newton
+from theory.output import Table, over_seeds
+
+GAMMAS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 5.0)
+RESPONSES = 8
+NOISE_DRAWS = 4000
+FLOW_STEPS = 400
+
+
+def negatives_of(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """(n,) rewards to (n, n): in row w the trainer's q of every response against the winner w; 0 on w itself."""
+    n = len(rewards)
+    found = np.zeros((n, n))
+    for winner in range(n):
+        others = np.delete(np.arange(n), winner)
+        found[winner, others] = hardness_weights(rewards[others], gamma)
+    return found
+
+
+def winners_of(rewards: np.ndarray) -> np.ndarray:
+    """Probabilities of the winner of a Plackett-Luce model, `exp(r)` normalised; (n,) to (n,)."""
+    return np.exp(rewards - np.logaddexp.reduce(rewards))
+
+
+def closed_form(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """The minimiser under independent noisy winners, `(1 - gamma) r_i - log(S - exp(gamma r_i))`, with mean 0."""
+    tilted = np.exp(gamma * rewards)
+    found = (1 - gamma) * rewards - np.log([np.delete(tilted, i).sum() for i in range(len(rewards))])
+    return found - found.mean()
+
+
+def independent(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """P(w, i): w ~ exp(r), whatever q sees; i by q of the true rewards."""
+    return winners_of(rewards)[:, None] * negatives_of(rewards, gamma)
+
+
+def one_noisy_score(rewards: np.ndarray, gamma: float, rng: np.random.Generator) -> np.ndarray:
+    """P(w, i) where u = r + Gumbel noise picks y_1 and is the reward in q; by simulation.
+
+    The winner has the same law as in `independent`: the arg max of r plus Gumbel noise is Plackett-Luce's.
+    """
+    n, found = len(rewards), np.zeros((len(rewards), len(rewards)))
+    scores = rewards + rng.gumbel(size=(NOISE_DRAWS, n))
+    winner, others = np.split(np.argsort(-scores, axis=1), [1], axis=1)
+    np.add.at(found, (winner, others), hardness_weights(np.take_along_axis(scores, others, 1), gamma) / NOISE_DRAWS)
+    return found
+
+
+def pair_objective(loss: Loss, pairs: torch.Tensor, count: int = 1):
+    """The mean of the trainer's loss over (problems, n, n) probabilities of (winner, negative); one draw each.
+
+    Args:
+        count: N, for `loss.factor_n`.
+    """
+    winner, negative = (pairs.sum(dim=0) > 0).nonzero(as_tuple=True)
+    shape = (len(pairs) * len(winner), 2)
+    weight = torch.tensor([-torch.inf, 0.0]).expand(shape[0], 1, 2)
+    counts, mask = torch.full((shape[0], 1), count), torch.ones(shape, dtype=torch.bool)
+
+    def objective(rho: torch.Tensor) -> torch.Tensor:
+        scores = torch.stack([rho[:, winner], rho[:, negative]], dim=-1).reshape(shape)
+        each = preference_loss(loss, scores, scores.detach(), mask, weight, counts)
+        return (pairs[:, winner, negative] * each.reshape(len(pairs), -1)).sum(dim=1)
+
+    return objective
+
+
+def list_objective(loss: Loss, winners: torch.Tensor, q: torch.Tensor):
+    """The mean of the trainer's exact loss over winners; (problems, n) probabilities, (problems, n, n) weights."""
+    problems, n = winners.shape
+    order = torch.stack([torch.tensor([w, *(i for i in range(n) if i != w)]) for w in range(n)])
+    weight = q.gather(2, order.expand(problems, n, n)).log().reshape(-1, 1, n)
+    counts, mask = torch.full((problems * n, 1), n - 1), torch.ones(problems * n, n, dtype=torch.bool)
+
+    def objective(rho: torch.Tensor) -> torch.Tensor:
+        scores = rho[:, order].reshape(-1, n)
+        each = preference_loss(loss, scores, scores.detach(), mask, weight, counts)
+        return (winners * each.reshape(problems, n)).sum(dim=1)
+
+    return objective
+
+
+def slope(rho: np.ndarray, rewards: np.ndarray) -> float:
+    """Least-squares slope of rho on the reward."""
+    centred = rewards - rewards.mean()
+    return float(centred @ rho / (centred @ centred))
+
+
+def order(rho: np.ndarray, rewards: np.ndarray) -> float:
+    """Kendall's tau of what was learned with the reward: 1 the same order, -1 reversed, 0 where all are equal."""
+    rounded = np.round(rho, 9)  # ties of exact arithmetic
+    return float(kendalltau(rounded, rewards).statistic) if np.ptp(rounded) > 0 else 0.0
+
+
+def deterministic(rewards: np.ndarray, stages: list[float]) -> np.ndarray:
+    """Scores of (problems, n) rewards, best first, after gradient descent with a winner that is always the best.
+
+    There is no minimiser: the winner's score grows without end. The stages of gamma share the steps.
+    """
+    rho = torch.zeros(rewards.shape, dtype=torch.float64)
+    for gamma in stages:
+        pairs = torch.zeros(len(rewards), *rewards.shape[1:] * 2, dtype=torch.float64)
+        pairs[:, 0, 1:] = torch.tensor(hardness_weights(rewards[:, 1:], gamma))
+        objective = pair_objective(Loss(), pairs)
+        for _ in range(FLOW_STEPS // len(stages)):
+            rho.requires_grad_()
+            (gradient,) = torch.autograd.grad(objective(rho).sum(), rho)
+            rho = (rho - gradient).detach()
+    return rho.numpy()
+
+
+def shared_slope(pairs: list[np.ndarray], rewards: np.ndarray) -> float:
+    """The minimiser `rho = c r` with one c for (problems, n) rewards and their pairs: c."""
+    loss, weights = Loss(), torch.tensor(np.stack(pairs))
+    objective = pair_objective(loss, weights)
+    values = torch.tensor(rewards)
+
+    def derivative(c: float) -> float:
+        at = torch.tensor(c, dtype=torch.float64, requires_grad=True)
+        (found,) = torch.autograd.grad(objective(at * values).sum(), at)
+        return found.item()
+
+    return brentq(derivative, -60, 60, xtol=1e-6)
+
+
+def first_order_threshold(loss: Loss, rewards: np.ndarray) -> float:
+    """The gamma at which the loss's first step from the reference no longer follows the reward; winners as in
+    `independent`, lists of (n,) rewards. Found with the trainer's loss and gradient."""
+    n, winners = len(rewards), torch.tensor(winners_of(rewards))
+    lists = torch.stack([torch.tensor([w, *(i for i in range(n) if i != w)]) for w in range(n)])
+    counts, mask = torch.full((n, 1), n - 1), torch.ones(n, n, dtype=torch.bool)
+
+    def moved(gamma: float) -> float:
+        policy = torch.zeros(n, dtype=torch.float64, requires_grad=True)
+        reference = torch.zeros(n, n, dtype=torch.float64)
+        scores = FORMULAS[loss.family].score(loss, policy[lists], reference, torch.ones_like(reference))
+        q = torch.tensor(negatives_of(rewards, gamma)).gather(1, lists)
+        if loss.estimator == "exact":
+            each = preference_loss(loss, scores, scores.detach(), mask, q.log()[:, None], counts)
+        else:
+            draws = torch.eye(n, dtype=torch.float64).log()[1:]  # one draw: each of the others in turn
+            losses = [preference_loss(loss, scores, scores.detach(), mask, d.expand(n, 1, n), counts) for d in draws]
+            each = (q[:, 1:] * torch.stack(losses, dim=1)).sum(dim=1)
+        (gradient,) = torch.autograd.grad((winners * each).sum(), policy)
+        return slope(-gradient.numpy(), rewards)
+
+    return brentq(moved, -1.0, 4.0, xtol=1e-9)

@@ -1,0 +1,135 @@
+"""The paper's theorems, in numbers: the limit of gamma (2), the margin of the limit (3), and the rates (1).
+
+Theorem 1 bounds the error of the estimate from above. A bound is no rate: the simulation shows how the error falls.
+"""
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from hps.losses import bt_loss, hps_loss, preference_loss
+from hps.negatives import draws, hardness_weights
+from hps.settings import Loss
+from theory.fit import lbfgs
+
+DIMENSION = 8  # of the features of Theorems 1 and 3
+
+
+# ---- Theorem 2: as gamma grows, the exact loss tends to the pair loss against argmax r ----
+
+
+def limit_gaps(rho: np.ndarray, rewards: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
+    """How far the exact loss (Eq. 10) is below its limit and below the largest loss that any weights give; nats.
+
+    Args:
+        rho, rewards: (lists, n), y_1 first.
+
+    Returns:
+        Two (lists,). The limit is the pair loss against the dispreferred response of highest reward; the supremum over
+        weights is the pair loss against that of highest rho.
+    """
+    scores, q = torch.tensor(rho), torch.tensor(hardness_weights(rewards[:, 1:], gamma))
+    best, others = scores[:, 0], scores[:, 1:]
+    exact = hps_loss(best, others, q.log())
+    hardest = others.gather(1, torch.tensor(rewards[:, 1:]).argmax(dim=1, keepdim=True))[:, 0]
+    limit, supremum = bt_loss(best, hardest), bt_loss(best, others.amax(dim=1))
+    return (limit - exact).numpy(), (supremum - exact).numpy()
+
+
+def counterexample(gamma: float) -> tuple[float, float, float]:
+    """Exact loss, its limit and the supremum for rewards (2, 1, 0) and rho (0, -1, 1), in nats.
+
+    Of the dispreferred the first has the higher reward and the second the higher rho. The limit is
+    `log(1 + exp(-1)) = 0.313`, the supremum `log(1 + e) = 1.313`.
+    """
+    rho = np.array([[0.0, -1.0, 1.0]])
+    below_limit, below_supremum = limit_gaps(rho, np.array([[2.0, 1.0, 0.0]]), gamma)
+    exact = float(hps_loss(*_split(rho), torch.tensor(hardness_weights(np.array([[1.0, 0.0]]), gamma)).log()))
+    return exact, exact + float(below_limit[0]), exact + float(below_supremum[0])
+
+
+def _split(rho: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(rho[:, 0]), torch.tensor(rho[:, 1:])
+
+
+# ---- Theorem 3: the minimiser of the limit maximises rho_1 - max_j rho_j ----
+
+
+def largest_margin(differences: np.ndarray) -> float:
+    """max over directions of length 1 of min_j of their product with the rows of (N, d) differences; 0 if none is > 0.
+
+    By duality it is the distance from the origin to the convex hull of the rows. With a row of ones below, the problem
+    of least squares with coefficients >= 0 has its solution in the same direction.
+    """
+    system = np.vstack([differences.T, np.ones(len(differences))])
+    coefficients, _ = nnls(system, np.append(np.zeros(differences.shape[1]), 1.0))
+    return float(np.linalg.norm(coefficients @ differences / coefficients.sum()))
+
+
+def margins(features: np.ndarray, rewards: np.ndarray, gamma: float, tilted_by: str) -> np.ndarray:
+    """rho_1 - max_j rho_j at the minimiser of the exact loss over directions of length 1, as share of the largest.
+
+    Args:
+        features: (problems, n, d), y_1 first; rho is SHARPNESS times their product with the direction.
+        rewards: (problems, n).
+        tilted_by: what q sees: `reward` (Eq. 9), or `rho`, the policy's own implicit reward.
+    """
+    x = torch.tensor(features)
+    point = x[:, 0] - x[:, 1:].mean(dim=1)
+    fixed = torch.tensor(hardness_weights(rewards[:, 1:], gamma))
+    steps = 300
+    for step in range(steps):
+        point = (point / point.norm(dim=1, keepdim=True)).requires_grad_()
+        rho = SHARPNESS * torch.einsum("bnd,bd->bn", x, point)
+        if tilted_by == "rho":
+            q = torch.tensor(hardness_weights(rho[:, 1:].detach().numpy(), gamma))
+        else:
+            q = fixed
+        (gradient,) = torch.autograd.grad(hps_loss(rho[:, 0], rho[:, 1:], q.log()).sum(), point)
+        along = gradient - (gradient * point).sum(dim=1, keepdim=True) * point
+        length = along.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        point = (point - 0.3 * (1 - step / steps) ** 2 * along / length.clamp(min=1e-3)).detach()
+    point = point / point.norm(dim=1, keepdim=True)
+    rho = torch.einsum("bnd,bd->bn", x, point).numpy()
+    largest = np.array([largest_margin(each[0] - each[1:]) for each in features])
+    return (rho[:, 0] - rho[:, 1:].max(axis=1)) / largest
+
+
+SHARPNESS = 10.0
+
+
+# ---- Theorem 1: the error of the estimate against n and m ----
+
+ESTIMATORS = {
+    "PL": Loss(preference="pl", list_size=None),
+    "top-1 soft-max": Loss(estimator="exact", factor_n=True),  # exact Eq. 8 at gamma 0
+    "HPS, one draw": Loss(),
+}
+
+
+def estimation_error(loss: Loss, prompts: int, responses: int, problems: int, stream: int) -> np.ndarray:
+    """|theta - theta*| / |theta*| of the minimiser on (problems,) data sets of m prompts with n responses; gamma 0.
+
+    Rankings follow a Plackett-Luce model of a linear reward with standard deviation 0.5. The same data for each loss.
+    """
+    rng = np.random.default_rng([stream, prompts, responses])
+    truth = rng.normal(size=(problems, DIMENSION))
+    truth = 0.5 * truth / np.linalg.norm(truth, axis=1, keepdims=True)
+    features = rng.normal(size=(problems, prompts, responses, DIMENSION))
+    utilities = np.einsum("bmnd,bd->bmn", features, truth)
+    order = np.argsort(-(utilities + rng.gumbel(size=utilities.shape)), axis=-1)
+    x = torch.tensor(np.take_along_axis(features, order[..., None], -2))
+    q = np.zeros((problems * prompts, responses))
+    q[:, 1:] = hardness_weights(np.zeros((len(q), responses - 1)), 0.0)
+    if loss.preference == "hps" and loss.estimator == "sampled":
+        q = np.eye(responses)[draws(q, 1, rng)[:, 0]]
+    weights = torch.tensor(q).log()[:, None]
+    mask, count = torch.ones(len(q), responses, dtype=torch.bool), torch.full((len(q), 1), responses - 1)
+
+    def objective(theta: torch.Tensor) -> torch.Tensor:
+        scores = torch.einsum("bmnd,bd->bmn", x, theta).flatten(0, 1)
+        each = preference_loss(loss, scores, scores.detach(), mask, weights, count)
+        return each.reshape(problems, prompts).mean(dim=1)
+
+    found = lbfgs(objective, torch.zeros(problems, DIMENSION, dtype=torch.float64)).numpy()
+    return np.linalg.norm(found - truth, axis=1) / 0.5
