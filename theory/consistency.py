@@ -10,15 +10,26 @@ from scipy.optimize import brentq
 from scipy.stats import kendalltau
 
 from hps.losses import FORMULAS, preference_loss
-from hps.negatives import hardness_weights, reversal_threshold
-from hps.settings import Loss
+from hps.methods import FAMILIES
+from hps.negatives import gamma_stages, hardness_weights, reversal_threshold
+from hps.settings import Loss, Schedule
 from theory.fit import newton
-from theory.output import Table, over_seeds
+from theory.frontier import gammas, train
+from theory.output import Table, over_seeds, short
+from theory.world import make
 
-GAMMAS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 5.0)
+GAMMAS = (-1, 0, 1, 2, 5)
+SCHEDULE = "-5 to 5"
 RESPONSES = 8
 NOISE_DRAWS = 4000
 FLOW_STEPS = 400
+PROMPTS, DIMENSION, LENGTH = 32, 8, 1.4  # of the world with shared features
+EVERY_LOSS = {
+    **{f"{family}-hps": Loss(family=family) for family in FAMILIES},
+    "exact Eq. 10": Loss(estimator="exact"),
+    "exact Eq. 8": Loss(estimator="exact", factor_n=True),
+    "one draw with N": Loss(factor_n=True),
+}
 
 
 def negatives_of(rewards: np.ndarray, gamma: float) -> np.ndarray:
@@ -159,3 +170,101 @@ def first_order_threshold(loss: Loss, rewards: np.ndarray) -> float:
         return slope(-gradient.numpy(), rewards)
 
     return brentq(moved, -1.0, 4.0, xtol=1e-9)
+
+
+def of_each(function, rewards: np.ndarray, *arguments) -> torch.Tensor:
+    """A function of (n,) rewards for each row."""
+    return torch.tensor(np.stack([function(row, *arguments) for row in rewards]))
+
+
+def minimiser(objective, problems: int, n: int) -> np.ndarray:
+    return newton(objective, torch.zeros(problems, n, dtype=torch.float64)).numpy()
+
+
+def orders(rewards: np.ndarray, lists: int) -> tuple[Table, Table]:
+    """Kendall's tau and the slope on the reward of what is learned, by setting and gamma; (problems, n) rewards."""
+    count, n = rewards.shape
+    columns = [f"gamma {gamma}" for gamma in GAMMAS]
+    tau = Table("Consistency: the order that is learned", [], [*columns, SCHEDULE])
+    slopes = Table("Consistency: the slope on the reward", [], columns)
+    rng, farthest = np.random.default_rng(5), 0.0
+
+    def add(table: Table, function, label: str, gamma: int, rho: np.ndarray, of: np.ndarray) -> None:
+        each = np.array([function(*row) for row in zip(rho, of, strict=True)])
+        table.rows.setdefault(label, {})[f"gamma {gamma}"] = over_seeds(each.reshape(-1, lists).mean(axis=1))
+
+    for gamma in GAMMAS:
+        for sd in (0.1, 1, 3):
+            exact = of_each(closed_form, sd * rewards, gamma).numpy()
+            for table, function in ((tau, order), (slopes, slope)):
+                add(table, function, f"winners apart from q, reward sd {sd}", gamma, exact, sd * rewards)
+        pairs = of_each(independent, rewards, gamma)
+        found = minimiser(pair_objective(Loss(), pairs), count, n)
+        farthest = max(farthest, np.abs(found - of_each(closed_form, rewards, gamma).numpy()).max())
+        winners, q = of_each(winners_of, rewards), of_each(negatives_of, rewards, gamma)
+        others = {
+            "one draw, N": pair_objective(Loss(factor_n=True), pairs, n - 1),
+            "exact Eq. 10": list_objective(Loss(estimator="exact"), winners, q),
+            "exact Eq. 8": list_objective(Loss(estimator="exact", factor_n=True), winners, q),
+            "one noisy score picks y_1 and drives q": pair_objective(
+                Loss(), of_each(one_noisy_score, rewards, gamma, rng)
+            ),
+        }
+        for name, objective in others.items():
+            found = minimiser(objective, count, n)
+            add(slopes, slope, f"{name}, reward sd 1", gamma, found, rewards)
+            if name.startswith("one noisy"):
+                add(tau, order, f"{name}, reward sd 1", gamma, found, rewards)
+        for sd in (0.1, 1, 5):
+            shared = [shared_slope([independent(sd * row, gamma)], sd * row[None]) for row in rewards]
+            label = f"winners apart from q, one slope for a list, reward sd {sd}"
+            slopes.rows.setdefault(label, {})[f"gamma {gamma}"] = over_seeds(
+                np.array(shared).reshape(-1, lists).mean(axis=1)
+            )
+    for gamma in (*GAMMAS, SCHEDULE):
+        column = SCHEDULE if gamma == SCHEDULE else f"gamma {gamma}"
+        schedule = Schedule() if gamma == SCHEDULE else gammas(gamma, gamma)
+        ranked = -np.sort(-rewards, axis=1)
+        rho = deterministic(ranked, gamma_stages(schedule))
+        assert (rho[:, 0] > rho[:, 1:].max(axis=1)).all()  # y_1 is on top, so the order of the others is the question
+        each = np.array([order(*row) for row in zip(rho[:, 1:], ranked[:, 1:], strict=True)])
+        tau.rows.setdefault("the best always wins, free scores: order of the others", {})[column] = over_seeds(
+            each.reshape(-1, lists).mean(axis=1)
+        )
+        world, tests = (make(count // lists, PROMPTS, n, DIMENSION, stream=stream) for stream in (0, 1))
+        found = train(world, Loss(), schedule, (LENGTH,), np.random.default_rng(6))[0]
+        logits = torch.einsum("sd,spnd->spn", found, tests.features).numpy()
+        each = np.array([order(logits[p], tests.rewards[p].numpy()) for p in np.ndindex(logits.shape[:2])])
+        tau.rows.setdefault("the best always wins, shared features: other prompts", {})[column] = over_seeds(
+            each.reshape(logits.shape[:2]).mean(axis=1)
+        )
+    threshold = reversal_threshold(n)
+    crossings = [first_order_threshold(loss, 0.01 * row) for loss in EVERY_LOSS.values() for row in rewards[:: 2 * lists]]
+    law = (
+        f"{count // lists} seeds of {lists} lists of {n} responses, rewards standard normal times the deviation given; "
+        "mean [95 % interval over seeds]."
+    )
+    apart = (
+        "Winners apart from q: y_1 ~ exp(r), and q reads the rewards themselves. These rows are the closed form `rho_i = "
+        "(1 - gamma) r_i - log(S - exp(gamma r_i))`. The minimiser that Newton's method finds with the trainer's loss "
+        f"over all pairs differs by at most {farthest:.0e} (reward sd 1, all gammas)."
+    )
+    tau.remarks = [f"Kendall's tau of the learned scores with the reward: 1 is its order, -1 the reverse. {law}", "", apart]
+    slopes.remarks = [
+        f"Least-squares slope of the learned scores on the reward; 1 is the reward itself. {law}",
+        "",
+        f"{apart} The threshold for small rewards is gamma = {threshold:.4f}. At rewards of 0.01 standard deviations the "
+        f"first step of {', '.join(EVERY_LOSS)} turns its sign at gamma {min(crossings):.4f} to {max(crossings):.4f}.",
+    ]
+    table = np.linspace(-1, 5, 61)
+    tau.curves = {
+        f"{sd}": [[short(g), short(np.mean([slope(closed_form(sd * r, g), sd * r) for r in rewards]))] for g in table]
+        for sd in (0.1, 1, 3)
+    }
+    tau.curves["threshold"] = threshold
+    return tau, slopes
+
+
+def compare(seeds: int = 20, lists: int = 2, responses: int = 8) -> tuple[Table, Table]:
+    """The tables of order and slope for Gaussian rewards."""
+    return orders(np.random.default_rng(7).normal(size=(seeds * lists, responses)), lists)

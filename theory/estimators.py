@@ -12,6 +12,7 @@ import torch
 
 from hps.losses import hps_loss
 from hps.negatives import hardness_weights
+from theory.output import Table, over_seeds
 
 
 def outcomes(n: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,3 +78,48 @@ def one_negative(rho: torch.Tensor, q: torch.Tensor) -> dict[str, torch.Tensor]:
 def tilted(rewards: np.ndarray, gamma: float) -> torch.Tensor:
     """q of Eq. 9 for (lists, n) rewards, y_1 first; (lists, N)."""
     return torch.tensor(hardness_weights(rewards[:, 1:], gamma))
+
+
+def compare(seeds: int = 20, lists: int = 10, responses: int = 6, draws=(1, 4, 16)) -> Table:
+    """Bias and spread of each estimator of its loss, for three q."""
+    columns = ["loss, nats", "bias of the value", "deviation of the value", "bias of the gradient", "its variance, median"]
+    table = Table("Estimators of the HPS loss", [], columns, digits=None)
+    rng = np.random.default_rng(4)
+    rewards = -np.sort(-rng.normal(size=(seeds * lists, responses)), axis=1)
+    rho = torch.tensor(rng.normal(size=rewards.shape))
+
+    def add(label: str, found: dict, target: dict) -> None:
+        size = target["gradient"].norm(dim=1)
+        figures = (
+            target["value"],
+            found["value"] - target["value"],
+            found["variance"].clamp(min=0).sqrt(),
+            (found["gradient"] - target["gradient"]).norm(dim=1) / size,
+            found["trace"] / size.square(),
+        )
+        by_seed = [each.reshape(seeds, lists).mean(dim=1) for each in figures]
+        by_seed[-1] = figures[-1].reshape(seeds, lists).median(dim=1).values  # a few lists have nearly all of it
+        table.rows[label] = {name: over_seeds(each.numpy()) for name, each in zip(columns, by_seed, strict=True)}
+
+    softmax = exact(rho, torch.ones(len(rho), responses - 1, dtype=torch.float64))
+    weights = {f"gamma {gamma}": tilted(rewards, gamma) for gamma in (0, 1, 5)}
+    for name, q in weights.items():
+        target = exact(rho, q)
+        for m in draws:
+            add(f"Eq. 10, {name}, {m} draw{'s' * (m > 1)}", sampled(rho, q, m, False), target)
+    for name, q in {**weights, "q by exp(rho)": rho[:, 1:].softmax(dim=1)}.items():
+        for m in draws:
+            add(f"soft-max, {name}, {m} corrected", sampled(rho, q, m, True), softmax)
+        add(f"soft-max, {name}, one negative", one_negative(rho, q), softmax)
+    table.remarks = [
+        f"Sums over all outcomes of the draws; {seeds} seeds of {lists} lists of {responses} responses, rewards and rho of "
+        "standard deviation 1 and independent; mean [95 % interval over seeds]. The gradient's bias is its length, its "
+        "variance the trace, in units of the exact gradient's length and squared length.",
+        "",
+        "- Eq. 10: the draws' shares are the weights, as in training; the target is the exact loss of the same gamma.",
+        "- soft-max, corrected: draws from q, each divided by its probability; the target is the untilted soft-max "
+        "`log(1 + sum_i exp(rho_i - rho_1))`. One draw with q in proportion to exp(rho) is exact.",
+        "- one negative: i ~ q with the loss `sg(p_i / q_i) (rho_i - rho_1)`, p the soft-max over all n. Its gradient is "
+        "unbiased and its value is not the loss.",
+    ]
+    return table

@@ -11,15 +11,17 @@ import torch
 
 from hps.losses import FORMULAS, preference_loss
 from hps.methods import methods
-from hps.negatives import draws, gamma_stages, stage_of, term
+from hps.negatives import draws, gamma_stages, negative_weights, stage_of, term
 from hps.settings import Loss, Schedule
 from theory.output import Table, over_seeds
 from theory.world import Frontier, World, make
 
-READ_AT = (0.1, 0.5)  # nats
+READ_AT = 0.5  # nats
+CURVE = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)  # nats
 STEPS = 40
-LENGTHS = (0.4, 0.7, 1.2, 2.0, 3.4, 5.6)  # of a training's path: the logits' root mean square if it were straight
+LENGTHS = (0.3, 0.7, 1.4, 2.6, 4.0)  # of a training's path: the root mean square of the logits if it were straight
 BASELINE = "dpo-bt"
+Method = tuple[Loss, Schedule]
 
 
 def gammas(start: float, end: float) -> Schedule:
@@ -27,37 +29,40 @@ def gammas(start: float, end: float) -> Schedule:
     return Schedule(gamma_start=start, gamma_end=end, gamma_stages=1 if start == end else 5)
 
 
-def compared_methods() -> dict[str, tuple[Loss, Schedule]]:
+def compared_methods() -> dict[str, Method]:
     """Every method of the recipe with the paper's schedule; lists have all responses."""
+    lists = {"pl": {"list_size": None}}
     return {
-        f"{family}-{preference}": (
-            Loss(family=family, preference=preference, **({"list_size": None} if preference == "pl" else {})),
-            Schedule(),
-        )
+        f"{family}-{preference}": (Loss(family=family, preference=preference, **lists.get(preference, {})), Schedule())
         for family, preference in methods()
     }
 
 
-def compared_negatives() -> dict[str, tuple[Loss, Schedule]]:
-    """Rules of the negative under DPO-HPS: gamma, the estimator, N, and rules without gamma."""
-    rows = {f"gamma {gamma:g}": (Loss(), gammas(gamma, gamma)) for gamma in (-5, 0, 1, 5)}
-    rows |= {"gamma -5 to 5": (Loss(), Schedule()), "gamma 5 to -5": (Loss(), gammas(5, -5))}
-    rows["gamma -5 to 5, exact"] = (Loss(estimator="exact"), Schedule())
-    rows["gamma -5 to 5, N"] = (Loss(factor_n=True), Schedule())
+def compared_negatives() -> dict[str, Method]:
+    """Rules of the negative under DPO-HPS: gamma, the estimator, N, and the rules without gamma.
+
+    The schedule from -5 to 5 is dpo-hps, the worst dpo-bt, and uniform draws are gamma 0.
+    """
+    schedule = Schedule()
+    rows = {f"gamma {gamma}": (Loss(), gammas(gamma, gamma)) for gamma in (-5, 0, 1, 5)}
+    rows["gamma 5 to -5"] = (Loss(), gammas(5, -5))
+    rows["-5 to 5, exact"] = (Loss(estimator="exact"), schedule)
+    rows["-5 to 5, N"] = (Loss(factor_n=True), schedule)
     rows["gamma 0, exact, N"] = (Loss(estimator="exact", factor_n=True), gammas(0, 0))
+    rows["hardest"] = (Loss(negatives="hardest"), schedule)
+    rows["mean - 1 deviation"] = (Loss(negatives="below_mean", negative_deviations=1.0), schedule)
     return rows
 
 
 def weights_of(world: World, loss: Loss, gamma: float) -> np.ndarray:
     """The trainer's distribution of negatives for each prompt, (seeds, prompts, n); 0 on y_1."""
-    rng = np.random.default_rng(0)  # for draws that are not used
-    shape = world.annotated.shape
-    found = np.zeros(shape)
-    for place in np.ndindex(*shape[:2]):
-        _, found[(*place, slice(1, None))] = term(
-            0, list(range(1, shape[2])), world.annotated[place].numpy(), loss, gamma, rng
-        )
-    return found
+    rewards = world.annotated.numpy()
+    n = rewards.shape[-1]
+    if loss.preference == "hps":
+        q = negative_weights(rewards[..., 1:], loss, gamma, rewards)
+    else:  # one for all prompts: places alone decide
+        _, q = term(0, list(range(1, n)), list(range(n)), rewards[0, 0], loss, gamma, np.random.default_rng(0))
+    return np.concatenate([np.zeros((*rewards.shape[:2], 1)), np.broadcast_to(q, rewards[..., 1:].shape)], axis=-1)
 
 
 def drawn(weights: np.ndarray, loss: Loss, rng: np.random.Generator) -> np.ndarray:
@@ -102,3 +107,55 @@ def read(shares: np.ndarray, kls: np.ndarray, at: float) -> np.ndarray:
             order = np.argsort(x)
             found[seed] = np.interp(at**0.5, x[order] ** 0.5, y[order])
     return found
+
+
+def tested(world: World, tests: World, frontier: Frontier, method: Method, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Train a method; its ends' shares of the frontier and KLs on the prompts of `tests`, each (lengths, seeds)."""
+    parameters = train(world, *method, LENGTHS, np.random.default_rng(seed))
+    rewards, kls = (each.numpy() for each in tests.measure(tests.log_policy(parameters)))
+    return frontier.share(rewards, kls), kls
+
+
+def compare(seeds: int = 20, prompts: int = 32, responses: int = 8, dimension: int = 8) -> Table:
+    """All methods and negatives in three worlds; see the table's remarks."""
+    size = (seeds, prompts, responses)
+    negatives = {name: method for name, method in compared_methods().items() if name.startswith("dpo-")}
+    worlds = {
+        "free": (make(*size), None, compared_methods()),
+        "shared": (make(*size, dimension), make(*size, dimension, stream=1), compared_methods()),
+        "noisy": (make(*size, dimension, noise=1.0), make(*size, dimension, stream=1), negatives),
+    }
+    columns = [text for name in worlds for text in (f"{name}: share", f"{name}: minus {BASELINE}")]
+    table = Table("Reward at equal KL, as a share of the optimum's gain", [], columns)
+    start = {}
+    for name, (world, tests, compared) in worlds.items():
+        tests = tests or world
+        frontier = Frontier(tests)
+        gain = frontier.reward(np.full(seeds, READ_AT)) - frontier.start
+        start[name] = f"{name} {over_seeds(gain)['mean']:.2f}"
+        found = {}
+        for label, method in {**compared, **compared_negatives()}.items():
+            shares, kls = tested(world, tests, frontier, method, seed=1)
+            found[label] = at = read(shares, kls, READ_AT)
+            row = table.rows.setdefault(label, {})
+            row[f"{name}: share"] = over_seeds(at)
+            row[f"{name}: minus {BASELINE}"] = over_seeds(at - found[BASELINE]) if label != BASELINE else {}
+            curve = [[kl, over_seeds(read(shares, kls, kl)).get("mean")] for kl in CURVE]
+            table.curves.setdefault(name, {})[label] = [point for point in curve if point[1] is not None]
+        table.curves.setdefault("optimum", {})[name] = [
+            [kl, over_seeds(frontier.reward(np.full(seeds, kl)) - frontier.start)["mean"]] for kl in CURVE
+        ]
+    table.remarks = [
+        f"Share of the gain in true reward that the best policy has at the same KL ({READ_AT:g} nats): {seeds} seeds, each "
+        f"a world of {prompts} prompts with {responses} responses; mean [95 % interval over seeds], differences paired by "
+        f"seed. The optimum's gain there, in standard deviations of the reward: {', '.join(start.values())}.",
+        "",
+        "- free: a logit for each response, read on the prompts that were trained on.",
+        f"- shared: logits linear in {dimension} features, as the reward is; read on as many other prompts.",
+        "- noisy: shared, and the rewards that rank have noise of one standard deviation.",
+        "",
+        "Lists of pl have all responses (the recipe's default is 5). SimPO's responses have one token. dpo-bt is the rule "
+        "`worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. Of so few responses the one nearest to the mean "
+        f"minus 2 deviations is the worst. Trainings of {STEPS} steps, all prompts in each.",
+    ]
+    return table
