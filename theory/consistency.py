@@ -7,7 +7,6 @@ probabilities, with the trainer's own loss. docs/methods.md ("Consistency") has 
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from scipy.stats import kendalltau
 
 from hps.losses import FORMULAS, preference_loss
 from hps.methods import FAMILIES
@@ -20,9 +19,10 @@ from theory.world import make
 
 GAMMAS = (-1, 0, 1, 2, 5)
 SCHEDULE = "-5 to 5"
+APART, ONE_SCORE = "winners apart from q", "one noisy score picks y_1 and drives q"
 RESPONSES = 8
 NOISE_DRAWS = 4000
-FLOW_STEPS = 400
+FLOW_STEPS = 200
 PROMPTS, DIMENSION, LENGTH = 32, 8, 1.4  # of the world with shared features
 EVERY_LOSS = {
     **{f"{family}-hps": Loss(family=family) for family in FAMILIES},
@@ -105,16 +105,20 @@ def list_objective(loss: Loss, winners: torch.Tensor, q: torch.Tensor):
     return objective
 
 
-def slope(rho: np.ndarray, rewards: np.ndarray) -> float:
-    """Least-squares slope of rho on the reward."""
-    centred = rewards - rewards.mean()
-    return float(centred @ rho / (centred @ centred))
+def slope(rho: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """Least-squares slope of rho on the reward; (..., n) each, to (...)."""
+    centred = rewards - rewards.mean(axis=-1, keepdims=True)
+    return (centred * rho).sum(axis=-1) / np.square(centred).sum(axis=-1)
 
 
-def order(rho: np.ndarray, rewards: np.ndarray) -> float:
-    """Kendall's tau of what was learned with the reward: 1 the same order, -1 reversed, 0 where all are equal."""
-    rounded = np.round(rho, 9)  # ties of exact arithmetic
-    return float(kendalltau(rounded, rewards).statistic) if np.ptp(rounded) > 0 else 0.0
+def order(rho: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """Kendall's tau of what was learned with the reward: 1 the same order, -1 reversed, ties count 0.
+
+    (..., n) each, to (...).
+    """
+    rounded = np.round(rho, 9)  # equal but for rounding
+    signs = [np.sign(each[..., :, None] - each[..., None, :]) for each in (rounded, rewards)]
+    return (signs[0] * signs[1]).sum(axis=(-2, -1)) / (rho.shape[-1] * (rho.shape[-1] - 1))
 
 
 def deterministic(rewards: np.ndarray, stages: list[float]) -> np.ndarray:
@@ -134,18 +138,16 @@ def deterministic(rewards: np.ndarray, stages: list[float]) -> np.ndarray:
     return rho.numpy()
 
 
-def shared_slope(pairs: list[np.ndarray], rewards: np.ndarray) -> float:
-    """The minimiser `rho = c r` with one c for (problems, n) rewards and their pairs: c."""
-    loss, weights = Loss(), torch.tensor(np.stack(pairs))
-    objective = pair_objective(loss, weights)
-    values = torch.tensor(rewards)
-
-    def derivative(c: float) -> float:
-        at = torch.tensor(c, dtype=torch.float64, requires_grad=True)
-        (found,) = torch.autograd.grad(objective(at * values).sum(), at)
-        return found.item()
-
-    return brentq(derivative, -60, 60, xtol=1e-6)
+def shared_slopes(pairs: torch.Tensor, rewards: np.ndarray) -> np.ndarray:
+    """c of the minimisers `rho = c r`, one number for each of (problems, n) rewards; by bisection."""
+    objective, values = pair_objective(Loss(), pairs), torch.tensor(rewards)
+    low, high = torch.full((len(values),), -60.0, dtype=torch.float64), torch.full((len(values),), 60.0).double()
+    for _ in range(40):
+        middle = ((low + high) / 2).requires_grad_()
+        (derivative,) = torch.autograd.grad(objective(middle[:, None] * values).sum(), middle)
+        middle = middle.detach()
+        low, high = torch.where(derivative > 0, low, middle), torch.where(derivative > 0, middle, high)
+    return ((low + high) / 2).numpy()
 
 
 def first_order_threshold(loss: Loss, rewards: np.ndarray) -> float:
@@ -167,7 +169,7 @@ def first_order_threshold(loss: Loss, rewards: np.ndarray) -> float:
             losses = [preference_loss(loss, scores, scores.detach(), mask, d.expand(n, 1, n), counts) for d in draws]
             each = (q[:, 1:] * torch.stack(losses, dim=1)).sum(dim=1)
         (gradient,) = torch.autograd.grad((winners * each).sum(), policy)
-        return slope(-gradient.numpy(), rewards)
+        return float(slope(-gradient.numpy(), rewards))
 
     return brentq(moved, -1.0, 4.0, xtol=1e-9)
 
@@ -177,72 +179,65 @@ def of_each(function, rewards: np.ndarray, *arguments) -> torch.Tensor:
     return torch.tensor(np.stack([function(row, *arguments) for row in rewards]))
 
 
-def minimiser(objective, problems: int, n: int) -> np.ndarray:
-    return newton(objective, torch.zeros(problems, n, dtype=torch.float64)).numpy()
-
-
-def orders(rewards: np.ndarray, lists: int) -> tuple[Table, Table]:
-    """Kendall's tau and the slope on the reward of what is learned, by setting and gamma; (problems, n) rewards."""
-    count, n = rewards.shape
+def orders(rewards: np.ndarray) -> tuple[Table, Table]:
+    """Kendall's tau and the slope on the reward of what is learned, by setting and gamma; (seeds, n) rewards."""
+    n = rewards.shape[1]
     columns = [f"gamma {gamma}" for gamma in GAMMAS]
     tau = Table("Consistency: the order that is learned", [], [*columns, SCHEDULE])
     slopes = Table("Consistency: the slope on the reward", [], columns)
     rng, farthest = np.random.default_rng(5), 0.0
 
-    def add(table: Table, function, label: str, gamma: int, rho: np.ndarray, of: np.ndarray) -> None:
-        each = np.array([function(*row) for row in zip(rho, of, strict=True)])
-        table.rows.setdefault(label, {})[f"gamma {gamma}"] = over_seeds(each.reshape(-1, lists).mean(axis=1))
+    def add(table: Table, label: str, column: str, values: np.ndarray) -> None:
+        table.rows.setdefault(label, {})[column] = over_seeds(values)
 
-    for gamma in GAMMAS:
+    for gamma, column in zip(GAMMAS, columns, strict=True):
         for sd in (0.1, 1, 3):
             exact = of_each(closed_form, sd * rewards, gamma).numpy()
-            for table, function in ((tau, order), (slopes, slope)):
-                add(table, function, f"winners apart from q, reward sd {sd}", gamma, exact, sd * rewards)
+            add(tau, f"{APART}, reward sd {sd}", column, order(exact, rewards))
+            add(slopes, f"{APART}, reward sd {sd}", column, slope(exact, sd * rewards))
         pairs = of_each(independent, rewards, gamma)
-        found = minimiser(pair_objective(Loss(), pairs), count, n)
-        farthest = max(farthest, np.abs(found - of_each(closed_form, rewards, gamma).numpy()).max())
         winners, q = of_each(winners_of, rewards), of_each(negatives_of, rewards, gamma)
-        others = {
-            "one draw, N": pair_objective(Loss(factor_n=True), pairs, n - 1),
+        noisy = of_each(one_noisy_score, rewards, gamma, rng)
+        objectives = {
+            APART: pair_objective(Loss(), pairs),
+            "one draw with N": pair_objective(Loss(factor_n=True), pairs, n - 1),
             "exact Eq. 10": list_objective(Loss(estimator="exact"), winners, q),
             "exact Eq. 8": list_objective(Loss(estimator="exact", factor_n=True), winners, q),
-            "one noisy score picks y_1 and drives q": pair_objective(
-                Loss(), of_each(one_noisy_score, rewards, gamma, rng)
-            ),
+            ONE_SCORE: pair_objective(Loss(), noisy),
         }
-        for name, objective in others.items():
-            found = minimiser(objective, count, n)
-            add(slopes, slope, f"{name}, reward sd 1", gamma, found, rewards)
-            if name.startswith("one noisy"):
-                add(tau, order, f"{name}, reward sd 1", gamma, found, rewards)
+        found = {
+            name: newton(each, torch.zeros(rewards.shape, dtype=torch.float64)).numpy()
+            for name, each in objectives.items()
+        }
+        farthest = max(farthest, np.abs(found.pop(APART) - of_each(closed_form, rewards, gamma).numpy()).max())
+        add(tau, f"{ONE_SCORE}, reward sd 1", column, order(found[ONE_SCORE], rewards))
+        for name, rho in found.items():
+            add(slopes, f"{name}, reward sd 1", column, slope(rho, rewards))
         for sd in (0.1, 1, 5):
-            shared = [shared_slope([independent(sd * row, gamma)], sd * row[None]) for row in rewards]
-            label = f"winners apart from q, one slope for a list, reward sd {sd}"
-            slopes.rows.setdefault(label, {})[f"gamma {gamma}"] = over_seeds(
-                np.array(shared).reshape(-1, lists).mean(axis=1)
-            )
-    for gamma in (*GAMMAS, SCHEDULE):
-        column = SCHEDULE if gamma == SCHEDULE else f"gamma {gamma}"
-        schedule = Schedule() if gamma == SCHEDULE else gammas(gamma, gamma)
+            found = shared_slopes(of_each(independent, sd * rewards, gamma), sd * rewards)
+            add(slopes, f"{APART}, one slope for a list, reward sd {sd}", column, found)
+    for column, schedule in {**{f"gamma {g}": gammas(g, g) for g in GAMMAS}, SCHEDULE: Schedule()}.items():
         ranked = -np.sort(-rewards, axis=1)
         rho = deterministic(ranked, gamma_stages(schedule))
-        assert (rho[:, 0] > rho[:, 1:].max(axis=1)).all()  # y_1 is on top, so the order of the others is the question
-        each = np.array([order(*row) for row in zip(rho[:, 1:], ranked[:, 1:], strict=True)])
-        tau.rows.setdefault("the best always wins, free scores: order of the others", {})[column] = over_seeds(
-            each.reshape(-1, lists).mean(axis=1)
-        )
-        world, tests = (make(count // lists, PROMPTS, n, DIMENSION, stream=stream) for stream in (0, 1))
+        assert (rho[:, 0] > rho[:, 1:].max(axis=1)).all()  # y_1 is on top; the order of the others is the question
+        add(tau, "the best always wins, free scores: order of the others", column, order(rho[:, 1:], ranked[:, 1:]))
+        world, tests = (make(len(rewards), PROMPTS, n, DIMENSION, stream=stream) for stream in (0, 1))
         found = train(world, Loss(), schedule, (LENGTH,), np.random.default_rng(6))[0]
         logits = torch.einsum("sd,spnd->spn", found, tests.features).numpy()
-        each = np.array([order(logits[p], tests.rewards[p].numpy()) for p in np.ndindex(logits.shape[:2])])
-        tau.rows.setdefault("the best always wins, shared features: other prompts", {})[column] = over_seeds(
-            each.reshape(logits.shape[:2]).mean(axis=1)
-        )
+        found = order(logits, tests.rewards.numpy()).mean(axis=1)
+        add(tau, "the best always wins, shared features: other prompts", column, found)
+    _describe(tau, slopes, rewards, farthest)
+    return tau, slopes
+
+
+def _describe(tau: Table, slopes: Table, rewards: np.ndarray, farthest: float) -> None:
+    """Remarks and curves of the two tables."""
+    seeds, n = rewards.shape
     threshold = reversal_threshold(n)
-    crossings = [first_order_threshold(loss, 0.01 * row) for loss in EVERY_LOSS.values() for row in rewards[:: 2 * lists]]
+    crossings = [first_order_threshold(loss, 0.01 * row) for loss in EVERY_LOSS.values() for row in rewards[:5]]
     law = (
-        f"{count // lists} seeds of {lists} lists of {n} responses, rewards standard normal times the deviation given; "
-        "mean [95 % interval over seeds]."
+        f"{seeds} lists of {n} responses, rewards standard normal times the deviation given; mean [95 % interval over "
+        "them]."
     )
     apart = (
         "Winners apart from q: y_1 ~ exp(r), and q reads the rewards themselves. These rows are the closed form `rho_i = "
@@ -256,15 +251,13 @@ def orders(rewards: np.ndarray, lists: int) -> tuple[Table, Table]:
         f"{apart} The threshold for small rewards is gamma = {threshold:.4f}. At rewards of 0.01 standard deviations the "
         f"first step of {', '.join(EVERY_LOSS)} turns its sign at gamma {min(crossings):.4f} to {max(crossings):.4f}.",
     ]
-    table = np.linspace(-1, 5, 61)
-    tau.curves = {
-        f"{sd}": [[short(g), short(np.mean([slope(closed_form(sd * r, g), sd * r) for r in rewards]))] for g in table]
-        for sd in (0.1, 1, 3)
-    }
-    tau.curves["threshold"] = threshold
-    return tau, slopes
+    grid = np.linspace(-1, 5, 61)
+    for sd in (0.1, 1, 3):
+        means = [slope(of_each(closed_form, sd * rewards, gamma).numpy(), sd * rewards).mean() for gamma in grid]
+        slopes.curves[f"{sd}"] = [[short(gamma), short(mean)] for gamma, mean in zip(grid, means, strict=True)]
+    slopes.curves["threshold"] = threshold
 
 
-def compare(seeds: int = 20, lists: int = 2, responses: int = 8) -> tuple[Table, Table]:
-    """The tables of order and slope for Gaussian rewards."""
-    return orders(np.random.default_rng(7).normal(size=(seeds * lists, responses)), lists)
+def compare(seeds: int = 20, responses: int = 8) -> tuple[Table, Table]:
+    """The tables of order and slope for Gaussian rewards, a list for each seed."""
+    return orders(np.random.default_rng(7).normal(size=(seeds, responses)))

@@ -19,7 +19,7 @@ from theory.world import Frontier, World, make
 READ_AT = 0.5  # nats
 CURVE = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)  # nats
 STEPS = 40
-LENGTHS = (0.3, 0.7, 1.4, 2.6, 4.0)  # of a training's path: the root mean square of the logits if it were straight
+LENGTHS = (0.3, 0.6, 1.0, 1.6, 2.6, 4.0)  # of a training's path: the root mean square of the logits if it were straight
 BASELINE = "dpo-bt"
 Method = tuple[Loss, Schedule]
 
@@ -100,9 +100,14 @@ def train(world: World, loss: Loss, schedule: Schedule, lengths: tuple[float, ..
 
 
 def read(shares: np.ndarray, kls: np.ndarray, at: float) -> np.ndarray:
-    """(lengths, seeds) ends of trainings to the share at a KL, (seeds,); NaN where no training lies on each side."""
+    """(lengths, seeds) ends of trainings to the share at a KL, (seeds,); NaN where no training lies on each side.
+
+    Ends without a share, whose KL no optimum has, do not count.
+    """
     found = np.full(shares.shape[1], np.nan)
-    for seed, (x, y) in enumerate(zip(kls.T, shares.T, strict=True)):
+    for seed in range(len(found)):
+        counts = np.isfinite(shares[:, seed])
+        x, y = kls[counts, seed], shares[counts, seed]
         if x.min() <= at <= x.max():
             order = np.argsort(x)
             found[seed] = np.interp(at**0.5, x[order] ** 0.5, y[order])

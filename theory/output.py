@@ -34,6 +34,7 @@ class Table:
         rows: by label, the entries of the columns: those of `over_seeds`, or texts.
         curves: what the picture shows beyond the rows.
         digits: after the point; None: three in all, for figures of very different sizes.
+        pictures: names of files beside the table.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Table:
     rows: dict[str, dict] = field(default_factory=dict)
     curves: dict = field(default_factory=dict)
     digits: int | None = 3
+    pictures: list[str] = field(default_factory=list)
 
     def cell(self, column: str, entry: dict | str) -> str:
         if isinstance(entry, str):
@@ -52,17 +54,18 @@ class Table:
             return estimate(entry, write=lambda value, _: f"{value:.3g}")
         return estimate(entry, self.digits, signed if "minus" in column else figure)
 
-    def markdown(self, picture: str) -> str:
+    def markdown(self) -> str:
         head = ["", *self.columns]
         rows = [
             [label, *(self.cell(name, row.get(name, {})) for name in self.columns)] for label, row in self.rows.items()
         ]
-        lines = [f"# {self.title}", "", *self.remarks, "", *markdown_table(head, rows), "", f"![{self.title}]({picture})"]
+        pictures = [line for name in self.pictures for line in ("", f"![{self.title}]({name})")]
+        lines = [f"# {self.title}", "", *self.remarks, "", *markdown_table(head, rows), *pictures]
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path, name: str) -> list[Path]:
-        """Write `<name>.json` and `<name>.md`, which shows `<name>.png`."""
+        """Write `<name>.json` and `<name>.md`."""
         paths = [folder / f"{name}.json", folder / f"{name}.md"]
         write_json(paths[0], asdict(self))
-        write_atomic(paths[1], self.markdown(f"{name}.png"))
+        write_atomic(paths[1], self.markdown())
         return paths
