@@ -27,8 +27,7 @@ def reversal_threshold(responses: int, scale: float = 1.0) -> float:
     """The gamma from which HPS learns small differences of the reward reversed: `alpha (n - 1) / (n - 2)`.
 
     For free scores, and a y_1 chosen with probability proportional to `exp(alpha r)`, independently of the rewards in
-    q: to first order in the rewards, every loss then moves a response by how much more often it wins than it is the
-    negative, `(alpha - gamma (n - 2) / (n - 1)) r / (n - 1)` (docs/methods.md, "Consistency").
+    q (docs/methods.md, "Consistency").
 
     Args:
         responses: n, y_1 included.
@@ -38,6 +37,21 @@ def reversal_threshold(responses: int, scale: float = 1.0) -> float:
         In the unit of gamma; infinite for n = 2, where q has no choice.
     """
     return scale * (responses - 1) / (responses - 2) if responses > 2 else float("inf")
+
+
+def learns_reversed(rewards: np.ndarray, loss: Loss, schedule: Schedule) -> bool:
+    """Whether some gamma is at or above the `reversal_threshold` of a list, for people who choose by `exp(reward)`.
+
+    With `best: reward` y_1 and q come from one score, noisy or not, and nothing is reversed in this way. Standardised
+    rewards have the unit of their deviation, so a choice by `exp(reward)` is one with alpha = deviation.
+
+    Args:
+        rewards: (n,), of the list that is trained on, as they are in the ranked file.
+    """
+    if schedule.best != "human" or not loss.reads_gamma or np.ptp(rewards) == 0:
+        return False
+    scale = float(rewards.std()) if schedule.standardize_rewards else 1.0
+    return max(gamma_stages(schedule)) >= reversal_threshold(len(rewards), scale)
 
 
 def draws(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -240,16 +240,20 @@ def _describe(tau: Table, slopes: Table, rewards: np.ndarray, farthest: float) -
         "them]."
     )
     apart = (
-        "Winners apart from q: y_1 ~ exp(r), and q reads the rewards themselves. These rows are the closed form `rho_i = "
-        "(1 - gamma) r_i - log(S - exp(gamma r_i))`. The minimiser that Newton's method finds with the trainer's loss "
-        f"over all pairs differs by at most {farthest:.0e} (reward sd 1, all gammas)."
+        "Winners apart from q: y_1 ~ exp(r), and q reads the rewards themselves. These rows are the closed form `rho_i "
+        "= (1 - gamma) r_i - log(S - exp(gamma r_i))`. The minimiser that Newton's method finds with the trainer's "
+        f"loss over all pairs differs by at most {farthest:.0e} (reward sd 1, all gammas)."
     )
-    tau.remarks = [f"Kendall's tau of the learned scores with the reward: 1 is its order, -1 the reverse. {law}", "", apart]
+    tau.remarks = [
+        f"Kendall's tau of the learned scores with the reward: 1 is its order, -1 the reverse. {law}",
+        "",
+        apart,
+    ]
     slopes.remarks = [
         f"Least-squares slope of the learned scores on the reward; 1 is the reward itself. {law}",
         "",
-        f"{apart} The threshold for small rewards is gamma = {threshold:.4f}. At rewards of 0.01 standard deviations the "
-        f"first step of {', '.join(EVERY_LOSS)} turns its sign at gamma {min(crossings):.4f} to {max(crossings):.4f}.",
+        f"{apart} The threshold for small rewards is gamma = {threshold:.4f}. At rewards of 0.01 standard deviations "
+        f"the first step of {', '.join(EVERY_LOSS)} turns its sign at {min(crossings):.4f} to {max(crossings):.4f}.",
     ]
     grid = np.linspace(-1, 5, 61)
     for sd in (0.1, 1, 3):
@@ -258,6 +262,6 @@ def _describe(tau: Table, slopes: Table, rewards: np.ndarray, farthest: float) -
     slopes.curves["threshold"] = threshold
 
 
-def compare(seeds: int = 20, responses: int = 8) -> tuple[Table, Table]:
+def compare(seeds: int, responses: int = 8) -> tuple[Table, Table]:
     """The tables of order and slope for Gaussian rewards, a list for each seed."""
     return orders(np.random.default_rng(7).normal(size=(seeds, responses)))

@@ -80,9 +80,15 @@ def tilted(rewards: np.ndarray, gamma: float) -> torch.Tensor:
     return torch.tensor(hardness_weights(rewards[:, 1:], gamma))
 
 
-def compare(seeds: int = 20, lists: int = 10, responses: int = 5, draws=(1, 4, 16)) -> Table:
+def compare(seeds: int, lists: int = 10, responses: int = 5, draws=(1, 4, 16)) -> Table:
     """Bias and spread of each estimator of its loss, for three q."""
-    columns = ["loss, nats", "bias of the value", "deviation of the value", "bias of the gradient", "its variance, median"]
+    columns = [
+        "loss, nats",
+        "bias of the value",
+        "deviation of the value",
+        "bias of the gradient",
+        "its variance, median",
+    ]
     table = Table("Estimators of the HPS loss", [], columns, digits=None)
     rng = np.random.default_rng(4)
     rewards = -np.sort(-rng.normal(size=(seeds * lists, responses)), axis=1)
@@ -112,14 +118,14 @@ def compare(seeds: int = 20, lists: int = 10, responses: int = 5, draws=(1, 4, 1
             add(f"soft-max, {name}, {m} corrected", sampled(rho, q, m, True), softmax)
         add(f"soft-max, {name}, one negative", one_negative(rho, q), softmax)
     table.remarks = [
-        f"Sums over all outcomes of the draws; {seeds} seeds of {lists} lists of {responses} responses, rewards and rho of "
-        "standard deviation 1 and independent; mean [95 % interval over seeds]. The gradient's bias is its length, its "
-        "variance the trace, in units of the exact gradient's length and squared length.",
+        f"Sums over all outcomes of the draws; {seeds} seeds of {lists} lists of {responses} responses, rewards and "
+        "rho of standard deviation 1 and independent; mean [95 % interval over seeds]. The gradient's bias is its "
+        "length, its variance the trace, in units of the exact gradient's length and squared length.",
         "",
         "- Eq. 10: the draws' shares are the weights, as in training; the target is the exact loss of the same gamma.",
         "- soft-max, corrected: draws from q, each divided by its probability; the target is the untilted soft-max "
         "`log(1 + sum_i exp(rho_i - rho_1))`. One draw with q in proportion to exp(rho) is exact.",
-        "- one negative: i ~ q with the loss `sg(p_i / q_i) (rho_i - rho_1)`, p the soft-max over all n. Its gradient is "
-        "unbiased and its value is not the loss.",
+        "- one negative: i ~ q with the loss `sg(p_i / q_i) (rho_i - rho_1)`, p the soft-max over all n. Its gradient "
+        "is unbiased and its value is not the loss.",
     ]
     return table

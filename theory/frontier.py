@@ -20,6 +20,7 @@ READ_AT = 0.5  # nats
 CURVE = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)  # nats
 STEPS = 40
 LENGTHS = (0.3, 0.6, 1.0, 1.6, 2.6, 4.0)  # of a training's path: the root mean square of the logits if it were straight
+PROMPTS, RESPONSES, DIMENSION = 32, 8, 8
 BASELINE = "dpo-bt"
 Method = tuple[Loss, Schedule]
 
@@ -121,14 +122,14 @@ def tested(world: World, tests: World, frontier: Frontier, method: Method, seed:
     return frontier.share(rewards, kls), kls
 
 
-def compare(seeds: int = 20, prompts: int = 32, responses: int = 8, dimension: int = 8) -> Table:
+def compare(seeds: int) -> Table:
     """All methods and negatives in three worlds; see the table's remarks."""
-    size = (seeds, prompts, responses)
+    size = (seeds, PROMPTS, RESPONSES)
     negatives = {name: method for name, method in compared_methods().items() if name.startswith("dpo-")}
     worlds = {
         "free": (make(*size), None, compared_methods()),
-        "shared": (make(*size, dimension), make(*size, dimension, stream=1), compared_methods()),
-        "noisy": (make(*size, dimension, noise=1.0), make(*size, dimension, stream=1), negatives),
+        "shared": (make(*size, DIMENSION), make(*size, DIMENSION, stream=1), compared_methods()),
+        "noisy": (make(*size, DIMENSION, noise=1.0), make(*size, DIMENSION, stream=1), negatives),
     }
     columns = [text for name in worlds for text in (f"{name}: share", f"{name}: minus {BASELINE}")]
     table = Table("Reward at equal KL, as a share of the optimum's gain", [], columns)
@@ -151,16 +152,16 @@ def compare(seeds: int = 20, prompts: int = 32, responses: int = 8, dimension: i
             [kl, over_seeds(frontier.reward(np.full(seeds, kl)) - frontier.start)["mean"]] for kl in CURVE
         ]
     table.remarks = [
-        f"Share of the gain in true reward that the best policy has at the same KL ({READ_AT:g} nats): {seeds} seeds, each "
-        f"a world of {prompts} prompts with {responses} responses; mean [95 % interval over seeds], differences paired by "
-        f"seed. The optimum's gain there, in standard deviations of the reward: {', '.join(start.values())}.",
+        f"Share of the gain in true reward that the best policy has at the same KL ({READ_AT:g} nats): {seeds} seeds, "
+        f"each a world of {PROMPTS} prompts with {RESPONSES} responses; mean [95 % interval over seeds], differences "
+        f"paired by seed. The optimum's gain there, in standard deviations of the reward: {', '.join(start.values())}.",
         "",
         "- free: a logit for each response, read on the prompts that were trained on.",
-        f"- shared: logits linear in {dimension} features, as the reward is; read on as many other prompts.",
+        f"- shared: logits linear in {DIMENSION} features, as the reward is; read on as many other prompts.",
         "- noisy: shared, and the rewards that rank have noise of one standard deviation.",
         "",
-        "Lists of pl have all responses (the recipe's default is 5). SimPO's responses have one token. dpo-bt is the rule "
-        "`worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. Of so few responses the one nearest to the mean "
-        f"minus 2 deviations is the worst. Trainings of {STEPS} steps, all prompts in each.",
+        "Lists of pl have all responses (the recipe's default is 5). SimPO's responses have one token. dpo-bt is the "
+        "rule `worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. Of so few responses the one nearest to "
+        f"the mean minus 2 deviations is the worst. Trainings of {STEPS} steps, all prompts in each.",
     ]
     return table

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from report.pictures import STYLE, ZERO
 from theory.output import Table
+from theory.theorems import AT_PROMPTS, AT_SIZE
 
 # Read at half size in a page; powers of ten on an axis are formulas.
 SIZES = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12, "text.parse_math": True}
@@ -97,7 +97,7 @@ def theorem_1(table: Table, path: Path) -> None:
         for axis, name in zip(axes, ("n", "m"), strict=True):
             for label, colour in hues.items():
                 x = [point[0] for point in table.curves[label][name]]
-                rows = [f"n {each}, m 200" if name == "n" else f"n 8, m {each}" for each in x]
+                rows = [f"n {each}, m {AT_PROMPTS}" if name == "n" else f"n {AT_SIZE}, m {each}" for each in x]
                 means, errors = _points(table, rows, label)
                 axis.errorbar(x, means, errors, color=colour, marker="o", linewidth=2, capsize=3, label=label)
             axis.set(xscale="log", yscale="log", xticks=x, xticklabels=x)
@@ -106,10 +106,11 @@ def theorem_1(table: Table, path: Path) -> None:
         sizes = np.array([2, 3.2])
         for power, colour, text in ((1, "tab:orange", "bound of HPS: n"), (2, "tab:blue", "bound of PL: n²")):
             axes[0].plot(sizes, first * (sizes / 2) ** power, color=colour, linestyle="--", label=text)
-        x = np.array([100, 800])
-        axes[1].plot(x, table.curves["PL"]["m"][0][1] * (x / 100) ** -0.5, color="0.4", linestyle="--", label="1 / √m")
-        axes[0].set(xlabel="n, responses of a prompt (m = 200 prompts)", ylabel="|theta - theta*| / |theta*|")
-        axes[1].set(xlabel="m, prompts (n = 8)")
+        start = table.curves["PL"]["m"][0][1] * (np.array(x) / x[0]) ** -0.5
+        axes[1].plot(x, start, color="0.4", linestyle="--", label="1 / √m")
+        label = f"n, responses of a prompt (m = {AT_PROMPTS} prompts)"
+        axes[0].set(xlabel=label, ylabel="|theta - theta*| / |theta*|")
+        axes[1].set(xlabel=f"m, prompts (n = {AT_SIZE})")
         for axis, place in zip(axes, ("lower left", "upper right"), strict=True):
             handles, labels = axis.get_legend_handles_labels()
             kept = [k for k, label in enumerate(labels) if axis is axes[0] or label not in hues]
@@ -172,7 +173,9 @@ def consistency(tau: Table, slopes: Table, path: Path) -> None:
             means = [slopes.rows[f"{name}, reward sd 1"][column]["mean"] for column in slopes.columns]
             axis.plot(gammas, means, marker=marker, color=colour, linestyle=":", label=f"{name}, reward sd 1")
         axis.axvline(slopes.curves["threshold"], color="0.4", linestyle="--", label="(n - 1) / (n - 2)")
-        axis.set(title="winners apart from q", xlabel="gamma (1 / unit of the reward)", ylabel="slope of rho on the reward")
+        axis.set(
+            title="winners apart from q", xlabel="gamma (1 / unit of the reward)", ylabel="slope of rho on the reward"
+        )
         axis.legend(loc="upper right")
         lines = (
             ("winners apart from q, reward sd 0.1", "tab:blue", "-"),
@@ -185,7 +188,12 @@ def consistency(tau: Table, slopes: Table, path: Path) -> None:
             means = [tau.rows[row][column]["mean"] for column in slopes.columns]
             label = row.removesuffix(", reward sd 1").replace(" and drives q", "\nand drives q").replace(": ", ":\n")
             axes[1].plot(gammas, means, color=colour, linestyle=line, marker="o", linewidth=2, label=label)
-        axes[1].set(title="the order", xlabel="gamma (1 / unit of the reward)", ylabel="Kendall's tau with the reward", ylim=(-1.1, 1.1))
+        axes[1].set(
+            title="the order",
+            xlabel="gamma (1 / unit of the reward)",
+            ylabel="Kendall's tau with the reward",
+            ylim=(-1.1, 1.1),
+        )
         for each in axes:
             each.axhline(0, **ZERO)
         axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

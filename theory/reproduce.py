@@ -17,6 +17,7 @@ from theory import consistency, estimators, frontier, pictures, theorems
 from theory.output import Table
 
 FOLDER = REPOSITORY / "results" / "theory"
+SEEDS = 20
 
 
 def write_frontier(folder: Path, seeds: int) -> list[Path]:
@@ -56,7 +57,7 @@ PARTS = {
 }
 
 
-def reproduce(folder: Path, seeds: int = 20) -> None:
+def reproduce(folder: Path, seeds: int) -> None:
     """Compute every part and write its files."""
     folder.mkdir(parents=True, exist_ok=True)
     for title, write in PARTS.items():
@@ -70,10 +71,10 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be computed, run nothing")
     if parser.parse_args().dry_run:
         for title in PARTS:
-            print(f"plan: {title}: 20 seeds")
+            print(f"plan: {title}: {SEEDS} seeds")
         print(f"plan: about a minute on two cores; outputs: {FOLDER}")
         return
-    reproduce(FOLDER)
+    reproduce(FOLDER, SEEDS)
 
 
 if __name__ == "__main__":

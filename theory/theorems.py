@@ -14,6 +14,8 @@ from theory.fit import lbfgs
 from theory.output import Table, over_seeds, short
 
 DIMENSION = 8  # of the features of Theorems 1 and 3
+SIZES, AT_PROMPTS = (2, 4, 8, 16, 32), 200  # Theorem 1: n, and m beside them
+PROMPTS, AT_SIZE = (100, 200, 400, 800), 8  # m, and n beside them
 
 
 # ---- Theorem 2: as gamma grows, the exact loss tends to the pair loss against argmax r ----
@@ -53,7 +55,7 @@ def _split(rho: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(rho[:, 0]), torch.tensor(rho[:, 1:])
 
 
-def theorem_2(seeds: int = 20, lists: int = 100, responses: int = 8) -> Table:
+def theorem_2(seeds: int, lists: int = 100, responses: int = 8) -> Table:
     """The exact loss against its limit and the supremum over weights, as gamma grows."""
     columns = ["limit from loss, independent", "supremum from loss, independent", "supremum from loss, rho orders as r"]
     table = Table("Theorem 2: the limit of gamma", [], columns)
@@ -70,8 +72,8 @@ def theorem_2(seeds: int = 20, lists: int = 100, responses: int = 8) -> Table:
     table.remarks = [
         f"Exact Eq. 10 in nats, {seeds} seeds of {lists} lists of {responses} responses, rewards and rho of standard "
         "deviation 1; mean [95 % interval over seeds]. The limit is the pair loss against the dispreferred response of "
-        "highest reward, the supremum that against the one of highest rho; the columns are their distances from the loss. The theorem's limit holds; that it is the "
-        "supremum over all weights needs both to be the same response.",
+        "highest reward, the supremum that against the one of highest rho; the columns are their distances from the "
+        "loss. In the last column rho puts the dispreferred in the order of the rewards.",
         "",
         "Counterexample: rewards (2, 1, 0), rho (0, -1, 1). At gamma 100 the loss is "
         f"{loss:.3f}, its limit {limit:.3f} and the supremum {supremum:.3f}.",
@@ -108,20 +110,19 @@ def margins(features: np.ndarray, rewards: np.ndarray, gamma: float, by: str, le
     for step in range(steps):
         point = (point / point.norm(dim=1, keepdim=True)).requires_grad_()
         rho = length * torch.einsum("bnd,bd->bn", x, point)
-        if by == "rho":
-            q = torch.tensor(hardness_weights(rho[:, 1:].detach().numpy(), gamma))
-        else:
-            q = fixed
+        q = torch.tensor(hardness_weights(rho[:, 1:].detach().numpy(), gamma)) if by == "rho" else fixed
         (gradient,) = torch.autograd.grad(hps_loss(rho[:, 0], rho[:, 1:], q.log()).sum(), point)
         along = gradient - (gradient * point).sum(dim=1, keepdim=True) * point
-        point = (point - 0.3 * (1 - step / steps) ** 2 * along / along.norm(dim=1, keepdim=True).clamp(min=1e-300)).detach()
+        point = (
+            point - 0.3 * (1 - step / steps) ** 2 * along / along.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        ).detach()
     point = point / point.norm(dim=1, keepdim=True)
     rho = torch.einsum("bnd,bd->bn", x, point).numpy()
     largest = np.array([largest_margin(each[0] - each[1:]) for each in features])
     return (rho[:, 0] - rho[:, 1:].max(axis=1)) / largest
 
 
-def theorem_3(seeds: int = 20, prompts: int = 8, responses: int = 8) -> Table:
+def theorem_3(seeds: int, prompts: int = 8, responses: int = 8) -> Table:
     """The margin at the minimiser, by what q sees."""
     lengths, names = (1.0, 10.0), {"reward": "the reward", "rho": "rho"}
     table = Table("Theorem 3: the margin at the minimiser", [], [f"|theta| = {length:g}" for length in lengths])
@@ -140,9 +141,8 @@ def theorem_3(seeds: int = 20, prompts: int = 8, responses: int = 8) -> Table:
         f"possible margin. rho is linear in {DIMENSION} features and so is the reward, y_1 has the highest reward; "
         f"{seeds} seeds of {prompts} prompts with {responses} responses; mean [95 % interval over seeds].",
         "",
-        "The theorem's limit is the supremum over weights, which puts them on the highest rho: then the margin becomes the "
-        "largest. Eq. 9 tilts by the annotated reward: as gamma grows its loss looks at the second-best response alone, "
-        "and others come near y_1 or pass it.",
+        "The theorem's limit is the supremum over all weights, which puts them on the highest rho: q by rho tends to "
+        "it. Eq. 9 is q by the reward.",
     ]
     return table
 
@@ -184,30 +184,28 @@ def estimation_error(loss: Loss, prompts: int, responses: int, problems: int, st
     return np.linalg.norm(found - truth, axis=1) / 0.5
 
 
-def theorem_1(seeds: int = 20, sizes=(2, 4, 8, 16, 32), prompts=(100, 200, 400, 800)) -> Table:
-    """Errors against n at m = 200, against m at n = 8, and their slopes in double logarithmic axes."""
+def theorem_1(seeds: int) -> Table:
+    """Errors against n at one m, against m at one n, and their slopes in double logarithmic axes."""
     table = Table("Theorem 1: the error of the estimate", [], list(ESTIMATORS))
-    at_n, at_m = 200, 8
     for name, loss in ESTIMATORS.items():
-        by_n = {f"n {n}, m {at_n}": estimation_error(loss, at_n, n, seeds, stream=1) for n in sizes}
-        by_m = {f"n {at_m}, m {m}": estimation_error(loss, m, at_m, seeds, stream=1) for m in prompts}
+        by_n = {f"n {n}, m {AT_PROMPTS}": estimation_error(loss, AT_PROMPTS, n, seeds, stream=1) for n in SIZES}
+        by_m = {f"n {AT_SIZE}, m {m}": estimation_error(loss, m, AT_SIZE, seeds, stream=1) for m in PROMPTS}
         for label, errors in {**by_n, **by_m}.items():
             table.rows.setdefault(label, {})[name] = over_seeds(errors)
-        for label, values, axis in (("slope in n", by_n, sizes), ("slope in m", by_m, prompts)):
+        for label, values, axis in (("slope in n", by_n, SIZES), ("slope in m", by_m, PROMPTS)):
             slopes = np.polyfit(np.log(axis), np.log(np.stack(list(values.values()))), 1)[0]
             table.rows.setdefault(label, {})[name] = over_seeds(slopes)
         table.curves[name] = {
-            "n": [[n, short(each.mean())] for n, each in zip(sizes, by_n.values(), strict=True)],
-            "m": [[m, short(each.mean())] for m, each in zip(prompts, by_m.values(), strict=True)],
+            "n": [[n, short(each.mean())] for n, each in zip(SIZES, by_n.values(), strict=True)],
+            "m": [[m, short(each.mean())] for m, each in zip(PROMPTS, by_m.values(), strict=True)],
         }
     table.rows = {label: table.rows[label] for label in sorted(table.rows, key=lambda label: "slope" in label)}
     table.remarks = [
         f"|theta - theta*| / |theta*| for Plackett-Luce rankings of a linear reward of standard deviation 0.5, "
-        f"{DIMENSION} features, gamma 0; {seeds} data sets; mean [95 % interval over them]. top-1 soft-max is exact Eq. 8 "
-        "at gamma 0; HPS draws one negative for each prompt, without N.",
+        f"{DIMENSION} features, gamma 0; {seeds} data sets; mean [95 % interval over them]. top-1 soft-max is exact "
+        "Eq. 8 at gamma 0; HPS draws one negative for each prompt, without N.",
         "",
-        "The theorem bounds the error by O(n / sqrt(m)) for HPS and O(n^2 / sqrt(m)) for PL. These are upper bounds and no "
-        "rates: here no error grows with n, PL's falls the fastest, and HPS with one draw learns nothing from a longer "
-        "list. All fall about like 1 / sqrt(m). PL's advantage per prompt costs n responses a step, HPS's two.",
+        "The theorem bounds the error from above, by O(n / sqrt(m)) for HPS and O(n^2 / sqrt(m)) for PL. A bound is no "
+        "rate; the slopes of the last two rows are rates. A step costs PL n responses and HPS two.",
     ]
     return table

@@ -50,7 +50,7 @@ class World:
         return (policy * self.rewards).sum(-1).mean(-1), (policy * (log_policy - self.reference)).sum(-1).mean(-1)
 
     def optimum(self, tilt: torch.Tensor) -> torch.Tensor:
-        """log of `pi_ref exp(tilt r) / Z`, the highest reward at its KL (tilt is 1 / beta); (..., seeds, prompts, n)."""
+        """log of `pi_ref exp(tilt r) / Z`, tilt = 1 / beta, the best at its KL: (..., seeds, prompts, n)."""
         return (self.reference + tilt[..., None, None] * self.rewards).log_softmax(dim=-1)
 
 
