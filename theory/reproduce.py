@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from hps.errors import run_main
 from pipeline.recipe import REPOSITORY
 from theory import consistency, estimators, frontier, pictures, theorems
@@ -74,6 +76,7 @@ def main() -> None:
             print(f"plan: {title}: {SEEDS} seeds")
         print(f"plan: about a minute on two cores; outputs: {FOLDER}")
         return
+    torch.set_num_threads(1)  # small tensors: a second thread costs more than it gains
     reproduce(FOLDER, SEEDS)
 
 
