@@ -300,8 +300,10 @@ def test_every_table_and_picture_of_a_small_run(tmp_path, monkeypatch, capsys):
         (consistency, "NOISE_DRAWS", 200),
         (consistency, "PROMPTS", 4),
         (frontier, "PROMPTS", 4),
+        (frontier, "MANY", 9),
         (theorems, "SIZES", (2, 4)),
         (theorems, "PROMPTS", (20, 40)),
+        (theorems, "DESCENT", 20),
     ):
         monkeypatch.setattr(module, name, value)
     reproduce.reproduce(tmp_path, seeds=2)

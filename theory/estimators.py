@@ -80,7 +80,7 @@ def tilted(rewards: np.ndarray, gamma: float) -> torch.Tensor:
     return torch.tensor(hardness_weights(rewards[:, 1:], gamma))
 
 
-def compare(seeds: int, lists: int = 10, responses: int = 5, draws=(1, 4, 16)) -> Table:
+def compare(seeds: int, lists: int = 40, responses: int = 5, draws=(1, 4, 16)) -> Table:
     """Bias and spread of each estimator of its loss, for three q."""
     columns = [
         "loss, nats",

@@ -20,7 +20,7 @@ READ_AT = 0.5  # nats
 CURVE = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)  # nats
 STEPS = 40
 LENGTHS = (0.3, 0.6, 1.0, 1.6, 2.6, 4.0)  # of a training's path: the root mean square of the logits if it were straight
-PROMPTS, RESPONSES, DIMENSION = 32, 8, 8
+PROMPTS, RESPONSES, MANY, DIMENSION = 32, 8, 32, 8
 BASELINE = "dpo-bt"
 Method = tuple[Loss, Schedule]
 
@@ -51,7 +51,8 @@ def compared_negatives() -> dict[str, Method]:
     rows["-5 to 5, N"] = (Loss(factor_n=True), schedule)
     rows["gamma 0, exact, N"] = (Loss(estimator="exact", factor_n=True), gammas(0, 0))
     rows["hardest"] = (Loss(negatives="hardest"), schedule)
-    rows["mean - 1 deviation"] = (Loss(negatives="below_mean", negative_deviations=1.0), schedule)
+    for k, text in ((1.0, "mean - 1 deviation"), (2.0, "mean - 2 deviations")):
+        rows[text] = (Loss(negatives="below_mean", negative_deviations=k), schedule)
     return rows
 
 
@@ -122,46 +123,52 @@ def tested(world: World, tests: World, frontier: Frontier, method: Method, seed:
     return frontier.share(rewards, kls), kls
 
 
-def compare(seeds: int) -> Table:
-    """All methods and negatives in three worlds; see the table's remarks."""
-    size = (seeds, PROMPTS, RESPONSES)
-    negatives = {name: method for name, method in compared_methods().items() if name.startswith("dpo-")}
-    worlds = {
-        "free": (make(*size), None, compared_methods()),
-        "shared": (make(*size, DIMENSION), make(*size, DIMENSION, stream=1), compared_methods()),
-        "noisy": (make(*size, DIMENSION, noise=1.0), make(*size, DIMENSION, stream=1), negatives),
+def worlds(seeds: int) -> dict[str, tuple[World, World, dict[str, Method]]]:
+    """By name: the world that is trained on, the one that is tested on, and the methods compared with the negatives."""
+    size, many = (seeds, PROMPTS, RESPONSES), (seeds, PROMPTS, MANY)
+    every = compared_methods()
+    dpo = {name: method for name, method in every.items() if name.startswith("dpo-")}
+    free = make(*size)
+    shared, shared_many = (make(*each, DIMENSION, stream=1) for each in (size, many))
+    return {
+        "free": (free, free, every),
+        "shared": (make(*size, DIMENSION), shared, every),
+        "noisy": (make(*size, DIMENSION, noise=1.0), shared, dpo),
+        "long": (make(*many, DIMENSION, noise=1.0), shared_many, dpo),
     }
-    columns = [text for name in worlds for text in (f"{name}: share", f"{name}: minus {BASELINE}")]
-    table = Table("Reward at equal KL, as a share of the optimum's gain", [], columns)
-    start = {}
-    for name, (world, tests, compared) in worlds.items():
-        tests = tests or world
-        frontier = Frontier(tests)
-        gain = frontier.reward(np.full(seeds, READ_AT)) - frontier.start
-        start[name] = f"{name} {over_seeds(gain)['mean']:.2f}"
-        found = {}
+
+
+def compare(seeds: int) -> Table:
+    """All methods and negatives in every world; see the table's remarks."""
+    table, gains = Table("Reward at equal KL, as a share of the optimum's gain", [], []), {}
+    for name, (world, tests, compared) in worlds(seeds).items():
+        share, minus = f"{name}: share", f"{name}: minus {BASELINE}"
+        table.columns += [share, minus]
+        frontier, curves, base = Frontier(tests), {}, None
         for label, method in {**compared, **compared_negatives()}.items():
             shares, kls = tested(world, tests, frontier, method, seed=1)
-            found[label] = at = read(shares, kls, READ_AT)
-            row = table.rows.setdefault(label, {})
-            row[f"{name}: share"] = over_seeds(at)
-            row[f"{name}: minus {BASELINE}"] = over_seeds(at - found[BASELINE]) if label != BASELINE else {}
+            at = read(shares, kls, READ_AT)
+            base = at if label == BASELINE else base  # the first row
+            table.rows.setdefault(label, {}).update({share: over_seeds(at), minus: over_seeds(at - base)})
             curve = [[kl, over_seeds(read(shares, kls, kl)).get("mean")] for kl in CURVE]
-            table.curves.setdefault(name, {})[label] = [point for point in curve if point[1] is not None]
-        table.curves.setdefault("optimum", {})[name] = [
-            [kl, over_seeds(frontier.reward(np.full(seeds, kl)) - frontier.start)["mean"]] for kl in CURVE
-        ]
+            curves[label] = [point for point in curve if point[1] is not None]
+        table.rows[BASELINE][minus] = {}
+        optimum = {kl: over_seeds(frontier.reward(np.full(seeds, kl)) - frontier.start)["mean"] for kl in CURVE}
+        table.curves[name] = {**curves, "optimum, gain in reward": list(optimum.items())}
+        gains[name] = f"{name} {over_seeds(frontier.reward(np.full(seeds, READ_AT)) - frontier.start)['mean']:.2f}"
     table.remarks = [
         f"Share of the gain in true reward that the best policy has at the same KL ({READ_AT:g} nats): {seeds} seeds, "
         f"each a world of {PROMPTS} prompts with {RESPONSES} responses; mean [95 % interval over seeds], differences "
-        f"paired by seed. The optimum's gain there, in standard deviations of the reward: {', '.join(start.values())}.",
+        f"paired by seed. The optimum's gain there, in standard deviations of the reward: {', '.join(gains.values())}.",
         "",
         "- free: a logit for each response, read on the prompts that were trained on.",
         f"- shared: logits linear in {DIMENSION} features, as the reward is; read on as many other prompts.",
         "- noisy: shared, and the rewards that rank have noise of one standard deviation.",
+        f"- long: noisy, with {MANY} responses.",
         "",
         "Lists of pl have all responses (the recipe's default is 5). SimPO's responses have one token. dpo-bt is the "
-        "rule `worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. Of so few responses the one nearest to "
-        f"the mean minus 2 deviations is the worst. Trainings of {STEPS} steps, all prompts in each.",
+        "rule `worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. With 8 responses the one nearest to the "
+        f"mean minus 2 deviations is the worst. Trainings of {STEPS} steps of one length along the gradient, all "
+        "prompts in each; the share at the KL is read between trainings of different lengths.",
     ]
     return table

@@ -18,13 +18,14 @@ WORLDS = {
     "free": "free logits",
     "shared": "shared features,\nother prompts",
     "noisy": "shared features,\nnoisy ranking",
+    "long": "the same,\n32 responses",
 }
 # The curves of the frontier: row, label, colour, line.
 CURVES = (
     ("exo-pl", "EXO-PL (sees rewards)", "tab:cyan", "-"),
     ("dpo-pl", "DPO-PL", "tab:blue", "-"),
     ("dpo-bt", "DPO-BT (worst)", "black", "-"),
-    ("mean - 1 deviation", "mean - 1 deviation", "0.5", "--"),
+    ("mean - 1 deviation", "mean minus 1 deviation", "0.5", "--"),
     ("gamma 0", "gamma 0 (uniform)", "gold", "-"),
     ("dpo-hps", "DPO-HPS, gamma -5 to 5", "tab:orange", "-"),
     ("gamma 1", "gamma 1", "tab:red", "-"),
@@ -55,7 +56,7 @@ def frontier(table: Table, path: Path) -> None:
         axes[0].set_ylabel("gain in true reward,\nshare of the optimum's at this KL")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
 
-    save(path, 15, 5, (1, 3), draw, sharey=True)
+    save(path, 17, 5, (1, 4), draw, sharey=True)
 
 
 def differences(table: Table, path: Path) -> None:
@@ -78,7 +79,7 @@ def differences(table: Table, path: Path) -> None:
         handles = [axes[0].plot([], [], color=HUES[group], marker="o", linewidth=2)[0] for group in names]
         figure.legend(handles, names.values(), loc="outside lower center", ncols=4, frameon=False)
 
-    save(path, 12, 0.31 * len(rows) + 2, (1, 3), draw, sharex=True, sharey=True)
+    save(path, 14, 0.31 * len(rows) + 2, (1, 4), draw, sharex=True, sharey=True)
 
 
 def _points(table: Table, labels: Iterable[str], column: str) -> tuple[list[float], np.ndarray]:

@@ -16,6 +16,7 @@ from theory.output import Table, over_seeds, short
 DIMENSION = 8  # of the features of Theorems 1 and 3
 SIZES, AT_PROMPTS = (2, 4, 8, 16, 32), 200  # Theorem 1: n, and m beside them
 PROMPTS, AT_SIZE = (100, 200, 400, 800), 8  # m, and n beside them
+DESCENT = 200  # Theorem 3: steps
 
 
 # ---- Theorem 2: as gamma grows, the exact loss tends to the pair loss against argmax r ----
@@ -106,15 +107,14 @@ def margins(features: np.ndarray, rewards: np.ndarray, gamma: float, by: str, le
     x = torch.tensor(features)
     point = x[:, 0] - x[:, 1:].mean(dim=1)
     fixed = torch.tensor(hardness_weights(rewards[:, 1:], gamma))
-    steps = 200
-    for step in range(steps):
+    for step in range(DESCENT):
         point = (point / point.norm(dim=1, keepdim=True)).requires_grad_()
         rho = length * torch.einsum("bnd,bd->bn", x, point)
         q = torch.tensor(hardness_weights(rho[:, 1:].detach().numpy(), gamma)) if by == "rho" else fixed
         (gradient,) = torch.autograd.grad(hps_loss(rho[:, 0], rho[:, 1:], q.log()).sum(), point)
         along = gradient - (gradient * point).sum(dim=1, keepdim=True) * point
         point = (
-            point - 0.3 * (1 - step / steps) ** 2 * along / along.norm(dim=1, keepdim=True).clamp(min=1e-300)
+            point - 0.3 * (1 - step / DESCENT) ** 2 * along / along.norm(dim=1, keepdim=True).clamp(min=1e-300)
         ).detach()
     point = point / point.norm(dim=1, keepdim=True)
     rho = torch.einsum("bnd,bd->bn", x, point).numpy()
