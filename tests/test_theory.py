@@ -313,6 +313,9 @@ def test_every_table_and_picture_of_a_small_run(tmp_path, monkeypatch, capsys):
     for name in names:
         table = json.loads((tmp_path / f"{name}.json").read_text())
         assert table["rows"] and all(row for row in table["rows"].values()), name
+        lines = [line for line in (tmp_path / f"{name}.md").read_text().splitlines() if line.startswith("| ")]
+        assert len(lines) == len(table["rows"]) + 2
+        assert {line.count("|") for line in lines} == {len(table["columns"]) + 2}, name  # none within a cell
     assert capsys.readouterr().out.count("theory: ") == len(reproduce.PARTS)
 
 

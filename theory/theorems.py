@@ -125,7 +125,7 @@ def margins(features: np.ndarray, rewards: np.ndarray, gamma: float, by: str, le
 def theorem_3(seeds: int, prompts: int = 8, responses: int = 8) -> Table:
     """The margin at the minimiser, by what q sees."""
     lengths, names = (1.0, 10.0), {"reward": "the reward", "rho": "rho"}
-    table = Table("Theorem 3: the margin at the minimiser", [], [f"|theta| = {length:g}" for length in lengths])
+    table = Table("Theorem 3: the margin at the minimiser", [], [f"theta of length {length:g}" for length in lengths])
     rng = np.random.default_rng(3)
     features = rng.normal(size=(seeds * prompts, responses, DIMENSION))
     rewards = features[..., 0]
