@@ -1,4 +1,4 @@
-"""Negatives of HPS: their weights (Eq. 9), the stages of gamma (section 6), and the draws."""
+"""Negatives of HPS: their weights (Eq. 9 and other rules), the stages of gamma (section 6), and the draws."""
 
 import numpy as np
 
@@ -12,15 +12,88 @@ def hardness_weights(rewards: np.ndarray, gamma: float) -> np.ndarray:
     The maximum is subtracted first, so that large rewards do not overflow (the released code gives NaN there).
 
     Args:
-        rewards: (N,), rewards of the dispreferred responses, any unit.
+        rewards: (..., N), rewards of the dispreferred responses, any unit.
         gamma: hardness; positive favours high rewards (hard negatives), negative low ones, 0 is uniform.
 
     Returns:
-        (N,), sums to 1.
+        (..., N), sums to 1 over the last dimension.
     """
     logits = gamma * np.asarray(rewards, dtype=np.float64)
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def reversal_threshold(responses: int, scale: float = 1.0) -> float:
+    """The gamma from which HPS learns small differences of the reward reversed: `alpha (n - 1) / (n - 2)`.
+
+    For free scores, and a y_1 chosen with probability proportional to `exp(alpha r)`, independently of the rewards in
+    q (docs/methods.md, "Consistency").
+
+    Args:
+        responses: n, y_1 included.
+        scale: alpha, in units of 1 / reward.
+
+    Returns:
+        In the unit of gamma; infinite for n = 2, where q has no choice.
+    """
+    return scale * (responses - 1) / (responses - 2) if responses > 2 else float("inf")
+
+
+def learns_reversed(rewards: np.ndarray, loss: Loss, schedule: Schedule) -> bool:
+    """Whether some gamma is at or above the `reversal_threshold` of a list, for people who choose by `exp(reward)`.
+
+    With `best: reward` y_1 and q come from one score, noisy or not, and nothing is reversed in this way. Standardised
+    rewards have the unit of their deviation, so a choice by `exp(reward)` is one with alpha = deviation.
+
+    Args:
+        rewards: (n,), of the list that is trained on, as they are in the ranked file.
+    """
+    if schedule.best != "human" or not loss.reads_gamma or np.ptp(rewards) == 0:
+        return False
+    scale = float(rewards.std()) if schedule.standardize_rewards else 1.0
+    return max(gamma_stages(schedule)) >= reversal_threshold(len(rewards), scale)
+
+
+def draws(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Independent draws from each distribution, with replacement; (..., N) weights to (..., count) indices.
+
+    For one distribution these are the numbers of `rng.choice(N, size=count, p=weights)`, which knows no more than one.
+    """
+    cumulative = weights.cumsum(axis=-1)
+    cumulative /= cumulative[..., -1:]
+    uniform = rng.random((*weights.shape[:-1], count))
+    return (cumulative[..., None, :] <= uniform[..., None]).sum(axis=-1)
+
+
+def negative_weights(rewards: np.ndarray, loss: Loss, gamma: float, listed: np.ndarray) -> np.ndarray:
+    """The distribution over the dispreferred responses that `loss.negatives` names.
+
+    `softmax` is q of Eq. 9, `uniform` gives all the same. The others put all on one response: `worst` and `hardest` on
+    the lowest and the highest reward, `below_mean` on the reward nearest to the mean of the list minus
+    `loss.negative_deviations` standard deviations (arXiv 2502.16825). Of equal ones `worst` takes the last, as Eq. 15
+    does, the others take the first.
+
+    Args:
+        rewards: (..., N), of the dispreferred responses ((N,) for `softmax`), any unit.
+        gamma: for `softmax` alone.
+        listed: (..., n), of the whole list, y_1 included, in the same unit; for `below_mean` alone.
+
+    Returns:
+        The shape of `rewards`; sums to 1 along the last axis.
+    """
+    count = rewards.shape[-1]
+    if loss.negatives == "softmax":
+        return hardness_weights(rewards, gamma)
+    if loss.negatives == "uniform":
+        return np.full(rewards.shape, 1 / count)
+    if loss.negatives == "worst":
+        place = count - 1 - rewards[..., ::-1].argmin(axis=-1)
+    elif loss.negatives == "hardest":
+        place = rewards.argmax(axis=-1)
+    else:
+        mean, deviation = listed.mean(axis=-1, keepdims=True), listed.std(axis=-1, keepdims=True)
+        place = np.abs(rewards - (mean - loss.negative_deviations * deviation)).argmin(axis=-1)
+    return np.eye(count)[place]
 
 
 def gamma_stages(schedule: Schedule) -> list[float]:
@@ -46,17 +119,24 @@ def standardize(rewards: np.ndarray) -> np.ndarray:
 
 
 def term(
-    preferred: int, others: list[int], rewards: np.ndarray, loss: Loss, gamma: float, rng: np.random.Generator
+    preferred: int,
+    others: list[int],
+    listed: list[int],
+    rewards: np.ndarray,
+    loss: Loss,
+    gamma: float,
+    rng: np.random.Generator,
 ) -> tuple[Term, np.ndarray]:
     """What one preferred response is compared with, and the distribution that it was drawn from.
 
     Args:
         preferred: index of the response.
         others: (N,), indices of the dispreferred responses, highest reward first.
-        rewards: (n,), rewards of the whole record, as the loss sees them.
+        listed: indices of the prompt's whole list.
+        rewards: rewards of the whole record, as the loss sees them.
 
     Returns:
-        Fields of the plan's row, and (N,) weights: q of Eq. 9, all on the worst for bt, uniform for pl.
+        Fields of the plan's row, and (N,) weights: those of the rule for hps, all on the worst for bt, uniform for pl.
     """
     count = len(others)
     if loss.preference == "bt":
@@ -67,11 +147,11 @@ def term(
         size = min(count, (loss.list_size or count + 1) - 1)
         places, weights = sorted(rng.choice(count, size=size, replace=False).tolist()), None
     else:
-        q = hardness_weights(rewards[others], gamma)
+        q = negative_weights(rewards[others], loss, gamma, rewards[listed])
         if loss.estimator == "exact":
             places, weights = range(count), q.tolist()
         else:
-            drawn, times = np.unique(rng.choice(count, size=loss.samples, p=q), return_counts=True)
+            drawn, times = np.unique(draws(q, loss.samples, rng), return_counts=True)
             places, weights = drawn.tolist(), (times / loss.samples).tolist()
     dispreferred = [others[place] for place in places]
     fields: Term = {

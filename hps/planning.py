@@ -8,14 +8,14 @@ cannot change them. A record is a line of a ranked file: `prompt_id`, `responses
 import hashlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import cast
 
 import numpy as np
 
 from hps.errors import InputError, naming
 from hps.methods import FAMILIES
-from hps.negatives import gamma_stages, stage_of, standardize, term
+from hps.negatives import gamma_stages, learns_reversed, stage_of, standardize, term
 from hps.records import PlanRow, Ranked, Term
 from hps.settings import Loss, Schedule
 
@@ -93,6 +93,25 @@ def usable(
     return kept, dict(left_out)
 
 
+def reversal_warning(records: Iterable[Ranked], loss: Loss, schedule: Schedule, seed: int) -> str:
+    """What to say of prompts whose order is learned in reverse (`learns_reversed`); nothing where there are none."""
+    if schedule.best != "human" or not loss.reads_gamma:
+        return ""  # without reading the records
+    found = [
+        learns_reversed(np.array(record["rewards"])[listed], loss, schedule)
+        for record in records
+        if (listed := training_list(record, loss, schedule, seed)[0])
+    ]
+    unit = " standard deviations of its rewards" if schedule.standardize_rewards else ""
+    if not any(found):
+        return ""
+    return (
+        f"y_1 is what people chose, and gamma goes up to {max(gamma_stages(schedule)):g}: in {sum(found)} of "
+        f"{len(found)} prompts this is at or above (n - 1) / (n - 2){unit}, where small differences of the reward are "
+        'learned in reverse if people choose by exp(reward) (docs/methods.md, "Consistency"); keep gamma below it'
+    )
+
+
 def training_order(count: int, schedule: Schedule, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """(rows, 2), epoch and prompt index in training order, whole steps; and how many rows fill up the last step.
 
@@ -166,8 +185,8 @@ class Plan:
             "rows_to_fill_the_last_step": self._fill,
             "steps": self._steps,
             "global_batch": self.schedule.global_batch,
-            "gamma": self.gammas if self.loss.preference == "hps" else None,
-            "stages": stage_table(self._figures, self.gammas, self.loss.preference),
+            "gamma": self.gammas if self.loss.reads_gamma else None,
+            "stages": stage_table(self._figures, self.gammas if self.loss.reads_gamma else None),
         }
 
 
@@ -177,17 +196,17 @@ def draw(
     """One row for one prompt, whose `training_list` is `listed`, and what the diagnostics need of it.
 
     `bt` takes the response of lowest reward (Eq. 15), `pl` a list of `loss.list_size`, `hps` what the estimator asks of
-    q (Eq. 9). Appendix E adds a second term, with y_2 as the preferred response.
+    q (Eq. 9, or another rule of the negative). Appendix E adds a second term, with y_2 as the preferred response.
     """
     preferred, *others = listed
     rewards = np.array(record["rewards"], dtype=np.float64)
     if schedule.standardize_rewards:
         rewards[listed] = standardize(rewards[listed])
-    first, q = term(preferred, below_first(others, loss), rewards, loss, gamma, rng)
-    row = {"gamma": gamma if loss.preference == "hps" else None, "prompt_id": record["prompt_id"], **first}
+    first, q = term(preferred, below_first(others, loss), listed, rewards, loss, gamma, rng)
+    row = {"gamma": gamma if loss.reads_gamma else None, "prompt_id": record["prompt_id"], **first}
     if loss.positives == 2:
         below = without_ties(others[1:], others[0], record, schedule)
-        row["second"], _ = term(others[0], below, rewards, loss, gamma, rng)
+        row["second"], _ = term(others[0], below, listed, rewards, loss, gamma, rng)
     return row, {"effective_sample_size": 1.0 / float(np.square(q).sum()), **row_figures(first, record, listed, loss)}
 
 
@@ -238,11 +257,11 @@ def weights_of(term: Term, members: list[int]) -> list[float]:
     return [weights.get(index, 0.0) for index in members]
 
 
-def stage_table(figures: dict[int, dict[str, array]], gammas: list[float], preference: str) -> list[dict]:
-    """Means per gamma stage: effective sample size of q, rank of the drawn (1: hardest), reward and length gap."""
+def stage_table(figures: dict[int, dict[str, array]], gammas: list[float] | None) -> list[dict]:
+    """Means per stage: effective sample size of q, rank of the drawn (1: hardest), reward and length gap."""
     table = []
     for stage in sorted(figures):
         means = {name: round(float(np.mean(values)), 3) for name, values in figures[stage].items()}
         rows = len(figures[stage]["rank"])
-        table.append({"gamma": gammas[stage] if preference == "hps" else None, "rows": rows, **means})
+        table.append({"gamma": gammas[stage] if gammas else None, "rows": rows, **means})
     return table

@@ -175,6 +175,11 @@ def test_help(name):
     assert done.returncode == 0 and f"bash {name}" in done.stdout
 
 
+def test_dry_run_of_the_exact_world():
+    done = script("reproduce.sh", "theory", "--dry-run")
+    assert done.returncode == 0 and "plan: Theorem 3, the margin: 20 seeds" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("name", ["gene.sh", "run.sh", "evaluate.sh"])
 def test_dry_run_of_the_paper_marks_what_is_missing(name):
     done = script(name, "configs/hh_rlhf.yaml", "--dry-run")
