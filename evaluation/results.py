@@ -1,11 +1,26 @@
 """Result files: what an evaluated run leaves in the repository, and how it is found again.
 
-Reads   `<output>/<run>/metrics.json`, `metrics.jsonl`, `evaluation/pairs.jsonl`, `manifest.json`
+Reads   `<output>/<run>/metrics.json`, `metrics.jsonl`, `evaluation/pairs.jsonl`, `manifest.json`; answers, scores and
+        divergence of the run and of its points along the training
 Writes  `results/<scale>/runs/<data>/<run>.json`: `key` (the settings that decide the figures), `figures` and `sets`
-        (means with intervals), `prompts` and `pairs` (columns of per-prompt values), `seconds`, versions, commit
+        (means with intervals), `prompts` and `pairs` (columns of per-prompt values), `answers` (columns of per-answer
+        values, see below), `seconds`, versions, commit
 
         `results/<scale>/win_rate/<data>.json`: of Table 4 `key` (the runs' settings, the judge's) and what
         evaluation.win_rate gives for each other model
+
+`answers` has for each point of the training the values of every answer, to four digits:
+
+    {"12": {"prompt_id": ["p1", "p2"],          # prompts that the policy answered, in the order of the test file
+            "reward": [[0.3612, 0.0], ...],     # the evaluator's, an answer of a prompt each
+            "proxy": [[...], ...],              # the training reward model's, with `evaluation.proxy`
+            "tokens": [[32, 17], ...],          # length
+            "repetition": [[0.0, 0.125], ...],  # share of repeated sequences of four words (evaluation.text_figures)
+            "kl": [[1.204, 0.8731], ...]},      # KL from the reference over the vocabulary, summed over tokens, nats
+     "final": {...}}
+
+The points are steps (`evaluation.samples_along` answers to a prompt), then `final` (`evaluation.samples` answers). The
+model before training has `final` alone, without `kl`. Results from before this field have no `answers`.
 
 A result is valid for a recipe with the same `key`: paths and revisions of the models, hashes of the data files, and
 every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes.
