@@ -33,6 +33,7 @@ from pathlib import Path
 from evaluation.cells import FINAL
 from evaluation.margins import margins, read_columns
 from evaluation.matrix import method_name
+from evaluation.metrics import answer_columns
 from evaluation.win_rate import win_rates
 from hps.errors import InputError
 from hps.methods import own_settings
@@ -40,7 +41,7 @@ from pipeline.files import file_hash, write_json
 from pipeline.functions import identity
 from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe
 from pipeline.records import read_json, read_jsonl
-from pipeline.run_records import check_pair
+from pipeline.run_records import answered_steps, check_pair
 from pipeline.stage import git_commit, versions
 
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
@@ -51,7 +52,7 @@ DEVICES = {
     "evaluation": ("answers", "answer_tokens", "on"),
 }
 JUDGE = ("answers", "repeats", "max_new_tokens", "max_prompt_tokens", "temperature")  # settings of Table 4's judge
-NEW = ("noise", "proxy")  # of annotation and evaluation: not in a key while they are off
+NEW = ("noise", "proxy", "samples_along")  # of annotation and evaluation: not in a key while they are off
 
 
 @dataclass
@@ -176,6 +177,7 @@ def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:
         "prompts": columns(records),
         "sets": metrics.get("sets", {}),
         "pairs": {} if run.sft else pair_columns(folder / "evaluation" / "pairs.jsonl"),
+        "answers": answers(run),
         "seconds": seconds,
         "versions": versions(),
         "git_commit": git_commit(),
@@ -188,6 +190,25 @@ def columns(records: list[dict]) -> dict[str, list]:
     """Records as columns; a figure that a prompt does not have is null."""
     names = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in names}
+
+
+def answers(run: Evaluated) -> dict[str, dict[str, list]]:
+    """The values of every answer by point of the training, to four digits; see the module's docstring."""
+    if run.sft:
+        return {FINAL: _short(answer_columns(run.recipe, run.folder(), sft=True))}
+    return {
+        FINAL if step is None else str(step): _short(answer_columns(run.recipe, run.recipe.evaluated_folder(step)))
+        for step in answered_steps(run.recipe)
+    }
+
+
+def _short(columns: dict[str, list]) -> dict[str, list]:
+    """Numbers with four significant digits, so that a result file stays small."""
+    whole = ("prompt_id", "tokens")
+    return {
+        name: values if name in whole else [[float(f"{value:.4g}") for value in row] for row in values]
+        for name, values in columns.items()
+    }
 
 
 def pair_columns(path: Path) -> dict[str, dict]:

@@ -225,6 +225,7 @@ BOUNDS = {
     "training.processes": (1, None), "training.row_tokens": (1, None), "training.save_steps": (1, None),
     "evaluation.bootstrap": (1, None), "evaluation.answers": (0, None), "evaluation.answer_tokens": (1, None),
     "evaluation.prompts": (1, None), "evaluation.checkpoints": (0, None), "evaluation.samples": (1, None),
+    "evaluation.samples_along": (0, None),
     "judge.answers": (1, None), "judge.repeats": (1, None), "judge.max_new_tokens": (32, None),
     "judge.max_prompt_tokens": (1, None), "judge.temperature": (0, None), "judge.tensor_parallel": (1, None),
 }  # fmt: skip
@@ -429,7 +430,7 @@ PAPER = {
     "training.wandb": False, "training.tensorboard": False,
     "evaluation.bootstrap": 2000, "evaluation.answers": 3, "evaluation.answer_tokens": 256,
     "evaluation.prompts": None, "evaluation.checkpoints": 4, "evaluation.samples": 5, "evaluation.on": None,
-    "evaluation.proxy": False,
+    "evaluation.proxy": False, "evaluation.samples_along": 0,
     "judge.enabled": False, "judge.answers": 1, "judge.repeats": 1, "judge.max_new_tokens": 256,
     "judge.max_prompt_tokens": 6144, "judge.temperature": 0.0, "judge.tensor_parallel": 8,
 }  # fmt: skip
