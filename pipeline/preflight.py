@@ -19,7 +19,7 @@ from alignment.checks import check_wandb, try_lora
 from alignment.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
-from hps.settings import stages_without_steps
+from hps.settings import rule_without_gamma, stages_without_steps
 from pipeline import models
 from pipeline.cli import parse
 from pipeline.functions import FunctionScorer, announce, located, shown
@@ -112,8 +112,10 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         steps = -(-prompts * schedule.epochs // schedule.global_batch)
         most = responses_per_prompt(recipe) * steps * schedule.global_batch * schedule.max_length
         lines.append(f"training: at most {steps} steps of {schedule.epochs} epochs and {most:,} tokens; {batch}")
-        if recipe.loss.preference == "hps" and (warning := stages_without_steps(steps, schedule)):
+        if recipe.loss.reads_gamma and (warning := stages_without_steps(steps, schedule)):
             lines.append(f"training: WARNING: {warning}")
+        if rule := rule_without_gamma(recipe.loss):
+            lines.append(f"training: {rule}")
     else:
         lines.append(f"training: {schedule.epochs} epochs; {batch}; steps are known once the prompts are there")
     if dry_run:
