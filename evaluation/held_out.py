@@ -34,18 +34,19 @@ class HeldOut:
     Args:
         along: also load the policies along the training.
         dtype: of the weights and of everything computed.
+        step: the policy that was kept there takes the place of the trained one.
     """
 
-    def __init__(self, recipe: Recipe, along: bool = True, dtype: torch.dtype = torch.float32):
-        run = recipe.run_folder()
+    def __init__(self, recipe: Recipe, along: bool = True, dtype: torch.dtype = torch.float32, step: int | None = None):
+        checkpoint = recipe.checkpoint_folder(step)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.limit = recipe.schedule.max_length
-        self.tokenizer = load_tokenizer(str(run / "checkpoint"))
+        self.tokenizer = load_tokenizer(str(checkpoint))
         self.dtype = str(dtype).removeprefix("torch.")
         self.reference = _load(recipe.models.policy, self.device, dtype)
         self.steps: list[int] = []
         if recipe.lora.enabled:
-            self.reference = load_adapter(self.reference, run / "checkpoint", FINAL).eval()
+            self.reference = load_adapter(self.reference, checkpoint, FINAL).eval()
             self.policy = self.reference
             for step, folder in kept_checkpoints(recipe) if along else []:
                 refuse_pickles(folder, None, ADAPTER)
@@ -53,7 +54,7 @@ class HeldOut:
                 check_adapter(self.reference, folder, f"step-{step}")
                 self.steps.append(step)
         else:
-            self.policy = _load(Model(path=str(run / "checkpoint")), self.device, dtype)
+            self.policy = _load(Model(path=str(checkpoint)), self.device, dtype)
         self.layout: Layout = prove(_causal(self.reference), self.limit)
 
     def as_reference(self):

@@ -140,9 +140,12 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         if recipe.ranked("train").exists():
             check_disjoint(read_ranked(recipe.ranked("train")), loaded[0].placed())
         answers = len(loaded[0]) * settings.samples
+        along = len(loaded[0]) * settings.samples_along * settings.checkpoints
+        points = f", {along} of {settings.checkpoints} policies along it" if along else ""
+        tokens = (2 * answers + along) * recipe.generation.max_new_tokens
         lines.append(
-            f"test: {recipe.tested().data.test.path}: {len(loaded[0])} prompts, {answers} answers of the run and "
-            f"{answers} of the model before training, at most {2 * answers * recipe.generation.max_new_tokens:,} tokens"
+            f"test: {recipe.tested().data.test.path}: {len(loaded[0])} prompts, {answers} answers of the run{points} "
+            f"and {answers} of the model before training, at most {tokens:,} tokens"
         )
     judge = recipe.models.judge.path if recipe.judge.enabled else "off (`judge.enabled`)"
     outputs = [folder / "metrics.json" for folder in (recipe.evaluated_folder(), recipe.tested().sft_folder())]

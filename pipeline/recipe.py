@@ -36,7 +36,8 @@ SFT = "sft"  # the folder of the model before training, beside the runs
 SCORERS = ("reward", "evaluator")  # the roles of which a function can do the work
 LEAVE = "leave one of them out"
 SHIPPED = "annotation/rewards.py"  # the functions that a recipe names without a file
-RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are not runs
+RANKED = "ranked"  # the folder of a ranking, unless the recipe names another
+RESERVED = (".", "..", "candidates", RANKED, "reference", "judge", SFT)  # names in `output` that are not runs
 CHOICES = {"loss.family": FAMILIES, "loss.preference": PREFERENCES}
 REFERENCE = r"\$\{([^}]*)\}"  # to another field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -192,6 +193,7 @@ class Evaluation(Section):
     prompts: int | None = Field(None, ge=1, description="test prompts evaluated, from the first (null: all)")
     checkpoints: int = Field(4, ge=0, description="points before the end at which the policy is kept and evaluated")
     samples: int = Field(5, ge=1, description="answers to a prompt, for BLEU, reward and KL")
+    samples_along: int = Field(0, ge=0, description="answers to a prompt at each of these points (0: at the end alone)")
     proxy: bool = Field(False, description="`models.reward` scores the answers, too")
     on: str | None = Field(None, description="recipe whose test split is evaluated (null: this one)")
 
@@ -214,11 +216,13 @@ class Recipe(Section):
     Unknown keys fail with file and line. `key=value` on the command line overrides a field: `bash run.sh
     configs/quickstart.yaml loss.beta=0.25 run=beta-0.25`. A text may refer to another field: `run: beta-${loss.beta}`.
     `--dry-run` prints the resolved recipe and the plan. One folder never mixes two settings: a changed setting asks
-    for another `output` (candidates, ranking) or `run` (training).
+    for another `output` (candidates), `ranking` or `run` (training). Rankings in one output share candidates and the
+    answers of the model before training.
     """
 
     output: str = Field(min_length=1, description="folder of the experiment")
     run: str = Field("${loss.family}-${loss.preference}", description="folder in it for one training")
+    ranking: str = Field(RANKED, description="folder in it for one ranking of the candidates")
     seed: int = Field(42, ge=0, lt=2**31, description="of sampling, plan and training")
     models: Models = Models()
     data: Data
@@ -236,7 +240,7 @@ class Recipe(Section):
         return Path(self.output) / "candidates" / f"{split}.jsonl"
 
     def ranked(self, split: str) -> Path:
-        return Path(self.output) / "ranked" / f"{split}.jsonl"
+        return Path(self.output) / self.ranking / f"{split}.jsonl"
 
     def run_folder(self) -> Path:
         return Path(self.output) / self.run
@@ -252,11 +256,20 @@ class Recipe(Section):
         other = load_recipe(self.evaluation.on)
         return other.model_copy(update={"evaluation": evaluation, "generation": self.generation})
 
-    def evaluated_folder(self) -> Path:
-        """Where the evaluation of the run is: in the run's folder, or in one for the other test split."""
-        if self.evaluation.on is None:
-            return self.run_folder()
-        return self.run_folder() / "on" / Path(self.tested().output).name
+    def evaluated_folder(self, step: int | None = None) -> Path:
+        """Where the evaluation of the run is: in the run's folder, or in one for the other test split.
+
+        Args:
+            step: of the policy that was kept there (`evaluation.samples_along`); None: of the trained policy.
+        """
+        folder = self.run_folder()
+        if self.evaluation.on is not None:
+            folder = folder / "on" / Path(self.tested().output).name
+        return folder if step is None else folder / "along" / f"step-{step}"
+
+    def checkpoint_folder(self, step: int | None = None) -> Path:
+        """The trained policy, or the adapter that was kept at a step."""
+        return self.run_folder() / ("checkpoint" if step is None else f"checkpoints/step-{step}")
 
 
 # ---- loading ----
@@ -522,11 +535,19 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
     many, reason = judge.answers > recipe.evaluation.samples, f"`evaluation.samples` is {recipe.evaluation.samples}"
     yield judge.enabled and many, "judge.answers", reason, "lower the first or raise the second"
 
+    key, along = "evaluation.samples_along", recipe.evaluation.samples_along > 0
+    none = along and recipe.evaluation.checkpoints == 0
+    yield none, key, "`evaluation.checkpoints` is 0", "raise the second, or leave the first at 0"
+    full = along and not recipe.lora.enabled
+    yield full, key, "`lora.enabled` is false, and nothing is kept along the training", "leave the first at 0"
+
     empty = recipe.lora.enabled and not recipe.lora.target_modules
     yield empty, "lora.target_modules", "`lora.enabled` is true", "name modules, e.g. q_proj"
 
-    taken = not recipe.run or "/" in recipe.run or recipe.run in RESERVED
-    yield taken, "run", "it must be a new folder in `output`", "give the name of a folder"
+    for key, taken in (("run", {*RESERVED, recipe.ranking}), ("ranking", {*RESERVED} - {RANKED})):
+        name = get(recipe, key)
+        wrong = not name or "/" in name or name in taken
+        yield wrong, key, "it must be a new folder in `output`", "give the name of a folder"
 
     for key, known in CHOICES.items():
         yield get(recipe, key) not in known, key, "there is no such method", f"use one of: {', '.join(known)}"

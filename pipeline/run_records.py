@@ -6,6 +6,8 @@
 - scores:      rewards of the answers to a prompt (annotation/score_answers.py)
 - divergence:  how far the policy has moved on its own answers (evaluation/divergence.py)
 
+Also which policies a run has kept, and which of them answer.
+
 A line that was edited, or that another version wrote, is refused with file, line, field and value, before a number of
 it enters a figure. `read_jsonl`, `Lines` and `Indexed` take the checks.
 """
@@ -128,7 +130,15 @@ def check_divergence(record: dict, where: str) -> Divergence:
     return line
 
 
+# ---- the policies of a run ----
+
+
 def kept_checkpoints(recipe: Recipe) -> list[tuple[int, Path]]:
-    """`(step, folder)` of each adapter that the training kept (alignment.train), in order."""
+    """`(step, folder)` of each adapter that the training kept, in order."""
     folders = (recipe.run_folder() / "checkpoints").glob("step-*")
     return sorted((int(folder.name.partition("-")[2]), folder) for folder in folders)
+
+
+def answered_steps(recipe: Recipe) -> list[int | None]:
+    """The steps whose kept policies answer the test prompts (`evaluation.samples_along`), then None for the end."""
+    return [*(step for step, _ in kept_checkpoints(recipe) if recipe.evaluation.samples_along), None]

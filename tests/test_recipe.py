@@ -226,6 +226,7 @@ BOUNDS = {
     "training.processes": (1, None), "training.row_tokens": (1, None), "training.save_steps": (1, None),
     "evaluation.bootstrap": (1, None), "evaluation.answers": (0, None),
     "evaluation.prompts": (1, None), "evaluation.checkpoints": (0, None), "evaluation.samples": (1, None),
+    "evaluation.samples_along": (0, None),
     "judge.answers": (1, None), "judge.repeats": (1, None), "judge.max_new_tokens": (32, None),
     "judge.max_prompt_tokens": (1, None), "judge.temperature": (0, None), "judge.tensor_parallel": (1, None),
 }  # fmt: skip
@@ -395,7 +396,7 @@ def test_the_recipes_of_the_paper_say_what_was_done(name):
 
 
 PAPER = {
-    "output": "runs/x", "run": "dpo-hps", "seed": 42,
+    "output": "runs/x", "run": "dpo-hps", "ranking": "ranked", "seed": 42,
     "models.generator.path": "RLHFlow/Llama3-v2-iterative-DPO-iter3", "models.generator.revision": None,
     "models.policy.path": "RLHFlow/Llama3-SFT-v2.0-epoch3", "models.policy.revision": None,
     "models.reward.path": "Skywork/Skywork-Reward-Llama-3.1-8B", "models.reward.revision": None,
@@ -431,7 +432,7 @@ PAPER = {
     "training.wandb": False, "training.tensorboard": False,
     "evaluation.bootstrap": 2000, "evaluation.answers": 3,
     "evaluation.prompts": None, "evaluation.checkpoints": 4, "evaluation.samples": 5, "evaluation.on": None,
-    "evaluation.proxy": False,
+    "evaluation.proxy": False, "evaluation.samples_along": 0,
     "judge.enabled": False, "judge.answers": 1, "judge.repeats": 1, "judge.max_new_tokens": 256,
     "judge.max_prompt_tokens": 6144, "judge.temperature": 0.0, "judge.tensor_parallel": 8,
 }  # fmt: skip
