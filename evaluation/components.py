@@ -11,7 +11,7 @@ of the answers is in them. Two parts of a mean's variance are estimated:
 
 and each enters the interval with its own t quantile: `mean +- sqrt(sum t^2 variance)`. A bootstrap over seeds would be
 too narrow: of 5 seeds it finds 4/5 of their variance and knows no t. One interval of two seeds is wide (t = 12.7), and of
-one seed there is no spread to see: such an interval is marked by `seeds: 1`. tests/test_components.py has the coverage.
+one seed there is no spread to see: such an interval is marked, `one_seed`. tests/test_components.py has the coverage.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def estimated(tables: Sequence[np.ndarray]) -> dict:
 
     Returns:
         `mean`, `interval` (95 %), `detectable` (the smallest true value whose interval excludes zero with 80 % power),
-        `seeds` (of the smallest group), `prompts`.
+        `seeds` (of the smallest group), `prompts`; `one_seed` if that is 1, because no seeds are in the interval then.
 
     Raises:
         ValueError: fewer than two prompts, which have no spread.
@@ -50,12 +50,14 @@ def estimated(tables: Sequence[np.ndarray]) -> dict:
     width = sum(variance * _quantile(tail, df) ** 2 for variance, df in parts) ** 0.5
     seen = sum(variance * (_quantile(tail, df) + _quantile(POWER, df)) ** 2 for variance, df in parts) ** 0.5
     mean = values.mean()
+    seeds = min(map(len, tables))
     return {
         "mean": round(float(mean), 4),
         "interval": [round(float(mean - width), 4), round(float(mean + width), 4)],
         "detectable": round(float(seen), 4),
-        "seeds": min(map(len, tables)),
+        "seeds": seeds,
         "prompts": len(values),
+        **({"one_seed": True} if seeds == 1 else {}),
     }
 
 

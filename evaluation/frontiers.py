@@ -1,0 +1,223 @@
+"""Rewards and margins against divergence, and methods against each other at one divergence, with all their uncertainty.
+
+Methods move differently in the same steps, so they are compared where the mean KL from the model before training is the
+same. Between the measured points a figure is interpolated linearly in the square root of KL, from 0 at KL 0: for a small
+move rewards and margins change in proportion to its size and KL to its square. A policy that comes back is read on its
+way out.
+
+A reading depends on means of KL and of the figure. To first order it varies as a mean over seeds and prompts does: of
+the values that `Reading.table` has for each of them. So evaluation.components gives its interval, which contains the
+uncertainty of KL, too.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluation.cells import FINAL, SFT, Cell, of_prompts
+from evaluation.components import components, estimated, verdict
+
+# Figures read against a divergence: KL on the policy's own answers, or on the preferred response of a set of pairs.
+READ = {"change": "answers", "rm_dpo": "written", "rm_dpo_ranked": "ranked"}
+ENDS = ("change", "kl_sampled", "tokens", "rm_dpo", "rm_dpo_ranked")  # compared at the end of the training
+
+
+class Curve(NamedTuple):
+    """A figure of one method along the training; 0 at KL 0 is the first point.
+
+    `kl` (nats), `values`: (seeds, prompts, points); `points`: steps and `final`, one less.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    points: list[str]
+    kl: np.ndarray
+    values: np.ndarray
+
+    @property
+    def end(self) -> float:
+        """The largest mean KL, nats."""
+        return float(self.kl.mean(axis=(0, 1)).max())
+
+    def of(self, prompts: Sequence[str]) -> "Curve":
+        """The curve of these prompts, in this order."""
+        places = [self.prompts.index(name) for name in prompts]
+        return self._replace(prompts=list(prompts), kl=self.kl[:, places], values=self.values[:, places])
+
+    def outward(self) -> "Curve":
+        """Without the points whose mean KL is not above that of all before them."""
+        means = self.kl.mean(axis=(0, 1))
+        kept = [0, *(place for place in range(1, len(means)) if means[place] > means[:place].max())]
+        points = [self.points[place - 1] for place in kept[1:]]
+        return self._replace(points=points, kl=self.kl[..., kept], values=self.values[..., kept])
+
+    def read(self, wanted: float) -> np.ndarray:
+        """(seeds, prompts) whose mean is the figure at a mean KL, and whose spread is the reading's to first order.
+
+        With u the share of the way between the two points around `wanted`, in the root of KL: `(1 - u) y_0 + u y_1`,
+        plus `(mean y_1 - mean y_0) du`, because another KL at the points moves u.
+        """
+        curve = self.outward()
+        kl, values = (table.mean(axis=(0, 1)) for table in (curve.kl, curve.values))
+        right = min(max(int(np.searchsorted(kl, wanted)), 1), len(kl) - 1)
+        ends = [right - 1, right]
+        roots = np.sqrt(kl[ends])
+        width = roots[1] - roots[0]
+        share = (wanted**0.5 - roots[0]) / width
+        # Of the root of KL to first order; the point before training is at 0 exactly.
+        moved = (curve.kl[..., ends] - kl[ends]) / np.where(roots > 0, 2 * roots, np.inf)
+        slope = (values[right] - values[right - 1]) / width
+        before, after = curve.values[..., right - 1], curve.values[..., right]
+        return (1 - share) * before + share * after - slope * ((1 - share) * moved[..., 0] + share * moved[..., 1])
+
+
+def curve(cell: Cell, name: str, sft: dict | None) -> Curve | None:
+    """The curve of a figure of `READ`; None if a run was not measured along its training, or did not move.
+
+    Args:
+        sft: the result of the model before training, for the change of the reward.
+    """
+    place = READ[name]
+    if place == "answers":
+        points = cell.answered()
+        before = Cell(SFT, [sft]).answer_means(FINAL, "reward") if sft else None
+        columns = [(cell.answer_means(point, "kl"), cell.answer_means(point, "reward")) for point in points]
+    else:
+        points, before = cell.points(place), None
+        columns = [(cell.point(place, point, "kl"), cell.point(place, point, "rm_dpo")) for point in points]
+    found = [column for pair in columns for column in pair] + ([before] if place == "answers" else [])
+    if not points or any(column is None for column in found):
+        return None
+    prompts = [name for name in found[0][0] if all(name in column[0] for column in found)]
+    kl, values = (
+        np.stack([of_prompts(pair[which], prompts) for pair in columns], axis=2) for which in (0, 1)
+    )
+    if before is not None:
+        values = values - of_prompts(before, prompts)[:, :, None]
+    start = np.zeros((*kl.shape[:2], 1))
+    made = Curve(prompts, cell.seeds, points, np.dstack([start, kl]), np.dstack([start, values]))
+    return made if len(prompts) > 1 and made.end > 0 else None
+
+
+def groups(one: tuple[np.ndarray, list[int]], other: tuple[np.ndarray, list[int]]) -> list[np.ndarray]:
+    """The first minus the second, for `estimated`: in pairs of seeds if both have the same, else as two groups."""
+    (ours, seeds), (theirs, others) = one, other
+    if sorted(seeds) != sorted(others):
+        return [ours, -theirs]
+    return [ours - theirs[[others.index(seed) for seed in seeds]]]
+
+
+def difference(one: Cell, other: Cell, name: str) -> dict | None:
+    """The first minus the second of a column at the end of the training, over the prompts that both have."""
+    found = [cell.column(name) for cell in (one, other)]
+    if any(column is None for column in found):
+        return None
+    prompts = [prompt for prompt in found[0][0] if prompt in set(found[1][0])]
+    if len(prompts) < 2:
+        return None
+    ours, theirs = ((of_prompts(column, prompts), cell.seeds) for column, cell in zip(found, (one, other), strict=True))
+    return judged(groups(ours, theirs), one.seeds)
+
+
+def difference_at_kl(one: Curve, other: Curve) -> dict | None:
+    """The first minus the second at the largest KL that both reached, and that KL; None without common prompts."""
+    prompts = [prompt for prompt in one.prompts if prompt in set(other.prompts)]
+    if len(prompts) < 2:
+        return None
+    one, other = one.of(prompts), other.of(prompts)
+    wanted = min(one.end, other.end)
+    ours, theirs = ((each.read(wanted), each.seeds) for each in (one, other))
+    return judged(groups(ours, theirs), one.seeds) | {"at_kl": round(wanted, 4)}
+
+
+def judged(tables: list[np.ndarray], seeds: list[int]) -> dict:
+    """`estimated` with its `verdict`; of a paired difference also `by_seed`, and the seeds' standard deviation."""
+    found = estimated(tables)
+    found["verdict"] = verdict(found)
+    if len(tables) == 1:
+        means = tables[0].mean(axis=1)
+        found["by_seed"] = {str(seed): round(float(mean), 4) for seed, mean in zip(seeds, means, strict=True)}
+        found["seed_sd"] = components(tables[0], 0.0)["seed"]
+    return found
+
+
+def compare(pairs: list[tuple[Cell, Cell]], sft: dict | None) -> list[dict]:
+    """The first minus the second of each pair: `label`; `at_kl` and `end`, estimates by figure."""
+    found = []
+    for one, other in pairs:
+        curves = {name: (curve(one, name, sft), curve(other, name, sft)) for name in READ}
+        at_kl = {name: difference_at_kl(*each) for name, each in curves.items() if None not in each}
+        end = {name: difference(one, other, name) for name in ENDS}
+        found.append(
+            {
+                "label": f"{one.label} minus {other.label}",
+                "at_kl": {name: entry for name, entry in at_kl.items() if entry},
+                "end": {name: entry for name, entry in end.items() if entry},
+            }
+        )
+    return found
+
+
+def at_one_kl(cells: list[Cell], sft: dict | None) -> tuple[float, dict[str, dict]] | None:
+    """The largest KL that all methods reached, nats, and the change of the reward there, by label."""
+    curves = {cell.label: found for cell in cells if (found := curve(cell, "change", sft))}
+    if not curves:
+        return None
+    wanted = min(found.end for found in curves.values())
+    return round(wanted, 4), {label: estimated([found.read(wanted)]) for label, found in curves.items()}
+
+
+def along(cell: Cell, sft: dict | None) -> list[dict]:
+    """The points of the training: `point`, `kl` and `change` with their intervals."""
+    found = curve(cell, "change", sft)
+    if found is None:
+        return []
+    return [
+        {"point": point, "kl": estimated([found.kl[..., place]]), "change": estimated([found.values[..., place]])}
+        for place, point in enumerate(found.points, 1)
+    ]
+
+
+def wins(one: Cell, other: Cell) -> dict[str, dict] | None:
+    """Shares of the pairs of answers to a prompt, one of each policy, in percent, by the reward; exact for these answers.
+
+    Runs are compared with the run of the same seed; the model before training, which has no seeds, with every run.
+
+    Returns:
+        `win`, `lose`, `tie`, and `win_rate`, in which a tie counts one half (`verdict`: whether it is 50 %).
+    """
+    untrained = other.label == SFT
+    pairs = [
+        (result, other.results[0 if untrained else other.seeds.index(seed)])
+        for result, seed in zip(one.results, one.seeds, strict=True)
+        if untrained or seed in other.seeds
+    ]
+    tables = [[dict(zip(*each, strict=True)) for each in map(_rewards, pair)] for pair in pairs]
+    if not tables or not all(map(all, tables)):
+        return None
+    prompts = [name for name in tables[0][0] if all(name in each for pair in tables for each in pair)]
+    if len(prompts) < 2:
+        return None
+    signs = [
+        [np.sign(np.subtract.outer(ours[name], theirs[name])) for name in prompts] for ours, theirs in tables
+    ]
+    shares = {
+        "win_rate": lambda sign: (1 + sign).mean() / 2,
+        "win": lambda sign: (sign > 0).mean(),
+        "lose": lambda sign: (sign < 0).mean(),
+        "tie": lambda sign: (sign == 0).mean(),
+    }
+    found = {
+        name: estimated([100 * np.array([[share(sign) for sign in row] for row in signs])])
+        for name, share in shares.items()
+    }
+    rate = found["win_rate"]
+    del found["win"]["detectable"], found["lose"]["detectable"], found["tie"]["detectable"]
+    rate["verdict"] = verdict(rate, 50.0)
+    return found
+
+
+def _rewards(result: dict) -> tuple[list[str], list[list[float]]]:
+    table = result.get("answers", {}).get(FINAL, {"prompt_id": [], "reward": []})
+    return table["prompt_id"], table["reward"]
