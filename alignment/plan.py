@@ -18,7 +18,7 @@ from pathlib import Path
 from hps.errors import InputError, naming
 from hps.methods import own_settings
 from hps.planning import Plan
-from hps.settings import Schedule, stages_without_steps
+from hps.settings import rule_without_gamma, stages_without_steps
 from pipeline.cli import counted, run_stage
 from pipeline.files import file_hash, write_json, write_lines
 from pipeline.identity import check_model, model_hash
@@ -28,7 +28,7 @@ from pipeline.run_records import check_plan_row
 from pipeline.stage import CLAIM, claim, hold, require_finished
 
 
-def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
+def print_plan(facts: dict, recipe: Recipe, path: Path) -> None:
     """Print the plan."""
     equal = facts["responses_equal_to_the_preferred"]
     print(
@@ -37,8 +37,10 @@ def print_plan(facts: dict, schedule: Schedule, path: Path) -> None:
         f"{facts['steps']} steps of {facts['global_batch']} "
         f"({facts['rows_to_fill_the_last_step']} rows fill up the last step) -> {path}"
     )
-    if facts["gamma"] and (warning := stages_without_steps(facts["steps"], schedule)):
+    if facts["gamma"] and (warning := stages_without_steps(facts["steps"], recipe.schedule)):
         print(f"plan: WARNING: {warning}")
+    if rule := rule_without_gamma(recipe.loss):
+        print(f"plan: {rule}")
     row = "plan: {:>6} {:>6} {:>22} {:>16} {:>11} {:>20}".format
     print(row("gamma", "rows", "effective sample size", "mean rank drawn", "reward gap", "length gap (tokens)"))
     for line in facts["stages"]:
@@ -77,7 +79,7 @@ def plan(recipe: Recipe) -> None:
         _write_once(folder / "plan.jsonl", (json.dumps(row) + "\n" for row in made.rows()))
         facts = made.facts()
         write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
-    print_plan(facts, recipe.schedule, folder / "plan.jsonl")
+    print_plan(facts, recipe, folder / "plan.jsonl")
 
 
 def ranked_prompts(recipe: Recipe) -> Indexed:

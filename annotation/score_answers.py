@@ -1,6 +1,7 @@
 """Score the answers to the test prompts with the evaluator's reward.
 
-Reads   `answers/test.jsonl` under `<output>/sft/` (the model before training) and `<output>/<run>/`; `data.test.path`
+Reads   `answers/test.jsonl` under `<output>/sft/` (the model before training) and `<output>/<run>/`, with
+        `evaluation.samples_along` also `<output>/<run>/along/step-N/`; `data.test.path`
 Writes  `scores/scores.jsonl` beside each answers' folder, a line a prompt: `answers` and, for the model before
         training, `given` (the given responses of the prompt), each with its `score` and the reward model's other
         figures; `manifest.json` (last). With `evaluation.proxy` also `proxy_scores/`: the same by `models.reward`, the
@@ -23,20 +24,25 @@ from pipeline.models import check_fits
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Recipe
 from pipeline.records import read_answers
-from pipeline.run_records import SCORES
+from pipeline.run_records import SCORES, answered_steps
 from pipeline.stage import require_finished, stage
 
 
-def scores_path(recipe: Recipe, sft: bool, role: str = "evaluator") -> Path:
-    return (recipe.tested().sft_folder() if sft else recipe.evaluated_folder()) / SCORES[role] / "scores.jsonl"
+def scores_path(recipe: Recipe, sft: bool, role: str = "evaluator", step: int | None = None) -> Path:
+    return (recipe.tested().sft_folder() if sft else recipe.evaluated_folder(step)) / SCORES[role] / "scores.jsonl"
 
 
-def score(recipe: Recipe, sft: bool, role: str = "evaluator") -> None:
-    """Run the stage; see the module's docstring."""
+def score(recipe: Recipe, sft: bool, role: str = "evaluator", step: int | None = None) -> None:
+    """Run the stage; see the module's docstring.
+
+    Args:
+        sft: score the answers of the model before training.
+        step: else those of the policy that was kept there; None: those of the trained policy.
+    """
     announce(recipe, role)
     scorer = getattr(recipe.models, role)
     check_model(scorer, f"models.{role}")
-    path = scores_path(recipe, sft, role)
+    path = scores_path(recipe, sft, role, step)
     answers = path.parent.parent / "answers"
     require_finished(answers, "the answers are", "bash evaluate.sh")
     settings = scorer_settings(recipe, role, recipe.models.policy) | {"answers": file_hash(answers / "test.jsonl")}
@@ -82,11 +88,11 @@ def with_given(record: dict, given: list[str]) -> dict:
 
 
 def score_all(recipe: Recipe) -> None:
-    """Score the answers before and after training, with `evaluation.proxy` by the proxy too."""
-    for sft in (True, False):
-        score(recipe, sft)
+    """Score the answers before, along and after training, with `evaluation.proxy` by the proxy too."""
+    for sft, step in ((True, None), *((False, step) for step in answered_steps(recipe))):
+        score(recipe, sft, step=step)
         if recipe.evaluation.proxy:
-            score(recipe, sft, "reward")
+            score(recipe, sft, "reward", step)
 
 
 if __name__ == "__main__":

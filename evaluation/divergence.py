@@ -2,7 +2,8 @@
 
 Reads   `<output>/<run>/answers/test.jsonl` (answers), `<output>/<run>/checkpoint`
 Writes  `<output>/<run>/divergence/divergence.jsonl`, a line a prompt: for each answer `kl`, `log_ratio` (nats) and
-        `tokens`; `manifest.json` (last)
+        `tokens`; `manifest.json` (last); with `evaluation.samples_along` the same in `along/step-N/`, of the policy
+        that was kept there
 Run     python -m evaluation.divergence configs/quickstart.yaml
 
 `kl` is the sum over the answer's tokens of KL(pi_theta || pi_ref) over the whole vocabulary, at temperature 1. The
@@ -18,32 +19,39 @@ from pipeline.files import Appender, done_ids, file_hash
 from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
 from pipeline.records import Answers, read_answers
+from pipeline.run_records import answered_steps
 from pipeline.stage import require_finished, stage
 
 
-def measure(recipe: Recipe) -> None:
+def measure_all(recipe: Recipe) -> None:
+    """Measure at every point of the training that has answers, and at its end."""
+    for step in answered_steps(recipe):
+        measure(recipe, step)
+
+
+def measure(recipe: Recipe, step: int | None = None) -> None:
     """Run the stage; see the module's docstring."""
-    path = recipe.evaluated_folder() / "divergence" / "divergence.jsonl"
-    answers = recipe.evaluated_folder() / "answers" / "test.jsonl"
+    path = recipe.evaluated_folder(step) / "divergence" / "divergence.jsonl"
+    answers = recipe.evaluated_folder(step) / "answers" / "test.jsonl"
     require_finished(answers.parent, "the answers are", "bash evaluate.sh")
     settings = {
         "answers": file_hash(answers),
-        "checkpoint": model_hash(Model(path=str(recipe.run_folder() / "checkpoint"))),
+        "checkpoint": model_hash(Model(path=str(recipe.checkpoint_folder(step)))),
         "reference": model_hash(recipe.models.policy),
         "max_length": recipe.schedule.max_length,
     }
     with stage("divergence", path.parent, recipe, settings) as work:
         if work:
-            _measure(recipe, answers, path)
+            _measure(recipe, step, answers, path)
             work.finish([path], [answers])
 
 
-def _measure(recipe: Recipe, answers: Path, path: Path) -> None:
+def _measure(recipe: Recipe, step: int | None, answers: Path, path: Path) -> None:
     with Appender(path) as file:  # first: it cuts off the half line that a kill leaves
         done = done_ids(path)
         total = sum(1 for _ in read_answers(answers))  # checks every line before a model loads
         todo = (record for _, record in read_answers(answers) if record["prompt_id"] not in done)
-        scorer = HeldOut(recipe, along=False)
+        scorer = HeldOut(recipe, along=False, step=step)
         for record in progress(todo, total, "divergence", " prompts", len(done)):
             file.append({"prompt_id": record["prompt_id"], **answer_figures(record, scorer)})
 
@@ -63,4 +71,4 @@ def answer_figures(record: Answers, scorer: HeldOut) -> dict:
 
 
 if __name__ == "__main__":
-    run_stage(measure, __doc__)
+    run_stage(measure_all, __doc__)

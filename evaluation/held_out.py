@@ -5,7 +5,6 @@ Log-probabilities and divergences in nats. A prompt is computed once for its res
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids, sampled_text
 from hps.shared_prefix import Layout, make_rows, prove, scored_logits
 from pipeline.recipe import Model, Recipe
+from pipeline.run_records import kept_checkpoints
 from pipeline.weights import ADAPTER, check_adapter, load_adapter, load_weights, refuse_pickles
 
 FINAL = "final"  # the policy at the end of the training
@@ -34,18 +34,19 @@ class HeldOut:
     Args:
         along: also load the policies along the training.
         dtype: of the weights and of everything computed.
+        step: the policy that was kept there takes the place of the trained one.
     """
 
-    def __init__(self, recipe: Recipe, along: bool = True, dtype: torch.dtype = torch.float32):
-        run = recipe.run_folder()
+    def __init__(self, recipe: Recipe, along: bool = True, dtype: torch.dtype = torch.float32, step: int | None = None):
+        checkpoint = recipe.checkpoint_folder(step)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.limit = recipe.schedule.max_length
-        self.tokenizer = load_tokenizer(str(run / "checkpoint"))
+        self.tokenizer = load_tokenizer(str(checkpoint))
         self.dtype = str(dtype).removeprefix("torch.")
         self.reference = _load(recipe.models.policy, self.device, dtype)
         self.steps: list[int] = []
         if recipe.lora.enabled:
-            self.reference = load_adapter(self.reference, run / "checkpoint", FINAL).eval()
+            self.reference = load_adapter(self.reference, checkpoint, FINAL).eval()
             self.policy = self.reference
             for step, folder in kept_checkpoints(recipe) if along else []:
                 refuse_pickles(folder, None, ADAPTER)
@@ -53,7 +54,7 @@ class HeldOut:
                 check_adapter(self.reference, folder, f"step-{step}")
                 self.steps.append(step)
         else:
-            self.policy = _load(Model(path=str(run / "checkpoint")), self.device, dtype)
+            self.policy = _load(Model(path=str(checkpoint)), self.device, dtype)
         self.layout: Layout = prove(_causal(self.reference), self.limit)
 
     def as_reference(self):
@@ -152,12 +153,6 @@ class HeldOut:
         with self.as_reference():
             before = self.answer(self.reference, messages, tokens)
         return {"before": before, "after": after}
-
-
-def kept_checkpoints(recipe: Recipe) -> list[tuple[int, Path]]:
-    """`(step, folder)` of each adapter that the training kept, in order."""
-    folders = (recipe.run_folder() / "checkpoints").glob("step-*")
-    return sorted((int(folder.name.partition("-")[2]), folder) for folder in folders)
 
 
 def rounding_floor(scorer: HeldOut, texts: Iterable[tuple[list[int], list[list[int]]]]) -> dict | None:

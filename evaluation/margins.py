@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, kept_checkpoints, rounding_floor
+from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, rounding_floor
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from hps.errors import InputError, shorten
 from pipeline.cli import counted, progress, run_stage
@@ -31,7 +31,7 @@ from pipeline.identity import model_hash
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe
 from pipeline.records import Prompt, Ranked, read_jsonl, read_ranked
-from pipeline.run_records import AGAIN, SETS, Pair, check_pair
+from pipeline.run_records import AGAIN, SETS, Pair, check_pair, kept_checkpoints
 from pipeline.stage import Work, require_finished, stage
 
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token

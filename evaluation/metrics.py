@@ -2,7 +2,8 @@
 
 Reads   `<output>/<run>/`: `answers/test.jsonl`, `scores/scores.jsonl`, `divergence/divergence.jsonl`,
         `evaluation/margins.json`; `<output>/sft/`: answers and scores of the model before training; of both, with
-        `evaluation.proxy`, `proxy_scores/scores.jsonl`; `data.test.path`
+        `evaluation.proxy`, `proxy_scores/scores.jsonl`; with `evaluation.samples_along` answers, scores and divergence
+        in `<output>/<run>/along/step-N/`; `data.test.path`
 Writes  `<output>/<run>/metrics.jsonl` (a line a prompt), `metrics.json` (means with intervals), `metrics.manifest.json`
         (last); the same under `<output>/sft/`, of the model before training
 Run     python -m evaluation.metrics configs/quickstart.yaml
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
+from evaluation.intervals import LEVEL, bootstrap, estimate, few, figure, interval
 from evaluation.text_figures import Bleu, distinct, forget_texts, repetition, tokenizer_of
 from hps.errors import InputError, run_main, shorten
 from pipeline.cli import parse
@@ -29,7 +30,7 @@ from pipeline.models import SAME_FUNCTION, SAME_MODEL, same_model
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import SFT, Recipe
 from pipeline.records import Answers, Check, Indexed, check_answers, read_answers, read_json
-from pipeline.run_records import AGAIN, SCORES, Score, Scores, check_divergence, check_scores
+from pipeline.run_records import AGAIN, SCORES, Score, Scores, answered_steps, check_divergence, check_scores
 from pipeline.stage import remade, require_finished
 
 EVALUATE = "bash evaluate.sh"
@@ -51,6 +52,47 @@ def answer_figures(answers: Answers, rewards: list[Score]) -> dict[str, float]:
         **{name: share for name, share in diversity.items() if share is not None},
         "repetition": statistics.mean(map(repetition, texts)),
     }
+
+
+def answer_columns(recipe: Recipe, folder: Path, sft: bool = False) -> dict[str, list]:
+    """The values of every answer in a folder of evaluate.sh, as columns.
+
+    Returns:
+        `prompt_id`; `reward`, `tokens`, `repetition`, with `evaluation.proxy` `proxy`, and `kl` (nats; not of the model
+        before training): of each prompt a list with a number for each answer.
+    """
+    answered = Answered(folder)
+    proxy = Answered(folder, "reward") if recipe.evaluation.proxy else None
+    moved = None if sft else _by_prompt(folder / "divergence" / "divergence.jsonl", check_divergence)
+    columns: dict[str, list] = defaultdict(list)
+    for name in evaluated_prompts(recipe)[0]:
+        if name not in answered.answers:
+            continue
+        record, scores = answered.of(name)
+        columns["prompt_id"].append(name)
+        columns["reward"].append([each["score"] for each in scores["answers"]])
+        if proxy is not None:
+            columns["proxy"].append([each["score"] for each in proxy.of(name)[1]["answers"]])
+        columns["tokens"].append(record["token_counts"])
+        columns["repetition"].append([repetition(text) for text in record["responses"]])
+        if moved is not None:
+            kl = _line(moved, name, folder / "divergence")["kl"]
+            if len(kl) != len(record["responses"]):
+                problem = f"`kl` has {len(kl)} entries for {len(record['responses'])} answers"
+                raise InputError(problem, where=moved.where(name), remedy=AGAIN)
+            columns["kl"].append(kl)
+    return dict(columns)
+
+
+def figures_along(recipe: Recipe) -> list[dict]:
+    """At each answered step before the end: `step`, and means with intervals of what `answer_columns` has."""
+    samples, seed, found = recipe.evaluation.bootstrap, recipe.seed, []
+    for step in answered_steps(recipe)[:-1]:
+        columns = answer_columns(recipe, recipe.evaluated_folder(step))
+        del columns["prompt_id"]
+        means = {name: np.array([statistics.mean(each) for each in values]) for name, values in columns.items()}
+        found.append({"step": step, **{name: bootstrap(values, samples, seed) for name, values in means.items()}})
+    return found
 
 
 def bleu_figures(
@@ -240,6 +282,8 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
         }
         if not sft:
             metrics["sets"] = read_json(folder / "evaluation" / "margins.json")["sets"]
+            if recipe.evaluation.samples_along:
+                metrics["along"] = figures_along(recipe)
         write_json(outputs[1], metrics)
     return metrics
 
@@ -251,6 +295,8 @@ def _inputs(recipe: Recipe, sft: bool) -> list[str | Path]:
     paths = [each / name for each in _folders(recipe, sft) for name in names]
     if not sft:
         paths += [evaluated(recipe, sft) / name for name in ("divergence/divergence.jsonl", "evaluation/margins.json")]
+        for step in answered_steps(recipe)[:-1]:
+            paths += [recipe.evaluated_folder(step) / name for name in (*names, "divergence/divergence.jsonl")]
     return [recipe.tested().data.test.path, *sorted(paths)]
 
 
@@ -266,6 +312,9 @@ def print_metrics(metrics: dict, path: Path, function: bool = False) -> None:
         print(f"metrics: left out: {count} x {reason}")
     for name, value in metrics["figures"].items():
         print(f"  {name:26s} {figure(value['mean'], 4):>9s}  {interval(value, 4)}")
+    for point in metrics.get("along", []):
+        shown = ", ".join(f"{name} {estimate(point[name], 4)}" for name in ("reward", "kl", "tokens"))
+        print(f"  at step {point['step']}: {shown}")
 
 
 def main() -> None:

@@ -1,11 +1,26 @@
 """Result files: what an evaluated run leaves in the repository, and how it is found again.
 
-Reads   `<output>/<run>/metrics.json`, `metrics.jsonl`, `evaluation/pairs.jsonl`, `manifest.json`
+Reads   `<output>/<run>/metrics.json`, `metrics.jsonl`, `evaluation/pairs.jsonl`, `manifest.json`; answers, scores and
+        divergence of the run and of its points along the training
 Writes  `results/<scale>/runs/<data>/<run>.json`: `key` (the settings that decide the figures), `figures` and `sets`
-        (means with intervals), `prompts` and `pairs` (columns of per-prompt values), `seconds`, versions, commit
+        (means with intervals), `prompts` and `pairs` (columns of per-prompt values), `answers` (columns of per-answer
+        values, see below), `seconds`, versions, commit
 
         `results/<scale>/win_rate/<data>.json`: of Table 4 `key` (the runs' settings, the judge's) and what
         evaluation.win_rate gives for each other model
+
+`answers` has for each point of the training the values of every answer, to four digits:
+
+    {"12": {"prompt_id": ["p1", "p2"],          # prompts that the policy answered, in the order of the test file
+            "reward": [[0.3612, 0.0], ...],     # the evaluator's, an answer of a prompt each
+            "proxy": [[...], ...],              # the training reward model's, with `evaluation.proxy`
+            "tokens": [[32, 17], ...],          # length
+            "repetition": [[0.0, 0.125], ...],  # share of repeated sequences of four words (evaluation.text_figures)
+            "kl": [[1.204, 0.8731], ...]},      # KL from the reference over the vocabulary, summed over tokens, nats
+     "final": {...}}
+
+The points are steps (`evaluation.samples_along` answers to a prompt), then `final` (`evaluation.samples` answers). The
+model before training has `final` alone, without `kl`. Results from before this field have no `answers`.
 
 A result is valid for a recipe with the same `key`: paths and revisions of the models, hashes of the data files, and
 every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes.
@@ -18,6 +33,7 @@ from pathlib import Path
 from evaluation.cells import FINAL
 from evaluation.margins import margins, read_columns
 from evaluation.matrix import method_name
+from evaluation.metrics import answer_columns
 from evaluation.win_rate import win_rates
 from hps.errors import InputError
 from hps.methods import own_settings
@@ -25,7 +41,7 @@ from pipeline.files import file_hash, write_json
 from pipeline.functions import identity
 from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe
 from pipeline.records import read_json, read_jsonl
-from pipeline.run_records import check_pair
+from pipeline.run_records import answered_steps, check_pair
 from pipeline.stage import git_commit, versions
 
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
@@ -36,7 +52,7 @@ DEVICES = {
     "evaluation": ("answers", "answer_tokens", "on"),
 }
 JUDGE = ("answers", "repeats", "max_new_tokens", "max_prompt_tokens", "temperature")  # settings of Table 4's judge
-NEW = ("noise", "proxy")  # of annotation and evaluation: not in a key while they are off
+NEW = ("noise", "proxy", "samples_along")  # of annotation and evaluation: not in a key while they are off
 
 
 @dataclass
@@ -161,6 +177,7 @@ def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:
         "prompts": columns(records),
         "sets": metrics.get("sets", {}),
         "pairs": {} if run.sft else pair_columns(folder / "evaluation" / "pairs.jsonl"),
+        "answers": answers(run),
         "seconds": seconds,
         "versions": versions(),
         "git_commit": git_commit(),
@@ -173,6 +190,25 @@ def columns(records: list[dict]) -> dict[str, list]:
     """Records as columns; a figure that a prompt does not have is null."""
     names = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in names}
+
+
+def answers(run: Evaluated) -> dict[str, dict[str, list]]:
+    """The values of every answer by point of the training, to four digits; see the module's docstring."""
+    if run.sft:
+        return {FINAL: _short(answer_columns(run.recipe, run.folder(), sft=True))}
+    return {
+        FINAL if step is None else str(step): _short(answer_columns(run.recipe, run.recipe.evaluated_folder(step)))
+        for step in answered_steps(run.recipe)
+    }
+
+
+def _short(columns: dict[str, list]) -> dict[str, list]:
+    """Numbers with four significant digits, so that a result file stays small."""
+    whole = ("prompt_id", "tokens")
+    return {
+        name: values if name in whole else [[float(f"{value:.4g}") for value in row] for row in values]
+        for name, values in columns.items()
+    }
 
 
 def pair_columns(path: Path) -> dict[str, dict]:

@@ -3,7 +3,8 @@
 Reads   `data.test.path` (the first `evaluation.prompts`), `<output>/<run>/checkpoint`
 Writes  `<output>/<run>/answers/`: `test.jsonl` (answers: `prompt_id`, `prompt`, `responses`, `token_counts`,
         `truncated`), `ledger.jsonl`, `manifest.json` (last); `<output>/sft/answers/` the same of the model before
-        training, once for all runs
+        training, once for all runs; with `evaluation.samples_along` `<output>/<run>/along/step-N/answers/` the same of
+        each policy that the training kept
 Run     python -m generation.sample_answers configs/quickstart.yaml
         python -m generation.sample_answers --runs FILE   # many runs, one engine: a line of FILE is a command line
 
@@ -27,21 +28,23 @@ from pipeline.models import check_fits
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe, load_recipe, split_arguments
 from pipeline.records import canonical
+from pipeline.run_records import answered_steps
 from pipeline.stage import Work, require_finished, stage
 
 
 @dataclass
 class Answering:
-    """A folder of answers to fill: those of a recipe's run, or of the model before training (`sft`)."""
+    """A folder of answers to fill: those of the model before training (`sft`), of a run, or of a `step` of it."""
 
     recipe: Recipe
     sft: bool
+    step: int | None = None
     work: Work | None = None  # while its folder is locked and not finished
 
     @property
     def folder(self) -> Path:
         recipe = self.recipe
-        return (recipe.tested().sft_folder() if self.sft else recipe.evaluated_folder()) / "answers"
+        return (recipe.tested().sft_folder() if self.sft else recipe.evaluated_folder(self.step)) / "answers"
 
     @property
     def files(self) -> tuple[Path, Path]:
@@ -50,7 +53,13 @@ class Answering:
 
     @property
     def checkpoint(self) -> str:
-        return str(self.recipe.run_folder() / "checkpoint")
+        return str(self.recipe.checkpoint_folder(self.step))
+
+    @property
+    def samples(self) -> int:
+        """Answers to a prompt."""
+        evaluation = self.recipe.evaluation
+        return evaluation.samples if self.step is None else evaluation.samples_along
 
     @property
     def adapter(self) -> str | None:
@@ -68,7 +77,7 @@ class Answering:
         sampling = {"temperature", "top_p", "max_prompt_tokens", "max_new_tokens", "dtype"}
         return {
             "generation": recipe.generation.model_dump(include=sampling),
-            "evaluation": recipe.evaluation.model_dump(include={"prompts", "samples"}),
+            "evaluation": {"prompts": recipe.evaluation.prompts, "samples": self.samples},
             "seed": None if self.sft else recipe.seed,
             "policy": model_hash(recipe.models.policy),
             "checkpoint": None if self.sft else model_hash(Model(path=self.checkpoint)),
@@ -81,7 +90,12 @@ def answer(recipes: list[Recipe]) -> None:
     for recipe in recipes:
         check_model(recipe.models.policy, "models.policy")
         require_finished(recipe.run_folder(), "the run is", "bash run.sh")
-    wanted = {job.folder: job for recipe in recipes for job in (Answering(recipe, True), Answering(recipe, False))}
+    jobs = [
+        job
+        for recipe in recipes
+        for job in (Answering(recipe, True), *(Answering(recipe, False, step) for step in answered_steps(recipe)))
+    ]
+    wanted = {job.folder: job for job in jobs}
     groups: dict[str, list[Answering]] = {}
     with ExitStack() as held:
         for folder, job in wanted.items():
@@ -109,10 +123,10 @@ class AnswersWriter(Writer):
     """The writer of a folder's `test.jsonl`."""
 
     def __init__(self, job: Answering, tokenizer):
-        limit, count = job.recipe.generation.max_prompt_tokens, job.recipe.evaluation.samples
+        limit = job.recipe.generation.max_prompt_tokens
         self.adapter, prompts = job.adapter, evaluated_prompts(job.recipe)[0]
         check_records(tokenizer, prompts.placed())
-        super().__init__(job.files, prompts, tokenizer, limit, count)
+        super().__init__(job.files, prompts, tokenizer, limit, job.samples)
 
     def write(self, name: str, samples: list[Sample]) -> None:
         self.add(

@@ -9,6 +9,8 @@ from hps.settings import Loss, Schedule
 SHARED = {
     "estimator": {"preference": ("hps",)},
     "samples": {"preference": ("hps",)},
+    "negatives": {"preference": ("hps",)},
+    "negative_deviations": {"negatives": ("below_mean",)},
     "factor_n": {"preference": ("hps",)},
     "positives": {"preference": ("hps",)},
     "appendix_e_lambda": {"positives": (2,)},

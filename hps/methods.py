@@ -12,6 +12,8 @@ from typing import Any
 
 PREFERENCES = ("bt", "pl", "hps")
 PAIRS, LISTS = ("bt", "hps"), ("pl",)
+# Settings of `loss` that came later, with their defaults, at which claims and results omit them.
+LATER = {"negatives": "softmax", "negative_deviations": 2.0}
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,9 @@ def constants() -> dict[str, Constant]:
 
 
 def own_settings(loss: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a loss without the constants of other families.
+    """The settings of a loss without the constants of other families and without `LATER` ones at their default.
 
-    They identify a run, so a new family leaves the claims and results of the others as they are.
+    They identify a run, so a new family or setting leaves earlier claims and results as they are.
     """
     others = constants().keys() - FAMILIES[loss["family"]].constants.keys()
-    return {name: value for name, value in loss.items() if name not in others}
+    return {n: value for n, value in loss.items() if n not in others and not (n in LATER and value == LATER[n])}

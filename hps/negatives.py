@@ -1,4 +1,4 @@
-"""Negatives of HPS: their weights (Eq. 9), the stages of gamma (section 6), and the draws."""
+"""Negatives of HPS: their weights (Eq. 9 and other rules), the stages of gamma (section 6), and the draws."""
 
 import numpy as np
 
@@ -21,6 +21,37 @@ def hardness_weights(rewards: np.ndarray, gamma: float) -> np.ndarray:
     logits = gamma * np.asarray(rewards, dtype=np.float64)
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
+
+
+def negative_weights(rewards: np.ndarray, loss: Loss, gamma: float, listed: np.ndarray) -> np.ndarray:
+    """The distribution over the dispreferred responses that `loss.negatives` names.
+
+    `softmax` is q of Eq. 9, `uniform` gives all the same. The others put all on one response: `worst` and `hardest` on
+    the lowest and the highest reward, `below_mean` on the reward nearest to the mean of the list minus
+    `loss.negative_deviations` standard deviations (arXiv 2502.16825). Of equal ones `worst` takes the last, as Eq. 15
+    does, the others take the first.
+
+    Args:
+        rewards: (..., N), of the dispreferred responses ((N,) for `softmax`), any unit.
+        gamma: for `softmax` alone.
+        listed: (..., n), of the whole list, y_1 included, in the same unit; for `below_mean` alone.
+
+    Returns:
+        The shape of `rewards`; sums to 1 along the last axis.
+    """
+    count = rewards.shape[-1]
+    if loss.negatives == "softmax":
+        return hardness_weights(rewards, gamma)
+    if loss.negatives == "uniform":
+        return np.full(rewards.shape, 1 / count)
+    if loss.negatives == "worst":
+        place = count - 1 - rewards[..., ::-1].argmin(axis=-1)
+    elif loss.negatives == "hardest":
+        place = rewards.argmax(axis=-1)
+    else:
+        mean, deviation = listed.mean(axis=-1, keepdims=True), listed.std(axis=-1, keepdims=True)
+        place = np.abs(rewards - (mean - loss.negative_deviations * deviation)).argmin(axis=-1)
+    return np.eye(count)[place]
 
 
 def gamma_stages(schedule: Schedule) -> list[float]:
@@ -46,17 +77,24 @@ def standardize(rewards: np.ndarray) -> np.ndarray:
 
 
 def term(
-    preferred: int, others: list[int], rewards: np.ndarray, loss: Loss, gamma: float, rng: np.random.Generator
+    preferred: int,
+    others: list[int],
+    listed: list[int],
+    rewards: np.ndarray,
+    loss: Loss,
+    gamma: float,
+    rng: np.random.Generator,
 ) -> tuple[Term, np.ndarray]:
     """What one preferred response is compared with, and the distribution that it was drawn from.
 
     Args:
         preferred: index of the response.
         others: (N,), indices of the dispreferred responses, highest reward first.
-        rewards: (n,), rewards of the whole record, as the loss sees them.
+        listed: indices of the prompt's whole list.
+        rewards: rewards of the whole record, as the loss sees them.
 
     Returns:
-        Fields of the plan's row, and (N,) weights: q of Eq. 9, all on the worst for bt, uniform for pl.
+        Fields of the plan's row, and (N,) weights: those of the rule for hps, all on the worst for bt, uniform for pl.
     """
     count = len(others)
     if loss.preference == "bt":
@@ -67,7 +105,7 @@ def term(
         size = min(count, (loss.list_size or count + 1) - 1)
         places, weights = sorted(rng.choice(count, size=size, replace=False).tolist()), None
     else:
-        q = hardness_weights(rewards[others], gamma)
+        q = negative_weights(rewards[others], loss, gamma, rewards[listed])
         if loss.estimator == "exact":
             places, weights = range(count), q.tolist()
         else:

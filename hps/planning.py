@@ -166,8 +166,8 @@ class Plan:
             "rows_to_fill_the_last_step": self._fill,
             "steps": self._steps,
             "global_batch": self.schedule.global_batch,
-            "gamma": self.gammas if self.loss.preference == "hps" else None,
-            "stages": stage_table(self._figures, self.gammas, self.loss.preference),
+            "gamma": self.gammas if self.loss.reads_gamma else None,
+            "stages": stage_table(self._figures, self.gammas if self.loss.reads_gamma else None),
         }
 
 
@@ -177,18 +177,18 @@ def draw(
     """One row for one prompt, whose `training_list` is `listed`, and what the diagnostics need of it.
 
     `bt` takes the response of lowest reward (Eq. 15), `pl` a list of `loss.list_size`, `hps` what the estimator asks of
-    q (Eq. 9). Appendix E adds a second term, with y_2 as the preferred response.
+    q (Eq. 9, or another rule of the negative). Appendix E adds a second term, with y_2 as the preferred response.
     """
     preferred, *others = listed
     rewards = np.array(record["rewards"], dtype=np.float64)
     if schedule.standardize_rewards:
         rewards[listed] = standardize(rewards[listed])
     first_others = others[1:] if loss.positives == 2 and loss.appendix_e_reading == "intended" else others
-    first, q = term(preferred, first_others, rewards, loss, gamma, rng)
-    row = {"gamma": gamma if loss.preference == "hps" else None, "prompt_id": record["prompt_id"], **first}
+    first, q = term(preferred, first_others, listed, rewards, loss, gamma, rng)
+    row = {"gamma": gamma if loss.reads_gamma else None, "prompt_id": record["prompt_id"], **first}
     if loss.positives == 2:
         below = without_ties(others[1:], others[0], record, schedule)
-        row["second"], _ = term(others[0], below, rewards, loss, gamma, rng)
+        row["second"], _ = term(others[0], below, listed, rewards, loss, gamma, rng)
     drawn = first["dispreferred"]
     share = np.array(first["weights"] or [1 / len(drawn)] * len(drawn))
     places = np.array([first_others.index(index) + 1 for index in drawn])
@@ -224,11 +224,11 @@ def weights_of(term: Term, members: list[int]) -> list[float]:
     return [weights.get(index, 0.0) for index in members]
 
 
-def stage_table(figures: dict[int, dict[str, array]], gammas: list[float], preference: str) -> list[dict]:
-    """Means per gamma stage: effective sample size of q, rank of the drawn (1: hardest), reward and length gap."""
+def stage_table(figures: dict[int, dict[str, array]], gammas: list[float] | None) -> list[dict]:
+    """Means per stage: effective sample size of q, rank of the drawn (1: hardest), reward and length gap."""
     table = []
     for stage in sorted(figures):
         means = {name: round(float(np.mean(values)), 3) for name, values in figures[stage].items()}
         rows = len(figures[stage]["rank"])
-        table.append({"gamma": gammas[stage] if preference == "hps" else None, "rows": rows, **means})
+        table.append({"gamma": gammas[stage] if gammas else None, "rows": rows, **means})
     return table

@@ -26,12 +26,23 @@ class CommonLoss(Section):
 
     estimator: Literal["sampled", "exact"] = Field("sampled", description="hps: draw negatives, or sum over all")
     samples: int = Field(1, ge=1, description="hps, sampled: negatives drawn for a prompt in each step")
+    negatives: Literal["softmax", "worst", "uniform", "hardest", "below_mean"] = Field(
+        "softmax", description="hps: the rule of the negative; softmax is Eq. 9, and it alone reads gamma"
+    )
+    negative_deviations: float = Field(
+        2.0, description="hps, below_mean: standard deviations below the mean of the list's rewards"
+    )
     factor_n: bool = Field(False, description="hps: the factor N of Eq. 8; without it the loss is Eq. 10")
     positives: int = Field(1, ge=1, le=2, description="hps: 2 accepts y_2, too (Appendix E)")
     appendix_e_lambda: float = Field(1.0, ge=0, description="hps, two positives: weight of the second term")
     appendix_e_reading: Literal["printed", "intended"] = Field("printed", description="intended: y_1 need not beat y_2")
 
     list_size: int | None = Field(5, ge=2, description="pl: responses of a list, y_1 included (null: all)")
+
+    @property
+    def reads_gamma(self) -> bool:
+        """Whether gamma has an effect: the weights of the negatives are those of Eq. 9."""
+        return self.preference == "hps" and self.negatives == "softmax"
 
     if TYPE_CHECKING:  # the constants of the families
 
@@ -74,6 +85,16 @@ class Schedule(Section):
     global_batch: int = Field(64, ge=1, description="prompts of a step over all devices")
     device_batch: int = Field(1, ge=1, description="prompts that a device computes at a time")
     max_length: int = Field(2048, ge=2, description="prompt and response in training and evaluation, in tokens")
+
+
+def rule_without_gamma(loss: Loss) -> str:
+    """What to say of negatives whose rule does not read gamma; nothing under Eq. 9, bt and pl."""
+    if loss.preference != "hps" or loss.reads_gamma:
+        return ""
+    rule = f"`loss.negatives` is {loss.negatives}"
+    if loss.negatives == "below_mean":
+        rule += f", {loss.negative_deviations:g} standard deviations"
+    return f"{rule}: gamma is not read"
 
 
 def stages_without_steps(steps: int, schedule: Schedule) -> str:

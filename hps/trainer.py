@@ -255,7 +255,7 @@ class HPSTrainer(DPOTrainer):
             share[:, 0] = 0
             share = share / share.sum(dim=1, keepdim=True)
         figures = {"rewards/accuracies": (share * (rewards[:, :1] > rewards)).sum(dim=1)}
-        if self.loss.preference == "hps":
+        if self.loss.reads_gamma:
             figures["gamma"] = inputs["gamma"]
         for name, values in (("rewards", rewards), ("logps", policy), ("lengths", lengths)):
             figures[f"{name}/chosen"] = values[:, 0]

@@ -19,7 +19,7 @@ from alignment.checks import check_wandb, try_lora
 from alignment.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
-from hps.settings import stages_without_steps
+from hps.settings import rule_without_gamma, stages_without_steps
 from pipeline import models
 from pipeline.cli import parse
 from pipeline.functions import FunctionScorer, announce, located, shown
@@ -112,8 +112,10 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         steps = -(-prompts * schedule.epochs // schedule.global_batch)
         most = responses_per_prompt(recipe) * steps * schedule.global_batch * schedule.max_length
         lines.append(f"training: at most {steps} steps of {schedule.epochs} epochs and {most:,} tokens; {batch}")
-        if recipe.loss.preference == "hps" and (warning := stages_without_steps(steps, schedule)):
+        if recipe.loss.reads_gamma and (warning := stages_without_steps(steps, schedule)):
             lines.append(f"training: WARNING: {warning}")
+        if rule := rule_without_gamma(recipe.loss):
+            lines.append(f"training: {rule}")
     else:
         lines.append(f"training: {schedule.epochs} epochs; {batch}; steps are known once the prompts are there")
     if dry_run:
@@ -134,9 +136,12 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         if recipe.ranked("train").exists():
             check_disjoint(read_ranked(recipe.ranked("train")), loaded[0].placed())
         answers = len(loaded[0]) * settings.samples
+        along = len(loaded[0]) * settings.samples_along * settings.checkpoints
+        points = f", {along} of {settings.checkpoints} policies along it" if along else ""
+        tokens = (2 * answers + along) * recipe.generation.max_new_tokens
         lines.append(
-            f"test: {recipe.tested().data.test.path}: {len(loaded[0])} prompts, {answers} answers of the run and "
-            f"{answers} of the model before training, at most {2 * answers * recipe.generation.max_new_tokens:,} tokens"
+            f"test: {recipe.tested().data.test.path}: {len(loaded[0])} prompts, {answers} answers of the run{points} "
+            f"and {answers} of the model before training, at most {tokens:,} tokens"
         )
     judge = recipe.models.judge.path if recipe.judge.enabled else "off (`judge.enabled`)"
     outputs = [folder / "metrics.json" for folder in (recipe.evaluated_folder(), recipe.tested().sft_folder())]

@@ -193,6 +193,7 @@ class Evaluation(Section):
     prompts: int | None = Field(None, ge=1, description="test prompts evaluated, from the first (null: all)")
     checkpoints: int = Field(4, ge=0, description="points before the end at which the policy is kept and evaluated")
     samples: int = Field(5, ge=1, description="answers to a prompt, for BLEU, reward and KL")
+    samples_along: int = Field(0, ge=0, description="answers to a prompt at each of these points (0: at the end alone)")
     proxy: bool = Field(False, description="`models.reward` scores the answers, too")
     on: str | None = Field(None, description="recipe whose test split is evaluated (null: this one)")
 
@@ -253,11 +254,20 @@ class Recipe(Section):
         other = load_recipe(self.evaluation.on)
         return other.model_copy(update={"evaluation": evaluation, "generation": self.generation})
 
-    def evaluated_folder(self) -> Path:
-        """Where the evaluation of the run is: in the run's folder, or in one for the other test split."""
-        if self.evaluation.on is None:
-            return self.run_folder()
-        return self.run_folder() / "on" / Path(self.tested().output).name
+    def evaluated_folder(self, step: int | None = None) -> Path:
+        """Where the evaluation of the run is: in the run's folder, or in one for the other test split.
+
+        Args:
+            step: of the policy that was kept there (`evaluation.samples_along`); None: of the trained policy.
+        """
+        folder = self.run_folder()
+        if self.evaluation.on is not None:
+            folder = folder / "on" / Path(self.tested().output).name
+        return folder if step is None else folder / "along" / f"step-{step}"
+
+    def checkpoint_folder(self, step: int | None = None) -> Path:
+        """The trained policy, or the adapter that was kept at a step."""
+        return self.run_folder() / ("checkpoint" if step is None else f"checkpoints/step-{step}")
 
 
 # ---- loading ----
@@ -522,6 +532,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
 
     many, reason = judge.answers > recipe.evaluation.samples, f"`evaluation.samples` is {recipe.evaluation.samples}"
     yield judge.enabled and many, "judge.answers", reason, "lower the first or raise the second"
+
+    key, along = "evaluation.samples_along", recipe.evaluation.samples_along > 0
+    none = along and recipe.evaluation.checkpoints == 0
+    yield none, key, "`evaluation.checkpoints` is 0", "raise the second, or leave the first at 0"
+    full = along and not recipe.lora.enabled
+    yield full, key, "`lora.enabled` is false, and nothing is kept along the training", "leave the first at 0"
 
     empty = recipe.lora.enabled and not recipe.lora.target_modules
     yield empty, "lora.target_modules", "`lora.enabled` is true", "name modules, e.g. q_proj"

@@ -7,11 +7,14 @@
 - divergence:  how far the policy has moved on its own answers (evaluation/divergence.py)
 - greedy:      a few answers before and after training (evaluation/margins.py)
 
+Also which policies a run has kept, and which of them answer.
+
 A line that was edited, or that another version wrote, is refused with file, line, field and value, before a number of
 it enters a figure. `read_jsonl`, `Lines` and `Indexed` take the checks.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal, NotRequired
 
 from pydantic import BeforeValidator, Field
@@ -19,6 +22,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from hps.errors import InputError, shorten
 from hps.records import Messages, Name, Number, PlanRow, Whole
+from pipeline.recipe import Recipe
 from pipeline.records import checked
 
 AGAIN = "put the file back as it was written, or delete its folder and run the stage again"
@@ -137,3 +141,17 @@ def check_divergence(record: dict, where: str) -> Divergence:
 def check_greedy(record: dict, where: str) -> Greedy:
     """Return the line; InputError: no prompt, or `before` or `after` is not a text."""
     return checked(record, Greedy, where, AGAIN)
+
+
+# ---- the policies of a run ----
+
+
+def kept_checkpoints(recipe: Recipe) -> list[tuple[int, Path]]:
+    """`(step, folder)` of each adapter that the training kept, in order."""
+    folders = (recipe.run_folder() / "checkpoints").glob("step-*")
+    return sorted((int(folder.name.partition("-")[2]), folder) for folder in folders)
+
+
+def answered_steps(recipe: Recipe) -> list[int | None]:
+    """The steps whose kept policies answer the test prompts (`evaluation.samples_along`), then None for the end."""
+    return [*(step for step, _ in kept_checkpoints(recipe) if recipe.evaluation.samples_along), None]

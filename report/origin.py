@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.identity import identified
 from pipeline.recipe import Recipe
 from pipeline.records import read_json
-from pipeline.run_records import SCORES
+from pipeline.run_records import SCORES, answered_steps
 from pipeline.stage import MANIFEST, read_manifest
 from report.page import intact
 
@@ -22,7 +22,9 @@ def folders(recipe: Recipe) -> list[Path]:
     tested, run, evaluated = recipe.tested(), recipe.run_folder(), recipe.evaluated_folder()
     found = [recipe.candidates("train").parent, recipe.ranked("train").parent]
     found += [tested.candidates("test").parent, tested.ranked("test").parent, run]
-    found += [run / "merged", *(evaluated / name for name in ("evaluation", "answers", *SCORES.values(), "divergence"))]
+    found += [run / "merged", evaluated / "evaluation"]
+    for step in answered_steps(recipe):
+        found += [recipe.evaluated_folder(step) / name for name in ("answers", *SCORES.values(), "divergence")]
     found += [evaluated, *(tested.sft_folder() / name for name in ("answers", *SCORES.values(), "."))]
     return list(dict.fromkeys(found))
 

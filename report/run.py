@@ -161,7 +161,7 @@ def pictures(recipe: Recipe, settings: Recipe, lines: list[dict]) -> dict:
     if recipe.ranked("test").exists():
         splits["test"] = rewards_by_source(recipe.ranked("test"))
     with intact(recipe.run_folder() / "log.jsonl", "delete the run's folder and train again"):
-        training = run_pictures.training(lines, draws, settings.loss.preference)
+        training = run_pictures.training(lines, draws, settings.loss)
     return {
         "training": training,
         "rewards": run_pictures.rewards(splits),

@@ -7,6 +7,7 @@ from array import array
 from collections import defaultdict
 from pathlib import Path
 
+from hps.settings import Loss
 from pipeline.records import read_jsonl
 from pipeline.run_records import check_pair
 from report.draws import Draws
@@ -36,18 +37,15 @@ def _told(title: str, series: dict[str, tuple[list, list]]) -> str:
     return f"{title}, over steps {steps[0]} to {steps[-1]}: {', '.join(ends)}."
 
 
-def training(lines: list[dict], draws: Draws | None, preference: str) -> Pictures:
+def training(lines: list[dict], draws: Draws | None, loss: Loss) -> Pictures:
     """The training's curves from its log and, for HPS, the hardness of the draws from its plan."""
     panels = []
-    hps = preference == "hps"
     for title, names in PANELS:
-        if title == "gamma" and not hps:
-            continue
         found = {name.partition("/")[2] or name: series(lines, name) for name in names}
         found = {name: points for name, points in found.items() if points[0]}
-        if found:
+        if found and (title != "gamma" or loss.reads_gamma):
             panels.append(picture(_told(title, found), curve, title, found, stairs=title == "gamma"))
-        if title == "gamma" and draws is not None:
+        if title == "gamma" and loss.preference == "hps" and draws is not None:
             title, found = "hardness: rank of the drawn (1 = hardest)", {"mean rank": draws.places()}
             panels.append(picture(_told(title, found), curve, title, found))
     gamma = (
@@ -55,7 +53,7 @@ def training(lines: list[dict], draws: Draws | None, preference: str) -> Picture
         "there does not mean that the policy learns less. "
     )
     first = "The share of pairs in order means nothing in the first step, where every margin is zero up to rounding."
-    return Pictures(panels, f"{gamma if hps else ''}{first}")
+    return Pictures(panels, f"{gamma if loss.reads_gamma else ''}{first}")
 
 
 def rewards(splits: dict[str, dict[str, array]]) -> Pictures | None:

@@ -1,6 +1,8 @@
 """Sampling and scoring of answers without an engine: whose answers, what is kept, how they go on."""
 
 import json
+import shutil
+from collections import Counter
 
 import pytest
 
@@ -10,6 +12,7 @@ from generation import sample_answers as stage
 from hps.errors import InputError
 from pipeline.prompts import evaluated_prompts
 from pipeline.records import read_answers, read_jsonl
+from report import origin
 
 
 @pytest.fixture
@@ -62,6 +65,69 @@ def test_adapters_and_the_model_before_training_share_one_engine(run, sampled, t
     assert records(recipes[0].sft_folder())[0]["responses"][0] == f"{tiny_model} 0"
     stage.answer(recipes)  # finished: nobody is asked again
     assert len(sampled) == 12
+
+
+@pytest.fixture
+def along(run, tiny_model):
+    """A finished run that has kept its policy at the steps 10 and 2."""
+
+    def make(*overrides: str):
+        recipe = run("evaluation.samples=3", "evaluation.samples_along=2", *overrides)
+        for step in (10, 2):
+            shutil.copytree(tiny_model, recipe.checkpoint_folder(step))
+        return recipe
+
+    return make
+
+
+def test_policies_along_the_training_answer_too(along, sampled):
+    """Each kept one with its own adapter, fewer samples and a claim of its own; the others as without them."""
+    recipe = along()
+    stage.answer([recipe])
+    asked = Counter((item["adapter"], item["count"]) for item in sampled)
+    steps = {str(recipe.run_folder() / "checkpoints" / f"step-{step}"): step for step in (2, 10)}
+    assert asked == {(None, 3): 4, (str(recipe.run_folder() / "checkpoint"), 3): 4, **{(path, 2): 4 for path in steps}}
+    for path, step in steps.items():
+        folder = recipe.run_folder() / "along" / f"step-{step}"
+        assert [record["responses"] for record in records(folder)] == [[f"{path} 0", f"{path} 1"]] * 4
+        claim = json.loads((folder / "answers" / "claim.json").read_text())["settings"]
+        assert claim["evaluation"] == {"prompts": None, "samples": 2} and claim["checkpoint"]["path"] == path
+    plain = json.loads((recipe.run_folder() / "answers" / "claim.json").read_text())["settings"]
+    assert plain["evaluation"] == {"prompts": None, "samples": 3}
+    path = recipe.evaluated_folder(2) / "answers" / "test.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    (path.parent / "manifest.json").unlink()  # killed while it wrote the fourth line
+    stage.answer([recipe])
+    assert len(sampled) == 17 and len(records(path.parent.parent)) == 4
+
+
+def test_answers_along_the_training_are_scored(along, sampled):
+    recipe = along("models.evaluator.function=sentiment")
+    stage.answer([recipe])
+    scoring.score_all(recipe)
+    for step, count in ((2, 2), (10, 2), (None, 3)):
+        lines = [line for _, line in read_jsonl(scoring.scores_path(recipe, False, step=step))]
+        assert [len(line["answers"]) for line in lines] == [count] * 4 and not any(line["given"] for line in lines)
+    assert origin.folders(recipe).count(recipe.evaluated_folder(2) / "scores") == 1
+
+
+def test_without_the_setting_nothing_along_the_training_answers(along, sampled):
+    recipe = along()
+    recipe.evaluation.samples_along = 0
+    stage.answer([recipe])
+    assert len(sampled) == 8 and not (recipe.run_folder() / "along").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("evaluation.checkpoints=0", "`evaluation.checkpoints` is 0; raise the second"),
+        ("lora.enabled=false", "`lora.enabled` is false, and nothing is kept along the training"),
+    ],
+)
+def test_answers_of_policies_that_are_not_kept_are_refused(run, override, reason):
+    with pytest.raises(InputError, match=f"`evaluation.samples_along` is `2`, but {reason}"):
+        run("evaluation.samples_along=2", override)
 
 
 def test_full_fine_tuning_answers_with_its_own_weights(run, sampled, tiny_model):

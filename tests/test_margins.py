@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evaluation import margins as stage
-from evaluation.divergence import answer_figures
+from evaluation.divergence import answer_figures, measure_all
 from evaluation.held_out import divergence, rounding_floor
 from evaluation.intervals import bootstrap
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError
 from pipeline.cli import run_stage
-from pipeline.records import read_jsonl, read_prompts
+from pipeline.records import read_json, read_jsonl, read_prompts
 
 PAIRS = [
     {"tokens": [10, 30], "policy": [-10.0, -40.0], "reference": [-12.0, -38.0], "kl": [1.5]},
@@ -481,3 +481,27 @@ def test_other_settings_are_not_mixed(finished):
     recipe.evaluation.bootstrap = 300
     with pytest.raises(InputError, match="evaluation.bootstrap was 200, is now 300"):
         stage.evaluate(recipe)
+
+
+def test_divergence_along_the_training_is_that_of_the_policy_kept_there(finished):
+    """Equal answers of both policies: each folder has the divergence of its own adapter."""
+    recipe = finished("evaluation.samples_along=1", trained=True)
+    kept = recipe.checkpoint_folder(2)
+    shutil.copytree(recipe.checkpoint_folder(), kept)
+    weights = load_file(kept / "adapter_model.safetensors")
+    save_file({name: value * 0.5 for name, value in weights.items()}, kept / "adapter_model.safetensors")
+    prompt = {"prompt_id": "p", "prompt": [{"role": "user", "content": "Hi"}]}
+    answer = {**prompt, "responses": ["A short answer."], "token_counts": [4], "truncated": [False]}
+    for step in (2, None):
+        folder = recipe.evaluated_folder(step) / "answers"
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_text(json.dumps(answer) + "\n")
+        (folder / "manifest.json").write_text("{}")
+    measure_all(recipe)
+    scorer = stage.HeldOut(recipe)
+    expected = scorer.compare(*scorer.token_ids(prompt["prompt"], ["A short answer."], [False]), diverging=1)
+    found = {step: read_json(recipe.evaluated_folder(step) / "divergence" / "divergence.jsonl") for step in (2, None)}
+    assert found[None]["kl"] == pytest.approx(expected["kl"]) and found[None]["kl"][0] > 0
+    assert found[2]["kl"] == pytest.approx(expected["along"][0]["kl"]) and found[2]["kl"] != found[None]["kl"]
+    ratio = expected["along"][0]["policy"][0] - expected["reference"][0]
+    assert found[2]["log_ratio"] == [pytest.approx(ratio)]

@@ -15,7 +15,8 @@ from hps import losses
 from hps import methods as registry
 from hps.chat import load_tokenizer
 from hps.errors import InputError
-from hps.methods import methods, own_settings
+from hps.methods import LATER, methods, own_settings
+from hps.settings import Loss
 
 VARIANTS = {
     "exact": ["loss.estimator=exact"],
@@ -126,6 +127,17 @@ def test_another_familys_constants_do_not_identify_a_run(hinge, monkeypatch):
     assert own_settings({"family": "exo", "beta": 0.1, "exo_epsilon": 0.02, "hinge_margin": 1.0}) == before
     own = own_settings({"family": "hinge", "beta": 0.1, "exo_epsilon": 1e-3, "hinge_margin": 1.0})
     assert own == {"family": "hinge", "beta": 0.1, "hinge_margin": 1.0}
+
+
+def test_later_settings_identify_a_run_only_where_they_differ_from_their_default():
+    """Claims and result keys of runs that were made before `loss.negatives` existed still match."""
+    assert {name: getattr(Loss(), name) for name in LATER} == LATER and len(LATER) == 2
+    settings = Loss().model_dump()
+    earlier = own_settings({name: value for name, value in settings.items() if name not in LATER})
+    assert own_settings(settings) == earlier
+    assert own_settings({**settings, "negatives": "worst"}) == {**earlier, "negatives": "worst"}
+    below = {"negatives": "below_mean", "negative_deviations": 1.0}
+    assert own_settings({**settings, **below}) == {**earlier, **below}
 
 
 @pytest.mark.parametrize("name", ["beta", "margin", "simpo_beta"])

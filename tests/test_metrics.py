@@ -206,6 +206,56 @@ def test_metrics_of_a_run(evaluated):
     assert metrics["sets"] == {"written": {"pairs": 4}}
 
 
+@pytest.fixture
+def along(evaluated):
+    """The same, with two answers to each prompt by the policy that was kept at step 2."""
+    evaluated.evaluation.samples_along = 2
+    evaluated.checkpoint_folder(2).mkdir(parents=True)
+    for name in ("answers/test.jsonl", "scores/scores.jsonl", "divergence/divergence.jsonl"):
+        lines = [line for _, line in read_jsonl(evaluated.run_folder() / name)]
+        shortened = [
+            {key: value[:2] if isinstance(value, list) and key != "prompt" else value for key, value in line.items()}
+            for line in lines
+        ]
+        path = evaluated.evaluated_folder(2) / name
+        write_stage(path.parent, path.name, shortened[:0:-1])  # without the first prompt, in another order
+    return evaluated
+
+
+def test_answers_as_columns(along):
+    """In the order of the test file, whatever the order of finishing; a number for each answer."""
+    names = [record["prompt_id"] for _, record in read_prompts(along.data.test.path, along.data.test.limit)]
+    found = stage.answer_columns(along, along.evaluated_folder(2))
+    assert found.pop("prompt_id") == names[1:]
+    expected = {"reward": [[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]], "tokens": [[11, 20]] * 3, "kl": [[1.0, 2.0]] * 3}
+    assert found.pop("repetition") == [[0.0, 0.0]] * 3 and found == expected
+    along.evaluation.proxy = True
+    before = stage.answer_columns(along, along.sft_folder(), sft=True)
+    assert before.keys() == {"prompt_id", "reward", "proxy", "tokens", "repetition"}
+    assert before["proxy"] == [[10.0] * 3] * 4 and before["reward"] == [[0.0, 1.0, -1.0]] * 4
+
+
+def test_figures_along_the_training(along, capsys):
+    metrics = stage.evaluate(along, sft=False)
+    (point,) = metrics["along"]
+    assert point["step"] == 2 and point["reward"]["mean"] == 2.5 and point["kl"]["mean"] == 1.5
+    assert point["tokens"] == {"mean": 15.5, "interval": [15.5, 15.5]}
+    stage.print_metrics(metrics, along.run_folder())
+    assert "at step 2: reward 2.5000 [1.5000, 3.5000], kl 1.5000 [1.5000, 1.5000]" in capsys.readouterr().out
+    manifest = along.run_folder() / "metrics.manifest.json"
+    assert check_stage(manifest)[0] == []
+    assert str(along.evaluated_folder(2) / "scores" / "scores.jsonl") in json.loads(manifest.read_text())["inputs"]
+
+
+def test_a_divergence_of_other_answers_is_refused(along):
+    path = along.evaluated_folder(2) / "divergence" / "divergence.jsonl"
+    lines = [line for _, line in read_jsonl(path)]
+    short = {key: value[:1] if isinstance(value, list) else value for key, value in lines[0].items()}
+    write_stage(path.parent, path.name, [short, *lines[1:]])
+    with pytest.raises(InputError, match=r"divergence\.jsonl:1: `kl` has 1 entries for 2 answers"):
+        stage.evaluate(along, sft=False)
+
+
 def test_what_training_changed(evaluated):
     """The lines that quickstart ends with; nothing before both models are evaluated."""
     evaluated.evaluation.answers = 3

@@ -12,7 +12,7 @@ from conftest import make_plan, ranked_records
 from alignment.plan import plan, read_plan
 from hps import planning
 from hps.errors import InputError
-from hps.negatives import gamma_stages, hardness_weights, stage_of, standardize
+from hps.negatives import gamma_stages, hardness_weights, negative_weights, stage_of, standardize
 from hps.planning import preferred_index, training_order
 from hps.settings import Loss, Schedule, stages_without_steps
 from pipeline.recipe import Recipe, load_recipe
@@ -110,6 +110,136 @@ def test_standardized_rewards_enter_the_weights():
     hard = sum(row["dispreferred"] == [1] for row in rows)
     assert abs(hard - 2000 * expected[0]) < 4 * math.sqrt(2000 * expected[0] * expected[1])
     assert {tuple(row["rewards"]) for row in rows} == {(scale, 0.0), (scale, -scale)}
+
+
+# ---- other rules of the negative ----
+
+RULES = ("worst", "uniform", "hardest", "below_mean")
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("worst", [0, 0, 0, 0, 1]),
+        ("uniform", [0.2] * 5),
+        ("hardest", [1, 0, 0, 0, 0]),
+        ("below_mean", [0, 0, 1, 0, 0]),
+    ],
+)
+def test_rules_of_the_negative_by_hand(rule, expected):
+    """Of 10 and 7 7 3 3 0 the mean is 5 and the variance (25 + 4 x 4 + 25) / 6 = 11, so 0.6 deviations are 1.99.
+
+    1.99 below the mean is 3.01, so the nearest is 3; of the two the first.
+    """
+    listed = np.array([10.0, 7.0, 7.0, 3.0, 3.0, 0.0])
+    loss = Loss(negatives=rule, negative_deviations=0.6)
+    for gamma in (-5.0, 5.0):
+        np.testing.assert_array_equal(negative_weights(listed[1:], loss, gamma, listed), expected)
+
+
+@pytest.mark.parametrize(
+    ("deviations", "place"), [(2.0, 4), (1.1, 4), (1.0, 2), (0.5, 2), (0.0, 0), (-1.0, 0), (100.0, 4), (-100.0, 0)]
+)
+def test_below_mean_takes_the_nearest_reward(deviations, place):
+    """Mean 5, deviation 3.317: one below is 1.68, nearer 3 than 0; 1.1 below is 1.35; the mean is 2 from 7 and 3."""
+    listed = np.array([10.0, 7.0, 7.0, 3.0, 3.0, 0.0])
+    loss = Loss(negatives="below_mean", negative_deviations=deviations)
+    assert negative_weights(listed[1:], loss, 0.0, listed).tolist() == [float(place == index) for index in range(5)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_of_many_lists_at_once_are_those_of_each(rule):
+    """And worst and hardest of equal rewards are the last and the first, in any order of the list."""
+    listed = np.random.default_rng(0).integers(0, 5, size=(40, 9)).astype(float)
+    loss = Loss(negatives=rule)
+    together = negative_weights(listed[:, 1:], loss, 0.0, listed)
+    for row, weights in zip(listed, together, strict=True):
+        np.testing.assert_array_equal(weights, negative_weights(row[1:], loss, 0.0, row))
+        others = row[1:].tolist()
+        places = {"worst": 7 - others[::-1].index(min(others)), "hardest": others.index(max(others))}
+        if rule in places:
+            assert weights.argmax() == places[rule]
+
+
+def test_softmax_is_eq_9():
+    rewards = np.random.default_rng(0).normal(size=6)
+    found = negative_weights(rewards[1:], Loss(), 1.5, rewards)
+    np.testing.assert_array_equal(found, hardness_weights(rewards[1:], 1.5))
+
+
+@pytest.mark.parametrize(("rule", "place"), [("worst", 4), ("hardest", 1), ("below_mean", 3)])
+@pytest.mark.parametrize("estimator", [{}, {"samples": 3}, EXACT])
+@pytest.mark.parametrize("standardized", [False, True])
+def test_a_rule_that_names_one_response_always_draws_it(rule, place, estimator, standardized):
+    """Rewards 9 5 4 1 0, mean 3.8, deviation 3.19: one below it is 0.61, nearest to the 1 of the fourth."""
+    loss = {"negatives": rule, "negative_deviations": 1.0, **estimator}
+    recipe = recipe_of(loss=loss, epochs=20, standardize_rewards=standardized)
+    rows, facts = make_plan([record_of([9.0, 5.0, 4.0, 1.0, 0.0])], recipe)
+    for row in rows:
+        weights = dict(zip(row["dispreferred"], row["weights"], strict=True))
+        assert {index: weight for index, weight in weights.items() if weight} == {place: 1.0}
+        assert (row["gamma"], row["dispreferred_count"]) == (None, 4)
+    assert facts["gamma"] is None
+    assert {(line["gamma"], line["effective_sample_size"], line["rank"]) for line in facts["stages"]} == {
+        (None, 1.0, place)
+    }
+
+
+def test_the_mean_is_that_of_the_list_that_the_prompt_trains_on():
+    """Rewards 9 9 9 6 5 0 -20, the reward of y_1 three times: one deviation below the mean.
+
+    Of the whole record mean 2.57, deviation 9.69, target -7.12: nearest is 0, by 7.12 against 12.88. Without the ties
+    9 6 5 0 -20 give 0 and 10.41, target -10.41: nearest is -20, by 9.59 against 10.41.
+    """
+    record = record_of([9.0, 9.0, 9.0, 6.0, 5.0, 0.0, -20.0])
+    loss = {"negatives": "below_mean", "negative_deviations": 1.0}
+    for ties, index in (("keep", 5), ("exclude", 6)):
+        rows, _ = make_plan([record], recipe_of(loss=loss, ties=ties))
+        assert {tuple(row["dispreferred"]) for row in rows} == {(index,)}
+
+
+def test_worst_compares_what_bt_compares():
+    """The same plan, for a list whose last ones tie, too: Eq. 15 under another name."""
+    records = [*ranked_records(8), record_of([2.0, 1.0, 0.0, 0.0], name="tied")]
+    assert make_plan(records, recipe_of(loss={"negatives": "worst"})) == make_plan(records, recipe_of("bt"))
+
+
+def test_uniform_draws_are_uniform():
+    """4000 draws from four; 16.27 is the 0.999 quantile of chi-squared with three degrees of freedom."""
+    rows, facts = make_plan(
+        [record_of([9.0, 5.0, 4.0, 1.0, 0.0])], recipe_of(loss={"negatives": "uniform"}, epochs=4000)
+    )
+    counts = Counter(row["dispreferred"][0] for row in rows)
+    assert set(counts) == {1, 2, 3, 4}
+    assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 16.27
+    assert facts["stages"][0]["effective_sample_size"] == 4.0
+    exact, _ = make_plan([record_of([9.0, 5.0, 4.0, 1.0, 0.0])], recipe_of(loss={"negatives": "uniform", **EXACT}))
+    assert {(*row["dispreferred"], *row["weights"]) for row in exact} == {(1, 2, 3, 4, 0.25, 0.25, 0.25, 0.25)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "first", "second"), [("worst", 3, 3), ("hardest", {"printed": 1, "intended": 2}, 2), ("below_mean", 3, 3)]
+)
+@pytest.mark.parametrize("reading", ["printed", "intended"])
+def test_two_positives_have_the_rule_for_each(rule, first, second, reading):
+    """Rewards 3 2 1 0, of the mean 1.5 two deviations of 1.12 below: the last for both; the hardest is y_3 for y_2."""
+    loss = {"negatives": rule, "positives": 2, "appendix_e_reading": reading}
+    rows, _ = make_plan([record_of([3.0, 2.0, 1.0, 0.0])], recipe_of(loss=loss))
+    expected = first[reading] if isinstance(first, dict) else first
+    assert {(*row["dispreferred"], *row["second"]["dispreferred"]) for row in rows} == {(expected, second)}
+
+
+def test_a_rule_that_reads_no_gamma_is_told_and_its_stages_are_not(light_recipe, ranked, capsys):
+    """On the screen of the plan; three steps for five stages of gamma are no matter then."""
+    ranked(ranked_records(6))
+    plan(load_recipe(light_recipe, ["loss.negatives=below_mean", "schedule.gamma_stages=4"]))
+    out = capsys.readouterr().out
+    assert "plan: `loss.negatives` is below_mean, 2 standard deviations: gamma is not read" in out
+    assert "WARNING" not in out
+    table = [line.split()[1] for line in out.splitlines()[2:]]
+    assert table[0] == "gamma" and set(table[1:]) == {"-"}
+    plan(load_recipe(light_recipe, ["run=eq9"]))
+    assert "gamma is not read" not in capsys.readouterr().out
 
 
 # ---- gamma ----

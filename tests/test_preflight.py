@@ -341,6 +341,9 @@ def test_dry_run_tells_of_stages_without_steps(recipe):
     settings = [f"data.train.path={data}", "schedule.epochs=1", "schedule.global_batch=30"]
     done = preflight("run", recipe, *settings, "--dry-run")
     assert "training: WARNING: 2 steps for 5 stages of gamma" in done.stdout, done.stderr
+    done = preflight("run", recipe, *settings, "loss.negatives=worst", "--dry-run")
+    assert "training: `loss.negatives` is worst: gamma is not read" in done.stdout, done.stderr
+    assert "WARNING" not in done.stdout
 
 
 def test_broken_data_end_a_dry_run_too(recipe):

@@ -214,6 +214,7 @@ BOUNDS = {
     "annotation.batch_tokens": (1, None), "annotation.workers": (1, None), "annotation.noise": (0, None),
     "loss.beta": (1e-9, None), "loss.label_smoothing": (0, 0.499), "loss.samples": (1, None),
     "loss.positives": (1, 2), "loss.appendix_e_lambda": (0, None), "loss.list_size": (2, None),
+    "loss.negative_deviations": (None, None),
     "loss.exo_epsilon": (1e-9, 0.499), "loss.exo_beta_r": (1e-9, None), "loss.nca_alpha": (1e-9, None),
     "loss.simpo_beta": (1e-9, None), "loss.simpo_margin": (0, None),
     "schedule.gamma_start": (None, None), "schedule.gamma_end": (None, None), "schedule.gamma_stages": (1, None),
@@ -225,6 +226,7 @@ BOUNDS = {
     "training.processes": (1, None), "training.row_tokens": (1, None), "training.save_steps": (1, None),
     "evaluation.bootstrap": (1, None), "evaluation.answers": (0, None), "evaluation.answer_tokens": (1, None),
     "evaluation.prompts": (1, None), "evaluation.checkpoints": (0, None), "evaluation.samples": (1, None),
+    "evaluation.samples_along": (0, None),
     "judge.answers": (1, None), "judge.repeats": (1, None), "judge.max_new_tokens": (32, None),
     "judge.max_prompt_tokens": (1, None), "judge.temperature": (0, None), "judge.tensor_parallel": (1, None),
 }  # fmt: skip
@@ -411,7 +413,8 @@ PAPER = {
     "annotation.batch_tokens": 16384, "annotation.dtype": "auto", "annotation.workers": None,
     "annotation.noise": 0.0,
     "loss.family": "dpo", "loss.preference": "hps", "loss.beta": 0.1, "loss.label_smoothing": 0.0,
-    "loss.estimator": "sampled", "loss.samples": 1, "loss.factor_n": False, "loss.positives": 1,
+    "loss.estimator": "sampled", "loss.samples": 1, "loss.negatives": "softmax",
+    "loss.negative_deviations": 2.0, "loss.factor_n": False, "loss.positives": 1,
     "loss.appendix_e_lambda": 1.0, "loss.appendix_e_reading": "printed", "loss.list_size": 5,
     "loss.exo_epsilon": 1e-3, "loss.exo_beta_r": 1.0, "loss.ipo_per_token": False, "loss.sppo_win": "hard",
     "loss.nca_alpha": 1.0, "loss.simpo_beta": 2.0, "loss.simpo_margin": 0.0,
@@ -429,7 +432,7 @@ PAPER = {
     "training.wandb": False, "training.tensorboard": False,
     "evaluation.bootstrap": 2000, "evaluation.answers": 3, "evaluation.answer_tokens": 256,
     "evaluation.prompts": None, "evaluation.checkpoints": 4, "evaluation.samples": 5, "evaluation.on": None,
-    "evaluation.proxy": False,
+    "evaluation.proxy": False, "evaluation.samples_along": 0,
     "judge.enabled": False, "judge.answers": 1, "judge.repeats": 1, "judge.max_new_tokens": 256,
     "judge.max_prompt_tokens": 6144, "judge.temperature": 0.0, "judge.tensor_parallel": 8,
 }  # fmt: skip
@@ -467,6 +470,13 @@ MEANINGLESS = [
     (["loss.preference=pl", "loss.samples=2"], "`loss.samples` is `2`, but it belongs to `loss.preference: hps`"),
     (["loss.preference=bt", "loss.positives=2"], "but it belongs to `loss.preference: hps`, and that is bt"),
     (["loss.preference=pl", "loss.factor_n=true"], "and that is pl; use loss.factor_n=false"),
+    (["loss.negatives=worst"], "`loss.negatives` is `worst`, but it belongs to `loss.preference: hps`, and that is bt"),
+    (["loss.preference=pl", "loss.negatives=uniform"], "and that is pl; use loss.negatives=softmax"),
+    (
+        ["loss.preference=hps", "loss.negatives=worst", "loss.negative_deviations=1"],
+        "`loss.negative_deviations` is `1.0`, but it belongs to `loss.negatives: below_mean`, and that is worst; use "
+        "loss.negative_deviations=2.0",
+    ),
     (["loss.list_size=8"], "it belongs to `loss.preference: pl`, and that is bt; use loss.list_size=5"),
     (["loss.list_size=null"], "`loss.list_size` is `None`, but it belongs to `loss.preference: pl`"),
     (["loss.preference=hps", "loss.appendix_e_lambda=0.5"], "belongs to `loss.positives: 2`, and that is 1"),

@@ -15,6 +15,7 @@ from alignment.plan import plan, run_settings
 from evaluation.intervals import FEW, estimate, few, figure, signed
 from evaluation.render import number
 from hps.errors import InputError
+from hps.settings import Loss
 from pipeline.files import file_hash, write_json
 from pipeline.records import Lines
 from pipeline.stage import Work, claim, write_manifest
@@ -391,12 +392,13 @@ def test_gamma_and_hardness_are_of_hps_alone():
     """Logs of other preference models that an earlier version wrote have a gamma, which says nothing."""
     lines = [{"step": step, "loss": 0.5, "gamma": 0.0, "rewards/accuracies": 0.5} for step in (1, 2)]
     titles = {}
-    for preference in ("hps", "bt"):
-        found = run_pictures.training(lines, Draws(np.array([1, 2]), np.zeros(2), np.array([[3.0, 1.0]])), preference)
-        titles[preference] = [panel.text.partition(",")[0] for panel in found.panels]
-        assert ("gamma" in found.caption) == (preference == "hps")
+    for name, loss in {"hps": Loss(), "bt": Loss(preference="bt"), "worst": Loss(negatives="worst")}.items():
+        found = run_pictures.training(lines, Draws(np.array([1, 2]), np.zeros(2), np.array([[3.0, 1.0]])), loss)
+        titles[name] = [panel.text.partition(",")[0] for panel in found.panels]
+        assert ("gamma" in found.caption) == (name == "hps")
     assert titles["bt"] == ["loss (nats)", "share of pairs in order"]
     assert set(titles["hps"]) - set(titles["bt"]) == {"gamma", "hardness: rank of the drawn (1 = hardest)"}
+    assert [*titles["worst"], "gamma"] == [*titles["bt"], "hardness: rank of the drawn (1 = hardest)", "gamma"]
 
 
 def test_missing_figures_leave_a_gap():
@@ -405,7 +407,7 @@ def test_missing_figures_leave_a_gap():
     assert run_pictures.series(lines, "gamma") == ([1, 3], [1.0, 2.0])
     steps, losses = run_pictures.series(lines, "loss")
     assert steps == [1, 2, 3] and losses[0] == 0.5 and losses[1] != losses[1] and losses[2] == 1.5
-    titles = [panel.text.partition(",")[0] for panel in run_pictures.training(lines, None, "hps").panels]
+    titles = [panel.text.partition(",")[0] for panel in run_pictures.training(lines, None, Loss()).panels]
     assert titles == ["loss (nats)", "gamma"]
 
 

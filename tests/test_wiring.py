@@ -91,6 +91,20 @@ def pair(scores, rewards):
     return -logsigmoid(scores[0] - scores[1] - 0.1)
 
 
+def nearest(rewards):
+    """Place of the response whose reward is nearest to the mean of the list's minus one deviation."""
+    return 1 + (rewards[1:] - (rewards.mean() - rewards.std(correction=0))).abs().argmin()
+
+
+def below_mean(scores, rewards):
+    """Eq. 8 with this response alone: its weight is 1, the factor stays N."""
+    return -logsigmoid(scores[0] - scores[nearest(rewards)] - math.log(len(rewards) - 1))
+
+
+def share_of_nearest(rewards):
+    return torch.eye(len(rewards))[nearest(rewards)]
+
+
 def shares_of_q(rewards):
     return torch.cat([torch.zeros(1), torch.softmax(GAMMA * rewards[1:], dim=0)])
 
@@ -106,6 +120,11 @@ METHODS = {
         ["loss.estimator=exact", "loss.positives=2", "loss.appendix_e_lambda=0.5"],
         two_terms,
         shares_of_q,
+    ),
+    "below mean": (
+        ["loss.negatives=below_mean", "loss.negative_deviations=1", "loss.factor_n=true", "loss.estimator=exact"],
+        below_mean,
+        share_of_nearest,
     ),
     "exo-pl": (
         ["loss.family=exo", "loss.preference=pl", "loss.list_size=null", "loss.exo_beta_r=2"],
@@ -156,7 +175,7 @@ def test_a_step_is_its_formula(uneven, method, way):
     assert abs(expected["rewards/margins"]) > 0.1 and trainer.state.global_step == 1
     for name, value in expected.items():
         assert line[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
-    assert line.get("gamma") == (pytest.approx(GAMMA) if recipe.loss.preference == "hps" else None)
+    assert line.get("gamma") == (pytest.approx(GAMMA) if method in ("hps", "appendix E") else None)
     assert rows == ROWS.get(way, [2, 2])
 
 

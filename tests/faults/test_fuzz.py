@@ -470,6 +470,8 @@ def plans(draw) -> tuple[list[dict], Recipe]:
             "samples": 1 if estimator == "exact" else draw(st.integers(1, 3)),
             "positives": draw(st.integers(1, 2)),
             "appendix_e_reading": draw(st.sampled_from(["printed", "intended"])),
+            "negatives": draw(st.sampled_from(["softmax", "worst", "uniform", "hardest", "below_mean"])),
+            "negative_deviations": draw(st.floats(-4, 4)),
         }
         loss = loss.model_copy(update=changed)
     schedule = Schedule(
