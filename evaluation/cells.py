@@ -1,8 +1,8 @@
 """One method's results over the seeds, and its row of figures in a table.
 
-The interval contains seeds, prompts and answers (evaluation.components). Results without `answers`, which earlier
-versions wrote, keep theirs: per-prompt values are averaged over the seeds, and the interval is a bootstrap over prompts.
-evaluation.frontiers, and of those results evaluation.matched, read the cells at one divergence.
+The interval contains seeds, prompts and answers (evaluation.components). Results of earlier versions, without
+`answers`, keep theirs: values are averaged over the seeds, and the interval is a bootstrap over prompts.
+evaluation.frontiers, and for those results evaluation.matched, read the cells at one divergence.
 """
 
 from dataclasses import dataclass
@@ -47,11 +47,15 @@ Column = tuple[list[str], np.ndarray]  # prompt ids, and (seeds, prompts) values
 
 @dataclass
 class Cell:
-    """Results of one method (one for each seed) and its label in the table."""
+    """Results of one method (one for each seed) and its label in the table.
+
+    `traits`: what it differs in from other rows, e.g. family and preference model; all rows of a table have as many.
+    """
 
     label: str
     results: list[dict]
     paper: dict | None = None
+    traits: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> list[int]:

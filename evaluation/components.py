@@ -2,16 +2,16 @@
 
 A value of seed s, prompt p and answer a is taken as `mean + seed + prompt + seed x prompt + answer`, each part drawn
 independently with a variance of its own. The inputs are tables (seeds, prompts) of means over the answers, so the draw
-of the answers is in them. Two parts of a mean's variance are estimated:
+of the answers is in them. The variance of a mean is estimated in two parts:
 
-    seeds      s^2 / S with S - 1 degrees of freedom, s^2 the variance of the seeds' means. It also contains what differs
-               by seed and prompt, and the answers.
-    prompts    max(0, variance over the prompts of the means over seeds - M / S) / P with P - 1 degrees of freedom, M the
-               mean square of seed x prompt, which the seeds' part already has
+    seeds      s^2 / S with S - 1 degrees of freedom, where s^2 is the variance of the seeds' means; this also contains
+               seed x prompt and the answers
+    prompts    max(0, v - M / S) / P with P - 1 degrees of freedom, where v is the variance of the prompts' means and M
+               the mean square of seed x prompt, which the seeds' part already has
 
-and each enters the interval with its own t quantile: `mean +- sqrt(sum t^2 variance)`. A bootstrap over seeds would be
-too narrow: of 5 seeds it finds 4/5 of their variance and knows no t. One interval of two seeds is wide (t = 12.7), and of
-one seed there is no spread to see: such an interval is marked, `one_seed`. tests/test_components.py has the coverage.
+Each enters the interval with its own t quantile: `mean +- sqrt(sum t^2 variance)`. A bootstrap over seeds is too
+narrow: it finds (S - 1) / S of their variance and knows no t. With two seeds an interval is wide (t = 12.7). One seed
+shows no spread: such an interval is marked, `one_seed`. tests/test_components.py measures the coverage.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def _quantile(share: float, freedom: int) -> float:
 
 
 def interaction(table: np.ndarray) -> float:
-    """The mean square of seed x prompt of (seeds, prompts): its variance and that of the answers' mean. 0 of one seed."""
+    """The mean square of seed x prompt of (seeds, prompts), which contains the answers; 0 of one seed."""
     if len(table) < 2:
         return 0.0
     left = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
@@ -81,7 +81,7 @@ def components(table: np.ndarray, answers: float) -> dict[str, float | None]:
         answers: the mean variance of a cell's answers divided by their number (`answer_variance`).
 
     Returns:
-        `seed`, `prompt`, `seed_prompt`; of one seed only `prompt`, and the others are None. A variance that is estimated
+        `seed`, `prompt`, `seed_prompt`; of one seed `prompt` alone, the others are None. A variance that is estimated
         below zero is 0.
     """
     inner, prompts = interaction(table), table.mean(axis=0).var(ddof=1)

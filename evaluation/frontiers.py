@@ -1,13 +1,13 @@
 """Rewards and margins against divergence, and methods against each other at one divergence, with all their uncertainty.
 
-Methods move differently in the same steps, so they are compared where the mean KL from the model before training is the
-same. Between the measured points a figure is interpolated linearly in the square root of KL, from 0 at KL 0: for a small
-move rewards and margins change in proportion to its size and KL to its square. A policy that comes back is read on its
-way out.
+Methods move differently in the same steps, so they are compared where their mean KL from the model before training is
+the same. Between the measured points a figure is interpolated linearly in the square root of KL, from 0 at KL 0: for a
+small move rewards and margins change in proportion to its size and KL to its square. A policy that comes back is read
+on its way out.
 
-A reading depends on means of KL and of the figure. To first order it varies as a mean over seeds and prompts does: of
-the values that `Reading.table` has for each of them. So evaluation.components gives its interval, which contains the
-uncertainty of KL, too.
+A reading is a function of means of KL and of the figure. To first order it varies as a mean over seeds and prompts
+does, of the values that `Curve.read` has for each of them. So evaluation.components gives its interval, which contains
+the uncertainty of KL, too. The KL at which two methods are compared is taken as given.
 """
 
 from collections.abc import Sequence
@@ -90,9 +90,7 @@ def curve(cell: Cell, name: str, sft: dict | None) -> Curve | None:
     if not points or any(column is None for column in found):
         return None
     prompts = [name for name in found[0][0] if all(name in column[0] for column in found)]
-    kl, values = (
-        np.stack([of_prompts(pair[which], prompts) for pair in columns], axis=2) for which in (0, 1)
-    )
+    kl, values = (np.stack([of_prompts(pair[which], prompts) for pair in columns], axis=2) for which in (0, 1))
     if before is not None:
         values = values - of_prompts(before, prompts)[:, :, None]
     start = np.zeros((*kl.shape[:2], 1))
@@ -180,44 +178,37 @@ def along(cell: Cell, sft: dict | None) -> list[dict]:
 
 
 def wins(one: Cell, other: Cell) -> dict[str, dict] | None:
-    """Shares of the pairs of answers to a prompt, one of each policy, in percent, by the reward; exact for these answers.
+    """Shares of the pairs of answers to a prompt, one of each policy, that the first wins by the reward; exact.
 
     Runs are compared with the run of the same seed; the model before training, which has no seeds, with every run.
 
     Returns:
-        `win`, `lose`, `tie`, and `win_rate`, in which a tie counts one half (`verdict`: whether it is 50 %).
+        `won`, `lost`, `tied`, and `win_rate`, in which a tie counts one half, with `verdict` (whether it is one half)
+        and `detectable` (the distance from that); None where two prompts or a seed are not common.
     """
     untrained = other.label == SFT
     pairs = [
-        (result, other.results[0 if untrained else other.seeds.index(seed)])
+        (_final_rewards(result), _final_rewards(other.results[0 if untrained else other.seeds.index(seed)]))
         for result, seed in zip(one.results, one.seeds, strict=True)
         if untrained or seed in other.seeds
     ]
-    tables = [[dict(zip(*each, strict=True)) for each in map(_rewards, pair)] for pair in pairs]
-    if not tables or not all(map(all, tables)):
-        return None
-    prompts = [name for name in tables[0][0] if all(name in each for pair in tables for each in pair)]
+    prompts = [name for name in pairs[0][0] if all(name in each for pair in pairs for each in pair)] if pairs else []
     if len(prompts) < 2:
         return None
-    signs = [
-        [np.sign(np.subtract.outer(ours[name], theirs[name])) for name in prompts] for ours, theirs in tables
-    ]
+    signs = [[np.sign(np.subtract.outer(ours[name], theirs[name])) for name in prompts] for ours, theirs in pairs]
     shares = {
         "win_rate": lambda sign: (1 + sign).mean() / 2,
-        "win": lambda sign: (sign > 0).mean(),
-        "lose": lambda sign: (sign < 0).mean(),
-        "tie": lambda sign: (sign == 0).mean(),
+        "won": lambda sign: (sign > 0).mean(),
+        "lost": lambda sign: (sign < 0).mean(),
+        "tied": lambda sign: (sign == 0).mean(),
     }
     found = {
-        name: estimated([100 * np.array([[share(sign) for sign in row] for row in signs])])
-        for name, share in shares.items()
+        name: estimated([np.array([[share(sign) for sign in row] for row in signs])]) for name, share in shares.items()
     }
-    rate = found["win_rate"]
-    del found["win"]["detectable"], found["lose"]["detectable"], found["tie"]["detectable"]
-    rate["verdict"] = verdict(rate, 50.0)
+    found["win_rate"]["verdict"] = verdict(found["win_rate"], 0.5)
     return found
 
 
-def _rewards(result: dict) -> tuple[list[str], list[list[float]]]:
-    table = result.get("answers", {}).get(FINAL, {"prompt_id": [], "reward": []})
-    return table["prompt_id"], table["reward"]
+def _final_rewards(result: dict) -> dict[str, list[float]]:
+    table = result["answers"][FINAL]
+    return dict(zip(table["prompt_id"], table["reward"], strict=True))

@@ -1,12 +1,13 @@
 """The tables of the paper: the evaluations that each needs, its rows, and the comparisons of rows.
 
-evaluation.cells computes a row's figures, evaluation.matched compares rows, evaluation.render formats a table, and
-evaluation.reproduce writes the files.
+evaluation.cells computes a row's figures, evaluation.frontiers compares rows (evaluation.matched those of results
+without `answers`), evaluation.render formats a table, and evaluation.reproduce writes the files.
 """
 
 from typing import Any
 
-from evaluation.cells import COLUMNS, Cell, cell_figures, same_prompts
+from evaluation.cells import ANSWERED, COLUMNS, SFT, Cell, cell_figures, has_answers, same_prompts, spread
+from evaluation.frontiers import along, at_one_kl, compare, wins
 from evaluation.matched import against_baselines, differences, frontier, matched, within_ablation
 from evaluation.matrix import load_matrix, method_name, select
 from evaluation.paper import length_term_flags, paper_rows, paper_wins, percentage_flags
@@ -21,17 +22,38 @@ TITLES = {
     "7": "Table 7: responses of a prompt, transfer",
     "8": "Table 8: beta",
     "ablation": "Ablation: the factor N and gamma (not in the paper)",
+    "gamma": "Ablation: gamma and its schedule (not in the paper)",
+    "negatives": "Ablation: the rule of the negative (not in the paper)",
+    "noise": "Ablation: noise of the rewards that rank, and gamma (not in the paper)",
+    "factor_n": "Ablation: the factor N of Eq. 8 (not in the paper)",
+    "list_size": "Ablation: responses of a list, at equal compute (not in the paper)",
 }
 JUDGED = "4"
 TRANSFER = ("5", "7")
 SETS = {"hh_rlhf": "HH-RLHF", "pku_safe": "PKU-SafeRLHF"}
-SMALL = {"hh_rlhf": "dialogue (in the place of HH-RLHF)", "pku_safe": "safety (in the place of PKU-SafeRLHF)"}
+SMALL = {
+    "hh_rlhf": "dialogue (in the place of HH-RLHF)",
+    "pku_safe": "safety (in the place of PKU-SafeRLHF)",
+    "reviews": "reviews, one turn (in the place of PKU-SafeRLHF)",
+    "chats": "chats, several turns (in the place of HH-RLHF)",
+}
+IN_PLACE_OF = {"reviews": "pku_safe", "chats": "hh_rlhf"}
+SAME_QUANTITY = ("rm_dpo", "rm_r_dpo", "kl")  # at another scale than the paper's; its rewards and texts are others
+# Values of a trait that others are compared with: the baselines, and the paper's choice. Without one, the first row's.
+AGAINST = ("BT", "DPO-BT", "PL", "gamma -5 to 5", "Eq. 9 (gamma -5 to 5)")
+RULES = {
+    "worst": "the worst",
+    "uniform": "uniform",
+    "hardest": "the hardest",
+    "below_mean": "{:g} deviations below the mean",
+}
 PAPERS_DATA = {"6": "hh_rlhf", "7": "pku_safe", "8": "hh_rlhf"}  # where the paper shows one data set alone
 PLACES = {
     "6": "The paper's rows are those of HH-RLHF with n of 5, 20, 50, 100, set beside ours in the order of n.",
     "7": "The paper's rows have n of 5, 20, 50, 100, set beside ours in the order of n.",
     "8": "The paper's rows are those of HH-RLHF.",
 }
+NOTHING: dict[str, Any] = {"paired": [], "matched": {}, "frontier": {}}  # a part without comparisons of margins
 Results = list[tuple[Evaluated, dict | None]]  # None: not run yet
 
 
@@ -56,27 +78,52 @@ def needed(table: str, scale: str) -> list[Evaluated]:
     return found
 
 
+def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
+    """What a run's row differs in from others; runs that differ only in the seed share it."""
+    method = method_name(recipe)
+    start, end = recipe.schedule.gamma_start, recipe.schedule.gamma_end
+    gamma = f"gamma {start:g}" if start == end else f"gamma {start:g} to {end:g}"
+    negatives = recipe.loss.negatives
+    rule = RULES[negatives].format(recipe.loss.negative_deviations) if negatives != "softmax" else f"Eq. 9 ({gamma})"
+    varied = {
+        "6": f"n = {recipe.schedule.subsample or 'all'}",
+        "7": f"n = {recipe.schedule.subsample or 'all'}",
+        "8": f"beta = {recipe.loss.beta:g}",
+        "list_size": f"list of {recipe.loss.list_size or 'all'}" if recipe.loss.preference == "pl" else "pairs",
+    }
+    if table in varied:
+        return method, varied[table]
+    of_hps = {
+        "ablation": (f"N {'on' if recipe.loss.factor_n else 'off'}", gamma),
+        "factor_n": (f"N {'on' if recipe.loss.factor_n else 'off'}", gamma),
+        "gamma": (gamma,),
+        "negatives": (rule,),
+        "noise": (f"noise {recipe.annotation.noise:g}", gamma),
+    }
+    if table not in of_hps:
+        return recipe.loss.family.upper(), recipe.loss.preference.upper()
+    return of_hps[table] if recipe.loss.preference == "hps" else (*of_hps[table][:-1], method)
+
+
 def label(table: str, recipe: Recipe) -> str:
-    """The label of a run's row; runs that differ only in the seed share it."""
-    if table in ("6", "7"):
-        return f"{method_name(recipe)}, n = {recipe.schedule.subsample or 'all'}"
-    if table == "8":
-        return f"{method_name(recipe)}, beta = {recipe.loss.beta:g}"
-    if table == "ablation":
-        start, end = recipe.schedule.gamma_start, recipe.schedule.gamma_end
-        gamma = f"{start:g}" if start == end else f"{start:g} to {end:g}"
-        return f"N {'on' if recipe.loss.factor_n else 'off'}, gamma {gamma}"
-    return method_name(recipe)
+    """The label of a run's row: its traits, or its method."""
+    found = traits(table, recipe)
+    return (
+        method_name(recipe)
+        if found == (recipe.loss.family.upper(), recipe.loss.preference.upper())
+        else ", ".join(found)
+    )
 
 
 def cells_of(table: str, results: Results, on: str) -> list[Cell]:
     """The rows of one data set in the order of the matrix, the model before training first."""
-    grouped: dict[str, list[dict]] = {}
+    grouped: dict[str, Cell] = {}
     for evaluation, result in results:
         if result is not None and evaluation.on == on:
-            name = "SFT" if evaluation.sft else label(table, evaluation.recipe)
-            grouped.setdefault(name, []).append(result)
-    return [Cell(name, found) for name, found in grouped.items()]
+            name = SFT if evaluation.sft else label(table, evaluation.recipe)
+            differs = () if evaluation.sft else traits(table, evaluation.recipe)
+            grouped.setdefault(name, Cell(name, [], traits=differs)).results.append(result)
+    return list(grouped.values())
 
 
 def give_paper(table: str, cells: list[Cell], rows: dict[str, dict]) -> None:
@@ -97,20 +144,43 @@ def give_paper(table: str, cells: list[Cell], rows: dict[str, dict]) -> None:
 def _method_and_size(cell: Cell) -> tuple[bool, str, float]:
     """The model before training, then a method's rows in the order of n."""
     name, _, size = cell.label.partition(", n = ")
-    return name != "SFT", name, float((size or "0").replace("all", "inf"))
+    return name != SFT, name, float((size or "0").replace("all", "inf"))
+
+
+def pairs_of(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
+    """Rows that differ in one trait, the second with a value of `AGAINST` or else the first row's."""
+    found: dict[frozenset, tuple[Cell, Cell]] = {}
+    for place in range(max((len(cell.traits) for cell in cells), default=0)):
+        rows: dict[tuple, list[Cell]] = {}
+        for cell in cells:
+            rows.setdefault((*cell.traits[:place], None, *cell.traits[place + 1 :]), []).append(cell)
+        for alike in rows.values():
+            known = [cell for value in AGAINST for cell in alike if cell.traits[place] == value]
+            for other in known or alike[:1]:
+                for one in alike:
+                    if one is not other:
+                        found.setdefault(frozenset((one.label, other.label)), (one, other))
+    order = [cell.label for cell in cells]
+    return sorted(found.values(), key=lambda pair: order.index(pair[0].label))
 
 
 def part(table: str, scale: str, results: Results, on: str) -> tuple[dict, list[str], dict[str, str]]:
     """One data set's rows with their comparisons, the flags on the paper's rows, and the rows left out."""
     cells, odd = same_prompts(cells_of(table, results, on))
-    data = PAPERS_DATA.get(table, on)
+    data = PAPERS_DATA.get(table, IN_PLACE_OF.get(on, on))
     rows = paper_rows(table, data)
+    flags = length_term_flags(rows, f"Table {table}, {SETS[data]}") if data in SETS else []
+    title = (SETS if scale == "paper" else SMALL).get(on, on)
+    if has_answers(cells):
+        if scale != "paper":
+            rows = {name: {key: row.get(key) for key in SAME_QUANTITY} for name, row in rows.items()}
+        return {"data": on, "title": title, **NOTHING, **answered_part(table, scale, cells, rows)}, flags, odd
     give_paper(table, cells, rows)
-    sft = next((cell.results[0] for cell in cells if cell.label == "SFT"), None)
-    trained = [cell for cell in cells if cell.label != "SFT"]
+    sft = next((cell.results[0] for cell in cells if cell.label == SFT), None)
+    trained = [cell for cell in cells if cell.label != SFT]
     found = {
         "data": on,
-        "title": SETS[on] if scale == "paper" else SMALL[on],
+        "title": title,
         "columns": ["kl", *COLUMNS] if table in ("8", "ablation") else list(COLUMNS),
         "rows": [{"label": cell.label, "figures": cell_figures(cell)} for cell in cells],
         "paired": differences(within_ablation(trained) if table == "ablation" else against_baselines(trained), sft),
@@ -118,7 +188,50 @@ def part(table: str, scale: str, results: Results, on: str) -> tuple[dict, list[
         "matched": {} if table == "ablation" else matched(trained, sft),
         "frontier": {cell.label: frontier(cell) for cell in trained},
     }
-    return found, length_term_flags(rows, f"Table {table}, {SETS[data]}"), odd
+    return found, flags, odd
+
+
+def answered_part(table: str, scale: str, cells: list[Cell], paper: dict[str, dict]) -> dict:
+    """The fields of a part whose results have `answers`; of Table 4 the win rates. `paper`: the paper's rows."""
+    sft = next((cell.results[0] for cell in cells if cell.label == SFT), None)
+    trained = [cell for cell in cells if cell.label != SFT]
+    if table == JUDGED:
+        return {"columns": ["win_rate", "won", "lost", "tied"], "rows": win_rows(cells)}
+    compared = compare(pairs_of(trained), sft)
+    give_paper(table, cells, paper)  # which renames rows
+    common = at_one_kl(trained, sft)
+    rows = []
+    for cell in cells:
+        figures = cell_figures(cell, answered=True)
+        if common is not None and cell.label in common[1]:
+            figures["change_at_kl"] = common[1][cell.label]
+        rows.append(
+            {
+                "label": cell.label,
+                "traits": list(cell.traits),
+                "figures": figures,
+                "spread": spread(cell),
+                "along": [] if cell.label == SFT else along(cell, sft),
+            }
+        )
+    own = ["reward_mean", "change", "change_at_kl", "kl_sampled", *(name for name in ANSWERED if name != "change")]
+    return {
+        "columns": [*(COLUMNS if scale == "paper" else ()), *own],
+        "rows": rows,
+        "kl": common and common[0],
+        "compared": compared,
+    }
+
+
+def win_rows(cells: list[Cell]) -> list[dict]:
+    """Win rates by the reward of each method against each that stands before it, HPS first."""
+    ordered = sorted(cells, key=lambda cell: (cell.label != SFT, cell.traits[1:] == ("HPS",)))
+    return [
+        {"label": f"{one.label} against {other.label}", "figures": found}
+        for place, one in reversed(list(enumerate(ordered)))
+        for other in ordered[:place]
+        if (found := wins(one, other)) is not None
+    ]
 
 
 def judged_part(scale: str, data: str, judged: dict) -> dict:
@@ -131,8 +244,7 @@ def judged_part(scale: str, data: str, judged: dict) -> dict:
             figures[outcome] = {**ours, "paper": printed, "difference": round(ours["mean"] - printed, 3)}
         rows.append({"label": f"against {name}", "figures": figures, "flags": result["flags"]})
     title, columns = SETS[data] if scale == "paper" else SMALL[data], ["win", "lose", "tie"]
-    nothing = {"paired": [], "matched": {}, "frontier": {}}
-    return {"data": data, "title": title, "columns": columns, "rows": rows, **nothing}
+    return {"data": data, "title": title, "columns": columns, "rows": rows, **NOTHING}
 
 
 def remarks(table: str, scale: str) -> list[str]:
@@ -152,6 +264,30 @@ def remarks(table: str, scale: str) -> list[str]:
     return lines
 
 
+def remarks_answered(table: str, scale: str, comparisons: int) -> list[str]:
+    """`remarks` of a table whose results have `answers`."""
+    lines = [
+        f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`. Mean [95 % interval]. The intervals contain "
+        "prompts, the draw of the answers, and seeds; those of one seed, marked ‡, cannot contain seeds. Reward: the "
+        "evaluator's, mean of the answers to a prompt. Change: against the model before training. KL: nats, on the "
+        "policy's own answers. Win rate: share of pairs, of two policies' answers to a prompt, that the first wins by "
+        "the reward.",
+        "",
+        "`decided`: the interval excludes no difference. `detectable`: the smallest true difference that would have "
+        f"been decided in 80 % of repetitions. Each of the {comparisons} comparisons is made at 5 % by itself: without "
+        f"any true difference about {comparisons / 20:.2g} of them would be decided. docs/results.md says how methods "
+        "are compared, and why at equal KL.",
+    ]
+    if scale != "paper" and table in ("2", "5", *PLACES):
+        lines += [
+            "",
+            "**Another scale than the paper's:** another model, other data. The paper's margins and KL stand beside "
+            "ours to compare signs and orders of methods, not values; its rewards and BLEU measure something else. "
+            + PLACES.get(table, ""),
+        ]
+    return lines
+
+
 def assemble(
     table: str, scale: str, results: Results, failed: dict[str, str], judged: dict[str, dict] | None = None
 ) -> dict:
@@ -162,8 +298,10 @@ def assemble(
         judged: of Table 4, the win rates by data set.
 
     Returns:
-        `title`, `scale`, `remarks`; `parts`, one a data set, with `title`, `columns`, `rows` of `label` and `figures`,
-        `paired`, `matched`, `frontier`; `flags` on the paper's figures; `failed`: what is not in the table, and why.
+        `title`, `scale`, `remarks`; `parts`, one a data set, with `title`, `columns`, `rows` of `label` and `figures`;
+        `flags` on the paper's figures; `failed`: what is not in the table, and why. Parts have `paired`, `matched`,
+        `frontier` or, if the results have `answers`, `compared` (evaluation.frontiers.compare), `kl` (that all methods
+        reached) and in their rows `spread` and `along`.
     """
     missing = {evaluation.title: "not run yet" for evaluation, result in results if result is None}
     found: dict[str, Any] = {"title": TITLES[table], "scale": scale, "remarks": remarks(table, scale)}
@@ -178,4 +316,7 @@ def assemble(
         found["parts"].append(each)
         found["flags"] += flags
         found["failed"] |= {f"{on}: {name}": why for name, why in odd.items()}
+    if has_answers([Cell("", [result]) for _, result in results if result is not None]):
+        comparisons = sum(len(each.get("compared", each["rows"])) for each in found["parts"])
+        found["remarks"] = remarks_answered(table, scale, comparisons)
     return found

@@ -6,7 +6,7 @@ import pytest
 from evaluation.components import DECIDED, ONE_SEED, UNDECIDED, components, estimated, interaction, verdict
 
 SEEDS, PROMPTS, ANSWERS, TABLES = 5, 96, 8, 1000
-# Standard deviations of seed, prompt, seed x prompt and answer: of a mean reward, and of a difference whose seeds differ
+# Standard deviations of seed, prompt, seed x prompt and answer: of a mean reward, and of a difference whose seeds vary
 # not at all, as much as everything else, and much more.
 WORLDS = {
     "a mean": (0.05, 0.3, 0.1, 0.4),
