@@ -10,7 +10,7 @@ does, of the values that `Curve.read` has for each of them. So evaluation.compon
 the uncertainty of KL, too. The KL at which two methods are compared is taken as given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -89,13 +89,19 @@ def curve(cell: Cell, name: str, sft: dict | None) -> Curve | None:
     found = [column for pair in columns for column in pair] + ([before] if place == "answers" else [])
     if not points or any(column is None for column in found):
         return None
-    prompts = [name for name in found[0][0] if all(name in column[0] for column in found)]
+    prompts = common(*(column[0] for column in found))
     kl, values = (np.stack([of_prompts(pair[which], prompts) for pair in columns], axis=2) for which in (0, 1))
     if before is not None:
         values = values - of_prompts(before, prompts)[:, :, None]
     start = np.zeros((*kl.shape[:2], 1))
     made = Curve(prompts, cell.seeds, points, np.dstack([start, kl]), np.dstack([start, values]))
     return made if len(prompts) > 1 and made.end > 0 else None
+
+
+def common(*names: Iterable[str]) -> list[str]:
+    """The prompts that all have, in the order of the first."""
+    first, *others = map(dict.fromkeys, names) if names else [{}]
+    return [name for name in first if all(name in other for other in others)]
 
 
 def groups(one: tuple[np.ndarray, list[int]], other: tuple[np.ndarray, list[int]]) -> list[np.ndarray]:
@@ -111,7 +117,7 @@ def difference(one: Cell, other: Cell, name: str) -> dict | None:
     found = [cell.column(name) for cell in (one, other)]
     if any(column is None for column in found):
         return None
-    prompts = [prompt for prompt in found[0][0] if prompt in set(found[1][0])]
+    prompts = common(*(column[0] for column in found))
     if len(prompts) < 2:
         return None
     ours, theirs = ((of_prompts(column, prompts), cell.seeds) for column, cell in zip(found, (one, other), strict=True))
@@ -120,7 +126,7 @@ def difference(one: Cell, other: Cell, name: str) -> dict | None:
 
 def difference_at_kl(one: Curve, other: Curve) -> dict | None:
     """The first minus the second at the largest KL that both reached, and that KL; None without common prompts."""
-    prompts = [prompt for prompt in one.prompts if prompt in set(other.prompts)]
+    prompts = common(one.prompts, other.prompts)
     if len(prompts) < 2:
         return None
     one, other = one.of(prompts), other.of(prompts)
@@ -142,19 +148,21 @@ def judged(tables: list[np.ndarray], seeds: list[int]) -> dict:
 
 def compare(pairs: list[tuple[Cell, Cell]], sft: dict | None) -> list[dict]:
     """The first minus the second of each pair: `label`; `at_kl` and `end`, estimates by figure."""
-    found = []
-    for one, other in pairs:
-        curves = {name: (curve(one, name, sft), curve(other, name, sft)) for name in READ}
-        at_kl = {name: difference_at_kl(*each) for name, each in curves.items() if None not in each}
-        end = {name: difference(one, other, name) for name in ENDS}
-        found.append(
-            {
-                "label": f"{one.label} minus {other.label}",
-                "at_kl": {name: entry for name, entry in at_kl.items() if entry},
-                "end": {name: entry for name, entry in end.items() if entry},
-            }
-        )
-    return found
+    cells = {cell.label: cell for pair in pairs for cell in pair}
+    curves = {name: {label: curve(cell, name, sft) for label, cell in cells.items()} for name in READ}
+
+    def at_kl(one: Cell, other: Cell, name: str) -> dict | None:
+        ours, theirs = (curves[name][cell.label] for cell in (one, other))
+        return difference_at_kl(ours, theirs) if ours and theirs else None
+
+    return [
+        {
+            "label": f"{one.label} minus {other.label}",
+            "at_kl": {name: found for name in READ if (found := at_kl(one, other, name))},
+            "end": {name: found for name in ENDS if (found := difference(one, other, name))},
+        }
+        for one, other in pairs
+    ]
 
 
 def at_one_kl(cells: list[Cell], sft: dict | None) -> tuple[float, dict[str, dict]] | None:
@@ -192,7 +200,7 @@ def wins(one: Cell, other: Cell) -> dict[str, dict] | None:
         for result, seed in zip(one.results, one.seeds, strict=True)
         if untrained or seed in other.seeds
     ]
-    prompts = [name for name in pairs[0][0] if all(name in each for pair in pairs for each in pair)] if pairs else []
+    prompts = common(*(each for pair in pairs for each in pair))
     if len(prompts) < 2:
         return None
     signs = [[np.sign(np.subtract.outer(ours[name], theirs[name])) for name in prompts] for ours, theirs in pairs]

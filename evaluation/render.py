@@ -333,6 +333,7 @@ def draw_rewards(title: str, parts: list[dict], target: Path) -> None:
         axes = drawing.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
         for axis, (part, name, shown) in zip(axes, panels, strict=False):
             reward_frontier(axis, name or part["title"], part["rows"], shown)
+            axis.tick_params(labelbottom=True)  # the panel below may be empty
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         drawing.suptitle(f"{title}: {parts[0]['title']}" if len(parts) == 1 and across > 1 else title, fontsize=11)

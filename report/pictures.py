@@ -235,14 +235,13 @@ def reward_frontier(axis: Axes, title: str, rows: list[dict], shown: list[str]) 
         rows: of `label`, `traits`, `along` (evaluation.frontiers.along).
         shown: labels of those that are coloured and named.
     """
-    rows = sorted((row for row in rows if row["along"]), key=lambda row: row["label"] in shown)
-    first, markers = (
-        list(dict.fromkeys(row["traits"][place] for row in rows if row["label"] in shown)) for place in (0, -1)
-    )
+    rows = [row for row in rows if row["along"]]
+    markers = list(dict.fromkeys(row["traits"][-1] for row in rows))
+    first = list(dict.fromkeys(row["traits"][0] for row in rows if row["label"] in shown))
     coloured, colours = (0, first) if len(first) > 1 else (-1, markers)
     axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
     ends = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["label"] in shown):
         xs, ys = ([0.0, *(point[name]["mean"] for point in row["along"])] for name in ("kl", "change"))
         if row["label"] not in shown:
             axis.plot(xs, ys, color="0.8", linewidth=0.9, marker=".", markersize=4)
