@@ -2,10 +2,12 @@
 
 The assumptions are in configs/matrix.yaml (`cost` of each scale); the dry run prints them:
 
-    generation   new tokens / (tokens_per_second x devices)
+    generation   new tokens / (tokens_per_second x devices); of adapters adapter_tokens_per_second
     a pass       2 x weights x tokens operations forward; training with LoRA 4 x (forward, and backward without the
                  gradients of frozen weights), with all weights 6 x; / (operations_per_second x devices)
-    tokens       of a training row: prompt + responses of a step (`responses_per_prompt`) x response_tokens
+    tokens       of a training row: prompt + responses of a step (`responses_per_prompt`) x response_tokens; they pass
+                 the reference forward, too
+    scores       a pass of a reward model of the policy's size; a function takes no time
     start        start_seconds for each start of a script's stages
     judge        a verdict: one pass of judge_weights over rubric_tokens + prompt + response, verdict_tokens new ones at
                  judge_tokens_per_second of a device; verdicts: test prompts x models x answers x repeats
@@ -44,26 +46,30 @@ def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
     tested = tested_prompts(recipe, cost)
     response, prompt, weights = cost["response_tokens"], cost["prompt_tokens"], cost["weights"]
     row = prompt + responses_per_prompt(recipe) * response
-    step = (4 if recipe.lora.enabled else 6) * weights * row
+    step = ((4 if recipe.lora.enabled else 6) + 2) * weights * row
     pair = 2 * weights * (prompt + 2 * response)
-    answers = recipe.evaluation.samples * response
+    points = recipe.evaluation.checkpoints if recipe.evaluation.samples_along else 0
+    answers = (recipe.evaluation.samples + points * recipe.evaluation.samples_along) * response
+    rate = cost["adapter_tokens_per_second" if recipe.lora.enabled else "tokens_per_second"]
+    passes = 2 if recipe.models.evaluator.function else 3  # policy, reference, evaluator
     return {
-        "training": rows * (step + pair) / speed,
+        "training": rows * step / speed,
         "held-out pairs": 2 * tested * (2 + recipe.evaluation.checkpoints) * pair / speed,
-        "answers": tested * answers / (cost["tokens_per_second"] * cost["devices"]),
-        "their scores and divergence": tested * 3 * 2 * weights * (prompt + answers) / speed,
+        "answers": tested * answers / (rate * cost["devices"]),
+        "their scores and divergence": tested * passes * 2 * weights * ((1 + points) * prompt + answers) / speed,
         "starting": STARTS * cost["start_seconds"],
     }
 
 
 def ranking_seconds(recipe: Recipe, cost: dict) -> float:
-    """Seconds of gene.sh: sampling, and one pass of a reward model of the policy's size."""
+    """Seconds of gene.sh: sampling, and one pass of a reward model of the policy's size, unless a function ranks."""
     tokens = sum(
         prompt_count(recipe, split, cost) * getattr(recipe.data, split).responses * cost["response_tokens"]
         for split in ("train", "test")
     )
     speed = cost["operations_per_second"] * cost["devices"]
-    return tokens / (cost["tokens_per_second"] * cost["devices"]) + 2 * cost["weights"] * tokens / speed
+    scoring = 0 if recipe.models.reward.function else 2 * cost["weights"] * tokens / speed
+    return tokens / (cost["tokens_per_second"] * cost["devices"]) + scoring
 
 
 def judge_seconds(judged: list[Evaluated], cost: dict) -> float:

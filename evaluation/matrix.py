@@ -5,8 +5,10 @@ Reads   configs/matrix.yaml (grids for each scale) and the recipes that it names
 
 import itertools
 import json
+import shlex
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,11 +17,15 @@ from hps.errors import InputError
 from pipeline.recipe import REPOSITORY, Recipe, as_dict, fields, get, load_recipe
 
 MATRIX = "configs/matrix.yaml"
+PILOT = "pilot"  # the table of the runs that choose the learning rates
 
 
 @dataclass
 class Run:
-    """One training: its data set, recipe file, the overrides, and the tables that show it."""
+    """One training: its data set, recipe file, the overrides, and the tables that show it.
+
+    `overrides` begin with those of the data set (`recipes_of`).
+    """
 
     data: str
     path: str
@@ -41,6 +47,11 @@ def load_matrix(scale: str) -> dict:
     return matrix[scale]
 
 
+def recipes_of(matrix: dict) -> dict[str, list[str]]:
+    """What gene.sh gets for each data set of a scale: a recipe and, for the pilot's, overrides."""
+    return {name: shlex.split(words) for name, words in (matrix["recipes"] | matrix.get(PILOT, {})).items()}
+
+
 def expand(matrix: dict) -> list[Run]:
     """The distinct trainings of a scale's grids; two grid points that resolve to one recipe are one run.
 
@@ -48,13 +59,14 @@ def expand(matrix: dict) -> list[Run]:
         InputError: a grid that names an unknown field or an impossible value.
     """
     runs: dict[str, Run] = {}
-    plain = {data: load_recipe(REPOSITORY / path) for data, path in matrix["recipes"].items()}
+    recipes = recipes_of(matrix)
+    plain = {data: load_recipe(REPOSITORY / path, given) for data, (path, *given) in recipes.items()}
     for grid in matrix["grids"]:
         for data, point in itertools.product(grid["data"], itertools.product(*grid["values"].values())):
             settings: dict[str, Any] = {}
             for name, value in zip(grid["values"], point, strict=True):
                 settings |= value if isinstance(value, dict) else {name: value}
-            run = _run(data, matrix["recipes"][data], plain[data], settings)
+            run = _run(data, recipes[data], plain[data], settings)
             key = json.dumps([data, as_dict(run.recipe)], sort_keys=True)
             runs.setdefault(key, run).tables.update(grid["tables"])
     return list(runs.values())
@@ -66,7 +78,7 @@ def all_runs(scale: str) -> list[Run]:
 
 
 def select(scale: str, table: int | str) -> list[Run]:
-    """The trainings of a table (a number, `ablation`). InputError: the scale has no such table."""
+    """The trainings of a table (a number, or a name). InputError: the scale has no such table."""
     found = [run for run in all_runs(scale) if table in run.tables]
     if not found:
         remedy = f"give one of {', '.join(sorted({str(name) for run in all_runs(scale) for name in run.tables}))}"
@@ -74,8 +86,9 @@ def select(scale: str, table: int | str) -> list[Run]:
     return found
 
 
-def _run(data: str, path: str, plain: Recipe, settings: dict) -> Run:
-    """Only what differs from the recipe is named in `run` and given as an override (the method always)."""
+def _run(data: str, recipe: list[str], plain: Recipe, settings: dict) -> Run:
+    """Only what differs from the recipe is given as an override, and named in `run` unless it is a folder."""
+    path, *given = recipe
     method = {
         "loss.family": settings.get("loss.family", plain.loss.family),
         "loss.preference": settings.get("loss.preference", plain.loss.preference),
@@ -86,9 +99,9 @@ def _run(data: str, path: str, plain: Recipe, settings: dict) -> Run:
         for key, value in settings.items()
         if key not in method and value is not None and value != written.get(key)
     }
-    names = [f"{key.rpartition('.')[2]}{_plain(value)}" for key, value in others.items()]
-    name = "-".join([*method.values(), *names])
-    overrides = [f"{key}={_plain(value)}" for key, value in {**method, **others}.items()] + [f"run={name}"]
+    named = {key: Path(_plain(value)).name for key, value in others.items() if key != "ranking"}
+    name = "-".join([*method.values(), *(f"{key.rpartition('.')[2]}{value}" for key, value in named.items())])
+    overrides = [*given, *(f"{key}={_plain(value)}" for key, value in {**method, **others}.items()), f"run={name}"]
     try:
         return Run(data, path, overrides, load_recipe(REPOSITORY / path, overrides))
     except InputError as error:

@@ -1,9 +1,9 @@
 """Run what a table of the paper needs, and write the table.
 
 Reads   configs/matrix.yaml, the recipes it names, `results/<scale>/runs/` (what is finished)
-Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,md,tex,png,html}`; logs of the stages
-        under `<output>/logs/`
-Run     python -m evaluation.reproduce table2 --scale quickstart [--dry-run] [--only TEXT]
+Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,md,tex,png,html}`, `pilot.{json,md}`;
+        logs of the stages under `<output>/logs/`
+Run     python -m evaluation.reproduce table2 [--scale testbed] [--dry-run] [--only TEXT]
 
 Runs share candidates and ranking, the reference's log-probabilities, the answers of the model before training and the
 engine that answers. A run with a result file, for example from the clone, runs again only if its recipe has changed. A
@@ -19,7 +19,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from evaluation.cost import estimate
-from evaluation.matrix import load_matrix
+from evaluation.matrix import PILOT, load_matrix, recipes_of
+from evaluation.pilot import page as pilot_page
+from evaluation.pilot import pilot
 from evaluation.render import draw_frontier, latex, markdown
 from evaluation.results import Evaluated, collect, collect_judged, compared, find, find_judged
 from evaluation.tables import JUDGED, TITLES, assemble, needed, stem
@@ -35,6 +37,21 @@ def with_a_run(todo: list[Evaluated], evaluations: list[Evaluated]) -> list[Eval
     covered = {evaluation.on for evaluation in todo if not evaluation.sft}
     lonely = [evaluation.on for evaluation in todo if evaluation.sft and evaluation.on not in covered]
     return [*todo, *(next(e for e in evaluations if e.on == on and not e.sft) for on in lonely)]
+
+
+def chosen(evaluations: list[Evaluated], only: str | None) -> list[Evaluated]:
+    """The evaluations whose title contains `only`, and the models before training on the same test prompts.
+
+    Raises:
+        InputError: there is none.
+    """
+    if only is None:
+        return evaluations
+    tests = {evaluation.on for evaluation in evaluations if only in evaluation.title}
+    if not tests:
+        names = ", ".join(dict.fromkeys(evaluation.title for evaluation in evaluations))
+        raise InputError(f"no run's name contains `{only}`", where="--only", remedy=f"the runs are {names}")
+    return [each for each in evaluations if only in each.title or (each.sft and each.on in tests)]
 
 
 class Driver:
@@ -73,15 +90,24 @@ class Driver:
             self.failed[run.title] = problem
         return not problem
 
-    def rank(self, todo: list[Evaluated], recipes: dict[str, str]) -> list[Evaluated]:
-        """Make candidates and ranking for every recipe; return the evaluations that have them."""
-        problems = {}
-        for data in dict.fromkeys(data for run in todo for data in (run.data, run.on)):
-            recipe = load_recipe(REPOSITORY / recipes[data])
-            problems[data] = self.attempt("gene.sh", [recipes[data]], recipe, f"gene-{data}")
-        failed = {run.title: problems[run.data] or problems[run.on] for run in todo}
-        self.failed |= {title: problem for title, problem in failed.items() if problem}
-        return [run for run in todo if not failed[run.title]]
+    def rank(self, todo: list[Evaluated], recipes: dict[str, list[str]]) -> list[Evaluated]:
+        """Make candidates and rankings for every recipe; return the evaluations that have them."""
+        problems: dict[str, str | None] = {}
+
+        def problem(arguments: list[str]) -> str | None:
+            if (line := shlex.join(arguments)) not in problems:
+                recipe = load_recipe(REPOSITORY / arguments[0], arguments[1:])
+                name = f"gene-{Path(recipe.output).name}-{recipe.ranking}"
+                problems[line] = self.attempt("gene.sh", arguments, recipe, name)
+            return problems[line]
+
+        for run in todo:
+            wanted = [recipes[run.on] if run.sft else run.ranked_arguments()]
+            if run.on != run.data:
+                wanted.append(recipes[run.on])
+            if found := next(filter(None, map(problem, wanted)), None):
+                self.failed[run.title] = found
+        return [run for run in todo if run.title not in self.failed]
 
     def work(self, todo: list[Evaluated]) -> None:
         """Train, answer with one engine, evaluate, collect."""
@@ -126,16 +152,21 @@ def last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
+def is_judged(table: str, evaluations: list[Evaluated]) -> bool:
+    """Whether a chat model compares the answers: in Table 4, unless the evaluator is a function, the true reward."""
+    return table == JUDGED and evaluations[0].recipe.models.evaluator.function is None
+
+
 def groups(table: str, evaluations: list[Evaluated]) -> list[list[Evaluated]]:
-    """Evaluations that are found or missing together: each one; in the judged table all runs of a data set."""
-    if table != JUDGED:
+    """Evaluations that are found or missing together: each one; in a judged table all runs of a data set."""
+    if not is_judged(table, evaluations):
         return [[evaluation] for evaluation in evaluations]
     return [compared(evaluations, data) for data in dict.fromkeys(evaluation.data for evaluation in evaluations)]
 
 
 def missing(table: str, scale: str, group: list[Evaluated]) -> tuple[list[Evaluated], list[Evaluated]]:
     """What has to be run, and what has to be judged."""
-    if table != JUDGED:
+    if not is_judged(table, group):
         return [evaluation for evaluation in group if find(evaluation, scale) is None], []
     if find_judged(group, scale) is not None:
         return [], []
@@ -146,29 +177,29 @@ def reproduce(table: str, scale: str, only: str | None) -> int:
     """Run what is missing and write the table; return the number of failed runs.
 
     Raises:
-        InputError: no run's name contains `only`.
+        InputError: no run's title contains `only`.
     """
     evaluations = needed(table, scale)
-    if only is not None and not any(only in evaluation.name for evaluation in evaluations):
-        names = ", ".join(dict.fromkeys(evaluation.name for evaluation in evaluations))
-        raise InputError(f"no run's name contains `{only}`", where="--only", remedy=f"the runs are {names}")
+    wanted = {evaluation.title for evaluation in chosen(evaluations, only)}
     with hold(REPOSITORY / "results" / scale) as lock:
         driver = Driver(scale, lock)
         together = groups(table, evaluations)
         todo = [evaluation for group in together for evaluation in missing(table, scale, group)[0]]
         found = len(evaluations) - len(todo)
-        todo = with_a_run([e for e in todo if only is None or e.sft or only in e.name], evaluations)
+        todo = with_a_run([evaluation for evaluation in todo if evaluation.title in wanted], evaluations)
         print(f"reproduce: table {table}: {found} results found, {len(todo)} to do", flush=True)
         if todo:
-            driver.work(driver.rank(todo, load_matrix(scale)["recipes"]))
+            driver.work(driver.rank(todo, recipes_of(load_matrix(scale))))
         judged = None
-        if table == JUDGED:
+        if is_judged(table, evaluations):
             rates = {group[0].data: driver.judge(group) for group in together}
             judged = {data: rate for data, rate in rates.items() if rate is not None}
         results = [(evaluation, find(evaluation, scale)) for evaluation in evaluations]
-        write_table(
-            assemble(table, scale, results, driver.failed, judged), REPOSITORY / "results" / scale / stem(table)
-        )
+        path = REPOSITORY / "results" / scale / stem(table)
+        if table == PILOT:
+            write_pilot(pilot(scale, results), scale, path)
+        else:
+            write_table(assemble(table, scale, results, driver.failed, judged), path)
     for name, problem in driver.failed.items():
         print(f"reproduce: FAILED {name}: {problem}", file=sys.stderr)
     return len(driver.failed)
@@ -186,14 +217,25 @@ def write_table(found: dict, path: Path) -> None:
         print(f"reproduce: {each.relative_to(REPOSITORY)}")
 
 
-def plan(table: str, scale: str) -> list[str]:
-    """What `reproduce` would do, as lines: runs, hours, disk."""
+def write_pilot(found: dict, scale: str, path: Path) -> None:
+    """Write `pilot.json` and `pilot.md`, and say what was chosen."""
+    json, md = path.with_suffix(".json"), path.with_suffix(".md")
+    write_json(json, found)
+    write_atomic(md, pilot_page(found, scale))
+    for name, entry in found["methods"].items():
+        print(f"reproduce: {name}: learning rate {entry['chosen']}, in configs/matrix.yaml {entry['in_the_matrix']}")
+    for each in (json, md):
+        print(f"reproduce: {each.relative_to(REPOSITORY)}")
+
+
+def plan(table: str, scale: str, only: str | None = None) -> list[str]:
+    """What `reproduce` would do, as lines: runs, hours, disk. InputError: no run's title contains `only`."""
     lines, todo, judged = [], [], []
-    for group in groups(table, needed(table, scale)):
+    for group in groups(table, chosen(needed(table, scale), only)):
         try:
             (remaining, to_judge), remark = missing(table, scale, group), ""
         except InputError as error:
-            remaining, to_judge, remark = group, group if table == JUDGED else [], f"; MISSING: {error}"
+            remaining, to_judge, remark = group, group if is_judged(table, group) else [], f"; MISSING: {error}"
         todo += remaining
         judged += to_judge
         for evaluation in group:
@@ -205,17 +247,19 @@ def plan(table: str, scale: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help=f"one of {', '.join(map(stem, TITLES))}")
-    parser.add_argument("--scale", default="quickstart", help="of configs/matrix.yaml: quickstart (default) or paper")
-    parser.add_argument("--only", metavar="TEXT", help="only runs whose name contains this")
+    parser.add_argument("table", help=f"one of {', '.join(map(stem, TITLES))}, or {PILOT}")
+    parser.add_argument(
+        "--scale", default="testbed", help="of configs/matrix.yaml: testbed (default), quickstart, paper"
+    )
+    parser.add_argument("--only", metavar="TEXT", help="only runs whose name (DATA/RUN) contains this")
     parser.add_argument("--dry-run", action="store_true", help="print runs, hours and disk; run nothing")
     options = parser.parse_args()
     table = options.table.removeprefix("table")
-    if table not in TITLES:
-        remedy = f"give one of {', '.join(TITLES)} (Table 3 is a human study)"
+    if table not in (*TITLES, PILOT):
+        remedy = f"give one of {', '.join(TITLES)} (Table 3 is a human study), or {PILOT}"
         raise InputError(f"there is no table `{options.table}` to reproduce", where="command line", remedy=remedy)
     if options.dry_run:
-        print("\n".join(f"plan: {line}" for line in plan(table, options.scale)))
+        print("\n".join(f"plan: {line}" for line in plan(table, options.scale, options.only)))
         return
     sys.exit(1 if reproduce(table, options.scale, options.only) else 0)
 

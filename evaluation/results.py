@@ -51,6 +51,7 @@ DEVICES = {
     "annotation": ("batch_tokens", "workers"),
     "evaluation": ("answers", "answer_tokens", "on"),
 }
+RANKED_BY = ("output=", "ranking=", "data.", "generation.", "annotation.", "models.generator", "models.reward")
 JUDGE = ("answers", "repeats", "max_new_tokens", "max_prompt_tokens", "temperature")  # settings of Table 4's judge
 NEW = ("noise", "proxy", "samples_along")  # of annotation and evaluation: not in a key while they are off
 
@@ -64,6 +65,14 @@ class Evaluated:
     on: str
     sft: bool = False
     arguments: list[str] = field(default_factory=list)  # of the command line that trains it
+
+    def ranked_arguments(self) -> list[str]:
+        """What gene.sh gets: the recipe and the overrides that its stages read, without the run's seed.
+
+        Runs of several seeds share a ranking.
+        """
+        path, *overrides = self.arguments
+        return [path, *(each for each in overrides if each.startswith(RANKED_BY))]
 
     def tested_arguments(self) -> list[str]:
         """What evaluate.sh gets."""

@@ -36,7 +36,8 @@ SFT = "sft"  # the folder of the model before training, beside the runs
 SCORERS = ("reward", "evaluator")  # the roles of which a function can do the work
 LEAVE = "leave one of them out"
 SHIPPED = "annotation/rewards.py"  # the functions that a recipe names without a file
-RESERVED = (".", "..", "candidates", "ranked", "reference", "judge", SFT)  # names in `output` that are not runs
+RANKED = "ranked"  # the folder of a ranking, unless the recipe names another
+RESERVED = (".", "..", "candidates", RANKED, "reference", "judge", SFT)  # names in `output` that are not runs
 CHOICES = {"loss.family": FAMILIES, "loss.preference": PREFERENCES}
 REFERENCE = r"\$\{([^}]*)\}"  # to another field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -216,11 +217,13 @@ class Recipe(Section):
     Unknown keys fail with file and line. `key=value` on the command line overrides a field: `bash run.sh
     configs/quickstart.yaml loss.beta=0.25 run=beta-0.25`. A text may refer to another field: `run: beta-${loss.beta}`.
     `--dry-run` prints the resolved recipe and the plan. One folder never mixes two settings: a changed setting asks
-    for another `output` (candidates, ranking) or `run` (training).
+    for another `output` (candidates), `ranking` or `run` (training). Rankings in one output share candidates and the
+    answers of the model before training.
     """
 
     output: str = Field(min_length=1, description="folder of the experiment")
     run: str = Field("${loss.family}-${loss.preference}", description="folder in it for one training")
+    ranking: str = Field(RANKED, description="folder in it for one ranking of the candidates")
     seed: int = Field(42, ge=0, lt=2**31, description="of sampling, plan and training")
     models: Models = Models()
     data: Data
@@ -238,7 +241,7 @@ class Recipe(Section):
         return Path(self.output) / "candidates" / f"{split}.jsonl"
 
     def ranked(self, split: str) -> Path:
-        return Path(self.output) / "ranked" / f"{split}.jsonl"
+        return Path(self.output) / self.ranking / f"{split}.jsonl"
 
     def run_folder(self) -> Path:
         return Path(self.output) / self.run
@@ -542,8 +545,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
     empty = recipe.lora.enabled and not recipe.lora.target_modules
     yield empty, "lora.target_modules", "`lora.enabled` is true", "name modules, e.g. q_proj"
 
-    taken = not recipe.run or "/" in recipe.run or recipe.run in RESERVED
-    yield taken, "run", "it must be a new folder in `output`", "give the name of a folder"
+    for key, taken in (("run", {*RESERVED, recipe.ranking}), ("ranking", {*RESERVED} - {RANKED})):
+        name = get(recipe, key)
+        wrong = not name or "/" in name or name in taken
+        yield wrong, key, "it must be a new folder in `output`", "give the name of a folder"
 
     for key, known in CHOICES.items():
         yield get(recipe, key) not in known, key, "there is no such method", f"use one of: {', '.join(known)}"

@@ -3,10 +3,12 @@
 import copy
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_plan, ranked_records
 
-from evaluation.matrix import expand, load_matrix, method_name, select
+from alignment.memory import responses_per_prompt
+from evaluation.matrix import PILOT, expand, load_matrix, method_name, select
 from hps.errors import InputError
+from pipeline.prompts import check_disjoint, load_prompts
 from pipeline.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -64,8 +66,74 @@ def test_trainings_of_the_small_scale():
     assert {run.recipe.output for run in runs} == {"runs/small_safety"}
 
 
+def test_trainings_of_the_testbed():
+    """By hand, in the order of their parts; what a table shares with an earlier one is not trained again.
+
+    pilot 15 methods x 3 rates; part 1 3 x 5 seeds; gamma 4 more settings, negatives 2, noise 2, N 1, of 5 seeds each;
+    12 methods x 2; n 2, beta 2 and the reward 1 more, of 2 methods and 3 seeds each; list size 5 x 3; chats 3 x 2.
+    """
+    runs = expand(load_matrix("testbed"))
+    assert len(runs) == 45 + 15 + (20 + 10 + 10 + 5) + 24 + (12 + 12 + 6) + 15 + 6
+    folders = [run.recipe.run_folder() for run in runs]
+    assert len(set(folders)) == len(folders)
+    for table in ("gamma", "negatives", "noise", "factor_n"):
+        assert {run.recipe.seed for run in runs_of(table, "testbed")} == {42, 43, 44, 45, 46}
+    assert all(run.recipe.schedule.standardize_rewards and run.recipe.generation.temperature == 1 for run in runs)
+    for run in runs:
+        assert load_recipe(REPOSITORY / run.path, run.overrides) == run.recipe
+
+
+def test_rates_are_the_same_wherever_a_method_stands():
+    """A person writes the pilot's rates into the grids: a table with another rate would compare something else."""
+    rates = {}
+    for run in expand(load_matrix("testbed")):
+        if PILOT not in run.tables:
+            rates.setdefault(method_name(run.recipe), set()).add(run.recipe.optimizer.learning_rate)
+    assert len(rates) == 15 and all(len(found) == 1 for found in rates.values())
+
+
+def test_pilot_uses_prompts_of_its_own():
+    """Its test prompts are in no training and no table; its training prompts are theirs, its seed is not."""
+    runs = expand(load_matrix("testbed"))
+    pilots = [run.recipe for run in runs if PILOT in run.tables]
+    others = [run.recipe for run in runs if PILOT not in run.tables]
+    assert {recipe.output for recipe in pilots}.isdisjoint(recipe.output for recipe in others)
+    assert {recipe.seed for recipe in pilots}.isdisjoint(recipe.seed for recipe in others)
+    aside, _ = load_prompts(pilots[0], "test")
+    assert len(aside) == 32 and len({recipe.data.test.path for recipe in pilots}) == 1
+    for data in {recipe.output: recipe for recipe in others}.values():
+        for split in ("train", "test"):
+            found = load_prompts(data, split)[0]
+            assert len(found) == {"train": 184, "test": 96}[split] and not set(found) & set(aside)
+            check_disjoint(aside.placed(), found.placed())
+
+
+def test_rules_of_the_negative_that_other_rows_stand_for():
+    """`worst` is BT and `uniform` gamma 0: the same rows of the plan, so the table does not train them again."""
+    recipes = {run.recipe.run: run.recipe for run in runs_of("negatives", "testbed") if run.recipe.seed == 42}
+    records = ranked_records(8)
+
+    def rows(recipe):
+        return [{**row, "gamma": None} for row in make_plan(records, recipe)[0]]
+
+    plain = recipes["dpo-hps"]
+    for rule, stand_in in (("worst", "dpo-bt"), ("uniform", "dpo-hps-gamma_start0-gamma_end0")):
+        loss = plain.loss.model_copy(update={"negatives": rule})
+        assert rows(plain.model_copy(update={"loss": loss})) == rows(recipes[stand_in])
+    assert rows(recipes["dpo-hps-negativeshardest"]) != rows(recipes["dpo-bt"])
+
+
+def test_lists_of_equal_compute():
+    """1,472 responses pass the policy in each row of `list_size`."""
+    found = {
+        responses_per_prompt(run.recipe) * run.recipe.schedule.epochs * run.recipe.data.train.limit
+        for run in runs_of("list_size", "testbed")
+    }
+    assert found == {1472}
+
+
 def test_unknown_scale_is_refused():
-    with pytest.raises(InputError, match="no scale `laptop`; use one of: paper, quickstart"):
+    with pytest.raises(InputError, match="no scale `laptop`; use one of: paper, quickstart, testbed"):
         load_matrix("laptop")
 
 

@@ -396,7 +396,7 @@ def test_the_recipes_of_the_paper_say_what_was_done(name):
 
 
 PAPER = {
-    "output": "runs/x", "run": "dpo-hps", "seed": 42,
+    "output": "runs/x", "run": "dpo-hps", "ranking": "ranked", "seed": 42,
     "models.generator.path": "RLHFlow/Llama3-v2-iterative-DPO-iter3", "models.generator.revision": None,
     "models.policy.path": "RLHFlow/Llama3-SFT-v2.0-epoch3", "models.policy.revision": None,
     "models.reward.path": "Skywork/Skywork-Reward-Llama-3.1-8B", "models.reward.revision": None,

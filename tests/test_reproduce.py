@@ -8,16 +8,19 @@ import os
 import signal
 import subprocess
 import time
+from collections import defaultdict
 
 import pytest
 
-from evaluation import matrix, reproduce, results, tables
-from evaluation.cost import judge_seconds
+from alignment.train import evaluation_steps
+from evaluation import matrix, pilot, reproduce, results, tables
+from evaluation.cost import judge_seconds, run_seconds
 from evaluation.matrix import load_matrix
 from evaluation.results import Evaluated, find, result_key
 from hps.errors import InputError
 from pipeline.files import write_json
 from pipeline.records import read_prompts
+from pipeline.run_records import answered_steps
 from pipeline.stage import hold
 
 pytestmark = pytest.mark.slow
@@ -25,14 +28,35 @@ pytestmark = pytest.mark.slow
 FIGURES = {"reward_best": 1.0, "reward_mean": 0.5, "bleu_best": 0.2, "kl_sampled": 0.3, "tokens_mean_change": 1.0}
 
 
-def write_evaluation(recipe, folder, sft: bool) -> None:
-    """What evaluate.sh leaves of a run, with made up figures."""
+def write_answers(asked: dict, folder, sft: bool, step: int | None) -> None:
+    """Two answers to each prompt, with scores and divergence; the second reward is the step."""
+    lines = {
+        "answers/test.jsonl": {"responses": ["yes", "no"], "token_counts": [3, 4], "truncated": [False, True]},
+        "scores/scores.jsonl": {"answers": [{"score": 0.123456}, {"score": float(step or 0)}], "given": []},
+        "divergence/divergence.jsonl": {"kl": [1.23456, 2.0], "log_ratio": [0.0, 0.0], "tokens": [3, 4]},
+    }
+    for name, line in lines.items():
+        if sft and name.startswith("divergence"):
+            continue
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prompts = [{"prompt_id": key, "prompt": prompt} for key, prompt in asked.items()]
+        named = prompts if name.startswith("answers") else [{"prompt_id": each["prompt_id"]} for each in prompts]
+        path.write_text("".join(json.dumps({**each, **line}) + "\n" for each in named))
+        (path.parent / "manifest.json").write_text("{}")
+
+
+def write_evaluation(recipe, folder, sft: bool, means: dict | None = None) -> None:
+    """What evaluate.sh leaves of a run, with made up figures; `means`: those of metrics.json."""
     prompts = list(read_prompts(recipe.tested().data.test.path))[: recipe.evaluation.prompts]
     asked = {record["prompt_id"]: record["prompt"] for _, record in prompts}
+    means = means or {}
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"prompt_id": name, **FIGURES}) + "\n" for name in asked]
     (folder / "metrics.jsonl").write_text("".join(lines))
-    write_json(folder / "metrics.json", {"figures": {}, "bleu_signatures": {}, "left_out": {}, "sets": {}})
+    write_json(folder / "metrics.json", {"figures": means, "bleu_signatures": {}, "left_out": {}, "sets": {}})
+    for step in [None] if sft else answered_steps(recipe):
+        write_answers(asked, folder if sft else recipe.evaluated_folder(step), sft, step)
     if sft:
         return
     figures = {"policy": [-1.0, -2.0], "kl": [0.5]}
@@ -58,6 +82,8 @@ class Scripts:
         self.calls: list[tuple[str, str]] = []
         self.broken: set[tuple[str, str]] = set()
         self.kill_at: tuple[str, str] | None = None
+        self.arguments: dict[str, list[list[str]]] = defaultdict(list)  # by script
+        self.means = lambda recipe, sft: {}  # figures of metrics.json
 
     def __call__(self, driver, script, arguments, recipe, name):
         self.calls.append((script, recipe.run))
@@ -68,9 +94,13 @@ class Scripts:
             os.kill(os.getpid(), signal.SIGKILL)
         if (script, recipe.run) in self.broken:
             raise subprocess.CalledProcessError(2, script)
+        self.arguments[script].append(arguments)
+        if script == "run.sh" and recipe.evaluation.samples_along:
+            for step in evaluation_steps(46, recipe.evaluation.checkpoints):
+                recipe.checkpoint_folder(step).mkdir(parents=True, exist_ok=True)
         if script == "evaluate.sh":
-            write_evaluation(recipe, recipe.evaluated_folder(), sft=False)
-            write_evaluation(recipe, recipe.tested().sft_folder(), sft=True)
+            write_evaluation(recipe, recipe.evaluated_folder(), False, self.means(recipe, False))
+            write_evaluation(recipe, recipe.tested().sft_folder(), True, self.means(recipe, True))
         return 1.5
 
     def of(self, script: str) -> list[str]:
@@ -193,7 +223,7 @@ def test_two_data_sets_do_not_hide_each_other(scripts, monkeypatch):
 
 
 def test_only_what_no_run_is_called(scripts):
-    with pytest.raises(InputError, match="no run's name contains `beta7`; the runs are sft, dpo-bt"):
+    with pytest.raises(InputError, match="no run's name contains `beta7`; the runs are pku_safe/sft, pku_safe/dpo-bt"):
         reproduce.reproduce("8", "quickstart", "beta7")
 
 
@@ -282,6 +312,122 @@ def test_win_rates_are_found_again(scripts, tmp_path, monkeypatch):
     del scripts.calls[:]
     assert reproduce.reproduce("4", "quickstart", None) == 0
     assert scripts.calls == [] and len(asked) == 1
+
+
+# ---- the testbed ----
+
+
+def result_of(tmp_path, run: str) -> dict:
+    (path,) = (tmp_path / "results" / "testbed" / "runs").glob(f"*/{run}.json")
+    return json.loads(path.read_text())
+
+
+def test_results_hold_every_answer_at_every_point(scripts, tmp_path):
+    """Rewards and divergence to four digits, at the three kept steps and at the end; the model before has no KL."""
+    reproduce.reproduce("6", "testbed", "reviews/dpo-hps-subsample3")
+    found = result_of(tmp_path, "dpo-hps-subsample3")["answers"]
+    assert list(found) == ["12", "23", "34", "final"]
+    for point, columns in found.items():
+        assert len(columns["prompt_id"]) == 96 and columns["tokens"] == [[3, 4]] * 96
+        assert columns["reward"] == [[0.1235, float(point) if point != "final" else 0.0]] * 96
+        assert columns["kl"] == [[1.235, 2.0]] * 96 and columns["repetition"] == [[0.0, 0.0]] * 96
+    before = result_of(tmp_path, "sft")["answers"]
+    assert list(before) == ["final"] and "kl" not in before["final"]
+
+
+def test_an_answers_setting_is_part_of_a_result_only_when_it_is_on():
+    (run,) = (each for each in tables.needed("6", "testbed") if each.name == "dpo-hps-subsample3")
+    assert result_key(run.recipe)["evaluation"]["samples_along"] == 2
+    assert "samples_along" not in result_key(evaluation().recipe)["evaluation"]
+
+
+def test_noise_has_a_ranking_of_its_own_and_shares_the_rest(scripts, tmp_path):
+    """gene.sh runs once for all seeds of a ranking, without their seed; candidates and SFT answers are shared."""
+    runs = [Evaluated(run.recipe, run.data, run.data, arguments=[run.path, *run.overrides]) for run in
+            matrix.select("testbed", "noise")]  # fmt: skip
+    assert len(runs) == 20 and len({run.recipe.output for run in runs}) == 1
+    driver = reproduce.Driver("testbed", 0)
+    assert driver.rank(runs, matrix.recipes_of(load_matrix("testbed"))) == runs
+    noisy = ["annotation.noise=0.4", "ranking=ranked-noise"]
+    assert scripts.arguments["gene.sh"] == [["configs/reviews.yaml"], ["configs/reviews.yaml", *noisy]]
+    assert {run.recipe.ranked("train").parent.name for run in runs} == {"ranked", "ranked-noise"}
+    scripts.broken = {("gene.sh", "dpo-hps")}
+    assert driver.rank(runs, {}) == [] and len(driver.failed) == 20
+
+
+def test_only_some_data(scripts):
+    """The title has the data set, and the model before training of another set is not evaluated."""
+    lines = reproduce.plan("2", "testbed", "reviews/dpo")
+    assert "15 runs to train and evaluate" in lines and not any(line.startswith("chats") for line in lines)
+    assert "6 runs to train and evaluate" in reproduce.plan("2", "testbed", "chats/")
+
+
+def test_table_4_needs_no_judge_where_the_evaluator_is_the_truth(scripts):
+    lines = reproduce.plan("4", "testbed", "reviews/")
+    assert "15 runs to train and evaluate" in lines and not any("judg" in line for line in lines[:-1])
+    assert not reproduce.is_judged("4", tables.needed("4", "testbed"))
+    assert reproduce.is_judged("4", tables.needed("4", "quickstart"))
+
+
+def test_hours_of_a_run_by_hand():
+    """6 passes' worth of 100 weights and (10 + 2 x 5) tokens for 60 rows; answers of 60 prompts at three points."""
+    cost = {"operations_per_second": 1000, "devices": 2, "response_tokens": 5, "prompt_tokens": 10, "weights": 100}
+    cost |= {"adapter_tokens_per_second": 4, "tokens_per_second": 8, "start_seconds": 3}
+    settings = ["evaluation.checkpoints=2", "evaluation.samples=4", "evaluation.samples_along=1"]
+    recipe = evaluation(*settings, "evaluation.prompts=null", "models.evaluator.function=sentiment").recipe
+    found = run_seconds(recipe, cost)
+    assert found["training"] == pytest.approx(60 * 6 * 100 * 20 / 2000)
+    assert found["answers"] == pytest.approx(60 * (4 + 2) * 5 / (4 * 2))
+    assert found["their scores and divergence"] == pytest.approx(60 * 2 * 2 * 100 * (3 * 10 + 6 * 5) / 2000)
+
+
+FIGURES_OF_A_RATE = {  # reward, tokens, repetition
+    **{0.0003: (0.5, 20, 0.0), 0.001: (0.7, 18, 0.05), 0.003: (0.9, 4, 0.6)},
+    "before": (0.3, 20, 0.0),
+}
+
+
+def made_up(recipe, sft: bool) -> dict:
+    """BT degenerates at the highest rate, PL does not; HPS has equal rewards at the two lower rates."""
+    rate, preference = recipe.optimizer.learning_rate, recipe.loss.preference
+    reward, tokens, repetition = FIGURES_OF_A_RATE["before" if sft else rate]
+    if preference == "pl" and not sft:
+        tokens, repetition = 20, 0.0
+    if preference == "hps" and not sft:
+        reward = min(reward, 0.5)
+    values = {"reward_mean": reward, "tokens_mean": tokens, "repetition": repetition, "distinct_2": 0.9}
+    return {name: {"mean": value, "interval": [value, value]} for name, value in (values | {"kl_sampled": 2.0}).items()}
+
+
+def test_pilot_chooses_the_highest_reward_that_has_not_degenerated(scripts, tmp_path, capsys):
+    scripts.means = made_up
+    assert reproduce.reproduce("pilot", "testbed", "/dpo") == 0
+    found = json.loads((tmp_path / "results" / "testbed" / "pilot.json").read_text())
+    assert len(found["missing"]) == 36 and found["before"]["reward_mean"]["mean"] == 0.3
+    methods = {name: (entry["chosen"], entry["at_the_edge"]) for name, entry in found["methods"].items()}
+    assert methods == {"DPO-PL": (0.003, True), "DPO-BT": (0.001, False), "DPO-HPS": (0.0003, True)}
+    reasons = [each["degenerated"] for each in found["methods"]["DPO-BT"]["rates"]]
+    assert reasons == [None, None, "repetition 0.600"]
+    text = (tmp_path / "results" / "testbed" / "pilot.md").read_text()
+    assert "| DPO-BT | 0.001 | 0.700 [0.700, 0.700] | 2.00 | 18.0 | 0.050 | **chosen** |" in text
+    used = found["methods"]["DPO-PL"]["in_the_matrix"]
+    assert (
+        used == pilot.matrix_rate("testbed", "DPO-PL")
+        and f"DPO-PL: chosen 0.003, in configs/matrix.yaml {used:g}" in text
+    )
+    assert "reproduce: DPO-BT: learning rate 0.001, in configs/matrix.yaml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("repetition", "tokens", "why"),
+    [
+        *((0.15, 20, None), (0.16, 20, "repetition 0.160"), (0.0, 10, None), (0.0, 30, None)),
+        *((0.0, 9.9, "length 0.49 of that before training"), (0.0, 30.5, "length 1.52 of that before training")),
+    ],
+)
+def test_bounds_of_degenerated_answers(repetition, tokens, why):
+    before = {"repetition": {"mean": 0.05}, "tokens_mean": {"mean": 20.0}}
+    assert pilot.degenerated({"repetition": {"mean": repetition}, "tokens_mean": {"mean": tokens}}, before) == why
 
 
 # ---- what makes a result the recipe's ----
