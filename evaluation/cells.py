@@ -5,11 +5,12 @@ The interval contains seeds, prompts and answers (evaluation.components). Result
 evaluation.frontiers, and for those results evaluation.matched, read the cells at one divergence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.components import components, estimated
+from evaluation.components import components, estimated, rescaled
 from evaluation.intervals import with_interval
 
 COLUMNS = ("bleu", "reward", "rm_dpo", "rm_r_dpo")
@@ -39,6 +40,7 @@ ANSWERED = {
     "proxy_change": ("figures", "proxy_mean_change"),
 }
 EXTRA = ("kl", "rm_dpo_ranked", "accuracy_ranked", "accuracy_written", "reward_mean", "kl_sampled", "tokens_change")
+DIVERGENCES = ("kl", "kl_sampled")
 SAMPLES, SEED = 2000, 42  # of the bootstrap
 FINAL = "final"  # the end of the training; the other points are steps
 SFT = "SFT"  # label of the model before training
@@ -139,20 +141,18 @@ def has_answers(cells: list[Cell]) -> bool:
     return bool(cells) and all("answers" in result for cell in cells for result in cell.results)
 
 
-def cell_figures(cell: Cell, answered: bool = False) -> dict:
+def cell_figures(cell: Cell, cells: Sequence[Cell] = ()) -> dict:
     """The cell's columns, with the paper's figure and the difference from it where the paper has one.
 
     Args:
-        answered: the results have `answers`: more columns, and intervals of evaluation.components, which need two
-            prompts.
+        cells: if the results have `answers`, all trained cells of the table: then there are more columns, and intervals
+            of evaluation.components, which need two prompts.
     """
     figures: dict[str, dict] = {}
-    for name in dict.fromkeys((*COLUMNS, *SOURCES, *(ANSWERED if answered else ()))):
+    for name in dict.fromkeys((*COLUMNS, *SOURCES, *(ANSWERED if cells else ()))):
         found = cell.column(name)
-        if found is not None and found[1].shape[1] > answered:
-            figures[name] = estimated([found[1]]) if answered else summary(found[1])
-            if cell.label == SFT:
-                figures[name].pop("one_seed", None)  # it was not trained, so no seed is missing
+        if found is not None and found[1].shape[1] > bool(cells):
+            figures[name] = _with_seeds(cell, name, cells) if cells else summary(found[1])
         printed = (cell.paper or {}).get(name)
         if printed is not None:
             entry = figures.setdefault(name, {})
@@ -160,6 +160,15 @@ def cell_figures(cell: Cell, answered: bool = False) -> dict:
             if "mean" in entry:
                 entry["difference"] = round(entry["mean"] - printed, 4)
     return figures
+
+
+def _with_seeds(cell: Cell, name: str, cells: Sequence[Cell]) -> dict:
+    own = cell.column(name)[1]
+    others = [column[1] for each in cells if (column := each.column(name)) is not None]
+    found = estimated([own], rescaled(others, own.mean()) if name in DIVERGENCES else others)
+    if cell.label == SFT:
+        found.pop("one_seed", None)  # it was not trained, so no seed is missing
+    return found
 
 
 def spread(cell: Cell) -> dict[str, float | None]:

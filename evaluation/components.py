@@ -10,8 +10,10 @@ of the answers is in them. The variance of a mean is estimated in two parts:
                the mean square of seed x prompt, which the seeds' part already has
 
 Each enters the interval with its own t quantile: `mean +- sqrt(sum t^2 variance)`. A bootstrap over seeds is too
-narrow: it finds (S - 1) / S of their variance and knows no t. With two seeds an interval is wide (t = 12.7). One seed
-shows no spread: such an interval is marked, `one_seed`. tests/test_components.py measures the coverage.
+narrow: it finds (S - 1) / S of their variance and knows no t. Two seeds alone give t = 12.7, so fewer seeds than
+`ENOUGH` borrow: their s^2 is pooled over all methods of the table, with the degrees of freedom of all. That supposes
+that seeds differ alike under all methods, and such an interval is marked, `pooled`. One seed shows no spread and
+borrows none: its interval has no seeds in it and is marked, `one_seed`. tests/test_components.py has the coverage.
 """
 
 from collections.abc import Sequence
@@ -22,20 +24,23 @@ from scipy import stats
 
 from evaluation.intervals import LEVEL
 
+ENOUGH = 4  # seeds that stand for themselves
 POWER = 0.8  # with which the detectable difference would have been seen
 DECIDED, UNDECIDED, ONE_SEED = "decided", "not decided", "one seed"
 
 
-def estimated(tables: Sequence[np.ndarray]) -> dict:
+def estimated(tables: Sequence[np.ndarray], others: Sequence[np.ndarray] = ()) -> dict:
     """The sum of independent groups of runs with its interval, e.g. one method's mean or a difference of two.
 
     Args:
         tables: (seeds, prompts) of each group, over the same prompts. A difference paired over seeds and prompts is one
             group of differences; of methods with other seeds, two groups, the second negative.
+        others: tables of the same figure of all methods of the table, these too, for groups of few seeds.
 
     Returns:
         `mean`, `interval` (95 %), `detectable` (the smallest true value whose interval excludes zero with 80 % power),
-        `seeds` (of the smallest group), `prompts`; `one_seed` if that is 1, because no seeds are in the interval then.
+        `seeds` (of the smallest group), `prompts`; `one_seed` if that is 1, because no seeds are in the interval then;
+        `pooled` if a group's seeds borrowed.
 
     Raises:
         ValueError: fewer than two prompts, which have no spread.
@@ -45,7 +50,14 @@ def estimated(tables: Sequence[np.ndarray]) -> dict:
         raise ValueError("an interval needs two prompts or more")
     inner = sum(interaction(table) / len(table) for table in tables)
     parts = [(max(0.0, values.var(ddof=1) - inner) / len(values), len(values) - 1)]
-    parts += [(table.mean(axis=1).var(ddof=1) / len(table), len(table) - 1) for table in tables if len(table) > 1]
+    borrowed = False
+    for table in tables:
+        if len(table) > 1:
+            variance, freedom = over_seeds([table])
+            if len(table) < ENOUGH and len(others) > 1:
+                variance, freedom = over_seeds(others)
+                borrowed = True
+            parts.append((variance / len(table), freedom))
     tail = (1 + LEVEL) / 2
     width = sum(variance * _quantile(tail, df) ** 2 for variance, df in parts) ** 0.5
     seen = sum(variance * (_quantile(tail, df) + _quantile(POWER, df)) ** 2 for variance, df in parts) ** 0.5
@@ -58,7 +70,23 @@ def estimated(tables: Sequence[np.ndarray]) -> dict:
         "seeds": seeds,
         "prompts": len(values),
         **({"one_seed": True} if seeds == 1 else {}),
+        **({"pooled": True} if borrowed else {}),
     }
+
+
+def over_seeds(tables: Sequence[np.ndarray]) -> tuple[float, int]:
+    """The variance of the seeds' means, pooled over (seeds, prompts) tables, and its degrees of freedom.
+
+    At least one has two seeds.
+    """
+    free = [(table, len(table) - 1) for table in tables if len(table) > 1]
+    freedom = sum(each for _, each in free)
+    return sum(each * float(table.mean(axis=1).var(ddof=1)) for table, each in free) / freedom, freedom
+
+
+def rescaled(tables: Sequence[np.ndarray], mean: float) -> list[np.ndarray]:
+    """Tables with this mean, to borrow from where a spread grows with the figure itself, as that of KL does."""
+    return [table * (mean / table.mean()) for table in tables if table.mean() > 0]
 
 
 @cache

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evaluation.cells import FINAL, SFT, Cell, of_prompts
-from evaluation.components import components, estimated, verdict
+from evaluation.cells import DIVERGENCES, FINAL, SFT, Cell, of_prompts
+from evaluation.components import ENOUGH, components, estimated, rescaled, verdict
 
 # Figures read against a divergence: KL on the policy's own answers, or on the preferred response of a set of pairs.
 READ = {"change": "answers", "rm_dpo": "written", "rm_dpo_ranked": "ranked"}
+Seeds = tuple[np.ndarray, list[int]]  # (seeds, prompts) values, and the seeds
 ENDS = ("change", "kl_sampled", "tokens", "rm_dpo", "rm_dpo_ranked")  # compared at the end of the training
 
 
@@ -104,62 +105,75 @@ def common(*names: Iterable[str]) -> list[str]:
     return [name for name in first if all(name in other for other in others)]
 
 
-def groups(one: tuple[np.ndarray, list[int]], other: tuple[np.ndarray, list[int]]) -> list[np.ndarray]:
-    """The first minus the second, for `estimated`: in pairs of seeds if both have the same, else as two groups."""
+def judged(one: Seeds, other: Seeds, everyone: Sequence[np.ndarray]) -> dict:
+    """The first minus the second, each with its seeds: `estimated` with its `verdict`.
+
+    Methods with the same seeds, if there are enough of them, are compared in pairs of seeds, others as two groups.
+
+    Args:
+        everyone: the tables of all methods, of which few seeds borrow.
+
+    Returns:
+        Also `by_seed` and `seed_sd`, the standard deviation of a seed's difference, if both have the same seeds.
+    """
     (ours, seeds), (theirs, others) = one, other
     if sorted(seeds) != sorted(others):
-        return [ours, -theirs]
-    return [ours - theirs[[others.index(seed) for seed in seeds]]]
+        found = estimated([ours, -theirs], everyone)
+        return found | {"verdict": verdict(found)}
+    pairs = ours - theirs[[others.index(seed) for seed in seeds]]
+    found = estimated([pairs]) if len(seeds) >= ENOUGH else estimated([ours, -theirs], everyone)
+    by_seed = zip(map(str, seeds), pairs.mean(axis=1), strict=True)
+    return found | {
+        "verdict": verdict(found),
+        "by_seed": {seed: round(float(mean), 4) for seed, mean in by_seed},
+        "seed_sd": components(pairs, 0.0)["seed"],
+    }
 
 
-def difference(one: Cell, other: Cell, name: str) -> dict | None:
+def difference(one: Cell, other: Cell, name: str, cells: Iterable[Cell]) -> dict | None:
     """The first minus the second of a column at the end of the training, over the prompts that both have."""
-    found = [cell.column(name) for cell in (one, other)]
-    if any(column is None for column in found):
+    columns = {cell.label: column for cell in cells if (column := cell.column(name))}
+    if not {one.label, other.label} <= columns.keys():
         return None
-    prompts = common(*(column[0] for column in found))
+    prompts = common(columns[one.label][0], columns[other.label][0])
     if len(prompts) < 2:
         return None
-    ours, theirs = ((of_prompts(column, prompts), cell.seeds) for column, cell in zip(found, (one, other), strict=True))
-    return judged(groups(ours, theirs), one.seeds)
+    ours, theirs = ((of_prompts(columns[cell.label], prompts), cell.seeds) for cell in (one, other))
+    return judged(ours, theirs, () if name in DIVERGENCES else [values for _, values in columns.values()])
 
 
-def difference_at_kl(one: Curve, other: Curve) -> dict | None:
-    """The first minus the second at the largest KL that both reached, and that KL; None without common prompts."""
+def difference_at_kl(one: Curve, other: Curve, curves: Iterable[Curve] = ()) -> dict | None:
+    """The first minus the second at the largest KL that both reached, and that KL; None without common prompts.
+
+    Args:
+        curves: of all methods; those that reach this KL say how seeds differ there, for methods with few.
+    """
     prompts = common(one.prompts, other.prompts)
     if len(prompts) < 2:
         return None
     one, other = one.of(prompts), other.of(prompts)
     wanted = min(one.end, other.end)
     ours, theirs = ((each.read(wanted), each.seeds) for each in (one, other))
-    return judged(groups(ours, theirs), one.seeds) | {"at_kl": round(wanted, 4)}
-
-
-def judged(tables: list[np.ndarray], seeds: list[int]) -> dict:
-    """`estimated` with its `verdict`; of a paired difference also `by_seed`, and the seeds' standard deviation."""
-    found = estimated(tables)
-    found["verdict"] = verdict(found)
-    if len(tables) == 1:
-        means = tables[0].mean(axis=1)
-        found["by_seed"] = {str(seed): round(float(mean), 4) for seed, mean in zip(seeds, means, strict=True)}
-        found["seed_sd"] = components(tables[0], 0.0)["seed"]
-    return found
+    everyone = [each.read(wanted) for each in curves if each.end >= wanted]
+    return judged(ours, theirs, everyone) | {"at_kl": round(wanted, 4)}
 
 
 def compare(pairs: list[tuple[Cell, Cell]], sft: dict | None) -> list[dict]:
     """The first minus the second of each pair: `label`; `at_kl` and `end`, estimates by figure."""
     cells = {cell.label: cell for pair in pairs for cell in pair}
-    curves = {name: {label: curve(cell, name, sft) for label, cell in cells.items()} for name in READ}
+    curves = {name: {label: made for label, cell in cells.items() if (made := curve(cell, name, sft))} for name in READ}
 
     def at_kl(one: Cell, other: Cell, name: str) -> dict | None:
-        ours, theirs = (curves[name][cell.label] for cell in (one, other))
-        return difference_at_kl(ours, theirs) if ours and theirs else None
+        found = curves[name]
+        if not {one.label, other.label} <= found.keys():
+            return None
+        return difference_at_kl(found[one.label], found[other.label], found.values())
 
     return [
         {
             "label": f"{one.label} minus {other.label}",
             "at_kl": {name: found for name in READ if (found := at_kl(one, other, name))},
-            "end": {name: found for name in ENDS if (found := difference(one, other, name))},
+            "end": {name: found for name in ENDS if (found := difference(one, other, name, cells.values()))},
         }
         for one, other in pairs
     ]
@@ -171,28 +185,51 @@ def at_one_kl(cells: list[Cell], sft: dict | None) -> tuple[float, dict[str, dic
     if not curves:
         return None
     wanted = min(found.end for found in curves.values())
-    return round(wanted, 4), {label: estimated([found.read(wanted)]) for label, found in curves.items()}
+    read = {label: found.read(wanted) for label, found in curves.items()}
+    return round(wanted, 4), {label: estimated([table], list(read.values())) for label, table in read.items()}
 
 
-def along(cell: Cell, sft: dict | None) -> list[dict]:
-    """The points of the training: `point`, `kl` and `change` with their intervals."""
-    found = curve(cell, "change", sft)
-    if found is None:
-        return []
-    return [
-        {"point": point, "kl": estimated([found.kl[..., place]]), "change": estimated([found.values[..., place]])}
-        for place, point in enumerate(found.points, 1)
-    ]
+def along(cells: list[Cell], sft: dict | None) -> dict[str, list[dict]]:
+    """The points of each training, by label: `point`, `kl` and `change` with their intervals."""
+    curves = {cell.label: made for cell in cells if (made := curve(cell, "change", sft))}
+
+    def point(found: Curve, place: int) -> dict:
+        name = found.points[place]
+        alike = [(each, each.points.index(name) + 1) for each in curves.values() if name in each.points]
+        kl, change = found.kl[..., place + 1], found.values[..., place + 1]
+        return {
+            "point": name,
+            "kl": estimated([kl], rescaled([each.kl[..., at] for each, at in alike], kl.mean())),
+            "change": estimated([change], [each.values[..., at] for each, at in alike]),
+        }
+
+    return {label: [point(found, place) for place in range(len(found.points))] for label, found in curves.items()}
 
 
-def wins(one: Cell, other: Cell) -> dict[str, dict] | None:
-    """Shares of the pairs of answers to a prompt, one of each policy, that the first wins by the reward; exact.
+def win_rates(pairs: list[tuple[Cell, Cell]]) -> list[dict]:
+    """Win rates of the first of each pair against the second by the reward, exact for these answers; see `shares`.
+
+    Returns:
+        Of each pair with two prompts and a seed in common `label` and `figures`: of the shares with their intervals;
+        `win_rate` also with `verdict` (whether it is one half) and `detectable` (a distance from that).
+    """
+    tables = {(one.label, other.label): found for one, other in pairs if (found := shares(one, other))}
+    rows = []
+    for (ours, theirs), found in tables.items():
+        figures = {name: estimated([table], [each[name] for each in tables.values()]) for name, table in found.items()}
+        figures["win_rate"]["verdict"] = verdict(figures["win_rate"], 0.5)
+        rows.append({"label": f"{ours} against {theirs}", "figures": figures})
+    return rows
+
+
+def shares(one: Cell, other: Cell) -> dict[str, np.ndarray] | None:
+    """(seeds, prompts) shares of the pairs of answers to a prompt, one of each policy, that the first wins.
 
     Runs are compared with the run of the same seed; the model before training, which has no seeds, with every run.
 
     Returns:
-        `won`, `lost`, `tied`, and `win_rate`, in which a tie counts one half, with `verdict` (whether it is one half)
-        and `detectable` (the distance from that); None where two prompts or a seed are not common.
+        `won`, `lost`, `tied`, and `win_rate`, in which a tie counts one half; None where two prompts or a seed are not
+        common.
     """
     untrained = other.label == SFT
     pairs = [
@@ -204,17 +241,8 @@ def wins(one: Cell, other: Cell) -> dict[str, dict] | None:
     if len(prompts) < 2:
         return None
     signs = [[np.sign(np.subtract.outer(ours[name], theirs[name])) for name in prompts] for ours, theirs in pairs]
-    shares = {
-        "win_rate": lambda sign: (1 + sign).mean() / 2,
-        "won": lambda sign: (sign > 0).mean(),
-        "lost": lambda sign: (sign < 0).mean(),
-        "tied": lambda sign: (sign == 0).mean(),
-    }
-    found = {
-        name: estimated([np.array([[share(sign) for sign in row] for row in signs])]) for name, share in shares.items()
-    }
-    found["win_rate"]["verdict"] = verdict(found["win_rate"], 0.5)
-    return found
+    won, lost, tied = (np.array([[(sign == value).mean() for sign in row] for row in signs]) for value in (1, -1, 0))
+    return {"win_rate": won + tied / 2, "won": won, "lost": lost, "tied": tied}
 
 
 def _final_rewards(result: dict) -> dict[str, list[float]]:

@@ -49,7 +49,8 @@ NAMES = {
 }
 # Beside the paper's figures, in a table of its own where results have `answers`.
 MARGINS = ("rm_dpo", "rm_r_dpo", "kl", "rm_dpo_ranked", "accuracy_written", "accuracy_ranked")
-MARK, ONE = "†", "‡"  # read before the first point; of one seed
+MARKS = {"before_first_point": "†", "one_seed": "‡", "pooled": "§"}
+MARK = MARKS["before_first_point"]
 MARKED = f"{MARK} below the KL of the first point that was measured: on the straight line from 0 to that point."
 
 
@@ -66,11 +67,12 @@ class Grid(NamedTuple):
 
 
 def number(entry: dict, digits: int = 3) -> str:
-    """`mean [low, high]`, or a dash; marked if it was read before the first measured point, or has no seeds in it."""
-    if "mean" not in entry:
-        return "-"
-    marks = {MARK: "before_first_point", ONE: "one_seed"}
-    return estimate(entry, digits) + "".join(mark for mark, name in marks.items() if entry.get(name))
+    """`mean [low, high]`, or a dash; marked (`MARKS`) for what is special about its interval."""
+    return estimate(entry, digits) + _marks(entry) if "mean" in entry else "-"
+
+
+def _marks(entry: dict) -> str:
+    return "".join(mark for name, mark in MARKS.items() if entry.get(name))
 
 
 def _signed(value: float | None) -> str:
@@ -98,7 +100,7 @@ def decision(entry: dict) -> list[str]:
     if "mean" not in entry:
         return ["-"] * 3
     return [
-        f"{estimate(entry, write=signed)}{ONE * entry.get('one_seed', 0)}",
+        f"{estimate(entry, write=signed)}{_marks(entry)}",
         f"{entry['detectable']:.3f}",
         entry["verdict"],
     ]
@@ -119,7 +121,7 @@ def _answered(part: dict) -> list[Grid]:
         if entry := found.get("change"):
             seeds = " ".join(signed(value) for value in entry.get("by_seed", {}).values())
             equal.append([row["label"], _kl(entry), *decision(entry), seeds or "-"])
-        others = [estimate(end[name], write=signed) if name in end else "-" for name in ("kl_sampled", "tokens")]
+        others = [decision(end.get(name, {}))[0] for name in ("kl_sampled", "tokens")]
         ends.append([row["label"], *decision(end.get("change", {})), *others])
         pairs = [found.get(name, {}) for name in ("rm_dpo", "rm_dpo_ranked")]
         if any(pairs):

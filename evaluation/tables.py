@@ -7,11 +7,12 @@ without `answers`), evaluation.render formats a table, and evaluation.reproduce 
 from typing import Any
 
 from evaluation.cells import ANSWERED, COLUMNS, SFT, Cell, cell_figures, has_answers, same_prompts, spread
-from evaluation.frontiers import along, at_one_kl, compare, wins
+from evaluation.frontiers import along, at_one_kl, compare, win_rates
 from evaluation.matched import against_baselines, differences, frontier, matched, within_ablation
 from evaluation.matrix import load_matrix, method_name, select
 from evaluation.paper import length_term_flags, paper_rows, paper_wins, percentage_flags
 from evaluation.results import Evaluated
+from pipeline.functions import scorer_name
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
 
 TITLES = {
@@ -27,6 +28,7 @@ TITLES = {
     "noise": "Ablation: noise of the rewards that rank, and gamma (not in the paper)",
     "factor_n": "Ablation: the factor N of Eq. 8 (not in the paper)",
     "list_size": "Ablation: responses of a list, at equal compute (not in the paper)",
+    "proxy": "Ablation: ranked by a learned reward model (not in the paper)",
 }
 JUDGED = "4"
 TRANSFER = ("5", "7")
@@ -40,7 +42,7 @@ SMALL = {
 IN_PLACE_OF = {"reviews": "pku_safe", "chats": "hh_rlhf"}
 SAME_QUANTITY = ("rm_dpo", "rm_r_dpo", "kl")  # at another scale than the paper's; its rewards and texts are others
 # Values of a trait that others are compared with: the baselines, and the paper's choice. Without one, the first row's.
-AGAINST = ("BT", "DPO-BT", "PL", "gamma -5 to 5", "Eq. 9 (gamma -5 to 5)")
+AGAINST = ("BT", "DPO-BT", "the worst (BT)", "DPO-HPS", "PL", "gamma -5 to 5", "Eq. 9 (gamma -5 to 5)")
 RULES = {
     "worst": "the worst",
     "uniform": "uniform",
@@ -80,29 +82,32 @@ def needed(table: str, scale: str) -> list[Evaluated]:
 
 def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
     """What a run's row differs in from others; runs that differ only in the seed share it."""
-    method = method_name(recipe)
+    loss, method = recipe.loss, method_name(recipe)
     start, end = recipe.schedule.gamma_start, recipe.schedule.gamma_end
     gamma = f"gamma {start:g}" if start == end else f"gamma {start:g} to {end:g}"
-    negatives = recipe.loss.negatives
-    rule = RULES[negatives].format(recipe.loss.negative_deviations) if negatives != "softmax" else f"Eq. 9 ({gamma})"
-    varied = {
-        "6": f"n = {recipe.schedule.subsample or 'all'}",
-        "7": f"n = {recipe.schedule.subsample or 'all'}",
-        "8": f"beta = {recipe.loss.beta:g}",
-        "list_size": f"list of {recipe.loss.list_size or 'all'}" if recipe.loss.preference == "pl" else "pairs",
+    size = f"n = {recipe.schedule.subsample or 'all'}"
+    ranked = scorer_name(recipe.models.reward.path, recipe.models.reward.function)
+    rows = {
+        "6": (method, size),
+        "7": (method, size),
+        "8": (method, f"beta = {loss.beta:g}"),
+        "gamma": (gamma if loss.preference == "hps" else method,),
+        "negatives": (rule(recipe, gamma),),
+        "noise": (f"noise {recipe.annotation.noise:g}", gamma if loss.preference == "hps" else method),
+        "list_size": (f"{method}, list of {loss.list_size or 'all'}" if loss.preference == "pl" else method,),
+        "proxy": (method, f"ranked by {ranked}"),
+        **dict.fromkeys(("factor_n", "ablation"), (f"N {'on' if loss.factor_n else 'off'}", gamma)),
     }
-    if table in varied:
-        return method, varied[table]
-    of_hps = {
-        "ablation": (f"N {'on' if recipe.loss.factor_n else 'off'}", gamma),
-        "factor_n": (f"N {'on' if recipe.loss.factor_n else 'off'}", gamma),
-        "gamma": (gamma,),
-        "negatives": (rule,),
-        "noise": (f"noise {recipe.annotation.noise:g}", gamma),
-    }
-    if table not in of_hps:
-        return recipe.loss.family.upper(), recipe.loss.preference.upper()
-    return of_hps[table] if recipe.loss.preference == "hps" else (*of_hps[table][:-1], method)
+    return rows.get(table, (loss.family.upper(), loss.preference.upper()))
+
+
+def rule(recipe: Recipe, gamma: str) -> str:
+    """The rule of the negative. BT and gamma 0 stand for those with the same plan (configs/matrix.yaml)."""
+    if recipe.loss.preference == "bt":
+        return "the worst (BT)"
+    if recipe.loss.negatives != "softmax":
+        return RULES[recipe.loss.negatives].format(recipe.loss.negative_deviations)
+    return "uniform (gamma 0)" if gamma == "gamma 0" else f"Eq. 9 ({gamma})"
 
 
 def label(table: str, recipe: Recipe) -> str:
@@ -196,13 +201,13 @@ def answered_part(table: str, scale: str, cells: list[Cell], paper: dict[str, di
     sft = next((cell.results[0] for cell in cells if cell.label == SFT), None)
     trained = [cell for cell in cells if cell.label != SFT]
     if table == JUDGED:
-        return {"columns": ["win_rate", "won", "lost", "tied"], "rows": win_rows(cells)}
+        return {"columns": ["win_rate", "won", "lost", "tied"], "rows": win_rates(won_by(cells))}
     compared = compare(pairs_of(trained), sft)
     give_paper(table, cells, paper)  # which renames rows
-    common = at_one_kl(trained, sft)
+    common, points = at_one_kl(trained, sft), along(trained, sft)
     rows = []
     for cell in cells:
-        figures = cell_figures(cell, answered=True)
+        figures = cell_figures(cell, trained)
         if common is not None and cell.label in common[1]:
             figures["change_at_kl"] = common[1][cell.label]
         rows.append(
@@ -211,7 +216,7 @@ def answered_part(table: str, scale: str, cells: list[Cell], paper: dict[str, di
                 "traits": list(cell.traits),
                 "figures": figures,
                 "spread": spread(cell),
-                "along": [] if cell.label == SFT else along(cell, sft),
+                "along": points.get(cell.label, []),
             }
         )
     own = ["reward_mean", "change", "change_at_kl", "kl_sampled", *(name for name in ANSWERED if name != "change")]
@@ -223,15 +228,10 @@ def answered_part(table: str, scale: str, cells: list[Cell], paper: dict[str, di
     }
 
 
-def win_rows(cells: list[Cell]) -> list[dict]:
-    """Win rates by the reward of each method against each that stands before it, HPS first."""
+def won_by(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
+    """Each method and each that stands before it, the model before training first and HPS last."""
     ordered = sorted(cells, key=lambda cell: (cell.label != SFT, cell.traits[1:] == ("HPS",)))
-    return [
-        {"label": f"{one.label} against {other.label}", "figures": found}
-        for place, one in reversed(list(enumerate(ordered)))
-        for other in ordered[:place]
-        if (found := wins(one, other)) is not None
-    ]
+    return [(one, other) for place, one in reversed(list(enumerate(ordered))) for other in ordered[:place]]
 
 
 def judged_part(scale: str, data: str, judged: dict) -> dict:
@@ -268,7 +268,8 @@ def remarks_answered(table: str, scale: str, comparisons: int) -> list[str]:
     """`remarks` of a table whose results have `answers`."""
     lines = [
         f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`. Mean [95 % interval]. The intervals contain "
-        "prompts, the draw of the answers, and seeds; those of one seed, marked ‡, cannot contain seeds. Reward: the "
+        "prompts, the draw of the answers, and seeds. ‡: one seed, so without seeds. §: few seeds, whose spread is "
+        "that of all methods of the table. Reward: the "
         "evaluator's, mean of the answers to a prompt. Change: against the model before training. KL: nats, on the "
         "policy's own answers. Win rate: share of pairs, of two policies' answers to a prompt, that the first wins by "
         "the reward.",

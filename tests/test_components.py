@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from evaluation.components import DECIDED, ONE_SEED, UNDECIDED, components, estimated, interaction, verdict
+from evaluation.components import (
+    DECIDED,
+    ONE_SEED,
+    UNDECIDED,
+    components,
+    estimated,
+    interaction,
+    over_seeds,
+    rescaled,
+    verdict,
+)
 
 SEEDS, PROMPTS, ANSWERS, TABLES = 5, 96, 8, 1000
 # Standard deviations of seed, prompt, seed x prompt and answer: of a mean reward, and of a difference whose seeds vary
@@ -45,6 +55,27 @@ def test_methods_with_other_seeds_are_two_groups():
     found = estimated([by_hand(), -np.ones((4, 3))])
     assert found == estimated([by_hand()]) | {"mean": 2.0, "interval": [-11.4149, 15.4149]}
     assert estimated([by_hand(), -np.ones((1, 3))])["seeds"] == 1
+
+
+def test_few_seeds_borrow():
+    """Seed means 2, 4 and 0, 1, 5: variances 2 and 7 with 1 and 2 degrees of freedom, pooled (2 + 14) / 3.
+
+    The prompts' part is 1, as above; t(3) = 3.1824: width sqrt(10.1280 * 16 / 3 / 2 + 18.513) = 6.7469.
+    """
+    other = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [5.0, 5.0, 5.0]])
+    assert over_seeds([by_hand(), other, other[:1]]) == (pytest.approx(16 / 3), 3)
+    found = estimated([by_hand()], [by_hand(), other])
+    assert found["pooled"] and found["interval"] == [-3.7469, 9.7469]
+    assert "pooled" not in estimated([by_hand()], [by_hand()])
+    four = np.vstack([by_hand(), by_hand()])
+    assert estimated([four], [four, other]) == estimated([four])
+    assert estimated([by_hand()[:1]], [by_hand(), other]) == estimated([by_hand()[:1]])
+
+
+def test_a_spread_that_grows_with_its_figure_is_rescaled():
+    """Means 2 and 4 of seeds around 1 and 3, 3 and 5: as a mean of 4, around 2 and 6, and as they are."""
+    tables = [np.array([[1.0, 1.0], [3.0, 3.0]]), np.array([[3.0, 3.0], [5.0, 5.0]]), np.zeros((2, 2))]
+    assert [table[:, 0].tolist() for table in rescaled(tables, 4.0)] == [[2.0, 6.0], [3.0, 5.0]]
 
 
 def test_a_difference_is_paired():
@@ -94,6 +125,39 @@ def test_coverage(world, seeds):
     """95 % intervals hold the truth in 92 to 97 % of the tables; with few seeds that differ little, in more."""
     few = seeds < 5 and world in ("equal seeds", "a difference", "a mean")
     assert 0.92 <= held(world, seeds) <= (0.995 if few else 0.97)
+
+
+@pytest.mark.slow
+def test_a_bootstrap_over_five_seeds_is_too_narrow():
+    """Where seeds differ most: seeds and prompts drawn again and again, and the middle 95 % of the means."""
+    rng, count = np.random.default_rng(11), 0
+    for _ in range(TABLES):
+        table = simulated("unequal seeds", SEEDS, rng)
+        seeds, prompts = rng.integers(0, SEEDS, (300, SEEDS)), rng.integers(0, PROMPTS, (300, PROMPTS))
+        means = [table[rows][:, columns].mean() for rows, columns in zip(seeds, prompts, strict=True)]
+        low, high = np.quantile(means, [0.025, 0.975])
+        count += low <= 0 <= high
+    assert count / TABLES < 0.88
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unequal", [False, True])
+def test_coverage_of_borrowed_seeds(unequal):
+    """Methods of two seeds in a table like Table 2: 3 methods with five seeds, 12 with two.
+
+    If seeds differ up to three times more under some methods than under others, the intervals hold over the table.
+    """
+    rng, held_by = np.random.default_rng(10), []
+    for _ in range(TABLES // 10):
+        scale = rng.permutation(np.geomspace(1, 3, 15)) if unequal else np.ones(15)
+        table = []
+        for place, seeds in enumerate([5] * 3 + [2] * 12):
+            found = simulated("a difference", seeds, rng)
+            table.append(found + 0.02 * (scale[place] ** 2 - 1) ** 0.5 * rng.normal(0, 1, (seeds, 1)))
+        for few in table[3:]:
+            low, high = estimated([few], table)["interval"]
+            held_by.append(low <= 0 <= high)
+    assert 0.92 <= np.mean(held_by) <= 0.97
 
 
 @pytest.mark.slow
