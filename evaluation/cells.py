@@ -83,7 +83,9 @@ class Cell:
     def answer_means(self, point: str, name: str) -> Column | None:
         """Prompt ids and (seeds, prompts) means over the answers at a point; None without them."""
         found = self.answers(point, name)
-        return found and _aligned([(list(table), [np.mean(each) for each in table.values()]) for table in found])
+        return found and _aligned(
+            [(list(table), [sum(each) / len(each) for each in table.values()]) for table in found]
+        )
 
     def answer_variance(self, name: str) -> float:
         """Mean variance of a prompt's answers at the end, divided by their number; 0 where a prompt has one answer."""

@@ -4,6 +4,7 @@ evaluation.cells computes a row's figures, evaluation.frontiers compares rows (e
 without `answers`), evaluation.render formats a table, and evaluation.reproduce writes the files.
 """
 
+from pathlib import Path
 from typing import Any
 
 from evaluation.cells import ANSWERED, COLUMNS, SFT, Cell, cell_figures, has_answers, same_prompts, spread
@@ -12,7 +13,6 @@ from evaluation.matched import against_baselines, differences, frontier, matched
 from evaluation.matrix import load_matrix, method_name, select
 from evaluation.paper import length_term_flags, paper_rows, paper_wins, percentage_flags
 from evaluation.results import Evaluated
-from pipeline.functions import scorer_name
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
 
 TITLES = {
@@ -86,7 +86,7 @@ def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
     start, end = recipe.schedule.gamma_start, recipe.schedule.gamma_end
     gamma = f"gamma {start:g}" if start == end else f"gamma {start:g} to {end:g}"
     size = f"n = {recipe.schedule.subsample or 'all'}"
-    ranked = scorer_name(recipe.models.reward.path, recipe.models.reward.function)
+    ranked = Path(recipe.models.reward.path or str(recipe.models.reward.function)).name
     rows = {
         "6": (method, size),
         "7": (method, size),

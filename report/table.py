@@ -56,7 +56,9 @@ def _reward_frontier(rows: list[dict]) -> Pictures:
     said = "; ".join(f"{name} {number(end['change'])} at KL {number(end['kl'])}" for name, end in ends)
     text = f"Change of the reward against KL along the training; at its end: {said}."
     panels = [picture(text, reward_frontier, name, moved, shown, height=4.0) for name, shown in frontier_panels(moved)]
-    return Pictures(panels, "A method is better where its line is above another's at the same KL, not where it ends.")
+    caption = "A method is better where its line is above another's at the same KL, not where it ends. The intervals"
+    caption += " contain the prompts, which all methods share; differences are below."
+    return Pictures(panels, caption)
 
 
 def _compared(compared: list[dict]) -> Pictures:

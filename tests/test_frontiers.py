@@ -275,7 +275,7 @@ def test_rows_are_compared_that_differ_in_one_trait():
         ("list_size", {}, "DPO-HPS"),
         ("negatives", {"loss.preference": "bt"}, "the worst (BT)"),
         ("negatives", {"schedule.gamma_start": 0.0, "schedule.gamma_end": 0.0}, "uniform (gamma 0)"),
-        ("proxy", {}, "DPO-HPS, ranked by models/reward-train"),
+        ("proxy", {}, "DPO-HPS, ranked by reward-train"),
         ("4", {}, "DPO-HPS"),
         ("8", {"loss.beta": 0.25}, "DPO-HPS, beta = 0.25"),
     ],
