@@ -10,9 +10,6 @@ its name when everything in it is written.
 
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError
 from pipeline.cli import run_stage
@@ -51,6 +48,8 @@ def merge(recipe: Recipe) -> None:
 
 
 def _merge(recipe: Recipe, checkpoint: Path, partial: Path, settings: dict) -> None:
+    import torch
+
     work = begin(None, partial, recipe, settings)
     tokenizer = load_tokenizer(str(checkpoint))
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -66,6 +65,9 @@ def merged_model(recipe: Recipe, checkpoint: Path, tokenizer):
     Raises:
         InputError: the merged model differs from the policy with its adapter.
     """
+    import torch  # here because it takes seconds to load, and most runs are not merged
+    from transformers import AutoModelForCausalLM
+
     adapted = load_adapter(load_weights(AutoModelForCausalLM, recipe.models.policy, dtype=torch.float32), checkpoint)
     ids = torch.tensor([prompt_token_ids(tokenizer, PROBE)])
     with torch.no_grad():

@@ -190,17 +190,14 @@ def fixed_policies() -> type:
 
             return {"reference": before, **after(0), "along": [{"step": step, **after(step)} for step in self.steps]}
 
-        def answers(self, messages: list[dict], tokens: int) -> dict:
-            return {"before": text(0), "after": text(1)}
-
     return Fixed
 
 
 def margins(recipe: Recipe) -> Work:
-    from evaluation import margins
+    from evaluation import held_out, margins
 
     warm(recipe)
-    margins.HeldOut = fixed_policies()
+    held_out.HeldOut = fixed_policies()
     return lambda: margins.evaluate(recipe)
 
 

@@ -48,13 +48,14 @@ def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
     row = prompt + responses_per_prompt(recipe) * response
     step = ((4 if recipe.lora.enabled else 6) + 2) * weights * row
     pair = 2 * weights * (prompt + 2 * response)
+    pairs = 2 if recipe.tested().data.test.responses else 1  # of a prompt: the written and, with candidates, the ranked
     points = recipe.evaluation.checkpoints if recipe.evaluation.samples_along else 0
     answers = (recipe.evaluation.samples + points * recipe.evaluation.samples_along) * response
     rate = cost["adapter_tokens_per_second" if recipe.lora.enabled else "tokens_per_second"]
     passes = 2 if recipe.models.evaluator.function else 3  # policy, reference, evaluator
     return {
         "training": rows * step / speed,
-        "held-out pairs": 2 * tested * (2 + recipe.evaluation.checkpoints) * pair / speed,
+        "held-out pairs": pairs * tested * (2 + recipe.evaluation.checkpoints) * pair / speed,
         "answers": tested * answers / (rate * cost["devices"]),
         "their scores and divergence": tested * passes * 2 * weights * ((1 + points) * prompt + answers) / speed,
         "starting": STARTS * cost["start_seconds"],

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from peft.helpers import rescale_adapter_scale
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
-from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids, sampled_text
+from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.shared_prefix import Layout, make_rows, prove, scored_logits
 from pipeline.recipe import Model, Recipe
 from pipeline.run_records import kept_checkpoints
@@ -23,7 +23,7 @@ FLOOR_TEXTS = 4  # prompts that it measures
 
 
 class HeldOut:
-    """The policies of a run and the reference: log-probabilities, divergences and answers.
+    """The policies of a run and the reference: log-probabilities and divergences.
 
     With LoRA there is one model. The reference is the model with its adapter off; a policy along the training is
     another adapter. Full fine-tuning keeps nothing along the training (alignment.train.KeptCheckpoints).
@@ -130,30 +130,6 @@ class HeldOut:
         states, head = scored_logits(network, network.forward, rows, self.layout.gathers)
         return [head(part).float().log_softmax(dim=-1) for part in states.split(rows["sizes"].tolist())]
 
-    @torch.inference_mode()
-    def answer(self, model: Any, messages: list[dict], tokens: int) -> str:
-        """The model's greedy answer."""
-        ids = torch.tensor([prompt_token_ids(self.tokenizer, messages)], device=self.device)
-        ends = end_of_turn_ids(self.tokenizer)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=sorted(ends),
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        said = output[0, ids.shape[1] :].tolist()
-        truncated = said[-1] not in ends
-        return sampled_text(self.tokenizer, said if truncated else said[:-1], truncated).strip()
-
-    def answers(self, messages: list[dict], tokens: int) -> dict:
-        """Answers of the model before and after training."""
-        after = self.answer(self.policy, messages, tokens)
-        with self.as_reference():
-            before = self.answer(self.reference, messages, tokens)
-        return {"before": before, "after": after}
-
 
 def rounding_floor(scorer: HeldOut, texts: Iterable[tuple[list[int], list[list[int]]]]) -> dict | None:
     """The size of rounding errors in the figures: smaller values mean nothing.
@@ -193,21 +169,8 @@ def rounding_floor(scorer: HeldOut, texts: Iterable[tuple[list[int], list[list[i
     }
 
 
-def floor_line(dtype: str, floor: dict | None) -> str:
-    """One line for the screen."""
-    if floor is None:
-        return f"computed in {dtype}; its rounding was not measured: no texts, or a policy that is the reference"
-    return (
-        f"computed in {dtype}, whose rounding shows a policy that has hardly moved as KL {floor['kl']:.2g} and "
-        f"|s| up to {floor['s']:.2g} nats ({floor['responses']} responses of {floor['tokens']:.0f} tokens)"
-    )
-
-
 def _load(model: Model, device: torch.device, dtype: torch.dtype):
-    loaded = load_weights(AutoModelForCausalLM, model, dtype=dtype)
-    # `generate` reads penalties, suppressed tokens and sampling from the model's settings; answers here are greedy.
-    loaded.generation_config = GenerationConfig()
-    return loaded.to(device).eval()
+    return load_weights(AutoModelForCausalLM, model, dtype=dtype).to(device).eval()
 
 
 def _causal(model: Any) -> Any:

@@ -2,8 +2,8 @@
 
 Reads   `data.test.path` (the two given responses of each prompt), `<output>/ranked/test.jsonl` (best against worst),
         `<output>/<run>/checkpoint`, `checkpoints/step-N`
-Writes  `<output>/<run>/evaluation/`: `pairs.jsonl` (log-probabilities of every pair), `answers.jsonl` (some test
-        prompts answered before and after), `margins.json`, `manifest.json` (last)
+Writes  `<output>/<run>/evaluation/`: `pairs.jsonl` (log-probabilities of every pair), `margins.json`,
+        `manifest.json` (last)
 Run     python -m evaluation.margins configs/quickstart.yaml
 
 `s = log pi_theta - log pi_ref`, summed over the response's tokens, in nats. RM_DPO is `s_1 - s_2` (no beta), RM_R-DPO
@@ -18,11 +18,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation.held_out import FLOOR_TEXTS, HeldOut, floor_line, rounding_floor
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from hps.errors import InputError, shorten
 from pipeline.cli import counted, progress, run_stage
@@ -34,13 +33,17 @@ from pipeline.records import Prompt, Ranked, read_jsonl, read_ranked
 from pipeline.run_records import AGAIN, SETS, Pair, check_pair, kept_checkpoints
 from pipeline.stage import Work, require_finished, stage
 
+if TYPE_CHECKING:
+    from evaluation.held_out import HeldOut
+
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
 
 
 def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
     """Yield the pairs, preferred response first; count the prompts without one by reason.
 
-    `written`: the first two given responses. `ranked`: best and worst by reward. Of the first `evaluation.prompts`.
+    `written`: the first two given responses. `ranked`: best and worst by reward, unless the test prompts got no
+    candidates: then the two would be the written pair again. Of the first `evaluation.prompts`.
     """
     prompts, repeated = evaluated_prompts(recipe)
     left_out["written: repeated prompt"] += len(repeated)
@@ -50,8 +53,12 @@ def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
             left_out["written: fewer than two given responses"] += 1
         else:
             yield _pair(record, "written", responses=responses, truncated=[False, False])
+    generated = recipe.tested().data.test.responses
     for _, record in read_ranked(recipe.tested().ranked("test")):
         if recipe.evaluation.prompts is not None and record["prompt_id"] not in prompts:
+            continue
+        if not generated and len(record["responses"]) <= 2:
+            left_out["ranked: the written pair"] += 1
             continue
         if record["rewards"][0] == record["rewards"][-1]:
             left_out["ranked: all rewards tie"] += 1
@@ -64,7 +71,7 @@ def _pair(record: Prompt | Ranked, kind: str, **fields: list) -> dict:
     return {"set": kind, "prompt_id": record["prompt_id"], "prompt": record["prompt"], **fields}
 
 
-def comparable(recipe: Recipe, scorer: HeldOut, left_out: Counter) -> Iterator[dict]:
+def comparable(recipe: Recipe, scorer: "HeldOut", left_out: Counter) -> Iterator[dict]:
     """Yield the held-out pairs that can be compared; count the others by reason.
 
     The prompt must leave room for a response. The responses must differ as tokens: otherwise their margin is always 0.
@@ -79,12 +86,12 @@ def comparable(recipe: Recipe, scorer: HeldOut, left_out: Counter) -> Iterator[d
             yield pair
 
 
-def pair_ids(pair: dict, scorer: HeldOut) -> tuple[list[int], list[list[int]]]:
+def pair_ids(pair: dict, scorer: "HeldOut") -> tuple[list[int], list[list[int]]]:
     """Token ids of the prompt and of both responses."""
     return scorer.token_ids(pair["prompt"], pair["responses"], pair["truncated"])
 
 
-def pair_figures(pair: dict, scorer: HeldOut) -> dict:
+def pair_figures(pair: dict, scorer: "HeldOut") -> dict:
     """`tokens`, and what `HeldOut.compare` gives for both responses."""
     prompt, responses = pair_ids(pair, scorer)
     return {"tokens": [len(response) for response in responses], **scorer.compare(prompt, responses, diverging=1)}
@@ -167,11 +174,13 @@ def evaluate(recipe: Recipe) -> None:
 
 
 def _evaluate(recipe: Recipe, folder: Path, work: Work) -> None:
+    # Here because torch and peft take seconds to load, and evaluate.sh asks for what run.sh has finished.
+    from evaluation.held_out import FLOOR_TEXTS, HeldOut, rounding_floor
+
     scorer, left_out = HeldOut(recipe), Counter()
     # Read once to count and once to score, so that only one pair is in memory.
     count = sum(1 for _ in comparable(recipe, scorer, left_out))
     _score_pairs(comparable(recipe, scorer, Counter()), count, scorer, folder / "pairs.jsonl")
-    _write_answers(recipe, scorer, folder / "answers.jsonl")
     sets = read_columns(read_jsonl(folder / "pairs.jsonl", check_pair))
     first = islice(comparable(recipe, scorer, Counter()), FLOOR_TEXTS)
     metrics: dict[str, Any] = {
@@ -184,7 +193,7 @@ def _evaluate(recipe: Recipe, folder: Path, work: Work) -> None:
     }
     write_json(folder / "margins.json", metrics)
     print_metrics(metrics, folder)
-    outputs = [folder / name for name in ("pairs.jsonl", "answers.jsonl", "margins.json")]
+    outputs = [folder / name for name in ("pairs.jsonl", "margins.json")]
     work.finish(outputs, [recipe.tested().data.test.path, recipe.tested().ranked("test")])
 
 
@@ -201,7 +210,7 @@ def set_figures(columns: Columns, recipe: Recipe) -> dict:
 
 def evaluation_settings(recipe: Recipe) -> dict:
     """Everything that decides the figures."""
-    settings, tested = ("bootstrap", "answers", "answer_tokens", "prompts"), recipe.tested()
+    settings, tested = ("bootstrap", "prompts"), recipe.tested()
     return {
         "evaluation": {name: getattr(recipe.evaluation, name) for name in settings},
         "steps": [step for step, _ in kept_checkpoints(recipe)],
@@ -214,7 +223,7 @@ def evaluation_settings(recipe: Recipe) -> dict:
     }
 
 
-def _score_pairs(pairs: Iterable[dict], count: int, scorer: HeldOut, path: Path) -> None:
+def _score_pairs(pairs: Iterable[dict], count: int, scorer: "HeldOut", path: Path) -> None:
     with Appender(path) as file:  # first: it cuts off the half line that a kill leaves
         done = {(line["set"], line["prompt_id"]) for _, line in read_jsonl(path, check_pair)}
         todo = (pair for pair in pairs if (pair["set"], pair["prompt_id"]) not in done)
@@ -222,14 +231,14 @@ def _score_pairs(pairs: Iterable[dict], count: int, scorer: HeldOut, path: Path)
             file.append({**pair, **pair_figures(pair, scorer)})
 
 
-def _write_answers(recipe: Recipe, scorer: HeldOut, path: Path) -> None:
-    settings = recipe.evaluation
-    prompts = evaluated_prompts(recipe)[0].first(settings.answers)
-    path.unlink(missing_ok=True)
-    with Appender(path) as file:
-        for record in progress(prompts.values(), len(prompts), "answers before and after", " prompts"):
-            answers = scorer.answers(record["prompt"], settings.answer_tokens)
-            file.append({"prompt_id": record["prompt_id"], "prompt": record["prompt"], **answers})
+def floor_line(dtype: str, floor: dict | None) -> str:
+    """One line for the screen."""
+    if floor is None:
+        return f"computed in {dtype}; its rounding was not measured: no texts, or a policy that is the reference"
+    return (
+        f"computed in {dtype}, whose rounding shows a policy that has hardly moved as KL {floor['kl']:.2g} and "
+        f"|s| up to {floor['s']:.2g} nats ({floor['responses']} responses of {floor['tokens']:.0f} tokens)"
+    )
 
 
 def print_metrics(metrics: dict, folder: Path) -> None:

@@ -49,7 +49,7 @@ PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
 DEVICES = {
     "generation": ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences", "enforce_eager"),
     "annotation": ("batch_tokens", "workers"),
-    "evaluation": ("answers", "answer_tokens", "on"),
+    "evaluation": ("answers", "on"),
 }
 RANKED_BY = ("output=", "ranking=", "data.", "generation.", "annotation.", "models.generator", "models.reward")
 JUDGE = ("answers", "repeats", "max_new_tokens", "max_prompt_tokens", "temperature")  # settings of Table 4's judge

@@ -17,8 +17,7 @@ from hps.errors import printable, run_main
 from pipeline.cli import parse
 from pipeline.functions import scorer_name
 from pipeline.recipe import SPLITS, Recipe
-from pipeline.records import read_json, read_jsonl
-from pipeline.run_records import check_greedy
+from pipeline.records import read_json
 
 
 def columns(left: str, right: str, width: int) -> list[str]:
@@ -60,13 +59,9 @@ def summarize(recipe: Recipe, width: int) -> list[str]:
             f"  {name:8s} {figures['pairs']:4d} pairs  RM_DPO {estimate(figures['rm_dpo'])}  "
             f"above zero in {estimate(figures['rm_dpo_accuracy'])} of the pairs"
         )
-    learned = outcome(recipe)
-    how = ", each the one of middle reward; from the least to the greatest change" if learned else ""
-    lines += ["", f"Answers to test prompts: before | after{how}"]
-    for prompt, before, after in _scored(recipe) if learned else _greedy(recipe):
-        question = textwrap.shorten(printable(prompt[-1]["content"]), width - 4, placeholder=" ...")
-        lines += [f"> {question}", *columns(before, after, width), ""]
-    if learned:
+    if learned := outcome(recipe):
+        how = "each the one of middle reward; from the least to the greatest change"
+        lines += ["", f"Answers to test prompts: before | after, {how}", *examples(recipe, width)]
         lines += [f"Did it learn? {learned['title']}", *(f"  {name:43s} {text}" for name, text in learned["lines"])]
     return [*lines, "", f"page: {run / 'report.html'}"]
 
@@ -126,20 +121,17 @@ def side_by_side(recipe: Recipe) -> Iterator[dict]:
         yield found | {"change": difference} | {side: _middle(found[side]) for side in SIDES}
 
 
+def examples(recipe: Recipe, width: int) -> Iterator[str]:
+    """The prompts of `side_by_side` as lines: the last message, the scored answers in two columns."""
+    for shown in side_by_side(recipe):
+        yield "> " + textwrap.shorten(printable(shown["prompt"][-1]["content"]), width - 4, placeholder=" ...")
+        yield from columns(*(f"({figure(shown[side]['score'], 2)}) {shown[side]['text']}" for side in SIDES), width)
+        yield ""
+
+
 def _middle(answers: list[dict]) -> dict:
     """The answer of median reward, the lower one of two."""
     return sorted(answers, key=lambda answer: answer["score"])[(len(answers) - 1) // 2]
-
-
-def _scored(recipe: Recipe) -> Iterator[tuple[list[dict], str, str]]:
-    for shown in side_by_side(recipe):
-        before, after = (f"({figure(shown[side]['score'], 2)}) {shown[side]['text']}" for side in SIDES)
-        yield shown["prompt"], before, after
-
-
-def _greedy(recipe: Recipe) -> Iterator[tuple[list[dict], str, str]]:
-    for _, answer in read_jsonl(recipe.run_folder() / "evaluation" / "answers.jsonl", check_greedy):
-        yield answer["prompt"], answer["before"], answer["after"]
 
 
 def main() -> None:

@@ -183,23 +183,37 @@ def draw(
     rewards = np.array(record["rewards"], dtype=np.float64)
     if schedule.standardize_rewards:
         rewards[listed] = standardize(rewards[listed])
-    first_others = others[1:] if loss.positives == 2 and loss.appendix_e_reading == "intended" else others
-    first, q = term(preferred, first_others, listed, rewards, loss, gamma, rng)
+    first, q = term(preferred, below_first(others, loss), listed, rewards, loss, gamma, rng)
     row = {"gamma": gamma if loss.reads_gamma else None, "prompt_id": record["prompt_id"], **first}
     if loss.positives == 2:
         below = without_ties(others[1:], others[0], record, schedule)
         row["second"], _ = term(others[0], below, listed, rewards, loss, gamma, rng)
-    drawn = first["dispreferred"]
-    share = np.array(first["weights"] or [1 / len(drawn)] * len(drawn))
-    places = np.array([first_others.index(index) + 1 for index in drawn])
-    raw, counts = (np.array(record[name], dtype=np.float64) for name in ("rewards", "token_counts"))
-    figures = {
-        "effective_sample_size": 1.0 / float(np.square(q).sum()),
-        "rank": float(share @ places),
-        "reward_gap": float(raw[preferred] - share @ raw[drawn]),
+    return row, {"effective_sample_size": 1.0 / float(np.square(q).sum()), **row_figures(first, record, listed, loss)}
+
+
+def below_first(others: list[int], loss: Loss) -> list[int]:
+    """What y_1 is compared with; in the intended reading of Appendix E it need not beat y_2."""
+    return others[1:] if loss.positives == 2 and loss.appendix_e_reading == "intended" else others
+
+
+def row_figures(row: Term, record: Ranked, listed: list[int], loss: Loss) -> dict[str, float]:
+    """Of a row of the prompt whose `training_list` is `listed`: `rank` of what was drawn (1: hardest), `reward_gap`
+    and `length_gap` (tokens) to y_1.
+
+    Means over the dispreferred responses, weighted as in the loss.
+
+    Raises:
+        ValueError, IndexError: the row is not one of this record.
+    """
+    preferred, *others = listed
+    others, drawn = below_first(others, loss), row["dispreferred"]
+    share = np.array(row["weights"] or [1 / len(drawn)] * len(drawn))
+    rewards, counts = (np.array(record[name], dtype=np.float64) for name in ("rewards", "token_counts"))
+    return {
+        "rank": float(share @ np.array([others.index(index) + 1 for index in drawn])),
+        "reward_gap": float(rewards[preferred] - share @ rewards[drawn]),
         "length_gap": float(counts[preferred] - share @ counts[drawn]),
     }
-    return row, figures
 
 
 def check_spread(rewards: list[float], loss: Loss) -> None:

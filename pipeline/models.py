@@ -15,7 +15,7 @@ SAMPLED = ("generation.max_prompt_tokens", "generation.max_new_tokens")
 LENGTHS = {
     ("gene", "generator"): [SAMPLED],
     ("gene", "reward"): [SAMPLED],
-    ("run", "policy"): [("schedule.max_length",), ("generation.max_prompt_tokens", "evaluation.answer_tokens")],
+    ("run", "policy"): [("schedule.max_length",)],
     ("evaluate", "policy"): [SAMPLED],
     ("evaluate", "evaluator"): [SAMPLED],
     ("evaluate", "reward"): [SAMPLED],
@@ -52,8 +52,7 @@ def check_fits(stage: str, recipe: Recipe, role: str, tokenizer: bool = True) ->
     if stage != "gene" or any(getattr(recipe.data, split).responses for split in SPLITS):
         for keys in LENGTHS[stage, role]:
             needed = sum(get(recipe, key) for key in keys)
-            asked = "evaluation.answer_tokens" not in keys or recipe.evaluation.answers
-            if asked and needed > length:
+            if needed > length:
                 problem = f"`models.{role}` has positions for {length:g} tokens, and {' + '.join(keys)} is {needed}"
                 remedy = "lower the setting, or use a model with a longer context"
                 raise InputError(problem, where=model.path, remedy=remedy)

@@ -189,8 +189,7 @@ class Evaluation(Section):
     """
 
     bootstrap: int = Field(2000, ge=1, description="resamples for the intervals")
-    answers: int = Field(3, ge=0, description="test prompts whose answers before and after are shown")
-    answer_tokens: int = Field(256, ge=1, description="length of these answers")
+    answers: int = Field(3, ge=0, description="test prompts shown with an answer before and after")
     prompts: int | None = Field(None, ge=1, description="test prompts evaluated, from the first (null: all)")
     checkpoints: int = Field(4, ge=0, description="points before the end at which the policy is kept and evaluated")
     samples: int = Field(5, ge=1, description="answers to a prompt, for BLEU, reward and KL")

@@ -5,7 +5,6 @@
 - pairs:       log-probabilities of the held-out pairs (evaluation/margins.py)
 - scores:      rewards of the answers to a prompt (annotation/score_answers.py)
 - divergence:  how far the policy has moved on its own answers (evaluation/divergence.py)
-- greedy:      a few answers before and after training (evaluation/margins.py)
 
 Also which policies a run has kept, and which of them answer.
 
@@ -80,13 +79,6 @@ class Divergence(TypedDict):
     tokens: list[Whole]
 
 
-class Greedy(TypedDict):
-    prompt_id: Name
-    prompt: Messages
-    before: str
-    after: str
-
-
 def _check_equal(record: Mapping, where: str, first: str, other: str, more: int = 0) -> None:
     """Refuse two lists of which the second is not longer than the first by `more`."""
     if len(record[other]) != len(record[first]) + more:
@@ -136,11 +128,6 @@ def check_divergence(record: dict, where: str) -> Divergence:
     for field in ("log_ratio", "tokens"):
         _check_equal(line, where, "kl", field)
     return line
-
-
-def check_greedy(record: dict, where: str) -> Greedy:
-    """Return the line; InputError: no prompt, or `before` or `after` is not a text."""
-    return checked(record, Greedy, where, AGAIN)
 
 
 # ---- the policies of a run ----

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from hps.errors import InputError
-from hps.planning import training_list
+from hps.planning import row_figures, training_list
 from pipeline.recipe import Recipe
 from pipeline.records import Lines, Ranked, read_ranked
-from pipeline.run_records import PlanRow
 
 
 @dataclass
@@ -37,28 +36,6 @@ class Draws:
     def stages(self) -> list[str]:
         """The name of each row's gamma."""
         return ["all" if np.isnan(gamma) else f"gamma {gamma:g}" for gamma in self.gamma]
-
-
-def row_figures(row: PlanRow, record: Ranked, recipe: Recipe) -> tuple[float, float, float]:
-    """Place of the drawn responses in the prompt's list (1 = hardest), reward gap and length gap (tokens).
-
-    As in `hps.planning.draw`: means over the row's dispreferred responses, weighted as in the loss.
-    """
-    (preferred, *others), _ = training_list(record, recipe.loss, recipe.schedule, recipe.seed)
-    if recipe.loss.positives == 2 and recipe.loss.appendix_e_reading == "intended":
-        others = others[1:]
-    drawn = row["dispreferred"]
-    weights = row["weights"] or [1 / len(drawn)] * len(drawn)
-
-    def mean(values: list[float]) -> float:
-        return sum(weight * value for weight, value in zip(weights, values, strict=True))
-
-    rewards, counts = record["rewards"], record["token_counts"]
-    return (
-        mean([others.index(index) + 1 for index in drawn]),
-        rewards[preferred] - mean([rewards[index] for index in drawn]),
-        counts[preferred] - mean([counts[index] for index in drawn]),
-    )
 
 
 def read_draws(rows: Lines, path: Path, recipe: Recipe) -> tuple[Draws, dict[str, array]]:
@@ -83,7 +60,8 @@ def read_draws(rows: Lines, path: Path, recipe: Recipe) -> tuple[Draws, dict[str
         add_rewards(rewards, record)
         for number in numbers.pop(record["prompt_id"], ()):
             try:
-                figures[:, number] = row_figures(rows[number], record, recipe)
+                listed, _ = training_list(record, recipe.loss, recipe.schedule, recipe.seed)
+                figures[:, number] = [*row_figures(rows[number], record, listed, recipe.loss).values()]
             except (IndexError, ValueError):
                 raise _not_its_plan(rows.where(number), where) from None
     for left in numbers.values():

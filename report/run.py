@@ -208,7 +208,6 @@ def report(recipe: Recipe, arguments: list[str]) -> str:
         pictures=pictures(recipe, settings, lines),
         shown=len(shown),
         left=left,
-        scored=bool(shown) and "score" in shown[0]["after"][0],
         train=f"bash run.sh {shlex.join(arguments)}",
         evaluate=f"bash evaluate.sh {shlex.join(arguments)}",
         recipe=yaml.safe_dump(plain, sort_keys=False, allow_unicode=True),

@@ -162,7 +162,7 @@ def write_tiny_recipe(folder: Path, model: Path, reward: Path) -> Path:
         "lora: {r: 4, alpha: 8}",
         "optimizer: {learning_rate: 1.0e-2}",
         "training: {gradient_checkpointing: false, save_steps: 2}",
-        "evaluation: {bootstrap: 200, answers: 1, answer_tokens: 8, samples: 3, checkpoints: 1}",
+        "evaluation: {bootstrap: 200, answers: 1, samples: 3, checkpoints: 1}",
         "judge: {tensor_parallel: 1}",
     ]
     path = folder / "recipe.yaml"

@@ -7,10 +7,13 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, write_tiny_recipe
 
+from evaluation import matrix, reproduce, tables
 from pipeline.records import read_answers, read_jsonl, read_ranked
+from tools.verify import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.train]
 
@@ -94,6 +97,49 @@ def test_evaluation(finished):
     assert [point["step"] for point in metrics["sets"]["written"]["along"]] == [2]
     answers = [record for _, record in read_answers(output / "dpo-hps" / "answers" / "test.jsonl")]
     assert len(answers) == 4 and {len(record["responses"]) for record in answers} == {3}
+
+
+def test_a_table_of_two_runs(tmp_path, tiny_model, tiny_reward, monkeypatch):
+    """reproduce.sh's own work on two seeds: one ranking, one engine for all policies, results with every answer.
+
+    The true reward ranks and evaluates, as on the testbed; what the table shows of the results is tested elsewhere.
+    """
+    path = write_tiny_recipe(tmp_path, tiny_model, tiny_reward)
+    truth = "  {role}: {{function: sentiment}}"
+    text = path.read_text().replace("samples: 3", "samples: 3, samples_along: 2")
+    for role in ("reward", "evaluator"):
+        text = text.replace(f"  {role}: {{path: {tiny_reward}}}", truth.format(role=role))
+    path.write_text(text)
+    scale = os.path.relpath(tmp_path / "results", REPOSITORY / "results")
+    grids = [{"tables": [2], "data": ["pku_safe"], "values": {"loss.preference": ["bt", "hps"]}}]
+    tiny = {"recipes": {"pku_safe": str(path)}, "grids": grids}
+    for module in (reproduce, tables):
+        monkeypatch.setattr(module, "load_matrix", lambda name: tiny)
+    monkeypatch.setattr(matrix, "all_runs", lambda name: matrix.expand(tiny))
+    shown = []
+    monkeypatch.setattr(reproduce, "assemble", lambda *arguments: shown.append(arguments))
+    monkeypatch.setattr(reproduce, "write_table", lambda *arguments: None)
+    assert reproduce.reproduce("2", scale, None) == 0
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results/runs/pku_safe").glob("*.json")}
+    assert found.keys() == {"sft", "dpo-bt", "dpo-hps"} and len(shown) == 1
+    names = found["sft"]["answers"]["final"]["prompt_id"]
+    for run in ("dpo-bt", "dpo-hps"):
+        answers = found[run]["answers"]
+        assert list(answers) == ["2", "final"]
+        for point, count in (("2", 2), ("final", 3)):
+            columns = answers[point]
+            assert columns["prompt_id"] == names and len(names) == 4
+            for name in ("reward", "tokens", "repetition", "kl"):
+                assert [len(row) for row in columns[name]] == [count] * 4
+            assert min(value for row in columns["kl"] for value in row) >= 0
+            assert max(value for row in columns["kl"] for value in row) > 1e-3
+        means = [np.mean(columns["kl"]) for columns in answers.values()]
+        metrics = json.loads((tmp_path / "runs" / run / "metrics.json").read_text())
+        assert metrics["figures"]["kl_sampled"]["mean"] == pytest.approx(means[1], rel=1e-3)
+        assert metrics["along"][0]["kl"]["mean"] == pytest.approx(means[0], rel=1e-3)
+    assert found["dpo-bt"]["answers"] != found["dpo-hps"]["answers"]
+    assert len(list((tmp_path / "runs" / "logs").glob("answers.log"))) == 1
+    assert verify(tmp_path / "runs") == 0
 
 
 @pytest.mark.full

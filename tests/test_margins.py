@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from evaluation import margins as stage
 from evaluation.divergence import answer_figures, measure_all
-from evaluation.held_out import divergence, rounding_floor
+from evaluation.held_out import HeldOut, divergence, rounding_floor
 from evaluation.intervals import bootstrap
-from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, response_token_ids
+from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError
 from pipeline.cli import run_stage
 from pipeline.records import read_json, read_jsonl, read_prompts
@@ -190,9 +190,22 @@ def test_pairs_without_a_preference_are_passed_over(ranked_recipe):
     assert +left_out == {"written: fewer than two given responses": 2, "ranked: all rewards tie": 1}
 
 
+def test_a_ranking_of_the_given_pair_is_not_measured_again(ranked_recipe):
+    """Without candidates for the test prompts, best and worst are the written pair; a third response is another one."""
+    recipe = ranked_recipe()
+    recipe.data.test.responses = 0
+    lines = [json.loads(line) for line in recipe.ranked("test").read_text().splitlines()]
+    columns = ("responses", "rewards", "sources", "truncated", "token_counts")
+    lines[1:] = [{**line, **{name: line[name][:2] for name in columns}} for line in lines[1:]]
+    recipe.ranked("test").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    left_out = Counter()
+    pairs = [pair["set"] for pair in stage.held_out_pairs(recipe, left_out)]
+    assert pairs == ["written"] * 4 + ["ranked"] and +left_out == {"ranked: the written pair": 3}
+
+
 def test_prompts_that_leave_no_room_for_a_response_are_counted(finished):
     recipe = finished(trained=False)
-    held_out = stage.HeldOut(recipe)
+    held_out = HeldOut(recipe)
     pairs, long = list(stage.held_out_pairs(recipe, Counter())), Counter()
     lengths = sorted(len(prompt_token_ids(held_out.tokenizer, pair["prompt"])) for pair in pairs)
     held_out.limit = lengths[-1]
@@ -217,28 +230,6 @@ def test_pairs_of_equal_tokens_are_left_out_and_counted(finished):
     assert metrics["sets"]["written"]["pairs"] == 1
 
 
-def test_greedy_answers_are_greedy_whatever_the_models_folder_asks_for(finished, tiny_model, tmp_path):
-    """Against the highest logit at each step; the folder asks for penalties, suppressed tokens and sampling."""
-    folder = tmp_path / "penalised"
-    shutil.copytree(tiny_model, folder)
-    asked = {
-        "repetition_penalty": 5.0,
-        "no_repeat_ngram_size": 1,
-        "do_sample": True,
-        "suppress_tokens": [*range(40, 90)],
-    }
-    (folder / "generation_config.json").write_text(json.dumps(asked))
-    held_out = stage.HeldOut(finished(f"models.policy.path={folder}", trained=True))
-    messages = [{"role": "user", "content": "Hi"}]
-    ids = prompt_token_ids(held_out.tokenizer, messages)
-    start, ends = len(ids), end_of_turn_ids(held_out.tokenizer)
-    with torch.inference_mode():
-        while len(ids) < start + 12 and ids[-1] not in ends:
-            ids.append(int(held_out.policy(torch.tensor([ids])).logits[0, -1].argmax()))
-    expected = held_out.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-    assert held_out.answers(messages, 12)["after"] == expected != ""
-
-
 def log_probability_by_hand(model, ids: list[int], before: int) -> float:
     """Sum of log softmax over the response's tokens of one whole row, without cache, in float64."""
     with torch.inference_mode():
@@ -250,7 +241,7 @@ def test_log_probabilities_equal_separate_rows(finished):
     """Shared prompt, padded tails and the adapter switched on and off, against whole rows; a truncated response has
     no end of turn, a complete one has."""
     recipe = finished(trained=True)
-    held_out = stage.HeldOut(recipe)
+    held_out = HeldOut(recipe)
     base = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path).eval()
     pair = next(stage.held_out_pairs(recipe, Counter()))
     pair = {**pair, "responses": [pair["responses"][0], pair["responses"][1][:25]], "truncated": [False, True]}
@@ -276,13 +267,13 @@ def test_divergence_by_hand():
 
 def test_every_kept_policy_against_the_reference_by_hand(finished):
     """Two adapters, of the end and of step 2: log-probabilities and KL(policy || reference) from logits in float64, and
-    the reference has neither. The answers before and after are the reference's and the last policy's."""
+    the reference has neither."""
     recipe = finished(trained=True)
     kept = recipe.run_folder() / "checkpoints" / "step-2"
     shutil.copytree(recipe.run_folder() / "checkpoint", kept)
     weights = load_file(kept / "adapter_model.safetensors")
     save_file({name: value.flip(0) for name, value in weights.items()}, kept / "adapter_model.safetensors")
-    held_out = stage.HeldOut(recipe)
+    held_out = HeldOut(recipe)
     base = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path)
     models = {
         name: PeftModel.from_pretrained(copy.deepcopy(base), folder).double().eval()
@@ -303,8 +294,6 @@ def test_every_kept_policy_against_the_reference_by_hand(finished):
             assert given["kl"][place] == pytest.approx((p.exp() * (p - q)).sum().item(), rel=2e-4)
             turned_round.append((q.exp() * (q - p)).sum().item() / given["kl"][place])
     assert all(abs(ratio - 1) > 0.002 for ratio in turned_round)
-    answers = held_out.answers(pair["prompt"], 8)
-    assert answers["before"] != answers["after"] == held_out.answer(held_out.policy, pair["prompt"], 8)
 
 
 def log_softmax_by_hand(model, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -315,11 +304,11 @@ def log_softmax_by_hand(model, prompt: list[int], response: list[int]) -> torch.
 
 def test_responses_are_cut_where_training_cut_them(finished):
     recipe = finished(trained=False)
-    held_out = stage.HeldOut(recipe)
+    held_out = HeldOut(recipe)
     pair = next(stage.held_out_pairs(recipe, Counter()))
     prompt = prompt_token_ids(held_out.tokenizer, pair["prompt"])
     recipe.schedule.max_length = len(prompt) + 3
-    held_out = stage.HeldOut(recipe)
+    held_out = HeldOut(recipe)
     assert stage.pair_figures(pair, held_out)["tokens"] == [3, 3]
     whole = response_token_ids(held_out.tokenizer, pair["prompt"], pair["responses"][0], False)
     (expected,) = held_out.compare(prompt, [whole[:3]], diverging=0)["policy"]
@@ -340,8 +329,6 @@ def test_before_training_all_margins_are_zero(finished, enabled):
         assert figures["accuracy_per_token_before"] == figures["accuracy_per_token_after"]
     gaps = [pair["tokens"][0] - pair["tokens"][1] for pair in pairs_of(recipe) if pair["set"] == "written"]
     assert metrics["sets"]["written"]["rm_r_dpo"]["mean"] == pytest.approx(-0.01 * np.mean(gaps), abs=1e-4)
-    (answer,) = [line for _, line in read_jsonl(folder / "answers.jsonl")]
-    assert answer["before"] == answer["after"]
 
 
 def floor_of(held_out, recipe) -> tuple[dict | None, float]:
@@ -359,7 +346,7 @@ def floor_of(held_out, recipe) -> tuple[dict | None, float]:
 def test_the_floor_of_fp32_is_next_to_nothing(finished, enabled):
     """The policy is nats away; at a thousandth of its way it is a millionth of that."""
     recipe = finished(f"lora.enabled={enabled}", trained=True)
-    floor, kl = floor_of(stage.HeldOut(recipe), recipe)
+    floor, kl = floor_of(HeldOut(recipe), recipe)
     assert floor["responses"] == 4 and floor["tokens"] > 10
     assert kl > 0.1 and 0 <= floor["kl"] < 1e-4 * kl and 0 < floor["s"] < 1e-3
 
@@ -368,22 +355,22 @@ def test_the_floor_of_fp32_is_next_to_nothing(finished, enabled):
 def test_the_floor_of_bf16_is_not(finished):
     """Weights in bf16 do not move by a thousandth of their way, so that nothing is measured of them."""
     recipe = finished(trained=True)
-    exact, _ = floor_of(stage.HeldOut(recipe), recipe)
-    coarse, _ = floor_of(stage.HeldOut(recipe, dtype=torch.bfloat16), recipe)
+    exact, _ = floor_of(HeldOut(recipe), recipe)
+    coarse, _ = floor_of(HeldOut(recipe, dtype=torch.bfloat16), recipe)
     assert coarse["s"] > 30 * exact["s"] and coarse["kl"] > 30 * exact["kl"]
     recipe = finished("lora.enabled=false", "run=full", trained=True)
-    assert floor_of(stage.HeldOut(recipe, dtype=torch.bfloat16), recipe)[0] is None
+    assert floor_of(HeldOut(recipe, dtype=torch.bfloat16), recipe)[0] is None
 
 
 def test_a_policy_that_is_the_reference_shows_no_floor(finished):
     """x + 0 is exact in any precision."""
     recipe = finished(trained=False)
-    assert floor_of(stage.HeldOut(recipe, dtype=torch.bfloat16), recipe)[0] is None
+    assert floor_of(HeldOut(recipe, dtype=torch.bfloat16), recipe)[0] is None
 
 
 def test_a_policy_is_moved_by_its_share_of_the_way(finished):
     """Half of LoRA's way is half of B; half of the way of all weights is their mean with the reference's."""
-    held_out = stage.HeldOut(finished(trained=True))
+    held_out = HeldOut(finished(trained=True))
     text = stage.pair_ids(next(stage.held_out_pairs(finished(trained=True), Counter())), held_out)
     with held_out.moved(0.5):
         moved = held_out.compare(*text, diverging=0)["policy"]
@@ -392,7 +379,7 @@ def test_a_policy_is_moved_by_its_share_of_the_way(finished):
             if "lora_B" in name:
                 value.mul_(0.5)
     assert held_out.compare(*text, diverging=0)["policy"] == pytest.approx(moved, abs=1e-4)
-    held_out = stage.HeldOut(finished("lora.enabled=false", "run=full", trained=True))
+    held_out = HeldOut(finished("lora.enabled=false", "run=full", trained=True))
     name = "model.layers.0.self_attn.q_proj.weight"
     ends = [model.get_parameter(name).clone() for model in (held_out.reference, held_out.policy)]
     with held_out.moved(0.5):
@@ -444,7 +431,7 @@ def test_whatever_decides_the_figures_is_claimed(finished):
     """The fields of the recipe, and the bytes of checkpoint, reference, test prompts and ranking."""
     recipe = finished(trained=False)
     before = stage.evaluation_settings(recipe)
-    fields = [(recipe.evaluation, name) for name in ("bootstrap", "answers", "answer_tokens", "prompts")]
+    fields = [(recipe.evaluation, name) for name in ("bootstrap", "prompts")]
     fields += [(recipe.schedule, "max_length"), (recipe, "seed"), (recipe.data.test, "limit")]
     fields += [(recipe.models.policy, "path"), (recipe.data.test, "path")]
     others = {recipe.models.policy.path: recipe.models.reward.path, recipe.data.test.path: recipe.data.train.path}
@@ -498,7 +485,7 @@ def test_divergence_along_the_training_is_that_of_the_policy_kept_there(finished
         (folder / "test.jsonl").write_text(json.dumps(answer) + "\n")
         (folder / "manifest.json").write_text("{}")
     measure_all(recipe)
-    scorer = stage.HeldOut(recipe)
+    scorer = HeldOut(recipe)
     expected = scorer.compare(*scorer.token_ids(prompt["prompt"], ["A short answer."], [False]), diverging=1)
     found = {step: read_json(recipe.evaluated_folder(step) / "divergence" / "divergence.jsonl") for step in (2, None)}
     assert found[None]["kl"] == pytest.approx(expected["kl"]) and found[None]["kl"][0] > 0

@@ -7,7 +7,7 @@ from sacrebleu import corpus_bleu
 
 from evaluation import metrics as stage
 from evaluation import text_figures
-from evaluation.summary import outcome, side_by_side
+from evaluation.summary import examples, outcome, side_by_side
 from hps.errors import InputError
 from pipeline.files import write_json
 from pipeline.records import read_jsonl, read_prompts
@@ -282,6 +282,9 @@ def test_what_training_changed(evaluated):
     middle = {"text": prompts[3]["responses"][0], "cut": False}
     assert shown[1]["before"] == middle | {"score": 0.0, "tokens": 10, "proxy": 10.0}
     assert shown[1]["after"] == middle | {"score": 3.0, "tokens": 11, "proxy": 15.0}
+    lines = list(examples(evaluated, 80))
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("> ") and lines[1].startswith("(0.00) ") and " | (1.00) " in lines[1]
 
 
 def test_what_ranked_stands_beside_what_judges(evaluated):

@@ -1,6 +1,5 @@
 """The pages of runs, rankings and tables in a real browser: filter, slider; hostile text; accessibility by axe."""
 
-import json
 from io import BytesIO
 from pathlib import Path
 
@@ -41,20 +40,6 @@ def run_page(recipe, tmp_path) -> Path:
     evaluated(recipe, GAINS)
     judged(recipe)
     return write(tmp_path / "report.html", report(recipe, ["recipe.yaml"]))
-
-
-@pytest.fixture
-def early_page(recipe, tmp_path) -> Path:
-    """The page of a run that evaluate.sh has not seen."""
-    folder = recipe.run_folder() / "evaluation"
-    folder.mkdir()
-    prompts = (f"first {HOSTILE}", "second")
-    lines = [
-        {"prompt_id": text, "prompt": [{"role": "user", "content": text}], "before": HOSTILE, "after": "new"}
-        for text in prompts
-    ]
-    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return write(tmp_path / "early.html", report(recipe, ["recipe.yaml"]))
 
 
 @pytest.fixture
@@ -203,13 +188,6 @@ def test_a_tie_is_neither_good_nor_bad(open_page, run_page):
     assert page.locator("article[data-id=p2] > p.bad").inner_text() == "reward of the best answer: -0.250"
     assert page.locator("article[data-id=p3] > p.soft").inner_text() == "reward of the best answer: 0.000"
     assert page.locator("article[data-id=p3] .good, article[data-id=p3] .bad").count() == 0
-
-
-def test_greedy_answers_are_searched(open_page, early_page):
-    page = open_page(early_page)
-    assert page.locator("article").count() == 2 and page.locator("#filter").count() == 0
-    page.fill("#search", "first")
-    assert page.inner_text("#found") == "1 of 2 prompts"
 
 
 @pytest.mark.parametrize("width", [1280, 1920])

@@ -15,6 +15,7 @@ from alignment.plan import plan, run_settings
 from evaluation.intervals import FEW, estimate, few, figure, signed
 from evaluation.render import number
 from hps.errors import InputError
+from hps.planning import row_figures, training_list
 from hps.settings import Loss
 from pipeline.files import file_hash, write_json
 from pipeline.records import Lines
@@ -146,9 +147,9 @@ def test_places_of_draws_by_hand():
     record |= {"responses": list("abcde"), "truncated": [False] * 5}
     row = {"preferred": 2, "dispreferred": [0, 4], "weights": [0.25, 0.75]}
     recipe = load_recipe(REPOSITORY / "configs" / "quickstart.yaml", ["schedule.best=human"])
-    place, reward, length = draws.row_figures(row, record, recipe)
-    assert place == 0.25 * 1 + 0.75 * 4
-    assert reward == 4 - (0.25 * 9 + 0.75 * 1) and length == 10 - (0.25 * 5 + 0.75 * 1)
+    listed, _ = training_list(record, recipe.loss, recipe.schedule, recipe.seed)
+    figures = {"rank": 0.25 * 1 + 0.75 * 4, "reward_gap": 4 - (0.25 * 9 + 0.75 * 1)}
+    assert row_figures(row, record, listed, recipe.loss) == figures | {"length_gap": 10 - (0.25 * 5 + 0.75 * 1)}
 
 
 VARIANTS = (
@@ -253,18 +254,6 @@ def test_a_run_without_evaluation_says_what_makes_it(trained):
     ]
     assert "loss (nats), over steps 1 to 3: loss from 0.600 to 0.400." in pictures(page)
     assert report(trained, ["configs/mine.yaml", "loss.beta=0.5"]) == page
-
-
-def test_answers_of_the_training_side_stand_side_by_side(trained):
-    """Before evaluate.sh: the greedy answers that run.sh wrote, without scores to filter by."""
-    (trained.run_folder() / "evaluation").mkdir()
-    line = {"prompt_id": "p1", "prompt": [{"role": "user", "content": "q"}], "before": "old", "after": HOSTILE}
-    (trained.run_folder() / "evaluation" / "answers.jsonl").write_text(json.dumps(line) + "\n")
-    page = report(trained, [])
-    (entry,) = data_of(page)["answers"]
-    assert entry["before"] == [{"text": "old"}] and entry["after"] == [{"text": HOSTILE}]
-    assert "1 test prompt. Of each one greedy answer" in page and 'id="search"' in page and 'id="filter"' not in page
-    assert "There are no scored answers yet" in page
 
 
 def test_a_run_that_is_not_finished_is_refused(trained):

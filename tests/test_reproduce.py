@@ -324,7 +324,8 @@ def result_of(tmp_path, run: str) -> dict:
 
 def test_results_hold_every_answer_at_every_point(scripts, tmp_path):
     """Rewards and divergence to four digits, at the three kept steps and at the end; the model before has no KL."""
-    reproduce.reproduce("6", "testbed", "reviews/dpo-hps-subsample3")
+    runs = tables.needed("6", "testbed")
+    reproduce.Driver("testbed", 0).work([run for run in runs if run.sft or run.name == "dpo-hps-subsample3"])
     found = result_of(tmp_path, "dpo-hps-subsample3")["answers"]
     assert list(found) == ["12", "23", "34", "final"]
     for point, columns in found.items():

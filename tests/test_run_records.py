@@ -22,14 +22,12 @@ PAIR |= {"truncated": [False, True], "tokens": [1, 2], "reference": [-1, -2.5], 
 SCORES = {"prompt_id": "p", "answers": [{"score": 1.0, "objectives": [1.0]}], "given": []}
 MIXED = [{"score": 1.0, "objectives_mean": 0.5}, {"score": 1.0}]
 DIVERGENCE = {"prompt_id": "p", "kl": [0.5, 0.25], "log_ratio": [-1.0, 2.0], "tokens": [3, 0]}
-GREEDY = {"prompt_id": "p", "prompt": PAIR["prompt"], "before": "", "after": "b"}
 VALID = {
     run_records.check_plan_row: [ROW, ROW | {"gamma": None, "weights": None}, ROW | {"second": TERM}],
     run_records.check_log_line: [LOG],
     run_records.check_pair: [PAIR, PAIR | {"along": ALONG}],
     run_records.check_scores: [SCORES],
     run_records.check_divergence: [DIVERGENCE],
-    run_records.check_greedy: [GREEDY],
 }
 BROKEN = [
     (run_records.check_plan_row, ROW | {"weights": [1.0]}, "`dispreferred` has 2 entries, `weights` 1"),
@@ -70,7 +68,6 @@ BROKEN = [
         dict.fromkeys(DIVERGENCE, []) | {"prompt_id": "p"},
         r"`kl` is \[\]: list should have at least 1 item",
     ),
-    (run_records.check_greedy, GREEDY | {"after": None}, "`after` is null: should be a valid string"),
 ]
 
 

@@ -4,8 +4,8 @@ Run     .venv-train/bin/python -m tests.faults.fuzz_records --files 50000 --seed
 
 Each file is valid at first (prompts, candidates, ranked, answers, ledger, the judge's verdicts, the released code's
 ranked files as lines or as one list, and what training and evaluation write: plan rows, log, held-out pairs, scores,
-divergence, greedy answers), then one to three damages are done to it: to its bytes, to its lines, or to the
-fields of a record. File N of a seed is always the same: `--first N --files 1` makes it again.
+divergence), then one to three damages are done to it: to its bytes, to its lines, or to the fields of a record. File N
+of a seed is always the same: `--first N --files 1` makes it again.
 
 A file is at fault, and the exit status 1, for
 
@@ -35,7 +35,6 @@ from annotation.import_released import check_row, convert
 from evaluation.judge import CRITERIA, GRID, check_verdict, read_verdicts
 from evaluation.margins import margins, read_columns
 from evaluation.metrics import answer_figures, change_figures
-from evaluation.summary import columns
 from hps.chat import load_tokenizer
 from hps.errors import InputError
 from hps.planning import Plan, weights_of
@@ -60,7 +59,6 @@ from pipeline.run_records import (
     SETS,
     Pair,
     check_divergence,
-    check_greedy,
     check_log_line,
     check_pair,
     check_plan_row,
@@ -276,11 +274,6 @@ def divergence_of(rng: random.Random, number: int) -> dict:
     return {"prompt_id": f"{text_of(rng)} {number}", **ratios, "tokens": [rng.randint(0, 99) for _ in range(count)]}
 
 
-def greedy_of(rng: random.Random, number: int) -> dict:
-    record = {"prompt_id": f"{text_of(rng)} {number}", "prompt": prompt_of(rng, number)["prompt"]}
-    return record | {"before": rng.choice(("", text_of(rng))), "after": text_of(rng)}
-
-
 def released_of(rng: random.Random, number: int) -> dict:
     """A row of the released code's files: chat messages or one of the two templates, rewards in any order."""
     record = ranked_of(rng, number)
@@ -438,11 +431,6 @@ def moved(_: Path, read: list[tuple[str, dict]]) -> None:
         json.dumps(change_figures(still, still, line), allow_nan=False)
 
 
-def side_by_side(_: Path, read: list[tuple[str, dict]]) -> None:
-    for _, line in read:
-        assert columns(line["before"], line["after"], 80), "nothing to show"
-
-
 PARALLEL = ("prompt", "responses", "token_counts", "truncated")
 RELEASED = ("prompt", "responses", "rewards")
 FORMATS = {
@@ -457,9 +445,6 @@ FORMATS = {
     "pairs": Format(pair_of, checked(check_pair), tuple(sorted(Pair.__required_keys__)), measured),
     "scores": Format(scores_of, checked(check_scores), ("prompt_id", "answers", "given"), scored),
     "divergence": Format(divergence_of, checked(check_divergence), ("prompt_id", "kl", "log_ratio", "tokens"), moved),
-    "greedy answers": Format(
-        greedy_of, checked(check_greedy), ("prompt_id", "prompt", "before", "after"), side_by_side
-    ),
     "released lines": Format(released_of, released, RELEASED, imported),
     "released list": Format(released_of, released, RELEASED, imported, listed=True),
 }

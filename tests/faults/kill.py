@@ -40,7 +40,7 @@ RECIPE = "configs/quickstart.yaml"
 SETTINGS = ["data.train.limit=12", "data.test.limit=4", "schedule.global_batch=4", "schedule.device_batch=4"]
 SETTINGS += ["training.save_steps=1"]  # six steps: kills are to meet trainings that have a checkpoint to go on from
 FOLDER = REPOSITORY / "runs" / "faults"
-# Files that only ever grow by whole lines while their stage works. (`evaluation/answers.jsonl` is made anew.)
+# Files that only ever grow by whole lines while their stage works.
 GROWING = (
     *("candidates/train.jsonl", "candidates/test.jsonl", "ranked/train.jsonl", "ranked/test.jsonl"),
     *("*/plan.jsonl", "reference/*/*.jsonl", "*/evaluation/pairs.jsonl"),

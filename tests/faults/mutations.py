@@ -386,6 +386,20 @@ MUTATIONS = [
         ("test_margins.py::test_divergence_of_answers_by_hand",),
     ),
     Mutation(
+        "the divergence along the training is that of the trained policy",
+        "evaluation/divergence.py",
+        "HeldOut(recipe, along=False, step=step)",
+        "HeldOut(recipe, along=False)",
+        ("test_margins.py::test_divergence_along_the_training_is_that_of_the_policy_kept_there",),
+    ),
+    Mutation(
+        "the trained policy answers for those along the training",
+        "generation/sample_answers.py",
+        "self.recipe.checkpoint_folder(self.step)",
+        "self.recipe.checkpoint_folder()",
+        ("test_answers.py::test_policies_along_the_training_answer_too",),
+    ),
+    Mutation(
         "answers before and after are turned round",
         HELD_OUT,
         '{"before": before, "after": after}',
