@@ -186,16 +186,25 @@ def spread(cell: Cell) -> dict[str, float | None]:
 def same_prompts(cells: list[Cell]) -> tuple[list[Cell], dict[str, str]]:
     """Keep the cells that were evaluated on the first cell's prompts; say by label why the others were dropped.
 
-    Figures on different prompts cannot be compared or paired.
+    Figures on different prompts cannot be compared or paired. What counts are the prompts of the answers; in results
+    without `answers` those of the pairs. (Pairs may differ where the ranking is another one, and are compared over the
+    prompts that both have.)
     """
     wanted: dict[str, set[str]] = {}
     odd = {}
     for cell in cells:
-        for pairs, table in (item for result in cell.results for item in result["pairs"].items()):
-            names = set(table["prompt_id"])
-            if others := names ^ wanted.setdefault(pairs, names):
+        for result in cell.results:
+            for what, names in _evaluated(result).items():
+                if not (others := names ^ wanted.setdefault(what, names)):
+                    continue
                 odd[cell.label] = (
-                    f"its {pairs} pairs differ from the first row's in {len(others)} prompts, e.g. "
+                    f"its {what} differ from the first row's in {len(others)} prompts, e.g. "
                     f"{min(others)}; delete its result file and run it again"
                 )
     return [cell for cell in cells if cell.label not in odd], odd
+
+
+def _evaluated(result: dict) -> dict[str, set[str]]:
+    if "answers" in result:
+        return {"answers": set(result["answers"][FINAL]["prompt_id"])}
+    return {f"{pairs} pairs": set(table["prompt_id"]) for pairs, table in result["pairs"].items()}

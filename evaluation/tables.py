@@ -56,6 +56,11 @@ PLACES = {
     "8": "The paper's rows are those of HH-RLHF.",
 }
 NOTHING: dict[str, Any] = {"paired": [], "matched": {}, "frontier": {}}  # a part without comparisons of margins
+SAME_N = {
+    "6": "The paper's rows are those of HH-RLHF where it has the same n.",
+    "7": "The paper's rows are those where it has the same n.",
+    "8": PLACES["8"],
+}
 Results = list[tuple[Evaluated, dict | None]]  # None: not run yet
 
 
@@ -177,8 +182,6 @@ def part(table: str, scale: str, results: Results, on: str) -> tuple[dict, list[
     flags = length_term_flags(rows, f"Table {table}, {SETS[data]}") if data in SETS else []
     title = (SETS if scale == "paper" else SMALL).get(on, on)
     if has_answers(cells):
-        if scale != "paper":
-            rows = {name: {key: row.get(key) for key in SAME_QUANTITY} for name, row in rows.items()}
         return {"data": on, "title": title, **NOTHING, **answered_part(table, scale, cells, rows)}, flags, odd
     give_paper(table, cells, rows)
     sft = next((cell.results[0] for cell in cells if cell.label == SFT), None)
@@ -203,7 +206,11 @@ def answered_part(table: str, scale: str, cells: list[Cell], paper: dict[str, di
     if table == JUDGED:
         return {"columns": ["win_rate", "won", "lost", "tied"], "rows": win_rates(won_by(cells))}
     compared = compare(pairs_of(trained), sft)
-    give_paper(table, cells, paper)  # which renames rows
+    if scale == "paper":
+        give_paper(table, cells, paper)  # which renames rows
+    else:
+        for cell in cells:
+            cell.paper = {name: paper.get(cell.label, {}).get(name) for name in SAME_QUANTITY}
     common, points = at_one_kl(trained, sft), along(trained, sft)
     rows = []
     for cell in cells:
@@ -284,7 +291,7 @@ def remarks_answered(table: str, scale: str, comparisons: int) -> list[str]:
             "",
             "**Another scale than the paper's:** another model, other data. The paper's margins and KL stand beside "
             "ours to compare signs and orders of methods, not values; its rewards and BLEU measure something else. "
-            + PLACES.get(table, ""),
+            + SAME_N.get(table, ""),
         ]
     return lines
 

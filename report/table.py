@@ -17,7 +17,7 @@ from report.page import intact, render, write_page
 from report.pictures import IN_RED, Pictures, forest, forest_height, frontier, frontier_panels, picture, reward_frontier
 
 # The figures that are drawn, if there are any.
-FOREST = ("rm_dpo", "rm_dpo_ranked", "reward", "kl", "win")
+FOREST = ("rm_dpo", "rm_dpo_ranked", "reward", "kl", "win", "win_rate")
 ANSWERED_FOREST = ("change_at_kl", "kl_sampled", "win_rate")  # of results with `answers`
 # The columns in the page's words, in place of the remark that explains the table's short names.
 EXPLAINED = (
@@ -72,13 +72,14 @@ def _compared(compared: list[dict]) -> Pictures:
 
 
 def _forests(part: dict, columns: tuple[str, ...]) -> Pictures:
-    panels, printed = [], False
+    panels, printed, seeds = [], False, False
     for name in measured(part, columns):
         rows = [(row["label"], row["figures"][name]) for row in part["rows"] if "mean" in row["figures"].get(name, {})]
         text = f"{NAMES[name]}: {'; '.join(f'{row} {number(entry)}' for row, entry in rows)}."
-        panels.append(picture(text, forest, NAMES[name], rows, height=forest_height(rows)))
+        panels.append(picture(text, forest, NAMES[name], rows, name != "win_rate", height=forest_height(rows)))
         printed |= any("paper" in entry for _, entry in rows)
-    over = "" if columns is ANSWERED_FOREST else " over the prompts"
+        seeds |= any("detectable" in entry for _, entry in rows)  # evaluation.components: seeds and answers, too
+    over = "" if seeds else " over the prompts"
     return Pictures(panels, f"Ours: mean and 95 % interval{over}.{IN_RED if printed else ''}")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evaluation import frontiers, reproduce, tables
-from evaluation.cells import FINAL, SFT, Cell, cell_figures, spread
+from evaluation.cells import FINAL, SFT, Cell, cell_figures, same_prompts, spread
 from evaluation.components import DECIDED, UNDECIDED, estimated
 from evaluation.frontiers import Curve, compare, curve, difference_at_kl, shares, win_rates
 from evaluation.matrix import select
@@ -290,6 +290,16 @@ def test_labels(table, changes, label):
     assert tables.label(table, recipe) == label
 
 
+def test_rows_are_left_out_whose_answers_are_to_other_prompts():
+    """A ranking of its own may leave other pairs; the answers decide."""
+    short, other = result(), result()
+    short["answers"][FINAL] = {name: values[1:] for name, values in short["answers"][FINAL].items()}
+    other["pairs"]["ranked"] = {"prompt_id": ["z"], "points": {}}
+    kept, odd = same_prompts([Cell("x", [result()]), Cell("y", [other]), Cell("z", [short])])
+    assert [cell.label for cell in kept] == ["x", "y"]
+    assert odd["z"].startswith("its answers differ from the first row's in 1 prompts, e.g. a; delete")
+
+
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """Write a table of DPO's three methods with four seeds; return its JSON, Markdown, LaTeX, page and picture."""
@@ -340,7 +350,7 @@ def test_the_files_of_table_2(written):
 @pytest.mark.slow
 def test_table_4_without_a_judge(written):
     """By the reward, run against run: PL's answers are 0.1 above the others', whose pairs tie or halve."""
-    path, md, *_ = written("4")
+    path, md, _, page, _ = written("4")
     rows = {row["label"]: row["figures"] for row in json.loads(path.read_text())["parts"][0]["rows"]}
     assert list(rows) == [
         *("DPO-HPS against SFT", "DPO-HPS against DPO-PL", "DPO-HPS against DPO-BT", "DPO-BT against SFT"),
@@ -349,6 +359,7 @@ def test_table_4_without_a_judge(written):
     assert rows["DPO-HPS against DPO-BT"]["win_rate"]["mean"] == 0.5
     assert rows["DPO-HPS against DPO-BT"]["win_rate"]["verdict"] == UNDECIDED
     assert rows["DPO-HPS against DPO-PL"]["win_rate"]["mean"] == 0.25
+    assert page.read_text().count("<img src=") == 1
     assert "| DPO-HPS against DPO-PL | 0.250 [0.250, 0.250] | 0.000 | decided |" in md.read_text()
 
 
