@@ -201,6 +201,8 @@ def part(table: str, scale: str, results: Results, on: str) -> tuple[dict, list[
 
 def answered_part(table: str, scale: str, cells: list[Cell], paper: dict[str, dict]) -> dict:
     """The fields of a part whose results have `answers`; of Table 4 the win rates. `paper`: the paper's rows."""
+    if table in ("6", "7"):
+        cells.sort(key=_method_and_size)
     sft = next((cell.results[0] for cell in cells if cell.label == SFT), None)
     trained = [cell for cell in cells if cell.label != SFT]
     if table == JUDGED:
@@ -276,15 +278,15 @@ def remarks_answered(table: str, scale: str, comparisons: int) -> list[str]:
     lines = [
         f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`. Mean [95 % interval]. The intervals contain "
         "prompts, the draw of the answers, and seeds. ‡: one seed, so without seeds. §: few seeds, whose spread is "
-        "that of all methods of the table. Reward: the "
-        "evaluator's, mean of the answers to a prompt. Change: against the model before training. KL: nats, on the "
-        "policy's own answers. Win rate: share of pairs, of two policies' answers to a prompt, that the first wins by "
+        "that of all methods of the table. Reward: the evaluator's, mean of the answers to a prompt. Change: against the "
+        "model before training. KL: nats, on the policy's own answers. Win rate: share of pairs, of two policies' "
+        "answers to a prompt, that the first wins by "
         "the reward.",
         "",
         "`decided`: the interval excludes no difference. `detectable`: the smallest true difference that would have "
         f"been decided in 80 % of repetitions. Each of the {comparisons} comparisons is made at 5 % by itself: without "
-        f"any true difference about {comparisons / 20:.2g} of them would be decided. docs/results.md says how methods "
-        "are compared, and why at equal KL.",
+        f"any true difference about {comparisons / 20:.2g} of them would be decided, of each figure. docs/results.md "
+        "says how methods are compared, and why at equal KL.",
     ]
     if scale != "paper" and table in ("2", "5", *PLACES):
         lines += [
