@@ -15,6 +15,7 @@ from transformers import AutoConfig, GPT2Config, MambaConfig
 from alignment.checks import try_lora
 from hps.errors import InputError
 from pipeline.models import check_vocabulary, same_model
+from pipeline.preflight import evaluate_plan
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, load_recipe
 from pipeline.weights import context_length
@@ -301,6 +302,16 @@ def test_the_first_test_prompts_are_evaluated(recipe, write_lines):
     assert found["b"]["responses"] == ["Ha.", "Go away."]
     loaded.evaluation.prompts = None
     assert list(evaluated_prompts(loaded)[0]) == ["a", "b", "c"]
+
+
+def test_answers_along_the_training_are_counted(recipe):
+    """One test prompt: 3 answers at the end and before, 2 at each of 4 points, of at most 2048 tokens."""
+    settings = ["evaluation.prompts=1", "evaluation.samples=3", "evaluation.samples_along=2"]
+    loaded = load_recipe(recipe, [*settings, "evaluation.checkpoints=4"])
+    (line,) = (line for line in evaluate_plan(loaded, dry_run=True) if line.startswith("test: "))
+    assert line.partition("prompts, ")[2] == (
+        "3 answers of the run, 8 of 4 policies along it and 3 of the model before training, at most 28,672 tokens"
+    )
 
 
 def test_good_input_prints_the_counts(recipe):
