@@ -278,10 +278,9 @@ def remarks_answered(table: str, scale: str, comparisons: int) -> list[str]:
     lines = [
         f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`. Mean [95 % interval]. The intervals contain "
         "prompts, the draw of the answers, and seeds. ‡: one seed, so without seeds. §: few seeds, whose spread is "
-        "that of all methods of the table. Reward: the evaluator's, mean of the answers to a prompt. Change: against the "
-        "model before training. KL: nats, on the policy's own answers. Win rate: share of pairs, of two policies' "
-        "answers to a prompt, that the first wins by "
-        "the reward.",
+        "that of all methods of the table. Reward: the evaluator's, mean of the answers to a prompt. Change: against "
+        "the model before training. KL: nats, on the policy's own answers. Win rate: share of pairs, of two policies' "
+        "answers to a prompt, that the first wins by the reward.",
         "",
         "`decided`: the interval excludes no difference. `detectable`: the smallest true difference that would have "
         f"been decided in 80 % of repetitions. Each of the {comparisons} comparisons is made at 5 % by itself: without "
