@@ -41,6 +41,11 @@ class Curve(NamedTuple):
         """The largest mean KL, nats."""
         return float(self.kl.mean(axis=(0, 1)).max())
 
+    @property
+    def first(self) -> float:
+        """The mean KL of the first measured point, nats; below it a reading is on the straight line from 0."""
+        return float(self.outward().kl[..., 1].mean())
+
     def of(self, prompts: Sequence[str]) -> "Curve":
         """The curve of these prompts, in this order."""
         places = [self.prompts.index(name) for name in prompts]
@@ -155,7 +160,12 @@ def difference_at_kl(one: Curve, other: Curve, curves: Iterable[Curve] = ()) -> 
     wanted = min(one.end, other.end)
     ours, theirs = ((each.read(wanted), each.seeds) for each in (one, other))
     everyone = [each.read(wanted) for each in curves if each.end > wanted * (1 - 1e-9)]  # these two, too
-    return judged(ours, theirs, everyone) | {"at_kl": round(wanted, 4)}
+    return judged(ours, theirs, everyone) | {"at_kl": round(wanted, 4)} | _early(wanted, one, other)
+
+
+def _early(wanted: float, *curves: Curve) -> dict[str, bool]:
+    """Marks a reading before the first measured point of a curve."""
+    return {"before_first_point": True} if any(wanted < each.first * (1 - 1e-9) for each in curves) else {}
 
 
 def compare(pairs: list[tuple[Cell, Cell]], sft: dict | None) -> list[dict]:
@@ -186,7 +196,9 @@ def at_one_kl(cells: list[Cell], sft: dict | None) -> tuple[float, dict[str, dic
         return None
     wanted = min(found.end for found in curves.values())
     read = {label: found.read(wanted) for label, found in curves.items()}
-    return round(wanted, 4), {label: estimated([table], list(read.values())) for label, table in read.items()}
+    return round(wanted, 4), {
+        label: estimated([table], list(read.values())) | _early(wanted, curves[label]) for label, table in read.items()
+    }
 
 
 def along(cells: list[Cell], sft: dict | None) -> dict[str, list[dict]]:

@@ -116,13 +116,9 @@ def rule(recipe: Recipe, gamma: str) -> str:
 
 
 def label(table: str, recipe: Recipe) -> str:
-    """The label of a run's row: its traits, or its method."""
-    found = traits(table, recipe)
-    return (
-        method_name(recipe)
-        if found == (recipe.loss.family.upper(), recipe.loss.preference.upper())
-        else ", ".join(found)
-    )
+    """The label of a run's row: its traits, or its method if those are family and preference model."""
+    found, method = traits(table, recipe), method_name(recipe)
+    return method if "-".join(found) == method else ", ".join(found)
 
 
 def cells_of(table: str, results: Results, on: str) -> list[Cell]:
@@ -278,9 +274,10 @@ def remarks_answered(table: str, scale: str, comparisons: int) -> list[str]:
     lines = [
         f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`. Mean [95 % interval]. The intervals contain "
         "prompts, the draw of the answers, and seeds. ‡: one seed, so without seeds. §: few seeds, whose spread is "
-        "that of all methods of the table. Reward: the evaluator's, mean of the answers to a prompt. Change: against "
-        "the model before training. KL: nats, on the policy's own answers. Win rate: share of pairs, of two policies' "
-        "answers to a prompt, that the first wins by the reward.",
+        "that of all methods of the table. †: at a KL below the first point that was measured, on the straight line "
+        "from 0 to it. Reward: the evaluator's, mean of the answers to a prompt. Change: against the model before "
+        "training. KL: nats, on the policy's own answers. Win rate: share of pairs, of two policies' answers to a "
+        "prompt, that the first wins by the reward.",
         "",
         "`decided`: the interval excludes no difference. `detectable`: the smallest true difference that would have "
         f"been decided in 80 % of repetitions. Each of the {comparisons} comparisons is made at 5 % by itself: without "

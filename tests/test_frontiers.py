@@ -191,6 +191,12 @@ def test_prompts_that_one_method_lacks_are_left_out():
 def test_all_methods_at_the_least_of_their_largest_kls():
     kl, found = frontiers.at_one_kl([Cell("near", [result(kls=(0.5, 1.0))]), Cell("far", [result()])], sft())
     assert kl == 1.0 and found["far"]["mean"] == 0.1 and found["near"]["mean"] == 0.3
+    assert "before_first_point" not in found["far"] | found["near"]
+    kl, found = frontiers.at_one_kl([Cell("near", [result(kls=(0.1, 0.25))]), Cell("far", [result()])], sft())
+    assert found["far"]["mean"] == 0.05 and found["far"]["before_first_point"]
+    assert "before_first_point" not in found["near"]
+    (row,) = compare([(Cell("near", [result(kls=(0.1, 0.25))]), Cell("far", [result()]))], sft())
+    assert row["at_kl"]["change"]["before_first_point"]
     assert frontiers.at_one_kl([Cell("x", [{"seed": 1, "pairs": {}, "prompts": {}}])], sft()) is None
 
 
