@@ -48,7 +48,8 @@ class Curve(NamedTuple):
 
     def of(self, prompts: Sequence[str]) -> "Curve":
         """The curve of these prompts, in this order."""
-        places = [self.prompts.index(name) for name in prompts]
+        place = {name: number for number, name in enumerate(self.prompts)}
+        places = [place[name] for name in prompts]
         return self._replace(prompts=list(prompts), kl=self.kl[:, places], values=self.values[:, places])
 
     def outward(self) -> "Curve":
