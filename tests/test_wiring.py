@@ -354,12 +354,14 @@ def test_a_reference_of_another_precision_is_another(ranked_recipe):
 def test_whatever_decides_the_weights_is_claimed(ranked_recipe):
     """Every field of loss, schedule, LoRA and optimizer; seed, kept checkpoints, policy and ranked file.
 
-    Of the loss, another family, and what this family reads: the others' constants decide nothing.
+    Of the loss, another family, and what this family reads: the others' constants decide nothing. The rule of the
+    negative is claimed where it is not Eq. 9, so that earlier claims still match.
     """
     recipe = ranked_recipe()
     before = run_settings(recipe)
     assert {name for name in vars(recipe.loss) if name not in before["loss"]} == {
-        "exo_epsilon", "exo_beta_r", "ipo_per_token", "sppo_win", "nca_alpha", "simpo_beta", "simpo_margin"
+        "exo_epsilon", "exo_beta_r", "ipo_per_token", "sppo_win", "nca_alpha", "simpo_beta", "simpo_margin",
+        "negatives", "negative_deviations",
     }  # fmt: skip
     fields = [(recipe.loss, name) for name in before["loss"] if name != "family"]
     fields += [
@@ -374,6 +376,9 @@ def test_whatever_decides_the_weights_is_claimed(ranked_recipe):
     recipe.loss.family = "exo"
     assert run_settings(recipe)["loss"] == before["loss"] | {"family": "exo", "exo_epsilon": 1e-3, "exo_beta_r": 1.0}
     recipe.loss.family = "dpo"
+    recipe.loss.negatives, recipe.loss.negative_deviations = "below_mean", 1.0
+    assert run_settings(recipe)["loss"] == before["loss"] | {"negatives": "below_mean", "negative_deviations": 1.0}
+    recipe.loss.negatives, recipe.loss.negative_deviations = "softmax", 2.0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe.models.policy, "path", recipe.models.reward.path)
         assert run_settings(recipe) != before
