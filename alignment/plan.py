@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hps.errors import InputError, naming
 from hps.methods import own_settings
-from hps.planning import Plan
+from hps.planning import Plan, reversal_warning
 from hps.settings import rule_without_gamma, stages_without_steps
 from pipeline.cli import counted, run_stage
 from pipeline.files import file_hash, write_json, write_lines
@@ -80,6 +80,9 @@ def plan(recipe: Recipe) -> None:
         facts = made.facts()
         write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
     print_plan(facts, recipe, folder / "plan.jsonl")
+    used = (records[name] for name in made.prompts)
+    if warning := reversal_warning(used, recipe.loss, recipe.schedule, recipe.seed):
+        print(f"plan: WARNING: {warning}")
 
 
 def ranked_prompts(recipe: Recipe) -> Indexed:

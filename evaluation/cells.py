@@ -1,13 +1,16 @@
 """One method's results over the seeds, and its row of figures in a table.
 
-Per-prompt values are averaged over the seeds. The interval is a bootstrap over prompts; the spread over seeds is a
-separate number. evaluation.matched reads the cells at one divergence.
+The interval contains seeds, prompts and answers (evaluation.components). Results of earlier versions, without
+`answers`, keep theirs: values are averaged over the seeds, and the interval is a bootstrap over prompts.
+evaluation.frontiers, and for those results evaluation.matched, read the cells at one divergence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from evaluation.components import components, estimated, rescaled
 from evaluation.intervals import with_interval
 
 COLUMNS = ("bleu", "reward", "rm_dpo", "rm_r_dpo")
@@ -26,22 +29,43 @@ SOURCES = {
     "accuracy_written": ("written", "rm_dpo_accuracy"),
     "accuracy_ranked": ("ranked", "rm_dpo_accuracy"),
 }
+# Those of results that have `answers`.
+ANSWERED = {
+    "change": ("figures", "reward_mean_change"),
+    "win_rate": ("figures", "reward_win_rate"),
+    "tokens": ("figures", "tokens_mean"),
+    "repetition": ("figures", "repetition"),
+    "distinct_1": ("figures", "distinct_1"),
+    "distinct_2": ("figures", "distinct_2"),
+    "proxy_change": ("figures", "proxy_mean_change"),
+}
 EXTRA = ("kl", "rm_dpo_ranked", "accuracy_ranked", "accuracy_written", "reward_mean", "kl_sampled", "tokens_change")
+DIVERGENCES = ("kl", "kl_sampled")
 SAMPLES, SEED = 2000, 42  # of the bootstrap
 FINAL = "final"  # the end of the training; the other points are steps
+SFT = "SFT"  # label of the model before training
+Column = tuple[list[str], np.ndarray]  # prompt ids, and (seeds, prompts) values
 
 
 @dataclass
 class Cell:
-    """Results of one method (one for each seed) and its label in the table."""
+    """Results of one method (one for each seed) and its label in the table.
+
+    `traits`: what it differs in from other rows, e.g. family and preference model; all rows of a table have as many.
+    """
 
     label: str
     results: list[dict]
     paper: dict | None = None
+    traits: tuple[str, ...] = ()
 
-    def column(self, name: str) -> tuple[list[str], np.ndarray] | None:
+    @property
+    def seeds(self) -> list[int]:
+        return [result["seed"] for result in self.results]
+
+    def column(self, name: str) -> Column | None:
         """Prompt ids and (seeds, prompts) values of a column; None if the cell has no such column."""
-        place, figure = SOURCES[name]
+        place, figure = (SOURCES | ANSWERED)[name]
         if place == "figures":
             tables = [result["prompts"] for result in self.results]
             if any(figure not in table for table in tables):
@@ -49,7 +73,31 @@ class Cell:
             return _aligned([(table["prompt_id"], table[figure]) for table in tables])
         return self.point(place, FINAL, figure)
 
-    def point(self, pairs: str, point: str, figure: str) -> tuple[list[str], np.ndarray] | None:
+    def answers(self, point: str, name: str) -> list[dict[str, list[float]]] | None:
+        """Of each seed, by prompt, the values of the answers at a point (evaluation.results); None without them."""
+        tables = [result.get("answers", {}).get(point, {}) for result in self.results]
+        if any(name not in table for table in tables):
+            return None
+        return [dict(zip(table["prompt_id"], table[name], strict=True)) for table in tables]
+
+    def answer_means(self, point: str, name: str) -> Column | None:
+        """Prompt ids and (seeds, prompts) means over the answers at a point; None without them."""
+        found = self.answers(point, name)
+        return found and _aligned(
+            [(list(table), [sum(each) / len(each) for each in table.values()]) for table in found]
+        )
+
+    def answer_variance(self, name: str) -> float:
+        """Mean variance of a prompt's answers at the end, divided by their number; 0 where a prompt has one answer."""
+        cells = [each for table in self.answers(FINAL, name) or [] for each in table.values()]
+        return float(np.mean([np.var(each, ddof=1) / len(each) if len(each) > 1 else 0.0 for each in cells]))
+
+    def answered(self) -> list[str]:
+        """Points of the training at which every seed has answers, in order."""
+        names = [list(result.get("answers", {})) for result in self.results]
+        return [name for name in names[0] if all(name in other for other in names)]
+
+    def point(self, pairs: str, point: str, figure: str) -> Column | None:
         """Ids and (seeds, prompts) of a figure of a set of pairs at a point of the training."""
         tables = [result["pairs"].get(pairs) for result in self.results]
         if any(table is None or point not in table["points"] for table in tables):
@@ -62,7 +110,13 @@ class Cell:
         return [name for name in names[0] if all(name in other for other in names)] if names else []
 
 
-def _aligned(tables: list[tuple[list[str], list]]) -> tuple[list[str], np.ndarray]:
+def of_prompts(column: Column, prompts: list[str]) -> np.ndarray:
+    """(seeds, prompts) values of a column for these prompts, in this order."""
+    places = {name: place for place, name in enumerate(column[0])}
+    return column[1][:, [places[name] for name in prompts]]
+
+
+def _aligned(tables: list[tuple[list[str], list]]) -> Column:
     """Ids that all seeds have a value for, and the values in that order."""
     rows = [{name: value for name, value in zip(*table, strict=True) if value is not None} for table in tables]
     names = [name for name in rows[0] if all(name in row for row in rows)]
@@ -84,13 +138,23 @@ def resamples(count: int) -> np.ndarray:
     return np.random.default_rng(SEED).integers(0, count, (SAMPLES, count))
 
 
-def cell_figures(cell: Cell) -> dict:
-    """The cell's columns, with the paper's figure and the difference from it where the paper has one."""
+def has_answers(cells: list[Cell]) -> bool:
+    """Whether all results have the values of their answers; earlier versions left only means by prompt."""
+    return bool(cells) and all("answers" in result for cell in cells for result in cell.results)
+
+
+def cell_figures(cell: Cell, cells: Sequence[Cell] = ()) -> dict:
+    """The cell's columns, with the paper's figure and the difference from it where the paper has one.
+
+    Args:
+        cells: if the results have `answers`, all trained cells of the table: then there are more columns, and intervals
+            of evaluation.components, which need two prompts.
+    """
     figures: dict[str, dict] = {}
-    for name in dict.fromkeys((*COLUMNS, *SOURCES)):
+    for name in dict.fromkeys((*COLUMNS, *SOURCES, *(ANSWERED if cells else ()))):
         found = cell.column(name)
-        if found is not None and found[1].size:
-            figures[name] = summary(found[1])
+        if found is not None and found[1].shape[1] > bool(cells):
+            figures[name] = _with_seeds(cell, name, cells) if cells else summary(found[1])
         printed = (cell.paper or {}).get(name)
         if printed is not None:
             entry = figures.setdefault(name, {})
@@ -100,19 +164,47 @@ def cell_figures(cell: Cell) -> dict:
     return figures
 
 
+def _with_seeds(cell: Cell, name: str, cells: Sequence[Cell]) -> dict:
+    own = cell.column(name)[1]
+    others = [column[1] for each in cells if (column := each.column(name)) is not None]
+    found = estimated([own], rescaled(others, own.mean()) if name in DIVERGENCES else others)
+    if cell.label == SFT:
+        found.pop("one_seed", None)  # it was not trained, so no seed is missing
+    return found
+
+
+def spread(cell: Cell) -> dict[str, float | None]:
+    """Standard deviations of the parts of an answer's reward: `components`, and `answer`, within a prompt and seed."""
+    found = cell.answer_means(FINAL, "reward")
+    if found is None or len(found[0]) < 2:
+        return {}
+    within = cell.answer_variance("reward")
+    count = np.mean([len(each) for table in cell.answers(FINAL, "reward") or [] for each in table.values()])
+    return {**components(found[1], within), "answer": round(float(within * count) ** 0.5, 4)}
+
+
 def same_prompts(cells: list[Cell]) -> tuple[list[Cell], dict[str, str]]:
     """Keep the cells that were evaluated on the first cell's prompts; say by label why the others were dropped.
 
-    Figures on different prompts cannot be compared or paired.
+    Figures on different prompts cannot be compared or paired. What counts are the prompts of the answers; in results
+    without `answers` those of the pairs. (Pairs may differ where the ranking is another one, and are compared over the
+    prompts that both have.)
     """
     wanted: dict[str, set[str]] = {}
     odd = {}
     for cell in cells:
-        for pairs, table in (item for result in cell.results for item in result["pairs"].items()):
-            names = set(table["prompt_id"])
-            if others := names ^ wanted.setdefault(pairs, names):
+        for result in cell.results:
+            for what, names in _evaluated(result).items():
+                if not (others := names ^ wanted.setdefault(what, names)):
+                    continue
                 odd[cell.label] = (
-                    f"its {pairs} pairs differ from the first row's in {len(others)} prompts, e.g. "
+                    f"its {what} differ from the first row's in {len(others)} prompts, e.g. "
                     f"{min(others)}; delete its result file and run it again"
                 )
     return [cell for cell in cells if cell.label not in odd], odd
+
+
+def _evaluated(result: dict) -> dict[str, set[str]]:
+    if "answers" in result:
+        return {"answers": set(result["answers"][FINAL]["prompt_id"])}
+    return {f"{pairs} pairs": set(table["prompt_id"]) for pairs, table in result["pairs"].items()}

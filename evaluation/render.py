@@ -1,17 +1,56 @@
-"""How a table looks: Markdown, LaTeX, and a picture of margins against KL. evaluation.tables describes its fields."""
+"""How a table looks: Markdown, LaTeX, a picture of rewards or margins against KL. evaluation.tables has its fields."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from evaluation.cells import EXTRA
 from evaluation.intervals import estimate, signed
 from evaluation.matched import MATCHED, PAIRED
+from report.pictures import STYLE, frontier_panels, reward_frontier
 
-MARK = "†"
+# The columns in words.
+NAMES = {
+    "bleu": "BLEU, best answer",
+    "bleu_mean": "BLEU, mean answer",
+    "reward": "reward, best answer",
+    "reward_mean": "reward, mean answer",
+    "rm_dpo": "RM_DPO, written pairs (nats)",
+    "rm_r_dpo": "RM_R-DPO, written pairs (nats)",
+    "rm_dpo_ranked": "RM_DPO, ranked pairs (nats)",
+    "accuracy_written": "RM_DPO above zero, share of written pairs",
+    "accuracy_ranked": "RM_DPO above zero, share of ranked pairs",
+    "kl": "KL of y_1, written pairs (nats)",
+    "KL": "KL (nats)",
+    "kl_sampled": "KL on own answers (nats)",
+    "tokens_change": "length, change (tokens)",
+    "win": "win (% of the prompts)",
+    "lose": "lose (%)",
+    "tie": "tie (%)",
+    "change": "change of the reward",
+    "change_at_kl": "change at equal KL",
+    "win_rate": "win rate",
+    "won": "won",
+    "lost": "lost",
+    "tied": "tied",
+    "tokens": "length (tokens)",
+    "repetition": "repetition",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "proxy_change": "change of the ranking model's score",
+    "seed": "seeds",
+    "prompt": "prompts",
+    "seed_prompt": "seed x prompt",
+    "answer": "answers",
+}
+# Beside the paper's figures, in a table of its own where results have `answers`.
+MARGINS = ("rm_dpo", "rm_r_dpo", "kl", "rm_dpo_ranked", "accuracy_written", "accuracy_ranked")
+MARKS = {"before_first_point": "†", "one_seed": "‡", "pooled": "§"}
+MARK = MARKS["before_first_point"]
 MARKED = f"{MARK} below the KL of the first point that was measured: on the straight line from 0 to that point."
 
 
@@ -28,10 +67,12 @@ class Grid(NamedTuple):
 
 
 def number(entry: dict, digits: int = 3) -> str:
-    """`mean [low, high]`, or a dash; marked if it was read before the first measured point."""
-    if "mean" not in entry:
-        return "-"
-    return estimate(entry, digits) + (MARK if entry.get("before_first_point") else "")
+    """`mean [low, high]`, or a dash; marked (`MARKS`) for what is special about its interval."""
+    return estimate(entry, digits) + _marks(entry) if "mean" in entry else "-"
+
+
+def _marks(entry: dict) -> str:
+    return "".join(mark for name, mark in MARKS.items() if entry.get(name))
 
 
 def _signed(value: float | None) -> str:
@@ -49,7 +90,79 @@ def seeds_of(row: dict) -> int:
 
 def comparisons(part: dict) -> list[Grid]:
     """Comparisons of rows: in pairs (at the end, at their largest common KL, by seed), and all at one KL."""
-    return [*_paired(part["paired"]), *_at_one_kl(part["matched"])]
+    if "compared" in part:
+        return [grid for grid in _answered(part) if grid.rows]
+    return [*_wins(part["rows"]), *_paired(part["paired"]), *_at_one_kl(part["matched"])]
+
+
+def decision(entry: dict) -> list[str]:
+    """A difference, the one that could have been detected, and the verdict; dashes without one."""
+    if "mean" not in entry:
+        return ["-"] * 3
+    return [
+        f"{estimate(entry, write=signed)}{_marks(entry)}",
+        f"{entry['detectable']:.3f}",
+        entry["verdict"],
+    ]
+
+
+def _kl(entry: dict) -> str:
+    return f"{entry['at_kl']:.3f}" if "at_kl" in entry else "-"
+
+
+DECISION = ["difference", "detectable", "verdict"]
+
+
+def _answered(part: dict) -> list[Grid]:
+    """Comparisons in pairs at equal KL and at the end, and the spread over seeds, prompts and answers."""
+    equal, ends, margins = [], [], []
+    for row in part["compared"]:
+        found, end = row["at_kl"], row["end"]
+        if entry := found.get("change"):
+            seeds = " ".join(signed(value) for value in entry.get("by_seed", {}).values())
+            equal.append([row["label"], _kl(entry), *decision(entry), seeds or "-"])
+        others = [decision(end.get(name, {}))[0] for name in ("kl_sampled", "tokens")]
+        ends.append([row["label"], *decision(end.get("change", {})), *others])
+        pairs = [found.get(name, {}) for name in ("rm_dpo", "rm_dpo_ranked")]
+        if any(pairs):
+            margins.append([row["label"], *(cell for entry in pairs for cell in [_kl(entry), *decision(entry)])])
+    parts = ("seed", "prompt", "seed_prompt", "answer")
+    spreads = [
+        [
+            row["label"],
+            *(f"{row['spread'][name]:.3f}" if row["spread"].get(name) is not None else "-" for name in parts),
+        ]
+        for row in part["rows"]
+        if row["spread"]
+    ]
+    return [
+        Grid(
+            "Change of the reward at equal KL, the largest mean that both reached (nats)",
+            ["", "KL", *DECISION, "by seed"],
+            equal,
+        ),
+        Grid("Change of the reward at the end of the training", ["", *DECISION, "KL", "tokens"], ends),
+        Grid(
+            "Margins (RM_DPO) at equal KL of y_1, first of the written, then of the ranked pairs (nats)",
+            ["", *["KL", *DECISION] * 2],
+            margins,
+        ),
+        Grid(
+            "Where the spread of a reward comes from (standard deviations)",
+            ["", *(NAMES[name] for name in parts)],
+            spreads,
+        ),
+    ]
+
+
+def _wins(rows: list[dict]) -> list[Grid]:
+    """Of Table 4, whether a win rate is one half."""
+    rates = {
+        row["label"]: row["figures"]["win_rate"] for row in rows if "verdict" in row["figures"].get("win_rate", {})
+    }
+    lines = [[label, number(rate), f"{rate['detectable']:.3f}", rate["verdict"]] for label, rate in rates.items()]
+    caption = "Is the win rate one half? `detectable` is a distance from that"
+    return [Grid(caption, ["", "win rate", *DECISION[1:]], lines)] if lines else []
 
 
 def _paired(rows: list[dict]) -> list[Grid]:
@@ -105,7 +218,33 @@ def markdown(table: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _rows(part: dict, columns: Iterable[str]) -> list[str]:
+    """A table in words, with the paper's figures beside those of ours that it has; empty if nothing was measured."""
+    names = measured(part, columns)
+    head, rows = ["", "seeds"], [[row["label"], str(seeds_of(row))] for row in part["rows"]]
+    for name in names:
+        printed = any("paper" in row["figures"].get(name, {}) for row in part["rows"])
+        head += [f"{NAMES.get(name, name)}, ours", "paper"] if printed else [NAMES.get(name, name)]
+        for row, cells in zip(part["rows"], rows, strict=True):
+            entry = row["figures"].get(name, {})
+            cells += [number(entry), *([str(entry.get("paper", "-"))] if printed else [])]
+    return markdown_table(head, rows) if names else []
+
+
+def _answered_lines(part: dict) -> list[str]:
+    lines = [f"## {part['title']}", "", *_rows(part, part["columns"]), ""]
+    if part.get("kl") is not None:
+        lines += [f"Equal KL: {part['kl']:.3f} nats, the largest mean that every method reached.", ""]
+    if margins := _rows(part, [name for name in MARGINS if name not in part["columns"]]):
+        lines += ["Margins (nats), and shares of pairs in order:", "", *margins, ""]
+    for grid in comparisons(part):
+        lines += [f"{grid.caption}:", "", *markdown_table(grid.head, grid.rows), ""]
+    return lines
+
+
 def _part_lines(part: dict) -> list[str]:
+    if "compared" in part or any("win_rate" in row["figures"] for row in part["rows"]):
+        return _answered_lines(part)
     names = measured(part, part["columns"])
     printed = any("paper" in entry for row in part["rows"] for entry in row["figures"].values())
     head = ["", *(text for name in names for text in ([f"{name}, ours", "paper", "difference"] if printed else [name]))]
@@ -159,7 +298,13 @@ def _tex(text: str) -> str:
 
 
 def draw_frontier(table: dict, target: Path) -> None:
-    """Draw margins and accuracy against KL along the training, a line for each row that has points."""
+    """Draw rewards against KL along the training or, of results without `answers`, margins and accuracy.
+
+    A line for each row that has points; nothing if none has.
+    """
+    if answered := [part for part in table["parts"] if any(row.get("along") for row in part["rows"])]:
+        draw_rewards(table["title"], answered, target)
+        return
     parts = [part for part in table["parts"] if any(points["ranked"] for points in part["frontier"].values())]
     if not parts:
         return
@@ -178,3 +323,20 @@ def draw_frontier(table: dict, target: Path) -> None:
             axis.grid(alpha=0.3)
         row[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(target, dpi=110)
+
+
+def draw_rewards(title: str, parts: list[dict], target: Path) -> None:
+    """Draw rewards against KL, a panel for each family if there are many rows."""
+    panels = [(part, name, shown) for part in parts for name, shown in frontier_panels(part["rows"])]
+    across = min(3, max(len(frontier_panels(part["rows"])) for part in parts))
+    down = -(-len(panels) // across)
+    with rc_context(STYLE):
+        drawing = Figure(figsize=(8, 5) if across == 1 else (4.6 * across, 4 * down), layout="constrained")
+        axes = drawing.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+        for axis, (part, name, shown) in zip(axes, panels, strict=False):
+            reward_frontier(axis, name or part["title"], part["rows"], shown)
+            axis.tick_params(labelbottom=True)  # the panel below may be empty
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        drawing.suptitle(f"{title}: {parts[0]['title']}" if len(parts) == 1 and across > 1 else title, fontsize=11)
+        drawing.savefig(target, dpi=130)

@@ -1,12 +1,14 @@
 """The tables of the paper: the evaluations that each needs, its rows, and the comparisons of rows.
 
-evaluation.cells computes a row's figures, evaluation.matched compares rows, evaluation.render formats a table, and
-evaluation.reproduce writes the files.
+evaluation.cells computes a row's figures, evaluation.frontiers compares rows (evaluation.matched those of results
+without `answers`), evaluation.render formats a table, and evaluation.reproduce writes the files.
 """
 
+from pathlib import Path
 from typing import Any
 
-from evaluation.cells import COLUMNS, Cell, cell_figures, same_prompts
+from evaluation.cells import ANSWERED, COLUMNS, SFT, Cell, cell_figures, has_answers, same_prompts, spread
+from evaluation.frontiers import along, at_one_kl, compare, win_rates
 from evaluation.matched import against_baselines, differences, frontier, matched, within_ablation
 from evaluation.matrix import load_matrix, method_name, select
 from evaluation.paper import length_term_flags, paper_rows, paper_wins, percentage_flags
@@ -21,16 +23,43 @@ TITLES = {
     "7": "Table 7: responses of a prompt, transfer",
     "8": "Table 8: beta",
     "ablation": "Ablation: the factor N and gamma (not in the paper)",
+    "gamma": "Ablation: gamma and its schedule (not in the paper)",
+    "negatives": "Ablation: the rule of the negative (not in the paper)",
+    "noise": "Ablation: noise of the rewards that rank, and gamma (not in the paper)",
+    "factor_n": "Ablation: the factor N of Eq. 8 (not in the paper)",
+    "list_size": "Ablation: responses of a list, at equal compute (not in the paper)",
+    "proxy": "Ablation: ranked by a learned reward model (not in the paper)",
 }
 JUDGED = "4"
 TRANSFER = ("5", "7")
 SETS = {"hh_rlhf": "HH-RLHF", "pku_safe": "PKU-SafeRLHF"}
-SMALL = {"hh_rlhf": "dialogue (in the place of HH-RLHF)", "pku_safe": "safety (in the place of PKU-SafeRLHF)"}
+SMALL = {
+    "hh_rlhf": "dialogue (in the place of HH-RLHF)",
+    "pku_safe": "safety (in the place of PKU-SafeRLHF)",
+    "reviews": "reviews, one turn (in the place of PKU-SafeRLHF)",
+    "chats": "chats, several turns (in the place of HH-RLHF)",
+}
+IN_PLACE_OF = {"reviews": "pku_safe", "chats": "hh_rlhf"}
+SAME_QUANTITY = ("rm_dpo", "rm_r_dpo", "kl")  # at another scale than the paper's; its rewards and texts are others
+# Values of a trait that others are compared with: the baselines, and the paper's choice. Without one, the first row's.
+AGAINST = ("BT", "DPO-BT", "the worst (BT)", "DPO-HPS", "PL", "gamma -5 to 5", "Eq. 9 (gamma -5 to 5)")
+RULES = {
+    "worst": "the worst",
+    "uniform": "uniform",
+    "hardest": "the hardest",
+    "below_mean": "{:g} deviations below the mean",
+}
 PAPERS_DATA = {"6": "hh_rlhf", "7": "pku_safe", "8": "hh_rlhf"}  # where the paper shows one data set alone
 PLACES = {
     "6": "The paper's rows are those of HH-RLHF with n of 5, 20, 50, 100, set beside ours in the order of n.",
     "7": "The paper's rows have n of 5, 20, 50, 100, set beside ours in the order of n.",
     "8": "The paper's rows are those of HH-RLHF.",
+}
+NOTHING: dict[str, Any] = {"paired": [], "matched": {}, "frontier": {}}  # a part without comparisons of margins
+SAME_N = {
+    "6": "The paper's rows are those of HH-RLHF where it has the same n.",
+    "7": "The paper's rows are those where it has the same n.",
+    "8": PLACES["8"],
 }
 Results = list[tuple[Evaluated, dict | None]]  # None: not run yet
 
@@ -56,27 +85,51 @@ def needed(table: str, scale: str) -> list[Evaluated]:
     return found
 
 
+def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
+    """What a run's row differs in from others; runs that differ only in the seed share it."""
+    loss, method = recipe.loss, method_name(recipe)
+    start, end = recipe.schedule.gamma_start, recipe.schedule.gamma_end
+    gamma = f"gamma {start:g}" if start == end else f"gamma {start:g} to {end:g}"
+    size = f"n = {recipe.schedule.subsample or 'all'}"
+    ranked = Path(recipe.models.reward.path or str(recipe.models.reward.function)).name
+    rows = {
+        "6": (method, size),
+        "7": (method, size),
+        "8": (method, f"beta = {loss.beta:g}"),
+        "gamma": (gamma if loss.preference == "hps" else method,),
+        "negatives": (rule(recipe, gamma),),
+        "noise": (f"noise {recipe.annotation.noise:g}", gamma if loss.preference == "hps" else method),
+        "list_size": (f"{method}, list of {loss.list_size or 'all'}" if loss.preference == "pl" else method,),
+        "proxy": (method, f"ranked by {ranked}"),
+        **dict.fromkeys(("factor_n", "ablation"), (f"N {'on' if loss.factor_n else 'off'}", gamma)),
+    }
+    return rows.get(table, (loss.family.upper(), loss.preference.upper()))
+
+
+def rule(recipe: Recipe, gamma: str) -> str:
+    """The rule of the negative. BT and gamma 0 stand for those with the same plan (configs/matrix.yaml)."""
+    if recipe.loss.preference == "bt":
+        return "the worst (BT)"
+    if recipe.loss.negatives != "softmax":
+        return RULES[recipe.loss.negatives].format(recipe.loss.negative_deviations)
+    return "uniform (gamma 0)" if gamma == "gamma 0" else f"Eq. 9 ({gamma})"
+
+
 def label(table: str, recipe: Recipe) -> str:
-    """The label of a run's row; runs that differ only in the seed share it."""
-    if table in ("6", "7"):
-        return f"{method_name(recipe)}, n = {recipe.schedule.subsample or 'all'}"
-    if table == "8":
-        return f"{method_name(recipe)}, beta = {recipe.loss.beta:g}"
-    if table == "ablation":
-        start, end = recipe.schedule.gamma_start, recipe.schedule.gamma_end
-        gamma = f"{start:g}" if start == end else f"{start:g} to {end:g}"
-        return f"N {'on' if recipe.loss.factor_n else 'off'}, gamma {gamma}"
-    return method_name(recipe)
+    """The label of a run's row: its traits, or its method if those are family and preference model."""
+    found, method = traits(table, recipe), method_name(recipe)
+    return method if "-".join(found) == method else ", ".join(found)
 
 
 def cells_of(table: str, results: Results, on: str) -> list[Cell]:
     """The rows of one data set in the order of the matrix, the model before training first."""
-    grouped: dict[str, list[dict]] = {}
+    grouped: dict[str, Cell] = {}
     for evaluation, result in results:
         if result is not None and evaluation.on == on:
-            name = "SFT" if evaluation.sft else label(table, evaluation.recipe)
-            grouped.setdefault(name, []).append(result)
-    return [Cell(name, found) for name, found in grouped.items()]
+            name = SFT if evaluation.sft else label(table, evaluation.recipe)
+            differs = () if evaluation.sft else traits(table, evaluation.recipe)
+            grouped.setdefault(name, Cell(name, [], traits=differs)).results.append(result)
+    return list(grouped.values())
 
 
 def give_paper(table: str, cells: list[Cell], rows: dict[str, dict]) -> None:
@@ -97,20 +150,41 @@ def give_paper(table: str, cells: list[Cell], rows: dict[str, dict]) -> None:
 def _method_and_size(cell: Cell) -> tuple[bool, str, float]:
     """The model before training, then a method's rows in the order of n."""
     name, _, size = cell.label.partition(", n = ")
-    return name != "SFT", name, float((size or "0").replace("all", "inf"))
+    return name != SFT, name, float((size or "0").replace("all", "inf"))
+
+
+def pairs_of(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
+    """Rows that differ in one trait, the second with a value of `AGAINST` or else the first row's."""
+    found: dict[frozenset, tuple[Cell, Cell]] = {}
+    for place in range(max((len(cell.traits) for cell in cells), default=0)):
+        rows: dict[tuple, list[Cell]] = {}
+        for cell in cells:
+            rows.setdefault((*cell.traits[:place], None, *cell.traits[place + 1 :]), []).append(cell)
+        for alike in rows.values():
+            known = [cell for value in AGAINST for cell in alike if cell.traits[place] == value]
+            for other in known or alike[:1]:
+                for one in alike:
+                    if one is not other:
+                        found.setdefault(frozenset((one.label, other.label)), (one, other))
+    order = [cell.label for cell in cells]
+    return sorted(found.values(), key=lambda pair: order.index(pair[0].label))
 
 
 def part(table: str, scale: str, results: Results, on: str) -> tuple[dict, list[str], dict[str, str]]:
     """One data set's rows with their comparisons, the flags on the paper's rows, and the rows left out."""
     cells, odd = same_prompts(cells_of(table, results, on))
-    data = PAPERS_DATA.get(table, on)
+    data = PAPERS_DATA.get(table, IN_PLACE_OF.get(on, on))
     rows = paper_rows(table, data)
+    flags = length_term_flags(rows, f"Table {table}, {SETS[data]}") if data in SETS else []
+    title = (SETS if scale == "paper" else SMALL).get(on, on)
+    if has_answers(cells):
+        return {"data": on, "title": title, **NOTHING, **answered_part(table, scale, cells, rows)}, flags, odd
     give_paper(table, cells, rows)
-    sft = next((cell.results[0] for cell in cells if cell.label == "SFT"), None)
-    trained = [cell for cell in cells if cell.label != "SFT"]
+    sft = next((cell.results[0] for cell in cells if cell.label == SFT), None)
+    trained = [cell for cell in cells if cell.label != SFT]
     found = {
         "data": on,
-        "title": SETS[on] if scale == "paper" else SMALL[on],
+        "title": title,
         "columns": ["kl", *COLUMNS] if table in ("8", "ablation") else list(COLUMNS),
         "rows": [{"label": cell.label, "figures": cell_figures(cell)} for cell in cells],
         "paired": differences(within_ablation(trained) if table == "ablation" else against_baselines(trained), sft),
@@ -118,7 +192,51 @@ def part(table: str, scale: str, results: Results, on: str) -> tuple[dict, list[
         "matched": {} if table == "ablation" else matched(trained, sft),
         "frontier": {cell.label: frontier(cell) for cell in trained},
     }
-    return found, length_term_flags(rows, f"Table {table}, {SETS[data]}"), odd
+    return found, flags, odd
+
+
+def answered_part(table: str, scale: str, cells: list[Cell], paper: dict[str, dict]) -> dict:
+    """The fields of a part whose results have `answers`; of Table 4 the win rates. `paper`: the paper's rows."""
+    if table in ("6", "7"):
+        cells.sort(key=_method_and_size)
+    sft = next((cell.results[0] for cell in cells if cell.label == SFT), None)
+    trained = [cell for cell in cells if cell.label != SFT]
+    if table == JUDGED:
+        return {"columns": ["win_rate", "won", "lost", "tied"], "rows": win_rates(won_by(cells))}
+    compared = compare(pairs_of(trained), sft)
+    if scale == "paper":
+        give_paper(table, cells, paper)  # which renames rows
+    else:
+        for cell in cells:
+            cell.paper = {name: paper.get(cell.label, {}).get(name) for name in SAME_QUANTITY}
+    common, points = at_one_kl(trained, sft), along(trained, sft)
+    rows = []
+    for cell in cells:
+        figures = cell_figures(cell, trained)
+        if common is not None and cell.label in common[1]:
+            figures["change_at_kl"] = common[1][cell.label]
+        rows.append(
+            {
+                "label": cell.label,
+                "traits": list(cell.traits),
+                "figures": figures,
+                "spread": spread(cell),
+                "along": points.get(cell.label, []),
+            }
+        )
+    own = ["reward_mean", "change", "change_at_kl", "kl_sampled", *(name for name in ANSWERED if name != "change")]
+    return {
+        "columns": [*(COLUMNS if scale == "paper" else ()), *own],
+        "rows": rows,
+        "kl": common and common[0],
+        "compared": compared,
+    }
+
+
+def won_by(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
+    """Each method and each that stands before it, the model before training first and HPS last."""
+    ordered = sorted(cells, key=lambda cell: (cell.label != SFT, cell.traits[1:] == ("HPS",)))
+    return [(one, other) for place, one in reversed(list(enumerate(ordered))) for other in ordered[:place]]
 
 
 def judged_part(scale: str, data: str, judged: dict) -> dict:
@@ -131,8 +249,7 @@ def judged_part(scale: str, data: str, judged: dict) -> dict:
             figures[outcome] = {**ours, "paper": printed, "difference": round(ours["mean"] - printed, 3)}
         rows.append({"label": f"against {name}", "figures": figures, "flags": result["flags"]})
     title, columns = SETS[data] if scale == "paper" else SMALL[data], ["win", "lose", "tie"]
-    nothing = {"paired": [], "matched": {}, "frontier": {}}
-    return {"data": data, "title": title, "columns": columns, "rows": rows, **nothing}
+    return {"data": data, "title": title, "columns": columns, "rows": rows, **NOTHING}
 
 
 def remarks(table: str, scale: str) -> list[str]:
@@ -152,6 +269,31 @@ def remarks(table: str, scale: str) -> list[str]:
     return lines
 
 
+def remarks_answered(table: str, scale: str, comparisons: int) -> list[str]:
+    """`remarks` of a table whose results have `answers`."""
+    lines = [
+        f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`. Mean [95 % interval]. The intervals contain "
+        "prompts, the draw of the answers, and seeds. ‡: one seed, so without seeds. §: few seeds, whose spread is "
+        "that of all methods of the table. †: at a KL below the first point that was measured, on the straight line "
+        "from 0 to it. Reward: the evaluator's, mean of the answers to a prompt. Change: against the model before "
+        "training. KL: nats, on the policy's own answers. Win rate: share of pairs, of two policies' answers to a "
+        "prompt, that the first wins by the reward.",
+        "",
+        "`decided`: the interval excludes no difference. `detectable`: the smallest true difference that would have "
+        f"been decided in 80 % of repetitions. Each of the {comparisons} comparisons is made at 5 % by itself: without "
+        f"any true difference about {comparisons / 20:.2g} of them would be decided, of each figure. docs/results.md "
+        "says how methods are compared, and why at equal KL.",
+    ]
+    if scale != "paper" and table in ("2", "5", *PLACES):
+        lines += [
+            "",
+            "**Another scale than the paper's:** another model, other data. The paper's margins and KL stand beside "
+            "ours to compare signs and orders of methods, not values; its rewards and BLEU measure something else. "
+            + SAME_N.get(table, ""),
+        ]
+    return lines
+
+
 def assemble(
     table: str, scale: str, results: Results, failed: dict[str, str], judged: dict[str, dict] | None = None
 ) -> dict:
@@ -162,8 +304,10 @@ def assemble(
         judged: of Table 4, the win rates by data set.
 
     Returns:
-        `title`, `scale`, `remarks`; `parts`, one a data set, with `title`, `columns`, `rows` of `label` and `figures`,
-        `paired`, `matched`, `frontier`; `flags` on the paper's figures; `failed`: what is not in the table, and why.
+        `title`, `scale`, `remarks`; `parts`, one a data set, with `title`, `columns`, `rows` of `label` and `figures`;
+        `flags` on the paper's figures; `failed`: what is not in the table, and why. Parts have `paired`, `matched`,
+        `frontier` or, if the results have `answers`, `compared` (evaluation.frontiers.compare), `kl` (that all methods
+        reached) and in their rows `spread` and `along`.
     """
     missing = {evaluation.title: "not run yet" for evaluation, result in results if result is None}
     found: dict[str, Any] = {"title": TITLES[table], "scale": scale, "remarks": remarks(table, scale)}
@@ -178,4 +322,7 @@ def assemble(
         found["parts"].append(each)
         found["flags"] += flags
         found["failed"] |= {f"{on}: {name}": why for name, why in odd.items()}
+    if has_answers([Cell("", [result]) for _, result in results if result is not None]):
+        comparisons = sum(len(each.get("compared", each["rows"])) for each in found["parts"])
+        found["remarks"] = remarks_answered(table, scale, comparisons)
     return found

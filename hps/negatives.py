@@ -12,15 +12,57 @@ def hardness_weights(rewards: np.ndarray, gamma: float) -> np.ndarray:
     The maximum is subtracted first, so that large rewards do not overflow (the released code gives NaN there).
 
     Args:
-        rewards: (N,), rewards of the dispreferred responses, any unit.
+        rewards: (..., N), rewards of the dispreferred responses, any unit.
         gamma: hardness; positive favours high rewards (hard negatives), negative low ones, 0 is uniform.
 
     Returns:
-        (N,), sums to 1.
+        (..., N), sums to 1 over the last dimension.
     """
     logits = gamma * np.asarray(rewards, dtype=np.float64)
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def reversal_threshold(responses: int, scale: float = 1.0) -> float:
+    """The gamma from which HPS learns small differences of the reward reversed: `alpha (n - 1) / (n - 2)`.
+
+    For free scores, and a y_1 chosen with probability proportional to `exp(alpha r)`, independently of the rewards in
+    q (docs/methods.md, "Consistency").
+
+    Args:
+        responses: n, y_1 included.
+        scale: alpha, in units of 1 / reward.
+
+    Returns:
+        In the unit of gamma; infinite for n = 2, where q has no choice.
+    """
+    return scale * (responses - 1) / (responses - 2) if responses > 2 else float("inf")
+
+
+def learns_reversed(rewards: np.ndarray, loss: Loss, schedule: Schedule) -> bool:
+    """Whether some gamma is at or above the `reversal_threshold` of a list, for people who choose by `exp(reward)`.
+
+    With `best: reward` y_1 and q come from one score, noisy or not, and nothing is reversed in this way. Standardised
+    rewards have the unit of their deviation, so a choice by `exp(reward)` is one with alpha = deviation.
+
+    Args:
+        rewards: (n,), of the list that is trained on, as they are in the ranked file.
+    """
+    if schedule.best != "human" or not loss.reads_gamma or np.ptp(rewards) == 0:
+        return False
+    scale = float(rewards.std()) if schedule.standardize_rewards else 1.0
+    return max(gamma_stages(schedule)) >= reversal_threshold(len(rewards), scale)
+
+
+def draws(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Independent draws from each distribution, with replacement; (..., N) weights to (..., count) indices.
+
+    For one distribution these are the numbers of `rng.choice(N, size=count, p=weights)`, which knows no more than one.
+    """
+    cumulative = weights.cumsum(axis=-1)
+    cumulative /= cumulative[..., -1:]
+    uniform = rng.random((*weights.shape[:-1], count))
+    return (cumulative[..., None, :] <= uniform[..., None]).sum(axis=-1)
 
 
 def negative_weights(rewards: np.ndarray, loss: Loss, gamma: float, listed: np.ndarray) -> np.ndarray:
@@ -109,7 +151,7 @@ def term(
         if loss.estimator == "exact":
             places, weights = range(count), q.tolist()
         else:
-            drawn, times = np.unique(rng.choice(count, size=loss.samples, p=q), return_counts=True)
+            drawn, times = np.unique(draws(q, loss.samples, rng), return_counts=True)
             places, weights = drawn.tolist(), (times / loss.samples).tolist()
     dispreferred = [others[place] for place in places]
     fields: Term = {

@@ -8,14 +8,14 @@ cannot change them. A record is a line of a ranked file: `prompt_id`, `responses
 import hashlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import cast
 
 import numpy as np
 
 from hps.errors import InputError, naming
 from hps.methods import FAMILIES
-from hps.negatives import gamma_stages, stage_of, standardize, term
+from hps.negatives import gamma_stages, learns_reversed, stage_of, standardize, term
 from hps.records import PlanRow, Ranked, Term
 from hps.settings import Loss, Schedule
 
@@ -91,6 +91,25 @@ def usable(
         else:
             kept.append(name)
     return kept, dict(left_out)
+
+
+def reversal_warning(records: Iterable[Ranked], loss: Loss, schedule: Schedule, seed: int) -> str:
+    """What to say of prompts whose order is learned in reverse (`learns_reversed`); nothing where there are none."""
+    if schedule.best != "human" or not loss.reads_gamma:
+        return ""  # without reading the records
+    found = [
+        learns_reversed(np.array(record["rewards"])[listed], loss, schedule)
+        for record in records
+        if (listed := training_list(record, loss, schedule, seed)[0])
+    ]
+    unit = " standard deviations of its rewards" if schedule.standardize_rewards else ""
+    if not any(found):
+        return ""
+    return (
+        f"y_1 is what people chose, and gamma goes up to {max(gamma_stages(schedule)):g}: in {sum(found)} of "
+        f"{len(found)} prompts this is at or above (n - 1) / (n - 2){unit}, where small differences of the reward are "
+        'learned in reverse if people choose by exp(reward) (docs/methods.md, "Consistency"); keep gamma below it'
+    )
 
 
 def training_order(count: int, schedule: Schedule, rng: np.random.Generator) -> tuple[np.ndarray, int]:

@@ -17,7 +17,7 @@ from typing import Any
 from hps.chat import load_tokenizer, same_tokens, sampled_text
 from hps.errors import InputError
 from pipeline.recipe import Generation, Model
-from pipeline.weights import load_config
+from pipeline.weights import adapter_deltas, load_config, mergeable
 
 # Read by vLLM at import. No usage reports; errors only: on a CPU a screen of warnings says what vLLM does without.
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -53,7 +53,8 @@ class Engine:
         seed: seeds the engine. On CUDA every prompt also has its own seed, so its samples depend less on the
             prompts around it. On a CPU per-request seeds crash vLLM 0.32's engine ("CPU Generator does not use
             offset") when many sequences are scheduled.
-        adapters: folders of the LoRA adapters (PEFT) that prompts may ask for.
+        adapters: folders of the LoRA adapters (PEFT) that prompts may ask for. On a CPU, where vLLM's own LoRA takes
+            two thirds of the time, one at a time is merged into the weights.
         schema: JSON schema that every sample must follow.
     """
 
@@ -72,7 +73,9 @@ class Engine:
         self._cuda = torch.cuda.is_available()
         for name, value in {**_ENVIRONMENT, **(_CUDA_ENVIRONMENT if self._cuda else _CPU_ENVIRONMENT)}.items():
             os.environ.setdefault(name, value)
-        logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns about triton before it reads its own setting
+        # vLLM warns about triton before it reads its own setting; so does torch, where triton is not installed.
+        for noisy in ("vllm", "torch._library.triton"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         from vllm import LLM
 
         self._settings, self._stop_ids, self._seed = settings, sorted(stop_ids), seed
@@ -88,7 +91,11 @@ class Engine:
             extra = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
         # vLLM knows adapters by numbers from 1.
         self._adapters = {path: number for number, path in enumerate(adapters, 1)}
-        if adapters:
+        self._merges = not self._cuda and all(mergeable(Path(adapter)) for adapter in adapters)
+        self._merged: str | None = None  # what the weights contain
+        if adapters and self._merges:
+            extra["worker_extension_cls"] = f"{__name__}.{Merging.__name__}"
+        elif adapters:
             extra |= {"enable_lora": True, "max_lora_rank": max(map(_rank_place, adapters))}
             extra["max_loras"] = min(len(adapters), MOST_ADAPTERS)
         if settings.tensor_parallel > 1:  # all GPUs of an engine are on one node, in a Ray actor too
@@ -124,23 +131,29 @@ class Engine:
 
         Args:
             prompts: `(key, token ids, number of samples)` and, where one of `adapters` is to answer, its folder; keys
-                are unique. Read lazily: at most twice the number of sequences that the engine runs at a time are
-                waiting in it. None: there is no more at the moment.
+                are unique. Those of one adapter should follow one another. Read lazily: at most twice the number of
+                sequences that the engine runs at a time are waiting in it. None: there is no more at the moment.
         """
-        source = iter(prompts)
+        source, held = iter(prompts), None
         waiting: dict[str, int] = {}
         exhausted = False
         while True:
             while not exhausted and sum(waiting.values()) < 2 * self._settings.max_sequences:
                 try:
-                    item = next(source)
+                    item = held or next(source)
                 except StopIteration:
                     exhausted = True
                     break
                 if item is None:
                     break
-                key, ids, count, *adapter = item
-                lora, sampling = self._lora(*adapter), self._sampling(key, count)
+                key, ids, count, adapter = (*item, None)[:4]
+                held = None
+                if self._merges and adapter != self._merged:
+                    if waiting:  # for answers of the weights as they are
+                        held = item
+                        break
+                    self._merge(adapter)
+                lora, sampling = self._lora(adapter), self._sampling(key, count)
                 self._engine.add_request(key, {"prompt_token_ids": ids}, sampling, lora_request=lora)
                 waiting[key] = count
             if not waiting:
@@ -152,10 +165,18 @@ class Engine:
                     del waiting[output.request_id]
                     yield output.request_id, [self._sample(part) for part in output.outputs]
 
-    def _lora(self, adapter: str | None = None):
+    def _lora(self, adapter: str | None):
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest(adapter, self._adapters[adapter], adapter) if adapter else None
+        return LoRARequest(adapter, self._adapters[adapter], adapter) if adapter and not self._merges else None
+
+    def _merge(self, adapter: str | None) -> None:
+        """Give the model the weights with this adapter, or its own (None), while no prompt is at work."""
+        self._merged = ""  # neither: after a failure halfway the next prompt has all weights replaced
+        self._engine.collective_rpc("load_merged", args=(adapter,))
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM keeps prompts that the earlier weights computed")
+        self._merged = adapter
 
     def _sampling(self, key: str, count: int):
         from vllm import SamplingParams
@@ -178,6 +199,28 @@ class Engine:
         truncated = part.finish_reason == "length"
         ids = list(part.token_ids) if truncated else list(part.token_ids)[:-1]
         return Sample(text=sampled_text(self._tokenizer, ids, truncated), tokens=len(ids), truncated=truncated)
+
+
+class Merging:
+    """What the engine's worker can do in addition (vLLM's `worker_extension_cls`)."""
+
+    load_config: Any  # of the worker, as all these
+    model_config: Any
+    get_model: Any
+    reload_weights: Any
+
+    def load_merged(self, adapter: str | None) -> None:
+        """Read all weights again from the model's files, so that nothing of an earlier adapter stays; add this one."""
+        from vllm.model_executor.model_loader import get_model_loader
+
+        deltas = adapter_deltas(Path(adapter)) if adapter else {}
+        weights = get_model_loader(self.load_config).get_all_weights(self.model_config, self.get_model())
+        self.reload_weights(
+            (name, weight.float() + deltas.pop(name) if name in deltas else weight) for name, weight in weights
+        )
+        if deltas:
+            problem = f"the adapter changes `{next(iter(deltas))}`, which the model does not have"
+            raise InputError(problem, where=str(adapter), remedy="give the adapter of this model")
 
 
 def _rank_place(adapter: str) -> int:

@@ -19,6 +19,7 @@ from alignment.checks import check_wandb, try_lora
 from alignment.memory import deepspeed_stage, memory_lines, responses_per_prompt
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
+from hps.planning import reversal_warning
 from hps.settings import rule_without_gamma, stages_without_steps
 from pipeline import models
 from pipeline.cli import parse
@@ -98,6 +99,9 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
             sources[split].append(read_ranked(recipe.ranked(split)))
         if split == "train" and count is not None:
             prompts = count
+            records = (record for _, record in read_ranked(recipe.ranked(split)))
+            if warning := reversal_warning(records, recipe.loss, schedule, recipe.seed):
+                lines.append(f"training: WARNING: {warning}")
         elif loaded := attempt(lines, dry_run, split, load_prompts, recipe, split):
             sources[split].append(loaded[0].placed())
             prompts = len(loaded[0]) if split == "train" else prompts

@@ -22,6 +22,9 @@ MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"  # what transf
 INDEX = "model.safetensors.index.json"
 # What transformers raises for a config.json that it cannot use; the last is the hub client's.
 UNUSABLE = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, StrictDataclassError)
+_FACTOR = re.compile(r"base_model\.model\.(?!lm_head)(.+)\.lora_([AB])\.weight")
+# Settings of PEFT under which an adapter is more than `alpha / r B A`.
+_NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
 _SHARD = re.compile(r"[^/\\]+\.safetensors")  # a file of the folder itself
 _SAVE = "give a copy of the model with safetensors (`save_pretrained` of transformers writes it)"
 
@@ -200,6 +203,28 @@ def load_adapter(base: Any, folder: Path, name: str = "default") -> Any:
     loaded = PeftModel.from_pretrained(base, folder, adapter_name=name)
     check_adapter(loaded, folder, name)
     return loaded
+
+
+def mergeable(folder: Path) -> bool:
+    """Whether an adapter only adds `alpha / r B A` to weights that are nobody else's (a head may be the embedding)."""
+    from safetensors import safe_open
+
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    with safe_open(folder / ADAPTER, framework="pt") as file:
+        return not any(config.get(name) for name in _NOT_PLAIN) and all(map(_FACTOR.fullmatch, file.keys()))
+
+
+def adapter_deltas(folder: Path) -> dict[str, Any]:
+    """What a `mergeable` adapter adds to the model's weights, by name: `alpha / r B A` in float32, as in PEFT."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    factors: dict[str, dict[str, Any]] = {}
+    for name, factor in load_file(folder / ADAPTER).items():
+        module, which = _FACTOR.fullmatch(name).groups()
+        factors.setdefault(f"{module}.weight", {})[which] = factor.float()
+    scale = config["lora_alpha"] / config["r"]
+    return {name: factor["B"] @ factor["A"] * scale for name, factor in factors.items()}
 
 
 def check_adapter(model: Any, folder: Path, name: str) -> None:

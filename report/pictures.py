@@ -207,6 +207,94 @@ def frontier(axis: Axes, title: str, lines: Mapping[str, Points], up: str) -> No
     axis.figure.legend(loc="outside lower center", ncols=columns, handlelength=3.5)
 
 
+# Colours that remain distinct for colour-blind readers (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+MOST_LINES = 8  # of a panel; more rows are divided by family
+TICKS = (0.1, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+
+
+def frontier_panels(rows: list[dict]) -> list[tuple[str, list[str]]]:
+    """Panels of a reward frontier, a title and the labels shown in it: one for few rows, else one a first trait."""
+    moved = [row for row in rows if row["along"]]
+    if len(moved) <= MOST_LINES:
+        return [("", [row["label"] for row in moved])]
+    names = dict.fromkeys(row["traits"][0] for row in moved)
+    return [(name, [row["label"] for row in moved if row["traits"][0] == name]) for name in names]
+
+
+def reward_frontier(axis: Axes, title: str, rows: list[dict], shown: list[str]) -> None:
+    """The change of the reward against KL, a line a method from the model before training at 0; the root of KL across.
+
+    The first trait decides the colour (the family), the last the marker (the preference model); rows of one family
+    have a colour for each last trait. The end of the training has its intervals in both directions, unless the method
+    has one seed, whose interval would lack the seeds. Rows that are not shown are grey.
+
+    Args:
+        rows: of `label`, `traits`, `along` (evaluation.frontiers.along).
+        shown: labels of those that are coloured and named.
+    """
+    rows = [row for row in rows if row["along"]]
+    markers = list(dict.fromkeys(row["traits"][-1] for row in rows))
+    first = list(dict.fromkeys(row["traits"][0] for row in rows if row["label"] in shown))
+    coloured, colours = (0, first) if len(first) > 1 else (-1, markers)
+    axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+    ends = []
+    for row in sorted(rows, key=lambda row: row["label"] in shown):
+        xs, ys = ([0.0, *(point[name]["mean"] for point in row["along"])] for name in ("kl", "change"))
+        if row["label"] not in shown:
+            axis.plot(xs, ys, color="0.8", linewidth=0.9, marker=".", markersize=4)
+            continue
+        colour = COLOURS[colours.index(row["traits"][coloured]) % len(COLOURS)]
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": MARKERS[markers.index(row["traits"][-1]) % len(MARKERS)],
+        }
+        axis.plot(xs, ys, linewidth=1.3, markersize=4, markevery=range(1, len(xs)), **style)
+        last = row["along"][-1]
+        if "one_seed" not in last["change"]:
+            errors = {name: _errors(last[key]) for name, key in (("xerr", "kl"), ("yerr", "change"))}
+            axis.errorbar(xs[-1], ys[-1], **errors, color=colour, linewidth=0.9, capsize=2, alpha=0.7)
+        axis.plot(xs[-1], ys[-1], markersize=8, markeredgecolor="white", linestyle="", **style)
+        ends.append((ys[-1], xs[-1], row["label"], colour))
+    axis.axhline(0, **ZERO)
+    axis.plot(0, 0, "o", color="0.3", markersize=6, clip_on=False)
+    axis.annotate("before training", (0, 0), (6, -12), textcoords="offset points", fontsize=9, color="0.3")
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, -0.09 * high), high)  # room for the word
+    axis.set_xlim(0, axis.get_xlim()[1])
+    axis.set_xticks([0, *(tick for tick in TICKS if 0.02 * axis.get_xlim()[1] < tick < axis.get_xlim()[1])])
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="KL on the policy's own answers (nats, root scale)", ylabel="change of the reward")
+    axis.set_title(title, loc="left")
+    _labels(axis, sorted(ends))
+
+
+def _errors(entry: dict) -> np.ndarray:
+    """(2, 1) distances of an interval's ends from the mean."""
+    return np.abs(np.array([entry["interval"]]).T - entry["mean"])
+
+
+def _labels(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Labels right of the axis, each as near to the height of its line's end as the others leave room."""
+    low, high = axis.get_ylim()
+    gap = (high - low) / 14
+    heights: list[float] = []
+    for y, *_ in ends:
+        heights.append(max(y, heights[-1] + gap) if heights else y)
+    top = high  # what stands above it moves down, and pushes what is below
+    for place in reversed(range(len(heights))):
+        heights[place] = min(heights[place], top)
+        top = heights[place] - gap
+    for (y, x, label, colour), height in zip(ends, heights, strict=True):
+        axis.annotate(
+            named(label), (x, y), (1.03, height), xycoords="data", textcoords=axis.get_yaxis_transform(),
+            color=colour, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5, "shrinkB": 5},
+        )  # fmt: skip
+
+
 def _traits(label: str) -> tuple[str, str]:
     """What a row's colour and its stroke show: `DPO-HPS, n = 4` gives (`DPO, n = 4`, `HPS`)."""
     method, _, setting = label.partition(", ")

@@ -9,33 +9,16 @@ import argparse
 from pathlib import Path
 
 from evaluation.cells import EXTRA
-from evaluation.render import MARKED, comparisons, measured, number, seeds_of
+from evaluation.render import MARGINS, MARKED, NAMES, comparisons, measured, number, seeds_of
 from hps.errors import InputError, run_main
 from pipeline.records import read_json
 from pipeline.run_records import SETS
 from report.page import intact, render, write_page
-from report.pictures import IN_RED, Pictures, forest, forest_height, frontier, picture
+from report.pictures import IN_RED, Pictures, forest, forest_height, frontier, frontier_panels, picture, reward_frontier
 
 # The figures that are drawn, if there are any.
-FOREST = ("rm_dpo", "rm_dpo_ranked", "reward", "kl", "win")
-NAMES = {
-    "bleu": "BLEU, best answer",
-    "bleu_mean": "BLEU, mean answer",
-    "reward": "reward, best answer",
-    "reward_mean": "reward, mean answer",
-    "rm_dpo": "RM_DPO, written pairs (nats)",
-    "rm_r_dpo": "RM_R-DPO, written pairs (nats)",
-    "rm_dpo_ranked": "RM_DPO, ranked pairs (nats)",
-    "accuracy_written": "RM_DPO above zero, share of written pairs",
-    "accuracy_ranked": "RM_DPO above zero, share of ranked pairs",
-    "kl": "KL of y_1, written pairs (nats)",
-    "KL": "KL (nats)",
-    "kl_sampled": "KL on own answers (nats)",
-    "tokens_change": "length, change (tokens)",
-    "win": "win (% of the prompts)",
-    "lose": "lose (%)",
-    "tie": "tie (%)",
-}
+FOREST = ("rm_dpo", "rm_dpo_ranked", "reward", "kl", "win", "win_rate")
+ANSWERED_FOREST = ("change_at_kl", "kl_sampled", "win_rate")  # of results with `answers`
 # The columns in the page's words, in place of the remark that explains the table's short names.
 EXPLAINED = (
     "Mean [95 % interval, bootstrap over prompts]. Best answer: that of highest BLEU or reward of a prompt's answers. "
@@ -52,23 +35,52 @@ def titles(names: list[str]) -> list[str]:
 
 def in_words(remark: str) -> str:
     """A remark for the page, without the names that the page does not show, such as `rm_dpo_ranked`."""
-    start, explains, _ = remark.partition("Mean [95 % interval")
+    start, explains, _ = remark.partition("Mean [95 % interval, bootstrap")
     return start + EXPLAINED if explains else remark
 
 
 def pictures(part: dict) -> list[Pictures]:
-    """Intervals of the main figures, and margins against divergence along the training."""
-    return [each for each in (_forests(part), _frontiers(part["frontier"])) if each.panels]
+    """Intervals of the main figures, and rewards or margins against divergence along the training."""
+    if "compared" in part:
+        found = (_reward_frontier(part["rows"]), _forests(part, ANSWERED_FOREST), _compared(part["compared"]))
+    else:
+        found = (_forests(part, FOREST), _frontiers(part["frontier"]))
+    return [each for each in found if each.panels]
 
 
-def _forests(part: dict) -> Pictures:
-    panels, printed = [], False
-    for name in measured(part, FOREST):
+def _reward_frontier(rows: list[dict]) -> Pictures:
+    moved = [row for row in rows if row["along"]]
+    if not moved:
+        return Pictures([], "")
+    ends = [(row["label"], row["along"][-1]) for row in moved]
+    said = "; ".join(f"{name} {number(end['change'])} at KL {number(end['kl'])}" for name, end in ends)
+    text = f"Change of the reward against KL along the training; at its end: {said}."
+    panels = [picture(text, reward_frontier, name, moved, shown, height=4.0) for name, shown in frontier_panels(moved)]
+    caption = "A method is better where its line is above another's at the same KL, not where it ends. The intervals"
+    caption += " contain the prompts, which all methods share; differences are below."
+    return Pictures(panels, caption)
+
+
+def _compared(compared: list[dict]) -> Pictures:
+    rows = [(row["label"], row["at_kl"]["change"]) for row in compared if "change" in row["at_kl"]]
+    if not rows:
+        return Pictures([], "")
+    said = "; ".join(f"{name} {number(entry)}, {entry['verdict']}" for name, entry in rows)
+    title = "change of the reward at equal KL, differences"
+    panel = picture(f"{title}: {said}.", forest, title, rows, height=forest_height(rows))
+    return Pictures([panel], "Mean and 95 % interval; a difference is decided where it excludes zero.")
+
+
+def _forests(part: dict, columns: tuple[str, ...]) -> Pictures:
+    panels, printed, seeds = [], False, False
+    for name in measured(part, columns):
         rows = [(row["label"], row["figures"][name]) for row in part["rows"] if "mean" in row["figures"].get(name, {})]
         text = f"{NAMES[name]}: {'; '.join(f'{row} {number(entry)}' for row, entry in rows)}."
-        panels.append(picture(text, forest, NAMES[name], rows, height=forest_height(rows)))
+        panels.append(picture(text, forest, NAMES[name], rows, name != "win_rate", height=forest_height(rows)))
         printed |= any("paper" in entry for _, entry in rows)
-    return Pictures(panels, f"Ours: mean and 95 % interval over the prompts.{IN_RED if printed else ''}")
+        seeds |= any("detectable" in entry for _, entry in rows)  # evaluation.components: seeds and answers, too
+    over = "" if seeds else " over the prompts"
+    return Pictures(panels, f"Ours: mean and 95 % interval{over}.{IN_RED if printed else ''}")
 
 
 def _frontiers(frontiers: dict[str, dict]) -> Pictures:
@@ -100,7 +112,7 @@ def page(path: Path) -> str:
 
 
 def _part(part: dict) -> dict:
-    names = measured(part, list(dict.fromkeys([*part["columns"], *EXTRA])))
+    names = measured(part, list(dict.fromkeys([*part["columns"], *(MARGINS if "compared" in part else EXTRA)])))
     return {
         "title": part["title"],
         "names": titles(names),

@@ -10,7 +10,7 @@ PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSIT
 SOURCES = ("*.py", "*.sh", "*.sbatch", "*.yaml", "*.toml")
 FOLDERS = (
     *("alignment", "annotation", "benchmarks", "cluster", "configs", "data", "evaluation", "generation", "hps"),
-    *("pipeline", "report", "tests", "tools"),
+    *("pipeline", "report", "tests", "theory", "tools"),
 )
 
 

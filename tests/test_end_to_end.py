@@ -100,9 +100,9 @@ def test_evaluation(finished):
 
 
 def test_a_table_of_two_runs(tmp_path, tiny_model, tiny_reward, monkeypatch):
-    """reproduce.sh's own work on two seeds: one ranking, one engine for all policies, results with every answer.
+    """reproduce.sh's own work on two runs: one ranking, one engine, results with every answer, and the table.
 
-    The true reward ranks and evaluates, as on the testbed; what the table shows of the results is tested elsewhere.
+    The true reward ranks and evaluates, as on the testbed; what else the table shows is tested elsewhere.
     """
     path = write_tiny_recipe(tmp_path, tiny_model, tiny_reward)
     truth = "  {role}: {{function: sentiment}}"
@@ -116,12 +116,9 @@ def test_a_table_of_two_runs(tmp_path, tiny_model, tiny_reward, monkeypatch):
     for module in (reproduce, tables):
         monkeypatch.setattr(module, "load_matrix", lambda name: tiny)
     monkeypatch.setattr(matrix, "all_runs", lambda name: matrix.expand(tiny))
-    shown = []
-    monkeypatch.setattr(reproduce, "assemble", lambda *arguments: shown.append(arguments))
-    monkeypatch.setattr(reproduce, "write_table", lambda *arguments: None)
     assert reproduce.reproduce("2", scale, None) == 0
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results/runs/pku_safe").glob("*.json")}
-    assert found.keys() == {"sft", "dpo-bt", "dpo-hps"} and len(shown) == 1
+    assert found.keys() == {"sft", "dpo-bt", "dpo-hps"}
     names = found["sft"]["answers"]["final"]["prompt_id"]
     for run in ("dpo-bt", "dpo-hps"):
         answers = found[run]["answers"]
@@ -138,6 +135,14 @@ def test_a_table_of_two_runs(tmp_path, tiny_model, tiny_reward, monkeypatch):
         assert metrics["figures"]["kl_sampled"]["mean"] == pytest.approx(means[1], rel=1e-3)
         assert metrics["along"][0]["kl"]["mean"] == pytest.approx(means[0], rel=1e-3)
     assert found["dpo-bt"]["answers"] != found["dpo-hps"]["answers"]
+    (part,) = json.loads((tmp_path / "results" / "table2.json").read_text())["parts"]
+    (compared,) = part["compared"]
+    assert compared["label"] == "DPO-HPS minus DPO-BT" and compared["at_kl"]["change"]["verdict"] == "one seed"
+    for row in part["rows"][1:]:
+        answers = found[row["label"].lower()]["answers"]
+        for point in row["along"]:
+            assert point["kl"]["mean"] == pytest.approx(np.mean(answers[point["point"]]["kl"]), abs=1e-4)
+    assert all((tmp_path / "results" / f"table2.{suffix}").stat().st_size for suffix in ("md", "tex", "png", "html"))
     assert len(list((tmp_path / "runs" / "logs").glob("answers.log"))) == 1
     assert verify(tmp_path / "runs") == 0
 
@@ -219,6 +224,11 @@ def test_gene_killed_twice_has_every_prompt_once(tmp_path, tiny_model, tiny_rewa
 def test_help(name):
     done = script(name, "--help")
     assert done.returncode == 0 and f"bash {name}" in done.stdout
+
+
+def test_dry_run_of_the_exact_world():
+    done = script("reproduce.sh", "theory", "--dry-run")
+    assert done.returncode == 0 and "plan: Theorem 3, the margin: 20 seeds" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", ["gene.sh", "run.sh", "evaluate.sh"])

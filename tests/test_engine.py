@@ -143,6 +143,126 @@ def test_the_same_seed_gives_the_same_samples_in_another_process(engine_and_firs
     assert fresh(8) != ours
 
 
+@pytest.fixture(scope="module")
+def adapted(llama3_tokenizer, tmp_path_factory):
+    """A random model, two LoRA adapters on it, and a whole model with each adapter in its weights (by hand)."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapted")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(llama3_tokenizer, tie_word_embeddings=True))
+    model.save_pretrained(folder / "base")
+    llama3_tokenizer.save_pretrained(folder / "base")
+    adapters = {}
+    for name, modules in {"a": ("q_proj", "v_proj"), "b": ("k_proj", "o_proj", "up_proj", "down_proj")}.items():
+        factors, whole = {}, {key: value.clone() for key, value in model.state_dict().items()}
+        for key, weight in model.state_dict().items():
+            if key.endswith(tuple(f"{module}.weight" for module in modules)):
+                a, b = torch.randn(4, weight.shape[1]), 0.05 * torch.randn(weight.shape[0], 4)
+                stem = f"base_model.model.{key.removesuffix('.weight')}"
+                factors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+                whole[key] += b @ a * 1.5
+        (folder / name).mkdir()
+        save_file(factors, folder / name / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": list(modules), "bias": "none"}
+        (folder / name / "adapter_config.json").write_text(json.dumps({**settings, "task_type": "CAUSAL_LM"}))
+        model.save_pretrained(folder / f"whole-{name}", state_dict=whole)
+        llama3_tokenizer.save_pretrained(folder / f"whole-{name}")
+        adapters[name] = str(folder / name)
+    return folder, adapters
+
+
+def test_an_adapter_in_the_weights_answers_as_the_whole_model_does(adapted, llama3_tokenizer):
+    """Greedily, token for token; and the model itself in between and after, whose weights come back to the last bit.
+
+    The prompts are the same, so a cache of prefixes that outlived a change of weights would be seen.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    if torch.cuda.is_available():
+        pytest.skip("on CUDA adapters are LoRA requests")
+    from pipeline.engine import Engine
+    from pipeline.recipe import Generation, Model
+
+    folder, adapters = adapted
+    texts = ["Name three things that float.", "What is a lever?", "Write a line about rain.", "Count to seven."]
+    ids = [prompt_token_ids(llama3_tokenizer, [{"role": "user", "content": text * 3}]) for text in texts]
+    settings = Generation(**{**SETTINGS, "max_prompt_tokens": 512, "max_new_tokens": 12}, temperature=0)
+    made = {}
+
+    def engine_of(name: str, *given: str) -> Engine:
+        return Engine(Model(path=str(folder / name)), settings, end_of_turn_ids(llama3_tokenizer), 7, adapters=given)
+
+    def answers(engine: Engine, *names: str | None) -> list[dict]:
+        """Of each adapter in turn, all in one stream."""
+        order = [
+            (f"{turn}/{n}", each, 1, name and adapters[name])
+            for turn, name in enumerate(names)
+            for n, each in enumerate(ids)
+        ]
+        for key, (sample,) in engine.stream(order):
+            made[key] = (sample.text, sample.tokens)
+        return [[made.pop(f"{turn}/{n}") for n in range(len(ids))] for turn in range(len(names))]
+
+    def weights(engine: Engine) -> dict:
+        """Those of linear layers are packed, so they are read off as what the layer makes of the unit vectors."""
+        (model,) = engine._engine.apply_model(lambda model: model)
+        found = {name: weight.clone() for name, weight in model.named_parameters() if weight.numel()}
+        for name, layer in model.named_modules():
+            if hasattr(layer, "quant_method") and hasattr(layer, "input_size"):
+                found[f"{name}.weight"] = layer.quant_method.apply(layer, torch.eye(layer.input_size)).T
+        return found
+
+    ours = engine_of("base", *adapters.values())
+    assert ours._merges
+    before = weights(ours)
+    stored = load_file(folder / "base" / "model.safetensors")
+    assert torch.equal(before["model.layers.1.mlp.down_proj.weight"], stored["model.layers.1.mlp.down_proj.weight"])
+    base, *found, again = answers(ours, None, "a", "b", "a", None)
+    after = weights(ours)
+    assert before.keys() == after.keys() and all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert again == base
+    answers(ours, "b")
+    merged = load_file(folder / "whole-b" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(weights(ours)["model.layers.1.mlp.down_proj.weight"], merged)
+    whole = {name: answers(engine_of(f"whole-{name}"), None)[0] for name in adapters}
+    assert found == [whole["a"], whole["b"], whole["a"]]
+    assert base not in found and whole["a"] != whole["b"]
+
+
+def test_weights_that_a_failure_left_halfway_are_replaced(adapted, llama3_tokenizer):
+    """The adapter names a weight that the model does not have: one line; then the model answers as before."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    if torch.cuda.is_available():
+        pytest.skip("on CUDA adapters are LoRA requests")
+    from hps.errors import InputError
+    from pipeline.engine import Engine
+    from pipeline.recipe import Generation, Model
+
+    folder, adapters = adapted
+    wrong = folder / "wrong"
+    wrong.mkdir()
+    factors = load_file(folder / "a" / "adapter_model.safetensors")
+    renamed = {name.replace("layers.1.", "layers.9."): factor for name, factor in factors.items()}
+    save_file(renamed, wrong / "adapter_model.safetensors")
+    (wrong / "adapter_config.json").write_bytes((folder / "a" / "adapter_config.json").read_bytes())
+    settings = Generation(**SETTINGS, temperature=0)
+    given = (adapters["a"], str(wrong))
+    engine = Engine(Model(path=str(folder / "base")), settings, end_of_turn_ids(llama3_tokenizer), 7, adapters=given)
+    ids = prompt_token_ids(llama3_tokenizer, [{"role": "user", "content": "What is a lever?"}])
+    first = list(engine.stream([("first", ids, 1)]))
+    with pytest.raises(
+        InputError, match=r"the adapter changes `model\.layers\.9\.self_attn\.[qv]_proj\.weight`, which"
+    ):
+        list(engine.stream([("wrong", ids, 1, str(wrong))]))
+    assert [samples for _, samples in engine.stream([("again", ids, 1)])] == [samples for _, samples in first]
+
+
 def killed_at(command: list[str], folder, lines: int) -> dict[str, bytes]:
     """Start the command, SIGKILL it and its children when `lines` candidates are there; return the complete lines."""
     process = subprocess.Popen(

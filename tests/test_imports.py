@@ -6,7 +6,9 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from conftest import REPOSITORY
 
-FOLDERS = ("alignment", "annotation", "data", "evaluation", "generation", "hps", "pipeline", "report", "tools")
+FOLDERS = (
+    *("alignment", "annotation", "data", "evaluation", "generation", "hps", "pipeline", "report", "theory", "tools"),
+)
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
     for folder in FOLDERS

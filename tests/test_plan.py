@@ -12,7 +12,7 @@ from conftest import make_plan, ranked_records
 from alignment.plan import plan, read_plan
 from hps import planning
 from hps.errors import InputError
-from hps.negatives import gamma_stages, hardness_weights, negative_weights, stage_of, standardize
+from hps.negatives import draws, gamma_stages, hardness_weights, negative_weights, stage_of, standardize
 from hps.planning import preferred_index, training_order
 from hps.settings import Loss, Schedule, stages_without_steps
 from pipeline.recipe import Recipe, load_recipe
@@ -86,6 +86,21 @@ def test_hardness_weights_do_not_change_with_a_shift_or_with_the_order(gamma):
     assert weights.sum() == pytest.approx(1.0)
     np.testing.assert_allclose(hardness_weights(rewards + 123.0, gamma), weights, rtol=1e-9)
     np.testing.assert_allclose(hardness_weights(rewards[::-1], gamma), weights[::-1], rtol=1e-12)
+
+
+def test_weights_of_many_prompts_are_those_of_each():
+    rewards = np.random.default_rng(0).normal(size=(3, 4, 7))
+    rows = [hardness_weights(row, 2.5) for row in rewards.reshape(-1, 7)]
+    np.testing.assert_array_equal(hardness_weights(rewards, 2.5), np.reshape(rows, rewards.shape))
+
+
+def test_draws_are_those_of_numpy():
+    """`Generator.choice` takes one distribution; the numbers and the generator's state afterwards are the same."""
+    weights, (ours, numpys) = np.random.default_rng(1).dirichlet(np.ones(9), size=5), map(np.random.default_rng, (2, 2))
+    for row in weights:
+        np.testing.assert_array_equal(draws(row, 6, ours), numpys.choice(9, size=6, p=row))
+    np.testing.assert_array_equal(draws(weights, 3, ours), [numpys.choice(9, size=3, p=row) for row in weights])
+    assert ours.bit_generator.state == numpys.bit_generator.state
 
 
 def test_standardize_by_hand():
@@ -293,6 +308,52 @@ def test_gamma_of_every_row_is_its_stage_of_the_whole_training():
     assert facts["steps"] == 7
     expected = [-5.0, -5.0, -2.5, 0.0, 0.0, 2.5, 5.0]
     assert [row["gamma"] for row in rows] == [gamma for gamma in expected for _ in range(4)]
+
+
+# ---- what is learned in reverse (docs/methods.md, "Consistency") ----
+
+CHOSEN = ["generated", "given_1", "generated", "generated"]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "settings", "told"),
+    [
+        ([2.0, 1.0, 0.5, 0.0], {"best": "human", **constant(1.5)}, True),  # n = 4: (n - 1) / (n - 2) = 1.5
+        ([2.0, 1.0, 0.5, 0.0], {"best": "human", **constant(1.49)}, False),
+        ([2.0, 1.0, 0.5, 0.0], {"best": "human"}, True),  # a stage with gamma 5
+        ([2.0, 1.0, 0.5, 0.0], {"best": "human", "gamma_start": 5.0, "gamma_end": -5.0}, True),
+        ([2.0, 1.0, 0.5, 0.0], {"best": "reward"}, False),  # one score, noisy or not, picks y_1 and drives q
+        ([2.0, 1.0, 0.5, 0.0], {"best": "human", "subsample": 2}, False),  # n = 2
+        ([2.0, 2.0, 2.0, 2.0], {"best": "human"}, False),  # no difference to learn
+        # In units of the deviation, here 2: choices by exp(r) are choices by exp(2 z), and the threshold is 3.
+        ([2.0, 2.0, -2.0, -2.0], {"best": "human", "standardize_rewards": True, **constant(3.0)}, True),
+        ([2.0, 2.0, -2.0, -2.0], {"best": "human", "standardize_rewards": True, **constant(2.99)}, False),
+    ],
+)
+def test_prompts_whose_order_is_learned_in_reverse_are_told(rewards, settings, told):
+    recipe = recipe_of(**settings)
+    records = [record_of(rewards, sources=CHOSEN), record_of(rewards, name="not used")]
+    warning = planning.reversal_warning(records, recipe.loss, recipe.schedule, recipe.seed)
+    assert bool(warning) == told
+    if told:
+        assert "in 1 of 1 prompts" in warning and "(n - 1) / (n - 2)" in warning
+        assert ("standard deviations" in warning) == recipe.schedule.standardize_rewards
+    for loss in (Loss(preference="bt"), Loss(negatives="hardest")):
+        assert planning.reversal_warning(records, loss, recipe.schedule, recipe.seed) == ""
+
+
+def test_the_plan_tells_of_an_order_that_is_learned_in_reverse(light_recipe, ranked, capsys):
+    """5 responses: 4 / 3. Two stages of gamma, -5 and 5."""
+    ranked(with_human(ranked_records(6), 2))
+    for overrides, told in (
+        (["schedule.best=human"], True),
+        (["schedule.best=human", "schedule.gamma_end=1.33"], False),
+        (["schedule.gamma_end=5"], False),
+    ):
+        plan(load_recipe(light_recipe, [*overrides, f"run={'-'.join(overrides).replace('=', '')}"]))
+        assert (
+            "plan: WARNING: y_1 is what people chose, and gamma goes up to 5: in 6 of 6 " in capsys.readouterr().out
+        ) == told
 
 
 # ---- order ----

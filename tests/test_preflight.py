@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DATA, REPOSITORY
+from conftest import DATA, REPOSITORY, ranked_records
 from transformers import AutoConfig, GPT2Config, MambaConfig
 
 from alignment.checks import try_lora
@@ -355,6 +355,16 @@ def test_dry_run_tells_of_stages_without_steps(recipe):
     done = preflight("run", recipe, *settings, "loss.negatives=worst", "--dry-run")
     assert "training: `loss.negatives` is worst: gamma is not read" in done.stdout, done.stderr
     assert "WARNING" not in done.stdout
+
+
+def test_dry_run_tells_of_an_order_that_is_learned_in_reverse(recipe, write_lines):
+    """Six prompts with 5 responses, whose best people wrote; with `best: reward` one score decides all."""
+    train = recipe.parent / "runs" / "ranked" / "train.jsonl"
+    train.parent.mkdir(parents=True)
+    write_lines(ranked_records(6), train.relative_to(recipe.parent))
+    done = preflight("run", recipe, "schedule.best=human", "--dry-run")
+    assert "training: WARNING: y_1 is what people chose, and gamma goes up to 5: in 6 of 6 " in done.stdout, done.stderr
+    assert "people chose" not in preflight("run", recipe, "--dry-run").stdout
 
 
 def test_broken_data_end_a_dry_run_too(recipe):

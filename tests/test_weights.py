@@ -15,7 +15,7 @@ from annotation.reward_model import RewardModel
 from hps.chat import load_tokenizer
 from hps.errors import InputError
 from pipeline.recipe import Model, load_recipe
-from pipeline.weights import ADAPTER, check_weights, load_adapter, load_weights
+from pipeline.weights import ADAPTER, adapter_deltas, check_weights, load_adapter, load_weights, mergeable
 
 
 def changed(source, folder, change):
@@ -99,6 +99,35 @@ def test_an_adapter_that_lacks_weights_is_refused(tiny_model, tmp_path):
     save_file({name: tensors[name] for name in tensors if name != gone}, folder / ADAPTER)
     with pytest.raises(InputError, match=f"weights of the adapter are missing: {gone}"):
         load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), folder)
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], "all-linear"])
+def test_what_an_adapter_adds_is_what_peft_merges(modules, tiny_model, tmp_path):
+    """To the last bit, and to no other weight; the scale is alpha / r = 6 / 4."""
+    folder = adapter_of(tiny_model, tmp_path / "adapter", target_modules=modules, lora_alpha=6)
+    assert mergeable(folder)
+    deltas, plain = adapter_deltas(folder), AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    merged = load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), folder).merge_and_unload().state_dict()
+    assert len(deltas) == 2 * (7 if modules == "all-linear" else 2) and merged.keys() == plain.keys()
+    for name, weight in plain.items():
+        assert torch.equal(merged[name], weight + deltas[name] if name in deltas else weight), name
+        assert torch.equal(merged[name], weight) == (name not in deltas)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "use_rslora": True},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}},
+    ],
+    ids=str,
+)
+def test_adapters_that_are_more_than_a_product_are_not_merged(settings, tiny_model, tmp_path):
+    assert not mergeable(adapter_of(tiny_model, tmp_path / "adapter", **settings))
 
 
 @pytest.mark.parametrize(("tied", "refused"), [(False, False), (True, True)], ids=["untied", "tied"])

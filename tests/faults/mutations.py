@@ -341,6 +341,28 @@ MUTATIONS = [
         'load_reward_model(scorer, "auto",',
         (REWARDS,),
     ),
+    # ---- comparisons ----
+    Mutation(
+        "the seeds are not in the interval",
+        "evaluation/components.py",
+        "parts.append((variance / len(table), freedom))",
+        "pass",
+        ("test_components.py::test_an_interval_by_hand",),
+    ),
+    Mutation(
+        "the uncertainty of KL is not in the interval",
+        "evaluation/frontiers.py",
+        " - slope * ((1 - share) * moved[..., 0] + share * moved[..., 1])",
+        "",
+        ("test_frontiers.py::test_the_spread_of_a_reading_is_its_derivative",),
+    ),
+    Mutation(
+        "runs are paired by their place, not by their seed",
+        "evaluation/frontiers.py",
+        "theirs[[others.index(seed) for seed in seeds]]",
+        "theirs",
+        ("test_frontiers.py::test_differences_are_paired_over_seeds_and_prompts",),
+    ),
     # ---- margins ----
     dropped("every kept policy is the last one", HELD_OUT, '            self.policy.set_adapter(f"step-{step}")', KEPT),
     Mutation(
