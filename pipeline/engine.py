@@ -146,7 +146,8 @@ class Engine:
                     break
                 if item is None:
                     break
-                key, ids, count, adapter = (*item, None)[:4]
+                key, ids, count, *rest = item
+                adapter = rest[0] if rest else None
                 held = None
                 if self._merges and adapter != self._merged:
                     if waiting:  # for answers of the weights as they are

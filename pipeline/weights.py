@@ -221,8 +221,8 @@ def adapter_deltas(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     factors: dict[str, dict[str, Any]] = {}
     for name, factor in load_file(folder / ADAPTER).items():
-        module, which = _FACTOR.fullmatch(name).groups()
-        factors.setdefault(f"{module}.weight", {})[which] = factor.float()
+        if found := _FACTOR.fullmatch(name):
+            factors.setdefault(f"{found[1]}.weight", {})[found[2]] = factor.float()
     scale = config["lora_alpha"] / config["r"]
     return {name: factor["B"] @ factor["A"] * scale for name, factor in factors.items()}
 
