@@ -48,7 +48,7 @@ def load_matrix(scale: str) -> dict:
 
 
 def recipes_of(matrix: dict) -> dict[str, list[str]]:
-    """What gene.sh gets for each data set of a scale: a recipe and, for the pilot's, overrides."""
+    """The command line of each data set of a scale: a recipe and, for the pilot's, overrides."""
     return {name: shlex.split(words) for name, words in (matrix["recipes"] | matrix.get(PILOT, {})).items()}
 
 

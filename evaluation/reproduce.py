@@ -23,7 +23,7 @@ from evaluation.matrix import PILOT, load_matrix, recipes_of
 from evaluation.pilot import page as pilot_page
 from evaluation.pilot import pilot
 from evaluation.render import draw_frontier, latex, markdown
-from evaluation.results import Evaluated, collect, collect_judged, compared, find, find_judged
+from evaluation.results import Evaluated, collect, collect_judged, compared, find, find_judged, ranked_by
 from evaluation.tables import JUDGED, TITLES, assemble, needed, stem
 from hps.errors import InputError, run_main
 from pipeline.files import write_atomic, write_json
@@ -102,10 +102,10 @@ class Driver:
             return problems[line]
 
         for run in todo:
-            wanted = [recipes[run.on] if run.sft else run.ranked_arguments()]
+            wanted = [recipes[run.on] if run.sft else run.arguments]
             if run.on != run.data:
                 wanted.append(recipes[run.on])
-            if found := next(filter(None, map(problem, wanted)), None):
+            if found := next(filter(None, map(problem, map(ranked_by, wanted))), None):
                 self.failed[run.title] = found
         return [run for run in todo if run.title not in self.failed]
 

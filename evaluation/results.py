@@ -66,14 +66,6 @@ class Evaluated:
     sft: bool = False
     arguments: list[str] = field(default_factory=list)  # of the command line that trains it
 
-    def ranked_arguments(self) -> list[str]:
-        """What gene.sh gets: the recipe and the overrides that its stages read, without the run's seed.
-
-        Runs of several seeds share a ranking.
-        """
-        path, *overrides = self.arguments
-        return [path, *(each for each in overrides if each.startswith(RANKED_BY))]
-
     def tested_arguments(self) -> list[str]:
         """What evaluate.sh gets."""
         on = self.recipe.evaluation.on
@@ -96,6 +88,15 @@ class Evaluated:
     def folder(self) -> Path:
         """Where evaluate.sh leaves it."""
         return self.recipe.tested().sft_folder() if self.sft else self.recipe.evaluated_folder()
+
+
+def ranked_by(arguments: list[str]) -> list[str]:
+    """Of a run's command line what gene.sh gets: the recipe and the overrides that a ranking depends on.
+
+    Without the seed: runs of several seeds share a ranking.
+    """
+    path, *overrides = arguments
+    return [path, *(each for each in overrides if each.startswith(RANKED_BY))]
 
 
 def result_key(recipe: Recipe, sft: bool = False) -> dict:

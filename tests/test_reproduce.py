@@ -404,6 +404,8 @@ def test_pilot_chooses_the_highest_reward_that_has_not_degenerated(scripts, tmp_
     scripts.means = made_up
     assert reproduce.reproduce("pilot", "testbed", "/dpo") == 0
     found = json.loads((tmp_path / "results" / "testbed" / "pilot.json").read_text())
+    (asked,) = scripts.arguments["gene.sh"]
+    assert asked[:2] == ["configs/reviews.yaml", "output=runs/reviews_pilot"] and "seed=41" not in asked
     assert len(found["missing"]) == 36 and found["before"]["reward_mean"]["mean"] == 0.3
     methods = {name: (entry["chosen"], entry["at_the_edge"]) for name, entry in found["methods"].items()}
     assert methods == {"DPO-PL": (0.003, True), "DPO-BT": (0.001, False), "DPO-HPS": (0.0003, True)}

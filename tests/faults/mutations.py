@@ -423,10 +423,10 @@ MUTATIONS = [
     ),
     Mutation(
         "answers before and after are turned round",
-        HELD_OUT,
-        '{"before": before, "after": after}',
-        '{"before": after, "after": before}',
-        (KEPT,),
+        "evaluation/before_after.py",
+        "(recipe.tested().sft_folder(), recipe.evaluated_folder())",
+        "(recipe.evaluated_folder(), recipe.tested().sft_folder())",
+        ("test_metrics.py::test_what_training_changed",),
     ),
 ]
 
