@@ -104,7 +104,7 @@ def test_pilot_uses_prompts_of_its_own():
     for data in {recipe.output: recipe for recipe in others}.values():
         for split in ("train", "test"):
             found = load_prompts(data, split)[0]
-            assert len(found) == {"train": 184, "test": 96}[split] and not set(found) & set(aside)
+            assert len(found) == {"train": 96, "test": 48}[split] and not set(found) & set(aside)
             check_disjoint(aside.placed(), found.placed())
 
 
@@ -124,12 +124,12 @@ def test_rules_of_the_negative_that_other_rows_stand_for():
 
 
 def test_lists_of_equal_compute():
-    """1,472 responses pass the policy in each row of `list_size`."""
+    """768 responses pass the policy in each row of `list_size`."""
     found = {
         responses_per_prompt(run.recipe) * run.recipe.schedule.epochs * run.recipe.data.train.limit
         for run in runs_of("list_size", "testbed")
     }
-    assert found == {1472}
+    assert found == {768}
 
 
 def test_unknown_scale_is_refused():
