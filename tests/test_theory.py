@@ -95,7 +95,7 @@ def test_a_step_of_bt_raises_the_best_and_lowers_the_worst(monkeypatch):
     """At the reference the gradient is beta/2 on both; the step's length is that of the path."""
     monkeypatch.setattr(frontier, "STEPS", 1)
     world = world_of([[2.0, 1.0, 0.0]], [[0.2, 0.3, 0.5]])
-    found = frontier.train(world, Loss(preference="bt"), Schedule(), (0.1,), np.random.default_rng(0))
+    found = frontier.train(world, frontier.Method(Loss(preference="bt"), Schedule()), (0.1,), np.random.default_rng(0))
     length = 0.1 * math.sqrt(3)
     expected = torch.tensor([length / math.sqrt(2), 0.0, -length / math.sqrt(2)], dtype=torch.float64)
     torch.testing.assert_close(found[0, 0, 0], expected)

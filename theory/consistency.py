@@ -13,7 +13,7 @@ from hps.methods import FAMILIES
 from hps.negatives import gamma_stages, hardness_weights, reversal_threshold
 from hps.settings import Loss, Schedule
 from theory.fit import newton
-from theory.frontier import gammas, train
+from theory.frontier import Method, gammas, train
 from theory.output import Table, over_seeds, short
 from theory.world import make
 
@@ -222,7 +222,7 @@ def orders(rewards: np.ndarray) -> tuple[Table, Table]:
         assert (rho[:, 0] > rho[:, 1:].max(axis=1)).all()  # y_1 is on top; the order of the others is the question
         add(tau, "the best always wins, free scores: order of the others", column, order(rho[:, 1:], ranked[:, 1:]))
         world, tests = (make(len(rewards), PROMPTS, n, DIMENSION, stream=stream) for stream in (0, 1))
-        found = train(world, Loss(), schedule, (LENGTH,), np.random.default_rng(6))[0]
+        found = train(world, Method(Loss(), schedule), (LENGTH,), np.random.default_rng(6))[0]
         logits = torch.einsum("sd,spnd->spn", found, tests.features).numpy()
         found = order(logits, tests.rewards.numpy()).mean(axis=1)
         add(tau, "the best always wins, shared features: other prompts", column, found)

@@ -1,10 +1,13 @@
 """Reward at equal KL: every method and every rule of negatives against the best policy at that KL.
 
 A method trains the policy of each seed's world by its own loss on the draws of its own negatives, full batches of all
-prompts and steps of a fixed length along the gradient. Losses move the policy by unequal amounts, so each trains with
-several step lengths; what counts is the reward at a KL, read between the ends of these trainings, linearly in the root
-of KL. The unit is the gain of the optimum `pi_ref exp(r / beta) / Z` at the same KL.
+prompts. A step's length does not depend on the gradient's size (AdamW's hardly does), and falls with the cosine of the
+paper's learning rate. Losses move the policy by unequal amounts, so each trains with several step lengths. What counts
+is the reward at a KL, read between the ends of these trainings, linearly in the root of KL. The unit is the gain of the
+optimum `pi_ref exp(r / beta) / Z` at the same KL.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +25,15 @@ STEPS = 40
 LENGTHS = (0.3, 0.6, 1.0, 1.6, 2.6, 4.0)  # of a training's path: the root mean square of the logits if it were straight
 PROMPTS, RESPONSES, MANY, DIMENSION = 32, 8, 32, 8
 BASELINE = "dpo-bt"
-Method = tuple[Loss, Schedule]
+
+
+class Method(NamedTuple):
+    """What is trained, and how the length of a step changes: with the cosine of the paper's learning rate to 0
+    (`cosine`), not at all (`even`), or with the gradient's own length (`gradient`)."""
+
+    loss: Loss
+    schedule: Schedule
+    pace: str = "cosine"
 
 
 def gammas(start: float, end: float) -> Schedule:
@@ -34,7 +45,9 @@ def compared_methods() -> dict[str, Method]:
     """Every method of the recipe with the paper's schedule; lists have all responses."""
     lists = {"pl": {"list_size": None}}
     return {
-        f"{family}-{preference}": (Loss(family=family, preference=preference, **lists.get(preference, {})), Schedule())
+        f"{family}-{preference}": Method(
+            Loss(family=family, preference=preference, **lists.get(preference, {})), Schedule()
+        )
         for family, preference in methods()
     }
 
@@ -45,14 +58,16 @@ def compared_negatives() -> dict[str, Method]:
     The schedule from -5 to 5 is dpo-hps, the worst dpo-bt, and uniform draws are gamma 0.
     """
     schedule = Schedule()
-    rows = {f"gamma {gamma}": (Loss(), gammas(gamma, gamma)) for gamma in (-5, 0, 1, 5)}
-    rows["gamma 5 to -5"] = (Loss(), gammas(5, -5))
-    rows["-5 to 5, exact"] = (Loss(estimator="exact"), schedule)
-    rows["-5 to 5, N"] = (Loss(factor_n=True), schedule)
-    rows["gamma 0, exact, N"] = (Loss(estimator="exact", factor_n=True), gammas(0, 0))
-    rows["hardest"] = (Loss(negatives="hardest"), schedule)
+    rows = {f"gamma {gamma}": Method(Loss(), gammas(gamma, gamma)) for gamma in (-5, 0, 1, 5)}
+    for pace, text in (("even", "even steps"), ("gradient", "steps as the gradient")):
+        rows[f"-5 to 5, {text}"] = Method(Loss(), schedule, pace)
+    rows["gamma 5 to -5"] = Method(Loss(), gammas(5, -5))
+    rows["-5 to 5, exact"] = Method(Loss(estimator="exact"), schedule)
+    rows["-5 to 5, N"] = Method(Loss(factor_n=True), schedule)
+    rows["gamma 0, exact, N"] = Method(Loss(estimator="exact", factor_n=True), gammas(0, 0))
+    rows["hardest"] = Method(Loss(negatives="hardest"), schedule)
     for k, text in ((1.0, "mean - 1 deviation"), (2.0, "mean - 2 deviations")):
-        rows[text] = (Loss(negatives="below_mean", negative_deviations=k), schedule)
+        rows[text] = Method(Loss(negatives="below_mean", negative_deviations=k), schedule)
     return rows
 
 
@@ -75,8 +90,10 @@ def drawn(weights: np.ndarray, loss: Loss, rng: np.random.Generator) -> np.ndarr
     return (places[..., None] == np.arange(weights.shape[-1])).mean(axis=-2)
 
 
-def train(world: World, loss: Loss, schedule: Schedule, lengths: tuple[float, ...], rng: np.random.Generator):
-    """Parameters after the training for each path length, (lengths, seeds, ...)."""
+def train(world: World, method: Method, lengths: tuple[float, ...], rng: np.random.Generator):
+    """Parameters after the training for each path length, (lengths, seeds, ...); of `gradient` it is the length that
+    the path would have if all steps were as long as the first."""
+    loss, schedule, pace = method
     seeds, prompts, n = world.rewards.shape
     parameters = world.parameters(len(lengths))
     scale = 1.0 if world.features is not None else prompts**0.5 * n**0.5
@@ -96,8 +113,10 @@ def train(world: World, loss: Loss, schedule: Schedule, lengths: tuple[float, ..
         total = preference_loss(loss, scores, annotated, mask, weights, count).sum()
         (gradient,) = torch.autograd.grad(total, parameters)
         with torch.no_grad():
-            norm = gradient.flatten(2).norm(dim=-1).reshape(*gradient.shape[:2], *[1] * (gradient.dim() - 2))
-            parameters = parameters - steps * gradient / norm.clamp(min=1e-300)
+            if step == 0 or pace != "gradient":
+                norm = gradient.flatten(2).norm(dim=-1).reshape(*gradient.shape[:2], *[1] * (gradient.dim() - 2))
+            share = 1 + np.cos(np.pi * (step + 0.5) / STEPS) if pace == "cosine" else 1.0  # its mean is 1
+            parameters = parameters - share * steps * gradient / norm.clamp(min=1e-300)
     return parameters
 
 
@@ -118,7 +137,7 @@ def read(shares: np.ndarray, kls: np.ndarray, at: float) -> np.ndarray:
 
 def tested(world: World, tests: World, frontier: Frontier, method: Method, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Train a method; its ends' shares of the frontier and KLs on the prompts of `tests`, each (lengths, seeds)."""
-    parameters = train(world, *method, LENGTHS, np.random.default_rng(seed))
+    parameters = train(world, method, LENGTHS, np.random.default_rng(seed))
     rewards, kls = (each.numpy() for each in tests.measure(tests.log_policy(parameters)))
     return frontier.share(rewards, kls), kls
 
@@ -168,7 +187,8 @@ def compare(seeds: int) -> Table:
         "",
         "Lists of pl have all responses (the recipe's default is 5). SimPO's responses have one token. dpo-bt is the "
         "rule `worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. With 8 responses the one nearest to the "
-        f"mean minus 2 deviations is the worst. Trainings of {STEPS} steps of one length along the gradient, all "
-        "prompts in each; the share at the KL is read between trainings of different lengths.",
+        f"mean minus 2 deviations is the worst. Trainings of {STEPS} steps along the gradient, all prompts in "
+        "each. The length of a step does not depend on the gradient's and falls with a cosine, as the paper's learning "
+        "rate, unless the row says otherwise. The share at the KL is read between trainings of different lengths.",
     ]
     return table
