@@ -189,8 +189,9 @@ def test_an_adapter_in_the_weights_answers_as_the_whole_model_does(adapted, llam
 
     folder, adapters = adapted
     texts = ["Name three things that float.", "What is a lever?", "Write a line about rain.", "Count to seven."]
-    ids = [prompt_token_ids(llama3_tokenizer, [{"role": "user", "content": text * 3}]) for text in texts]
-    settings = Generation(**{**SETTINGS, "max_prompt_tokens": 512, "max_new_tokens": 12}, temperature=0)
+    ids = [prompt_token_ids(llama3_tokenizer, [{"role": "user", "content": text * 60}]) for text in texts]
+    settings = Generation(**{**SETTINGS, "max_prompt_tokens": 1000, "max_new_tokens": 12}, temperature=0)
+    assert min(map(len, ids)) > 300 and max(map(len, ids)) < 1000  # more than a block of the cache
     made = {}
 
     def engine_of(name: str, *given: str) -> Engine:
