@@ -25,6 +25,7 @@ from pipeline.stage import hold
 
 pytestmark = pytest.mark.slow
 
+STEPS = 24  # of a training, for the policies that it keeps
 FIGURES = {"reward_best": 1.0, "reward_mean": 0.5, "bleu_best": 0.2, "kl_sampled": 0.3, "tokens_mean_change": 1.0}
 
 
@@ -96,7 +97,7 @@ class Scripts:
             raise subprocess.CalledProcessError(2, script)
         self.arguments[script].append(arguments)
         if script == "run.sh" and recipe.evaluation.samples_along:
-            for step in evaluation_steps(46, recipe.evaluation.checkpoints):
+            for step in evaluation_steps(STEPS, recipe.evaluation.checkpoints):
                 recipe.checkpoint_folder(step).mkdir(parents=True, exist_ok=True)
         if script == "evaluate.sh":
             write_evaluation(recipe, recipe.evaluated_folder(), False, self.means(recipe, False))
@@ -323,15 +324,18 @@ def result_of(tmp_path, run: str) -> dict:
 
 
 def test_results_hold_every_answer_at_every_point(scripts, tmp_path):
-    """Rewards and divergence to four digits, at the three kept steps and at the end; the model before has no KL."""
-    runs = tables.needed("6", "testbed")
-    reproduce.Driver("testbed", 0).work([run for run in runs if run.sft or run.name == "dpo-hps-subsample3"])
+    """Rewards and divergence to four digits, at the kept steps and at the end; the model before has no KL."""
+    sft, *runs = tables.needed("6", "testbed")
+    (run,) = (run for run in runs if run.name == "dpo-hps-subsample3")
+    reproduce.Driver("testbed", 0).work([sft, run])
     found = result_of(tmp_path, "dpo-hps-subsample3")["answers"]
-    assert list(found) == ["12", "23", "34", "final"]
+    kept = evaluation_steps(STEPS, run.recipe.evaluation.checkpoints)
+    assert list(found) == [*map(str, kept), "final"] and len(found) > 2
+    count = run.recipe.data.test.limit
     for point, columns in found.items():
-        assert len(columns["prompt_id"]) == 96 and columns["tokens"] == [[3, 4]] * 96
-        assert columns["reward"] == [[0.1235, float(point) if point != "final" else 0.0]] * 96
-        assert columns["kl"] == [[1.235, 2.0]] * 96 and columns["repetition"] == [[0.0, 0.0]] * 96
+        assert len(columns["prompt_id"]) == count and columns["tokens"] == [[3, 4]] * count
+        assert columns["reward"] == [[0.1235, float(point) if point != "final" else 0.0]] * count
+        assert columns["kl"] == [[1.235, 2.0]] * count and columns["repetition"] == [[0.0, 0.0]] * count
     before = result_of(tmp_path, "sft")["answers"]
     assert list(before) == ["final"] and "kl" not in before["final"]
 
