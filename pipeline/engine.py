@@ -53,8 +53,8 @@ class Engine:
         seed: seeds the engine. On CUDA every prompt also has its own seed, so its samples depend less on the
             prompts around it. On a CPU per-request seeds crash vLLM 0.32's engine ("CPU Generator does not use
             offset") when many sequences are scheduled.
-        adapters: folders of the LoRA adapters (PEFT) that prompts may ask for. On a CPU one at a time is merged into the
-            weights, because vLLM's LoRA requests are slow there (docs/operations.md, "Speed").
+        adapters: folders of the LoRA adapters (PEFT) that prompts may ask for. On a CPU one at a time is merged into
+            the weights, because vLLM's LoRA requests are slow there (docs/operations.md, "Speed").
         schema: JSON schema that every sample must follow.
     """
 
