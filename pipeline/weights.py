@@ -22,7 +22,7 @@ MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"  # what transf
 INDEX = "model.safetensors.index.json"
 # What transformers raises for a config.json that it cannot use; the last is the hub client's.
 UNUSABLE = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, StrictDataclassError)
-_FACTOR = re.compile(r"base_model\.model\.(?!lm_head)(.+)\.lora_([AB])\.weight")
+_FACTOR = re.compile(r"base_model\.model\.(?!lm_head).+\.lora_[AB]\.weight")
 # Settings of PEFT under which an adapter is more than `alpha / r B A`.
 _NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
 _SHARD = re.compile(r"[^/\\]+\.safetensors")  # a file of the folder itself
@@ -221,7 +221,7 @@ def adapter_deltas(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     factors: dict[str, dict[str, Any]] = {}
     for name, factor in load_file(folder / ADAPTER).items():
-        module, which = _FACTOR.fullmatch(name).groups()
+        module, _, which = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
         factors.setdefault(f"{module}.weight", {})[which] = factor.float()
     scale = config["lora_alpha"] / config["r"]
     return {name: factor["B"] @ factor["A"] * scale for name, factor in factors.items()}
