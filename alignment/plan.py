@@ -16,9 +16,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from hps.errors import InputError, naming
-from hps.methods import own_settings
 from hps.planning import Plan, reversal_warning
-from hps.settings import rule_without_gamma, stages_without_steps
+from hps.settings import own_settings, rule_without_gamma, stages_without_steps
 from pipeline.cli import counted, run_stage
 from pipeline.files import file_hash, write_json, write_lines
 from pipeline.identity import check_model, model_hash

@@ -53,9 +53,9 @@ def estimated(tables: Sequence[np.ndarray], others: Sequence[np.ndarray] = ()) -
     borrowed = False
     for table in tables:
         if len(table) > 1:
-            variance, freedom = over_seeds([table])
+            variance, freedom = seed_variance([table])
             if len(table) < ENOUGH and len(others) > 1:
-                variance, freedom = over_seeds(others)
+                variance, freedom = seed_variance(others)
                 borrowed = True
             parts.append((variance / len(table), freedom))
     tail = (1 + LEVEL) / 2
@@ -74,7 +74,7 @@ def estimated(tables: Sequence[np.ndarray], others: Sequence[np.ndarray] = ()) -
     }
 
 
-def over_seeds(tables: Sequence[np.ndarray]) -> tuple[float, int]:
+def seed_variance(tables: Sequence[np.ndarray]) -> tuple[float, int]:
     """The variance of the seeds' means, pooled over (seeds, prompts) tables, and its degrees of freedom.
 
     At least one has two seeds.

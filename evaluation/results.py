@@ -36,7 +36,7 @@ from evaluation.matrix import method_name
 from evaluation.metrics import answer_columns
 from evaluation.win_rate import win_rates
 from hps.errors import InputError
-from hps.methods import own_settings
+from hps.settings import own_settings
 from pipeline.files import file_hash, write_json
 from pipeline.functions import identity
 from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe

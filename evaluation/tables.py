@@ -317,7 +317,7 @@ def assemble(
         for data, title in SETS.items():
             found["flags"] += percentage_flags(paper_wins(data), f"Table 4, {title}")
         return found
-    for on in dict.fromkeys(evaluation.on for evaluation, _ in results):
+    for on in dict.fromkeys(evaluation.on for evaluation, result in results if result is not None):
         each, flags, odd = part(table, scale, results, on)
         found["parts"].append(each)
         found["flags"] += flags

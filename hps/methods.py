@@ -6,14 +6,10 @@ is its formulas, a row of `hps.losses.FORMULAS` and an entry here (docs/methods.
 No torch: stages without a model read this too.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 PREFERENCES = ("bt", "pl", "hps")
 PAIRS, LISTS = ("bt", "hps"), ("pl",)
-# Settings of `loss` that came later, with their defaults, at which claims and results omit them.
-LATER = {"negatives": "softmax", "negative_deviations": 2.0}
 
 
 @dataclass(frozen=True)
@@ -124,12 +120,3 @@ def constants() -> dict[str, Constant]:
                 raise ValueError(f"the constant `{name}` of the family {family} must be called `{family}_...`")
             found[name] = constant
     return found
-
-
-def own_settings(loss: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a loss without the constants of other families and without `LATER` ones at their default.
-
-    They identify a run, so a new family or setting leaves earlier claims and results as they are.
-    """
-    others = constants().keys() - FAMILIES[loss["family"]].constants.keys()
-    return {n: value for n, value in loss.items() if n not in others and not (n in LATER and value == LATER[n])}

@@ -74,7 +74,7 @@ def negative_weights(rewards: np.ndarray, loss: Loss, gamma: float, listed: np.n
     does, the others take the first.
 
     Args:
-        rewards: (..., N), of the dispreferred responses ((N,) for `softmax`), any unit.
+        rewards: (..., N), of the dispreferred responses, any unit.
         gamma: for `softmax` alone.
         listed: (..., n), of the whole list, y_1 included, in the same unit; for `below_mean` alone.
 

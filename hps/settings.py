@@ -1,5 +1,6 @@
 """The settings of the method, typed: what the loss is, and what each step trains on."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -64,6 +65,20 @@ else:  # with a field for each constant of a family
         __doc__=CommonLoss.__doc__,
         **{name: _field(constant) for name, constant in constants().items()},
     )
+
+
+# Later settings of `loss`: claims and results omit them at their defaults.
+LATER = ("negatives", "negative_deviations")
+
+
+def own_settings(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a loss without the constants of other families and without `LATER` ones at their defaults.
+
+    They identify a run, so a new family or setting leaves earlier claims and results as they are.
+    """
+    others = constants().keys() - FAMILIES[loss["family"]].constants.keys()
+    others |= {name for name in LATER if loss.get(name) == Loss.model_fields[name].default}
+    return {name: value for name, value in loss.items() if name not in others}
 
 
 class Schedule(Section):

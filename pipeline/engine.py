@@ -86,22 +86,10 @@ class Engine:
         self._tokenizer.save_pretrained(self._folder.name)
         # Without a configuration beside it vLLM tries twice to read one, waits in between and prints errors.
         load_config(model).save_pretrained(self._folder.name)
-        extra: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-        if not self._cuda:
-            extra = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
         # vLLM knows adapters by numbers from 1.
         self._adapters = {path: number for number, path in enumerate(adapters, 1)}
         self._merges = not self._cuda and all(mergeable(Path(adapter)) for adapter in adapters)
         self._merged: str | None = None  # what the weights contain
-        if adapters and self._merges:
-            extra["worker_extension_cls"] = f"{__name__}.{Merging.__name__}"
-        elif adapters:
-            extra |= {"enable_lora": True, "max_lora_rank": max(map(_rank_place, adapters))}
-            extra["max_loras"] = min(len(adapters), MOST_ADAPTERS)
-        if settings.tensor_parallel > 1:  # all GPUs of an engine are on one node, in a Ray actor too
-            extra["distributed_executor_backend"] = "mp"
-        if schema:  # compact, because a weak model would fill its length with white space between the fields
-            extra["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
         self._engine = LLM(
             model=model.path,
             revision=model.revision,
@@ -118,11 +106,28 @@ class Engine:
             trust_remote_code=False,
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            **extra,
+            **self._options(),
         ).llm_engine
         if schema and not same_tokens(self._tokenizer, self._engine.get_tokenizer()):
             problem = "vLLM reads the tokenizer differently, so answers could not follow a schema"
             raise InputError(problem, where=model.path, remedy="use another judge")
+
+    def _options(self) -> dict[str, Any]:
+        """vLLM's options that depend on device, adapters and schema."""
+        settings, adapters = self._settings, self._adapters
+        options: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        if not self._cuda:
+            options = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+        if adapters and self._merges:
+            options["worker_extension_cls"] = f"{__name__}.{Merging.__name__}"
+        elif adapters:
+            options |= {"enable_lora": True, "max_lora_rank": max(map(_rank_place, adapters))}
+            options["max_loras"] = min(len(adapters), MOST_ADAPTERS)
+        if settings.tensor_parallel > 1:  # all GPUs of an engine are on one node, in a Ray actor too
+            options["distributed_executor_backend"] = "mp"
+        if self._schema:  # compact, because a weak model would fill its length with white space between the fields
+            options["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
+        return options
 
     def stream(
         self, prompts: Iterable[tuple[str, list[int], int] | tuple[str, list[int], int, str | None] | None]

@@ -10,8 +10,8 @@ from evaluation.components import (
     components,
     estimated,
     interaction,
-    over_seeds,
     rescaled,
+    seed_variance,
     verdict,
 )
 
@@ -63,7 +63,7 @@ def test_few_seeds_borrow():
     The prompts' part is 1, as above; t(3) = 3.1824: width sqrt(10.1280 * 16 / 3 / 2 + 18.513) = 6.7469.
     """
     other = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [5.0, 5.0, 5.0]])
-    assert over_seeds([by_hand(), other, other[:1]]) == (pytest.approx(16 / 3), 3)
+    assert seed_variance([by_hand(), other, other[:1]]) == (pytest.approx(16 / 3), 3)
     found = estimated([by_hand()], [by_hand(), other])
     assert found["pooled"] and found["interval"] == [-3.7469, 9.7469]
     assert "pooled" not in estimated([by_hand()], [by_hand()])
