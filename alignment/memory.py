@@ -96,7 +96,7 @@ def activations(config, tokens: int, checkpointing: bool) -> float:
 
 def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     """Memory per GPU for ZeRO-1, 2, 3, a line each; one line with the reason if it cannot be estimated."""
-    config, source = _architecture(recipe)
+    config, source = architecture(recipe)
     if config is None:
         return [f"memory: not estimated, {source}"]
     try:
@@ -139,7 +139,7 @@ def deepspeed_stage(recipe: Recipe) -> int | None:
     return zero.get("stage")
 
 
-def _architecture(recipe: Recipe):
+def architecture(recipe: Recipe):
     """The policy's configuration and its source, or None and the reason. Does not use the network."""
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig

@@ -40,6 +40,7 @@ from hps.trainer import HPSTrainer, PlanCollator, not_finite
 from pipeline.cli import parse
 from pipeline.files import Appender, file_hash, json_line, whole_folder, write_lines
 from pipeline.identity import check_model
+from pipeline.machine import device
 from pipeline.models import check_fits
 from pipeline.recipe import Recipe
 from pipeline.records import read_jsonl
@@ -393,6 +394,7 @@ def check_shared(folder: Path, state: PartialState) -> None:
 
 def train(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
+    on = device()
     check_model(recipe.models.policy, "models.policy")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
@@ -400,6 +402,7 @@ def train(recipe: Recipe) -> None:
             leave_out_shared_memory_op()
     folder = recipe.run_folder()
     state = PartialState(cpu=not torch.cuda.is_available())
+    state.print(f"training: on {on}", flush=True)
     with hold(folder) if state.is_main_process else nullcontext():
         check_shared(folder, state)
         # Every process claims: all find the same, so none hangs.
