@@ -433,6 +433,7 @@ def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
             outputs += sorted(path for path in folder.glob(f"{saved}/*") if path.is_file())
         seconds = round(result.metrics["train_runtime"], 1)
         facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut, "equal_rows": trainer.rows.equal}
+        facts["devices"] = state.num_processes
         work.finish(outputs, [recipe.ranked("train")], **facts)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
 

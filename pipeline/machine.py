@@ -6,6 +6,7 @@ compiler and Python's headers, memory of the host, disk.
 
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def device() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {card_name()}"
     return f"the CPU ({len(os.sched_getaffinity(0))} cores)"
+
+
+def device_count() -> int:
+    """Cards that this process can use, at least 1; torch is not loaded for that: without it none is used."""
+    torch = sys.modules.get("torch")
+    return max(1, torch.cuda.device_count()) if torch and torch.cuda.is_available() else 1
 
 
 # ---- for the preflight ----
