@@ -1,6 +1,6 @@
 """Memory of a GPU in training, by formulas, for the dry run of run.sh.
 
-Reads   the policy's `config.json` (its folder, or the hub's cache), else `configs/shapes/` for the paper's 8B policies
+Reads   the policy's `config.json` (its folder, or the hub's cache), else `configs/shapes/` for the policies of our recipes
 
 In bf16, with P weights of which T train, on G GPUs (docs/operations.md):
 
@@ -31,7 +31,10 @@ from pipeline.records import read_json
 from pipeline.weights import UNUSABLE
 
 GIVEN = 2  # written responses of a prompt in the paper's data sets
-SHAPES = {"RLHFlow/Llama3-SFT-v2.0-epoch3": "configs/shapes/llama-3-8b.json"}
+SHAPES = {
+    "RLHFlow/Llama3-SFT-v2.0-epoch3": "configs/shapes/llama-3-8b.json",
+    "Qwen/Qwen2.5-1.5B-Instruct": "configs/shapes/qwen2.5-1.5b.json",
+}
 
 
 def responses_per_prompt(recipe: Recipe) -> int:

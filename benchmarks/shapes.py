@@ -41,6 +41,14 @@ def random_model(config: LlamaConfig, device: str, dtype: torch.dtype, attention
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
+def plan_row(number: int, prompt: list[int], responses: list[list[int]], rewards: list[float]) -> dict:
+    """A row as `alignment.train.TokenRows` makes it: y_1 first, all weight on the last response."""
+    count = len(responses)
+    texts = {"prompt_ids": prompt, "response_ids": responses, "rewards": rewards}
+    numbers = {"weights": [[0.0] * (count - 1) + [1.0]], "dispreferred_count": [count - 1], "gamma": 0.0, "cut": 0}
+    return {"row": number, **texts, **numbers}
+
+
 def with_adapter(model):
     """The recipe's LoRA (rank 8 on q and v), both factors random: with B = 0 half of the gradients would be 0."""
     from peft import LoraConfig, get_peft_model

@@ -76,7 +76,7 @@ def check_meeting_point() -> None:
     except OSError as error:
         problem = f"the host of `PET_RDZV_ENDPOINT`, {host}, is not known here ({error.strerror})"
         raise InputError(problem, where=where, remedy="give a name that all nodes resolve") from None
-    for address in sorted(addresses):
+    for address in sorted(map(str, addresses)):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

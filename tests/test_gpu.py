@@ -353,3 +353,15 @@ def test_without_a_card_the_checks_are_skipped_with_a_reason():
     done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no GPU that torch can use" in done.stdout and "2 skipped" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs():
+    """benchmarks/gpu.py at a tiny shape: all ways train alike (it ends with an error otherwise), every ratio is there."""
+    pytest.importorskip("trl")
+    command = [sys.executable, "benchmarks/gpu.py", "pairs", "lists", "--tiny", "--times", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("not counted: the other side has no flash attention here") == 4
+    assert done.stdout.count("ours, shared prompt") == 4 and "does not fit" not in done.stdout
