@@ -1,6 +1,6 @@
 """Memory of a GPU in training, by formulas, for the dry run of run.sh.
 
-Reads   the policy's `config.json` (its folder, or the hub's cache), else `configs/shapes/` for the policies of our recipes
+Reads   the policy's `config.json` (its folder, or the hub's cache), else the shape that SHAPES names
 
 In bf16, with P weights of which T train, on G GPUs (docs/operations.md):
 

@@ -162,8 +162,8 @@ def lines_of(parts: dict[str, float], recipes: list[Recipe], cost: dict) -> list
     lines = [f"{seconds / HOUR:8.2f} h  {name}" for name, seconds in parts.items()]
     hours, devices = sum(parts.values()) / HOUR, cost["devices"]
     lines.append(f"{hours:8.2f} h  together, {hours * devices:.1f} h x device, {disk / 2**30:.1f} GiB of disk")
-    assumed = ", ".join(f"{name} {value}" for name, value in cost.items())
-    return [*lines, f"assumed ({MATRIX}, `cost`, or --rates): {assumed}"]
+    assumed = ", ".join(f"{name} {value if name == 'prompts' else f'{value:g}'}" for name, value in cost.items())
+    return [*lines, f"assumed ({MATRIX}, `cost`; --rates FILE gives your own): {assumed}"]
 
 
 def with_rates(cost: dict, path: str | None) -> dict:

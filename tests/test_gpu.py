@@ -357,7 +357,7 @@ def test_without_a_card_the_checks_are_skipped_with_a_reason():
 
 @pytest.mark.slow
 def test_the_benchmark_runs():
-    """benchmarks/gpu.py at a tiny shape: all ways train alike (it ends with an error otherwise), every ratio is there."""
+    """benchmarks/gpu.py at a tiny shape: all ways train alike (else it ends with an error), every ratio is there."""
     pytest.importorskip("trl")
     command = [sys.executable, "benchmarks/gpu.py", "pairs", "lists", "--tiny", "--times", "1"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}

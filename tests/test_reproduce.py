@@ -184,7 +184,7 @@ def test_transfer_is_evaluated_on_the_other_set(scripts, tmp_path):
 def test_dry_run_counts_what_is_missing(scripts):
     before = reproduce.plan("8", "quickstart")
     assert "10 runs to train and evaluate" in before and "pku_safe: dpo-bt: to do" in before
-    assert any(line.startswith("assumed (configs/matrix.yaml, `cost`): ") for line in before)
+    assert any(line.startswith("assumed (configs/matrix.yaml, `cost`; ") for line in before)
     assert scripts.calls == []
     reproduce.reproduce("8", "quickstart", "beta")
     assert "2 runs to train and evaluate" in reproduce.plan("8", "quickstart")
