@@ -164,7 +164,7 @@ def judge(recipe: Recipe) -> None:
     if not recipe.judge.enabled:
         print("judge: off (`judge.enabled: false` in the recipe)")
         return
-    announce_device("judge")
+    announce_device("judge", cluster=True)
     check_model(recipe.models.judge, "models.judge")
     wanted = wanted_verdicts(recipe)
     settings = judge_settings(recipe)  # only once: it hashes all weights of a local judge

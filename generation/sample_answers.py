@@ -157,7 +157,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     if options.runs and options.arguments:
         raise InputError("give a recipe or --runs, not both", where="command line")
-    announce_device("answers")
+    announce_device("answers", cluster=True)
     answer(read_runs(options.runs) if options.runs else [load_recipe(*split_arguments(options.arguments))])
 
 

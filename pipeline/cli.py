@@ -29,25 +29,28 @@ def parse(
     return load_recipe(path, overrides), options
 
 
-def run_stage(work: Callable[[Recipe], object], description: str, title: str | None = None) -> None:
+def run_stage(
+    work: Callable[[Recipe], object], description: str, title: str | None = None, cluster: bool = False
+) -> None:
     """The program of a stage whose command line is a recipe: `hps.errors.run_main` of its work.
 
     Args:
         title: of a stage that computes on a device; its first line names the device.
+        cluster: as for `pipeline.machine.device`.
     """
 
     def main() -> None:
         recipe, _ = parse(description, dry_run=False)
         if title:
-            announce_device(title)
+            announce_device(title, cluster)
         work(recipe)
 
     run_main(main)
 
 
-def announce_device(title: str) -> None:
-    """Print what a stage computes on. InputError: as `pipeline.machine.check_cuda`."""
-    print(f"{title}: on {device()}", flush=True)
+def announce_device(title: str, cluster: bool = False) -> None:
+    """Print what a stage computes on; arguments and InputError as of `pipeline.machine.device`."""
+    print(f"{title}: on {device(cluster)}", flush=True)
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -69,11 +69,18 @@ def card_name() -> str:
     return "GPU"
 
 
-def device() -> str:
-    """What a stage that is started now computes on, for its first line; InputError: as `check_cuda`."""
+def device(cluster: bool = False) -> str:
+    """What a stage that is started now computes on, for its first line.
+
+    Args:
+        cluster: the stage's workers run on the cluster that `RAY_ADDRESS` names, if it does.
+
+    Raises:
+        InputError: as `check_cuda`.
+    """
     import torch
 
-    if address := os.environ.get("RAY_ADDRESS"):
+    if cluster and (address := os.environ.get("RAY_ADDRESS")):
         return f"the Ray cluster {address}"
     check_cuda()
     if torch.cuda.is_available():

@@ -169,7 +169,7 @@ def machine_lines(stage: str, recipe: Recipe, dry_run: bool) -> list[str]:
         InputError: there are cards that torch cannot use; vLLM or flex attention could not compile its kernels; the
             nodes cannot meet.
     """
-    on = device()
+    on = device(cluster=stage != "run")
     if stage != "run":
         check_compiler("vLLM")
     elif recipe.training.attention == "flex":

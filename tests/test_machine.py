@@ -73,7 +73,8 @@ def test_cards_are_named_without_starting_cuda(cards, monkeypatch):
     assert machine.driver_version() == "550.54.15"
     assert not torch.cuda.is_initialized()
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert machine.device() == "the Ray cluster head:6379"
+    assert machine.device(cluster=True) == "the Ray cluster head:6379"
+    assert machine.device() == "2 x NVIDIA H100 80GB HBM3"  # training and held-out figures are this machine's
 
 
 def test_a_compiler_and_its_headers(tmp_path, monkeypatch):
