@@ -29,13 +29,13 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback,
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig
 
-from alignment.checks import check_wandb, lora_config, try_lora
+from alignment.checks import check_attention, check_wandb, lora_config, try_lora
 from alignment.plan import ranked_prompts, read_plan, run_settings
 from alignment.reference import add_reference
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError, naming, run_main
 from hps.planning import weights_of
-from hps.shared_prefix import prove
+from hps.shared_prefix import ONE_ROW, prove
 from hps.trainer import HPSTrainer, PlanCollator, not_finite
 from pipeline.cli import parse
 from pipeline.files import Appender, file_hash, json_line, whole_folder, write_lines
@@ -172,8 +172,8 @@ def attention(recipe: Recipe) -> str | None:
 
     `auto` is sdpa (or eager) if prompts are shared, because the mask needs it, else flash attention where installed.
     """
-    if recipe.training.attention != "auto":
-        return recipe.training.attention
+    if (named := recipe.training.attention) != "auto":
+        return "flex_attention" if named == "flex" else named
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") and not recipe.training.shared_prefix
     return "flash_attention_2" if flash else None
 
@@ -332,8 +332,13 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     if not recipe.training.shared_prefix:
         layout = replace(layout, shared=0, reason="`training.shared_prefix` is false")
     if layout.shared < recipe.schedule.max_length:
+        if recipe.training.attention == "flex":
+            problem = f"`training.attention` is `flex`, and some conversations cannot share a prompt: {layout.reason}"
+            raise InputError(problem, remedy="use training.attention=auto")
         above = f" of more than {layout.shared} tokens" if layout.shared else ""
         PartialState().print(f"training: conversations{above} have rows of their own: {layout.reason}")
+    # Flex attention computes nothing between the prompts of a row, so that one row holds them all.
+    row_tokens = recipe.training.row_tokens or (ONE_ROW if recipe.training.attention == "flex" else None)
     trainer = HPSTrainer(
         model=model,
         # The parent would load the frozen copy by its name alone, without the revision.
@@ -341,7 +346,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         args=config,
         loss=recipe.loss,
         train_dataset=rows,
-        data_collator=PlanCollator(tokenizer.pad_token_id, layout, recipe.training.row_tokens),
+        data_collator=PlanCollator(tokenizer.pad_token_id, layout, row_tokens),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
         callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch)],
@@ -409,6 +414,7 @@ def train(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
     folder = work.folder
+    check_attention(recipe)
     check_wandb(recipe)
     check_fits("run", recipe, "policy")
     if recipe.lora.enabled:

@@ -12,7 +12,9 @@ are too long for sharing get separate rows.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import accumulate, chain
@@ -21,10 +23,12 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
@@ -33,6 +37,9 @@ from transformers.utils import ModelOutput
 CHUNK_LOGITS = 2**24
 # A prompt's responses are split over rows of at most this many tokens where no budget is given.
 ROW_TOKENS = 2048
+ONE_ROW = 2**31 - 1  # a budget above the tokens of any micro-batch
+FLEX_BLOCK = 128  # flex attention skips what no token sees in squares of this many tokens
+FLEX_KERNELS = 64  # at most, that a process compiles: two (with and without gradients) for a length of its grid
 # Of the trial, relative to a value, by the precision it is made in. Some classes compute norms and soft-max in float32
 # whatever the weights are; another computation, in a small model with large weights, is off by far more.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -216,6 +223,60 @@ def attention_mask(segments: torch.Tensor) -> torch.Tensor:
     return (same_prompt & visible).tril().unsqueeze(1)
 
 
+def on_grid(length: int, parts: int, least: int) -> int:
+    """A length rounded up, so that few different ones remain: `parts` from a power of two to the next.
+
+    Args:
+        least: of which every length is a multiple.
+    """
+    step = max(least, (1 << (length - 1).bit_length()) // 2 // parts)
+    return -(-length // step) * step
+
+
+def block_mask(segments: torch.Tensor, positions: torch.Tensor) -> BlockMask:
+    """`attention_mask` for flex attention, without (tokens, tokens) anywhere: the squares that it has to compute.
+
+    A token sees from the beginning of its segment up to itself, and from the beginning of its prompt up to that one's
+    end. The mask is longer than the rows, because a kernel is compiled for each length: half of a power of two apart.
+    What is added sees itself.
+
+    Args:
+        segments, positions: (rows, tokens, 2) and (rows, tokens) of `shared_rows`.
+    """
+    rows, tokens = positions.shape
+    width = on_grid(tokens, 2, FLEX_BLOCK)
+    places = torch.arange(width, device=segments.device).expand(rows, width)
+    changes = pad((segments[:, 1:] != segments[:, :-1]).int(), (0, 0, 1, width - tokens), value=1)
+    own, start = (
+        torch.where(change > 0, places, 0).cummax(dim=1).values for change in (changes.amax(dim=-1), changes[..., 0])
+    )
+    # A response's first position is its prompt's length; a prompt's is 0.
+    end = start + pad(positions, (0, width - tokens)).gather(1, own)
+
+    edges = torch.arange(0, width, FLEX_BLOCK, device=segments.device)
+
+    def within(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """How many of the places from low to high are in each square's columns: (rows, tokens, squares)."""
+        return (high[..., None].minimum(edges + FLEX_BLOCK) - low[..., None].maximum(edges)).clamp(min=0)
+
+    seen = (within(own, places + 1) + within(start, end)).unflatten(1, (-1, FLEX_BLOCK))
+    some, whole = (seen > 0).any(dim=2), (seen == FLEX_BLOCK).all(dim=2)
+
+    def visible(row, head, token, other):
+        before = (start[row, token] <= other) & (other < end[row, token])
+        return (other <= token) & ((own[row, token] <= other) | before)
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole), *_listed(whole), FLEX_BLOCK, visible, seq_lengths=(width, width)
+    )
+
+
+def _listed(squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many are True in each line of (rows, lines, columns), and the columns with those in front, for any head."""
+    order = squares.int().argsort(dim=-1, descending=True, stable=True)
+    return squares.sum(dim=-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+
 # ---- the forward pass ----
 
 
@@ -277,14 +338,24 @@ def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What a model is called with for rows of `shared_rows` or `separate_rows`."""
     if "segments" not in rows:
         return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "use_cache": False}
+    if model.config._attn_implementation == "flex_attention":
+        use_flex()
+        mask = block_mask(rows["segments"], rows["position_ids"])
+    else:
+        mask = dense_mask(model, rows)
+    return {name: rows[name] for name in ("input_ids", "position_ids")} | {"attention_mask": mask, "use_cache": False}
+
+
+def dense_mask(model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`attention_mask` as sdpa and eager attention take it."""
     mask: Any = attention_mask(rows["segments"])
     if model.config._attn_implementation == "sdpa":
         ALL_ATTENTION_FUNCTIONS["sdpa"] = block_attention
         mask.blocks = blocks(rows)
-    else:  # eager attention adds its mask
-        lowest = torch.finfo(model.dtype).min
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
-    return {name: rows[name] for name in ("input_ids", "position_ids")} | {"attention_mask": mask, "use_cache": False}
+        return mask
+    # Eager attention adds its mask.
+    lowest = torch.finfo(model.dtype).min
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
 
 
 @dataclass(frozen=True)
@@ -348,6 +419,30 @@ def block_attention(module, query, key, value, attention_mask, **settings):
         output = sdpa_attention_forward(module, own, keys, values, block.visible, **settings)[0]
         result[block.row, block.places[block.taken]] = output[block.taken]
     return result, None
+
+
+def use_flex() -> None:
+    """Let models with the library's flex attention compute it by `flex_on_grid`, compiled for each length."""
+    if ALL_ATTENTION_FUNCTIONS["flex_attention"] is not flex_on_grid:
+        ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_on_grid
+        config: Any = torch._dynamo.config
+        config.automatic_dynamic_shapes = False
+        config.recompile_limit = FLEX_KERNELS
+        # Above its limit torch would go on with a version that makes all scores of a row.
+        config.fail_on_recompile_limit_hit = True
+
+
+def flex_on_grid(module, query, key, value, attention_mask, **settings):
+    """The library's flex attention, the row filled up to the length of its mask.
+
+    On a CPU it is not compiled, which takes long and has no backward pass there: right, slow, for trials.
+    """
+    width = query.shape[2]
+    more = attention_mask.shape[-1] - width
+    query, key, value = (pad(each, (0, 0, 0, more)) for each in (query, key, value))
+    with nullcontext() if query.is_cuda else _uncompiled():
+        output, _ = flex_attention_forward(module, query, key, value, attention_mask, **settings)
+    return output[:, :width], None
 
 
 def run(model, module: Callable, name: str, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ModelOutput]:
@@ -507,12 +602,20 @@ def prove(model, longest: float, own: Callable = own_log_probs, ours: Callable =
     key = (type(model), model.config.to_json_string(), model.config._attn_implementation, longest, own, ours)
     if key not in _PROVEN:
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), _uncompiled():
                 _PROVEN[key] = Trial(type(model), model.config, own, ours).layout(longest)
         except Exception as error:  # a foreign architecture may raise anything; it is then unproven
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             _PROVEN[key] = replace(SEPARATE, reason=f"a small model of this class cannot be tried ({text})")
     return _PROVEN[key]
+
+
+@contextmanager
+def _uncompiled() -> Generator[None]:
+    """Nothing is compiled inside, as flex attention would be for minutes, nor does it warn that it is not."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 _PROVEN: dict[tuple, Layout] = {}  # a trial takes a second or two, and a process may load several models of a class
@@ -534,8 +637,8 @@ class Trial:
         shared, padded, reason = 0.0, 0.0, ""
         if self.agree(self.model, gathers, [separate_rows(*self._all(), pad=0)]):
             padded = math.inf
-        if self.attention not in ("sdpa", "eager"):
-            reason = f"its attention is {self.attention}, and the mask needs sdpa or eager"
+        if self.attention not in ("sdpa", "eager", "flex_attention"):
+            reason = f"its attention is {self.attention}, and the mask needs sdpa, eager or flex_attention"
         elif not self.agree(self.model, gathers, [shared_rows(*self._all(), pad=0)]):
             reason = "its responses see more than the mask says"
         else:

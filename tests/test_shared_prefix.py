@@ -30,8 +30,10 @@ from hps.shared_prefix import (
     Layout,
     add_response_head,
     attention_mask,
+    block_mask,
     fill_rows,
     make_rows,
+    on_grid,
     prove,
     response_log_probs,
     separate_rows,
@@ -378,4 +380,92 @@ def test_attention_that_takes_no_mask_has_rows_of_their_own():
 
 def test_eager_attention_shares():
     model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="eager")
+    assert prove(model, 2048).shared == ANY
+
+
+# ---- flex attention; gradients are compared on CUDA alone (tests/test_gpu.py) ----
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 150), st.lists(st.integers(1, 150), min_size=1, max_size=5)), min_size=1, max_size=3
+    ),
+    st.none() | st.integers(1, 600),
+)
+def test_flex_attentions_mask_is_the_dense_one(lengths, budget):
+    """Token by token, and what it skips or takes as a whole is nowhere, or everywhere, visible."""
+    prompts = [[1] * prompt for prompt, _ in lengths]
+    responses = [[[2] * size for size in sizes] for _, sizes in lengths]
+    rows = shared_rows(prompts, responses, pad=0, budget=budget)
+    dense = attention_mask(rows["segments"])[:, 0]
+    mask = block_mask(rows["segments"], rows["position_ids"])
+    number, width, length = len(dense), dense.shape[1], mask.shape[-1]
+    assert length % 128 == 0 and width <= length
+    wanted = torch.eye(length, dtype=torch.bool).repeat(number, 1, 1)
+    wanted[:, :width, :width] = dense
+    row, place = torch.arange(number)[:, None, None], torch.arange(length)
+    assert torch.equal(mask.mask_mod(row, 0, place[:, None], place), wanted)
+    squares = wanted.unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
+    some, whole = squares.any(dim=4).any(dim=2), squares.all(dim=4).all(dim=2)
+    for expected, counts, columns in (
+        (some & ~whole, mask.kv_num_blocks, mask.kv_indices),
+        (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        listed = [
+            [sorted(line[:count].tolist()) for line, count in zip(lines, each, strict=True)]
+            for lines, each in zip(columns[:, 0], counts[:, 0], strict=True)
+        ]
+        assert listed == [[line.nonzero()[:, 0].tolist() for line in each] for each in expected]
+
+
+def test_a_response_alone_has_a_causal_mask():
+    """Prompt and response of 300 tokens in lines of 128 + 128 + 44: the first sees half of itself; the second the first
+    as a whole and half of itself. What fills the third up sees itself alone, so that no square of it is whole."""
+    rows = shared_rows([[1] * 200], [[[2] * 100]], pad=0)
+    mask = block_mask(rows["segments"], rows["position_ids"])
+    assert mask.shape == (1, 1, 384, 384)
+    assert mask.kv_num_blocks.tolist() == [[[1, 1, 3]]]
+    assert mask.kv_indices[0, 0, :, 0].tolist() == [0, 1, 0]
+    assert mask.full_kv_num_blocks.tolist() == [[[0, 1, 0]]]
+
+
+def test_lengths_on_a_grid():
+    """Two from a power of two to the next, multiples of 128; sixteen, multiples of 16."""
+    assert [on_grid(length, 2, 128) for length in (1, 128, 129, 257, 385, 513, 769, 1025, 1537, 2049)] == [
+        *(128, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
+    ]
+    assert [on_grid(length, 16, 16) for length in (1, 17, 220, 272, 273, 513, 1025, 4000)] == [
+        *(16, 32, 224, 272, 288, 544, 1088, 4096)
+    ]
+    for length in range(1, 5000):
+        assert length <= on_grid(length, 16, 16) <= max(length + 15, length * 17 / 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_flex_attentions_values_are_those_of_separate_rows(name, dtype):
+    """In one row, and in several; the prompts and responses take more than a square."""
+    model = model_of(ARCHITECTURES[name], dtype)
+    generator = torch.Generator().manual_seed(3)
+    prompts, responses = (
+        [torch.randint(90, (size,), generator=generator).tolist() for size in (70, 5)],
+        [
+            [torch.randint(90, (size,), generator=generator).tolist() for size in sizes]
+            for sizes in ((90, 3, 40), (20, 31))
+        ],
+    )
+    with torch.no_grad():
+        expected = by_hand(model, prompts, responses)
+        model.set_attn_implementation("flex_attention")
+        assert model.config._attn_implementation == "flex_attention"
+        for budget in (None, 10**9):
+            found = response_log_probs(model, shared_rows(prompts, responses, pad=0, budget=budget))
+            assert_close(found, expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+
+
+def test_flex_attention_shares():
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="flex_attention"
+    )
     assert prove(model, 2048).shared == ANY

@@ -15,11 +15,14 @@ from torch.func import functional_call
 from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from alignment.checks import check_attention
 from alignment.plan import plan, run_settings
 from alignment.reference import add_reference, cache_folder
 from alignment.train import build_trainer, training_config
+from hps import shared_prefix
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
-from hps.shared_prefix import SEPARATE
+from hps.errors import InputError
+from hps.shared_prefix import SEPARATE, block_mask
 from hps.trainer import HPSTrainer
 from pipeline.files import write_lines
 from pipeline.recipe import Recipe
@@ -329,6 +332,37 @@ def test_the_seed_makes_the_adapter(ranked_recipe):
         if "lora_A" in name:
             assert torch.equal(again.model.get_parameter(name), value)
             assert not torch.equal(other.model.get_parameter(name), value)
+
+
+# ---- attention ----
+
+
+def test_flex_attention_computes_a_micro_batch_in_one_row(uneven, monkeypatch):
+    """One row as long as both prompts and their responses, and the reference's values as with sdpa."""
+    lengths = []
+
+    def seen(segments, positions):
+        lengths.append(positions.shape)
+        return block_mask(segments, positions)
+
+    monkeypatch.setattr(shared_prefix, "block_mask", seen)
+    found = {}
+    for attention in ("sdpa", "flex"):
+        trainer = trainer_of(uneven(f"training.attention={attention}", f"run={attention}", "schedule.device_batch=2"))
+        found[attention] = trainer.reference_log_probs([trainer.rows[0], trainer.rows[1]])
+    assert found["flex"] == pytest.approx(found["sdpa"], rel=1e-5)
+    rows = [trainer.rows[0], trainer.rows[1]]
+    tokens = sum(len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows)
+    assert lengths[-1] == (1, tokens)
+
+
+def test_flex_attention_is_refused_where_it_cannot_train(ranked_recipe):
+    with pytest.raises(InputError, match="torch trains with it on CUDA alone; here is no CUDA device; use training.at"):
+        check_attention(ranked_recipe("training.attention=flex"))
+    check_attention(ranked_recipe())
+    recipe = ranked_recipe("training.attention=flex", "training.shared_prefix=false")
+    with pytest.raises(InputError, match="is `flex`, and some .* share a prompt: `training.shared_prefix` is false; "):
+        trainer_of(recipe)
 
 
 # ---- what is found again ----

@@ -139,7 +139,7 @@ MUTATIONS = [
     Mutation(
         "row_tokens is not passed on",
         TRAIN,
-        "layout, recipe.training.row_tokens)",
+        "layout, row_tokens)",
         "layout)",
         (f"{STEP}[hps-checkpointing]",),
     ),
