@@ -346,7 +346,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         args=config,
         loss=recipe.loss,
         train_dataset=rows,
-        data_collator=PlanCollator(tokenizer.pad_token_id, layout, row_tokens),
+        data_collator=PlanCollator(tokenizer.pad_token_id, layout, row_tokens, torch.cuda.is_available()),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
         callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch)],

@@ -115,7 +115,11 @@ def fill_rows(sizes: list[int], budget: int | None) -> list[list[int]]:
 
 
 def shared_rows(
-    prompts: list[list[int]], responses: list[list[list[int]]], pad: int, budget: int | None = None
+    prompts: list[list[int]],
+    responses: list[list[list[int]]],
+    pad: int,
+    budget: int | None = None,
+    gridded: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Prompts with all their responses as rows for `add_response_head`'s forward pass.
 
@@ -125,6 +129,7 @@ def shared_rows(
         pad: token that fills up rows.
         budget: tokens of a row, for `portions` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
             several prompts share a row where it is no longer than the longest.
+        gridded: the rows' length is `on_grid`, for CUDA; what they hold is the same.
 
     Returns:
         `input_ids`, `position_ids` and `segments` (rows, tokens, 2: number of the prompt and of the response, 0 in the
@@ -139,7 +144,7 @@ def shared_rows(
     ]
     groups = [len(prompt) + sum(map(len, each)) for prompt, each in split]
     rows = fill_rows(groups, budget)
-    width = max(sum(groups[index] for index in row) for row in rows)
+    width = _width(max(sum(groups[index] for index in row) for row in rows), gridded)
     ids, positions, segments = ([[] for _ in rows] for _ in range(3))
     scored: dict[int, list[int]] = {}
     starts: dict[int, list[tuple[int, int]]] = {}
@@ -157,9 +162,9 @@ def shared_rows(
             segments[number] += [(index, place) for place, part in enumerate([prompt, *each]) for _ in part]
     flat = [response for _, each in split for response in each]
     return {
-        "input_ids": _rectangle(ids, pad),
-        "position_ids": _rectangle(positions, 0),
-        "segments": _rectangle(segments, -1),
+        "input_ids": _rectangle(ids, pad, width),
+        "position_ids": _rectangle(positions, 0, width),
+        "segments": _rectangle(segments, -1, width),
         "scored": torch.tensor([place for _, places in sorted(scored.items()) for place in places]),
         "targets": torch.tensor([token for response in flat for token in response]),
         "sizes": torch.tensor([len(response) for response in flat]),
@@ -167,28 +172,40 @@ def shared_rows(
     }
 
 
-def _rectangle(rows: list[list], filler: int) -> torch.Tensor:
+def _rectangle(rows: list[list], filler: int, width: int) -> torch.Tensor:
     """Rows of unequal lengths as a tensor, filled up at their right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+    filled = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+    more = width - filled.shape[1]
+    return torch.cat([filled, filled.new_full((len(rows), more, *filled.shape[2:]), filler)], dim=1) if more else filled
+
+
+def _width(tokens: int, gridded: bool) -> int:
+    """Of rows. On CUDA cuBLAS and cuDNN choose, plan and cache by shape, and a mask of another width is copied."""
+    return on_grid(tokens, 16, 16) if gridded else tokens
 
 
 def separate_rows(
-    prompts: list[list[int]], responses: list[list[list[int]]], pad: int, alone: bool = False
+    prompts: list[list[int]],
+    responses: list[list[list[int]]],
+    pad: int,
+    alone: bool = False,
+    gridded: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The same, a row for each response, padded at its right: `attention_mask` in the place of `segments`.
 
     Args:
         alone: the rows pass the model one by one and without their padding: `lengths` in the place of a mask.
+        gridded: as for `shared_rows`.
     """
     pairs = [(prompt, response) for prompt, each in zip(prompts, responses, strict=True) for response in each]
-    width = max(len(prompt) + len(response) for prompt, response in pairs)
+    width = _width(max(len(prompt) + len(response) for prompt, response in pairs), gridded)
     begins = [(number * width, number * width + len(prompt)) for number, (prompt, _) in enumerate(pairs)]
     rows = [[*prompt, *response] for prompt, response in pairs]
     lengths = torch.tensor(list(map(len, rows)))
     kind = {"lengths": lengths} if alone else {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
     ends = [(start - 1, len(response)) for (_, start), (_, response) in zip(begins, pairs, strict=True)]
     return {
-        "input_ids": _rectangle(rows, pad),
+        "input_ids": _rectangle(rows, pad, width),
         **kind,
         "scored": torch.cat([torch.arange(first, first + size) for first, size in ends]),
         "targets": torch.tensor([token for _, response in pairs for token in response]),
@@ -198,13 +215,18 @@ def separate_rows(
 
 
 def make_rows(
-    layout: Layout, prompts: list[list[int]], responses: list[list[list[int]]], pad: int, budget: int | None = None
+    layout: Layout,
+    prompts: list[list[int]],
+    responses: list[list[list[int]]],
+    pad: int,
+    budget: int | None = None,
+    gridded: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The cheapest rows that are right for these conversations; the arguments are those of `shared_rows`."""
     longest = max(len(prompt) + max(map(len, each)) for prompt, each in zip(prompts, responses, strict=True))
     if longest <= layout.shared:
-        return shared_rows(prompts, responses, pad, budget)
-    return separate_rows(prompts, responses, pad, alone=longest > layout.padded)
+        return shared_rows(prompts, responses, pad, budget, gridded)
+    return separate_rows(prompts, responses, pad, longest > layout.padded, gridded)
 
 
 def common_prefix(rows: list[list[int]]) -> int:
@@ -337,7 +359,11 @@ class OwnHead:
 def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What a model is called with for rows of `shared_rows` or `separate_rows`."""
     if "segments" not in rows:
-        return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "use_cache": False}
+        given = rows.get("attention_mask")
+        # Padding is at the right, where no token sees it. Without a mask sdpa takes flash attention on CUDA.
+        if given is not None and given.is_cuda and model.config._attn_implementation == "sdpa":
+            given = None
+        return {"input_ids": rows["input_ids"], "attention_mask": given, "use_cache": False}
     if model.config._attn_implementation == "flex_attention":
         use_flex()
         mask = block_mask(rows["segments"], rows["position_ids"])
@@ -351,7 +377,7 @@ def dense_mask(model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
     mask: Any = attention_mask(rows["segments"])
     if model.config._attn_implementation == "sdpa":
         ALL_ATTENTION_FUNCTIONS["sdpa"] = block_attention
-        mask.blocks = blocks(rows)
+        mask.blocks = blocks(rows, gridded=mask.is_cuda)
         return mask
     # Eager attention adds its mask.
     lowest = torch.finfo(model.dtype).min
@@ -364,21 +390,30 @@ class Block:
 
     Attributes:
         row, start, end: the prompt's row, its first place and the place after its last.
+        more: padding after the prompt's tokens, which nobody sees.
         places: (R, L), of the responses' tokens in the row, 0 on padding.
-        taken: (R, L), False on padding.
-        visible: (R, 1, L, prompt + L), which of the prompt and of its own tokens a response's token sees.
+        taken, filled: of all tokens of the responses, in `places` flattened and in the row.
+        visible: (R, 1, L, prompt + more + L), which of the prompt and of its own tokens a response's token sees.
     """
 
     row: int
     start: int
     end: int
+    more: int
     places: torch.Tensor
     taken: torch.Tensor
+    filled: torch.Tensor
     visible: torch.Tensor
 
 
-def blocks(rows: dict[str, torch.Tensor]) -> list[Block]:
-    """The prompts of `shared_rows` with their responses, in the order of the rows."""
+def blocks(rows: dict[str, torch.Tensor], gridded: bool = False) -> list[Block]:
+    """The prompts of `shared_rows` with their responses, in the order of the rows.
+
+    What the attention of a layer needs is on the device afterwards, so that no layer waits for the CPU.
+
+    Args:
+        gridded: lengths of prompt and responses are `on_grid`.
+    """
     width, device = rows["input_ids"].shape[1], rows["input_ids"].device
     groups: dict[int, list[tuple[int, int]]] = {}
     for (prompt, start), size in zip(rows["starts"].tolist(), rows["sizes"].tolist(), strict=True):
@@ -387,12 +422,16 @@ def blocks(rows: dict[str, torch.Tensor]) -> list[Block]:
     for prompt, responses in sorted(groups.items()):
         first = prompt % width
         end = min(start for start, _ in responses)
-        starts, sizes = (torch.tensor(each, device=device)[:, None] for each in zip(*responses, strict=True))
-        steps = torch.arange(int(sizes.max()), device=device)
+        more = _width(end - first, gridded) - (end - first)
+        starts, sizes = (torch.tensor(each)[:, None] for each in zip(*responses, strict=True))
+        steps = torch.arange(_width(int(sizes.max()), gridded))
         taken = steps < sizes
+        places = (starts + steps) * taken
+        indices = (each.to(device) for each in (places, taken.flatten().nonzero()[:, 0], places[taken]))
         own = torch.ones(len(steps), len(steps), dtype=torch.bool, device=device).tril()
-        visible = torch.cat([own.new_ones(len(steps), end - first), own], dim=1).expand(len(responses), 1, -1, -1)
-        found.append(Block(prompt // width, first, end, (starts + steps) * taken, taken, visible))
+        prefix = [own.new_ones(len(steps), end - first), own.new_zeros(len(steps), more)]
+        visible = torch.cat([*prefix, own], dim=1).expand(len(responses), 1, -1, -1)
+        found.append(Block(prompt // width, first, end, more, *indices, visible))
     return found
 
 
@@ -406,18 +445,21 @@ def block_attention(module, query, key, value, attention_mask, **settings):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     result = None
     for block in found:
-        prompt = [each[block.row : block.row + 1, :, block.start : block.end] for each in (query, key, value)]
-        output = sdpa_attention_forward(module, *prompt, None, **settings)[0][0]
+        asks, *prompt = (
+            _lengthened(each[block.row : block.row + 1, :, block.start : block.end], block.more)
+            for each in (query, key, value)
+        )
+        output = sdpa_attention_forward(module, asks, prompt[0], prompt[1], None, **settings)[0][0]
         if result is None:  # of the output's dtype, which autocast may have made another than the query's
             result = output.new_zeros(query.shape[0], query.shape[2], *output.shape[1:])
-        result[block.row, block.start : block.end] = output
+        result[block.row, block.start : block.end] = output[: block.end - block.start]
         own, *seen = (each[block.row][:, block.places].transpose(0, 1) for each in (query, key, value))
         keys, values = (
             torch.cat([before.expand(len(after), -1, -1, -1), after], dim=2)
-            for before, after in zip(prompt[1:], seen, strict=True)
+            for before, after in zip(prompt, seen, strict=True)
         )
         output = sdpa_attention_forward(module, own, keys, values, block.visible, **settings)[0]
-        result[block.row, block.places[block.taken]] = output[block.taken]
+        result[block.row, block.filled] = output.flatten(0, 1)[block.taken]
     return result, None
 
 
@@ -439,10 +481,15 @@ def flex_on_grid(module, query, key, value, attention_mask, **settings):
     """
     width = query.shape[2]
     more = attention_mask.shape[-1] - width
-    query, key, value = (pad(each, (0, 0, 0, more)) for each in (query, key, value))
+    query, key, value = (_lengthened(each, more) for each in (query, key, value))
     with nullcontext() if query.is_cuda else _uncompiled():
         output, _ = flex_attention_forward(module, query, key, value, attention_mask, **settings)
     return output[:, :width], None
+
+
+def _lengthened(states: torch.Tensor, more: int) -> torch.Tensor:
+    """(rows, heads, tokens, head size) with so many tokens of zeros at the end."""
+    return pad(states, (0, 0, 0, more)) if more else states
 
 
 def run(model, module: Callable, name: str, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ModelOutput]:
@@ -635,7 +682,10 @@ class Trial:
         """See `prove`."""
         gathers = self.agree(self.model, True, self._alone())
         shared, padded, reason = 0.0, 0.0, ""
-        if self.agree(self.model, gathers, [separate_rows(*self._all(), pad=0)]):
+        # On CUDA sdpa is called without a mask (`backbone_inputs`).
+        without = [{"attention_mask": None}] if torch.cuda.is_available() else []
+        batches = [separate_rows(*self._all(), pad=0) | change for change in ({}, *without)]
+        if all(self.agree(self.model, gathers, [rows]) for rows in batches):
             padded = math.inf
         if self.attention not in ("sdpa", "eager", "flex_attention"):
             reason = f"its attention is {self.attention}, and the mask needs sdpa, eager or flex_attention"

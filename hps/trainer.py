@@ -56,6 +56,7 @@ class PlanCollator:
     pad_token_id: int
     layout: Layout = SEPARATE
     row_tokens: int | None = None
+    gridded: bool = False
 
     def __call__(self, examples: list[dict]) -> dict:
         lengths = [[len(ids) for ids in example["response_ids"]] for example in examples]
@@ -80,7 +81,7 @@ class PlanCollator:
     def rows(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """The rows of a forward pass alone."""
         prompts, responses = ([example[name] for example in examples] for name in ("prompt_ids", "response_ids"))
-        return make_rows(self.layout, prompts, responses, self.pad_token_id, self.row_tokens)
+        return make_rows(self.layout, prompts, responses, self.pad_token_id, self.row_tokens, self.gridded)
 
 
 def _padded(lists: Sequence[Sequence[float]], value: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -31,6 +31,7 @@ from hps.shared_prefix import (
     add_response_head,
     attention_mask,
     block_mask,
+    blocks,
     fill_rows,
     make_rows,
     on_grid,
@@ -381,6 +382,56 @@ def test_attention_that_takes_no_mask_has_rows_of_their_own():
 def test_eager_attention_shares():
     model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="eager")
     assert prove(model, 2048).shared == ANY
+
+
+# ---- lengths on a grid, as on CUDA ----
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_longer_rows_and_blocks_hold_the_same(name, monkeypatch):
+    """Values and gradients in float64, with the rows, the prompts and the responses padded, and half of it alone."""
+    model = model_of(ARCHITECTURES[name])
+    exact_norms(model)
+    expected = by_hand(model, PROMPTS, RESPONSES)
+    wanted = gradients(model, expected)
+    for rows in (True, False):
+        for inside in (True, False):
+            monkeypatch.setattr(shared_prefix, "blocks", lambda rows, gridded, inside=inside: blocks(rows, inside))
+            made = shared_rows(PROMPTS, RESPONSES, pad=0, budget=22, gridded=rows)
+            assert made["input_ids"].shape[1] == (32 if rows else 18)
+            found = response_log_probs(model, made)
+            assert_close(found, expected, rtol=0, atol=1e-9)
+            for key, value in gradients(model, found).items():
+                assert_close(value, wanted[key], rtol=0, atol=1e-9 * max(1.0, float(wanted[key].abs().max())), msg=key)
+
+
+def test_blocks_by_hand():
+    """Prompt [1, 2] with [3, 4] and [5], as it is and on the grid: 16 places for the prompt, 16 for each response."""
+    rows = shared_rows([[1, 2]], [[[3, 4], [5]]], pad=0)
+    (block,), (wide,) = blocks(rows), blocks(rows, gridded=True)
+    for found in (block, wide):
+        assert (found.row, found.start, found.end) == (0, 0, 2)
+        assert found.filled.tolist() == [2, 3, 4]
+        assert found.places[:, :2].tolist() == [[2, 3], [4, 0]]
+    assert (block.more, wide.more) == (0, 14)
+    assert (block.taken.tolist(), wide.taken.tolist()) == ([0, 1, 2], [0, 1, 16])
+    assert block.visible[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert wide.places.shape == (2, 16) and wide.visible.shape == (2, 1, 16, 32)
+    assert wide.visible[0, 0, 1].nonzero()[:, 0].tolist() == [0, 1, 16, 17]
+
+
+def test_separate_rows_need_no_mask(monkeypatch):
+    """Padding at the right is seen by no token before it. Where there is CUDA, the trial tries it, too."""
+    model = model_of(ARCHITECTURES["llama"])
+    rows = separate_rows(PROMPTS, RESPONSES, pad=0, gridded=True)
+    assert rows["input_ids"].shape == (6, 16)
+    with torch.no_grad():
+        expected = by_hand(model, PROMPTS, RESPONSES)
+        for change in ({}, {"attention_mask": None}):
+            assert_close(response_log_probs(model, rows | change), expected, rtol=0, atol=1e-9)
+    monkeypatch.setattr(shared_prefix, "_PROVEN", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert prove(model, 2048) == Layout(ANY, ANY, True, "")
 
 
 # ---- flex attention; gradients are compared on CUDA alone (tests/test_gpu.py) ----

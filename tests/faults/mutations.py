@@ -139,8 +139,8 @@ MUTATIONS = [
     Mutation(
         "row_tokens is not passed on",
         TRAIN,
-        "layout, row_tokens)",
-        "layout)",
+        "layout, row_tokens, ",
+        "layout, None, ",
         (f"{STEP}[hps-checkpointing]",),
     ),
     Mutation(
