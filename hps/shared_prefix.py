@@ -13,6 +13,7 @@ are too long for sharing get separate rows.
 import copy
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,6 +36,9 @@ from transformers.utils import ModelOutput
 
 # Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass keeps a few such tensors.
 CHUNK_LOGITS = 2**24
+# On CUDA a 256th of the card in fp32. The head's weights are read once a chunk: 1 GB in bf16 for Llama 3, whose product
+# takes longer than the reading from about 300 tokens on; on 80 GB a chunk has 654.
+CUDA_SHARE = 256
 # A prompt's responses are split over rows of at most this many tokens where no budget is given.
 ROW_TOKENS = 2048
 ONE_ROW = 2**31 - 1  # a budget above the tokens of any micro-batch
@@ -93,6 +97,18 @@ def portions(prompt: int, responses: list[int], budget: int, shared: bool) -> It
     yield part
 
 
+def balanced(prompt: int, responses: list[int], budget: int) -> list[list[int]]:
+    """`portions` for rows that are padded to the longest: as few as the budget allows, the longest short."""
+
+    def split(limit: int) -> list[list[int]]:
+        return list(portions(prompt, responses, limit, shared=True))
+
+    if (fewest := len(split(budget))) == 1:
+        return split(budget)
+    # A smaller budget never makes fewer.
+    return split(bisect_left(range(budget), -fewest, key=lambda limit: -len(split(limit))))
+
+
 def fill_rows(sizes: list[int], budget: int | None) -> list[list[int]]:
     """Which groups (a prompt and its responses) share a row: first fit, longest first.
 
@@ -127,7 +143,7 @@ def shared_rows(
         prompts: token ids of each prompt, at least one.
         responses: token ids of each prompt's responses, none empty.
         pad: token that fills up rows.
-        budget: tokens of a row, for `portions` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
+        budget: tokens of a row, for `balanced` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
             several prompts share a row where it is no longer than the longest.
         gridded: the rows' length is `on_grid`, for CUDA; what they hold is the same.
 
@@ -140,7 +156,7 @@ def shared_rows(
     split = [
         (prompt, [each[index] for index in part])
         for prompt, each in zip(prompts, responses, strict=True)
-        for part in portions(len(prompt), list(map(len, each)), budget or ROW_TOKENS, shared=True)
+        for part in balanced(len(prompt), list(map(len, each)), budget or ROW_TOKENS)
     ]
     groups = [len(prompt) + sum(map(len, each)) for prompt, each in split]
     rows = fill_rows(groups, budget)
@@ -560,7 +576,7 @@ def token_log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.
     """
     if isinstance(head, torch.nn.Identity):
         return _log_probs(head, hidden, targets)
-    chunk = max(1, CHUNK_LOGITS // head.out_features)
+    chunk = max(1, chunk_logits(hidden.device) // head.out_features)
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return torch.cat([_log_probs(head, *part) for part in parts])
@@ -568,6 +584,13 @@ def token_log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.
     if any(weight.requires_grad or hasattr(weight, "ds_id") for weight in head.parameters()):
         return torch.cat([checkpoint(_log_probs, head, *part, use_reentrant=False) for part in parts])
     return torch.cat([_FrozenHead.apply(head, *part) for part in parts])
+
+
+def chunk_logits(device: torch.device) -> int:
+    """How many logits are made at one time on a device."""
+    if device.type != "cuda":
+        return CHUNK_LOGITS
+    return max(CHUNK_LOGITS, torch.cuda.get_device_properties(device).total_memory // CUDA_SHARE // 4)
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from hps.shared_prefix import (
     Layout,
     add_response_head,
     attention_mask,
+    balanced,
     block_mask,
     blocks,
     fill_rows,
@@ -193,6 +195,37 @@ def test_a_long_list_is_split_over_rows(budget, monkeypatch):
         assert_close(response_log_probs(model, rows), by_hand(model, PROMPTS, RESPONSES), rtol=0, atol=1e-9)
 
 
+def test_a_split_list_is_balanced():
+    """8 x 300 tokens after a prompt of 170 take two rows of at most 2,048: of four each, not of six and two."""
+    assert balanced(170, [300] * 8, 2048) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert shared_rows([[1] * 170], [[[2] * 300] * 8], pad=0)["input_ids"].shape == (2, 1370)
+    assert balanced(170, [300] * 6, 2048) == [[0, 1, 2, 3, 4, 5]]
+    assert balanced(6, [20, 1, 1], 12) == [[0], [1, 2]]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20), st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 90))
+def test_balanced_rows_are_the_best_of_all(prompt, responses, budget):
+    """Of all ways to cut the list that keep to the budget: the fewest rows, then the shortest longest."""
+
+    def tokens(part):
+        return prompt + sum(responses[index] for index in part)
+
+    ways = []
+    for cuts in range(2 ** (len(responses) - 1)):
+        parts = [[0]]
+        for index in range(1, len(responses)):
+            if cuts >> (index - 1) & 1:
+                parts.append([index])
+            else:
+                parts[-1].append(index)
+        if all(tokens(part) <= budget or len(part) == 1 for part in parts):
+            ways.append((len(parts), max(map(tokens, parts))))
+    found = balanced(prompt, responses, budget)
+    assert [index for part in found for index in part] == list(range(len(responses)))
+    assert (len(found), max(map(tokens, found))) == min(ways)
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.none() | st.integers(1, 120))
 def test_rows_are_filled_within_the_budget(sizes, budget):
@@ -221,6 +254,16 @@ def test_the_head_never_makes_more_logits_than_its_chunk(monkeypatch, trains, ca
     whole = head(hidden).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     assert_close(values, whole)
     assert_close(grad, torch.autograd.grad(whole.square().sum(), hidden)[0])
+
+
+def test_the_heads_chunk_grows_with_the_card(monkeypatch):
+    """80 GiB: 2^30 x 80 / 256 / 4 logits, 654 tokens of 128,256; never below the CPU's 2^24."""
+    for gib, logits in ((80, 83_886_080), (24, 25_165_824), (8, 2**24)):
+        card = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        assert shared_prefix.chunk_logits(torch.device("cuda", 0)) == logits
+    assert 83_886_080 // 128_256 == 654
+    assert shared_prefix.chunk_logits(torch.device("cpu")) == 2**24
 
 
 @pytest.mark.parametrize("trains", ["nothing", "all but the head", "all"])
