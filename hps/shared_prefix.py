@@ -34,6 +34,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
+from hps.row_costs import RowCosts
+
 # Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass keeps a few such tensors.
 CHUNK_LOGITS = 2**24
 # On CUDA a 256th of the card in fp32. The head's weights are read once a chunk: 1 GB in bf16 for Llama 3, whose product
@@ -41,6 +43,7 @@ CHUNK_LOGITS = 2**24
 CUDA_SHARE = 256
 # A prompt's responses are split over rows of at most this many tokens where no budget is given.
 ROW_TOKENS = 2048
+TAKE_MASKS = ("sdpa", "eager", "flex_attention")  # attention that can share a prompt
 ONE_ROW = 2**31 - 1  # a budget above the tokens of any micro-batch
 FLEX_BLOCK = 128  # flex attention skips what no token sees in squares of this many tokens
 FLEX_KERNELS = 64  # at most, that a process compiles: two (with and without gradients) for a length of its grid
@@ -237,10 +240,18 @@ def make_rows(
     pad: int,
     budget: int | None = None,
     gridded: bool = False,
+    costs: RowCosts | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The cheapest rows that are right for these conversations; the arguments are those of `shared_rows`."""
-    longest = max(len(prompt) + max(map(len, each)) for prompt, each in zip(prompts, responses, strict=True))
-    if longest <= layout.shared:
+    """The cheapest rows that are right for these conversations.
+
+    Args:
+        prompts, responses, pad, budget, gridded: as for `shared_rows`.
+        costs: of both kinds of rows; None: shared ones are always cheaper, as on a CPU.
+    """
+    lengths = list(map(len, prompts)), [list(map(len, each)) for each in responses]
+    longest = max(prompt + max(sizes) for prompt, sizes in zip(*lengths, strict=True))
+    apart = costs and longest <= layout.padded and costs.separate(*lengths) < costs.shared(*lengths)
+    if longest <= layout.shared and not apart:
         return shared_rows(prompts, responses, pad, budget, gridded)
     return separate_rows(prompts, responses, pad, longest > layout.padded, gridded)
 
@@ -697,6 +708,9 @@ class Trial:
     def __init__(self, architecture: type, config, own: Callable, ours: Callable):
         self.architecture, self.own, self.ours = architecture, own, ours
         self.attention = config._attn_implementation
+        if self.attention not in TAKE_MASKS:  # flash attention does not run on a CPU; padding is sdpa's
+            config = copy.deepcopy(config)
+            config._attn_implementation = "sdpa"
         self.pairs = [(prompt, response) for prompt, responses in TRIAL for response in responses]
         self.config, self.model = self._small_model(config)
         self.tolerance = TOLERANCE[self.model.dtype]
@@ -710,8 +724,8 @@ class Trial:
         batches = [separate_rows(*self._all(), pad=0) | change for change in ({}, *without)]
         if all(self.agree(self.model, gathers, [rows]) for rows in batches):
             padded = math.inf
-        if self.attention not in ("sdpa", "eager", "flex_attention"):
-            reason = f"its attention is {self.attention}, and the mask needs sdpa, eager or flex_attention"
+        if self.attention not in TAKE_MASKS:
+            reason = f"its attention is {self.attention}, and the mask needs {', '.join(TAKE_MASKS)}"
         elif not self.agree(self.model, gathers, [shared_rows(*self._all(), pad=0)]):
             reason = "its responses see more than the mask says"
         else:

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from hps import shared_prefix
+from hps.row_costs import RowCosts
 from hps.shared_prefix import (
     Layout,
     add_response_head,
@@ -389,6 +390,19 @@ def test_a_limit_divides_the_rows():
         assert kind in make_rows(layout, [[1, 2]], [[[3], [4] * (length - 2)]], pad=0)
 
 
+def test_the_cost_divides_the_rows():
+    """A token costs 100, a causal pair 1, a masked one 8: a prompt of 2 with 3 + 3 tokens takes 800 + 2 + 240 together
+    and 2 x (500 + 12.5) apart, with 2 + 2 tokens 600 + 2 + 128 and 2 x (400 + 8)."""
+    costs = RowCosts(token=100.0, causal=1.0, masked=8.0)
+    for layout, size, kind in (
+        (Layout(ANY, ANY, True, ""), 2, "segments"),
+        (Layout(ANY, ANY, True, ""), 3, "attention_mask"),
+        (Layout(ANY, 4, True, ""), 3, "segments"),  # apart it would be row by row
+    ):
+        assert kind in make_rows(layout, [[1, 2]], [[[3] * size] * 2], pad=0, costs=costs)
+        assert "segments" in make_rows(layout, [[1, 2]], [[[3] * size] * 2], pad=0)
+
+
 def test_separate_rows_by_hand():
     """Prompt [1, 2] with [3, 4] and [5], in rows of four."""
     rows = separate_rows([[1, 2]], [[[3, 4], [5]]], pad=0)
@@ -419,7 +433,9 @@ def test_the_trial_leaves_model_and_seed_alone():
 def test_attention_that_takes_no_mask_has_rows_of_their_own():
     model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="sdpa")
     model.config._attn_implementation_internal = "flash_attention_2"
-    assert prove(model, 2048).shared == 0
+    reason = "its attention is flash_attention_2, and the mask needs sdpa, eager, flex_attention"
+    assert prove(model, 2048) == Layout(0, ANY, True, reason)
+    assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_eager_attention_shares():
