@@ -16,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from alignment.checks import check_wandb, try_lora
+from alignment.checks import check_attention, check_wandb, try_lora
 from alignment.memory import architecture, count_weights, deepspeed_stage, memory_lines, responses_per_prompt
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
@@ -302,6 +302,7 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
         for role in functions:
             try_function(stage, recipe, role)
         if stage == "run":
+            check_attention(recipe)
             check_wandb(recipe)
     for line in lines:
         print(f"plan: {line}")
