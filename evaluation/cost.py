@@ -283,7 +283,7 @@ def _held_out(recipe: Recipe, _: dict) -> dict[str, float]:
     """Each pair's passes; the rounding floor's and the start's seconds count as theirs."""
     folder = recipe.evaluated_folder() / "evaluation"
     seconds, _ = took(folder)
-    pairs = sum(1 for _ in read_jsonl(folder / "margins.jsonl"))
+    pairs = sum(1 for _ in read_jsonl(folder / "pairs.jsonl"))
     if not pairs:
         raise InputError("there is no pair", where=str(folder))
     return {"held_out_devices": 1, "pass_seconds": seconds / pairs / passes_of_a_pair(recipe)}

@@ -120,7 +120,7 @@ def test_rates_of_a_finished_run_by_hand(ranked_recipe, tiny_model):
     steps = [{"step": 1, "num_tokens": 100.0}, {"step": 2, "num_tokens": 1100.0}, {"step": 3, "num_tokens": 2600.0}]
     lines = [json.dumps({**step, "tokens_per_second": 500.0}) + "\n" for step in steps]
     (run / "log.jsonl").write_text("".join(lines))
-    (run / "evaluation" / "margins.jsonl").write_text("{}\n" * 4)
+    (run / "evaluation" / "pairs.jsonl").write_text("{}\n" * 4)
     answer = {"prompt": [{"role": "user", "content": "a"}], "responses": ["x", "y"], "truncated": [False] * 2}
     answers = [{**answer, "prompt_id": str(number), "token_counts": [30, 20]} for number in range(4)]
     (run / "answers" / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
