@@ -31,7 +31,7 @@ on_gpu() { # interpreter, arguments of pytest
 
 if [[ "${1:-}" == gpu ]]; then
     shift
-    export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
+    source ./environment.sh # the variables that the drivers set
     if [[ -n "$PYTHON" ]]; then
         on_gpu "$PYTHON" "$@"
     else
