@@ -15,6 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 INFER=.venv-infer/bin/python
 TRAIN=.venv-train/bin/python
 PYTHON="${PYTHON:-}" # of the checks on a GPU
+ALL_CARDS=tests/test_gpu.py::test_all_cards_train_as_one
 # ------------------
 
 case "${1:-}" in -h | --help)
@@ -26,18 +27,23 @@ esac
 on_gpu() { # interpreter, arguments of pytest
     "$1" -m tests.pins
     # The values that a check measures are what the run is for (-s), and so is what was skipped (-rs).
-    "$1" -m pytest -m gpu -s -rs --durations 10 tests/test_gpu.py "${@:2}"
+    # A process that sees several cards would train on all of them at once, so the others are for the last check alone.
+    local first="${CUDA_VISIBLE_DEVICES:-0}"
+    CUDA_VISIBLE_DEVICES="${first%%,*}" "$1" -m pytest -m gpu -s -rs --durations 10 --deselect "$ALL_CARDS" \
+        tests/test_gpu.py "${@:2}"
 }
 
 if [[ "${1:-}" == gpu ]]; then
     shift
-    export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
+    source ./environment.sh # the variables that the drivers set
     if [[ -n "$PYTHON" ]]; then
         on_gpu "$PYTHON" "$@"
+        "$PYTHON" -m pytest -m gpu -s -rs "$ALL_CARDS"
     else
         bash setup.sh train
         bash setup.sh infer
         on_gpu "$TRAIN" "$@"
+        "$TRAIN" -m pytest -m gpu -s -rs "$ALL_CARDS"
         on_gpu "$INFER" -k "vllm or versions or driver" "$@"
     fi
     exit 0

@@ -278,19 +278,18 @@ def test_memory_of_a_step_against_the_formula(place, checkpointing):
 # ---- the real stage ----
 
 
-@pytest.fixture
-def on_cuda(no_card):
-    pytest.importorskip("trl")
-
-
 @pytest.mark.gpu
-def test_a_training_is_resumed_on_the_card(on_cuda, ranked_recipe):
+def test_a_training_is_resumed_on_the_card(no_card, ranked_recipe):
     """The real stage in bf16 on a tiny model: stopped after step 3, continued from step 2. On a card additions have no
     fixed order, so the weights are as near to the whole run's as those of another whole run are, times 10."""
+    pytest.importorskip("trl")
+    if torch.cuda.device_count() > 1:
+        pytest.skip("several GPUs are visible, and one process would use them all: CUDA_VISIBLE_DEVICES=0")
     test_train = pytest.importorskip("test_train")
     one, two, broken = (ranked_recipe(f"run={name}") for name in ("one", "two", "broken"))
     for recipe in (one, two):
         test_train.run(recipe)
+    test_train.plan(broken)
     test_train.interrupt(broken, step=3)
     test_train.train(broken)
     weights = [test_train.weights_of(recipe) for recipe in (one, two, broken)]
@@ -303,29 +302,29 @@ def test_a_training_is_resumed_on_the_card(on_cuda, ranked_recipe):
 
 
 @pytest.mark.gpu
-def test_all_cards_train_as_one(on_cuda, ranked_recipe, tiny_recipe, run_module):
-    """ZeRO-2 by torchrun over the cards against one process, the losses of the steps to 2 % (bf16)."""
+def test_all_cards_train_as_one(no_card, ranked_recipe, tiny_recipe, run_module):
+    """ZeRO-2 by torchrun over the cards against one process on the first: the losses of the steps to 5 % (bf16)."""
     cards = 2 ** int(math.log2(min(4, torch.cuda.device_count())))
     if cards == 1:
         pytest.skip("one GPU: several processes are not checked here")
-    pytest.importorskip("deepspeed")
-    from conftest import results, trained
-
-    alone = ranked_recipe("schedule.device_batch=1", "run=alone", "training.processes=1")
-    expected, _ = trained(alone)
-    settings = [
-        *("schedule.device_batch=1", "run=all", f"training.processes={cards}"),
-        f"training.deepspeed={REPOSITORY / 'configs/deepspeed/zero2.json'}",
-    ]
-    from alignment.plan import plan
-
-    recipe = ranked_recipe(*settings)
-    plan(recipe)
-    done = run_module("alignment.launch", tiny_recipe, *settings, env={**os.environ})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{cards} process(es), DeepSpeed ZeRO-2" in done.stdout
-    for ours, other in zip(expected, results(recipe)[0], strict=True):
-        assert ours["loss"] == pytest.approx(other["loss"], rel=0.02)
+    for package in ("trl", "deepspeed"):
+        pytest.importorskip(package)
+    losses = []
+    for processes in (1, cards):
+        settings = ["schedule.device_batch=1", f"run=on{processes}", f"training.processes={processes}"]
+        if processes > 1:
+            settings.append(f"training.deepspeed={REPOSITORY / 'configs/deepspeed/zero2.json'}")
+        test_train = pytest.importorskip("test_train")
+        recipe = ranked_recipe(*settings)
+        test_train.plan(recipe)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        seen = {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:processes])}
+        done = run_module("alignment.launch", tiny_recipe, *settings, env={**os.environ, **seen})
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"{processes} process(es), {'DeepSpeed ZeRO-2' if processes > 1 else 'no DeepSpeed'}" in done.stdout
+        losses.append([line["loss"] for line in test_train.log_of(recipe)])
+    print(f"losses of one process and of {cards}: {losses}")
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,9 @@ no network).
 import os
 import shutil
 import socket
+import sys
 import sysconfig
+from functools import partial
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -16,9 +18,13 @@ import torch
 from huggingface_hub import constants, errors
 from test_pin import response
 
+from alignment import launch
+from alignment.train import train
 from hps.errors import InputError
 from pipeline import machine, preflight
 from pipeline.actors import TAIL, log_tail
+from pipeline.cli import run_stage
+from pipeline.preflight import STAGES, machine_lines
 from pipeline.recipe import Model, load_recipe
 from pipeline.workers import check_meeting_point
 from tools.hub import hub_bytes
@@ -53,6 +59,28 @@ def test_cards_without_cuda_are_refused(cards, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(InputError, match="it is built for the CPU; build the environments for CUDA"):
         machine.check_cuda()
+
+
+def test_every_driver_refuses_them(cards, monkeypatch, capsys):
+    """A stage before its work, the launch before torchrun, the training itself, and the preflight."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(sys, "argv", ["stage", "configs/quickstart.yaml"])
+    recipe = load_recipe("configs/quickstart.yaml")
+    with pytest.raises(SystemExit) as ended:
+        run_stage(lambda recipe: pytest.fail("it works"), "about", "generation")
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: environment: this machine has 2 NVIDIA card(s)")
+    for work in (launch.main, lambda: train(recipe), *(partial(machine_lines, each, recipe, True) for each in STAGES)):
+        with pytest.raises(InputError, match=r"2 NVIDIA card\(s\)"):
+            work()
+
+
+def test_the_first_line_of_a_stage_is_its_device(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stage", "configs/quickstart.yaml"])
+    run_stage(lambda recipe: print("works"), "about", "generation")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"generation: on {machine.device()}" and second == "works"
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
