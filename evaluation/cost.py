@@ -184,9 +184,10 @@ def with_rates(cost: dict, path: str | None) -> dict:
     for name, value in rates.items():
         if name not in cost:
             raise InputError(f"no formula knows the rate `{name}`", where=path, remedy=f"known: {', '.join(cost)}")
-        if name == "prompts":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if name == "prompts" and (not isinstance(value, dict) or value.keys() != cost[name].keys()):
+            raise InputError(f"`{name}` is {value}", where=path, remedy="give {train: ..., test: ...}")
+        numbers = value.values() if name == "prompts" else [value]
+        if any(isinstance(each, bool) or not isinstance(each, int | float) or not each > 0 for each in numbers):
             raise InputError(f"`{name}` is {value}", where=path, remedy="give a number above 0")
     return cost | rates
 

@@ -83,6 +83,8 @@ def test_rates_of_a_file_win(tmp_path):
         "tokens_per_second: 0": "`tokens_per_second` is 0; give a number above 0",
         "tokens_per_second: yes": "`tokens_per_second` is True",
         "tokens_per_second: fast": "`tokens_per_second` is fast",
+        "prompts: 3": "`prompts` is 3; give {train",
+        "prompts: {train: 0, test: 1}": r"`prompts` is {'train': 0, 'test': 1}; give a number above 0",
         "- 1": "this is not a mapping of rates",
         "{": "no rates can be read",
     }
