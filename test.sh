@@ -4,6 +4,8 @@
 #   bash test.sh            the repository's behaviour, with both drivers on the real engine
 #   bash test.sh fast       the quick subset
 #   bash test.sh full       faults, fuzzing and stress as well
+#   bash test.sh gpu        checks on an NVIDIA GPU: random weights, no network, 10 minutes on an H100. PYTHON=/path/to/it
+#                           names an interpreter and skips the set-up; what it has not installed is listed as skipped
 #
 # Further arguments go to pytest.
 set -euo pipefail
@@ -12,6 +14,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # ---- settings ----
 INFER=.venv-infer/bin/python
 TRAIN=.venv-train/bin/python
+PYTHON="${PYTHON:-}" # of the checks on a GPU
+ALL_CARDS=tests/test_gpu.py::test_all_cards_train_as_one
 # ------------------
 
 case "${1:-}" in -h | --help)
@@ -19,6 +23,32 @@ case "${1:-}" in -h | --help)
     exit 0
     ;;
 esac
+
+on_gpu() { # interpreter, arguments of pytest
+    "$1" -m tests.pins
+    # The values that a check measures are what the run is for (-s), and so is what was skipped (-rs).
+    # A process that sees several cards would train on all of them at once, so the others are for the last check alone.
+    local first="${CUDA_VISIBLE_DEVICES:-0}"
+    CUDA_VISIBLE_DEVICES="${first%%,*}" "$1" -m pytest -m gpu -s -rs --durations 10 --deselect "$ALL_CARDS" \
+        tests/test_gpu.py "${@:2}"
+}
+
+if [[ "${1:-}" == gpu ]]; then
+    shift
+    source ./environment.sh # the variables that the drivers set
+    if [[ -n "$PYTHON" ]]; then
+        on_gpu "$PYTHON" "$@"
+        "$PYTHON" -m pytest -m gpu -s -rs "$ALL_CARDS"
+    else
+        bash setup.sh train
+        bash setup.sh infer
+        on_gpu "$TRAIN" "$@"
+        "$TRAIN" -m pytest -m gpu -s -rs "$ALL_CARDS"
+        on_gpu "$INFER" -k "vllm or versions or driver" "$@"
+    fi
+    exit 0
+fi
+
 only=" and not full"
 case "${1:-}" in
     fast) shift && only=" and not full and not slow" ;;
@@ -33,7 +63,7 @@ bash setup.sh train
 .venv-train/bin/shellcheck ./*.sh cluster/*.sbatch .ci/run
 # GPUs are hidden because the training tests are written for a CPU (bit-equality, fp32). One process per core with one
 # thread; all tests of a file run in one process.
-CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 "$TRAIN" -m pytest -m "not infer$only" --durations 10 \
+CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 "$TRAIN" -m pytest -m "not infer and not gpu$only" --durations 10 \
     --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
 # Every test of the inference environment starts an engine or Ray, which use all cores: none is quick.
 [[ "$only" == *slow ]] || "$INFER" -m pytest -m "infer$only" --durations 10 "$@"

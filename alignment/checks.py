@@ -1,4 +1,4 @@
-"""Checks before a model loads: LoRA's target modules exist, and wandb has a key."""
+"""Checks before a model loads: LoRA's target modules exist, attention can be trained here, and wandb has a key."""
 
 from hps.errors import InputError, refusal
 from pipeline.recipe import Recipe
@@ -54,6 +54,15 @@ def try_lora(recipe: Recipe) -> None:
         raise InputError(f"{FIELD}: {str(error).splitlines()[0]}", where=policy.path) from None
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise InputError(f"{FIELD}: the LM head cannot be adapted", where=policy.path, remedy="leave it out")
+
+
+def check_attention(recipe: Recipe) -> None:
+    """Refuse flex attention without CUDA, where torch has no backward pass for it."""
+    import torch
+
+    if recipe.training.attention == "flex" and not torch.cuda.is_available():
+        problem = "`training.attention` is `flex`, and torch trains with it on CUDA alone; here is no CUDA device"
+        raise InputError(problem, remedy="use training.attention=auto")
 
 
 def check_wandb(recipe: Recipe) -> None:

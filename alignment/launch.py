@@ -14,6 +14,7 @@ import sys
 
 from hps.errors import InputError, run_main
 from pipeline.cli import parse
+from pipeline.machine import check_cuda
 from pipeline.workers import accumulation_steps, node_count, process_count
 
 
@@ -39,6 +40,7 @@ def torchrun(arguments: list[str]) -> None:
 
 def main() -> None:
     recipe, _ = parse(__doc__, dry_run=False)
+    check_cuda()  # torchrun would otherwise start a process on the CPU for every card
     processes = process_count(recipe)
     accumulation_steps(recipe, processes)  # one clear error here instead of one per process
     training = ["-m", "alignment.train", *sys.argv[1:]]

@@ -1,6 +1,6 @@
 """Memory of a GPU in training, by formulas, for the dry run of run.sh.
 
-Reads   the policy's `config.json` (its folder, or the hub's cache), else `configs/shapes/` for the paper's 8B policies
+Reads   the policy's `config.json` (its folder, or the hub's cache), else the shape that SHAPES names
 
 In bf16, with P weights of which T train, on G GPUs (docs/operations.md):
 
@@ -31,7 +31,10 @@ from pipeline.records import read_json
 from pipeline.weights import UNUSABLE
 
 GIVEN = 2  # written responses of a prompt in the paper's data sets
-SHAPES = {"RLHFlow/Llama3-SFT-v2.0-epoch3": "configs/shapes/llama-3-8b.json"}
+SHAPES = {
+    "RLHFlow/Llama3-SFT-v2.0-epoch3": "configs/shapes/llama-3-8b.json",
+    "Qwen/Qwen2.5-1.5B-Instruct": "configs/shapes/qwen2.5-1.5b.json",
+}
 
 
 def responses_per_prompt(recipe: Recipe) -> int:
@@ -96,7 +99,7 @@ def activations(config, tokens: int, checkpointing: bool) -> float:
 
 def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     """Memory per GPU for ZeRO-1, 2, 3, a line each; one line with the reason if it cannot be estimated."""
-    config, source = _architecture(recipe)
+    config, source = architecture(recipe)
     if config is None:
         return [f"memory: not estimated, {source}"]
     try:
@@ -139,7 +142,7 @@ def deepspeed_stage(recipe: Recipe) -> int | None:
     return zero.get("stage")
 
 
-def _architecture(recipe: Recipe):
+def architecture(recipe: Recipe):
     """The policy's configuration and its source, or None and the reason. Does not use the network."""
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig

@@ -18,7 +18,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,17 +29,19 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback,
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig
 
-from alignment.checks import check_wandb, lora_config, try_lora
+from alignment.checks import check_attention, check_wandb, lora_config, try_lora
 from alignment.plan import ranked_prompts, read_plan, run_settings
 from alignment.reference import add_reference
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError, naming, run_main
 from hps.planning import weights_of
-from hps.shared_prefix import prove
+from hps.row_costs import RowCosts
+from hps.shared_prefix import ONE_ROW, Layout, prove
 from hps.trainer import HPSTrainer, PlanCollator, not_finite
 from pipeline.cli import parse
 from pipeline.files import Appender, file_hash, json_line, whole_folder, write_lines
 from pipeline.identity import check_model
+from pipeline.machine import device
 from pipeline.models import check_fits
 from pipeline.recipe import Recipe
 from pipeline.records import read_jsonl
@@ -170,12 +172,17 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
 def attention(recipe: Recipe) -> str | None:
     """The attention implementation that the recipe names.
 
-    `auto` is sdpa (or eager) if prompts are shared, because the mask needs it, else flash attention where installed.
+    `auto` is sdpa (or eager) if prompts are shared, because the mask needs it, else flash attention where installed;
+    `build_trainer` takes that, too, where the class of models cannot share.
     """
-    if recipe.training.attention != "auto":
-        return recipe.training.attention
-    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") and not recipe.training.shared_prefix
-    return "flash_attention_2" if flash else None
+    if (named := recipe.training.attention) != "auto":
+        return "flex_attention" if named == "flex" else named
+    return "flash_attention_2" if flash_attention() and not recipe.training.shared_prefix else None
+
+
+def flash_attention() -> bool:
+    """Whether the package flash-attn is there and of use."""
+    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
 def load_policy(recipe: Recipe, bf16: bool | None = None):
@@ -318,6 +325,18 @@ def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
     state.wait_for_everyone()
 
 
+def collator(recipe: Recipe, pad: int, layout: Layout, config) -> PlanCollator:
+    """How micro-batches become rows: those of the recipe, and on CUDA on a grid and by their cost."""
+    named, budget, costs = recipe.training.attention, recipe.training.row_tokens, None
+    if named == "flex" and budget is None:
+        budget = ONE_ROW  # it computes nothing between the prompts of a row
+    cuda = torch.cuda.is_available()
+    if cuda and named == "auto":
+        with suppress(AttributeError, TypeError):  # no sizes of Llama's kind of layers: prompts are shared
+            costs = RowCosts.of(config, recipe.lora.enabled, recipe.training.gradient_checkpointing)
+    return PlanCollator(pad, layout, budget, cuda, costs)
+
+
 def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     """The trainer on the plan's rows; without the reference's log-probabilities (`alignment.reference`)."""
     # `setdefault`: a user's own settings win. The id lets a continued run extend the same record.
@@ -332,16 +351,23 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     if not recipe.training.shared_prefix:
         layout = replace(layout, shared=0, reason="`training.shared_prefix` is false")
     if layout.shared < recipe.schedule.max_length:
+        if recipe.training.attention == "flex":
+            problem = f"`training.attention` is `flex`, and some conversations cannot share a prompt: {layout.reason}"
+            raise InputError(problem, remedy="use training.attention=auto")
         above = f" of more than {layout.shared} tokens" if layout.shared else ""
         PartialState().print(f"training: conversations{above} have rows of their own: {layout.reason}")
+    # The parent would load the frozen copy by its name alone, without the revision.
+    reference = None if recipe.lora.enabled else load_policy(recipe, config.bf16)
+    if not layout.shared and recipe.training.attention == "auto" and flash_attention():
+        for each in filter(None, (model, reference)):
+            each.set_attn_implementation("flash_attention_2")
     trainer = HPSTrainer(
         model=model,
-        # The parent would load the frozen copy by its name alone, without the revision.
-        ref_model=None if recipe.lora.enabled else load_policy(recipe, config.bf16),
+        ref_model=reference,
         args=config,
         loss=recipe.loss,
         train_dataset=rows,
-        data_collator=PlanCollator(tokenizer.pad_token_id, layout, recipe.training.row_tokens),
+        data_collator=collator(recipe, tokenizer.pad_token_id, layout, model.config.get_text_config()),
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
         callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch)],
@@ -393,6 +419,7 @@ def check_shared(folder: Path, state: PartialState) -> None:
 
 def train(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
+    on = device()
     check_model(recipe.models.policy, "models.policy")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
@@ -400,6 +427,7 @@ def train(recipe: Recipe) -> None:
             leave_out_shared_memory_op()
     folder = recipe.run_folder()
     state = PartialState(cpu=not torch.cuda.is_available())
+    state.print(f"training: on {on}", flush=True)
     with hold(folder) if state.is_main_process else nullcontext():
         check_shared(folder, state)
         # Every process claims: all find the same, so none hangs.
@@ -409,6 +437,7 @@ def train(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
     folder = work.folder
+    check_attention(recipe)
     check_wandb(recipe)
     check_fits("run", recipe, "policy")
     if recipe.lora.enabled:
@@ -430,6 +459,7 @@ def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
             outputs += sorted(path for path in folder.glob(f"{saved}/*") if path.is_file())
         seconds = round(result.metrics["train_runtime"], 1)
         facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut, "equal_rows": trainer.rows.equal}
+        facts["devices"] = state.num_processes
         work.finish(outputs, [recipe.ranked("train")], **facts)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
 
@@ -446,7 +476,8 @@ def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:
     say(
         f"training: {recipe.loss.family}-{recipe.loss.preference}, {state.num_processes} process(es), {how}, "
         f"attention {trainer.model.config._attn_implementation}, "
-        f"{'shared prompts' if trainer.data_collator.layout.shared else 'separate rows'}, "
+        f"{'shared prompts' if trainer.data_collator.layout.shared else 'separate rows'}"
+        f"{' where that is estimated to be faster' if trainer.data_collator.costs else ''}, "
         f"{trainable:,} weights train",
         flush=True,
     )

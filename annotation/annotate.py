@@ -154,4 +154,4 @@ def _score_all(recipe: Recipe, results: dict[str, Results]) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(annotate, __doc__)
+    run_stage(annotate, __doc__, "annotation", cluster=True)

@@ -96,4 +96,4 @@ def score_all(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(score_all, __doc__)
+    run_stage(score_all, __doc__, "scores", cluster=True)

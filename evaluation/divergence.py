@@ -71,4 +71,4 @@ def answer_figures(record: Answers, scorer: HeldOut) -> dict:
 
 
 if __name__ == "__main__":
-    run_stage(measure_all, __doc__)
+    run_stage(measure_all, __doc__, "divergence")

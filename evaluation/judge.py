@@ -20,7 +20,7 @@ from typing import Any
 from generation.generate import sample
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError, shorten
-from pipeline.cli import counted, progress, run_stage
+from pipeline.cli import announce_device, counted, progress, run_stage
 from pipeline.files import Appender, value_hash, write_json
 from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
@@ -164,6 +164,7 @@ def judge(recipe: Recipe) -> None:
     if not recipe.judge.enabled:
         print("judge: off (`judge.enabled: false` in the recipe)")
         return
+    announce_device("judge", cluster=True)
     check_model(recipe.models.judge, "models.judge")
     wanted = wanted_verdicts(recipe)
     settings = judge_settings(recipe)  # only once: it hashes all weights of a local judge

@@ -256,4 +256,4 @@ def print_metrics(metrics: dict, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(evaluate, __doc__)
+    run_stage(evaluate, __doc__, "held-out")

@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from evaluation.cost import estimate
+from evaluation.cost import estimate, with_rates
 from evaluation.matrix import PILOT, load_matrix, recipes_of
 from evaluation.pilot import page as pilot_page
 from evaluation.pilot import pilot
@@ -228,8 +228,12 @@ def write_pilot(found: dict, scale: str, path: Path) -> None:
         print(f"reproduce: {each.relative_to(REPOSITORY)}")
 
 
-def plan(table: str, scale: str, only: str | None = None) -> list[str]:
-    """What `reproduce` would do, as lines: runs, hours, disk. InputError: no run's title contains `only`."""
+def plan(table: str, scale: str, only: str | None = None, rates: str | None = None) -> list[str]:
+    """What `reproduce` would do, as lines: runs, hours, disk. InputError: no run's title contains `only`.
+
+    Args:
+        rates: file of a user's own rates (evaluation.cost).
+    """
     lines, todo, judged = [], [], []
     for group in groups(table, chosen(needed(table, scale), only)):
         try:
@@ -242,7 +246,7 @@ def plan(table: str, scale: str, only: str | None = None) -> list[str]:
             on = f" on {evaluation.on}" if evaluation.on != evaluation.data else ""
             state = f"to do{remark}" if evaluation in remaining else "to judge" if to_judge else "result found"
             lines.append(f"{evaluation.data}{on}: {evaluation.name}: {state}")
-    return [*lines, *estimate(todo, judged, load_matrix(scale)["cost"])]
+    return [*lines, *estimate(todo, judged, with_rates(load_matrix(scale)["cost"], rates))]
 
 
 def main() -> None:
@@ -253,13 +257,14 @@ def main() -> None:
     )
     parser.add_argument("--only", metavar="TEXT", help="only runs whose name (DATA/RUN) contains this")
     parser.add_argument("--dry-run", action="store_true", help="print runs, hours and disk; run nothing")
+    parser.add_argument("--rates", metavar="FILE", help="of the dry run: rates of your own (evaluation.cost --measure)")
     options = parser.parse_args()
     table = options.table.removeprefix("table")
     if table not in (*TITLES, PILOT):
         remedy = f"give one of {', '.join(TITLES)} (Table 3 is a human study), or {PILOT}"
         raise InputError(f"there is no table `{options.table}` to reproduce", where="command line", remedy=remedy)
     if options.dry_run:
-        print("\n".join(f"plan: {line}" for line in plan(table, options.scale, options.only)))
+        print("\n".join(f"plan: {line}" for line in plan(table, options.scale, options.only, options.rates)))
         return
     sys.exit(1 if reproduce(table, options.scale, options.only) else 0)
 

@@ -274,4 +274,4 @@ def sample(
 
 
 if __name__ == "__main__":
-    run_stage(generate, __doc__)
+    run_stage(generate, __doc__, "generation", cluster=True)

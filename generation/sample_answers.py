@@ -21,6 +21,7 @@ from pathlib import Path
 from generation.generate import Writer, fill
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, run_main
+from pipeline.cli import announce_device
 from pipeline.engine import Sample
 from pipeline.files import file_hash
 from pipeline.identity import check_model, model_hash
@@ -156,6 +157,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     if options.runs and options.arguments:
         raise InputError("give a recipe or --runs, not both", where="command line")
+    announce_device("answers", cluster=True)
     answer(read_runs(options.runs) if options.runs else [load_recipe(*split_arguments(options.arguments))])
 
 

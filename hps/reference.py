@@ -36,14 +36,18 @@ def computation(trainer: HPSTrainer) -> dict:
     state = trainer.accelerator
     reference = state.unwrap_model(trainer.ref_model or trainer.model)
     cuda = state.device.type == "cuda"
+    collator = trainer.data_collator
+    # What only CUDA has is left out elsewhere, so that earlier values are still found.
+    more = {"gridded": True, "costs": collator.costs and asdict(collator.costs)} if collator.gridded else {}
     return {
         "dtype": str(reference.dtype),
         "autocast": state.mixed_precision if state.native_amp else None,
         "attention": reference.config._attn_implementation,
-        "layout": asdict(trainer.data_collator.layout),
-        "row_tokens": trainer.data_collator.row_tokens,
+        "layout": asdict(collator.layout),
+        "row_tokens": collator.row_tokens,
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
         "versions": [version(name) for name in ("torch", "transformers")],
+        **more,
     }
 
 

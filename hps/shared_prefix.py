@@ -12,7 +12,10 @@ are too long for sharing get separate rows.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import accumulate, chain
@@ -21,18 +24,29 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
+from hps.row_costs import RowCosts
+
 # Logits that exist at one time: tokens x vocabulary. 64 MB in fp32, and the backward pass keeps a few such tensors.
 CHUNK_LOGITS = 2**24
+# On CUDA a 256th of the card in fp32. The head's weights are read once a chunk: 1 GB in bf16 for Llama 3, whose product
+# takes longer than the reading from about 300 tokens on; on 80 GB a chunk has 654.
+CUDA_SHARE = 256
 # A prompt's responses are split over rows of at most this many tokens where no budget is given.
 ROW_TOKENS = 2048
+TAKE_MASKS = ("sdpa", "eager", "flex_attention")  # attention that can share a prompt
+ONE_ROW = 2**31 - 1  # a budget above the tokens of any micro-batch
+FLEX_BLOCK = 128  # flex attention skips what no token sees in squares of this many tokens
+FLEX_KERNELS = 64  # at most, that a process compiles: two (with and without gradients) for a length of its grid
 # Of the trial, relative to a value, by the precision it is made in. Some classes compute norms and soft-max in float32
 # whatever the weights are; another computation, in a small model with large weights, is off by far more.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -86,6 +100,18 @@ def portions(prompt: int, responses: list[int], budget: int, shared: bool) -> It
     yield part
 
 
+def balanced(prompt: int, responses: list[int], budget: int) -> list[list[int]]:
+    """`portions` for rows that are padded to the longest: as few as the budget allows, the longest short."""
+
+    def split(limit: int) -> list[list[int]]:
+        return list(portions(prompt, responses, limit, shared=True))
+
+    if (fewest := len(split(budget))) == 1:
+        return split(budget)
+    # A smaller budget never makes fewer.
+    return split(bisect_left(range(budget), -fewest, key=lambda limit: -len(split(limit))))
+
+
 def fill_rows(sizes: list[int], budget: int | None) -> list[list[int]]:
     """Which groups (a prompt and its responses) share a row: first fit, longest first.
 
@@ -108,7 +134,11 @@ def fill_rows(sizes: list[int], budget: int | None) -> list[list[int]]:
 
 
 def shared_rows(
-    prompts: list[list[int]], responses: list[list[list[int]]], pad: int, budget: int | None = None
+    prompts: list[list[int]],
+    responses: list[list[list[int]]],
+    pad: int,
+    budget: int | None = None,
+    gridded: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Prompts with all their responses as rows for `add_response_head`'s forward pass.
 
@@ -116,8 +146,9 @@ def shared_rows(
         prompts: token ids of each prompt, at least one.
         responses: token ids of each prompt's responses, none empty.
         pad: token that fills up rows.
-        budget: tokens of a row, for `portions` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
+        budget: tokens of a row, for `balanced` and `fill_rows`; None: lists are split above `ROW_TOKENS`, and
             several prompts share a row where it is no longer than the longest.
+        gridded: the rows' length is `on_grid`, for CUDA; what they hold is the same.
 
     Returns:
         `input_ids`, `position_ids` and `segments` (rows, tokens, 2: number of the prompt and of the response, 0 in the
@@ -128,11 +159,11 @@ def shared_rows(
     split = [
         (prompt, [each[index] for index in part])
         for prompt, each in zip(prompts, responses, strict=True)
-        for part in portions(len(prompt), list(map(len, each)), budget or ROW_TOKENS, shared=True)
+        for part in balanced(len(prompt), list(map(len, each)), budget or ROW_TOKENS)
     ]
     groups = [len(prompt) + sum(map(len, each)) for prompt, each in split]
     rows = fill_rows(groups, budget)
-    width = max(sum(groups[index] for index in row) for row in rows)
+    width = _width(max(sum(groups[index] for index in row) for row in rows), gridded)
     ids, positions, segments = ([[] for _ in rows] for _ in range(3))
     scored: dict[int, list[int]] = {}
     starts: dict[int, list[tuple[int, int]]] = {}
@@ -150,9 +181,9 @@ def shared_rows(
             segments[number] += [(index, place) for place, part in enumerate([prompt, *each]) for _ in part]
     flat = [response for _, each in split for response in each]
     return {
-        "input_ids": _rectangle(ids, pad),
-        "position_ids": _rectangle(positions, 0),
-        "segments": _rectangle(segments, -1),
+        "input_ids": _rectangle(ids, pad, width),
+        "position_ids": _rectangle(positions, 0, width),
+        "segments": _rectangle(segments, -1, width),
         "scored": torch.tensor([place for _, places in sorted(scored.items()) for place in places]),
         "targets": torch.tensor([token for response in flat for token in response]),
         "sizes": torch.tensor([len(response) for response in flat]),
@@ -160,28 +191,40 @@ def shared_rows(
     }
 
 
-def _rectangle(rows: list[list], filler: int) -> torch.Tensor:
+def _rectangle(rows: list[list], filler: int, width: int) -> torch.Tensor:
     """Rows of unequal lengths as a tensor, filled up at their right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+    filled = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+    more = width - filled.shape[1]
+    return torch.cat([filled, filled.new_full((len(rows), more, *filled.shape[2:]), filler)], dim=1) if more else filled
+
+
+def _width(tokens: int, gridded: bool) -> int:
+    """Of rows. On CUDA cuBLAS and cuDNN choose, plan and cache by shape, and a mask of another width is copied."""
+    return on_grid(tokens, 16, 16) if gridded else tokens
 
 
 def separate_rows(
-    prompts: list[list[int]], responses: list[list[list[int]]], pad: int, alone: bool = False
+    prompts: list[list[int]],
+    responses: list[list[list[int]]],
+    pad: int,
+    alone: bool = False,
+    gridded: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The same, a row for each response, padded at its right: `attention_mask` in the place of `segments`.
 
     Args:
         alone: the rows pass the model one by one and without their padding: `lengths` in the place of a mask.
+        gridded: as for `shared_rows`.
     """
     pairs = [(prompt, response) for prompt, each in zip(prompts, responses, strict=True) for response in each]
-    width = max(len(prompt) + len(response) for prompt, response in pairs)
+    width = _width(max(len(prompt) + len(response) for prompt, response in pairs), gridded)
     begins = [(number * width, number * width + len(prompt)) for number, (prompt, _) in enumerate(pairs)]
     rows = [[*prompt, *response] for prompt, response in pairs]
     lengths = torch.tensor(list(map(len, rows)))
     kind = {"lengths": lengths} if alone else {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
     ends = [(start - 1, len(response)) for (_, start), (_, response) in zip(begins, pairs, strict=True)]
     return {
-        "input_ids": _rectangle(rows, pad),
+        "input_ids": _rectangle(rows, pad, width),
         **kind,
         "scored": torch.cat([torch.arange(first, first + size) for first, size in ends]),
         "targets": torch.tensor([token for _, response in pairs for token in response]),
@@ -191,13 +234,26 @@ def separate_rows(
 
 
 def make_rows(
-    layout: Layout, prompts: list[list[int]], responses: list[list[list[int]]], pad: int, budget: int | None = None
+    layout: Layout,
+    prompts: list[list[int]],
+    responses: list[list[list[int]]],
+    pad: int,
+    budget: int | None = None,
+    gridded: bool = False,
+    costs: RowCosts | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The cheapest rows that are right for these conversations; the arguments are those of `shared_rows`."""
-    longest = max(len(prompt) + max(map(len, each)) for prompt, each in zip(prompts, responses, strict=True))
-    if longest <= layout.shared:
-        return shared_rows(prompts, responses, pad, budget)
-    return separate_rows(prompts, responses, pad, alone=longest > layout.padded)
+    """The cheapest rows that are right for these conversations.
+
+    Args:
+        prompts, responses, pad, budget, gridded: as for `shared_rows`.
+        costs: of both kinds of rows; None: shared ones are always cheaper, as on a CPU.
+    """
+    lengths = list(map(len, prompts)), [list(map(len, each)) for each in responses]
+    longest = max(prompt + max(sizes) for prompt, sizes in zip(*lengths, strict=True))
+    apart = costs and longest <= layout.padded and costs.separate(*lengths) < costs.shared(*lengths)
+    if longest <= layout.shared and not apart:
+        return shared_rows(prompts, responses, pad, budget, gridded)
+    return separate_rows(prompts, responses, pad, longest > layout.padded, gridded)
 
 
 def common_prefix(rows: list[list[int]]) -> int:
@@ -214,6 +270,60 @@ def attention_mask(segments: torch.Tensor) -> torch.Tensor:
     same_prompt = prompt[:, :, None] == prompt[:, None, :]
     visible = (response[:, None, :] == 0) | (response[:, :, None] == response[:, None, :])
     return (same_prompt & visible).tril().unsqueeze(1)
+
+
+def on_grid(length: int, parts: int, least: int) -> int:
+    """A length rounded up, so that few different ones remain: `parts` from a power of two to the next.
+
+    Args:
+        least: of which every length is a multiple.
+    """
+    step = max(least, (1 << (length - 1).bit_length()) // 2 // parts)
+    return -(-length // step) * step
+
+
+def block_mask(segments: torch.Tensor, positions: torch.Tensor) -> BlockMask:
+    """`attention_mask` for flex attention, without (tokens, tokens) anywhere: the squares that it has to compute.
+
+    A token sees from the beginning of its segment up to itself, and from the beginning of its prompt up to that one's
+    end. The mask is longer than the rows, because a kernel is compiled for each length: half of a power of two apart.
+    What is added sees itself.
+
+    Args:
+        segments, positions: (rows, tokens, 2) and (rows, tokens) of `shared_rows`.
+    """
+    rows, tokens = positions.shape
+    width = on_grid(tokens, 2, FLEX_BLOCK)
+    places = torch.arange(width, device=segments.device).expand(rows, width)
+    changes = pad((segments[:, 1:] != segments[:, :-1]).int(), (0, 0, 1, width - tokens), value=1)
+    own, start = (
+        torch.where(change > 0, places, 0).cummax(dim=1).values for change in (changes.amax(dim=-1), changes[..., 0])
+    )
+    # A response's first position is its prompt's length; a prompt's is 0.
+    end = start + pad(positions, (0, width - tokens)).gather(1, own)
+
+    edges = torch.arange(0, width, FLEX_BLOCK, device=segments.device)
+
+    def within(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """How many of the places from low to high are in each square's columns: (rows, tokens, squares)."""
+        return (high[..., None].minimum(edges + FLEX_BLOCK) - low[..., None].maximum(edges)).clamp(min=0)
+
+    seen = (within(own, places + 1) + within(start, end)).unflatten(1, (-1, FLEX_BLOCK))
+    some, whole = (seen > 0).any(dim=2), (seen == FLEX_BLOCK).all(dim=2)
+
+    def visible(row, head, token, other):
+        before = (start[row, token] <= other) & (other < end[row, token])
+        return (other <= token) & ((own[row, token] <= other) | before)
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole), *_listed(whole), FLEX_BLOCK, visible, seq_lengths=(width, width)
+    )
+
+
+def _listed(squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many are True in each line of (rows, lines, columns), and the columns with those in front, for any head."""
+    order = squares.int().argsort(dim=-1, descending=True, stable=True)
+    return squares.sum(dim=-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 # ---- the forward pass ----
@@ -276,15 +386,29 @@ class OwnHead:
 def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What a model is called with for rows of `shared_rows` or `separate_rows`."""
     if "segments" not in rows:
-        return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "use_cache": False}
+        given = rows.get("attention_mask")
+        # Padding is at the right, where no token sees it. Without a mask sdpa takes flash attention on CUDA.
+        if given is not None and given.is_cuda and model.config._attn_implementation == "sdpa":
+            given = None
+        return {"input_ids": rows["input_ids"], "attention_mask": given, "use_cache": False}
+    if model.config._attn_implementation == "flex_attention":
+        use_flex()
+        mask = block_mask(rows["segments"], rows["position_ids"])
+    else:
+        mask = dense_mask(model, rows)
+    return {name: rows[name] for name in ("input_ids", "position_ids")} | {"attention_mask": mask, "use_cache": False}
+
+
+def dense_mask(model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`attention_mask` as sdpa and eager attention take it."""
     mask: Any = attention_mask(rows["segments"])
     if model.config._attn_implementation == "sdpa":
         ALL_ATTENTION_FUNCTIONS["sdpa"] = block_attention
-        mask.blocks = blocks(rows)
-    else:  # eager attention adds its mask
-        lowest = torch.finfo(model.dtype).min
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
-    return {name: rows[name] for name in ("input_ids", "position_ids")} | {"attention_mask": mask, "use_cache": False}
+        mask.blocks = blocks(rows, gridded=mask.is_cuda)
+        return mask
+    # Eager attention adds its mask.
+    lowest = torch.finfo(model.dtype).min
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
 
 
 @dataclass(frozen=True)
@@ -293,21 +417,30 @@ class Block:
 
     Attributes:
         row, start, end: the prompt's row, its first place and the place after its last.
+        more: padding after the prompt's tokens, which nobody sees.
         places: (R, L), of the responses' tokens in the row, 0 on padding.
-        taken: (R, L), False on padding.
-        visible: (R, 1, L, prompt + L), which of the prompt and of its own tokens a response's token sees.
+        taken, filled: of all tokens of the responses, in `places` flattened and in the row.
+        visible: (R, 1, L, prompt + more + L), which of the prompt and of its own tokens a response's token sees.
     """
 
     row: int
     start: int
     end: int
+    more: int
     places: torch.Tensor
     taken: torch.Tensor
+    filled: torch.Tensor
     visible: torch.Tensor
 
 
-def blocks(rows: dict[str, torch.Tensor]) -> list[Block]:
-    """The prompts of `shared_rows` with their responses, in the order of the rows."""
+def blocks(rows: dict[str, torch.Tensor], gridded: bool = False) -> list[Block]:
+    """The prompts of `shared_rows` with their responses, in the order of the rows.
+
+    What the attention of a layer needs is on the device afterwards, so that no layer waits for the CPU.
+
+    Args:
+        gridded: lengths of prompt and responses are `on_grid`.
+    """
     width, device = rows["input_ids"].shape[1], rows["input_ids"].device
     groups: dict[int, list[tuple[int, int]]] = {}
     for (prompt, start), size in zip(rows["starts"].tolist(), rows["sizes"].tolist(), strict=True):
@@ -316,12 +449,16 @@ def blocks(rows: dict[str, torch.Tensor]) -> list[Block]:
     for prompt, responses in sorted(groups.items()):
         first = prompt % width
         end = min(start for start, _ in responses)
-        starts, sizes = (torch.tensor(each, device=device)[:, None] for each in zip(*responses, strict=True))
-        steps = torch.arange(int(sizes.max()), device=device)
+        more = _width(end - first, gridded) - (end - first)
+        starts, sizes = (torch.tensor(each)[:, None] for each in zip(*responses, strict=True))
+        steps = torch.arange(_width(int(sizes.max()), gridded))
         taken = steps < sizes
+        places = (starts + steps) * taken
+        indices = (each.to(device) for each in (places, taken.flatten().nonzero()[:, 0], places[taken]))
         own = torch.ones(len(steps), len(steps), dtype=torch.bool, device=device).tril()
-        visible = torch.cat([own.new_ones(len(steps), end - first), own], dim=1).expand(len(responses), 1, -1, -1)
-        found.append(Block(prompt // width, first, end, (starts + steps) * taken, taken, visible))
+        prefix = [own.new_ones(len(steps), end - first), own.new_zeros(len(steps), more)]
+        visible = torch.cat([*prefix, own], dim=1).expand(len(responses), 1, -1, -1)
+        found.append(Block(prompt // width, first, end, more, *indices, visible))
     return found
 
 
@@ -335,19 +472,51 @@ def block_attention(module, query, key, value, attention_mask, **settings):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     result = None
     for block in found:
-        prompt = [each[block.row : block.row + 1, :, block.start : block.end] for each in (query, key, value)]
-        output = sdpa_attention_forward(module, *prompt, None, **settings)[0][0]
+        asks, *prompt = (
+            _lengthened(each[block.row : block.row + 1, :, block.start : block.end], block.more)
+            for each in (query, key, value)
+        )
+        output = sdpa_attention_forward(module, asks, prompt[0], prompt[1], None, **settings)[0][0]
         if result is None:  # of the output's dtype, which autocast may have made another than the query's
             result = output.new_zeros(query.shape[0], query.shape[2], *output.shape[1:])
-        result[block.row, block.start : block.end] = output
+        result[block.row, block.start : block.end] = output[: block.end - block.start]
         own, *seen = (each[block.row][:, block.places].transpose(0, 1) for each in (query, key, value))
         keys, values = (
             torch.cat([before.expand(len(after), -1, -1, -1), after], dim=2)
-            for before, after in zip(prompt[1:], seen, strict=True)
+            for before, after in zip(prompt, seen, strict=True)
         )
         output = sdpa_attention_forward(module, own, keys, values, block.visible, **settings)[0]
-        result[block.row, block.places[block.taken]] = output[block.taken]
+        result[block.row, block.filled] = output.flatten(0, 1)[block.taken]
     return result, None
+
+
+def use_flex() -> None:
+    """Let models with the library's flex attention compute it by `flex_on_grid`, compiled for each length."""
+    if ALL_ATTENTION_FUNCTIONS["flex_attention"] is not flex_on_grid:
+        ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_on_grid
+        config: Any = torch._dynamo.config
+        config.automatic_dynamic_shapes = False
+        config.recompile_limit = FLEX_KERNELS
+        # Above its limit torch would go on with a version that makes all scores of a row.
+        config.fail_on_recompile_limit_hit = True
+
+
+def flex_on_grid(module, query, key, value, attention_mask, **settings):
+    """The library's flex attention, the row filled up to the length of its mask.
+
+    On a CPU it is not compiled, which takes long and has no backward pass there: right, slow, for trials.
+    """
+    width = query.shape[2]
+    more = attention_mask.shape[-1] - width
+    query, key, value = (_lengthened(each, more) for each in (query, key, value))
+    with nullcontext() if query.is_cuda else _uncompiled():
+        output, _ = flex_attention_forward(module, query, key, value, attention_mask, **settings)
+    return output[:, :width], None
+
+
+def _lengthened(states: torch.Tensor, more: int) -> torch.Tensor:
+    """(rows, heads, tokens, head size) with so many tokens of zeros at the end."""
+    return pad(states, (0, 0, 0, more)) if more else states
 
 
 def run(model, module: Callable, name: str, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ModelOutput]:
@@ -418,7 +587,7 @@ def token_log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.
     """
     if isinstance(head, torch.nn.Identity):
         return _log_probs(head, hidden, targets)
-    chunk = max(1, CHUNK_LOGITS // head.out_features)
+    chunk = max(1, chunk_logits(hidden.device) // head.out_features)
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return torch.cat([_log_probs(head, *part) for part in parts])
@@ -426,6 +595,13 @@ def token_log_probs(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.
     if any(weight.requires_grad or hasattr(weight, "ds_id") for weight in head.parameters()):
         return torch.cat([checkpoint(_log_probs, head, *part, use_reentrant=False) for part in parts])
     return torch.cat([_FrozenHead.apply(head, *part) for part in parts])
+
+
+def chunk_logits(device: torch.device) -> int:
+    """How many logits are made at one time on a device."""
+    if device.type != "cuda":
+        return CHUNK_LOGITS
+    return max(CHUNK_LOGITS, torch.cuda.get_device_properties(device).total_memory // CUDA_SHARE // 4)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -507,12 +683,20 @@ def prove(model, longest: float, own: Callable = own_log_probs, ours: Callable =
     key = (type(model), model.config.to_json_string(), model.config._attn_implementation, longest, own, ours)
     if key not in _PROVEN:
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), _uncompiled():
                 _PROVEN[key] = Trial(type(model), model.config, own, ours).layout(longest)
         except Exception as error:  # a foreign architecture may raise anything; it is then unproven
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             _PROVEN[key] = replace(SEPARATE, reason=f"a small model of this class cannot be tried ({text})")
     return _PROVEN[key]
+
+
+@contextmanager
+def _uncompiled() -> Generator[None]:
+    """Nothing is compiled inside, as flex attention would be for minutes, nor does it warn that it is not."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 _PROVEN: dict[tuple, Layout] = {}  # a trial takes a second or two, and a process may load several models of a class
@@ -524,6 +708,9 @@ class Trial:
     def __init__(self, architecture: type, config, own: Callable, ours: Callable):
         self.architecture, self.own, self.ours = architecture, own, ours
         self.attention = config._attn_implementation
+        if self.attention not in TAKE_MASKS:  # flash attention does not run on a CPU; padding is sdpa's
+            config = copy.deepcopy(config)
+            config._attn_implementation = "sdpa"
         self.pairs = [(prompt, response) for prompt, responses in TRIAL for response in responses]
         self.config, self.model = self._small_model(config)
         self.tolerance = TOLERANCE[self.model.dtype]
@@ -532,10 +719,13 @@ class Trial:
         """See `prove`."""
         gathers = self.agree(self.model, True, self._alone())
         shared, padded, reason = 0.0, 0.0, ""
-        if self.agree(self.model, gathers, [separate_rows(*self._all(), pad=0)]):
+        # On CUDA sdpa is called without a mask (`backbone_inputs`).
+        without = [{"attention_mask": None}] if torch.cuda.is_available() else []
+        batches = [separate_rows(*self._all(), pad=0) | change for change in ({}, *without)]
+        if all(self.agree(self.model, gathers, [rows]) for rows in batches):
             padded = math.inf
-        if self.attention not in ("sdpa", "eager"):
-            reason = f"its attention is {self.attention}, and the mask needs sdpa or eager"
+        if self.attention not in TAKE_MASKS:
+            reason = f"its attention is {self.attention}, and the mask needs {', '.join(TAKE_MASKS)}"
         elif not self.agree(self.model, gathers, [shared_rows(*self._all(), pad=0)]):
             reason = "its responses see more than the mask says"
         else:

@@ -21,6 +21,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from hps.errors import InputError
 from hps.losses import FORMULAS, implicit_reward, preference_loss
 from hps.methods import FAMILIES
+from hps.row_costs import RowCosts
 from hps.settings import Loss
 from hps.shared_prefix import SEPARATE, Layout, add_response_head, make_rows, response_log_probs
 
@@ -56,6 +57,8 @@ class PlanCollator:
     pad_token_id: int
     layout: Layout = SEPARATE
     row_tokens: int | None = None
+    gridded: bool = False
+    costs: RowCosts | None = None
 
     def __call__(self, examples: list[dict]) -> dict:
         lengths = [[len(ids) for ids in example["response_ids"]] for example in examples]
@@ -80,7 +83,8 @@ class PlanCollator:
     def rows(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """The rows of a forward pass alone."""
         prompts, responses = ([example[name] for example in examples] for name in ("prompt_ids", "response_ids"))
-        return make_rows(self.layout, prompts, responses, self.pad_token_id, self.row_tokens)
+        how = self.pad_token_id, self.row_tokens, self.gridded, self.costs
+        return make_rows(self.layout, prompts, responses, *how)
 
 
 def _padded(lists: Sequence[Sequence[float]], value: float = 0.0, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -12,6 +12,7 @@ actor.
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -19,13 +20,15 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from hps.errors import InputError
+from hps.errors import InputError, printable
 
 # In a row without a result, plus two for each worker: then the cause is not a single item or a lost node.
 MOST_DEATHS = 5
 READY = {"ready": True}
+TAIL = 20  # lines of a dead worker's log that are shown
 LOOK = 0.5  # seconds between two looks at whether Ctrl-C was pressed
 DRAIN = 2.0  # seconds at most for results that are there already when it was
 
@@ -70,7 +73,9 @@ class Actor:
             self._queue.put(item)
 
     def results(self) -> Iterator[dict]:
-        """A line when the worker is ready, then each of its results."""
+        """Where its log is, a line when the worker is ready, then each of its results."""
+        # Ray has pointed this process's stderr at a file of its own; libraries and C++ write there.
+        yield {"log": os.path.realpath("/proc/self/fd/2"), "host": socket.gethostname()}
         worker = self._worker(**self._arguments)  # here, so that what it raises arrives as it is
         yield READY
         for result in worker.stream(self._feed()):
@@ -99,6 +104,7 @@ class Hired:
     ready: bool = False
     items: dict[str, dict] = field(default_factory=dict)  # by key
     alone: bool = False  # with a suspect: nothing else is given to it
+    log: dict = field(default_factory=dict)  # `log`, its file, and `host`
 
 
 class Supervisor:
@@ -170,7 +176,7 @@ class Supervisor:
                     self._ray.kill(hired.actor)
                     self._hired.remove(hired)
                     continue
-                if result != READY:
+                if "key" in result:
                     yield result
 
     def _check_sent(self) -> None:
@@ -198,6 +204,9 @@ class Supervisor:
         if result == READY:
             hired.ready = True
             return
+        if "log" in result:
+            hired.log = result
+            return
         self._deaths, self._results = 0, self._results + 1
         del hired.items[result["key"]]
         self._strikes.pop(result["key"], None)
@@ -220,6 +229,8 @@ class Supervisor:
                 self._lost.append({"key": key, "lost": why})
             else:
                 again.append(item)
+        if tail := log_tail(hired.log):
+            print(tail, flush=True)
         if self._deaths >= self._most_deaths:
             raise _nothing_finished(self._deaths, why)
         print(f"a worker died ({why}); {len(again)} prompts are done again, one at a time", flush=True)
@@ -241,6 +252,20 @@ class Supervisor:
             if given:
                 hired.items |= {item["key"]: item for item in given}
                 hired.sent = hired.actor.put.remote(given)
+
+
+def log_tail(place: dict) -> str:
+    """The last lines of an actor's log, and where it is; of one on another machine only the latter."""
+    if not place:  # it died before it said anything
+        return ""
+    path = Path(place["log"])
+    if place["host"] != socket.gethostname():
+        return f"its log is {path} on {place['host']}"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
+    except OSError:
+        return ""
+    return "\n".join([f"the end of its log, {path}:", *(f"  | {printable(line)}" for line in lines)])
 
 
 def _nothing_finished(deaths: int, why: str) -> InputError:

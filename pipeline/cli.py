@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from hps.errors import run_main
+from pipeline.machine import device
 from pipeline.recipe import DEFAULT_RECIPE, Recipe, load_recipe, split_arguments
 
 
@@ -28,9 +29,28 @@ def parse(
     return load_recipe(path, overrides), options
 
 
-def run_stage(work: Callable[[Recipe], object], description: str) -> None:
-    """The program of a stage whose command line is a recipe: `hps.errors.run_main` of its work."""
-    run_main(lambda: work(parse(description, dry_run=False)[0]))
+def run_stage(
+    work: Callable[[Recipe], object], description: str, title: str | None = None, cluster: bool = False
+) -> None:
+    """The program of a stage whose command line is a recipe: `hps.errors.run_main` of its work.
+
+    Args:
+        title: of a stage that computes on a device; its first line names the device.
+        cluster: as for `pipeline.machine.device`.
+    """
+
+    def main() -> None:
+        recipe, _ = parse(description, dry_run=False)
+        if title:
+            announce_device(title, cluster)
+        work(recipe)
+
+    run_main(main)
+
+
+def announce_device(title: str, cluster: bool = False) -> None:
+    """Print what a stage computes on; arguments and InputError as of `pipeline.machine.device`."""
+    print(f"{title}: on {device(cluster)}", flush=True)
 
 
 def counted(counts: Mapping[str, int]) -> str:

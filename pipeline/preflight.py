@@ -11,12 +11,13 @@ plan is printed all the same.
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from alignment.checks import check_wandb, try_lora
-from alignment.memory import deepspeed_stage, memory_lines, responses_per_prompt
+from alignment.checks import check_attention, check_wandb, try_lora
+from alignment.memory import architecture, count_weights, deepspeed_stage, memory_lines, responses_per_prompt
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
 from hps.planning import reversal_warning
@@ -25,24 +26,29 @@ from pipeline import models
 from pipeline.cli import parse
 from pipeline.functions import FunctionScorer, announce, located, shown
 from pipeline.identity import check_model
+from pipeline.machine import check_compiler, device, free_disk, free_memory, room_line
 from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, evaluated_prompts, load_prompts, unread_lines
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml
 from pipeline.records import read_ranked
 from pipeline.stage import require_finished
-from pipeline.workers import accumulation_steps, check_gpus, process_count
+from pipeline.workers import accumulation_steps, check_gpus, check_meeting_point, node_count, process_count
+from tools.hub import REFUSALS as HUB_REFUSALS
+from tools.hub import hub_bytes
 
 USAGE = "python -m pipeline.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}
+BYTES_OF_A_TOKEN = 5  # of a text in a file, with its share of the record
 TRIED = 8  # prompts of a split on which a function is tried before a model loads
 
 
 def attempt(lines: list[str], dry_run: bool, title: str, check: Callable, *arguments) -> Any:
     """Run a check. In a dry run what is missing becomes a line of the plan instead of an error; None is returned."""
+    absent = ("No such file", "there is no", "not finished", *HUB_REFUSALS)
     try:
         return check(*arguments)
     except InputError as error:
-        if not dry_run or not any(words in str(error) for words in ("No such file", "there is no", "not finished")):
+        if not dry_run or not any(words in str(error) for words in absent):
             raise
         lines.append(f"{title}: MISSING: {error}")
 
@@ -52,10 +58,13 @@ def model_lines(role: str, model: Model, dry_run: bool) -> list[str]:
     check_model(model, f"models.{role}")
     local = Path(model.path).is_dir()
     kind = "local folder" if local else f"hub, revision {model.revision or 'open'}"
+    if not local:
+        size = hub_bytes(model, f"`models.{role}.path`: {model.path}")
+        kind += "; not looked up, the hub cannot be reached" if size is None else f", {size / 1e9:.1f} GB to download"
     if role in SCORERS and (local or not dry_run):
         models.check_labels(model, role)
     elif role in SCORERS:
-        kind += "; its number of labels is not checked in a dry run, which asks the hub nothing"
+        kind += "; its number of labels is not checked in a dry run"
     return [f"{role}: {model.path}: {kind}"]
 
 
@@ -107,7 +116,7 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
             prompts = len(loaded[0]) if split == "train" else prompts
     check_disjoint(*(chain(*sources[split]) for split in SPLITS))
     if recipe.lora.enabled and dry_run and not Path(recipe.models.policy.path).is_dir():
-        lines.append("policy: `lora.target_modules` is not checked in a dry run, which asks the hub nothing")
+        lines.append("policy: `lora.target_modules` is not checked in a dry run, which loads nothing from the hub")
     elif recipe.lora.enabled:
         try_lora(recipe)
     share = f"{processes} process(es) x {schedule.device_batch} prompt(s) at a time x {accumulation}"
@@ -124,6 +133,7 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         lines.append(f"training: {schedule.epochs} epochs; {batch}; steps are known once the prompts are there")
     if dry_run:
         lines += memory_lines(recipe, processes)
+    lines += host_lines(recipe, processes)
     run = recipe.run_folder()
     outputs = [run / name for name in ("plan.jsonl", "log.jsonl", "checkpoint", "evaluation/margins.json")]
     return [*lines, f"outputs: {', '.join(map(str, outputs))}"]
@@ -150,6 +160,66 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     judge = recipe.models.judge.path if recipe.judge.enabled else "off (`judge.enabled`)"
     outputs = [folder / "metrics.json" for folder in (recipe.evaluated_folder(), recipe.tested().sft_folder())]
     return [*lines, f"judge: {judge}", f"outputs: {', '.join(map(str, outputs))}"]
+
+
+def machine_lines(stage: str, recipe: Recipe, dry_run: bool) -> list[str]:
+    """What a driver runs on, and how much its folder can take.
+
+    Raises:
+        InputError: there are cards that torch cannot use; vLLM or flex attention could not compile its kernels; the
+            nodes cannot meet.
+    """
+    on = device(cluster=stage != "run")
+    if stage != "run":
+        check_compiler("vLLM")
+    elif recipe.training.attention == "flex":
+        check_compiler("`training.attention: flex`")
+    if stage == "run" and not dry_run:
+        check_meeting_point()
+    written, free = bytes_written(stage, recipe), free_disk(Path(recipe.output))
+    return [f"device: {on}", room_line("disk, at most", written, free, f"below {recipe.output}")]
+
+
+def bytes_written(stage: str, recipe: Recipe) -> float:
+    """Bytes that a driver can write at most: BYTES_OF_A_TOKEN for texts, 16 a trained weight in each checkpoint.
+
+    0 for what is not known yet.
+    """
+    if stage == "run":
+        config, _ = architecture(recipe)
+        try:
+            weights, trained = (0, 0) if config is None else count_weights(config, recipe)
+        except ValueError:
+            return 0
+        # Two to resume from, with AdamW's moments and the fp32 copy, and another while one is being replaced.
+        kept = 4 * trained * (recipe.evaluation.checkpoints + 1) if recipe.lora.enabled else 2 * weights
+        return 16 * trained * 3 + kept + (2 * weights if recipe.training.merge else 0)
+    counted, samples = 0, recipe.evaluation.samples
+    if stage == "evaluate":
+        with suppress(InputError):
+            counted = 2 * samples * len(evaluated_prompts(recipe)[0])
+    else:
+        for split in SPLITS:
+            with suppress(InputError):  # the plan says what is missing
+                counted += 2 * getattr(recipe.data, split).responses * len(load_prompts(recipe, split)[0])
+    return float(counted * recipe.generation.max_new_tokens * BYTES_OF_A_TOKEN)
+
+
+def host_lines(recipe: Recipe, processes: int) -> list[str]:
+    """Memory of this machine while its processes load the policy, each a copy of its own before it is on its card."""
+    import torch
+
+    config, _ = architecture(recipe)
+    if config is None:
+        return []
+    try:
+        weights, _ = count_weights(config, recipe)
+    except ValueError:  # `memory_lines` says why
+        return []
+    bf16 = recipe.lora.enabled and (recipe.training.deepspeed or torch.cuda.is_available())
+    each = (2 if bf16 else 4) * weights
+    here = processes // node_count()
+    return [room_line(f"host memory, {here} process(es) that load", here * each, free_memory(), "here")]
 
 
 def count_ranked(recipe: Recipe, split: str) -> int:
@@ -217,6 +287,7 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
     for role in roles:
         model: Model = getattr(recipe.models, role)
         lines += attempt(lines, dry_run, f"{role}: {model.path}", model_lines, role, model, dry_run) or []
+    lines += machine_lines(stage, recipe, dry_run)
     plan = {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage]
     lines += [*scorer_lines(stage, recipe), *plan(recipe, dry_run)]
     for role in roles:
@@ -231,6 +302,7 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
         for role in functions:
             try_function(stage, recipe, role)
         if stage == "run":
+            check_attention(recipe)
             check_wandb(recipe)
     for line in lines:
         print(f"plan: {line}")

@@ -41,7 +41,7 @@ RESERVED = (".", "..", "candidates", RANKED, "reference", "judge", SFT)  # names
 CHOICES = {"loss.family": FAMILIES, "loss.preference": PREFERENCES}
 REFERENCE = r"\$\{([^}]*)\}"  # to another field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+Attention = Literal["auto", "sdpa", "flex", "flash_attention_2", "eager"]
 
 
 def _absent(function: str | None) -> None:

@@ -14,13 +14,15 @@ import fcntl
 import importlib.metadata
 import os
 import subprocess
+import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hps.errors import InputError, is_full_disk
 from pipeline.files import file_hash, value_hash, write_json
+from pipeline.machine import device_count
 from pipeline.recipe import REPOSITORY, Recipe, as_dict
 from pipeline.records import read_json
 
@@ -36,6 +38,7 @@ class Work:
     folder: Path
     recipe: Recipe
     settings: dict
+    started: float = field(default_factory=time.monotonic)
 
     def finish(self, outputs: Iterable[Path], inputs: Iterable[str | Path] = (), **facts) -> None:
         """Write `manifest.json`, the last file of a finished stage; `tools.verify` reads it.
@@ -53,7 +56,8 @@ class Work:
             if found not in claimed:
                 remedy = f"delete {self.folder} and run the stage again, or put the old file back"
                 raise InputError("the file changed while this stage worked on it", where=path, remedy=remedy)
-        write_manifest(self.folder / MANIFEST, self.recipe, self.settings, outputs, hashes, **facts)
+        took = {"seconds_of_last_start": round(time.monotonic() - self.started, 1), "devices": device_count()}
+        write_manifest(self.folder / MANIFEST, self.recipe, self.settings, outputs, hashes, **(took | facts))
 
 
 @contextmanager

@@ -5,7 +5,9 @@ CPU) and as supervised actors of Ray (pipeline.actors: GPUs or several workers o
 `RAY_ADDRESS` names); a single writer, the caller, takes what comes out.
 """
 
+import errno
 import os
+import socket
 from collections.abc import Iterable, Iterator
 
 from hps.errors import InputError
@@ -53,6 +55,36 @@ def node_count() -> int:
         remedy = "set it to HOST:PORT of one of the nodes, the same on all (cluster/train.sbatch does)"
         raise InputError(problem, where="environment", remedy=remedy)
     return int(text)
+
+
+def check_meeting_point() -> None:
+    """Refuse a meeting point of several nodes at which they cannot meet; torchrun would wait for 15 minutes.
+
+    Raises:
+        InputError: `PET_RDZV_ENDPOINT` is not HOST:PORT, its host is not known here, or its port here is in use.
+    """
+    if node_count() == 1:  # torchrun chooses a free port itself
+        return
+    endpoint = os.environ["PET_RDZV_ENDPOINT"]
+    host, _, port = endpoint.rpartition(":")
+    where = "environment"
+    if not host or not port.isdigit():
+        problem = f"`PET_RDZV_ENDPOINT` is `{endpoint}`"
+        raise InputError(problem, where=where, remedy="give HOST:PORT of one of the nodes")
+    try:
+        addresses = {found[4][0] for found in socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)}
+    except OSError as error:
+        problem = f"the host of `PET_RDZV_ENDPOINT`, {host}, is not known here ({error.strerror})"
+        raise InputError(problem, where=where, remedy="give a name that all nodes resolve") from None
+    for address in sorted(map(str, addresses)):
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind((address, int(port)))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    problem = f"port {port} of {host} is in use"
+                    raise InputError(problem, where=where, remedy="give another port, the same on all nodes") from None
 
 
 def process_count(recipe: Recipe) -> int:

@@ -14,10 +14,12 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 # The tests of training import its packages at their top; the inference environment has none of them, and runs only what
-# is marked for it.
+# is marked for it or for a GPU.
 if importlib.util.find_spec("trl") is None:
     collect_ignore = [
-        str(path) for path in Path(__file__).parent.rglob("test_*.py") if "mark.infer" not in path.read_text("utf-8")
+        str(path)
+        for path in Path(__file__).parent.rglob("test_*.py")
+        if not any(mark in path.read_text("utf-8") for mark in ("mark.infer", "mark.gpu"))
     ]
 
 REPOSITORY = Path(__file__).resolve().parent.parent

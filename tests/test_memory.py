@@ -170,6 +170,16 @@ def test_the_8b_recipes(name):
     assert stages[2].startswith("memory ZeRO-3: weights 2.01,")
 
 
+def test_the_recipe_for_one_gpu():
+    """Qwen2.5-1.5B: 151,936 x 1,536 of the tied embedding, 28 layers of 46,797,824, a norm of 1,536; LoRA of rank 8 on
+    q and v: 28 x 8 x (1,536 + 1,536 + 1,536 + 256). Half of a card of 24 GB is enough."""
+    weights, adapter = 151_936 * 1536 + 28 * 46_797_824 + 1536, 28 * 8 * (3 * 1536 + 256)
+    head, stage, *_ = memory_lines(load_recipe(REPOSITORY / "configs" / "one_gpu.yaml"), 1)
+    assert f"{weights + adapter:,} weights (taken from configs/shapes/qwen2.5-1.5b.json" in head
+    assert f"{adapter:,} train, 2 responses of a prompt, 1 process(es)" in head and "not measured" in head
+    assert float(stage.partition("total ")[2].partition(" GB")[0]) < 12
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

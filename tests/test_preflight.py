@@ -26,9 +26,13 @@ USER = {"role": "user", "content": "Hello"}
 GOOD = {"prompt": [USER], "responses": ["Hi.", "Go away."]}
 
 
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
 def write_config(folder, tokenizer, **fields) -> None:
+    """Of a small model: with Llama's default sizes the dry run would rightly warn that the memory is too little."""
     tokenizer.save_pretrained(folder)
-    fields = {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": len(tokenizer), **fields}
+    fields = {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": len(tokenizer), **SMALL, **fields}
     (folder / "config.json").write_text(json.dumps(fields))
 
 

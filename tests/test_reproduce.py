@@ -14,7 +14,7 @@ import pytest
 
 from alignment.train import evaluation_steps
 from evaluation import matrix, pilot, reproduce, results, tables
-from evaluation.cost import judge_seconds, run_seconds
+from evaluation.cost import judge_seconds
 from evaluation.matrix import load_matrix
 from evaluation.results import Evaluated, find, result_key
 from hps.errors import InputError
@@ -185,7 +185,7 @@ def test_transfer_is_evaluated_on_the_other_set(scripts, tmp_path):
 def test_dry_run_counts_what_is_missing(scripts):
     before = reproduce.plan("8", "quickstart")
     assert "10 runs to train and evaluate" in before and "pku_safe: dpo-bt: to do" in before
-    assert any(line.startswith("assumed (configs/matrix.yaml, `cost`): ") for line in before)
+    assert any(line.startswith("assumed (configs/matrix.yaml, `cost`; ") for line in before)
     assert scripts.calls == []
     reproduce.reproduce("8", "quickstart", "beta")
     assert "2 runs to train and evaluate" in reproduce.plan("8", "quickstart")
@@ -205,7 +205,7 @@ def test_hours_by_hand():
     second 0.5 s; 24 prompts of two models on 2 devices."""
     cost = {
         **{"judge_weights": 100, "rubric_tokens": 10, "prompt_tokens": 20, "response_tokens": 30, "verdict_tokens": 5},
-        **{"operations_per_second": 1000, "judge_tokens_per_second": 10, "devices": 2},
+        **{"scoring_operations_per_second": 1000, "judge_tokens_per_second": 10, "devices": 2},
     }
     assert judge_seconds([evaluation()], cost) == pytest.approx(24 * 2 * 12.5 / 2)
 
@@ -372,18 +372,6 @@ def test_table_4_needs_no_judge_where_the_evaluator_is_the_truth(scripts):
     assert "15 runs to train and evaluate" in lines and not any("judg" in line for line in lines[:-1])
     assert not reproduce.is_judged("4", tables.needed("4", "testbed"))
     assert reproduce.is_judged("4", tables.needed("4", "quickstart"))
-
-
-def test_hours_of_a_run_by_hand():
-    """6 passes' worth of 100 weights and (10 + 2 x 5) tokens for 60 rows; answers of 60 prompts at three points."""
-    cost = {"operations_per_second": 1000, "devices": 2, "response_tokens": 5, "prompt_tokens": 10, "weights": 100}
-    cost |= {"adapter_tokens_per_second": 4, "tokens_per_second": 8, "start_seconds": 3}
-    settings = ["evaluation.checkpoints=2", "evaluation.samples=4", "evaluation.samples_along=1"]
-    recipe = evaluation(*settings, "evaluation.prompts=null", "models.evaluator.function=sentiment").recipe
-    found = run_seconds(recipe, cost)
-    assert found["training"] == pytest.approx(60 * 6 * 100 * 20 / 2000)
-    assert found["answers"] == pytest.approx(60 * (4 + 2) * 5 / (4 * 2))
-    assert found["their scores and divergence"] == pytest.approx(60 * 2 * 2 * 100 * (3 * 10 + 6 * 5) / 2000)
 
 
 FIGURES_OF_A_RATE = {  # reward, tokens, repetition

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,12 +27,17 @@ from transformers import (
 )
 
 from hps import shared_prefix
+from hps.row_costs import RowCosts
 from hps.shared_prefix import (
     Layout,
     add_response_head,
     attention_mask,
+    balanced,
+    block_mask,
+    blocks,
     fill_rows,
     make_rows,
+    on_grid,
     prove,
     response_log_probs,
     separate_rows,
@@ -190,6 +196,37 @@ def test_a_long_list_is_split_over_rows(budget, monkeypatch):
         assert_close(response_log_probs(model, rows), by_hand(model, PROMPTS, RESPONSES), rtol=0, atol=1e-9)
 
 
+def test_a_split_list_is_balanced():
+    """8 x 300 tokens after a prompt of 170 take two rows of at most 2,048: of four each, not of six and two."""
+    assert balanced(170, [300] * 8, 2048) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert shared_rows([[1] * 170], [[[2] * 300] * 8], pad=0)["input_ids"].shape == (2, 1370)
+    assert balanced(170, [300] * 6, 2048) == [[0, 1, 2, 3, 4, 5]]
+    assert balanced(6, [20, 1, 1], 12) == [[0], [1, 2]]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20), st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 90))
+def test_balanced_rows_are_the_best_of_all(prompt, responses, budget):
+    """Of all ways to cut the list that keep to the budget: the fewest rows, then the shortest longest."""
+
+    def tokens(part):
+        return prompt + sum(responses[index] for index in part)
+
+    ways = []
+    for cuts in range(2 ** (len(responses) - 1)):
+        parts = [[0]]
+        for index in range(1, len(responses)):
+            if cuts >> (index - 1) & 1:
+                parts.append([index])
+            else:
+                parts[-1].append(index)
+        if all(tokens(part) <= budget or len(part) == 1 for part in parts):
+            ways.append((len(parts), max(map(tokens, parts))))
+    found = balanced(prompt, responses, budget)
+    assert [index for part in found for index in part] == list(range(len(responses)))
+    assert (len(found), max(map(tokens, found))) == min(ways)
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.none() | st.integers(1, 120))
 def test_rows_are_filled_within_the_budget(sizes, budget):
@@ -218,6 +255,16 @@ def test_the_head_never_makes_more_logits_than_its_chunk(monkeypatch, trains, ca
     whole = head(hidden).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     assert_close(values, whole)
     assert_close(grad, torch.autograd.grad(whole.square().sum(), hidden)[0])
+
+
+def test_the_heads_chunk_grows_with_the_card(monkeypatch):
+    """80 GiB: 2^30 x 80 / 256 / 4 logits, 654 tokens of 128,256; never below the CPU's 2^24."""
+    for gib, logits in ((80, 83_886_080), (24, 25_165_824), (8, 2**24)):
+        card = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        assert shared_prefix.chunk_logits(torch.device("cuda", 0)) == logits
+    assert 83_886_080 // 128_256 == 654
+    assert shared_prefix.chunk_logits(torch.device("cpu")) == 2**24
 
 
 @pytest.mark.parametrize("trains", ["nothing", "all but the head", "all"])
@@ -343,6 +390,19 @@ def test_a_limit_divides_the_rows():
         assert kind in make_rows(layout, [[1, 2]], [[[3], [4] * (length - 2)]], pad=0)
 
 
+def test_the_cost_divides_the_rows():
+    """A token costs 100, a causal pair 1, a masked one 8: a prompt of 2 with 3 + 3 tokens takes 800 + 2 + 240 together
+    and 2 x (500 + 12.5) apart, with 2 + 2 tokens 600 + 2 + 128 and 2 x (400 + 8)."""
+    costs = RowCosts(token=100.0, causal=1.0, masked=8.0)
+    for layout, size, kind in (
+        (Layout(ANY, ANY, True, ""), 2, "segments"),
+        (Layout(ANY, ANY, True, ""), 3, "attention_mask"),
+        (Layout(ANY, 4, True, ""), 3, "segments"),  # apart it would be row by row
+    ):
+        assert kind in make_rows(layout, [[1, 2]], [[[3] * size] * 2], pad=0, costs=costs)
+        assert "segments" in make_rows(layout, [[1, 2]], [[[3] * size] * 2], pad=0)
+
+
 def test_separate_rows_by_hand():
     """Prompt [1, 2] with [3, 4] and [5], in rows of four."""
     rows = separate_rows([[1, 2]], [[[3, 4], [5]]], pad=0)
@@ -373,9 +433,149 @@ def test_the_trial_leaves_model_and_seed_alone():
 def test_attention_that_takes_no_mask_has_rows_of_their_own():
     model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="sdpa")
     model.config._attn_implementation_internal = "flash_attention_2"
-    assert prove(model, 2048).shared == 0
+    reason = "its attention is flash_attention_2, and the mask needs sdpa, eager, flex_attention"
+    assert prove(model, 2048) == Layout(0, ANY, True, reason)
+    assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_eager_attention_shares():
     model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="eager")
+    assert prove(model, 2048).shared == ANY
+
+
+# ---- lengths on a grid, as on CUDA ----
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_longer_rows_and_blocks_hold_the_same(name, monkeypatch):
+    """Values and gradients in float64, with the rows, the prompts and the responses padded, and half of it alone."""
+    model = model_of(ARCHITECTURES[name])
+    exact_norms(model)
+    expected = by_hand(model, PROMPTS, RESPONSES)
+    wanted = gradients(model, expected)
+    for rows in (True, False):
+        for inside in (True, False):
+            monkeypatch.setattr(shared_prefix, "blocks", lambda rows, gridded, inside=inside: blocks(rows, inside))
+            made = shared_rows(PROMPTS, RESPONSES, pad=0, budget=22, gridded=rows)
+            assert made["input_ids"].shape[1] == (32 if rows else 18)
+            found = response_log_probs(model, made)
+            assert_close(found, expected, rtol=0, atol=1e-9)
+            for key, value in gradients(model, found).items():
+                assert_close(value, wanted[key], rtol=0, atol=1e-9 * max(1.0, float(wanted[key].abs().max())), msg=key)
+
+
+def test_blocks_by_hand():
+    """Prompt [1, 2] with [3, 4] and [5], as it is and on the grid: 16 places for the prompt, 16 for each response."""
+    rows = shared_rows([[1, 2]], [[[3, 4], [5]]], pad=0)
+    (block,), (wide,) = blocks(rows), blocks(rows, gridded=True)
+    for found in (block, wide):
+        assert (found.row, found.start, found.end) == (0, 0, 2)
+        assert found.filled.tolist() == [2, 3, 4]
+        assert found.places[:, :2].tolist() == [[2, 3], [4, 0]]
+    assert (block.more, wide.more) == (0, 14)
+    assert (block.taken.tolist(), wide.taken.tolist()) == ([0, 1, 2], [0, 1, 16])
+    assert block.visible[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert wide.places.shape == (2, 16) and wide.visible.shape == (2, 1, 16, 32)
+    assert wide.visible[0, 0, 1].nonzero()[:, 0].tolist() == [0, 1, 16, 17]
+
+
+def test_separate_rows_need_no_mask(monkeypatch):
+    """Padding at the right is seen by no token before it. Where there is CUDA, the trial tries it, too."""
+    model = model_of(ARCHITECTURES["llama"])
+    rows = separate_rows(PROMPTS, RESPONSES, pad=0, gridded=True)
+    assert rows["input_ids"].shape == (6, 16)
+    with torch.no_grad():
+        expected = by_hand(model, PROMPTS, RESPONSES)
+        for change in ({}, {"attention_mask": None}):
+            assert_close(response_log_probs(model, rows | change), expected, rtol=0, atol=1e-9)
+    monkeypatch.setattr(shared_prefix, "_PROVEN", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert prove(model, 2048) == Layout(ANY, ANY, True, "")
+
+
+# ---- flex attention; gradients are compared on CUDA alone (tests/test_gpu.py) ----
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 150), st.lists(st.integers(1, 150), min_size=1, max_size=5)), min_size=1, max_size=3
+    ),
+    st.none() | st.integers(1, 600),
+)
+def test_flex_attentions_mask_is_the_dense_one(lengths, budget):
+    """Token by token, and what it skips or takes as a whole is nowhere, or everywhere, visible."""
+    prompts = [[1] * prompt for prompt, _ in lengths]
+    responses = [[[2] * size for size in sizes] for _, sizes in lengths]
+    rows = shared_rows(prompts, responses, pad=0, budget=budget)
+    dense = attention_mask(rows["segments"])[:, 0]
+    mask = block_mask(rows["segments"], rows["position_ids"])
+    number, width, length = len(dense), dense.shape[1], mask.shape[-1]
+    assert length % 128 == 0 and width <= length
+    wanted = torch.eye(length, dtype=torch.bool).repeat(number, 1, 1)
+    wanted[:, :width, :width] = dense
+    row, place = torch.arange(number)[:, None, None], torch.arange(length)
+    assert torch.equal(mask.mask_mod(row, 0, place[:, None], place), wanted)
+    squares = wanted.unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
+    some, whole = squares.any(dim=4).any(dim=2), squares.all(dim=4).all(dim=2)
+    for expected, counts, columns in (
+        (some & ~whole, mask.kv_num_blocks, mask.kv_indices),
+        (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        listed = [
+            [sorted(line[:count].tolist()) for line, count in zip(lines, each, strict=True)]
+            for lines, each in zip(columns[:, 0], counts[:, 0], strict=True)
+        ]
+        assert listed == [[line.nonzero()[:, 0].tolist() for line in each] for each in expected]
+
+
+def test_a_response_alone_has_a_causal_mask():
+    """Prompt and response of 300 tokens in lines of 128 + 128 + 44: the first sees half of itself; the second the first
+    as a whole and half of itself. What fills the third up sees itself alone, so that no square of it is whole."""
+    rows = shared_rows([[1] * 200], [[[2] * 100]], pad=0)
+    mask = block_mask(rows["segments"], rows["position_ids"])
+    assert mask.shape == (1, 1, 384, 384)
+    assert mask.kv_num_blocks.tolist() == [[[1, 1, 3]]]
+    assert mask.kv_indices[0, 0, :, 0].tolist() == [0, 1, 0]
+    assert mask.full_kv_num_blocks.tolist() == [[[0, 1, 0]]]
+
+
+def test_lengths_on_a_grid():
+    """Two from a power of two to the next, multiples of 128; sixteen, multiples of 16."""
+    assert [on_grid(length, 2, 128) for length in (1, 128, 129, 257, 385, 513, 769, 1025, 1537, 2049)] == [
+        *(128, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
+    ]
+    assert [on_grid(length, 16, 16) for length in (1, 17, 220, 272, 273, 513, 1025, 4000)] == [
+        *(16, 32, 224, 272, 288, 544, 1088, 4096)
+    ]
+    for length in range(1, 5000):
+        assert length <= on_grid(length, 16, 16) <= max(length + 15, length * 17 / 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_flex_attentions_values_are_those_of_separate_rows(name, dtype):
+    """In one row, and in several; the prompts and responses take more than a square."""
+    model = model_of(ARCHITECTURES[name], dtype)
+    generator = torch.Generator().manual_seed(3)
+    prompts, responses = (
+        [torch.randint(90, (size,), generator=generator).tolist() for size in (70, 5)],
+        [
+            [torch.randint(90, (size,), generator=generator).tolist() for size in sizes]
+            for sizes in ((90, 3, 40), (20, 31))
+        ],
+    )
+    with torch.no_grad():
+        expected = by_hand(model, prompts, responses)
+        model.set_attn_implementation("flex_attention")
+        assert model.config._attn_implementation == "flex_attention"
+        for budget in (None, 10**9):
+            found = response_log_probs(model, shared_rows(prompts, responses, pad=0, budget=budget))
+            assert_close(found, expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+
+
+def test_flex_attention_shares():
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="flex_attention"
+    )
     assert prove(model, 2048).shared == ANY

@@ -13,16 +13,21 @@ import torch
 from conftest import ranked_records, tiny_config
 from torch.func import functional_call
 from torch.nn.functional import log_softmax, logsigmoid
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
+from alignment import train
+from alignment.checks import check_attention
 from alignment.plan import plan, run_settings
 from alignment.reference import add_reference, cache_folder
-from alignment.train import build_trainer, training_config
+from alignment.train import build_trainer, collator, training_config
+from hps import shared_prefix
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
-from hps.shared_prefix import SEPARATE
-from hps.trainer import HPSTrainer
+from hps.errors import InputError
+from hps.row_costs import RowCosts
+from hps.shared_prefix import SEPARATE, Layout, block_mask
+from hps.trainer import HPSTrainer, PlanCollator
 from pipeline.files import write_lines
-from pipeline.recipe import Recipe
+from pipeline.recipe import REPOSITORY, Recipe
 from pipeline.records import read_ranked
 
 BETA, GAMMA = 0.3, 0.7
@@ -329,6 +334,70 @@ def test_the_seed_makes_the_adapter(ranked_recipe):
         if "lora_A" in name:
             assert torch.equal(again.model.get_parameter(name), value)
             assert not torch.equal(other.model.get_parameter(name), value)
+
+
+# ---- attention ----
+
+
+def test_flex_attention_computes_a_micro_batch_in_one_row(uneven, monkeypatch):
+    """One row as long as both prompts and their responses, and the reference's values as with sdpa."""
+    lengths = []
+
+    def seen(segments, positions):
+        lengths.append(positions.shape)
+        return block_mask(segments, positions)
+
+    monkeypatch.setattr(shared_prefix, "block_mask", seen)
+    found = {}
+    for attention in ("sdpa", "flex"):
+        trainer = trainer_of(uneven(f"training.attention={attention}", f"run={attention}", "schedule.device_batch=2"))
+        found[attention] = trainer.reference_log_probs([trainer.rows[0], trainer.rows[1]])
+    assert found["flex"] == pytest.approx(found["sdpa"], rel=1e-5)
+    rows = [trainer.rows[0], trainer.rows[1]]
+    tokens = sum(len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows)
+    assert lengths[-1] == (1, tokens)
+
+
+def test_flex_attention_is_refused_where_it_cannot_train(ranked_recipe):
+    with pytest.raises(InputError, match="torch trains with it on CUDA alone; here is no CUDA device; use training.at"):
+        check_attention(ranked_recipe("training.attention=flex"))
+    check_attention(ranked_recipe())
+    recipe = ranked_recipe("training.attention=flex", "training.shared_prefix=false")
+    with pytest.raises(InputError, match="is `flex`, and some .* share a prompt: `training.shared_prefix` is false; "):
+        trainer_of(recipe)
+
+
+def test_rows_on_cuda(ranked_recipe, monkeypatch):
+    """On a grid; where `auto` chooses, by their cost. On a CPU neither."""
+    shape = AutoConfig.from_pretrained(REPOSITORY / "configs/shapes/llama-3-8b.json")
+    costs = RowCosts.of(shape, adapter=True, checkpointing=True)
+    layout = Layout(math.inf, math.inf, True, "")
+    settings = ["training.gradient_checkpointing=true"]
+    recipes = [ranked_recipe(f"training.attention={named}", *settings) for named in ("auto", "sdpa", "flex")]
+    made = [collator(recipe, 0, layout, shape) for recipe in recipes]
+    assert made == [PlanCollator(0, layout), PlanCollator(0, layout), PlanCollator(0, layout, shared_prefix.ONE_ROW)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = [collator(recipe, 0, layout, shape) for recipe in recipes]
+    assert made == [
+        PlanCollator(0, layout, None, gridded=True, costs=costs),
+        PlanCollator(0, layout, None, gridded=True),
+        PlanCollator(0, layout, shared_prefix.ONE_ROW, gridded=True),
+    ]
+    example = {"prompt_ids": [1] * 170, "response_ids": [[2] * 1000] * 2}
+    assert made[0].rows([example])["input_ids"].shape == (2, 1216)  # 1,170 on the grid
+    assert made[1].rows([example])["input_ids"].shape == (2, 1216)  # 2,170 are split
+    example = {"prompt_ids": [1] * 170, "response_ids": [[2] * 300] * 2}
+    assert made[0].rows([example])["input_ids"].shape == (1, 800)
+
+
+def test_flash_attention_is_for_classes_that_cannot_share(ranked_recipe, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", lambda model, name: chosen.append(name))
+    for installed, attention, shared in ((True, "auto", 0), (True, "sdpa", 0), (True, "auto", 9), (False, "auto", 0)):
+        monkeypatch.setattr(train, "flash_attention", lambda installed=installed: installed)
+        monkeypatch.setattr(train, "prove", lambda *_, shared=shared: Layout(shared, math.inf, True, "its windows"))
+        trainer_of(ranked_recipe(f"training.attention={attention}"))
+        assert chosen == ["flash_attention_2"]
 
 
 # ---- what is found again ----

@@ -43,6 +43,7 @@ class Doubler:
         if once:
             Path(self.at_13).touch()
         if once or self.at_13 in ("dies", "always dies"):
+            os.write(2, b"out of luck at 13\n")  # as a C++ library complains
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -283,6 +284,7 @@ def test_on_the_cluster_that_is_named(tmp_path):
             done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
             assert done.stdout.splitlines()[-1:] == ["True"], done.stdout + done.stderr
             assert "a worker died" in done.stdout
+            assert "the end of its log, " in done.stdout and "  | out of luck at 13\n" in done.stdout
         finally:  # this cluster alone: `ray stop` would end every one on the machine
             cluster.terminate()
             cluster.wait(30)

@@ -11,8 +11,12 @@ import yaml
 
 from hps.errors import InputError
 from pipeline.files import write_atomic
+from pipeline.recipe import Model
+from pipeline.weights import INDEX
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+SECONDS = 5  # that the preflight waits for the hub
+RESTRICTED, UNKNOWN = REFUSALS = ("access is restricted", "the hub has no such")  # that a dry run only notes
 
 
 @contextmanager
@@ -30,11 +34,11 @@ def asking(kind: Literal["model", "dataset"], where: str, otherwise: str = "") -
             "the hub cannot be reached, or HF_HUB_OFFLINE is set",
             f"run it where there is a network, without HF_HUB_OFFLINE{otherwise}",
         ),
-        (errors.GatedRepoError, "access is restricted", f"ask for access on the {kind}'s page, then `hf auth login`"),
-        (errors.RevisionNotFoundError, "the hub has no such revision", "give a branch, a tag or a commit, or none"),
+        (errors.GatedRepoError, RESTRICTED, f"ask for access on the {kind}'s page, then `hf auth login`"),
+        (errors.RevisionNotFoundError, f"{UNKNOWN} revision", "give a branch, a tag or a commit, or none"),
         (
             (errors.RepositoryNotFoundError, errors.HFValidationError),
-            f"the hub has no such {kind}, or it is private",
+            f"{UNKNOWN} {kind}, or it is private",
             "correct the name, or `hf auth login`",
         ),
     )
@@ -57,6 +61,40 @@ def commit_of(kind: Literal["model", "dataset"], repo: str, revision: str | None
     if not commit or not COMMIT.fullmatch(commit):
         raise InputError(f"the hub gave `{commit}` as commit of {repo}", where=where)
     return commit
+
+
+def hub_bytes(model: Model, where: str) -> int | None:
+    """Bytes of a model's weights that are not in the hub's cache yet; None if the hub cannot be asked.
+
+    A model whose configuration and weights are in the cache is not asked for.
+
+    Raises:
+        InputError: the hub has no such model or revision, or access to it is restricted.
+    """
+    from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
+
+    def missing(name: str, revision: str | None) -> bool:
+        return not isinstance(try_to_load_from_cache(model.path, name, revision=revision), str)
+
+    if not missing("config.json", model.revision) and not all(
+        missing(name, model.revision) for name in ("model.safetensors", INDEX)
+    ):
+        return 0
+    if constants.HF_HUB_OFFLINE:
+        return None
+    refused = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)  # and gated ones
+    with asking("model", where):
+        try:
+            hub = HfApi()
+            info = hub.model_info(model.path, revision=model.revision, timeout=SECONDS, files_metadata=True)
+            if info.gated:  # its page can be read by all, its files cannot
+                hub.auth_check(model.path)
+        except refused:
+            raise
+        except (OSError, errors.HTTPError):
+            return None
+    files = [file for file in info.siblings or [] if file.rfilename.endswith(".safetensors")]
+    return sum(file.size or 0 for file in files if missing(file.rfilename, info.sha))
 
 
 def write_revisions(path: str | Path, commits: dict[tuple[str, ...], str]) -> None:

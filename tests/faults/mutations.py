@@ -139,15 +139,15 @@ MUTATIONS = [
     Mutation(
         "row_tokens is not passed on",
         TRAIN,
-        "layout, recipe.training.row_tokens)",
-        "layout)",
+        "PlanCollator(pad, layout, budget,",
+        "PlanCollator(pad, layout, None,",
         (f"{STEP}[hps-checkpointing]",),
     ),
     Mutation(
         "prompts are never shared",
         TRAIN,
-        "PlanCollator(tokenizer.pad_token_id, layout,",
-        "PlanCollator(tokenizer.pad_token_id, replace(layout, shared=0),",
+        "PlanCollator(pad, layout,",
+        "PlanCollator(pad, replace(layout, shared=0),",
         (BEFORE,),
     ),
     Mutation(

@@ -1,0 +1,232 @@
+"""Seconds of a training step on a GPU against TRL and against separate rows; random weights, no network.
+
+Run     .venv-train/bin/python benchmarks/gpu.py pairs lists [--shapes Llama-3-8B Llama-3.2-1B] [--times N]
+        .venv-train/bin/python benchmarks/gpu.py pairs lists --tiny      # the program itself, on a CPU
+
+Pairs are measured against TRL's trainer with its best settings: the reference computed before, its own head, flash
+attention where installed. Without flash attention a ratio is labelled so, because TRL would be faster with it. Lists,
+which TRL does not know, are measured against our own separate rows. The sides run one after the other, each with the
+card for itself, on the same token ids with the same initial LoRA weights. The first step, in which kernels are compiled
+and attention plans built, is shown apart, and so is the peak of the card's memory. `of the card` is the share of what
+the card does in bf16 products of 8192 x 8192, measured here too: a step's operations (4 a weight and token: the forward
+pass and the backward pass without the gradients of frozen weights) count every token that has to be computed once the
+prompt is shared.
+
+All responses of a case have one length: nothing is padded, which favours TRL and separate rows.
+
+Aims for `auto`, what a recipe gets: pairs at 170/300 at least 1.2 times TRL, lists of 8 at least 2.5 times separate
+rows, nothing below 1.0.
+"""
+
+import gc
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from measure import options, show
+from shapes import EIGHT, ONE, TINY, Lengths, plan_row, random_model, shape
+from speed import Steps, TokenDPO, compare_losses, recipe_of
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from alignment.checks import lora_config
+from alignment.train import attention, collator, training_config
+from hps.reference import computed_values, unknown_values
+from hps.shared_prefix import SHARED
+from hps.trainer import HPSTrainer
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+PROMPTS, RESPONSES, LISTS = (170, 600, 1500), (50, 300, 1000), (8, 100)  # tokens, tokens, responses
+TINY_PROMPTS, TINY_RESPONSES, TINY_LISTS = (9, 20), (5,), (3,)
+FLEX = "shared prompt, flex"
+# The last is what a recipe gets: shared or separate rows by their estimated cost.
+WAYS = {
+    "separate rows": ["training.shared_prefix=false"],
+    "shared prompt, sdpa": ["training.attention=sdpa"],
+    FLEX: ["training.attention=flex"],
+    "auto": ["training.attention=auto"],
+}
+AIMS = {("pairs", 170, 300): 1.2, ("lists", 8): 2.5}
+CHECKPOINTED = (8192, 60)  # tokens of a step above which all sides use gradient checkpointing; of the tiny shape
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of losses of about 0.7
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """What a trainer asks of one: ids that fill up and end."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+
+
+def flash() -> str | None:
+    """The attention of separate rows on a card, where it is installed."""
+    return "flash_attention_2" if CUDA and importlib.util.find_spec("flash_attn") else None
+
+
+class Case:
+    """One shape of model and of texts; a step is one prompt with its responses.
+
+    Args:
+        name: of the model's shape.
+        count: responses of the prompt.
+    """
+
+    def __init__(self, name: str, prompt: int, response: int, count: int, times: int):
+        self.name, self.prompt, self.response, self.count = name, prompt, response, count
+        texts = Lengths(prompt, (response,) * count).texts(shape(name).vocab_size, times + 1)
+        rewards = [float(-place) for place in range(count)]
+        self.rows = [plan_row(number, *each, rewards) for number, each in enumerate(zip(*texts, strict=True))]
+        self.computed = prompt + count * response
+        checkpointed = str(count * (prompt + response) > CHECKPOINTED[name == TINY]).lower()
+        self.settings = ["schedule.global_batch=1", "schedule.device_batch=1", "schedule.max_length=4096"]
+        self.settings.append(f"training.gradient_checkpointing={checkpointed}")
+        self.dtype = torch.bfloat16 if CUDA else torch.float32
+
+    def model(self, attention: str | None):
+        return random_model(shape(self.name), DEVICE, self.dtype, attention or "sdpa")
+
+    def ours(self, *settings: str) -> Steps:
+        """Our trainer with these settings of the recipe, the reference computed before."""
+        preference = ["loss.preference=bt"] if self.count == 2 else ["loss.preference=pl", "loss.list_size=null"]
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = recipe_of(folder, *self.settings, *preference, *settings)
+            model = self.model(attention(recipe))
+            layout = SHARED if recipe.training.shared_prefix else replace(SHARED, shared=0)
+            trainer = HPSTrainer(
+                model=model,
+                args=training_config(recipe, 1),
+                loss=recipe.loss,
+                train_dataset=self.rows,
+                data_collator=collator(recipe, 0, layout, model.config),
+                processing_class=tokenizer(),
+                peft_config=lora_config(recipe),
+            )
+            values = unknown_values(self.rows, 1, PartialState())
+            values.add(computed_values(trainer, values, values.missing()))
+            trainer.set_reference(values)
+            return Steps(trainer, list(trainer.train_dataset), 1)
+
+    def trl(self) -> Steps:
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = recipe_of(folder, *self.settings, "loss.preference=bt")
+            config = training_config(recipe, 1)
+            config.beta, config.precompute_ref_log_probs = recipe.loss.beta, True
+            names = ("prompt_ids", "chosen_ids", "rejected_ids")
+            pairs = [dict(zip(names, (row["prompt_ids"], *row["response_ids"]), strict=True)) for row in self.rows]
+            trainer = TokenDPO(
+                model=self.model(flash()),
+                args=config,
+                train_dataset=Dataset.from_list(pairs),
+                processing_class=tokenizer(),
+                peft_config=lora_config(recipe),
+            )
+            return Steps(trainer, trainer.train_dataset.to_list(), 1)
+
+    def measured(self, make: Callable[[], Steps], times: int) -> tuple[dict, list[float]]:
+        """Figures of one way, and its losses. `Steps` reads each loss, which waits for the card."""
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            task, seconds = make(), []
+            for _ in range(times + 1):
+                start = time.perf_counter()
+                task()
+                seconds.append(time.perf_counter() - start)
+        except torch.OutOfMemoryError:
+            return {}, []
+        weights = sum(weight.numel() for weight in task.trainer.model.parameters())
+        step = statistics.median(seconds[1:])
+        peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else float("nan")
+        figures = {"first (s)": seconds[0], "s / step": step, "GB": peak, "op/s": 4 * weights * self.computed / step}
+        return figures, task.losses
+
+
+def free() -> None:
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def products() -> float:
+    """Operations a second of this device in its largest products."""
+    size, dtype = (8192, torch.bfloat16) if CUDA else (512, torch.float32)
+    one, other = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        (one @ other).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def compared(case: Case, ways: dict[str, Callable[[], Steps]], times: int, peak: float) -> list[dict]:
+    """A line of the table for each way; `times`: the speed relative to the first. All must train as the first does."""
+    where = {"model": case.name, "texts": f"{case.prompt} + {case.count} x {case.response}"}
+    lines, losses = [], {}
+    for name, make in ways.items():
+        figures, losses[name] = case.measured(make, times)
+        free()
+        lines.append({**where, "way": name, **figures, "": "" if figures else "does not fit"})
+    base = lines[0].get("s / step")
+    for line in lines:
+        if "s / step" in line:
+            line["times"] = base / line["s / step"] if base else float("nan")
+            line["of the card"] = line.pop("op/s") / peak
+    if len(some := {name: each for name, each in losses.items() if each}) > 1:
+        compare_losses(some, CLOSE[case.dtype])
+    return lines
+
+
+def verdict(kind: str, case: Case, lines: list[dict]) -> str:
+    """Whether the aim of a case is met by the last way. Against a baseline without flash attention it cannot be."""
+    aim = AIMS.get((kind, case.prompt, case.response), AIMS.get((kind, case.count), 1.0))
+    ratio = lines[-1].get("times")
+    if ratio is None or ratio != ratio:
+        return "not measured"
+    if not flash():
+        return f"{ratio:.2f}, not counted: the other side has no flash attention here"
+    return f"{ratio:.2f}, {'met' if ratio >= aim else 'MISSED'} (at least {aim})"
+
+
+def run(kind: str, shapes: list[str], times: int, tiny: bool) -> None:
+    prompts, responses = (TINY_PROMPTS, TINY_RESPONSES) if tiny else (PROMPTS, RESPONSES)
+    counts = (2,) if kind == "pairs" else TINY_LISTS if tiny else LISTS
+    table, verdicts, peak = [], [], products()
+    for name, count, prompt, response in product(shapes, counts, prompts, responses):
+        case = Case(name, prompt, response, count, times)
+        base = {f"TRL, {flash() or 'sdpa'}": case.trl} if kind == "pairs" else {}
+        ways = {
+            f"ours, {title}": partial(case.ours, *settings) for title, settings in WAYS.items() if CUDA or title != FLEX
+        }
+        lines = compared(case, base | ways, times, peak)
+        table += lines
+        verdicts.append(f"{kind} {name} {lines[0]['texts']}: {verdict(kind, case, lines)}")
+        print(verdicts[-1], flush=True)  # a run of hours that is stopped has said what it knows
+    show(
+        f"{kind}, gradient checkpointing above {CHECKPOINTED[tiny]} tokens, products at {peak / 1e12:.3f} TFLOP/s",
+        table,
+    )
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("parts", nargs="+", choices=["pairs", "lists"])
+    parser.add_argument("--shapes", nargs="+", choices=[EIGHT, ONE], default=[EIGHT, ONE])
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, on the CPU too: whether the program runs")
+    arguments = parser.parse_args()
+    if not (CUDA or arguments.tiny):
+        parser.error("there is no GPU that torch can use; --tiny tries the program on the CPU")
+    for kind in arguments.parts:
+        run(kind, [TINY] if arguments.tiny else arguments.shapes, arguments.times, arguments.tiny)
+
+
+if __name__ == "__main__":
+    main()
