@@ -3,12 +3,14 @@
 import copy
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_reward_model
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
+from annotation import reward_model
 from annotation.reward_model import RewardModel, TooLong
 from hps.errors import InputError
 from hps.shared_prefix import Layout, common_prefix, portions, run
@@ -81,6 +83,25 @@ def test_shared_and_plain_scores_are_equal_in_any_batches(reward, batch_tokens, 
     rows = reward.conversations(MESSAGES, RESPONSES, TRUNCATED)
     same(reward.score_rows(rows), library_scores(reward, rows))
     same(reward.score_rows_plain(rows), library_scores(reward, rows))
+
+
+@pytest.mark.parametrize("shared", [math.inf, 0], ids=["shared", "separate"])
+def test_responses_of_like_length_pass_together(reward, shared, monkeypatch):
+    """Short and long in turns: as they come, every pass would have a long one to which the short ones are padded."""
+    passes, made = [], reward_model.make_rows
+
+    def rows_of(layout, prompts, responses, *rest):
+        passes.append([len(prompts[0]) + len(response) for response in responses[0]])
+        return made(layout, prompts, responses, *rest)
+
+    monkeypatch.setattr(reward_model, "make_rows", rows_of)
+    monkeypatch.setattr(reward, "layout", replace(reward.layout, shared=shared))
+    monkeypatch.setattr(reward, "batch_tokens", 300)
+    responses = [letter * count for letter in "abcd" for count in (1, 40, 2, 80)]
+    rows = reward.conversations(MESSAGES, responses, [False] * len(responses))
+    scores = reward.score(MESSAGES, responses, [False] * len(responses))
+    same(scores, library_scores(reward, rows))
+    assert len(passes) > 1 and [length for each in passes for length in each] == sorted(map(len, rows))
 
 
 def test_rows_beyond_the_shared_window_count_their_prompts(reward, monkeypatch):
