@@ -120,7 +120,9 @@ class Generation(Section):
     dtype: Dtype = Field("auto", description="type of the weights")
     enforce_eager: bool = Field(False, description="capture no CUDA graphs")
     gpu_memory_utilization: float = Field(0.9, ge=0.01, le=1, description="share of a GPU's memory that vLLM takes")
-    max_sequences: int = Field(256, ge=1, description="responses that an engine writes at a time")
+    max_sequences: int | None = Field(
+        None, ge=1, description="responses that an engine writes at a time (null: vLLM's, 256, 1,024 on a large GPU)"
+    )
 
 
 class Annotation(Section):

@@ -409,7 +409,7 @@ PAPER = {
     "generation.temperature": 0.9, "generation.top_p": 1.0, "generation.max_prompt_tokens": 1024,
     "generation.max_new_tokens": 2048, "generation.keep_given": True, "generation.workers": None,
     "generation.tensor_parallel": 1, "generation.dtype": "auto", "generation.enforce_eager": False,
-    "generation.gpu_memory_utilization": 0.9, "generation.max_sequences": 256,
+    "generation.gpu_memory_utilization": 0.9, "generation.max_sequences": None,
     "annotation.batch_tokens": 16384, "annotation.dtype": "auto", "annotation.workers": None,
     "annotation.noise": 0.0,
     "loss.family": "dpo", "loss.preference": "hps", "loss.beta": 0.1, "loss.label_smoothing": 0.0,

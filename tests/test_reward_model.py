@@ -127,7 +127,7 @@ def test_one_response_and_identical_ones(reward, responses):
 
 
 def test_equal_token_rows_are_scored_once(reward, monkeypatch):
-    """Whatever the forward pass makes of a row's place in the batch: here it scores by place."""
+    """Whatever the forward pass makes of a row's place: here it scores by place, the shortest row first."""
     seen = []
     monkeypatch.setattr(
         reward, "_details", lambda rows: seen.extend(rows) or [{"score": float(n)} for n in range(len(rows))]
@@ -135,7 +135,7 @@ def test_equal_token_rows_are_scored_once(reward, monkeypatch):
     scores = reward.score(
         [{"role": "user", "content": "Hi"}], ["a", "b", "a", "a", "b"], [False, False, False, True, False]
     )
-    assert scores == [0, 1, 0, 2, 1] and len(seen) == 3  # a cut `a` is another row
+    assert scores == [1, 2, 1, 0, 2] and len(seen) == 3  # a cut `a` is another row
 
 
 def test_order_and_company_do_not_matter(reward):
