@@ -17,7 +17,6 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +29,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig
 
 from alignment.checks import check_wandb, lora_config, try_lora
-from alignment.plan import ranked_prompts, read_plan, run_settings
+from alignment.plan import run_settings
 from alignment.reference import add_reference
-from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
-from hps.errors import InputError, naming, run_main
-from hps.planning import weights_of
+from alignment.rows import TokenRows, drop_rows, kept_rows
+from hps.chat import load_tokenizer
+from hps.errors import InputError, run_main
 from hps.shared_prefix import prove
 from hps.trainer import HPSTrainer, PlanCollator, not_finite
 from pipeline.cli import parse
@@ -49,77 +48,6 @@ from pipeline.weights import load_config, load_weights
 from pipeline.workers import accumulation_steps
 
 COMPLETE = "complete"  # a checkpoint's last file
-
-
-class TokenRows(Sequence[dict]):
-    """The plan's rows as token ids, in training order. A row is made each time it is read.
-
-    Every row is made once at the start, so a bad one is found before a model loads. `cut` counts the responses that
-    `schedule.max_length` shortens. `equal` counts the rows in which a dispreferred response has the same tokens as the
-    preferred one, because of that cut or of the tokenizer.
-
-    Raises:
-        InputError: a prompt leaves no room for a response within `schedule.max_length`, or a response is empty.
-    """
-
-    def __init__(self, recipe: Recipe, tokenizer):
-        self._plan, self._ranked = read_plan(recipe), ranked_prompts(recipe)
-        self._tokenizer, self._limit = tokenizer, recipe.schedule.max_length
-        self.cut = self.equal = 0
-        for row in self:
-            self.cut += row["cut"]
-            self.equal += row["equal"]
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self._plan[index]
-        record = self._ranked[row["prompt_id"]]
-        terms = [row, row["second"]] if "second" in row else [row]
-        # y_1, with Appendix E y_2, then the terms' other responses by reward: each response passes the model once.
-        first = [term["preferred"] for term in terms]
-        members = [*first, *sorted({index for term in terms for index in term["dispreferred"]} - set(first))]
-        with naming(self._ranked.where(row["prompt_id"])):
-            prompt, responses = self._tokens(record, members)
-        room = self._limit - len(prompt)
-        ids = [ids[:room] for ids in responses]
-        rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
-        return {
-            "row": index,
-            "prompt_ids": prompt,
-            "response_ids": ids,
-            "rewards": [rewards.get(index, 0.0) for index in members],
-            "weights": [weights_of(term, members) for term in terms],
-            "dispreferred_count": [term["dispreferred_count"] for term in terms],
-            "cut": sum(len(response) > room for response in responses),
-            "equal": ids[0] in ids[1:],
-            "gamma": row["gamma"] or 0.0,
-        }
-
-    def places(self, rows: Iterable[int]) -> str:
-        """Rows of the plan for a message: the line of each, its prompt, and where that is."""
-        named = {row: self._plan[row]["prompt_id"] for row in rows}
-        return ", ".join(
-            f"{self._plan.where(row)} (prompt `{name}`, {self._ranked.where(name)})" for row, name in named.items()
-        )
-
-    def _tokens(self, record: dict, members: list[int]) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the prompt, and of its responses before they are cut."""
-        prompt = prompt_token_ids(self._tokenizer, record["prompt"])
-        if len(prompt) >= self._limit:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: no room is left for a "
-                "response",
-                remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
-            )
-        texts, truncated = record["responses"], record["truncated"]
-        responses = [
-            response_token_ids(self._tokenizer, record["prompt"], texts[index], truncated[index]) for index in members
-        ]
-        if not all(responses):
-            raise InputError("a response has no tokens", remedy="take empty responses out of the ranked file")
-        return prompt, responses
 
 
 def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -> DPOConfig:
@@ -326,7 +254,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
-    rows = TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
+    rows = kept_rows(recipe) or TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
     model = load_policy(recipe, config.bf16)
     layout = prove(model, recipe.schedule.max_length)
     if not recipe.training.shared_prefix:
@@ -431,6 +359,7 @@ def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
         seconds = round(result.metrics["train_runtime"], 1)
         facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut, "equal_rows": trainer.rows.equal}
         work.finish(outputs, [recipe.ranked("train")], **facts)
+        drop_rows(recipe)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
 
 

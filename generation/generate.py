@@ -269,8 +269,8 @@ def sample(
         "adapters": sorted(adapters),
         "schema": schema,
     }
-    # More than the engine itself keeps at work, so it never waits for us: at most three times the samples that it writes
-    # at a time, and where a prompt has many samples, they end far apart.
+    # More than the engine keeps at work, so it never waits for us: at most three times the samples that it writes at a
+    # time, and where a prompt has many samples, they end far apart.
     window = 1 + int((settings.max_sequences or MOST_SEQUENCES) * min(3, 8 / max(1, most)))
     items = chain([first], items)
     return run_workers(Generator, arguments, items, settings.workers, count, settings.tensor_parallel, window)

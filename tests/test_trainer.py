@@ -18,7 +18,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 
 from alignment import train as stage
-from alignment.plan import plan, read_plan
+from alignment.plan import plan
+from alignment.rows import read_plan
 from alignment.train import TokenRows, build_trainer, lora_config, training_config
 from hps.chat import load_tokenizer
 from hps.losses import FORMULAS
