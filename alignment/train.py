@@ -29,6 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig
 
 from alignment.checks import check_wandb, lora_config, try_lora
+from alignment.memory import checkpointing
 from alignment.plan import run_settings
 from alignment.reference import add_reference
 from alignment.rows import TokenRows, drop_rows, kept_rows
@@ -82,7 +83,7 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
         bf16=cuda if bf16 is None else bf16,
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=checkpointing(recipe, world_size),
         deepspeed=training.deepspeed,
         logging_steps=1,
         logging_first_step=True,

@@ -173,7 +173,9 @@ class Training(Section):
     processes: int | None = Field(None, ge=1, description="null: one for each GPU, one on a CPU")
     deepspeed: str | None = Field(None, description="a file of configs/deepspeed/")
     attention: Attention = Field("auto", description="auto: sdpa for shared prompts, else flash attention if installed")
-    gradient_checkpointing: bool = Field(True, description="compute activations twice and keep few of them")
+    gradient_checkpointing: bool | None = Field(
+        None, description="compute activations twice and keep few of them (null: unless the GPU has room for all)"
+    )
     shared_prefix: bool = Field(True, description="compute a prompt once for all its responses in a step")
     row_tokens: int | None = Field(None, ge=1, description="most tokens of a row of shared prompts")
     reference: Literal["precomputed", "in_step"] = Field("precomputed", description="its log-probabilities")

@@ -427,7 +427,7 @@ PAPER = {
     "optimizer.learning_rate": 5e-7, "optimizer.scheduler": "cosine", "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": 1.0,
     "training.processes": None, "training.deepspeed": None, "training.attention": "auto",
-    "training.gradient_checkpointing": True, "training.shared_prefix": True, "training.row_tokens": None,
+    "training.gradient_checkpointing": None, "training.shared_prefix": True, "training.row_tokens": None,
     "training.reference": "precomputed", "training.save_steps": 50, "training.merge": False,
     "training.wandb": False, "training.tensorboard": False,
     "evaluation.bootstrap": 2000, "evaluation.answers": 3,

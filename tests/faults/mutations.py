@@ -133,7 +133,7 @@ MUTATIONS = [
     dropped(
         "gradient checkpointing is not passed on",
         TRAIN,
-        "        gradient_checkpointing=training.gradient_checkpointing,",
+        "        gradient_checkpointing=checkpointing(recipe, world_size),",
         BEFORE,
     ),
     Mutation(
