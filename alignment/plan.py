@@ -25,6 +25,7 @@ from pipeline.cli import counted, run_stage
 from pipeline.files import file_hash, write_json, write_lines
 from pipeline.identity import check_model, model_hash
 from pipeline.recipe import Recipe
+from pipeline.records import Indexed
 from pipeline.stage import CLAIM, claim, hold, require_finished
 
 
@@ -60,8 +61,8 @@ def run_settings(recipe: Recipe) -> dict:
     }
 
 
-def plan(recipe: Recipe) -> None:
-    """Run the stage; see the module's docstring."""
+def plan(recipe: Recipe) -> Indexed:
+    """Run the stage, see the module's docstring, but for the rows that are kept; the ranked prompts."""
     check_model(recipe.models.policy, "models.policy")
     if not recipe.ranked("train").exists():
         problem = "there is no ranked file"
@@ -83,6 +84,7 @@ def plan(recipe: Recipe) -> None:
     used = (records[name] for name in made.prompts)
     if warning := reversal_warning(used, recipe.loss, recipe.schedule, recipe.seed):
         print(f"plan: WARNING: {warning}")
+    return records
 
 
 def _write_once(path: Path, lines: Iterator[str]) -> None:
@@ -100,9 +102,8 @@ def _write_once(path: Path, lines: Iterator[str]) -> None:
 
 
 def plan_and_rows(recipe: Recipe) -> None:
-    """The plan, and its rows for a training of several processes."""
-    plan(recipe)
-    keep_rows(recipe)
+    """The plan, and its rows where they are many."""
+    keep_rows(recipe, plan(recipe))
 
 
 if __name__ == "__main__":

@@ -52,12 +52,15 @@ def read_plan(recipe: Recipe) -> Lines:
 class PlanRows(Sequence[dict]):
     """The plan's rows as token ids, in training order. A row is made each time it is read.
 
+    Args:
+        ranked: the ranked training prompts, where they are read already.
+
     Raises:
         InputError: a prompt leaves no room for a response within `schedule.max_length`, or a response is empty.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer):
-        self._plan, self._ranked = read_plan(recipe), ranked_prompts(recipe)
+    def __init__(self, recipe: Recipe, tokenizer, ranked: Indexed | None = None):
+        self._plan, self._ranked = read_plan(recipe), ranked_prompts(recipe) if ranked is None else ranked
         self._tokenizer, self._limit = tokenizer, recipe.schedule.max_length
 
     def __len__(self) -> int:
@@ -151,8 +154,11 @@ def kept_rows(recipe: Recipe) -> KeptRows | None:
     return rows if len(rows) == facts["rows"] else None
 
 
-def keep_rows(recipe: Recipe) -> None:
+def keep_rows(recipe: Recipe, ranked: Indexed) -> None:
     """Make the rows of a long plan, on all cores; nothing where they are there, or the training is finished.
+
+    Args:
+        ranked: the ranked training prompts.
 
     Raises:
         InputError: as `PlanRows`.
@@ -165,7 +171,7 @@ def keep_rows(recipe: Recipe) -> None:
 
         def lines() -> Iterator[str]:
             policy = recipe.models.policy
-            rows = PlanRows(recipe, load_tokenizer(policy.path, policy.revision))
+            rows = PlanRows(recipe, load_tokenizer(policy.path, policy.revision), ranked)
             for line, cut, equal in progress(_made(rows), len(rows), "rows", " rows"):
                 counts["rows"] += 1
                 counts["cut"] += cut

@@ -128,6 +128,19 @@ def test_a_cluster_is_left_alone(run, monkeypatch):
     assert sorted(result["key"] for result in results) == ["0", "1"]
 
 
+def test_all_gpus_of_the_machine_work(run, monkeypatch):
+    """One model on each of 8 GPUs, with a share of 24 texts; whatever cluster there is."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    given = []
+    monkeypatch.setattr("pipeline.actors.run_actors", lambda *arguments: given.append(arguments) or iter([]))
+    list(run_comparisons(iter([]), 24, run.run_folder(), recipe=run, along=False))
+    (worker, arguments, _, workers, gpus_each, window, cluster) = given[0]
+    assert (worker, arguments) == (CompareWorker, {"recipe": run, "along": False})
+    assert (workers, gpus_each, window, cluster) == (8, 1, 3, False)
+
+
 @pytest.mark.slow
 @pytest.mark.infer
 def test_two_actors_give_what_one_process_gives(run, monkeypatch):

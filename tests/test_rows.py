@@ -8,7 +8,7 @@ import pytest
 
 from alignment import rows as stage
 from alignment.plan import plan, plan_and_rows
-from alignment.rows import TokenRows, drop_rows, keep_rows, kept_rows
+from alignment.rows import TokenRows, drop_rows, keep_rows, kept_rows, ranked_prompts
 from hps.chat import prompt_token_ids
 from hps.errors import InputError
 from pipeline.files import write_json
@@ -76,7 +76,7 @@ def test_a_short_plan_and_a_finished_run_keep_none(ranked_recipe, monkeypatch):
     assert kept_rows(recipe) is None
     monkeypatch.setattr(stage, "FEW", 0)
     (recipe.run_folder() / "manifest.json").write_text("{}")
-    keep_rows(recipe)
+    keep_rows(recipe, ranked_prompts(recipe))
     assert kept_rows(recipe) is None
 
 
@@ -91,11 +91,11 @@ def test_rows_of_another_plan_or_claim_are_not_read(ranked_recipe, any_plan_is_l
         (folder / name).write_bytes(whole)
     before = (folder / "rows.jsonl").read_bytes()
     made = (folder / "rows.jsonl").stat().st_mtime_ns
-    keep_rows(recipe)
+    keep_rows(recipe, ranked_prompts(recipe))
     assert (folder / "rows.jsonl").stat().st_mtime_ns == made  # they are there
     (folder / "rows.json").unlink()  # a kill between the two files
     (folder / "rows.jsonl").write_bytes(before[:100])
-    keep_rows(recipe)
+    keep_rows(recipe, ranked_prompts(recipe))
     assert (folder / "rows.jsonl").read_bytes() == before
     drop_rows(recipe)
     assert not list(folder.glob("rows*"))
