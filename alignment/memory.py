@@ -5,7 +5,7 @@ Reads   the policy's `config.json` (its folder, or the hub's cache), else the sh
 In bf16, with P weights of which T train, on G GPUs (docs/operations.md):
 
     weights      2 P            ZeRO-3: / G
-    gradients    2 T            ZeRO-2, 3: / G
+    gradients    2 T            ZeRO-2, 3: 4 T / G, added up in fp32 (`grad_accum_dtype`)
     optimizer   12 T / G        fp32 copy and the two moments of AdamW
     reference    2 P            full fine-tuning with the reference in step; ZeRO-3, always in step: / G. With LoRA it
                                 is the policy; precomputed, it is freed before the first step; SimPO has none
@@ -14,10 +14,10 @@ In bf16, with P weights of which T train, on G GPUs (docs/operations.md):
                  L w t          without gradient checkpointing
 
 t = prompts of one forward pass x responses of a prompt x `schedule.max_length`; responses that share their prompt have
-fewer tokens. DeepSpeed's estimators (`estimate_zero2_model_states_mem_needs`, `..zero3..`) keep gradients in fp32 while
-the optimizer steps (activations are freed then): 4 T / G more in ZeRO-2; in ZeRO-3 2 T / G more (instead of bf16) and 4
-bytes x the largest layer. The formulas leave these out, as well as communication buffers, the tiles of the fused LM
-head, and fragmentation. They are estimates, not measurements.
+fewer tokens. DeepSpeed's estimators (`estimate_zero2_model_states_mem_needs`, `..zero3..`) have more while the
+optimizer steps: in ZeRO-2 gradients in bf16, too, 2 T / G; in ZeRO-3 4 bytes x the largest layer. The formulas leave
+these out, as well as communication buffers, the tiles of the fused LM head, and fragmentation. They are estimates, not
+measurements. `training.gradient_checkpointing: null` goes by them (`checkpointing`).
 """
 
 import warnings
@@ -31,6 +31,8 @@ from pipeline.records import read_json
 from pipeline.weights import UNUSABLE
 
 GIVEN = 2  # written responses of a prompt in the paper's data sets
+# Of a GPU's memory, what the formulas may fill without gradient checkpointing; the rest is for what they leave out.
+ROOM = 0.8
 SHAPES = {
     "RLHFlow/Llama3-SFT-v2.0-epoch3": "configs/shapes/llama-3-8b.json",
     "Qwen/Qwen2.5-1.5B-Instruct": "configs/shapes/qwen2.5-1.5b.json",
@@ -72,7 +74,7 @@ def states(weights: int, trainable: int, gpus: int, stage: int, reference: bool)
     part = {name: gpus if stage >= first else 1 for name, first in (("optimizer", 1), ("gradients", 2), ("weights", 3))}
     return {
         "weights": 2 * weights / part["weights"],
-        "gradients": 2 * trainable / part["gradients"],
+        "gradients": (2 if stage < 2 else 4) * trainable / part["gradients"],
         "optimizer": 12 * trainable / part["optimizer"],
         "reference": 2 * weights / part["weights"] if reference else 0.0,
     }
@@ -97,33 +99,72 @@ def activations(config, tokens: int, checkpointing: bool) -> float:
     return 2.0 * layers * config.hidden_size * tokens + layer if checkpointing else layers * layer
 
 
+def checkpointing(recipe: Recipe, gpus: int) -> bool:
+    """Whether activations are computed twice: as the recipe says; null: unless this machine's GPU has room for all.
+
+    On a CPU, and where the memory cannot be estimated, they are.
+    """
+    import torch
+
+    if (wanted := recipe.training.gradient_checkpointing) is not None:
+        return wanted
+    if not torch.cuda.is_available():
+        return True
+    try:
+        shape = Shape(recipe)
+    except ValueError:
+        return True
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return shape.bytes_without_checkpointing(gpus) > ROOM * memory
+
+
+class Shape:
+    """The policy's sizes. ValueError: its memory cannot be estimated, and why."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        config, self.source = architecture(recipe)
+        if config is None:
+            raise ValueError(self.source)
+        self.weights, self.trainable = count_weights(config, recipe)  # ValueError: LoRA's target modules are not in it
+        self.responses, schedule = responses_per_prompt(recipe), recipe.schedule
+        tokens = schedule.device_batch * self.responses * schedule.max_length
+        try:
+            self.held = {twice: activations(config.get_text_config(), tokens, twice) for twice in (True, False)}
+        except (AttributeError, TypeError):  # this configuration lacks a size that `layer_bytes` needs
+            problem = f"the formulas are of Llama's layers, and this is {config.model_type}"
+            raise ValueError(problem) from None
+
+    def parts(self, gpus: int, stage: int, twice: bool) -> dict[str, float]:
+        """Bytes on one GPU under ZeRO-`stage` (0: without DeepSpeed), with or without gradient checkpointing."""
+        recipe = self.recipe
+        frozen_copy = not recipe.lora.enabled and FAMILIES[recipe.loss.family].reference
+        reference = frozen_copy and (recipe.training.reference == "in_step" or stage == 3)
+        return {**states(self.weights, self.trainable, gpus, stage, reference), "activations": self.held[twice]}
+
+    def bytes_without_checkpointing(self, gpus: int) -> float:
+        return sum(self.parts(gpus, deepspeed_stage(self.recipe) or 0, twice=False).values())
+
+
 def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     """Memory per GPU for ZeRO-1, 2, 3, a line each; one line with the reason if it cannot be estimated."""
-    config, source = architecture(recipe)
-    if config is None:
-        return [f"memory: not estimated, {source}"]
     try:
-        weights, trainable = count_weights(config, recipe)
-    except ValueError as error:  # no causal language model; LoRA's target modules are not in it
+        shape = Shape(recipe)
+    except ValueError as error:
         return [f"memory: not estimated, {str(error).splitlines()[0]}"]
-    responses, schedule = responses_per_prompt(recipe), recipe.schedule
-    tokens = schedule.device_batch * responses * schedule.max_length
-    try:
-        held = activations(config.get_text_config(), tokens, recipe.training.gradient_checkpointing)
-    except (AttributeError, TypeError):  # this configuration lacks a size that `layer_bytes` needs
-        return [f"memory: not estimated, the formulas are of Llama's layers, and this is {config.model_type}"]
-    frozen_copy = not recipe.lora.enabled and FAMILIES[recipe.loss.family].reference
-    chosen = deepspeed_stage(recipe)
+    chosen, twice = deepspeed_stage(recipe), checkpointing(recipe, gpus)
     lines = [
-        f"memory per GPU in bf16, by formulas, not measured (docs/operations.md): {weights:,} weights ({source}), "
-        f"{trainable:,} train, {responses} responses of a prompt, {gpus} process(es)"
+        f"memory per GPU in bf16, by formulas, not measured (docs/operations.md): {shape.weights:,} weights "
+        f"({shape.source}), {shape.trainable:,} train, {shape.responses} responses of a prompt, {gpus} process(es)"
     ]
     for stage in (1, 2, 3):
-        reference = frozen_copy and (recipe.training.reference == "in_step" or stage == 3)
-        parts = {**states(weights, trainable, gpus, stage, reference), "activations": held}
+        parts = shape.parts(gpus, stage, twice)
         text = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items())
         mark = "  <- training.deepspeed" if stage == chosen else ""
         lines.append(f"memory ZeRO-{stage}: {text}; total {sum(parts.values()) / 1e9:.1f} GB{mark}")
+    if recipe.training.gradient_checkpointing is None:
+        here, room = "on" if twice else "off", shape.bytes_without_checkpointing(gpus) / ROOM / 1e9
+        lines.append(f"memory: gradient checkpointing is {here} here; null: off from {room:.0f} GB")
     return lines
 
 

@@ -7,7 +7,8 @@ Writes  `<output>/<run>/plan.jsonl`, a line for each row in training order: `ste
         same for y_2; and `plan.json`: counts, diagnostics, hash of the ranked file
 Run     python -m alignment.plan configs/quickstart.yaml
 
-hps/planning.py makes the rows; training reads them from top to bottom.
+hps/planning.py makes the rows; training reads them from top to bottom. Of a long plan their token ids are kept, too
+(alignment/rows.py).
 """
 
 import json
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+from alignment.rows import keep_rows, ranked_prompts
 from hps.errors import InputError, naming
 from hps.planning import Plan, reversal_warning
 from hps.settings import own_settings, rule_without_gamma, stages_without_steps
@@ -22,8 +24,7 @@ from pipeline.cli import counted, run_stage
 from pipeline.files import file_hash, write_json, write_lines
 from pipeline.identity import check_model, model_hash
 from pipeline.recipe import Recipe
-from pipeline.records import Indexed, Lines, check_ranked, read_json
-from pipeline.run_records import check_plan_row
+from pipeline.records import Indexed
 from pipeline.stage import CLAIM, claim, hold, require_finished
 
 
@@ -59,8 +60,8 @@ def run_settings(recipe: Recipe) -> dict:
     }
 
 
-def plan(recipe: Recipe) -> None:
-    """Run the stage; see the module's docstring."""
+def plan(recipe: Recipe) -> Indexed:
+    """Run the stage, see the module's docstring, but for the rows that are kept; the ranked prompts."""
     check_model(recipe.models.policy, "models.policy")
     if not recipe.ranked("train").exists():
         problem = "there is no ranked file"
@@ -82,14 +83,6 @@ def plan(recipe: Recipe) -> None:
     used = (records[name] for name in made.prompts)
     if warning := reversal_warning(used, recipe.loss, recipe.schedule, recipe.seed):
         print(f"plan: WARNING: {warning}")
-
-
-def ranked_prompts(recipe: Recipe) -> Indexed:
-    """The ranked training prompts by id. InputError: a line is invalid, or a prompt appears twice."""
-    records = Indexed(recipe.ranked("train"), check_ranked)
-    for where, name in records.repeated:
-        problem = f"the prompt `{name}` is here and at line {records.where(name).rpartition(':')[2]}"
-        raise InputError(problem, where=where, remedy="leave one of the two lines")
     return records
 
 
@@ -107,16 +100,10 @@ def _write_once(path: Path, lines: Iterator[str]) -> None:
         raise InputError(problem, where=str(path), remedy=remedy)
 
 
-def read_plan(recipe: Recipe) -> Lines:
-    """The plan's rows; the ranked file must be the one that the plan was made from."""
-    path = recipe.run_folder() / "plan.jsonl"
-    rows = Lines(path, check_plan_row)
-    facts = read_json(path.with_suffix(".json"), "run `bash run.sh` from its beginning")
-    if facts.get("ranked_sha256") != file_hash(recipe.ranked("train")):
-        problem = "the plan was made from another ranked file"
-        raise InputError(problem, where=str(path), remedy="run `bash run.sh` from its beginning")
-    return rows
+def plan_and_rows(recipe: Recipe) -> None:
+    """The plan, and its rows where they are many."""
+    keep_rows(recipe, plan(recipe))
 
 
 if __name__ == "__main__":
-    run_stage(plan, __doc__)
+    run_stage(plan_and_rows, __doc__)

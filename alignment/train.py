@@ -17,7 +17,6 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +29,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig
 
 from alignment.checks import check_attention, check_wandb, lora_config, try_lora
-from alignment.plan import ranked_prompts, read_plan, run_settings
+from alignment.memory import checkpointing
+from alignment.plan import run_settings
 from alignment.reference import add_reference
-from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
-from hps.errors import InputError, naming, run_main
-from hps.planning import weights_of
+from alignment.rows import TokenRows, drop_rows, kept_rows
+from hps.chat import load_tokenizer
+from hps.errors import InputError, run_main
 from hps.row_costs import RowCosts
 from hps.shared_prefix import ONE_ROW, Layout, prove
 from hps.trainer import HPSTrainer, PlanCollator, not_finite
@@ -51,77 +51,6 @@ from pipeline.weights import load_config, load_weights
 from pipeline.workers import accumulation_steps
 
 COMPLETE = "complete"  # a checkpoint's last file
-
-
-class TokenRows(Sequence[dict]):
-    """The plan's rows as token ids, in training order. A row is made each time it is read.
-
-    Every row is made once at the start, so a bad one is found before a model loads. `cut` counts the responses that
-    `schedule.max_length` shortens. `equal` counts the rows in which a dispreferred response has the same tokens as the
-    preferred one, because of that cut or of the tokenizer.
-
-    Raises:
-        InputError: a prompt leaves no room for a response within `schedule.max_length`, or a response is empty.
-    """
-
-    def __init__(self, recipe: Recipe, tokenizer):
-        self._plan, self._ranked = read_plan(recipe), ranked_prompts(recipe)
-        self._tokenizer, self._limit = tokenizer, recipe.schedule.max_length
-        self.cut = self.equal = 0
-        for row in self:
-            self.cut += row["cut"]
-            self.equal += row["equal"]
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self._plan[index]
-        record = self._ranked[row["prompt_id"]]
-        terms = [row, row["second"]] if "second" in row else [row]
-        # y_1, with Appendix E y_2, then the terms' other responses by reward: each response passes the model once.
-        first = [term["preferred"] for term in terms]
-        members = [*first, *sorted({index for term in terms for index in term["dispreferred"]} - set(first))]
-        with naming(self._ranked.where(row["prompt_id"])):
-            prompt, responses = self._tokens(record, members)
-        room = self._limit - len(prompt)
-        ids = [ids[:room] for ids in responses]
-        rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
-        return {
-            "row": index,
-            "prompt_ids": prompt,
-            "response_ids": ids,
-            "rewards": [rewards.get(index, 0.0) for index in members],
-            "weights": [weights_of(term, members) for term in terms],
-            "dispreferred_count": [term["dispreferred_count"] for term in terms],
-            "cut": sum(len(response) > room for response in responses),
-            "equal": ids[0] in ids[1:],
-            "gamma": row["gamma"] or 0.0,
-        }
-
-    def places(self, rows: Iterable[int]) -> str:
-        """Rows of the plan for a message: the line of each, its prompt, and where that is."""
-        named = {row: self._plan[row]["prompt_id"] for row in rows}
-        return ", ".join(
-            f"{self._plan.where(row)} (prompt `{name}`, {self._ranked.where(name)})" for row, name in named.items()
-        )
-
-    def _tokens(self, record: dict, members: list[int]) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the prompt, and of its responses before they are cut."""
-        prompt = prompt_token_ids(self._tokenizer, record["prompt"])
-        if len(prompt) >= self._limit:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: no room is left for a "
-                "response",
-                remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
-            )
-        texts, truncated = record["responses"], record["truncated"]
-        responses = [
-            response_token_ids(self._tokenizer, record["prompt"], texts[index], truncated[index]) for index in members
-        ]
-        if not all(responses):
-            raise InputError("a response has no tokens", remedy="take empty responses out of the ranked file")
-        return prompt, responses
 
 
 def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -> DPOConfig:
@@ -156,7 +85,7 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
         bf16=cuda if bf16 is None else bf16,
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=checkpointing(recipe, world_size),
         deepspeed=training.deepspeed,
         logging_steps=1,
         logging_first_step=True,
@@ -333,7 +262,7 @@ def collator(recipe: Recipe, pad: int, layout: Layout, config) -> PlanCollator:
     cuda = torch.cuda.is_available()
     if cuda and named == "auto":
         with suppress(AttributeError, TypeError):  # no sizes of Llama's kind of layers: prompts are shared
-            costs = RowCosts.of(config, recipe.lora.enabled, recipe.training.gradient_checkpointing)
+            costs = RowCosts.of(config, recipe.lora.enabled, checkpointing(recipe, PartialState().num_processes))
     return PlanCollator(pad, layout, budget, cuda, costs)
 
 
@@ -345,7 +274,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
-    rows = TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
+    rows = kept_rows(recipe) or TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
     model = load_policy(recipe, config.bf16)
     layout = prove(model, recipe.schedule.max_length)
     if not recipe.training.shared_prefix:
@@ -461,6 +390,7 @@ def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
         facts = {"seconds_of_last_start": seconds, "cut_responses": trainer.rows.cut, "equal_rows": trainer.rows.equal}
         facts["devices"] = state.num_processes
         work.finish(outputs, [recipe.ranked("train")], **facts)
+        drop_rows(recipe)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
 
 

@@ -102,7 +102,9 @@ class ConversationScorer:
         rows = [tuple(row) for row in self.conversations(messages, responses, truncated)]
         if (longest := max(map(len, rows))) > (limit := longest_conversation(self.model)):
             raise TooLong(longest, limit)
-        distinct = list(dict.fromkeys(rows))  # two copies of a row could differ by rounding and be ranked by it
+        # Two copies of a row could differ by rounding and be ranked by it. By length: what passes together is padded to
+        # the longest, separate rows as a whole, responses after one prompt in attention.
+        distinct = sorted(dict.fromkeys(rows), key=len)
         details = self._details([list(row) for row in distinct])
         if not all(math.isfinite(each["score"]) for each in details):
             # In a shared row one NaN spreads to the other responses, because zero times NaN is NaN.

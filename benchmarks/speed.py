@@ -1,6 +1,6 @@
 """Speed of training and scoring, side by side with what others do; each part is a function below.
 
-Run     .venv-train/bin/python benchmarks/speed.py pairs lists methods loop scoring busy [--times N]
+Run     .venv-train/bin/python benchmarks/speed.py pairs lists methods loop scoring held_out busy [--times N]
 
 Both sides take turns in one process with the same token ids; for training (the small model) also with the same initial
 LoRA weights and optimiser settings. Where two programs compute the same, their losses or scores must agree to 1e-4 in
@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 from datasets import Dataset
 from measure import medians, options, show
+from peft import get_peft_model
 from shapes import plan_row
 from stages import peak_kb
 from trl import DPOTrainer
@@ -27,6 +28,7 @@ from trl import DPOTrainer
 from alignment.reference import add_reference
 from alignment.train import load_policy, lora_config, training_config
 from annotation.reward_model import RewardModel
+from evaluation.held_out import HeldOut
 from hps.chat import load_tokenizer
 from hps.shared_prefix import SHARED
 from hps.trainer import HPSTrainer, PlanCollator
@@ -276,6 +278,41 @@ def scoring(times: int) -> None:
     show(f"Scoring, responses of {RESPONSE} tokens, seconds", table)
 
 
+def held_out(times: int) -> None:
+    """Held-out pairs in batches of like length against one at a time, with two policies along the training."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(folder)
+        policy = get_peft_model(load_policy(recipe), lora_config(recipe))
+        for place, step in enumerate((1, 2, None)):
+            torch.manual_seed(place)
+            for name, weight in policy.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(weight, std=0.02)
+            policy.save_pretrained(recipe.checkpoint_folder(step))
+        load_tokenizer(recipe.models.policy.path).save_pretrained(recipe.checkpoint_folder())
+        scorer = HeldOut(recipe)
+    table = []
+    for prompt, response in SHAPES:
+        rows = examples_of(prompt, response, 2, 4)
+        texts = [{"prompt": row["prompt_ids"], "responses": row["response_ids"], "diverging": 1} for row in rows]
+        found: dict[str, list[dict]] = {}
+
+        def alone(texts=texts, found=found) -> None:
+            found["alone"] = [figures for text in texts for figures in scorer.compare_all([text])]
+
+        def together(texts=texts, found=found) -> None:
+            found["together"] = [figures for batch in scorer.batches(texts) for figures in scorer.compare_all(batch)]
+
+        seconds = medians({"one at a time": alone, "batches": together}, times)
+        each = zip(found["alone"], found["together"], strict=True)
+        worst = max(abs(a - b) for one, other in each for a, b in zip(one["policy"], other["policy"], strict=True))
+        if not worst <= 1e-3:
+            sys.exit(f"log-probabilities of the two ways differ by {worst:.1e}")
+        ratio = {"times faster": seconds["one at a time"] / seconds["batches"], "largest difference": worst}
+        table.append({"": f"{len(texts)} pairs, {prompt}/{response}", **seconds, **ratio})
+    show("Held-out pairs, three policies and the reference, seconds", table)
+
+
 def passes(seconds: float = 6.0) -> float:
     """Passes a second through 30 layers' products of 270 tokens: small products, as in a layer of the small model."""
     torch.manual_seed(0)
@@ -311,7 +348,15 @@ def busy(times: int) -> None:
     show("Passes a second", [row])
 
 
-PARTS = {"pairs": pairs, "lists": lists, "methods": methods, "loop": loop, "scoring": scoring, "busy": busy}
+PARTS = {
+    "pairs": pairs,
+    "lists": lists,
+    "methods": methods,
+    "loop": loop,
+    "scoring": scoring,
+    "held_out": held_out,
+    "busy": busy,
+}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import random
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,19 +168,23 @@ def scores(recipe: Recipe) -> Work:
 
 def fixed_policies() -> type:
     """Stand-in for the models of the evaluation: a token has -1 nat before training, a little more or less after."""
-    from evaluation.held_out import HeldOut
+    from evaluation import held_out
     from hps.chat import load_tokenizer
+    from hps.shared_prefix import SHARED
 
-    class Fixed(HeldOut):
-        def __init__(self, recipe: Recipe, along: bool = True):
+    class Fixed(held_out.HeldOut):
+        def __init__(self, recipe: Recipe, along: bool = True, step: int | None = None):
             self.tokenizer, self.limit = load_tokenizer(recipe.models.policy.path), recipe.schedule.max_length
-            self.dtype = "none"
+            self.dtype, self.batch_tokens, self.layout = "none", held_out.BATCH_TOKENS["cpu"], SHARED
             self.steps = STEPS if along else ()
 
         def moved(self, share: float):
             return nullcontext()
 
-        def compare(self, prompt: list[int], responses: list[list[int]], diverging: int) -> dict:
+        def compare_all(self, texts: Sequence[dict]) -> list[dict]:
+            return [self.figures(text["responses"], text["diverging"]) for text in texts]
+
+        def figures(self, responses: list[list[int]], diverging: int) -> dict:
             before = [-float(len(response)) for response in responses]
 
             def after(step: int) -> dict:
@@ -193,19 +197,24 @@ def fixed_policies() -> type:
     return Fixed
 
 
-def margins(recipe: Recipe) -> Work:
-    from evaluation import held_out, margins
+def fixed_comparisons(recipe: Recipe) -> None:
+    from evaluation import held_out
 
     warm(recipe)
-    held_out.HeldOut = fixed_policies()
+    held_out.HeldOut = held_out.Reader = fixed_policies()
+
+
+def margins(recipe: Recipe) -> Work:
+    from evaluation import margins
+
+    fixed_comparisons(recipe)
     return lambda: margins.evaluate(recipe)
 
 
 def divergence(recipe: Recipe) -> Work:
-    from evaluation import divergence
+    fixed_comparisons(recipe)
+    from evaluation import divergence  # with the stand-ins
 
-    warm(recipe)
-    divergence.HeldOut = fixed_policies()
     return lambda: divergence.measure(recipe)
 
 

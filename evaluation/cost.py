@@ -16,8 +16,8 @@ The formulas, with the names of the rates:
     preparing    record_seconds for each response of a record that is read: twice for the plan, twice in each epoch
     training     passes of prompt + responses of a step (`responses_per_prompt`), the reference's too, /
                  (training_operations_per_second x devices)
-    held-out     pass_seconds for a pair and each of reference, policy and kept adapters, / held_out_devices
-    divergence   pass_seconds for a prompt's answers, of policy and reference, / held_out_devices
+    held-out     pass_seconds for a pair and each of reference, policy and kept adapters, / devices
+    divergence   pass_seconds for a prompt's answers, of policy and reference, / devices
     start        start_seconds for each start of a script's stages
     judge        a verdict: one pass of judge_weights over rubric_tokens + prompt + response, verdict_tokens new ones at
                  judge_tokens_per_second of a device; verdicts: test prompts x models x answers x repeats
@@ -81,7 +81,7 @@ def passes_of_a_pair(recipe: Recipe) -> int:
 
 def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
     """Seconds of training and evaluation of one run."""
-    devices, held_out = cost["devices"], cost["held_out_devices"]
+    devices = cost["devices"]
     prompts, epochs = prompt_count(recipe, "train", cost), recipe.schedule.epochs
     tested = tested_prompts(recipe, cost)
     response, prompt = cost["response_tokens"], cost["prompt_tokens"]
@@ -96,10 +96,10 @@ def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
     return {
         "preparing": prompts * recipe.data.train.responses * 2 * (1 + epochs) * cost["record_seconds"],
         "training": prompts * epochs * row / (cost["training_operations_per_second"] * devices),
-        "held-out pairs": pairs * tested * passes_of_a_pair(recipe) * cost["pass_seconds"] / held_out,
+        "held-out pairs": pairs * tested * passes_of_a_pair(recipe) * cost["pass_seconds"] / devices,
         "answers": tested * samples * response / (rate * devices),
         "their scores": scored / (cost["scoring_operations_per_second"] * devices),
-        "divergence": (1 + points) * tested * 2 * cost["pass_seconds"] / held_out,
+        "divergence": (1 + points) * tested * 2 * cost["pass_seconds"] / devices,
         "starting": STARTS * cost["start_seconds"],
     }
 
@@ -283,11 +283,11 @@ def _training(recipe: Recipe, rates: dict) -> dict[str, float]:
 def _held_out(recipe: Recipe, _: dict) -> dict[str, float]:
     """Each pair's passes; the rounding floor's and the start's seconds count as theirs."""
     folder = recipe.evaluated_folder() / "evaluation"
-    seconds, _ = took(folder)
+    seconds, devices = took(folder)
     pairs = sum(1 for _ in read_jsonl(folder / "pairs.jsonl"))
     if not pairs:
         raise InputError("there is no pair", where=str(folder))
-    return {"held_out_devices": 1, "pass_seconds": seconds / pairs / passes_of_a_pair(recipe)}
+    return {"pass_seconds": seconds * devices / pairs / passes_of_a_pair(recipe)}
 
 
 def _answers(recipe: Recipe, _: dict) -> dict[str, float]:

@@ -11,14 +11,15 @@ answers were sampled at `generation.temperature`. `log_ratio` is log pi_theta(y)
 divergence if the answers were sampled at temperature 1; otherwise the mean may be negative.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from evaluation.held_out import HeldOut
+from evaluation.held_out import Reader, run_comparisons
 from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, done_ids, file_hash
 from pipeline.identity import model_hash
 from pipeline.recipe import Model, Recipe
-from pipeline.records import Answers, read_answers
+from pipeline.records import read_answers
 from pipeline.run_records import answered_steps
 from pipeline.stage import require_finished, stage
 
@@ -50,23 +51,35 @@ def _measure(recipe: Recipe, step: int | None, answers: Path, path: Path) -> Non
     with Appender(path) as file:  # first: it cuts off the half line that a kill leaves
         done = done_ids(path)
         total = sum(1 for _ in read_answers(answers))  # checks every line before a model loads
-        todo = (record for _, record in read_answers(answers) if record["prompt_id"] not in done)
-        scorer = HeldOut(recipe, along=False, step=step)
-        for record in progress(todo, total, "divergence", " prompts", len(done)):
-            file.append({"prompt_id": record["prompt_id"], **answer_figures(record, scorer)})
+        reader, waiting = Reader(recipe, step=step), {}
+
+        def items() -> Iterator[dict]:
+            for _, record in read_answers(answers):
+                if (name := record["prompt_id"]) not in done:
+                    prompt, ids = reader.token_ids(record["prompt"], record["responses"], record["truncated"])
+                    waiting[name] = list(map(len, ids))
+                    some = [each for each in ids if each]
+                    yield {"key": name, "prompt": prompt, "responses": some, "diverging": len(some)}
+
+        results = run_comparisons(items(), total - len(done), answers, recipe=recipe, along=False, step=step)
+        for result in progress(results, total, "divergence", " prompts", len(done)):
+            name = result["key"]
+            file.append({"prompt_id": name, **answer_figures(waiting.pop(name), result)})
 
 
-def answer_figures(record: Answers, scorer: HeldOut) -> dict:
-    """`kl`, `log_ratio`, `tokens` of each answer; 0 for an empty answer."""
-    prompt, answers = scorer.token_ids(record["prompt"], record["responses"], record["truncated"])
-    some = [answer for answer in answers if answer]
-    found = scorer.compare(prompt, some, diverging=len(some)) if some else {"policy": [], "reference": [], "kl": []}
+def answer_figures(tokens: list[int], found: dict) -> dict:
+    """`kl`, `log_ratio`, `tokens` of each answer; 0 for an empty answer.
+
+    Args:
+        tokens: of each answer.
+        found: `kl`, `policy` and `reference` of the answers that are not empty.
+    """
     ratios = [after - before for after, before in zip(found["policy"], found["reference"], strict=True)]
     kl, ratio = iter(found["kl"]), iter(ratios)
     return {
-        "kl": [next(kl) if answer else 0.0 for answer in answers],
-        "log_ratio": [next(ratio) if answer else 0.0 for answer in answers],
-        "tokens": [len(answer) for answer in answers],
+        "kl": [next(kl) if count else 0.0 for count in tokens],
+        "log_ratio": [next(ratio) if count else 0.0 for count in tokens],
+        "tokens": tokens,
     }
 
 

@@ -16,7 +16,6 @@ over prompts.
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +24,16 @@ import numpy as np
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from hps.errors import InputError, shorten
 from pipeline.cli import counted, progress, run_stage
-from pipeline.files import Appender, file_hash, write_json
+from pipeline.files import Appender, file_hash, json_line, write_json, write_lines
 from pipeline.identity import model_hash
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, Recipe
-from pipeline.records import Prompt, Ranked, read_jsonl, read_ranked
+from pipeline.records import Lines, Prompt, Ranked, read_jsonl, read_ranked
 from pipeline.run_records import AGAIN, SETS, Pair, check_pair, kept_checkpoints
 from pipeline.stage import Work, require_finished, stage
 
 if TYPE_CHECKING:
-    from evaluation.held_out import HeldOut
+    from evaluation.held_out import Reader
 
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
 
@@ -71,30 +70,19 @@ def _pair(record: Prompt | Ranked, kind: str, **fields: list) -> dict:
     return {"set": kind, "prompt_id": record["prompt_id"], "prompt": record["prompt"], **fields}
 
 
-def comparable(recipe: Recipe, scorer: "HeldOut", left_out: Counter) -> Iterator[dict]:
-    """Yield the held-out pairs that can be compared; count the others by reason.
+def comparable(recipe: Recipe, reader: "Reader", left_out: Counter) -> Iterator[tuple[dict, dict]]:
+    """Yield the held-out pairs that can be compared, each with its texts for `evaluation.held_out`; count the others.
 
     The prompt must leave room for a response. The responses must differ as tokens: otherwise their margin is always 0.
     """
     for pair in held_out_pairs(recipe, left_out):
-        prompt, responses = pair_ids(pair, scorer)
-        if len(prompt) >= scorer.limit:
+        prompt, responses = reader.token_ids(pair["prompt"], pair["responses"], pair["truncated"])
+        if len(prompt) >= reader.limit:
             left_out[f"{pair['set']}: prompt fills schedule.max_length"] += 1
         elif responses[0] == responses[1]:
             left_out[f"{pair['set']}: both responses are the same tokens"] += 1
         else:
-            yield pair
-
-
-def pair_ids(pair: dict, scorer: "HeldOut") -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt and of both responses."""
-    return scorer.token_ids(pair["prompt"], pair["responses"], pair["truncated"])
-
-
-def pair_figures(pair: dict, scorer: "HeldOut") -> dict:
-    """`tokens`, and what `HeldOut.compare` gives for both responses."""
-    prompt, responses = pair_ids(pair, scorer)
-    return {"tokens": [len(response) for response in responses], **scorer.compare(prompt, responses, diverging=1)}
+            yield pair, {"prompt": prompt, "responses": responses, "diverging": 1}
 
 
 class Columns:
@@ -174,18 +162,11 @@ def evaluate(recipe: Recipe) -> None:
 
 
 def _evaluate(recipe: Recipe, folder: Path, work: Work) -> None:
-    # Here because torch and peft take seconds to load, and evaluate.sh asks for what run.sh has finished.
-    from evaluation.held_out import FLOOR_TEXTS, HeldOut, rounding_floor
-
-    scorer, left_out = HeldOut(recipe), Counter()
-    # Read once to count and once to score, so that only one pair is in memory.
-    count = sum(1 for _ in comparable(recipe, scorer, left_out))
-    _score_pairs(comparable(recipe, scorer, Counter()), count, scorer, folder / "pairs.jsonl")
+    left_out = Counter()
+    floor = _score_pairs(recipe, folder / "pairs.jsonl", left_out)
     sets = read_columns(read_jsonl(folder / "pairs.jsonl", check_pair))
-    first = islice(comparable(recipe, scorer, Counter()), FLOOR_TEXTS)
     metrics: dict[str, Any] = {
-        "dtype": scorer.dtype,
-        "floor": rounding_floor(scorer, (pair_ids(pair, scorer) for pair in first)),
+        **floor,
         "bootstrap": recipe.evaluation.bootstrap,
         "level": LEVEL,
         "left_out": dict(+left_out),
@@ -223,12 +204,52 @@ def evaluation_settings(recipe: Recipe) -> dict:
     }
 
 
-def _score_pairs(pairs: Iterable[dict], count: int, scorer: "HeldOut", path: Path) -> None:
+def _score_pairs(recipe: Recipe, path: Path, left_out: Counter) -> dict:
+    """Write `pairs.jsonl`, and count the pairs that are left out; `dtype` and `floor`, what rounding shows.
+
+    A pair is written when it is measured, so a kill loses what is being measured. In the end the lines are put into the
+    order of the pairs: whatever the devices were, the intervals are the same.
+    """
+    # Here because torch and peft take seconds to load, and evaluate.sh asks for what run.sh has finished.
+    from evaluation.held_out import FLOOR, FLOOR_TEXTS, Reader, run_comparisons
+
+    reader, waiting, order, first, floor = Reader(recipe), {}, {}, [], {}
     with Appender(path) as file:  # first: it cuts off the half line that a kill leaves
-        done = {(line["set"], line["prompt_id"]) for _, line in read_jsonl(path, check_pair)}
-        todo = (pair for pair in pairs if (pair["set"], pair["prompt_id"]) not in done)
-        for pair in progress(todo, count, "held-out pairs", " pairs", len(done)):
-            file.append({**pair, **pair_figures(pair, scorer)})
+        done = {_name(line) for _, line in read_jsonl(path, check_pair)}
+
+        def items() -> Iterator[dict]:
+            for pair, text in comparable(recipe, reader, left_out):
+                order[name := _name(pair)] = len(order)
+                if len(first) < FLOOR_TEXTS:
+                    first.append(text)
+                if name not in done:
+                    waiting[name] = {**pair, "tokens": list(map(len, text["responses"]))}
+                    yield {"key": name, **text}
+            yield {"key": FLOOR, "texts": first}
+
+        def figures() -> Iterator[dict]:
+            for result in run_comparisons(items(), count + 1, path, recipe=recipe):
+                if result["key"] == FLOOR:
+                    floor.update(result)
+                else:
+                    yield result
+
+        count = sum(1 for _ in held_out_pairs(recipe, Counter()))  # at most; and every line is checked
+        for result in progress(figures(), count, "held-out pairs", " pairs", len(done)):
+            file.append(waiting.pop(result.pop("key")) | result)
+    _put_in_order(path, order)
+    return {name: floor[name] for name in ("dtype", "floor")}
+
+
+def _name(pair: dict | Pair) -> str:
+    return f"{pair['set']}/{pair['prompt_id']}"
+
+
+def _put_in_order(path: Path, order: dict[str, int]) -> None:
+    lines = Lines(path, check_pair)
+    places = [order[_name(line)] for line in lines]
+    if places != sorted(places):
+        write_lines(path, (json_line(lines[at]) for at in sorted(range(len(lines)), key=places.__getitem__)))
 
 
 def floor_line(dtype: str, floor: dict | None) -> str:

@@ -32,6 +32,8 @@ from pipeline.stage import Work, is_finished, stage
 from pipeline.weights import ADAPTER, check_weights, refuse_pickles
 from pipeline.workers import run_workers
 
+MOST_SEQUENCES = 1024  # that vLLM lets an engine write at a time where the recipe does not say: on a large GPU
+
 
 class Generator:
     """The worker: one engine. Prompts go in, and each prompt's samples come out when it is finished.
@@ -267,8 +269,9 @@ def sample(
         "adapters": sorted(adapters),
         "schema": schema,
     }
-    # More than the engine itself keeps waiting, so it never waits for us.
-    window = 1 + 3 * settings.max_sequences // max(1, most)
+    # More than the engine keeps at work, so it never waits for us: at most three times the samples that it writes at a
+    # time, and where a prompt has many samples, they end far apart.
+    window = 1 + int((settings.max_sequences or MOST_SEQUENCES) * min(3, 8 / max(1, most)))
     items = chain([first], items)
     return run_workers(Generator, arguments, items, settings.workers, count, settings.tensor_parallel, window)
 

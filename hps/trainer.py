@@ -213,6 +213,15 @@ class HPSTrainer(DPOTrainer):
         self.train_dataset = RowsWithReference(self.rows, log_probs)
         self.ref_model = None
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's; but of an adapter under ZeRO-1 and 2, where the parent clones all weights in every process's
+        memory, and an adapter is all that is saved. Every process holds it whole."""
+        deepspeed = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if deepspeed and self.is_adapted and deepspeed.zero_stage < 3:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _check_start(self, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor) -> None:
         """Keep the largest |s| before the first update, where policy and reference are one model.
 

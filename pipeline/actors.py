@@ -13,6 +13,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -294,22 +295,27 @@ def places(node: dict, gpus_each: int) -> int:
     return int(resources.get("GPU", 0) // gpus_each if gpus_each else resources.get("CPU", 0))
 
 
-def connect(workers: int = 1):
-    """Ray, started here for so many workers where `RAY_ADDRESS` names no cluster.
+def connect(workers: int = 1, cluster: bool = True):
+    """Ray, started here for so many workers where `RAY_ADDRESS` names no cluster, or where none is wanted.
 
     Raises:
-        InputError: the cluster cannot be reached.
+        InputError: the cluster cannot be reached, or this environment has no Ray.
     """
     # A killed engine must not leave a process that keeps the GPU.
     os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
-    import ray
+    try:
+        import ray
+    except ModuleNotFoundError:
+        problem, remedy = "several devices need Ray, and this environment does not have it", "run `bash setup.sh` again"
+        raise InputError(problem, where=sys.executable, remedy=remedy) from None
 
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
-        cores = {} if address else {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False}
+        address = os.environ.get("RAY_ADDRESS") if cluster else "local"
+        started = {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False}
+        options = started if address in (None, "", "local") else {}
         try:
             with held_interrupts() as interrupted:
-                ray.init(address=address, log_to_driver=False, **cores)
+                ray.init(address=address, log_to_driver=False, **options)
             if interrupted():
                 raise KeyboardInterrupt
         except ConnectionError as error:
@@ -320,7 +326,13 @@ def connect(workers: int = 1):
 
 
 def run_actors(
-    worker: type, arguments: dict, items: Iterable[dict], workers: int, gpus_each: int, window: int
+    worker: type,
+    arguments: dict,
+    items: Iterable[dict],
+    workers: int,
+    gpus_each: int,
+    window: int,
+    cluster: bool = True,
 ) -> Iterator[dict]:
     """As `pipeline.workers.run_workers`, on actors."""
-    return Supervisor(connect(workers), worker, arguments, workers, gpus_each, window).run(iter(items))
+    return Supervisor(connect(workers, cluster), worker, arguments, workers, gpus_each, window).run(iter(items))

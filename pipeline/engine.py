@@ -96,7 +96,7 @@ class Engine:
             tokenizer=self._folder.name,
             dtype=settings.dtype if settings.dtype != "auto" or self._cuda else "float32",
             max_model_len=settings.max_prompt_tokens + settings.max_new_tokens,
-            max_num_seqs=settings.max_sequences,
+            max_num_seqs=settings.max_sequences,  # None: vLLM's own for the device
             tensor_parallel_size=settings.tensor_parallel,
             # torch.compile needs minutes to start and gains nothing on a CPU.
             enforce_eager=settings.enforce_eager or not self._cuda,
@@ -108,6 +108,7 @@ class Engine:
             use_tqdm_on_load=False,
             **self._options(),
         ).llm_engine
+        self._places = self._engine.vllm_config.scheduler_config.max_num_seqs
         if schema and not same_tokens(self._tokenizer, self._engine.get_tokenizer()):
             problem = "vLLM reads the tokenizer differently, so answers could not follow a schema"
             raise InputError(problem, where=model.path, remedy="use another judge")
@@ -136,14 +137,15 @@ class Engine:
 
         Args:
             prompts: `(key, token ids, number of samples)` and, where one of `adapters` is to answer, its folder; keys
-                are unique. Those of one adapter should follow one another. Read lazily: at most twice the number of
-                sequences that the engine runs at a time are waiting in it. None: there is no more at the moment.
+                are unique. Those of one adapter should follow one another. Read lazily, while fewer samples are
+                unfinished than twice what the engine writes at a time. None: there is no more at the moment.
         """
         source, held = iter(prompts), None
-        waiting: dict[str, int] = {}
+        waiting: set[str] = set()
         exhausted = False
         while True:
-            while not exhausted and sum(waiting.values()) < 2 * self._settings.max_sequences:
+            # vLLM counts samples: a prompt whose last sample is long leaves the places of its others.
+            while not exhausted and self._engine.get_num_unfinished_requests() < 2 * self._places:
                 try:
                     item = held or next(source)
                 except StopIteration:
@@ -161,14 +163,14 @@ class Engine:
                     self._merge(adapter)
                 lora, sampling = self._lora(adapter), self._sampling(key, count)
                 self._engine.add_request(key, {"prompt_token_ids": ids}, sampling, lora_request=lora)
-                waiting[key] = count
+                waiting.add(key)
             if not waiting:
                 if exhausted:
                     return
                 continue
             for output in self._engine.step():
                 if output.finished:
-                    del waiting[output.request_id]
+                    waiting.remove(output.request_id)
                     yield output.request_id, [self._sample(part) for part in output.outputs]
 
     def _lora(self, adapter: str | None):

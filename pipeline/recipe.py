@@ -120,7 +120,9 @@ class Generation(Section):
     dtype: Dtype = Field("auto", description="type of the weights")
     enforce_eager: bool = Field(False, description="capture no CUDA graphs")
     gpu_memory_utilization: float = Field(0.9, ge=0.01, le=1, description="share of a GPU's memory that vLLM takes")
-    max_sequences: int = Field(256, ge=1, description="responses that an engine writes at a time")
+    max_sequences: int | None = Field(
+        None, ge=1, description="responses that an engine writes at a time (null: vLLM's, 256, 1,024 on a large GPU)"
+    )
 
 
 class Annotation(Section):
@@ -171,7 +173,9 @@ class Training(Section):
     processes: int | None = Field(None, ge=1, description="null: one for each GPU, one on a CPU")
     deepspeed: str | None = Field(None, description="a file of configs/deepspeed/")
     attention: Attention = Field("auto", description="auto: sdpa for shared prompts, else flash attention if installed")
-    gradient_checkpointing: bool = Field(True, description="compute activations twice and keep few of them")
+    gradient_checkpointing: bool | None = Field(
+        None, description="compute activations twice and keep few of them (null: unless the GPU has room for all)"
+    )
     shared_prefix: bool = Field(True, description="compute a prompt once for all its responses in a step")
     row_tokens: int | None = Field(None, ge=1, description="most tokens of a row of shared prompts")
     reference: Literal["precomputed", "in_step"] = Field("precomputed", description="its log-probabilities")

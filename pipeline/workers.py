@@ -14,11 +14,15 @@ from hps.errors import InputError
 from pipeline.recipe import Recipe
 
 
-def count_devices(requested: int | None, gpus_each: int = 1) -> int:
-    """How many workers to run: as requested, else one for every `gpus_each` GPUs, else one."""
+def count_devices(requested: int | None, gpus_each: int = 1, cluster: bool = True) -> int:
+    """How many workers to run: as requested, else one for every `gpus_each` GPUs, else one.
+
+    Args:
+        cluster: count the GPUs of the cluster that `RAY_ADDRESS` names, if it does; else those of this machine.
+    """
     if requested is not None:
         return requested
-    if os.environ.get("RAY_ADDRESS"):
+    if cluster and os.environ.get("RAY_ADDRESS"):
         from pipeline.actors import connect, places
 
         nodes = [node for node in connect().nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
@@ -119,6 +123,7 @@ def run_workers(
     most: int | None = None,
     gpus_each: int = 1,
     window: int = 4,
+    cluster: bool = True,
 ) -> Iterator[dict]:
     """What `worker(**arguments)` makes of the items, in no particular order.
 
@@ -135,18 +140,19 @@ def run_workers(
         most: how many items there are at most: no more instances than these, and a share of them for each.
         gpus_each: GPUs reserved for an instance where there are GPUs.
         window: items that are with an actor at a time.
+        cluster: False: on this machine whatever `RAY_ADDRESS` is.
 
     Yields:
         Results; from actors `{"key": ..., "lost": why}` of an item that ended two of them (pipeline.actors).
     """
     import torch
 
-    count = count_devices(workers, gpus_each)
+    count, named = count_devices(workers, gpus_each, cluster), cluster and os.environ.get("RAY_ADDRESS")
     if most is not None:
         count = max(1, min(count, most))
         window = min(window, -(-most // count))  # a short job is everybody's, not the first one's
-    if count == 1 and workers is None and not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
+    if count == 1 and workers is None and not torch.cuda.is_available() and not named:
         return worker(**arguments).stream(iter(items))
     from pipeline.actors import run_actors
 
-    return run_actors(worker, arguments, items, count, gpus_each, max(1, window))
+    return run_actors(worker, arguments, items, count, gpus_each, max(1, window), cluster)

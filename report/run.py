@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from alignment.plan import read_plan
+from alignment.rows import read_plan
 from evaluation.intervals import FEW, figure, interval
 from evaluation.summary import outcome, side_by_side
 from hps.errors import InputError, run_main

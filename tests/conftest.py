@@ -263,6 +263,36 @@ def ranked_recipe(tiny_recipe, monkeypatch):
 
 
 @pytest.fixture
+def finished(ranked_recipe):
+    """Make a finished run without training: a fresh adapter (B = 0), or one of random numbers (`trained`)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from hps.chat import load_tokenizer
+
+    def make(*overrides: str, trained: bool):
+        recipe = ranked_recipe(*overrides)
+        folder = recipe.run_folder()
+        model = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path)
+        if recipe.lora.enabled:
+            torch.manual_seed(5)
+            model = get_peft_model(
+                model,
+                LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=not trained),
+            )
+        elif trained:
+            with torch.no_grad():
+                model.model.layers[0].self_attn.q_proj.weight.mul_(0.5)
+        model.save_pretrained(folder / "checkpoint")
+        load_tokenizer(recipe.models.policy.path).save_pretrained(folder / "checkpoint")
+        (folder / "manifest.json").write_text("{}")
+        return recipe
+
+    return make
+
+
+@pytest.fixture
 def float64():
     with in_float64():
         yield

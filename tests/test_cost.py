@@ -14,7 +14,7 @@ from pipeline.recipe import load_recipe
 from pipeline.stage import MANIFEST, Work, read_manifest, write_manifest
 
 RATES = {
-    **{"devices": 2, "held_out_devices": 1, "weights": 100, "scorer_weights": 50, "prompt_tokens": 10},
+    **{"devices": 2, "weights": 100, "scorer_weights": 50, "prompt_tokens": 10},
     **{"response_tokens": 5, "adapter_tokens_per_second": 4, "tokens_per_second": 8, "start_seconds": 3},
     **{"training_operations_per_second": 1000, "scoring_operations_per_second": 500, "pass_seconds": 0.5},
     **{"record_seconds": 0.25, "prompts": {"train": 7, "test": 3}},
@@ -33,10 +33,10 @@ def test_hours_of_a_run_by_hand():
     # 6 passes of 100 weights over a prompt of 10 and a pair of 5 tokens, at 1000 operations a second on 2 devices
     assert found["training"] == 7 * 2 * 6 * 100 * 20 / 2000
     assert found["preparing"] == 7 * 6 * (2 + 2 * 2) * 0.25
-    # the written pair of each test prompt by reference, policy and two adapters, on a single device
-    assert found["held-out pairs"] == 3 * 4 * 0.5
+    # the written pair of each test prompt by reference, policy and two adapters, on 2 devices
+    assert found["held-out pairs"] == 3 * 4 * 0.5 / 2
     assert found["answers"] == 3 * (4 + 2) * 5 / (4 * 2)
-    assert found["divergence"] == 3 * 3 * 2 * 0.5
+    assert found["divergence"] == 3 * 3 * 2 * 0.5 / 2
     assert found["their scores"] == 0  # a function
     assert found["starting"] == 8 * 3
 
@@ -46,7 +46,7 @@ def test_hours_with_a_model_that_scores_and_all_weights_by_hand():
     settings += ["evaluation.checkpoints=0", "evaluation.proxy=false"]
     found = cost.run_seconds(recipe_of(*settings), RATES)
     assert found["training"] == 7 * 2 * 8 * 100 * 20 / 2000
-    assert found["held-out pairs"] == 2 * 3 * 2 * 0.5  # the written and the ranked pair
+    assert found["held-out pairs"] == 2 * 3 * 2 * 0.5 / 2  # the written and the ranked pair
     assert found["answers"] == 3 * 4 * 5 / (8 * 2)
     assert found["their scores"] == 3 * 2 * 50 * (10 + 4 * 5) / (500 * 2)
 
@@ -79,7 +79,7 @@ def test_rates_of_a_file_win(tmp_path):
     assert cost.with_rates(RATES, str(path)) == {**RATES, "tokens_per_second": 9}
     assert cost.with_rates(RATES, None) == RATES
     faults = {
-        "tokens: 3": "no formula knows the rate `tokens`; known: devices, held_out_devices",
+        "tokens: 3": "no formula knows the rate `tokens`; known: devices, weights",
         "tokens_per_second: 0": "`tokens_per_second` is 0; give a number above 0",
         "tokens_per_second: yes": "`tokens_per_second` is True",
         "tokens_per_second: fast": "`tokens_per_second` is fast",
@@ -136,7 +136,7 @@ def test_rates_of_a_finished_run_by_hand(ranked_recipe, tiny_model):
     generated = sum(sum(record["token_counts"][2:]) for record in ranked)
     assert rates["tokens_per_second"] == generated / 10 / 2
     assert rates["adapter_tokens_per_second"] == 4 * 50 / 5 / 2
-    assert rates["pass_seconds"] == 6 / 4 / 3 and rates["held_out_devices"] == 1
+    assert rates["pass_seconds"] == 6 * 2 / 4 / 3
     # 2500 tokens in 5 seconds, 2 steps of 4 pairs: 312.5 a row, of a pair, so the prompt counts twice
     response = 312.5 / 2 - rates["prompt_tokens"]
     operations = 8 * 6 * whole * (rates["prompt_tokens"] + 2 * response)

@@ -10,15 +10,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evaluation import margins as stage
 from evaluation.divergence import answer_figures, measure_all
-from evaluation.held_out import HeldOut, divergence, rounding_floor
+from evaluation.held_out import CompareWorker, HeldOut, divergence, rounding_floor
 from evaluation.intervals import bootstrap
-from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
+from hps.chat import prompt_token_ids, response_token_ids
 from hps.errors import InputError
 from pipeline.cli import run_stage
 from pipeline.records import read_json, read_jsonl, read_prompts
@@ -79,16 +79,8 @@ def test_figures_are_resampled_as_the_recipe_says(ranked_recipe):
 
 def test_divergence_of_answers_by_hand():
     """log pi_theta - log pi_ref of the answers that have tokens: -3 + 5 and -1 + 0.5."""
-
-    class Scorer:
-        def token_ids(self, *_):
-            return [1], [[2, 3], [], [4]]
-
-        def compare(self, prompt, responses, diverging):
-            assert (prompt, responses) == ([1], [[2, 3], [4]])
-            return {"policy": [-3.0, -1.0], "reference": [-5.0, -0.5], "kl": [0.7, 0.2][:diverging]}
-
-    figures = answer_figures({"prompt": [], "responses": ["a", "", "b"], "truncated": [False] * 3}, Scorer())
+    found = {"policy": [-3.0, -1.0], "reference": [-5.0, -0.5], "kl": [0.7, 0.2]}
+    figures = answer_figures([2, 0, 1], found)
     assert figures == {"kl": [0.7, 0.0, 0.2], "log_ratio": [2.0, 0.0, -0.5], "tokens": [2, 0, 1]}
 
 
@@ -117,29 +109,9 @@ def test_bootstrap_is_close_to_the_normal_interval():
 # ---- on tiny models ----
 
 
-@pytest.fixture
-def finished(ranked_recipe):
-    """Make a finished run without training: a fresh adapter (B = 0), or one of random numbers (`trained`)."""
-
-    def make(*overrides: str, trained: bool):
-        recipe = ranked_recipe(*overrides)
-        folder = recipe.run_folder()
-        model = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path)
-        if recipe.lora.enabled:
-            torch.manual_seed(5)
-            model = get_peft_model(
-                model,
-                LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=not trained),
-            )
-        elif trained:
-            with torch.no_grad():
-                model.model.layers[0].self_attn.q_proj.weight.mul_(0.5)
-        model.save_pretrained(folder / "checkpoint")
-        load_tokenizer(recipe.models.policy.path).save_pretrained(folder / "checkpoint")
-        (folder / "manifest.json").write_text("{}")
-        return recipe
-
-    return make
+def texts_of(recipe, reader) -> list[dict]:
+    """The pairs' token ids."""
+    return [text for _, text in stage.comparable(recipe, reader, Counter())]
 
 
 def pairs_of(recipe) -> list[dict]:
@@ -245,12 +217,13 @@ def test_log_probabilities_equal_separate_rows(finished):
     base = AutoModelForCausalLM.from_pretrained(recipe.models.policy.path).eval()
     pair = next(stage.held_out_pairs(recipe, Counter()))
     pair = {**pair, "responses": [pair["responses"][0], pair["responses"][1][:25]], "truncated": [False, True]}
-    figures = stage.pair_figures(pair, held_out)
-    prompt = prompt_token_ids(held_out.tokenizer, pair["prompt"])
+    prompt, responses = held_out.token_ids(pair["prompt"], pair["responses"], pair["truncated"])
+    figures = held_out.compare(prompt, responses, diverging=1)
+    assert prompt == prompt_token_ids(held_out.tokenizer, pair["prompt"])
     for index in (0, 1):
         response = held_out.tokenizer(pair["responses"][index]).input_ids
         response += [] if pair["truncated"][index] else [held_out.tokenizer.convert_tokens_to_ids("<|im_end|>")]
-        assert figures["tokens"][index] == len(response)
+        assert responses[index] == response
         ids = prompt + response
         after = log_probability_by_hand(held_out.policy, ids, len(prompt))
         assert figures["policy"][index] == pytest.approx(after, abs=1e-3)
@@ -262,7 +235,7 @@ def test_log_probabilities_equal_separate_rows(finished):
 def test_divergence_by_hand():
     """KL((1/2, 1/2) || (1/4, 3/4)) = 1/2 log 2 + 1/2 log 2/3; the other way round 0.1308. Two positions add up."""
     policy, reference = (torch.tensor([shares] * 2).log() for shares in ([0.5, 0.5], [0.25, 0.75]))
-    assert divergence(policy, reference) == pytest.approx(math.log(2) + math.log(2 / 3), rel=1e-5)
+    assert divergence(policy, reference).item() == pytest.approx(math.log(2) + math.log(2 / 3), rel=1e-5)
 
 
 def test_every_kept_policy_against_the_reference_by_hand(finished):
@@ -309,10 +282,11 @@ def test_responses_are_cut_where_training_cut_them(finished):
     prompt = prompt_token_ids(held_out.tokenizer, pair["prompt"])
     recipe.schedule.max_length = len(prompt) + 3
     held_out = HeldOut(recipe)
-    assert stage.pair_figures(pair, held_out)["tokens"] == [3, 3]
+    cut = held_out.token_ids(pair["prompt"], pair["responses"], pair["truncated"])
+    assert [len(response) for response in cut[1]] == [3, 3]
     whole = response_token_ids(held_out.tokenizer, pair["prompt"], pair["responses"][0], False)
     (expected,) = held_out.compare(prompt, [whole[:3]], diverging=0)["policy"]
-    assert stage.pair_figures(pair, held_out)["policy"][0] == pytest.approx(expected, abs=1e-4)
+    assert held_out.compare(*cut, diverging=1)["policy"][0] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("enabled", ["true", "false"], ids=["LoRA", "full"])
@@ -333,13 +307,13 @@ def test_before_training_all_margins_are_zero(finished, enabled):
 
 def floor_of(held_out, recipe) -> tuple[dict | None, float]:
     """The floor on two pairs, and the divergence of the policy, which is what it was, bit for bit."""
-    texts = [stage.pair_ids(pair, held_out) for pair in stage.held_out_pairs(recipe, Counter())][:2]
+    texts = texts_of(recipe, held_out)[:2]
     before = {name: value.clone() for name, value in held_out.policy.state_dict().items()}
-    compared = held_out.compare(*texts[0], diverging=1)
+    compared = held_out.compare_all(texts[:1])
     floor = rounding_floor(held_out, texts)
     assert all(torch.equal(value, before[name]) for name, value in held_out.policy.state_dict().items())
-    assert held_out.compare(*texts[0], diverging=1) == compared
-    return floor, compared["kl"][0]
+    assert held_out.compare_all(texts[:1]) == compared
+    return floor, compared[0]["kl"][0]
 
 
 @pytest.mark.parametrize("enabled", ["true", "false"], ids=["LoRA", "full"])
@@ -371,14 +345,14 @@ def test_a_policy_that_is_the_reference_shows_no_floor(finished):
 def test_a_policy_is_moved_by_its_share_of_the_way(finished):
     """Half of LoRA's way is half of B; half of the way of all weights is their mean with the reference's."""
     held_out = HeldOut(finished(trained=True))
-    text = stage.pair_ids(next(stage.held_out_pairs(finished(trained=True), Counter())), held_out)
+    text = texts_of(finished(trained=True), held_out)[:1]
     with held_out.moved(0.5):
-        moved = held_out.compare(*text, diverging=0)["policy"]
+        moved = held_out.compare_all(text)[0]["policy"]
     with torch.no_grad():
         for name, value in held_out.policy.named_parameters():
             if "lora_B" in name:
                 value.mul_(0.5)
-    assert held_out.compare(*text, diverging=0)["policy"] == pytest.approx(moved, abs=1e-4)
+    assert held_out.compare_all(text)[0]["policy"] == pytest.approx(moved, abs=1e-4)
     held_out = HeldOut(finished("lora.enabled=false", "run=full", trained=True))
     name = "model.layers.0.self_attn.q_proj.weight"
     ends = [model.get_parameter(name).clone() for model in (held_out.reference, held_out.policy)]
@@ -418,13 +392,32 @@ def test_evaluation_continues_after_a_kill(finished, monkeypatch):
     (folder / "manifest.json").unlink()
     (folder / "margins.json").unlink()
     scored = []
-    score = stage.pair_figures
-    monkeypatch.setattr(stage, "pair_figures", lambda pair, scorer: scored.append(pair) or score(pair, scorer))
+    figures = CompareWorker._figures
+    monkeypatch.setattr(CompareWorker, "_figures", lambda self, items: scored.extend(items) or figures(self, items))
     stage.evaluate(recipe)
     assert len(lines) == 8 and len(scored) == 5
     assert {path: path.read_text() for path in files} == files
     stage.evaluate(recipe)  # finished: nothing is scored again
     assert len(scored) == 5
+
+
+def test_the_order_of_the_work_does_not_show(finished):
+    """Lines in the order in which several devices may finish them, two still missing: the files are the same."""
+    recipe = finished(trained=True)
+    stage.evaluate(recipe)
+    folder = recipe.run_folder() / "evaluation"
+    files = {name: (folder / name).read_text() for name in ("pairs.jsonl", "margins.json")}
+    lines = files["pairs.jsonl"].splitlines(keepends=True)
+    names = [(line["set"], line["prompt_id"]) for line in map(json.loads, lines)]
+    assert names == [(pair["set"], pair["prompt_id"]) for pair in stage.held_out_pairs(recipe, Counter())]
+    (folder / "pairs.jsonl").write_text("".join(lines[at] for at in (6, 2, 7, 0, 5, 3)))
+    (folder / "manifest.json").unlink()
+    stage.evaluate(recipe)
+    again = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert [(line["set"], line["prompt_id"]) for line in again] == names
+    for line, before in zip(again, map(json.loads, lines), strict=True):
+        assert line["policy"] == pytest.approx(before["policy"], abs=1e-4)
+    assert (folder / "pairs.jsonl").read_text().splitlines(keepends=True)[2] == lines[2]
 
 
 def test_whatever_decides_the_figures_is_claimed(finished):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import make_plan, ranked_records
 
-from alignment.plan import plan, read_plan
+from alignment.plan import plan
+from alignment.rows import read_plan
 from hps import planning
 from hps.errors import InputError
 from hps.negatives import draws, gamma_stages, hardness_weights, negative_weights, stage_of, standardize

@@ -3,12 +3,14 @@
 import copy
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_reward_model
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
+from annotation import reward_model
 from annotation.reward_model import RewardModel, TooLong
 from hps.errors import InputError
 from hps.shared_prefix import Layout, common_prefix, portions, run
@@ -83,6 +85,25 @@ def test_shared_and_plain_scores_are_equal_in_any_batches(reward, batch_tokens, 
     same(reward.score_rows_plain(rows), library_scores(reward, rows))
 
 
+@pytest.mark.parametrize("shared", [math.inf, 0], ids=["shared", "separate"])
+def test_responses_of_like_length_pass_together(reward, shared, monkeypatch):
+    """Short and long in turns: as they come, every pass would have a long one to which the short ones are padded."""
+    passes, made = [], reward_model.make_rows
+
+    def rows_of(layout, prompts, responses, *rest):
+        passes.append([len(prompts[0]) + len(response) for response in responses[0]])
+        return made(layout, prompts, responses, *rest)
+
+    monkeypatch.setattr(reward_model, "make_rows", rows_of)
+    monkeypatch.setattr(reward, "layout", replace(reward.layout, shared=shared))
+    monkeypatch.setattr(reward, "batch_tokens", 300)
+    responses = [letter * count for letter in "abcd" for count in (1, 40, 2, 80)]
+    rows = reward.conversations(MESSAGES, responses, [False] * len(responses))
+    scores = reward.score(MESSAGES, responses, [False] * len(responses))
+    same(scores, library_scores(reward, rows))
+    assert len(passes) > 1 and [length for each in passes for length in each] == sorted(map(len, rows))
+
+
 def test_rows_beyond_the_shared_window_count_their_prompts(reward, monkeypatch):
     """Two of the longest fit into a forward pass, the prompt in each row; a budget without it would let all in."""
     rows = reward.conversations(MESSAGES, RESPONSES, TRUNCATED)
@@ -106,7 +127,7 @@ def test_one_response_and_identical_ones(reward, responses):
 
 
 def test_equal_token_rows_are_scored_once(reward, monkeypatch):
-    """Whatever the forward pass makes of a row's place in the batch: here it scores by place."""
+    """Whatever the forward pass makes of a row's place: here it scores by place, the shortest row first."""
     seen = []
     monkeypatch.setattr(
         reward, "_details", lambda rows: seen.extend(rows) or [{"score": float(n)} for n in range(len(rows))]
@@ -114,7 +135,7 @@ def test_equal_token_rows_are_scored_once(reward, monkeypatch):
     scores = reward.score(
         [{"role": "user", "content": "Hi"}], ["a", "b", "a", "a", "b"], [False, False, False, True, False]
     )
-    assert scores == [0, 1, 0, 2, 1] and len(seen) == 3  # a cut `a` is another row
+    assert scores == [1, 2, 1, 0, 2] and len(seen) == 3  # a cut `a` is another row
 
 
 def test_order_and_company_do_not_matter(reward):

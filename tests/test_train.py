@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 import alignment.train as stage
 from alignment.merge import merge
-from alignment.plan import plan, read_plan
+from alignment.plan import plan
+from alignment.rows import read_plan
 from alignment.train import TokenRows, last_checkpoint, logged, train
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.errors import InputError

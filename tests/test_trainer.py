@@ -18,7 +18,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 
 from alignment import train as stage
-from alignment.plan import plan, read_plan
+from alignment.plan import plan
+from alignment.rows import read_plan
 from alignment.train import TokenRows, build_trainer, lora_config, training_config
 from hps.chat import load_tokenizer
 from hps.losses import FORMULAS
@@ -164,6 +165,30 @@ def test_settings_that_the_loss_does_not_honour_are_refused(name, tmp_path):
 def test_samplers_that_would_shuffle_the_plan_are_refused(strategy, tmp_path):
     with pytest.raises(ValueError, match="in the order of the plan"):
         HPSTrainer(args=config_of(tmp_path, train_sampling_strategy=strategy), loss=Loss())
+
+
+# ---- saving ----
+
+
+@pytest.mark.parametrize(("stage", "alone"), [(2, True), (3, False)])
+def test_of_an_adapter_nothing_else_is_saved(ranked_recipe, monkeypatch, tmp_path, stage, alone):
+    """Under ZeRO-2, whose parameters are views of one tensor, the base is not cloned; ZeRO-3 gathers as the parent."""
+    trainer = trainer_of(ranked_recipe())
+    trainer.save_model(str(tmp_path / "before"))
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    flat = torch.cat([weight.data.flatten() for weight in weights])
+    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+        weight.data = part.view_as(weight)
+    gathered = []
+    monkeypatch.setattr(DPOTrainer, "save_model", lambda *_: gathered.append("all"))
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    plugin = SimpleNamespace(zero_stage=stage)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin, raising=False)
+    trainer.save_model(str(tmp_path / "after"))
+    assert gathered == ([] if alone else ["all"])
+    if alone:
+        names = ("adapter_model.safetensors", "adapter_config.json")
+        assert all((tmp_path / "after" / n).read_bytes() == (tmp_path / "before" / n).read_bytes() for n in names)
 
 
 # ---- log-probabilities and reference ----

@@ -97,6 +97,13 @@ def test_as_many_workers_as_asked_for_or_one_on_a_cpu(monkeypatch):
     assert count_devices(None, gpus_each=1000) == 1
 
 
+def test_several_devices_without_ray_are_one_line(monkeypatch):
+    """The training environment of a CPU has none."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match="several devices need Ray, and this environment does not have it"):
+        run(2)
+
+
 @pytest.mark.slow
 @pytest.mark.infer
 def test_actors_give_what_one_process_gives(ray):

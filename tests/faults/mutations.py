@@ -98,8 +98,8 @@ MUTATIONS = [
     Mutation(
         "compare() takes the KL of the reference from the policy",
         HELD_OUT,
-        "zip(after, before, strict=False)",
-        "zip(before, after, strict=False)",
+        "kl.append(divergence(p, q))",
+        "kl.append(divergence(q, p))",
         (KEPT,),
     ),
     # ---- recipe -> trainer -> optimizer ----
@@ -133,7 +133,7 @@ MUTATIONS = [
     dropped(
         "gradient checkpointing is not passed on",
         TRAIN,
-        "        gradient_checkpointing=training.gradient_checkpointing,",
+        "        gradient_checkpointing=checkpointing(recipe, world_size),",
         BEFORE,
     ),
     Mutation(
@@ -410,8 +410,8 @@ MUTATIONS = [
     Mutation(
         "the divergence along the training is that of the trained policy",
         "evaluation/divergence.py",
-        "HeldOut(recipe, along=False, step=step)",
-        "HeldOut(recipe, along=False)",
+        "recipe=recipe, along=False, step=step",
+        "recipe=recipe, along=False",
         ("test_margins.py::test_divergence_along_the_training_is_that_of_the_policy_kept_there",),
     ),
     Mutation(
