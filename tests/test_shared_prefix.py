@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_check import differences
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -572,6 +573,24 @@ def test_flex_attentions_values_are_those_of_separate_rows(name, dtype):
         for budget in (None, 10**9):
             found = response_log_probs(model, shared_rows(prompts, responses, pad=0, budget=budget))
             assert_close(found, expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("attention", "close"), [("sdpa", 1e-9), ("eager", 1e-4)])  # eager's soft-max is in float32
+def test_the_check_for_cuda_finds_right_what_is_right(attention, close):
+    model = model_of(ARCHITECTURES["llama"])
+    exact_norms(model)
+    found = differences(model, attention, PROMPTS, RESPONSES)
+    assert found["values"] < close and found["gradients"] < close
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_check_for_cuda_finds_wrong_what_is_wrong(monkeypatch):
+    """Each response sees the one before it."""
+    monkeypatch.setattr(
+        shared_prefix, "attention_mask", lambda segments: torch.ones(1, 1, *[segments.shape[1]] * 2).tril().bool()
+    )
+    found = differences(model_of(ARCHITECTURES["llama"]), "eager", PROMPTS[:1], RESPONSES[:1])
+    assert found["values"] > 1e-2 and found["gradients"] > 1e-2
 
 
 def test_flex_attention_shares():
