@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from attention_check import differences
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +28,7 @@ from transformers import (
     OPTConfig,
     Qwen2Config,
 )
+from transformers.integrations.flex_attention import WrappedFlexAttention
 
 from hps import shared_prefix
 from hps.row_costs import RowCosts
@@ -591,6 +594,35 @@ def test_the_check_for_cuda_finds_wrong_what_is_wrong(monkeypatch):
     )
     found = differences(model_of(ARCHITECTURES["llama"]), "eager", PROMPTS[:1], RESPONSES[:1])
     assert found["values"] > 1e-2 and found["gradients"] > 1e-2
+
+
+def test_flex_attention_has_a_kernel_for_each_length(monkeypatch):
+    """Not for each layer, mask or number of responses; what dynamo would hand to a compiler is counted."""
+    compiled = []
+
+    def count(graph, examples):
+        compiled.append(graph)
+        return graph.forward
+
+    function = torch.compile(flex_attention, backend=count)
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: function)
+    monkeypatch.setattr(shared_prefix, "_uncompiled", nullcontext)
+    model = model_of(ARCHITECTURES["llama"])
+    model.set_attn_implementation("flex_attention")
+    found = []
+    with torch.no_grad():
+        for prompt, sizes in (
+            (70, (60, 20)),
+            (90, (60, 30)),
+            (30, (20,)),
+            (100, (20, 30, 90)),
+            (60, (40, 10)),
+            (9, (9,)),
+        ):
+            response_log_probs(model, shared_rows([[1] * prompt], [[[2] * size for size in sizes]], pad=0))
+            found.append(len(compiled))
+    torch.compiler.reset()
+    assert found == [1, 1, 2, 2, 2, 2]  # 256, 256, 128, 256, 128, 128
 
 
 def test_flex_attention_shares():

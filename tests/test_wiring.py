@@ -418,7 +418,11 @@ def test_a_reference_of_another_precision_is_another(ranked_recipe):
     folders.append(cache_folder(recipe, trainer))
     recipe.models.policy.path = recipe.models.reward.path
     folders.append(cache_folder(recipe, trainer))
-    assert len(set(folders)) == 5
+    trainer.data_collator.gridded = True
+    folders.append(cache_folder(recipe, trainer))
+    trainer.data_collator.costs = RowCosts(3.0, 2.0, 1.0)
+    folders.append(cache_folder(recipe, trainer))
+    assert len(set(folders)) == 7
     assert cache_folder(recipe, trainer) == folders[-1]
 
 
