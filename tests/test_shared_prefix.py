@@ -497,7 +497,7 @@ def test_separate_rows_need_no_mask(monkeypatch):
     assert prove(model, 2048) == Layout(ANY, ANY, True, "")
 
 
-# ---- flex attention; gradients are compared on CUDA alone (tests/test_gpu.py) ----
+# ---- flex attention; its gradients are compared on CUDA alone (`bash test.sh gpu`) ----
 
 
 @settings(deadline=None, max_examples=30)
