@@ -2,10 +2,13 @@
 # Builds one of the two environments and the embedded models. Returns at once if both exist.
 #
 #   bash setup.sh infer|train [cpu|cuda]
+#   bash setup.sh train cuda flash
 #   bash setup.sh browser
 #
 #   infer   .venv-infer: vLLM, Ray             requirements-infer.txt, on the CPU requirements-infer-cpu.txt
 #   train   .venv-train: TRL, DeepSpeed        requirements-train.txt, on the CPU requirements-train-cpu.txt
+#   flash   flash-attn, too: for policies that cannot share prompts. It is compiled, in some ten minutes to an hour, and
+#           needs nvcc. A rebuilt environment needs it again.
 #   browser Chromium or Chrome for the tests of the pages: finds one, or installs Debian's where it can
 #
 # The second argument defaults to the one of the first call; in the first call to cuda if nvidia-smi runs, else to cpu.
@@ -30,8 +33,8 @@ esac
 PYTHON="${PYTHON:-}"
 # Used only for torch, and only if pip's configured sources lack the CPU build.
 TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
-# A prebuilt flash-attn takes a minute. If compiling takes longer than this, PyTorch's sdpa is used instead.
-FLASH_ATTN_LIMIT="${FLASH_ATTN_LIMIT:-20m}"
+# Compiling flash-attn is given up after this time.
+FLASH_ATTN_LIMIT="${FLASH_ATTN_LIMIT:-60m}"
 # ------------------
 
 main() {
@@ -54,6 +57,7 @@ main() {
             say "$VENV is ready: $(du -sh "$VENV" | cut -f1), $SECONDS s"
         fi
     fi
+    [[ -z "$FLASH" ]] || install_flash_attn
     "$VENV/bin/python" -m tools.embedded
 }
 
@@ -83,7 +87,10 @@ parse_arguments() {
         infer | train) VENV=".venv-$1" ;;
         *) die 2 "setup.sh: '${1:-}' is no environment; usage: bash setup.sh infer|train [cpu|cuda], bash setup.sh browser" ;;
     esac
-    [[ $# -le 2 ]] || die 2 "setup.sh: '$3' is one argument too many; usage: bash setup.sh infer|train [cpu|cuda]"
+    FLASH=""
+    [[ "$*" != "train cuda flash" ]] || FLASH=yes
+    [[ $# -le 2 || -n "$FLASH" ]] ||
+        die 2 "setup.sh: '$3' is one argument too many; usage: bash setup.sh infer|train [cpu|cuda], or train cuda flash"
     DEVICE="${2:-}"
     CHOSEN="as asked"
     # Keep the device of the first call: a login node without a driver must not replace a GPU node's environment.
@@ -163,24 +170,29 @@ install_cpu() { # the file is a complete lock: --no-deps
 }
 
 install_cuda() {
-    local flash_attn rest="$VENV/requirements.txt"
+    local rest="$VENV/requirements.txt"
     grep -v '^flash-attn' "$REQUIREMENTS" >"$rest"
     pip_install "$REQUIREMENTS" -r "$rest"
-    flash_attn="$(grep -o '^flash-attn==[^ ]*' "$REQUIREMENTS" || true)"
-    [[ -z "$flash_attn" ]] || install_flash_attn "$flash_attn"
 }
 
 install_flash_attn() { # after torch, which its build imports
-    local python="$VENV/bin/python" log="$VENV/setup.log"
-    say "$1: a ready-made wheel, else compiling for at most $FLASH_ATTN_LIMIT (log: $log)"
+    local python="$VENV/bin/python" log="$VENV/setup.log" pin architectures
+    pin="$(grep -o '^flash-attn==[^ ]*' "$REQUIREMENTS")"
+    ! "$python" -c 'import flash_attn' 2>/dev/null || return 0
+    take_lock
+    # Its default compiles for every generation of cards, each in as much time. 8.9 runs what 8.0 does.
+    architectures="$({ nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true; } |
+        sed 's/\..*/0/' | sort -u | paste -sd ';')"
+    [[ -z "$architectures" ]] || export FLASH_ATTN_CUDA_ARCHS="${FLASH_ATTN_CUDA_ARCHS:-$architectures}"
+    say "$pin: compiling for at most $FLASH_ATTN_LIMIT (log: $log)"
     if timeout --foreground --signal=INT "$FLASH_ATTN_LIMIT" \
-        "$python" -m pip install --no-build-isolation "$1" >>"$log" 2>&1 &&
+        "$python" -m pip install --no-build-isolation "$pin" >>"$log" 2>&1 &&
         "$python" -c 'import flash_attn' >>"$log" 2>&1; then
-        say "$1 installed"
+        say "$pin installed"
     else
         # transformers would choose an installed one even if it cannot be imported.
         "$python" -m pip uninstall -y flash-attn >>"$log" 2>&1
-        say "$1 cannot be built or imported here: attention is PyTorch's sdpa (same results, slower on long sequences)"
+        die 1 "$pin cannot be built or imported here (the end of $log says why); $VENV works without it"
     fi
 }
 

@@ -57,10 +57,15 @@ def try_lora(recipe: Recipe) -> None:
 
 
 def check_attention(recipe: Recipe) -> None:
-    """Refuse flex attention without CUDA, where torch has no backward pass for it."""
+    """Refuse flex attention without CUDA, where torch has no backward pass for it, and with several rows."""
     import torch
 
-    if recipe.training.attention == "flex" and not torch.cuda.is_available():
+    if recipe.training.attention != "flex":
+        return
+    if recipe.training.row_tokens is not None:
+        problem = "`training.row_tokens` splits rows, and with `training.attention: flex` a micro-batch is one row"
+        raise InputError(problem, remedy="use training.row_tokens=null")
+    if not torch.cuda.is_available():
         problem = "`training.attention` is `flex`, and torch trains with it on CUDA alone; here is no CUDA device"
         raise InputError(problem, remedy="use training.attention=auto")
 

@@ -257,7 +257,7 @@ def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
 def collator(recipe: Recipe, pad: int, layout: Layout, config) -> PlanCollator:
     """How micro-batches become rows: those of the recipe, and on CUDA on a grid and by their cost."""
     named, budget, costs = recipe.training.attention, recipe.training.row_tokens, None
-    if named == "flex" and budget is None:
+    if named == "flex":
         budget = ONE_ROW  # it computes nothing between the prompts of a row
     cuda = torch.cuda.is_available()
     if cuda and named == "auto":

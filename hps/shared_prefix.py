@@ -46,7 +46,9 @@ ROW_TOKENS = 2048
 TAKE_MASKS = ("sdpa", "eager", "flex_attention")  # attention that can share a prompt
 ONE_ROW = 2**31 - 1  # a budget above the tokens of any micro-batch
 FLEX_BLOCK = 128  # flex attention skips what no token sees in squares of this many tokens
-FLEX_KERNELS = 64  # at most, that a process compiles: two (with and without gradients) for a length of its grid
+# Kernels of flex attention that a process may compile: for a length of its grid one without gradients, one with them,
+# and one for a first layer whose keys need none.
+FLEX_KERNELS = 64
 # Of the trial, relative to a value, by the precision it is made in. Some classes compute norms and soft-max in float32
 # whatever the weights are; another computation, in a small model with large weights, is off by far more.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -392,7 +394,7 @@ def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
             given = None
         return {"input_ids": rows["input_ids"], "attention_mask": given, "use_cache": False}
     if model.config._attn_implementation == "flex_attention":
-        use_flex()
+        ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_on_grid
         mask = block_mask(rows["segments"], rows["position_ids"])
     else:
         mask = dense_mask(model, rows)
@@ -490,22 +492,18 @@ def block_attention(module, query, key, value, attention_mask, **settings):
     return result, None
 
 
-def use_flex() -> None:
-    """Let models with the library's flex attention compute it by `flex_on_grid`, compiled for each length."""
-    if ALL_ATTENTION_FUNCTIONS["flex_attention"] is not flex_on_grid:
-        ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_on_grid
-        config: Any = torch._dynamo.config
-        config.automatic_dynamic_shapes = False
-        config.recompile_limit = FLEX_KERNELS
-        # Above its limit torch would go on with a version that makes all scores of a row.
-        config.fail_on_recompile_limit_hit = True
-
-
 def flex_on_grid(module, query, key, value, attention_mask, **settings):
-    """The library's flex attention, the row filled up to the length of its mask.
+    """The library's flex attention, the row filled up to the length of its mask, for which a kernel is compiled.
 
     On a CPU it is not compiled, which takes long and has no backward pass there: right, slow, for trials.
     """
+    config: Any = torch._dynamo.config
+    # These settings belong to a thread, and the one of the backward pass computes layers again.
+    if config.recompile_limit != FLEX_KERNELS:
+        config.recompile_limit = FLEX_KERNELS
+        config.automatic_dynamic_shapes = False
+        # Above the limit torch would go on with a version that makes all scores of a row.
+        config.fail_on_recompile_limit_hit = True
     width = query.shape[2]
     more = attention_mask.shape[-1] - width
     query, key, value = (_lengthened(each, more) for each in (query, key, value))

@@ -78,13 +78,16 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [((), "''"), (("inference",), "'inference'"), (("train", "tpu"), "'tpu'"), (("train", "cpu", "now"), "'now'")],
+    [
+        *(((), "''"), (("inference",), "'inference'"), (("train", "tpu"), "'tpu'"), (("train", "cpu", "now"), "'now'")),
+        *((("train", "cpu", "flash"), "'flash'"), (("infer", "cuda", "flash"), "'flash'")),
+    ],
 )
 def test_wrong_argument_is_one_line_and_exit_2(arguments, named):
     run = setup(ROOT, *arguments)
     assert run.returncode == 2
     assert run.stdout == ""
-    usage = r"bash setup\.sh infer\|train \[cpu\|cuda\](, bash setup\.sh browser)?"
+    usage = r"bash setup\.sh infer\|train \[cpu\|cuda\](, bash setup\.sh browser|, or train cuda flash)?"
     assert re.fullmatch(rf"error: setup\.sh: .*usage: {usage}\n", run.stderr)
     assert named in run.stderr
 
@@ -213,14 +216,20 @@ def test_failing_pip_is_shown_and_leaves_no_finished_environment(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.train
-def test_flash_attn_that_cannot_be_built_does_not_stop_the_set_up(tmp_path):
+def test_flash_attn_is_built_when_asked_for_and_may_fail(tmp_path):
+    """The environment stays whole, and is not built again."""
     root = make_repository(tmp_path)
     flash_attn = f"flash-attn=={pins('requirements-train.txt')['flash-attn']}"
     (root / "requirements-train.txt").write_text(f"setuptools==84.2.1\n{flash_attn}\n")  # no torch: its build fails
     run = setup(root, "train", "cuda")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{flash_attn} cannot be built or imported here: attention is PyTorch's sdpa" in run.stdout
-    assert run.stdout.endswith("embedded models\n")
+    assert "flash-attn" not in run.stdout and run.stdout.endswith("embedded models\n")
+    run = setup(root, "train", "cuda", "flash")
+    assert run.returncode == 1 and "building" not in run.stdout
+    assert f"[setup] {flash_attn}: compiling for at most 60m" in run.stdout
+    assert f"error: {flash_attn} cannot be built or imported here (the end of .venv-train/setup.log says" in run.stderr
+    run = setup(root, "train")
+    assert (run.returncode, run.stdout) == (0, "embedded models\n")
 
 
 # ---- the requirement files ----

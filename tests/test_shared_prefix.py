@@ -2,14 +2,17 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_check import differences
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +28,7 @@ from transformers import (
     OPTConfig,
     Qwen2Config,
 )
+from transformers.integrations.flex_attention import WrappedFlexAttention
 
 from hps import shared_prefix
 from hps.row_costs import RowCosts
@@ -493,7 +497,7 @@ def test_separate_rows_need_no_mask(monkeypatch):
     assert prove(model, 2048) == Layout(ANY, ANY, True, "")
 
 
-# ---- flex attention; gradients are compared on CUDA alone (tests/test_gpu.py) ----
+# ---- flex attention; its gradients are compared on CUDA alone (`bash test.sh gpu`) ----
 
 
 @settings(deadline=None, max_examples=30)
@@ -572,6 +576,53 @@ def test_flex_attentions_values_are_those_of_separate_rows(name, dtype):
         for budget in (None, 10**9):
             found = response_log_probs(model, shared_rows(prompts, responses, pad=0, budget=budget))
             assert_close(found, expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("attention", "close"), [("sdpa", 1e-9), ("eager", 1e-4)])  # eager's soft-max is in float32
+def test_the_check_for_cuda_finds_right_what_is_right(attention, close):
+    model = model_of(ARCHITECTURES["llama"])
+    exact_norms(model)
+    found = differences(model, attention, PROMPTS, RESPONSES)
+    assert found["values"] < close and found["gradients"] < close
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_check_for_cuda_finds_wrong_what_is_wrong(monkeypatch):
+    """Each response sees the one before it."""
+    monkeypatch.setattr(
+        shared_prefix, "attention_mask", lambda segments: torch.ones(1, 1, *[segments.shape[1]] * 2).tril().bool()
+    )
+    found = differences(model_of(ARCHITECTURES["llama"]), "eager", PROMPTS[:1], RESPONSES[:1])
+    assert found["values"] > 1e-2 and found["gradients"] > 1e-2
+
+
+def test_flex_attention_has_a_kernel_for_each_length(monkeypatch):
+    """Not for each layer, mask or number of responses; what dynamo would hand to a compiler is counted."""
+    compiled = []
+
+    def count(graph, examples):
+        compiled.append(graph)
+        return graph.forward
+
+    function = torch.compile(flex_attention, backend=count)
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: function)
+    monkeypatch.setattr(shared_prefix, "_uncompiled", nullcontext)
+    model = model_of(ARCHITECTURES["llama"])
+    model.set_attn_implementation("flex_attention")
+    found = []
+    with torch.no_grad():
+        for prompt, sizes in (
+            (70, (60, 20)),
+            (90, (60, 30)),
+            (30, (20,)),
+            (100, (20, 30, 90)),
+            (60, (40, 10)),
+            (9, (9,)),
+        ):
+            response_log_probs(model, shared_rows([[1] * prompt], [[[2] * size for size in sizes]], pad=0))
+            found.append(len(compiled))
+    torch.compiler.reset()
+    assert found == [1, 1, 2, 2, 2, 2]  # 256, 256, 128, 256, 128, 128
 
 
 def test_flex_attention_shares():

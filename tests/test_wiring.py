@@ -361,7 +361,9 @@ def test_flex_attention_computes_a_micro_batch_in_one_row(uneven, monkeypatch):
 def test_flex_attention_is_refused_where_it_cannot_train(ranked_recipe):
     with pytest.raises(InputError, match="torch trains with it on CUDA alone; here is no CUDA device; use training.at"):
         check_attention(ranked_recipe("training.attention=flex"))
-    check_attention(ranked_recipe())
+    with pytest.raises(InputError, match="a micro-batch is one row; use training.row_tokens=null"):
+        check_attention(ranked_recipe("training.attention=flex", "training.row_tokens=4096"))
+    check_attention(ranked_recipe("training.row_tokens=4096"))
     recipe = ranked_recipe("training.attention=flex", "training.shared_prefix=false")
     with pytest.raises(InputError, match="is `flex`, and some .* share a prompt: `training.shared_prefix` is false; "):
         trainer_of(recipe)
@@ -416,7 +418,11 @@ def test_a_reference_of_another_precision_is_another(ranked_recipe):
     folders.append(cache_folder(recipe, trainer))
     recipe.models.policy.path = recipe.models.reward.path
     folders.append(cache_folder(recipe, trainer))
-    assert len(set(folders)) == 5
+    trainer.data_collator.gridded = True
+    folders.append(cache_folder(recipe, trainer))
+    trainer.data_collator.costs = RowCosts(3.0, 2.0, 1.0)
+    folders.append(cache_folder(recipe, trainer))
+    assert len(set(folders)) == 7
     assert cache_folder(recipe, trainer) == folders[-1]
 
 

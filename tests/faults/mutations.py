@@ -254,9 +254,10 @@ MUTATIONS = [
     dropped(
         "the reference's key lacks the layout",
         REFERENCE,
-        '        "layout": asdict(trainer.data_collator.layout),',
+        '        "layout": asdict(collator.layout),',
         CACHE,
     ),
+    dropped("the reference's key lacks what CUDA alone has", REFERENCE, "        **more,", CACHE),
     Mutation(
         "a run does not claim its optimizer and LoRA",
         PLAN,
@@ -319,6 +320,34 @@ MUTATIONS = [
         "if not SHORT < number < longest or",
         "if True or",
         ("test_shared_prefix.py::test_layout_and_values_are_the_classs[a window of 1024]",),
+    ),
+    Mutation(
+        "flex attention lets a response see the one before it",
+        SHARED,
+        "return (other <= token) & ((own[row, token] <= other) | before)",
+        "return (other <= token) & ((start[row, token] <= other) | before)",
+        ("test_shared_prefix.py::test_flex_attentions_values_are_those_of_separate_rows[llama-dtype0]",),
+    ),
+    Mutation(
+        "flex attention skips squares that are seen in part",
+        SHARED,
+        "*_listed(some & ~whole), *_listed(whole)",
+        "*_listed(some & ~some), *_listed(whole)",
+        ("test_shared_prefix.py::test_flex_attentions_mask_is_the_dense_one",),
+    ),
+    Mutation(
+        "a response sees what its prompt is padded with",
+        SHARED,
+        "own.new_zeros(len(steps), more)",
+        "own.new_ones(len(steps), more)",
+        ("test_shared_prefix.py::test_longer_rows_and_blocks_hold_the_same[llama]",),
+    ),
+    Mutation(
+        "rows are shared whatever they cost",
+        SHARED,
+        "if longest <= layout.shared and not apart:",
+        "if longest <= layout.shared:",
+        ("test_shared_prefix.py::test_the_cost_divides_the_rows",),
     ),
     Mutation(
         "missing weights are not refused",
