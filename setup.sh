@@ -44,6 +44,8 @@ main() {
     environment="$({ echo "$PWD $DEVICE" && sed 's/ *#.*//; /^$/d' "$REQUIREMENTS"; } | sha256sum | cut -c1-64)"
     project="$(sha256sum <pyproject.toml | cut -c1-64)"
     if ! is_built "$stamp" "$environment $project"; then
+        # An environment belongs to one folder: through a link, another clone's would be taken apart.
+        [[ ! -L "$VENV" ]] || die 2 "setup.sh: $VENV is a link to $(readlink "$VENV"); remove the link, then run setup.sh again"
         take_lock
         if ! is_built "$stamp" "$environment $project"; then # another set-up may have built it meanwhile
             state="$(cat "$stamp" 2>/dev/null || true)"

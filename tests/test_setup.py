@@ -111,6 +111,17 @@ def test_help_shows_usage():
     assert "bash setup.sh infer|train [cpu|cuda]" in run.stdout
 
 
+def test_a_link_to_the_environment_of_another_clone_is_refused(tmp_path):
+    root, other = make_repository(tmp_path / "clone"), tmp_path / "other"
+    other.mkdir()
+    (other / "setup-stamp").write_text("built for the other clone\n")
+    (root / ".venv-train").symlink_to(other)
+    found = setup(root, "train", "cpu")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == f"error: setup.sh: .venv-train is a link to {other}; remove the link, then run setup.sh again\n"
+    assert (other / "setup-stamp").read_text() == "built for the other clone\n"
+
+
 def test_wrong_python_is_one_line_with_the_remedy(tmp_path):
     run = setup(make_repository(tmp_path), "train", "cpu", PYTHON="/bin/false")
     assert run.returncode == 1
