@@ -10,10 +10,6 @@ export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 # Both environments load torch's GNU OpenMP.
 [[ -n "${OMP_WAIT_POLICY:-}" ]] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 
-# On Hopper sdpa would take cuDNN's attention, which plans every new combination of lengths for a tenth of a second and
-# more; training has thousands.
-export TORCH_CUDNN_SDPA_DEPRIORITIZED="${TORCH_CUDNN_SDPA_DEPRIORITIZED:-1}"
-
 case " $* " in *" -h "* | *" --help "*) # the comment at the top of the driver
     sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "${0##*/}"
     exit 0

@@ -36,17 +36,15 @@ on_gpu() { # interpreter, arguments of pytest
 if [[ "${1:-}" == gpu ]]; then
     shift
     source ./environment.sh # the variables that the drivers set
-    if [[ -n "$PYTHON" ]]; then
-        on_gpu "$PYTHON" "$@"
-        "$PYTHON" -m pytest -m gpu -s -rs "$ALL_CARDS"
-    else
+    status=0 # a check that fails does not hide the others
+    if [[ -z "$PYTHON" ]]; then
         bash setup.sh train
         bash setup.sh infer
-        on_gpu "$TRAIN" "$@"
-        "$TRAIN" -m pytest -m gpu -s -rs "$ALL_CARDS"
-        on_gpu "$INFER" -k "vllm or versions or driver" "$@"
     fi
-    exit 0
+    on_gpu "${PYTHON:-$TRAIN}" "$@" || status=1
+    "${PYTHON:-$TRAIN}" -m pytest -m gpu -s -rs "$ALL_CARDS" || status=1
+    [[ -n "$PYTHON" ]] || on_gpu "$INFER" -k "vllm or driver" "$@" || status=1
+    exit $status
 fi
 
 only=" and not full"

@@ -19,6 +19,7 @@ import time
 import uuid
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -355,7 +356,9 @@ def train(recipe: Recipe) -> None:
         if recipe.training.deepspeed:
             leave_out_shared_memory_op()
     folder = recipe.run_folder()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # It makes the process group, so the Trainer's own timeout would come too late. One process may download or write
+    # a whole model while the others wait.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
     state.print(f"training: on {on}", flush=True)
     with hold(folder) if state.is_main_process else nullcontext():
         check_shared(folder, state)

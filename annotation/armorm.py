@@ -72,7 +72,7 @@ class ArmoRM(ConversationScorer):
 
     def __init__(self, model: Model, dtype: str = "auto", batch_tokens: int = 16384):
         super().__init__(model, dtype, batch_tokens)
-        self.model = _load(model, self.dtype).to(self.device).eval()
+        self.model = _load(model, self.dtype, self.device).eval()
         self.layout = prove(self.model.base_model, math.inf, own_state, trial_states)
         self.header = _header(self.tokenizer)
 
@@ -119,9 +119,9 @@ def _header(tokenizer) -> list[int]:
     return header[:-1]
 
 
-def _load(model: Model, dtype: torch.dtype) -> GatedLlama:
+def _load(model: Model, dtype: torch.dtype, device: torch.device) -> GatedLlama:
     config = load_config(model)
     if not isinstance(config, LlamaConfig):
         problem = f"`model_type` is {config.model_type}"
         raise InputError(problem, where=model.path, remedy="an ArmoRM must be a llama model")
-    return load_weights(GatedLlama, model, exact=True, config=config, dtype=dtype)
+    return load_weights(GatedLlama, model, exact=True, config=config, dtype=dtype, device_map={"": device})

@@ -160,8 +160,8 @@ class RewardModel(ConversationScorer):
         super().__init__(model, dtype, batch_tokens)
         check_labels(model)
         kind, config = AutoModelForSequenceClassification, load_config(model)
-        self.model = load_weights(kind, model, exact=True, config=config, dtype=self.dtype)
-        self.model.to(self.device).eval()
+        place = {"": self.device}  # read from the files to the device: no copy of the whole model in host memory
+        self.model = load_weights(kind, model, exact=True, config=config, dtype=self.dtype, device_map=place).eval()
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.layout = prove(self.model, math.inf, own_score, trial_scores)
         _in_float32_behind_the_backbone(self.model)

@@ -76,7 +76,8 @@ class Steps:
         torch.manual_seed(0)
         for name, weight in trainer.model.named_parameters():
             if "lora_A" in name:  # the same for all, whatever was drawn before
-                torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+                drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+                weight.data.copy_(0.02 * drawn)  # drawn on the CPU, wherever the model is
         if trainer.args.gradient_checkpointing:  # `train` would do that
             trainer.model.activation_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         trainer.create_optimizer()

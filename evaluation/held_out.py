@@ -46,7 +46,7 @@ class Reader:
         """Token ids of the prompt and of the responses, cut at the limit as in training."""
         prompt = prompt_token_ids(self.tokenizer, messages)
         ids = [
-            response_token_ids(self.tokenizer, messages, text, cut)[: self.limit - len(prompt)]
+            response_token_ids(self.tokenizer, messages, text, cut)[: max(0, self.limit - len(prompt))]
             for text, cut in zip(responses, truncated, strict=True)
         ]
         return prompt, ids
@@ -280,7 +280,7 @@ def rounding_floor(scorer: HeldOut, texts: Sequence[dict]) -> dict | None:
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype):
-    return load_weights(AutoModelForCausalLM, model, dtype=dtype).to(device).eval()
+    return load_weights(AutoModelForCausalLM, model, dtype=dtype, device_map={"": device}).eval()
 
 
 def _causal(model: Any) -> Any:

@@ -12,6 +12,7 @@ are too long for sharing get separate rows.
 
 import copy
 import math
+import os
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -678,6 +679,8 @@ def prove(model, longest: float, own: Callable = own_log_probs, ours: Callable =
         own: a value of (model, prompt, response) from the class's forward pass.
         ours: values of (model, rows, gathers), of all responses.
     """
+    if CUDNN not in os.environ:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     key = (type(model), model.config.to_json_string(), model.config._attn_implementation, longest, own, ours)
     if key not in _PROVEN:
         try:
@@ -697,6 +700,9 @@ def _uncompiled() -> Generator[None]:
         yield
 
 
+# On Hopper sdpa would take cuDNN's attention, which plans every new combination of lengths for a tenth of a second and
+# more; training has thousands. So it is off, unless the user has set torch's own variable.
+CUDNN = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
 _PROVEN: dict[tuple, Layout] = {}  # a trial takes a second or two, and a process may load several models of a class
 
 

@@ -65,6 +65,8 @@ class Actor:
     """Runs in its own process: a worker, fed by `put`, answering through `results`."""
 
     def __init__(self, worker: type, arguments: dict):
+        # Ray's subreaper (`connect`) ignores it, and children inherit that: a compiler that fails would report success.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._worker, self._arguments = worker, arguments
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._open = 0

@@ -25,7 +25,9 @@ _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 # is no device whose work a second process could overlap with.
 _CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # We have asked CUDA whether it is there, and a process forked after that cannot use it.
-_CUDA_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+# FlashInfer's sampler is compiled at the start, by nvcc and ninja, which most machines do not have on the PATH (vllm
+# #49497). It takes no seeds, so our requests would never use it.
+_CUDA_ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
 # KV cache on a CPU, in bytes. vLLM's own default takes a share of all memory, which a laptop also needs for the rest.
 CPU_KV_CACHE_BYTES = 2 * 2**30
 

@@ -20,6 +20,7 @@ from alignment.checks import check_attention, check_wandb, try_lora
 from alignment.memory import architecture, count_weights, deepspeed_stage, memory_lines, responses_per_prompt
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
+from hps.methods import FAMILIES
 from hps.planning import reversal_warning
 from hps.settings import rule_without_gamma, stages_without_steps
 from pipeline import models
@@ -206,7 +207,10 @@ def bytes_written(stage: str, recipe: Recipe) -> float:
 
 
 def host_lines(recipe: Recipe, processes: int) -> list[str]:
-    """Memory of this machine while its processes load the policy, each a copy of its own before it is on its card."""
+    """Memory of this machine while its processes load the policy, each a copy of its own before it is on its card.
+
+    Without LoRA the reference is a second model.
+    """
     import torch
 
     config, _ = architecture(recipe)
@@ -217,7 +221,8 @@ def host_lines(recipe: Recipe, processes: int) -> list[str]:
     except ValueError:  # `memory_lines` says why
         return []
     bf16 = recipe.lora.enabled and (recipe.training.deepspeed or torch.cuda.is_available())
-    each = (2 if bf16 else 4) * weights
+    copies = 2 if not recipe.lora.enabled and FAMILIES[recipe.loss.family].reference else 1
+    each = copies * (2 if bf16 else 4) * weights
     here = processes // node_count()
     return [room_line(f"host memory, {here} process(es) that load", here * each, free_memory(), "here")]
 

@@ -1,5 +1,5 @@
-"""Whether an implementation of attention computes shared prompts right, with gradients: on a CPU in the tests, on CUDA
-by `bash test.sh gpu`."""
+"""Whether an implementation of attention computes shared prompts right, with gradients; tests/test_gpu.py has the
+checks on a card."""
 
 import torch
 

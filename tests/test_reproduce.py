@@ -381,48 +381,46 @@ FIGURES_OF_A_RATE = {  # reward, tokens, repetition
 
 
 def made_up(recipe, sft: bool) -> dict:
-    """BT degenerates at the highest rate, PL does not; HPS has equal rewards at the two lower rates."""
+    """BT goes too far at the highest rate; HPS has equal rewards at the two lower rates."""
     rate, preference = recipe.optimizer.learning_rate, recipe.loss.preference
     reward, tokens, repetition = FIGURES_OF_A_RATE["before" if sft else rate]
-    if preference == "pl" and not sft:
-        tokens, repetition = 20, 0.0
     if preference == "hps" and not sft:
         reward = min(reward, 0.5)
     values = {"reward_mean": reward, "tokens_mean": tokens, "repetition": repetition, "distinct_2": 0.9}
     return {name: {"mean": value, "interval": [value, value]} for name, value in (values | {"kl_sampled": 2.0}).items()}
 
 
-def test_pilot_chooses_the_highest_reward_that_has_not_degenerated(scripts, tmp_path, capsys):
+def test_pilot_chooses_the_highest_reward_that_has_not_gone_too_far(scripts, tmp_path, capsys):
     scripts.means = made_up
     assert reproduce.reproduce("pilot", "testbed", "/dpo") == 0
     found = json.loads((tmp_path / "results" / "testbed" / "pilot.json").read_text())
     (asked,) = scripts.arguments["gene.sh"]
     assert asked[:2] == ["configs/reviews.yaml", "output=runs/reviews_pilot"] and "seed=41" not in asked
-    assert len(found["missing"]) == 36 and found["before"]["reward_mean"]["mean"] == 0.3
+    assert len(found["missing"]) == 24 and found["before"]["reward_mean"]["mean"] == 0.3
     methods = {name: (entry["chosen"], entry["at_the_edge"]) for name, entry in found["methods"].items()}
-    assert methods == {"DPO-PL": (0.003, True), "DPO-BT": (0.001, False), "DPO-HPS": (0.0003, True)}
-    reasons = [each["degenerated"] for each in found["methods"]["DPO-BT"]["rates"]]
+    assert methods == {"DPO-BT": (0.001, False), "DPO-HPS": (0.0003, True)}
+    reasons = [each["too_far"] for each in found["methods"]["DPO-BT"]["rates"]]
     assert reasons == [None, None, "repetition 0.600"]
     text = (tmp_path / "results" / "testbed" / "pilot.md").read_text()
     assert "| DPO-BT | 0.001 | 0.700 [0.700, 0.700] | 2.00 | 18.0 | 0.050 | **chosen** |" in text
-    used = found["methods"]["DPO-PL"]["in_the_matrix"]
-    assert (
-        used == pilot.matrix_rate("testbed", "DPO-PL")
-        and f"DPO-PL: chosen 0.003, in configs/matrix.yaml {used:g}" in text
-    )
+    used = found["methods"]["DPO-HPS"]["in_the_matrix"]
+    assert used == pilot.matrix_rate("testbed", "DPO-HPS")
+    assert f"DPO-HPS: chosen 0.0003, in configs/matrix.yaml {used:g}" in text
     assert "reproduce: DPO-BT: learning rate 0.001, in configs/matrix.yaml" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("repetition", "tokens", "why"),
+    ("repetition", "tokens", "kl", "why"),
     [
-        *((0.15, 20, None), (0.16, 20, "repetition 0.160"), (0.0, 10, None), (0.0, 30, None)),
-        *((0.0, 9.9, "length 0.49 of that before training"), (0.0, 30.5, "length 1.52 of that before training")),
+        *((0.15, 20, 12, None), (0.16, 20, 1, "repetition 0.160"), (0.0, 10, 1, None), (0.0, 30, 1, None)),
+        *((0.0, 9.9, 1, "length 0.49 of that before training"), (0.0, 30.5, 1, "length 1.52 of that before training")),
+        (0.0, 20, 12.1, "KL 12.1"),
     ],
 )
-def test_bounds_of_degenerated_answers(repetition, tokens, why):
+def test_bounds_of_a_rate(repetition, tokens, kl, why):
     before = {"repetition": {"mean": 0.05}, "tokens_mean": {"mean": 20.0}}
-    assert pilot.degenerated({"repetition": {"mean": repetition}, "tokens_mean": {"mean": tokens}}, before) == why
+    figures = {"repetition": repetition, "tokens_mean": tokens, "kl_sampled": kl}
+    assert pilot.too_far({name: {"mean": value} for name, value in figures.items()}, before) == why
 
 
 # ---- what makes a result the recipe's ----

@@ -118,7 +118,9 @@ def test_a_link_to_the_environment_of_another_clone_is_refused(tmp_path):
     (root / ".venv-train").symlink_to(other)
     found = setup(root, "train", "cpu")
     assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr == f"error: setup.sh: .venv-train is a link to {other}; remove the link, then run setup.sh again\n"
+    assert (
+        found.stderr == f"error: setup.sh: .venv-train is a link to {other}; remove the link, then run setup.sh again\n"
+    )
     assert (other / "setup-stamp").read_text() == "built for the other clone\n"
 
 
