@@ -27,6 +27,7 @@ from typing import Any
 from hps.errors import InputError, printable
 
 # In a row without a result, plus two for each worker: then the cause is not a single item or a lost node.
+SUBREAPER = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
 MOST_DEATHS = 5
 READY = {"ready": True}
 TAIL = 20  # lines of a dead worker's log that are shown
@@ -65,7 +66,7 @@ class Actor:
     """Runs in its own process: a worker, fed by `put`, answering through `results`."""
 
     def __init__(self, worker: type, arguments: dict):
-        # Ray's subreaper (`connect`) ignores it, and children inherit that: a compiler that fails would report success.
+        # `SUBREAPER` ignores it, and children inherit that: a compiler that fails would report success.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._worker, self._arguments = worker, arguments
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -304,7 +305,7 @@ def connect(workers: int = 1, cluster: bool = True):
         InputError: the cluster cannot be reached, or this environment has no Ray.
     """
     # A killed engine must not leave a process that keeps the GPU.
-    os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
+    os.environ.setdefault(SUBREAPER, "true")
     try:
         import ray
     except ModuleNotFoundError:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from hps.errors import InputError
-from pipeline.actors import Supervisor
+from pipeline.actors import SUBREAPER, Supervisor
 from pipeline.recipe import REPOSITORY, load_recipe
 from pipeline.records import read_candidates, read_jsonl
 from pipeline.workers import count_devices, run_workers
@@ -39,6 +39,8 @@ class Doubler:
             raise ValueError("13 is beyond me")
         if self.at_13 == "refuses":
             raise InputError("13 is no number", where="here", remedy="take 12")
+        if self.at_13 == "compiles" and subprocess.run(["false"]).returncode == 0:
+            raise ValueError("a program that failed reported success")
         once = self.at_13.startswith("/") and not Path(self.at_13).exists()
         if once:
             Path(self.at_13).touch()
@@ -66,6 +68,7 @@ def ray():
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv(SUBREAPER, "true")  # as `connect` does
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2 * 10**8)
         yield ray
         ray.shutdown()
@@ -102,6 +105,13 @@ def test_several_devices_without_ray_are_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match="several devices need Ray, and this environment does not have it"):
         run(2)
+
+
+@pytest.mark.slow
+@pytest.mark.infer
+def test_a_program_that_fails_in_an_actor_is_seen(ray):
+    """vLLM compiles kernels there, and Ray's subreaper hides exit codes."""
+    assert run(2, at_13="compiles") == DOUBLED
 
 
 @pytest.mark.slow
