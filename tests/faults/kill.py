@@ -154,7 +154,9 @@ def checkpoint(output: Path) -> tuple[int, str]:
     if not complete:
         return 0, ""
     digest = hashlib.sha256()
-    for path in sorted(complete[max(complete)].iterdir()):
+    for path in sorted(
+        path for path in complete[max(complete)].rglob("*") if path.is_file()
+    ):  # DeepSpeed's has folders
         digest.update(path.name.encode() + path.read_bytes())
     return max(complete), digest.hexdigest()
 

@@ -30,7 +30,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from pipeline.recipe import REPOSITORY
-from pipeline.records import read_ranked
+from pipeline.records import read_jsonl, read_ranked
 from tests.conftest import make_reward_model, make_tokenizer, tiny_config
 from tests.faults.kill import begin, checkpoint, count, finished, kill_all, lost, same_run, started_by
 
@@ -139,7 +139,7 @@ class Rehearsal:
             self.problems.append(f"{script}.sh, {output.name}: finished before it could be killed")
 
     def look_at_lists(self) -> None:
-        """Every prompt once, with all responses that were not refused."""
+        """Every prompt once; every response is in its list or, a duplicate, in the ledger."""
         for name, number, responses, written in (
             ("train", PROMPTS, RESPONSES, given),
             ("test", TEST_PROMPTS, 5, lambda _: 2),
@@ -148,10 +148,11 @@ class Rehearsal:
             widths = Counter(len(record["responses"]) for record in records)
             if len({record["prompt_id"] for record in records}) != number or len(records) != number:
                 self.problems.append(f"{name}: {len(records)} records of {number} prompts")
-            wanted = Counter(responses + written(each) for each in range(number))
             print(f"{name}: {len(records)} prompts; responses of a prompt: {dict(sorted(widths.items()))}")
-            if widths != wanted:
-                self.problems.append(f"{name}: {dict(widths)} prompts by their responses instead of {dict(wanted)}")
+            wanted = sum(responses + written(each) for each in range(number))
+            left_out = sum(1 for _ in read_jsonl(LISTS / "candidates" / f"{name}.ledger.jsonl"))
+            if sum(size * count for size, count in widths.items()) + left_out != wanted:
+                self.problems.append(f"{name}: not {wanted} responses, with {left_out} in the ledger")
 
     def verify(self, output: Path) -> None:
         words = [sys.executable, "-m", "tools.verify", output.relative_to(REPOSITORY)]

@@ -17,6 +17,14 @@ from faults.mutations import MUTATIONS
 pytestmark = pytest.mark.full
 
 
+def test_the_rehearsal_at_full_width():
+    """Two engines, eight workers that score, eight processes under ZeRO-2; ten minutes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.rehearsal"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
 def test_lines_that_are_gone_or_changed_are_lost(tmp_path):
     path = tmp_path / "ranked" / "train.jsonl"
     path.parent.mkdir()
