@@ -154,9 +154,8 @@ def checkpoint(output: Path) -> tuple[int, str]:
     if not complete:
         return 0, ""
     digest = hashlib.sha256()
-    for path in sorted(
-        path for path in complete[max(complete)].rglob("*") if path.is_file()
-    ):  # DeepSpeed's has folders
+    files = (path for path in complete[max(complete)].rglob("*") if path.is_file())  # DeepSpeed's are in folders
+    for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return max(complete), digest.hexdigest()
 
