@@ -18,7 +18,7 @@ pytestmark = pytest.mark.full
 
 
 def test_the_rehearsal_at_full_width():
-    """Two engines, eight workers that score, eight processes under ZeRO-2; ten minutes."""
+    """Two engines, eight workers that score, eight processes under ZeRO-2."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.rehearsal"], cwd=REPOSITORY, capture_output=True, text=True
     )
