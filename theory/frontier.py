@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hps.losses import FORMULAS, preference_loss
-from hps.methods import methods
+from hps.methods import LISTS, methods
 from hps.negatives import draws, gamma_stages, negative_weights, stage_of, term
 from hps.settings import Loss, Schedule
 from theory.output import Table, over_seeds
@@ -43,7 +43,7 @@ def gammas(start: float, end: float) -> Schedule:
 
 def compared_methods() -> dict[str, Method]:
     """Every method of the recipe with the paper's schedule; lists have all responses."""
-    lists = {"pl": {"list_size": None}}
+    lists = {preference: {"list_size": None} for preference in LISTS}
     return {
         f"{family}-{preference}": Method(
             Loss(family=family, preference=preference, **lists.get(preference, {})), Schedule()
