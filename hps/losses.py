@@ -426,16 +426,19 @@ def preference_loss(
         return formulas.list(loss, scores, annotated, mask)
     if loss.preference == "pairs":
         return all_pairs_loss(scores, annotated, mask, pair)
-    without_gap = partial(pair, gap=torch.tensor(torch.nan))
+
+    def without_rewards(best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
+        return pair(best, worst, torch.full_like(best, torch.nan))
+
     if loss.preference == "lipo":
-        return lipo_loss(scores, annotated, mask, without_gap)
+        return lipo_loss(scores, annotated, mask, without_rewards)
     n = dispreferred_count if loss.factor_n else torch.ones_like(dispreferred_count)  # Eq. 8, or Eq. 10
     log_n = n.to(scores.dtype).log().unsqueeze(2)
 
     def term(place: int, weights: torch.Tensor) -> torch.Tensor:
         best = scores[:, place]
         if FAMILIES[loss.family].inside_log:
-            return hps_loss(best, scores, weights, log_n[:, place], without_gap)
+            return hps_loss(best, scores, weights, log_n[:, place], without_rewards)
         gaps = annotated[:, place, None] - annotated
         return mean_pair_loss(best, scores, gaps, weights, log_n[:, place], pair)
 

@@ -315,7 +315,8 @@ STOCK = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "lora"), [("dpo", False), *[(family, True) for family in STOCK]])
 def test_bt_equals_the_parents_pair_loss(ranked_recipe, llama3_policy, family, lora, tmp_path, float64):
-    """A family's, or dpo's with an option. Same rows, same seed, float64: losses and logged figures of every step, and the weights at the end, to 1e-9.
+    """Of a family, or of dpo with an option. Same rows, same seed, float64: losses and logged figures of every step,
+    and the weights at the end, to 1e-9.
 
     The parent gets messages and templates them itself.
     """
