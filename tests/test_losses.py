@@ -411,8 +411,8 @@ def brute_force_pair(loss: Loss, w: float, l: float, gap: float = 0.0) -> float:
     if loss.family == "rebel":
         return (w - l - gap) ** 2
     if loss.family == "rpo":
-        p, q = sigmoid(w - l), sigmoid(loss.rpo_eta * gap)
-        return q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+        d, g = w - l, loss.rpo_eta * gap
+        return sum(sigmoid(x) * math.log(sigmoid(x) / sigmoid(y)) for x, y in ((g, d), (-g, -d)))
     if loss.family == "exo":
         p, e = sigmoid(w - l), loss.exo_epsilon
         return p * math.log(p / (1 - e)) + (1 - p) * math.log((1 - p) / e)
