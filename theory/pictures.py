@@ -79,16 +79,9 @@ def differences(table: Table, path: Path) -> None:
         axes[0].set_ylim(len(rows) - 0.5, -0.5)
         names = {"bt": "BT", "pl": "PL", "hps": "HPS, gamma -5 to 5", "pairs": "all pairs", "lipo": "LiPO-lambda"}
         names["negatives"] = "DPO-HPS, other negatives"
-        handles = [
-            axes[0].plot([], [], color=HUES[group], marker="o", linewidth=2)[0] for group in names if group in groups
-        ]
-        figure.legend(
-            handles,
-            [names[group] for group in names if group in groups],
-            loc="outside lower center",
-            ncols=len(handles),
-            frameon=False,
-        )
+        names = {group: name for group, name in names.items() if group in groups}
+        handles = [axes[0].plot([], [], color=HUES[group], marker="o", linewidth=2)[0] for group in names]
+        figure.legend(handles, names.values(), loc="outside lower center", ncols=len(names), frameon=False)
 
     save(path, 14, 0.31 * len(rows) + 2, (1, 4), draw, sharex=True, sharey=True)
 
