@@ -705,7 +705,7 @@ def test_hps_does_not_see_the_order_of_the_dispreferred(case, rng):
     loss = loss.model_copy(update={"preference": "hps"})
     size = batch["scores"].shape[1]
     order = [0, *rng.sample(range(1, size), size - 1)]
-    moved = {**batch, "scores": batch["scores"][:, order], "log_weights": batch["log_weights"][..., order]}
+    moved = {**batch, **{name: batch[name][..., order] for name in ("scores", "annotated", "log_weights")}}
     torch.testing.assert_close(preference_loss(loss, **moved), preference_loss(loss, **batch), rtol=1e-12, atol=1e-12)
 
 
@@ -762,7 +762,7 @@ def test_raising_the_preferred_score_never_raises_the_loss_of_dpo_and_simpo(case
 
 
 @examples(300)
-@given(st.sampled_from(FAMILIES), st.floats(-30, 30), st.floats(-30, 30), st.floats(0.01, 2), st.floats(1e-6, 0.49))
+@given(st.sampled_from([*FAMILIES]), st.floats(-30, 30), st.floats(-30, 30), st.floats(0.01, 2), st.floats(1e-6, 0.49))
 def test_the_pair_losses_rise_and_fall_where_their_equations_say(family, best, worst, beta, epsilon):
     """In the preferred score: IPO falls up to a difference of 1 / (2 tau), EXO up to log((1 - eps) / eps), SPPO up to
     1 / (2 beta), NCA up to log 2, REBEL and RPO up to the gap, and rise beyond; dpo and simpo fall everywhere, slic
