@@ -46,7 +46,7 @@ def responses_per_prompt(recipe: Recipe) -> int:
     whole = schedule.subsample or given + recipe.data.train.responses
     if loss.preference == "bt":
         return 2
-    if loss.preference == "pl":
+    if loss.takes_lists:
         return min(loss.list_size or whole, whole)
     if loss.estimator == "exact":
         return whole

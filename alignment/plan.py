@@ -3,7 +3,7 @@
 Reads   `<output>/ranked/train.jsonl` (ranked)
 Writes  `<output>/<run>/plan.jsonl`, a line for each row in training order: `step`, `epoch`, `gamma`, `prompt_id`,
         `preferred` (index into the ranked record's responses), `dispreferred` (indices), their `weights` in the loss
-        (null for pl) and `rewards` as the loss sees them, `dispreferred_count` (N), and with Appendix E `second`, the
+        (null for lists), `rewards` as the loss sees them, `dispreferred_count` (N), and with Appendix E `second`, the
         same for y_2; and `plan.json`: counts, diagnostics, hash of the ranked file
 Run     python -m alignment.plan configs/quickstart.yaml
 

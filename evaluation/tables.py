@@ -99,7 +99,7 @@ def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
         "gamma": (gamma if loss.preference == "hps" else method,),
         "negatives": (rule(recipe, gamma),),
         "noise": (f"noise {recipe.annotation.noise:g}", gamma if loss.preference == "hps" else method),
-        "list_size": (f"{method}, list of {loss.list_size or 'all'}" if loss.preference == "pl" else method,),
+        "list_size": (f"{method}, list of {loss.list_size or 'all'}" if loss.takes_lists else method,),
         "proxy": (method, f"ranked by {ranked}"),
         **dict.fromkeys(("factor_n", "ablation"), (f"N {'on' if loss.factor_n else 'off'}", gamma)),
     }

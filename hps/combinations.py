@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from hps.methods import FAMILIES
+from hps.methods import FAMILIES, LISTS
 from hps.settings import Loss, Schedule
 
 # Settings that some methods alone read: the values of another setting under which they are read.
@@ -15,7 +15,7 @@ SHARED = {
     "positives": {"preference": ("hps",)},
     "appendix_e_lambda": {"positives": (2,)},
     "appendix_e_reading": {"positives": (2,)},
-    "list_size": {"preference": ("pl",)},
+    "list_size": {"preference": LISTS},
 }
 Refusal = tuple[str, str, str]  # field, reason, remedy
 
@@ -23,7 +23,7 @@ Refusal = tuple[str, str, str]  # field, reason, remedy
 def readers() -> dict[str, dict[str, tuple]]:
     """`SHARED`, and the same for the constants of the families."""
     own = {
-        name: {"family": (family,), "preference": constant.preferences}
+        name: {"family": (family,), "preference": tuple(p for p in constant.preferences if p in entry.preferences)}
         for family, entry in FAMILIES.items()
         for name, constant in entry.constants.items()
     }
@@ -56,6 +56,9 @@ def refused(loss: Loss, schedule: Schedule) -> Iterator[Refusal]:
     if loss.positives == 2 and schedule.subsample == 2:
         reason = "`loss.positives: 2` needs a response below y_2"
         yield "schedule.subsample", reason, "use schedule.subsample=3 or more, or loss.positives=1"
+    if loss.positives == 2 and family.reward_gap:
+        reason = f"a second positive is one more order, and {loss.family} learns differences of rewards"
+        yield "loss.positives", reason, "use loss.positives=1"
     if loss.factor_n and not family.factor_n:
         *others, last = (name for name, entry in FAMILIES.items() if entry.factor_n)
         reason = f"N multiplies a mixture inside a logarithm, and the loss of {loss.family} has none (docs/methods.md)"
@@ -65,6 +68,20 @@ def refused(loss: Loss, schedule: Schedule) -> Iterator[Refusal]:
         hint = f" (loss.{family.smoothing} is {loss.family.upper()}'s own)" if own else ""
         reason = f"it flips the label of a logistic pair loss, and {method} is none"
         yield "loss.label_smoothing", reason, f"use loss.label_smoothing=0{hint}"
-    if schedule.best == "human" and loss.preference == "pl" and family.list_of_rewards:
+    if loss.smoothing == "rdpo" and loss.label_smoothing == 0:
+        reason = "`loss.label_smoothing`, the probability of a wrong label, is 0"
+        yield "loss.smoothing", reason, "use loss.label_smoothing=0.1, say, or loss.smoothing=cdpo"
+    if schedule.best == "human" and (other := without_rewards(loss)):
         reason = f"the target of {method} is made of rewards alone: the human choice would not enter"
-        yield "schedule.best", reason, "use schedule.best=reward, or loss.preference=bt or hps"
+        yield "schedule.best", reason, f"use schedule.best=reward, or {other}"
+
+
+def without_rewards(loss: Loss) -> str:
+    """What to use instead of a method that sees the annotated rewards alone, not which response is y_1; of the others
+    nothing."""
+    family = FAMILIES[loss.family]
+    if family.reward_gap:
+        return "loss.family=dpo"
+    if loss.preference == "lipo" or (loss.preference == "pl" and family.list_of_rewards):
+        return "loss.preference=bt or hps"
+    return ""

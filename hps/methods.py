@@ -8,8 +8,9 @@ No torch: stages without a model read this too.
 
 from dataclasses import dataclass, field
 
-PREFERENCES = ("bt", "pl", "hps")
-PAIRS, LISTS = ("bt", "hps"), ("pl",)
+PREFERENCES = ("bt", "pl", "hps", "pairs", "lipo")
+LISTS = ("pl", "pairs", "lipo")  # train on a list of responses
+OF_PAIRS = ("bt", "hps", "pairs", "lipo")  # are made of the family's pair loss
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Constant:
         meaning: what it is, for docs/recipe.md.
         bounds: of a number, by pydantic's names (`gt`, `ge`, `lt`, `le`).
         choices: of a text.
-        preferences: that read it. Under another one only the default is accepted.
+        preferences: that read it, of those that the family has. Under another one only the default is accepted.
     """
 
     default: float | bool | str
@@ -42,6 +43,7 @@ class Family:
     Attributes:
         constants: its own settings, by name.
         preferences: that it has a loss for.
+        reward_gap: its pair loss is a regression on the difference of the annotated rewards.
         reference: its score compares the policy with the reference.
         inside_log: the mixture of HPS is inside the logarithm (Eq. 8, Eq. 10); otherwise HPS is the weighted mean
             of the pair losses.
@@ -49,26 +51,35 @@ class Family:
         smoothing: the setting that gives a pair's label a probability of being wrong, if there is one.
         list_of_rewards: the target of its list loss is made of the annotated rewards alone.
         temperature: the constant by which its list loss divides these rewards, if there is one.
+        reward_scale: the constant by which its pair loss multiplies the difference of the rewards, if there is one.
     """
 
     constants: dict[str, Constant] = field(default_factory=dict)
-    preferences: tuple[str, ...] = PREFERENCES
+    preferences: tuple[str, ...] = ("bt", "pl", "hps")
     reference: bool = True
     inside_log: bool = False
     factor_n: bool = False
     smoothing: str | None = None
     list_of_rewards: bool = False
     temperature: str | None = None
+    reward_gap: bool = False
+    reward_scale: str | None = None
 
 
 FAMILIES = {
-    "dpo": Family(inside_log=True, factor_n=True, smoothing="label_smoothing"),
+    "dpo": Family(
+        {"dpo_per_token": Constant(False, "dpo: log-ratios are averaged over tokens (length-normalised DPO)")},
+        preferences=PREFERENCES,
+        inside_log=True,
+        factor_n=True,
+        smoothing="label_smoothing",
+    ),
     "exo": Family(
         {
             "exo_epsilon": Constant(
-                1e-3, "exo, bt and hps: smoothing of the pair's target", {"gt": 0, "lt": 0.5}, preferences=PAIRS
+                1e-3, "exo, bt and hps: smoothing of the pair's target", {"gt": 0, "lt": 0.5}, preferences=OF_PAIRS
             ),
-            "exo_beta_r": Constant(1.0, "exo, pl: temperature of the list's target", {"gt": 0}, preferences=LISTS),
+            "exo_beta_r": Constant(1.0, "exo, pl: temperature of the list's target", {"gt": 0}, preferences=("pl",)),
         },
         factor_n=True,
         smoothing="exo_epsilon",
@@ -79,25 +90,38 @@ FAMILIES = {
     "sppo": Family(
         {
             "sppo_win": Constant(
-                "hard", "sppo, pl: how rewards become wins", choices=("hard", "sigmoid"), preferences=LISTS
+                "hard", "sppo, pl: how rewards become wins", choices=("hard", "sigmoid"), preferences=("pl",)
             )
         },
         list_of_rewards=True,
     ),
     "nca": Family(
-        {"nca_alpha": Constant(1.0, "nca, pl: temperature of the list's target", {"gt": 0}, preferences=LISTS)},
+        {"nca_alpha": Constant(1.0, "nca, pl: temperature of the list's target", {"gt": 0}, preferences=("pl",))},
         list_of_rewards=True,
         temperature="nca_alpha",
     ),
     "simpo": Family(
         {
             "simpo_beta": Constant(2.0, "simpo: its beta, per token", {"gt": 0}),
-            "simpo_margin": Constant(0.0, "simpo, bt and hps: margin of the pair", {"ge": 0}, preferences=PAIRS),
+            "simpo_margin": Constant(0.0, "simpo, not pl: margin of the pair", {"ge": 0}, preferences=OF_PAIRS),
         },
+        preferences=("bt", "pl", "hps", "pairs"),
         reference=False,
         inside_log=True,
         factor_n=True,
         smoothing="label_smoothing",
+    ),
+    "slic": Family(
+        {"slic_delta": Constant(1.0, "slic: the margin at which a pair has no loss, in nats", {"gt": 0})},
+        preferences=("bt", "hps", "pairs"),
+        reference=False,
+    ),
+    "rebel": Family(preferences=("bt", "hps", "pairs"), reward_gap=True),
+    "rpo": Family(
+        {"rpo_eta": Constant(1.0, "rpo: scale of the annotated rewards", {"gt": 0})},
+        preferences=("bt", "hps", "pairs"),
+        reward_gap=True,
+        reward_scale="rpo_eta",
     ),
 }
 

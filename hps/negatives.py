@@ -136,13 +136,14 @@ def term(
         rewards: rewards of the whole record, as the loss sees them.
 
     Returns:
-        Fields of the plan's row, and (N,) weights: those of the rule for hps, all on the worst for bt, uniform for pl.
+        Fields of the plan's row, and (N,) weights: those of the rule for hps, all on the worst for bt, uniform in a
+        list.
     """
     count = len(others)
     if loss.preference == "bt":
         q = np.eye(count)[-1]
         places, weights = [count - 1], [1.0]
-    elif loss.preference == "pl":
+    elif loss.takes_lists:
         q = np.full(count, 1 / count)
         size = min(count, (loss.list_size or count + 1) - 1)
         places, weights = sorted(rng.choice(count, size=size, replace=False).tolist()), None

@@ -195,8 +195,8 @@ def draw(
 ) -> tuple[dict, dict]:
     """One row for one prompt, whose `training_list` is `listed`, and what the diagnostics need of it.
 
-    `bt` takes the response of lowest reward (Eq. 15), `pl` a list of `loss.list_size`, `hps` what the estimator asks of
-    q (Eq. 9, or another rule of the negative). Appendix E adds a second term, with y_2 as the preferred response.
+    `bt` takes the response of lowest reward (Eq. 15), `hps` what the estimator asks of q (Eq. 9, or another rule of the
+    negative), the others a list of `loss.list_size`. Appendix E adds a second term, with y_2 as the preferred response.
     """
     preferred, *others = listed
     rewards = np.array(record["rewards"], dtype=np.float64)
@@ -236,23 +236,28 @@ def row_figures(row: Term, record: Ranked, listed: list[int], loss: Loss) -> dic
 
 
 def check_spread(rewards: list[float], loss: Loss) -> None:
-    """Refuse rewards of a list that are too far apart for a loss that is made of them (`pl` of exo and nca).
+    """Refuse rewards of a list that are too far apart for a loss that is made of them.
 
-    Such a loss is a divergence from `softmax(r / temperature)`: as large as the greatest difference of `r` in units of
-    the temperature, in nats.
+    `pl` of exo and nca is a divergence from `softmax(r / temperature)`: as large as the greatest difference of `r` in
+    units of the temperature, in nats. rebel and rpo compare a difference of implicit rewards with one of `r`, which
+    must leave the former its digits.
     """
-    name = FAMILIES[loss.family].temperature
-    if loss.preference != "pl" or name is None:
+    family, spread = FAMILIES[loss.family], max(rewards) - min(rewards)
+    if loss.preference == "pl" and (name := family.temperature):
+        spread, unit, remedy = spread / getattr(loss, name), f" times `loss.{name}`", f"raise `loss.{name}`, or "
+    elif family.reward_gap and (name := family.reward_scale):
+        spread, unit, remedy = spread * getattr(loss, name), f" / `loss.{name}`", f"lower `loss.{name}`, or "
+    elif family.reward_gap:
+        unit, remedy = "", "or "
+    else:
         return
-    spread = (max(rewards) - min(rewards)) / getattr(loss, name)
     if spread > WIDEST:
-        problem = f"`rewards` differ by {spread:.3g} times `loss.{name}`, single precision allows {WIDEST:,}"
-        remedy = f"correct the rewards, raise `loss.{name}`, or use schedule.standardize_rewards=true"
-        raise InputError(problem, remedy=remedy)
+        problem = f"`rewards` differ by {spread:.3g}{unit}, single precision allows {WIDEST:,}"
+        raise InputError(problem, remedy=f"correct the rewards, {remedy}use schedule.standardize_rewards=true")
 
 
 def weights_of(term: Term, members: list[int]) -> list[float]:
-    """The weights of a term of the plan over all responses of the row; those of a list of pl are not used and 0."""
+    """The weights of a term of the plan over all responses of the row; those of a list are not used and 0."""
     weights = dict(zip(term["dispreferred"], term["weights"] or [0.0] * len(term["dispreferred"]), strict=True))
     return [weights.get(index, 0.0) for index in members]
 

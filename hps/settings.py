@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from hps.methods import FAMILIES, constants
+from hps.methods import FAMILIES, LISTS, constants
 
 
 class Section(BaseModel):
@@ -21,9 +21,14 @@ class CommonLoss(Section):
     """
 
     family: str = Field("dpo", description=f"one of {', '.join(FAMILIES)}")
-    preference: str = Field("hps", description="bt (a pair), pl (a list) or hps (y_1 against a hard negative)")
+    preference: str = Field(
+        "hps",
+        description="bt (a pair), pl (a list), hps (y_1 against a hard negative), pairs (all pairs of a list) or lipo",
+    )
     beta: float = Field(0.1, gt=0, description="beta of Eq. 3; tau of IPO, 1/eta of SPPO; SimPO has its own")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="that of cDPO, for pairs of dpo and simpo")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo and simpo: probability that a label is wrong")
+    smoothing: Literal["cdpo", "rdpo"] = Field("cdpo", description="with it: cDPO's loss, or rDPO's unbiased one")
+    nll: float = Field(0.0, ge=0, description="weight of -log pi(y_1) per token of y_1, which is added to the loss")
 
     estimator: Literal["sampled", "exact"] = Field("sampled", description="hps: draw negatives, or sum over all")
     samples: int = Field(1, ge=1, description="hps, sampled: negatives drawn for a prompt in each step")
@@ -38,12 +43,17 @@ class CommonLoss(Section):
     appendix_e_lambda: float = Field(1.0, ge=0, description="hps, two positives: weight of the second term")
     appendix_e_reading: Literal["printed", "intended"] = Field("printed", description="intended: y_1 need not beat y_2")
 
-    list_size: int | None = Field(5, ge=2, description="pl: responses of a list, y_1 included (null: all)")
+    list_size: int | None = Field(5, ge=2, description="pl, pairs, lipo: responses of a list with y_1 (null: all)")
 
     @property
     def reads_gamma(self) -> bool:
         """Whether gamma has an effect: the weights of the negatives are those of Eq. 9."""
         return self.preference == "hps" and self.negatives == "softmax"
+
+    @property
+    def takes_lists(self) -> bool:
+        """Whether a step trains on lists of `list_size` responses."""
+        return self.preference in LISTS
 
     if TYPE_CHECKING:  # the constants of the families
 
@@ -68,7 +78,7 @@ else:  # with a field for each constant of a family
 
 
 # Later settings of `loss`: claims and results omit them at their defaults.
-LATER = ("negatives", "negative_deviations")
+LATER = ("negatives", "negative_deviations", "smoothing", "nll", "dpo_per_token")
 
 
 def own_settings(loss: Mapping[str, Any]) -> dict[str, Any]:

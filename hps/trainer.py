@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from hps.errors import InputError
-from hps.losses import FORMULAS, implicit_reward, preference_loss
+from hps.losses import FORMULAS, implicit_reward, nll_loss, preference_loss
 from hps.methods import FAMILIES
 from hps.row_costs import RowCosts
 from hps.settings import Loss
@@ -108,7 +108,7 @@ class RowsWithReference(Sequence[dict]):
 
 
 class HPSTrainer(DPOTrainer):
-    """Any family under BT, PL or HPS, trained in the order of the plan.
+    """Any family under any preference model that it has, trained in the order of the plan.
 
     Args:
         loss: the recipe's `loss` section; the only home of beta and label smoothing.
@@ -177,6 +177,8 @@ class HPSTrainer(DPOTrainer):
         scores = FORMULAS[self.loss.family].score(self.loss, policy, reference, inputs["lengths"])
         lists = [inputs[name] for name in ("rewards", "mask", "log_weights", "dispreferred_count")]
         losses = preference_loss(self.loss, scores, *lists)
+        if self.loss.nll > 0:
+            losses = losses + self.loss.nll * nll_loss(policy, inputs["lengths"])
         # The logged rewards are rho of Eq. 3, also where a family's score is something else.
         rewards = implicit_reward(policy, reference, self.loss.beta) if self.compares else scores
         self._record(inputs, policy.detach(), rewards.detach(), losses.detach())
@@ -255,7 +257,7 @@ class HPSTrainer(DPOTrainer):
     def _record(self, inputs, policy, rewards, losses) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.
 
-        `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list of pl).
+        `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list).
 
         Raises:
             InputError: a loss is not finite; raised on every process, so none hangs.
@@ -263,7 +265,7 @@ class HPSTrainer(DPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         lengths = inputs["lengths"]
         share = inputs["log_weights"][:, 0].exp()
-        if self.loss.preference == "pl":
+        if self.loss.takes_lists:
             share = inputs["mask"].to(share.dtype)
             share[:, 0] = 0
             share = share / share.sum(dim=1, keepdim=True)

@@ -9,6 +9,7 @@ import torch
 
 from hps.losses import (
     FORMULAS,
+    all_pairs_loss,
     bt_loss,
     exo_list_loss,
     exo_pair_loss,
@@ -16,16 +17,23 @@ from hps.losses import (
     implicit_reward,
     ipo_list_loss,
     ipo_pair_loss,
+    lambda_weights,
+    lipo_loss,
     nca_list_loss,
     nca_pair_loss,
+    nll_loss,
     pl_loss,
     preference_loss,
+    rdpo_loss,
+    rebel_pair_loss,
+    rpo_pair_loss,
+    slic_pair_loss,
     sppo_list_loss,
     sppo_pair_loss,
     win_probability,
 )
-from hps.methods import FAMILIES, PREFERENCES, constants, methods
-from hps.negatives import hardness_weights
+from hps.methods import FAMILIES, LISTS, constants, methods
+from hps.negatives import hardness_weights, negative_weights
 from hps.settings import Loss
 
 LOG_3 = math.log(3.0)
@@ -51,9 +59,9 @@ def weights_of(annotated: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def hps(loss: Loss, scores: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
-    """HPS of one list, (n,) scores, y_1 first."""
-    row = scores[None]
-    return preference_loss(loss, row, row, ones(*row.shape), log_weights[None], double(len(scores) - 1)[None])[0]
+    """HPS of one list, (n,) scores, y_1 first; the annotated rewards are all 0."""
+    row, count = scores[None], double(len(scores) - 1)[None]
+    return preference_loss(loss, row, torch.zeros_like(row), ones(*row.shape), log_weights[None], count)[0]
 
 
 def scores_of(loss: Loss, *given: torch.Tensor | None) -> torch.Tensor:
@@ -61,13 +69,21 @@ def scores_of(loss: Loss, *given: torch.Tensor | None) -> torch.Tensor:
     return FORMULAS[loss.family].score(loss, *given)
 
 
-def pair_loss(loss: Loss, best: torch.Tensor, worst: torch.Tensor) -> torch.Tensor:
-    return FORMULAS[loss.family].pair(loss, best, worst)
+def pair_loss(loss: Loss, best: torch.Tensor, worst: torch.Tensor, gap: float = 0.0) -> torch.Tensor:
+    return FORMULAS[loss.family].pair(loss, best, worst, torch.tensor(gap, dtype=torch.float64))
 
 
 def one_hot(size: int, place: int) -> torch.Tensor:
     """Log-weights of a single draw."""
     return torch.eye(size, dtype=torch.float64)[place : place + 1].log()
+
+
+REST = ("log_weights", "dispreferred_count")
+
+
+def unused(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a loss on lists does not read."""
+    return torch.full((1, 1, n), torch.nan), torch.full((1, 1), torch.nan)
 
 
 def batch_of(seed: int = 0, sizes: tuple[int, ...] = (4, 2, 3)) -> dict:
@@ -105,10 +121,14 @@ def test_implicit_reward_by_hand():
         ({"family": "ipo"}, 6.0),
         ({"family": "ipo", "ipo_per_token": True}, 1.5),  # 6 / 4
         ({"family": "simpo"}, -6.0),  # 2 (-12) / 4
+        ({"family": "dpo", "dpo_per_token": True}, 0.15),  # 0.6 / 4
+        ({"family": "slic"}, -12.0),
+        ({"family": "rebel"}, 0.6),
+        ({"family": "rpo"}, 0.6),
     ],
 )
 def test_scores_by_hand(settings, expected):
-    reference = None if settings["family"] == "simpo" else double(-18.0)[None]
+    reference = None if settings["family"] in ("simpo", "slic") else double(-18.0)[None]
     scores = scores_of(Loss(**settings), double(-12.0)[None], reference, double(4.0)[None])
     torch.testing.assert_close(scores, double(expected)[None])
 
@@ -157,6 +177,66 @@ def test_nca_pair_by_hand():
     torch.testing.assert_close(nca_pair_loss(double(LOG_3), double(0.0)), double(expected))
 
 
+def test_rdpo_by_hand():
+    """Difference log 3, e = 0.1: (0.9 log 4/3 - 0.1 log 4) / 0.8. At e = 0 it is DPO's loss."""
+    loss = rdpo_loss(double(LOG_3), double(0.0), 0.1)
+    torch.testing.assert_close(loss, double((0.9 * math.log(4 / 3) - 0.1 * math.log(4)) / 0.8))
+    torch.testing.assert_close(rdpo_loss(double(LOG_3), double(0.0), 0.0), double(math.log(4 / 3)))
+
+
+def test_rdpo_is_unbiased_and_has_no_lower_bound():
+    """Over labels flipped with probability e its mean is the loss of the true label; cDPO's is not.
+
+    Far in the right order a nat more lowers it by e / (1 - 2 e) = 1/8.
+    """
+    scores = double(-3.0, 0.2, 5.0), double(1.0, 0.0, -2.0)
+    for e in (0.1, 0.3, 0.49):
+        mean = (1 - e) * rdpo_loss(*scores, e) + e * rdpo_loss(*reversed(scores), e)
+        torch.testing.assert_close(mean, bt_loss(*scores), rtol=1e-10, atol=1e-10)
+    far = rdpo_loss(double(1000.0, 1001.0), double(0.0, 0.0), 0.1)
+    torch.testing.assert_close(far, double(-125.0, -125.125))
+
+
+def test_slic_by_hand():
+    """delta = 2: a margin of 1/2 lacks 3/2, one of 2 or more nothing; a wrong order of 3 costs 5."""
+    losses = slic_pair_loss(double(1.5, 3.0, 9.0, -1.0), double(1.0, 1.0, 1.0, 2.0), 2.0)
+    torch.testing.assert_close(losses, double(1.5, 0.0, 0.0, 5.0))
+    loss = Loss(family="slic", slic_delta=2.0)
+    assert slope(loss, 1.5, 1.0) == [-1.0, 1.0] and slope(loss, 9.0, 1.0) == [0.0, 0.0]
+
+
+def test_rebel_by_hand():
+    """(2 - 1/2 - 1)^2 = 1/4, 0 where both differences agree; its slope is twice the residual."""
+    torch.testing.assert_close(rebel_pair_loss(double(2.0, 2.0), double(0.5, 0.5), double(1.0, 1.5)), double(0.25, 0.0))
+    assert slope(Loss(family="rebel"), 2.0, 0.5, gap=1.0) == pytest.approx([1.0, -1.0])
+
+
+def test_rebel_is_ipo_with_the_rewards_margin():
+    """(beta d - g)^2 = beta^2 (d - 1 / (2 tau))^2 at tau = beta / (2 g), d a difference of log-ratios."""
+    beta, gap, d = 0.3, 1.7, double(-2.0, 0.0, 4.5)
+    rebel = rebel_pair_loss(beta * d, torch.zeros(3, dtype=torch.float64), double(gap))
+    ipo = ipo_pair_loss(d, torch.zeros(3, dtype=torch.float64), beta / (2 * gap))
+    torch.testing.assert_close(rebel, beta**2 * ipo)
+
+
+def test_rpo_by_hand():
+    """eta g = log 3 asks for (3/4, 1/4); d = 0 gives (1/2, 1/2). 0 at d = log 3, where the slope is 0, too."""
+    losses = rpo_pair_loss(double(0.0, LOG_3), double(0.0, 0.0), double(LOG_3 / 2), 2.0)
+    torch.testing.assert_close(losses, double(0.75 * math.log(3 / 2) + 0.25 * math.log(1 / 2), 0.0))
+    loss = Loss(family="rpo", rpo_eta=2.0)
+    assert slope(loss, 0.0, 0.0, gap=LOG_3 / 2) == pytest.approx([0.5 - 0.75, 0.75 - 0.5])
+    assert slope(loss, LOG_3, 0.0, gap=LOG_3 / 2) == pytest.approx([0.0, 0.0], abs=1e-12)
+
+
+def test_rpo_with_a_large_gap_is_dpo_and_its_soft_label_is_cdpo_but_for_the_entropy():
+    """sigmoid(100) is 1: -log sigmoid(d). A target of 1 - e is label smoothing e, minus the label's entropy."""
+    best, worst = double(-1.0, 0.0, 2.0), double(0.5, 0.0, -1.0)
+    torch.testing.assert_close(rpo_pair_loss(best, worst, double(100.0), 1.0), bt_loss(best, worst))
+    soft = rpo_pair_loss(best, worst, double(math.log(9)), 1.0)
+    entropy = -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
+    torch.testing.assert_close(soft, bt_loss(best, worst, 0.1) - entropy)
+
+
 def test_simpo_margin_by_hand():
     """The difference log 3 less a margin of log 3 is 0."""
     loss = Loss(family="simpo", simpo_margin=LOG_3)
@@ -196,6 +276,80 @@ def test_ipo_list_by_hand():
     torch.testing.assert_close(ipo_list_loss(double(3.0, 1.0, 0.0)[None], ones(1, 3), 0.5), double(5 / 3))
 
 
+def test_all_pairs_by_hand():
+    """rho = log 9, log 3, 0: differences log 3, log 9, log 3: (2 log 4/3 + log 10/9) / 3."""
+    batch = double(math.log(9), LOG_3, 0.0)[None], double(3.0, 2.0, 1.0)[None], ones(1, 3)
+    loss = Loss(preference="pairs")
+    expected = (2 * math.log(4 / 3) + math.log(10 / 9)) / 3
+    torch.testing.assert_close(preference_loss(loss, *batch, *unused(3)), double(expected))
+
+
+def test_all_pairs_of_rebel_by_hand():
+    """rho = 3, 1, 0 and r = 2, 1, 1: residuals 2 - 1, 3 - 1, 1 - 0: (1 + 4 + 1) / 3 = 2."""
+    batch = double(3.0, 1.0, 0.0)[None], double(2.0, 1.0, 1.0)[None], ones(1, 3)
+    torch.testing.assert_close(preference_loss(Loss(family="rebel", preference="pairs"), *batch, *unused(3)), double(2))
+
+
+def test_lipo_by_hand():
+    """Rewards so far apart that psi = 1, 1/2, 0: gains 1, sqrt 2 - 1, 0.
+
+    rho = 0, log 3, log 9, the wrong order: ranks 3, 2, 1, discounts log 4, log 3, log 2, losses log 4, log 10, log 4.
+    """
+    scores, annotated = double(0.0, LOG_3, math.log(9))[None], double(2000.0, 1000.0, 0.0)[None]
+    first, second, third = 1 / math.log(4), 1 / math.log(3), 1 / math.log(2)
+    expected = (
+        (2 - math.sqrt(2)) * (second - first) * math.log(4)
+        + (third - first) * math.log(10)
+        + (math.sqrt(2) - 1) * (third - second) * math.log(4)
+    )
+    loss = preference_loss(Loss(preference="lipo"), scores, annotated, ones(1, 3), *unused(3))
+    torch.testing.assert_close(loss, double(expected))
+
+
+def test_lipo_of_two_responses_is_a_weighted_pair():
+    """r_1 - r_2 = log 3: psi = 3/4, 1/4. The weight is that of the places 1 and 2, whichever is ahead."""
+    weight = (2**0.75 - 2**0.25) * (1 / math.log(2) - 1 / math.log(3))
+    for scores, pair in ((double(LOG_3, 0.0), math.log(4 / 3)), (double(0.0, LOG_3), math.log(4))):
+        loss = lipo_loss(scores[None], double(LOG_3, 0.0)[None], ones(1, 2), bt_loss)
+        torch.testing.assert_close(loss, double(weight * pair))
+
+
+def test_ranks_of_lipo():
+    """Equal scores rank in the order of the list, as before the first update; ties in the reward weigh nothing."""
+    annotated = double(3.0, 2.0, 2.0, 1.0)[None]
+    level, right = (lambda_weights(scores[None], annotated, ones(1, 4)) for scores in (double(*[0] * 4), -annotated[0]))
+    assert torch.equal(level, lambda_weights(double(4.0, 3.0, 2.0, 1.0)[None], annotated, ones(1, 4)))
+    assert level[0, 1, 2] == 0 and level[0, 0, 1] > 0 and not torch.equal(level, right)
+    torch.testing.assert_close(level, level.transpose(1, 2))
+
+
+def test_the_weights_of_lipo_have_no_gradient():
+    """The gradient is that of the pair losses with the weights as numbers: -w sigmoid(-d) for the better one."""
+    batch = batch_of(2, (3,))
+    scores = batch["scores"].requires_grad_()
+    (gradient,) = torch.autograd.grad(lipo_loss(scores, batch["annotated"], batch["mask"], bt_loss).sum(), scores)
+    weights, expected = lambda_weights(scores, batch["annotated"], batch["mask"])[0], [0.0] * 3
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        pull = weights[i, j].item() * sigmoid(scores[0, j].item() - scores[0, i].item())
+        expected[i] -= pull
+        expected[j] += pull
+    torch.testing.assert_close(gradient[0], double(*expected))
+
+
+def test_all_pairs_of_ipo_is_its_list_loss():
+    batch = batch_of()
+    del batch["log_weights"], batch["dispreferred_count"]
+    listed = preference_loss(Loss(family="ipo", preference="pl"), **batch, **dict(zip(REST, unused(4), strict=True)))
+    pair = lambda best, worst, _: ipo_pair_loss(best, worst, 0.1)  # noqa: E731
+    torch.testing.assert_close(all_pairs_loss(**batch, pair=pair), listed)
+
+
+def test_nll_by_hand():
+    """-log pi(y_1) = 12 nats over 4 tokens: 3; the other responses do not count."""
+    losses = nll_loss(double(-12.0, -30.0)[None], double(4.0, 5.0)[None])
+    torch.testing.assert_close(losses, double(3.0))
+
+
 def test_win_probability_by_hand():
     """r = 2, 1, 1: wins 1; (0 + 1/2) / 2. With sigmoid: (1 + 1) sigmoid(1) / 2 and (sigmoid(-1) + 1/2) / 2."""
     annotated = double(2.0, 1.0, 1.0)[None]
@@ -220,6 +374,19 @@ def test_nca_list_by_hand():
 def brute_force(loss: Loss, s: list[float], r: list[float]) -> float:
     """The list loss of one list in plain Python, from the formulas of docs/methods.md. `s` are scores."""
     n = len(s)
+    if loss.preference == "pairs":
+        pairs = [brute_force_pair(loss, s[i], s[j], r[i] - r[j]) for i in range(n) for j in range(i + 1, n)]
+        return sum(pairs) / len(pairs)
+    if loss.preference == "lipo":
+        psi = [sum(sigmoid(r[i] - r[j]) for j in range(n) if j != i) / (n - 1) for i in range(n)]
+        tau = [1 + sum(x > s[i] for x in s) for i in range(n)]
+        return sum(
+            abs(2 ** psi[i] - 2 ** psi[j])
+            * abs(1 / math.log(1 + tau[i]) - 1 / math.log(1 + tau[j]))
+            * brute_force_pair(loss, s[i], s[j])
+            for i, j in itertools.product(range(n), repeat=2)
+            if psi[i] > psi[j]
+        )
     target = [math.exp(x / (loss.exo_beta_r if loss.family == "exo" else loss.nca_alpha)) for x in r]
     target = [x / sum(target) for x in target]
     if loss.family == "exo":
@@ -237,8 +404,15 @@ def brute_force(loss: Loss, s: list[float], r: list[float]) -> float:
     return sum(-math.log(math.exp(s[j]) / sum(math.exp(x) for x in s[j:])) for j in range(n))
 
 
-def brute_force_pair(loss: Loss, w: float, l: float) -> float:  # noqa: E741
-    """The pair loss in plain Python, likewise."""
+def brute_force_pair(loss: Loss, w: float, l: float, gap: float = 0.0) -> float:  # noqa: E741
+    """The pair loss in plain Python, likewise; `gap` is the difference of the rewards."""
+    if loss.family == "slic":
+        return max(0.0, loss.slic_delta - w + l)
+    if loss.family == "rebel":
+        return (w - l - gap) ** 2
+    if loss.family == "rpo":
+        d, g = w - l, loss.rpo_eta * gap
+        return sum(sigmoid(x) * math.log(sigmoid(x) / sigmoid(y)) for x, y in ((g, d), (-g, -d)))
     if loss.family == "exo":
         p, e = sigmoid(w - l), loss.exo_epsilon
         return p * math.log(p / (1 - e)) + (1 - p) * math.log((1 - p) / e)
@@ -250,22 +424,28 @@ def brute_force_pair(loss: Loss, w: float, l: float) -> float:  # noqa: E741
         return -math.log(sigmoid(w)) - 0.5 * math.log(sigmoid(-w)) - 0.5 * math.log(sigmoid(-l))
     assert loss.family in ("dpo", "simpo"), f"add the formula of {loss.family} here"
     d, e = w - l - (loss.simpo_margin if loss.family == "simpo" else 0.0), loss.label_smoothing
+    if loss.smoothing == "rdpo":
+        return (-(1 - e) * math.log(sigmoid(d)) + e * math.log(sigmoid(-d))) / (1 - 2 * e)
     return -(1 - e) * math.log(sigmoid(d)) - e * math.log(sigmoid(-d))
 
 
+@pytest.mark.parametrize("smoothing", ["cdpo", "rdpo"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pairs_by_brute_force(family):
-    loss = Loss(family=family, exo_epsilon=0.02, beta=0.3, label_smoothing=0.15, simpo_margin=0.8)
+def test_pairs_by_brute_force(family, smoothing):
+    own = {"exo_epsilon": 0.02, "simpo_margin": 0.8, "slic_delta": 1.9, "rpo_eta": 0.6}
+    loss = Loss(family=family, beta=0.3, label_smoothing=0.15, smoothing=smoothing, **own)
     for best, worst in itertools.product((-2.0, -0.3, 0.0, 1.7), repeat=2):
-        value = pair_loss(loss, double(best), double(worst)).item()
-        assert value == pytest.approx(brute_force_pair(loss, best, worst), rel=1e-12)
+        value = pair_loss(loss, double(best), double(worst), 1.3).item()
+        assert value == pytest.approx(brute_force_pair(loss, best, worst, 1.3), rel=1e-12, abs=1e-14)
 
 
-@pytest.mark.parametrize("sppo_win", ["hard", "sigmoid"])
-@pytest.mark.parametrize("family", [family for family, preference in METHODS if preference == "pl"])
-def test_uneven_lists_by_brute_force(family, sppo_win):
+@pytest.mark.parametrize("variant", [0, 1])
+@pytest.mark.parametrize(("family", "preference"), [method for method in METHODS if method[1] in LISTS])
+def test_uneven_lists_by_brute_force(family, preference, variant):
     batch = batch_of()
-    loss = Loss(family=family, preference="pl", beta=0.3, exo_beta_r=0.7, nca_alpha=1.3, sppo_win=sppo_win)
+    own = {"exo_beta_r": 0.7, "nca_alpha": 1.3, "slic_delta": 0.7, "rpo_eta": 1.7, "simpo_margin": 0.4}
+    own |= ({}, {"sppo_win": "sigmoid", "label_smoothing": 0.2, "smoothing": "rdpo"})[variant]
+    loss = Loss(family=family, preference=preference, beta=0.3, **own)
     losses = preference_loss(loss, **batch)
     for place, size in enumerate(batch["mask"].sum(dim=1).tolist()):
         rows = (batch[name][place, :size].tolist() for name in ("scores", "annotated"))
@@ -276,7 +456,7 @@ def test_uneven_lists_by_brute_force(family, sppo_win):
     ("family", "factor_n", "smoothing"),
     [
         *itertools.product(("dpo", "simpo"), (False, True), (0.0, 0.2)),
-        *itertools.product(("exo", "ipo", "sppo", "nca"), (False,), (0.0,)),
+        *itertools.product(("exo", "ipo", "sppo", "nca", "slic", "rebel", "rpo"), (False,), (0.0,)),
         ("exo", True, 0.0),
     ],
 )
@@ -286,6 +466,7 @@ def test_exact_hps_by_brute_force(family, factor_n, smoothing):
     losses = preference_loss(loss, **batch)
     for place, size in enumerate(batch["mask"].sum(dim=1).tolist()):
         best, *others = batch["scores"][place, :size].tolist()
+        gaps = (batch["annotated"][place, :1] - batch["annotated"][place, 1:size]).tolist()
         q = batch["log_weights"][place, 0, 1:size].exp().tolist()
         n = size - 1 if factor_n else 1
         if family in ("dpo", "simpo"):
@@ -293,7 +474,7 @@ def test_exact_hps_by_brute_force(family, factor_n, smoothing):
             right = math.exp(best) / (math.exp(best) + mixture)
             expected = -(1 - smoothing) * math.log(right) - smoothing * math.log(1 - right)
         else:
-            pairs = [brute_force_pair(loss, best, x + math.log(n)) for x in others]
+            pairs = [brute_force_pair(loss, best, x + math.log(n), g) for x, g in zip(others, gaps, strict=True)]
             expected = sum(w * pair for w, pair in zip(q, pairs, strict=True))
         assert losses[place].item() == pytest.approx(expected, rel=1e-12)
 
@@ -351,7 +532,7 @@ def of_two(loss: Loss, scores: torch.Tensor, annotated: torch.Tensor, gamma: flo
     assert torch.equal(q, worst)
     count = torch.ones(len(scores), 1)
     losses = {}
-    for preference in PREFERENCES:
+    for preference in FAMILIES[loss.family].preferences:
         fields = {**vars(loss), "preference": preference}
         losses[preference] = preference_loss(Loss(**fields), scores, annotated, ones(*scores.shape), worst, count)
     return losses
@@ -360,13 +541,37 @@ def of_two(loss: Loss, scores: torch.Tensor, annotated: torch.Tensor, gamma: flo
 @pytest.mark.parametrize("factor_n", [False, True])
 @pytest.mark.parametrize("family", ["dpo", "simpo", "ipo", "sppo"])
 def test_two_responses_make_pl_hps_and_bt_agree(family, factor_n):
-    """n = 2, N = 1: q is 1 and log N is 0; SPPO with hard labels has P = (1, 0)."""
+    """n = 2, N = 1: q is 1 and log N is 0; SPPO with hard labels has P = (1, 0). All pairs are the one."""
     batch = batch_of(1, (2,) * 16)
     loss = Loss(family=family, factor_n=factor_n)
     losses = of_two(loss, batch["scores"], batch["annotated"], 3.0)
     pairs = [brute_force_pair(loss, *row) for row in batch["scores"].tolist()]
-    for preference in PREFERENCES:
+    for preference in {*losses} - {"lipo"}:
         torch.testing.assert_close(losses[preference], double(*pairs), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("family", ["slic", "rebel", "rpo"])
+def test_two_responses_of_a_family_without_a_list_loss_agree(family):
+    batch = batch_of(1, (2,) * 16)
+    losses = of_two(Loss(family=family), batch["scores"], batch["annotated"], 3.0)
+    gaps = (batch["annotated"][:, 0] - batch["annotated"][:, 1]).tolist()
+    pairs = [brute_force_pair(Loss(family=family), *row, g) for row, g in zip(batch["scores"], gaps, strict=True)]
+    assert {*losses} == {"bt", "hps", "pairs"}
+    for values in losses.values():
+        torch.testing.assert_close(values, double(*pairs), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_sdpo_is_exact_hps_with_n_and_uniform_weights(k):
+    """arXiv 2406.09215: `-log sigmoid(-log sum_d exp(rho_d - rho_p))`, d over the k dispreferred responses."""
+    rng = np.random.default_rng(k)
+    best, *others = rng.normal(size=k + 1).tolist()
+    expected = -math.log(sigmoid(-math.log(sum(math.exp(x - best) for x in others))))
+    loss = Loss(estimator="exact", factor_n=True, negatives="uniform")
+    q = negative_weights(np.arange(k)[None], loss, 0.0, np.arange(k + 1)[None])[0]
+    value = hps(loss, double(best, *others), double(0.0, *q)[None].log())
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    assert hps(loss, double(best, *others), weights_of(double(*range(k + 1)), 0.0)).item() == pytest.approx(expected)
 
 
 def test_two_responses_of_sppo_with_sigmoid_labels_do_not_agree():
@@ -383,7 +588,7 @@ def test_two_responses_of_exo_agree_where_the_rewards_give_the_label():
     scores, gap = double(0.4, -1.1)[None], 2.0 * math.log(9)
     losses = of_two(loss, scores, double(5.0 + gap, 5.0)[None], 1.0)
     expected = double(brute_force_pair(loss, 0.4, -1.1))
-    for preference in PREFERENCES:
+    for preference in ("bt", "pl", "hps"):
         torch.testing.assert_close(losses[preference], expected)
     elsewhere = of_two(loss, scores, double(gap + 1, 0.0)[None], 1.0)
     assert abs(elsewhere["pl"] - expected).item() > 0.01
@@ -593,11 +798,11 @@ def test_neighbours_change_nothing(family, preference):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_order_of_the_dispreferred_does_not_matter(family):
-    """Exact HPS, and the list losses that read the order off the rewards (PL's and IPO's is the order of the list)."""
+    """Exact HPS, and list losses that read the order off the rewards; PL, IPO and all pairs take the list's."""
     batch, order = batch_of(sizes=(4, 4)), torch.tensor([0, 3, 1, 2])
     moved = {name: value if name == "dispreferred_count" else value[..., order] for name, value in batch.items()}
     preferences = ("hps", "pl") if family in ("exo", "sppo", "nca") else ("hps",)
-    for preference in preferences:
+    for preference in (*preferences, "lipo") if family == "dpo" else preferences:
         loss = loss_of(family, preference)
         torch.testing.assert_close(preference_loss(loss, **batch), preference_loss(loss, **moved))
 
@@ -676,10 +881,10 @@ def test_gradient_of_exo_by_hand():
     assert slope(Loss(family="exo", exo_epsilon=0.1), LOG_3, 0.0) == pytest.approx([-expected, expected])
 
 
-def slope(loss: Loss, *scores: float) -> list[float]:
+def slope(loss: Loss, *scores: float, gap: float = 0.0) -> list[float]:
     """Gradient of the pair loss in (best, worst)."""
     pair = [double(score, grad=True) for score in scores]
-    return [value.item() for value in torch.autograd.grad(pair_loss(loss, *pair).sum(), pair)]
+    return [value.item() for value in torch.autograd.grad(pair_loss(loss, *pair, gap).sum(), pair)]
 
 
 def test_minima_by_hand():

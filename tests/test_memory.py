@@ -192,6 +192,8 @@ def test_the_stage_is_the_files_not_its_names(tmp_path):
         (["loss.estimator=exact"], 102),
         (["loss.estimator=exact", "schedule.subsample=20"], 20),
         (["loss.preference=pl"], 5),
+        (["loss.preference=pairs", "loss.list_size=4"], 4),
+        (["loss.preference=lipo"], 5),
         (["loss.preference=pl", "loss.list_size=null"], 102),
         (["loss.preference=pl", "schedule.subsample=3"], 3),
     ],

@@ -1,4 +1,4 @@
-"""All eighteen methods train a tiny model from their recipe: the loss falls, and all that should move does, no more."""
+"""All methods train a tiny model from their recipe: the loss falls, and all that should move does, no more."""
 
 import math
 import re
@@ -17,6 +17,7 @@ from hps.chat import load_tokenizer
 from hps.errors import InputError
 from hps.methods import methods
 from hps.settings import LATER, Loss, own_settings
+from pipeline.recipe import load_recipe
 
 VARIANTS = {
     "exact": ["loss.estimator=exact"],
@@ -30,6 +31,12 @@ VARIANTS = {
     "SPPO sigmoid": ["loss.family=sppo", "loss.preference=pl", "loss.sppo_win=sigmoid"],
     "IPO per token": ["loss.family=ipo", "loss.preference=bt", "loss.ipo_per_token=true"],
     "SimPO margin": ["loss.family=simpo", "loss.preference=bt", "loss.simpo_margin=0.5"],
+    "rDPO": ["loss.preference=bt", "loss.label_smoothing=0.1", "loss.smoothing=rdpo"],
+    "length-normalised": ["loss.preference=bt", "loss.dpo_per_token=true", "loss.beta=5"],
+    "NLL": ["loss.preference=bt", "loss.nll=1"],
+    "S-DPO": ["loss.estimator=exact", "loss.factor_n=true", "loss.negatives=uniform"],
+    "SLiC-HF with its regulariser": ["loss.family=slic", "loss.preference=bt", "loss.nll=0.5"],
+    "RPO exact": ["loss.family=rpo", "loss.estimator=exact", "loss.rpo_eta=2"],
     "released": [
         *("loss.beta=0.25", "loss.label_smoothing=0.1", "schedule.gamma_ends=exclusive", "schedule.ties=exclude"),
         *("lora.enabled=false", "optimizer.learning_rate=3e-4"),
@@ -75,6 +82,31 @@ def test_every_variant_trains(ranked_recipe, name):
     check(ranked_recipe(*STEADY, *VARIANTS[name]))
 
 
+# ---- what docs/methods.md says of them ----
+
+PAGE = (REPOSITORY / "docs/methods.md").read_text()
+
+
+def by_name() -> dict[str, list[str]]:
+    """The rows of its table "By name": the settings of each."""
+    section = PAGE.partition("## By name")[2].partition("\n## ")[0]
+    return {name: settings.split() for name, settings in re.findall(r"^\| ([^|`]+) \| `([^`]+)` \|$", section, re.M)}
+
+
+@pytest.mark.parametrize("settings", by_name().values(), ids=by_name())
+def test_methods_by_name_are_recipes(settings):
+    """From the paper's recipe, whose loss is dpo-hps."""
+    recipe = load_recipe(REPOSITORY / "configs/hh_rlhf.yaml", settings)
+    changed = Loss(family="dpo", preference="hps").model_dump().items() ^ recipe.loss.model_dump().items()
+    assert {name for name, _ in changed} == {setting.partition("=")[0].removeprefix("loss.") for setting in settings}
+
+
+def test_every_family_and_list_of_pairs_has_a_row():
+    assert len(by_name()) == 11
+    named = {f"| {family} |" for family in registry.FAMILIES} | {f"| `{name}` |" for name in ("pairs", "lipo")}
+    assert {row for row in named if f"\n{row}" not in PAGE} == set()
+
+
 # ---- a loss in three edits ----
 
 
@@ -98,9 +130,9 @@ def hinge(monkeypatch):
             monkeypatch.setitem(table, name, value)
 
 
-@pytest.mark.parametrize("preference", ["bt", "hps"])
+@pytest.mark.parametrize("preference", ["bt", "hps", "pairs"])
 def test_a_loss_added_in_three_edits_trains(hinge, ranked_recipe, preference):
-    """rho = 0 before the first update: max(0, 1 - 0) = 1, for a pair and for any mixture of pairs."""
+    """rho = 0 before the first update: max(0, 1 - 0)^2 = 1, for a pair and for any mixture of pairs."""
     recipe = ranked_recipe("loss.family=hinge", f"loss.preference={preference}", "optimizer.learning_rate=3e-3")
     trainer, before = train_tiny(recipe)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -131,11 +163,13 @@ def test_another_familys_constants_do_not_identify_a_run(hinge, monkeypatch):
 
 def test_later_settings_identify_a_run_only_where_they_differ_from_their_default():
     """Claims and result keys of runs that were made before `loss.negatives` existed still match."""
-    assert LATER == ("negatives", "negative_deviations")
+    assert LATER == ("negatives", "negative_deviations", "smoothing", "nll", "dpo_per_token")
     settings = Loss().model_dump()
     earlier = own_settings({name: value for name, value in settings.items() if name not in LATER})
     assert own_settings(settings) == earlier
     assert own_settings({**settings, "negatives": "worst"}) == {**earlier, "negatives": "worst"}
+    earlier_fields = "family preference beta label_smoothing estimator samples factor_n positives appendix_e_lambda"
+    assert [*earlier] == [*earlier_fields.split(), "appendix_e_reading", "list_size"]
     below = {"negatives": "below_mean", "negative_deviations": 1.0}
     assert own_settings({**settings, **below}) == {**earlier, **below}
 
@@ -155,5 +189,6 @@ def test_a_misspelt_bound_is_refused():
 
 def test_every_family_has_its_formulas():
     assert losses.FORMULAS.keys() == registry.FAMILIES.keys()
+    assert {preference for _, preference in methods()} == {*registry.PREFERENCES}
     for name, family in registry.FAMILIES.items():
         assert (losses.FORMULAS[name].list is None) == ("pl" not in family.preferences)

@@ -13,6 +13,7 @@ from alignment.plan import plan
 from alignment.rows import read_plan
 from hps import planning
 from hps.errors import InputError
+from hps.methods import LISTS
 from hps.negatives import draws, gamma_stages, hardness_weights, negative_weights, stage_of, standardize
 from hps.planning import preferred_index, training_order
 from hps.settings import Loss, Schedule, stages_without_steps
@@ -498,7 +499,14 @@ FIELDS = {
 
 @pytest.mark.parametrize(
     ("preference", "loss"),
-    [("bt", {}), ("pl", {}), ("hps", {}), ("hps", EXACT), ("hps", {"samples": 3}), ("hps", {"positives": 2})],
+    [
+        ("bt", {}),
+        *((preference, {}) for preference in LISTS),
+        ("hps", {}),
+        ("hps", EXACT),
+        ("hps", {"samples": 3}),
+        ("hps", {"positives": 2}),
+    ],
 )
 def test_fields_of_a_row(preference, loss):
     rows, _ = make_plan(ranked_records(6), recipe_of(preference, loss=loss))
@@ -507,7 +515,7 @@ def test_fields_of_a_row(preference, loss):
         for part in (row, row.get("second", row)):
             assert part["preferred"] not in part["dispreferred"]
             assert len(part["rewards"]) == 1 + len(part["dispreferred"])
-            assert part["weights"] is None if preference == "pl" else len(part["weights"]) == len(part["dispreferred"])
+            assert part["weights"] is None if preference in LISTS else len(part["weights"]) == len(part["dispreferred"])
         assert (row["gamma"] is None) == (preference != "hps")
     assert json.loads(json.dumps(rows)) == rows  # as it is written and read back
 
@@ -581,13 +589,30 @@ def test_rewards_too_far_apart_for_single_precision_are_refused(family, setting)
     make_plan([record_of([1e38, 0.0, -1e38])], recipe_of(loss={"family": family}))
 
 
+@pytest.mark.parametrize("preference", ["bt", "hps", "pairs"])
+def test_rewards_that_would_hide_the_implicit_ones_are_refused(preference):
+    """A difference of 2^24 is the most for rebel; rpo multiplies it by eta."""
+    record = record_of([2.0**24, 0.0])
+    make_plan([record], recipe_of(preference, loss={"family": "rebel"}))
+    make_plan([record], recipe_of(preference, loss={"family": "rpo"}))
+    with pytest.raises(
+        InputError, match="prompt a: `rewards` differ by 3.36e.07 / `loss.rpo_eta`.* lower `loss.rpo_eta`"
+    ):
+        make_plan([record], recipe_of(preference, loss={"family": "rpo", "rpo_eta": 2.0}))
+    twice = record_of([2.0**25, 0.0])
+    with pytest.raises(InputError, match="differ by 3.36e.07, single precision allows.*correct the rewards, or use"):
+        make_plan([twice], recipe_of(preference, loss={"family": "rebel"}))
+    make_plan([twice], recipe_of(preference, loss={"family": "rebel"}, standardize_rewards=True))
+    make_plan([twice], recipe_of("lipo"))
+
+
 @pytest.mark.parametrize("records", [[], [record_of([1.0, 1.0])]])
 def test_nothing_to_train_on_is_an_error(records):
     with pytest.raises(InputError, match="no prompt can be trained on"):
         make_plan(records, recipe_of())
 
 
-# ---- lists of pl ----
+# ---- lists ----
 
 
 def test_pl_draws_a_list_of_the_given_size_in_order_of_reward():
@@ -604,6 +629,11 @@ def test_pl_draws_a_list_of_the_given_size_in_order_of_reward():
     # Afresh in every row: 70 lists are possible, so 20 prompts repeat theirs with probability 70^-20.
     lists = [{row["prompt_id"]: row["dispreferred"] for row in rows if row["epoch"] == epoch} for epoch in (0, 1)]
     assert lists[0].keys() == lists[1].keys() and lists[0] != lists[1]
+
+
+def test_all_losses_on_lists_draw_the_same_ones():
+    plans = [make_plan(ranked_records(6, responses=9), recipe_of(preference)) for preference in LISTS]
+    assert plans == plans[:1] * len(LISTS)
 
 
 def test_default_list_has_five_responses():

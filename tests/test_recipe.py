@@ -216,7 +216,8 @@ BOUNDS = {
     "loss.positives": (1, 2), "loss.appendix_e_lambda": (0, None), "loss.list_size": (2, None),
     "loss.negative_deviations": (None, None),
     "loss.exo_epsilon": (1e-9, 0.499), "loss.exo_beta_r": (1e-9, None), "loss.nca_alpha": (1e-9, None),
-    "loss.simpo_beta": (1e-9, None), "loss.simpo_margin": (0, None),
+    "loss.simpo_beta": (1e-9, None), "loss.simpo_margin": (0, None), "loss.nll": (0, None),
+    "loss.slic_delta": (1e-9, None), "loss.rpo_eta": (1e-9, None),
     "schedule.gamma_start": (None, None), "schedule.gamma_end": (None, None), "schedule.gamma_stages": (1, None),
     "schedule.subsample": (2, None), "schedule.epochs": (1, None), "schedule.global_batch": (1, None),
     "schedule.device_batch": (1, None), "schedule.max_length": (2, None),
@@ -309,7 +310,7 @@ def test_impossible_combinations(load, overrides, message):
 
 def test_every_setting_of_one_choice_alone_has_an_owner():
     """A setting named after a family, or new in the section, cannot be read by nobody without a word."""
-    shared = {"family", "preference", "beta", "label_smoothing"}
+    shared = {"family", "preference", "beta", "label_smoothing", "smoothing", "nll"}
     assert sorted([*readers(), *shared]) == sorted(Loss.model_fields)
 
 
@@ -418,6 +419,8 @@ PAPER = {
     "loss.appendix_e_lambda": 1.0, "loss.appendix_e_reading": "printed", "loss.list_size": 5,
     "loss.exo_epsilon": 1e-3, "loss.exo_beta_r": 1.0, "loss.ipo_per_token": False, "loss.sppo_win": "hard",
     "loss.nca_alpha": 1.0, "loss.simpo_beta": 2.0, "loss.simpo_margin": 0.0,
+    "loss.smoothing": "cdpo", "loss.nll": 0.0, "loss.dpo_per_token": False,
+    "loss.slic_delta": 1.0, "loss.rpo_eta": 1.0,
     "schedule.gamma_start": -5.0, "schedule.gamma_end": 5.0, "schedule.gamma_stages": 5,
     "schedule.gamma_ends": "inclusive", "schedule.best": "reward", "schedule.ties": "keep",
     "schedule.subsample": None, "schedule.standardize_rewards": False, "schedule.epochs": 2,
@@ -477,8 +480,11 @@ MEANINGLESS = [
         "`loss.negative_deviations` is `1.0`, but it belongs to `loss.negatives: below_mean`, and that is worst; use "
         "loss.negative_deviations=2.0",
     ),
-    (["loss.list_size=8"], "it belongs to `loss.preference: pl`, and that is bt; use loss.list_size=5"),
-    (["loss.list_size=null"], "`loss.list_size` is `None`, but it belongs to `loss.preference: pl`"),
+    (
+        ["loss.list_size=8"],
+        "it belongs to `loss.preference: pl or pairs or lipo`, and that is bt; use loss.list_size=5",
+    ),
+    (["loss.list_size=null"], "`loss.list_size` is `None`, but it belongs to `loss.preference: pl or pairs or lipo`"),
     (["loss.preference=hps", "loss.appendix_e_lambda=0.5"], "belongs to `loss.positives: 2`, and that is 1"),
     (["loss.appendix_e_reading=intended"], "use loss.appendix_e_reading=printed"),
     (["loss.exo_epsilon=0.01"], "it belongs to `loss.family: exo`, and that is dpo; use loss.exo_epsilon=0.001"),
@@ -496,8 +502,30 @@ MEANINGLESS = [
     (["loss.preference=pl", "loss.label_smoothing=0.1"], "dpo-pl is none; use loss.label_smoothing=0"),
     (
         ["loss.family=simpo", "loss.preference=pl", "loss.simpo_margin=1"],
-        "belongs to `loss.preference: bt or hps`, and that is pl",
+        "belongs to `loss.preference: bt or hps or pairs`, and that is pl",
     ),
+    (
+        ["loss.family=ipo", "loss.preference=pairs"],
+        "the family ipo has no loss for it; use loss.preference=bt or pl or",
+    ),
+    (["loss.family=simpo", "loss.preference=lipo"], "the family simpo has no loss for it"),
+    (["loss.family=rebel", "loss.preference=pl"], "the family rebel has no loss for it"),
+    (
+        ["loss.family=rebel", "schedule.best=human"],
+        "the human choice would not enter; use schedule.best=reward, or loss.f",
+    ),
+    (["loss.preference=lipo", "schedule.best=human"], "the target of dpo-lipo is made of rewards alone"),
+    (
+        ["loss.family=rpo", "loss.preference=hps", "loss.positives=2"],
+        "`loss.positives` is `2`, but a second positive is one more order, and rpo learns differences of rewards",
+    ),
+    (["loss.family=slic", "loss.preference=hps", "loss.factor_n=true"], "the loss of slic has none"),
+    (["loss.family=slic", "loss.label_smoothing=0.1"], "slic-bt is none; use loss.label_smoothing=0"),
+    (["loss.smoothing=rdpo"], "the probability of a wrong label, is 0; use loss.label_smoothing=0.1, say, or loss.smo"),
+    (["loss.family=ipo", "loss.smoothing=rdpo", "loss.label_smoothing=0.1"], "ipo-bt is none"),
+    (["loss.family=exo", "loss.dpo_per_token=true"], "it belongs to `loss.family: dpo`, and that is exo"),
+    (["loss.rpo_eta=2"], "belongs to `loss.family: rpo`, and that is dpo"),
+    (["loss.preference=pairs", "loss.estimator=exact"], "belongs to `loss.preference: hps`, and that is pairs"),
     (["loss.family=nca", "loss.preference=pl", "schedule.best=human"], "the target of nca-pl is made of rewards alone"),
 ]
 

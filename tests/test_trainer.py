@@ -5,6 +5,7 @@ The module pays for the imports of TRL once (10 seconds and more); each training
 
 import importlib.metadata
 import inspect
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -243,6 +244,43 @@ def test_factor_n_and_smoothing_reach_the_loss(ranked_recipe):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(("family", "accumulated"), [("dpo", "1"), ("simpo", "2")])
+def test_the_nll_of_y_1_is_added_per_token(ranked_recipe, family, accumulated):
+    """The difference of two first losses is 1/2 of -log pi(y_1) / |y_1|, its mean over the step's four lists."""
+    settings = f"loss.family={family}", f"schedule.device_batch={4 // int(accumulated)}", "optimizer.learning_rate=0"
+    first = []
+    for nll in ("0", "0.5"):
+        trainer = trainer_of(ranked_recipe(*settings, f"loss.nll={nll}", f"run=nll{nll}"))
+        rows = [trainer.rows[row] for row in range(4)]
+        trainer.train()
+        first.append(trainer.state.log_history[0]["loss"])
+    batch = trainer.data_collator(rows)
+    with torch.no_grad():
+        y_1 = trainer._log_probs(trainer.model, batch)[:, 0]
+    assert len(set(batch["lengths"][:, 0].tolist())) > 1  # else the mean over tokens is that over lists
+    assert first[1] - first[0] == pytest.approx(0.5 * (-y_1 / batch["lengths"][:, 0]).mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["loss.preference=pairs"], lambda gap: math.log(2)),
+        (["loss.family=rebel", "loss.preference=pairs"], lambda gap: gap**2),
+        (["loss.family=rebel", "loss.preference=bt"], lambda gap: gap**2),
+    ],
+)
+def test_first_loss_of_pairs(ranked_recipe, settings, expected):
+    """rho = 0: log 2 for every pair; REBEL's residual is the reward's own difference, of the plan's rows."""
+    trainer = trainer_of(ranked_recipe(*settings))
+    rows = [trainer.rows[row] for row in range(4)]
+    trainer.train()
+    means = []
+    for row in rows:
+        losses = [expected(better - worse) for better, worse in itertools.combinations(row["rewards"], 2)]
+        means.append(sum(losses) / len(losses))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(means) / 4, rel=1e-4)
+
+
 # ---- the same as the parent where the loss is the same ----
 
 
@@ -265,20 +303,27 @@ STOCK = {
     "ipo": (["loss.ipo_per_token=true"], {"loss_type": ["ipo"]}),
     "sppo": ([], {"loss_type": ["sppo_hard"]}),
     "nca": ([], {"loss_type": ["nca_pair"]}),
+    "rdpo": (
+        ["loss.label_smoothing=0.1", "loss.smoothing=rdpo"],
+        {"loss_type": ["robust"], "label_smoothing": 0.1},
+    ),
+    "per token": (["loss.dpo_per_token=true"], {"loss_type": ["sigmoid_norm"]}),
+    "nll": (["loss.nll=0.5", "schedule.device_batch=1"], {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "lora"), [("dpo", False), *[(family, True) for family in STOCK]])
 def test_bt_equals_the_parents_pair_loss(ranked_recipe, llama3_policy, family, lora, tmp_path, float64):
-    """Same rows, same seed, float64: losses and logged figures of every step, and the weights at the end, to 1e-9.
+    """Of a family, or of dpo with an option. Same rows, same seed, float64: losses and logged figures of every step,
+    and the weights at the end, to 1e-9.
 
     The parent gets messages and templates them itself.
     """
     ours_only, theirs_only = STOCK[family]
     recipe = ranked_recipe(
         f"models.policy.path={llama3_policy}",
-        f"loss.family={family}",
+        f"loss.family={family if family in FORMULAS else 'dpo'}",
         "loss.preference=bt",
         f"lora.enabled={str(lora).lower()}",
         f"optimizer.learning_rate={1e-3 if lora else 1e-4}",
@@ -334,7 +379,9 @@ def test_simpo_equals_the_pair_loss_of_trl(margin, smoothing):
     mean = logps / lengths
     theirs, chosen, rejected = CPOTrainer.cpo_loss(stock, mean[:, 0], mean[:, 1])
     scores = FORMULAS["simpo"].score(loss, logps, None, lengths)
-    torch.testing.assert_close(FORMULAS["simpo"].pair(loss, scores[:, 0], scores[:, 1]), theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        FORMULAS["simpo"].pair(loss, scores[:, 0], scores[:, 1], torch.nan), theirs, rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(scores, torch.stack([chosen, rejected], dim=1), rtol=0, atol=1e-6)
 
 

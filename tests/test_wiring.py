@@ -91,6 +91,24 @@ def exo(scores, rewards):
     return (policy.exp() * (policy - log_softmax(rewards / 2, dim=0))).sum()
 
 
+def lipo(scores, rewards):
+    """LiPO-lambda: `sum |G_i - G_j| |1/D(tau_i) - 1/D(tau_j)| log(1 + exp(rho_j - rho_i))` over r_i > r_j."""
+    n = len(scores)
+    psi = [sum(torch.sigmoid(rewards[i] - rewards[j]) for j in range(n) if j != i) / (n - 1) for i in range(n)]
+    places = [1 / math.log(2 + int((scores > score).sum())) for score in scores]
+    return sum(
+        abs(2 ** psi[i] - 2 ** psi[j]) * abs(places[i] - places[j]) * -logsigmoid(scores[i] - scores[j])
+        for i in range(n)
+        for j in range(i + 1, n)
+    )
+
+
+def rebel(scores, rewards):
+    """`sum_i q_i (rho_1 - rho_i - (r_1 - r_i))^2` over the dispreferred."""
+    q = torch.softmax(GAMMA * rewards[1:], dim=0)
+    return (q * (scores[0] - scores[1:] - (rewards[0] - rewards[1:])) ** 2).sum()
+
+
 def pair(scores, rewards):
     """The best against the worst, with SimPO's margin of 0.1."""
     return -logsigmoid(scores[0] - scores[1] - 0.1)
@@ -131,6 +149,8 @@ METHODS = {
         below_mean,
         share_of_nearest,
     ),
+    "lipo": (["loss.preference=lipo", "loss.list_size=null"], lipo, equal_shares),
+    "rebel": (["loss.family=rebel", "loss.estimator=exact"], rebel, shares_of_q),
     "exo-pl": (
         ["loss.family=exo", "loss.preference=pl", "loss.list_size=null", "loss.exo_beta_r=2"],
         exo,
@@ -158,8 +178,14 @@ WAYS = {
     [
         ("hps", "before"),
         ("hps", "in step"),
+        ("lipo", "before"),
+        ("rebel", "before"),
         *[pytest.param("hps", way, marks=pytest.mark.slow) for way in list(WAYS)[2:]],
-        *[pytest.param(method, "before", marks=pytest.mark.slow) for method in list(METHODS)[1:]],
+        *[
+            pytest.param(method, "before", marks=pytest.mark.slow)
+            for method in METHODS
+            if method not in ("hps", "lipo", "rebel")
+        ],
     ],
 )
 def test_a_step_is_its_formula(uneven, method, way):
@@ -180,7 +206,7 @@ def test_a_step_is_its_formula(uneven, method, way):
     assert abs(expected["rewards/margins"]) > 0.1 and trainer.state.global_step == 1
     for name, value in expected.items():
         assert line[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
-    assert line.get("gamma") == (pytest.approx(GAMMA) if method in ("hps", "appendix E") else None)
+    assert line.get("gamma") == (pytest.approx(GAMMA) if method in ("hps", "appendix E", "rebel") else None)
     assert rows == ROWS.get(way, [2, 2])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hps.losses import FORMULAS, preference_loss
-from hps.methods import methods
+from hps.methods import LISTS, methods
 from hps.negatives import draws, gamma_stages, negative_weights, stage_of, term
 from hps.settings import Loss, Schedule
 from theory.output import Table, over_seeds
@@ -25,6 +25,7 @@ STEPS = 40
 LENGTHS = (0.3, 0.6, 1.0, 1.6, 2.6, 4.0)  # of a training's path: the root mean square of the logits if it were straight
 PROMPTS, RESPONSES, MANY, DIMENSION = 32, 8, 32, 8
 BASELINE = "dpo-bt"
+COMPARED = ("dpo", "exo", "ipo", "sppo", "nca", "simpo")
 
 
 class Method(NamedTuple):
@@ -42,13 +43,14 @@ def gammas(start: float, end: float) -> Schedule:
 
 
 def compared_methods() -> dict[str, Method]:
-    """Every method of the recipe with the paper's schedule; lists have all responses."""
-    lists = {"pl": {"list_size": None}}
+    """The paper's methods and SimPO with the paper's schedule; lists have all responses."""
+    lists = {preference: {"list_size": None} for preference in LISTS}
     return {
         f"{family}-{preference}": Method(
             Loss(family=family, preference=preference, **lists.get(preference, {})), Schedule()
         )
         for family, preference in methods()
+        if family in COMPARED and preference in ("bt", "pl", "hps")
     }
 
 

@@ -71,6 +71,7 @@ BF16 = "test_shared_prefix.py::test_log_probabilities_of_a_bf16_model_are_float3
 BEFORE, IN_STEP = f"{STEP}[hps-before]", f"{STEP}[hps-in step]"
 
 TRAIN, TRAINER, REFERENCE = "alignment/train.py", "hps/trainer.py", "hps/reference.py"
+LOSSES = "hps/losses.py"
 CHECKS = "alignment/checks.py"
 SHARED, HELD_OUT = "hps/shared_prefix.py", "evaluation/held_out.py"
 SCORE, ANNOTATE, PLAN, MARGINS = (
@@ -242,6 +243,27 @@ MUTATIONS = [
         "        losses = preference_loss(self.loss, scores, *lists)",
         "        losses = preference_loss(self.loss, scores, lists[0], torch.ones_like(lists[1]), *lists[2:])",
         (f"{STEP}[exo-pl-before]",),
+    ),
+    Mutation(
+        "the NLL term is summed over the tokens",
+        LOSSES,
+        "return -policy_logps[:, 0] / lengths[:, 0]",
+        "return -policy_logps[:, 0]",
+        ("test_trainer.py::test_the_nll_of_y_1_is_added_per_token[dpo-1]",),
+    ),
+    Mutation(
+        "the residual of REBEL has no reward",
+        LOSSES,
+        "gaps = annotated[:, place, None] - annotated",
+        "gaps = torch.zeros_like(annotated)",
+        (f"{STEP}[rebel-before]",),
+    ),
+    Mutation(
+        "LiPO ranks by the list instead of the scores",
+        LOSSES,
+        "order = scores.detach().masked_fill",
+        "order = annotated.masked_fill",
+        (f"{STEP}[lipo-before]",),
     ),
     # ---- what is found again ----
     dropped("the reference's key lacks the dtype", REFERENCE, '        "dtype": str(reference.dtype),', CACHE),
