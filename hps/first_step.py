@@ -51,9 +51,10 @@ class Start:
 
 
 def as_pair(row: Row, limit: int) -> Pair:
-    """Prompt, preferred answer and the last of the others, cut at a length."""
-    others = [ids for place, ids in enumerate(row.responses) if place != row.best]
-    return row.prompt, [ids[: limit - len(row.prompt)] for ids in (row.responses[row.best], others[-1])]
+    """Prompt, preferred answer, and the one of the lowest reward or the last of the others; cut at a length."""
+    others = [place for place in range(len(row.responses)) if place != row.best]
+    worst = min(others, key=row.rewards.__getitem__) if row.rewards else others[-1]
+    return row.prompt, [row.responses[place][: limit - len(row.prompt)] for place in (row.best, worst)]
 
 
 def load_model(path: str, revision: str | None = None) -> Any:

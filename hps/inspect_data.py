@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -225,34 +225,43 @@ def _first_step_lines(step: dict) -> Iterator[str]:
         )
 
 
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an argument that must be above 0."""
+
+    def read(text: str) -> Any:
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    read.__name__ = getattr(kind, "__name__", "number")  # argparse names it where the text is none
+    return read
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser("python -m hps.inspect_data", description="Look at preference data.")
     add = parser.add_argument
+    count, rate = positive(int), positive(float)
     add("dataset", help="file (.jsonl, .json, .parquet, .csv), folder, saved data set, or hub name")
     add("model", help="model before training: folder or hub name; its tokenizer makes the ids")
     add("--revision", help="of the data set on the hub")
     add("--split", default="train")
     add("--model-revision")
-    add("--limit", type=int, metavar="N", help="look at the first N rows")
+    add("--limit", type=count, metavar="N", help="look at the first N rows")
     add("--row", type=int, default=0, metavar="N", help="show the ids of row N, from 0")
-    add(
-        "--max-length",
-        type=int,
-        default=Schedule.model_fields["max_length"].default,
-        help="tokens of prompt and answer",
-    )
+    longest = Schedule.model_fields["max_length"].default
+    add("--max-length", type=count, default=longest, help=f"tokens of prompt and answer ({longest})")
     add("--tokens-only", action="store_true", help="do not load the model")
-    add("--pairs", type=int, default=4, help="rows that pass the model before the first update")
-    add("--beta", type=float, default=Loss.model_fields["beta"].default)
-    add("--batch", type=int, help="pairs of a step over all devices")
-    add("--devices", type=int)
-    add("--device-batch", type=int, help="pairs that a device computes at a time")
-    add("--accumulation", type=int, help="gradient accumulation steps")
-    add("--epochs", type=int, default=1)
-    add("--learning-rate", type=float, help="with a batch: how far can the settings move a margin?")
+    add("--pairs", type=count, default=4, help="rows that pass the model before the first update (4)")
+    add("--beta", type=rate, default=Loss.model_fields["beta"].default)
+    add("--batch", type=count, help="pairs of a step over all devices")
+    add("--devices", type=count)
+    add("--device-batch", type=count, help="pairs that a device computes at a time")
+    add("--accumulation", type=count, help="gradient accumulation steps")
+    add("--epochs", type=count, default=1)
+    add("--learning-rate", type=rate, help="with a batch: how far can the settings move a margin?")
     add("--scheduler", choices=("cosine", "linear", "constant"), default="cosine")
-    add("--lora", type=int, nargs=2, metavar=("RANK", "ALPHA"), help="an adapter trains, on all linear layers")
+    add("--lora", type=count, nargs=2, metavar=("RANK", "ALPHA"), help="an adapter trains, on all linear layers")
     add("--first-loss", type=float, help="what your DPO trainer logged first")
     add("--evaluated-with", metavar="MODEL", help="the model whose template and tokenizer the evaluation uses")
     add("--same-as", metavar="FILE", help="an earlier --json that this must agree with")

@@ -86,13 +86,14 @@ CHECKS = {
 
 @dataclass
 class Finding:
-    """One line: what, how often, where first."""
+    """One line: what, in how many rows, and where first and last."""
 
     severity: str
     what: str
     remedy: str
     count: int = 0
     first: str = ""
+    last: str = ""
 
     def line(self, rows: int) -> str:
         where = f"{self.count} of {rows} rows: " if self.first else ""
@@ -104,10 +105,10 @@ class Findings(dict[str, Finding]):
     """Findings by name, in the order in which they came."""
 
     def add(self, name: str, where: str) -> None:
-        """A row with a fault of `CHECKS`."""
+        """A row with a fault of `CHECKS`; both of its answers may have it."""
         found = self.setdefault(name, Finding(*CHECKS[name]))
-        found.count += 1
-        found.first = found.first or where
+        found.count += found.last != where
+        found.first, found.last = found.first or where, where
 
     def say(self, name: str, severity: str, what: str, remedy: str) -> None:
         """A finding of the whole data set."""

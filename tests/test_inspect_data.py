@@ -220,6 +220,12 @@ def test_the_end_of_the_turn_is_masked(names, tokenizer):
     assert names(labelled(tokenizer, pad=False, end=False)) == ["no end"]
 
 
+def test_a_row_counts_once(look, tokenizer):
+    """Both answers of every row are without an end."""
+    found = look(labelled(tokenizer, pad=False, end=False))[1].findings["no end"]
+    assert found.count == 8 and found.first.endswith(":1") and found.last.endswith(":8")
+
+
 def test_two_ends_of_a_turn(names, tokenizer):
     """ChatML's turn ends with a line end, behind which TRL does not see the EOS and appends another."""
     assert names(templated(tokenizer, tail="\n")) == ["ends repeated"]
@@ -300,7 +306,7 @@ def test_lists_take_the_highest_reward_as_preferred(look, write_lines, folders):
     assert figures["ends_of_an_answer"] == {0: 4, 1: 16}  # the fourth of each is truncated
     turned = {name: records[0][name][::-1] for name in ("responses", "rewards", "truncated")}
     row = read_row(load_tokenizer(folders.chatml), {**records[0], **turned}, "here")
-    assert row.best == 4
+    assert row.best == 4 and as_pair(row, 2048) == (row.prompt, [row.responses[4], row.responses[0]])
     tie = {**records[1], "rewards": [1.0] * 5}
     assert list(look([*records[:1], tie])[1].findings) == ["tie"]
 
@@ -469,6 +475,13 @@ def test_the_difference_of_a_prompt_by_text_is_shown(look, capsys):
     assert any("0:<|begin_of_text|> 0:<|begin_of_text|>" in line for line in lines) and not inspection.findings
     figures, inspection = look(pairs())
     assert figures["prompts_that_differ_by_text"] == 0
+
+
+@pytest.mark.parametrize("given", [("--batch", "0"), ("--learning-rate", "-1"), ("--lora", "8", "0")])
+def test_numbers_that_are_not_above_0(given, capsys):
+    with pytest.raises(SystemExit):
+        inspect_data.arguments().parse_args(["data.jsonl", "model", *given])
+    assert "is not above 0" in capsys.readouterr().err
 
 
 def test_json(write_lines, folders, capsys, monkeypatch):
