@@ -190,7 +190,7 @@ class Inspection:
         self._texts(row)
         self._preference(row)
         self._identity(row)
-        if len(self.kept) < self.probes and len(row.prompt) < self.limit and all(row.responses):
+        if len(self.kept) < self.probes and 0 < len(row.prompt) < self.limit and all(row.responses):
             self.kept.append(row)
 
     def refuse(self, error: InputError, where: str) -> None:

@@ -12,6 +12,7 @@ Three kinds of rows, each read as its trainer reads it:
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -133,14 +134,14 @@ def read_row(tokenizer: Any, record: Mapping[str, Any], where: str) -> Row:
             return _labelled(record, where)
         for columns in TOKEN_COLUMNS:
             if all(column in record for column in columns):
-                prompt, *responses = (list(record[column]) for column in columns)
+                prompt, *responses = (_ids(record, column) for column in columns)
                 return Row(where, "token ids", prompt, responses, rewards=_scores(record))
         return _spelled(tokenizer, record, where)
 
 
 def _labelled(record: Mapping, where: str) -> Row:
     prompts, responses = [], []
-    for ids, labels in ((list(record[ids]), list(record[labels])) for ids, labels in LABELLED):
+    for ids, labels in ((_ids(record, ids), _ids(record, labels)) for ids, labels in LABELLED):
         trained = [place for place, label in enumerate(labels) if label != IGNORED]
         if len(ids) != len(labels) or not trained:
             problem = f"{len(ids)} ids and {len(labels)} labels, of which {len(trained)} are not {IGNORED}"
@@ -149,6 +150,13 @@ def _labelled(record: Mapping, where: str) -> Row:
         responses.append(ids[trained[0] : trained[-1] + 1])
     same = prompts[0] == prompts[1]
     return Row(where, "token ids", prompts[0], responses, rewards=_scores(record), same_prompt=same)
+
+
+def _ids(record: Mapping, column: str) -> list[int]:
+    ids = record[column]
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise InputError(f"`{column}` is {shorten(ids)}", remedy="give a list of whole numbers")
+    return ids
 
 
 def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
@@ -164,9 +172,10 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
         raise InputError(f"no two answers: the columns are {', '.join(record)}", remedy=REMEDY)
     rewards = _scores(record) if set(PAIR) <= record.keys() else _rewards(record, len(answers))
     best = max(range(len(answers)), key=rewards.__getitem__) if rewards and "responses" in record else 0
-    truncated = tuple(map(bool, record.get("truncated") or [False] * len(answers)))
-    if len(truncated) != len(answers):
-        raise InputError(f"{len(truncated)} `truncated` for {len(answers)} answers", remedy="give one for each")
+    cuts = record.get("truncated", [False] * len(answers))
+    if not isinstance(cuts, list) or len(cuts) != len(answers):
+        raise InputError(f"`truncated` is {shorten(cuts)}", remedy="give true or false for each answer")
+    truncated = tuple(map(bool, cuts))
     if isinstance(prompt, str):
         ids, spelled = _by_trl(tokenizer, prompt, answers)
         return Row(where, "text", ids, spelled, best, rewards, truncated, (*answers, prompt))
@@ -192,6 +201,9 @@ def _messages(prompt: object) -> Any:
 def _text_prompt(record: Mapping) -> tuple[Any, list[str]]:
     """Prompt and answers of a pair of texts; without a prompt, that is what both begin with, as in TRL."""
     chosen, rejected = record[PAIR[0]], record[PAIR[1]]
+    for side in PAIR:
+        if not isinstance(record[side], str):
+            raise InputError(f"`{side}` is {shorten(record[side])}", remedy=REMEDY)
     if "prompt" in record:
         return record["prompt"], [chosen, rejected]
     common = commonprefix([chosen, rejected])
@@ -221,6 +233,7 @@ def _rewards(record: Mapping, count: int) -> list[float] | None:
     rewards = record.get("rewards")
     if rewards is None:
         return None
-    if not isinstance(rewards, list) or len(rewards) != count or not all(isinstance(r, (int, float)) for r in rewards):
-        raise InputError(f"`rewards` is {shorten(rewards)}", remedy=f"give {count} numbers, one for each answer")
+    numbers = isinstance(rewards, list) and all(isinstance(r, (int, float)) and math.isfinite(r) for r in rewards)
+    if not numbers or len(rewards) != count:
+        raise InputError(f"`rewards` is {shorten(rewards)}", remedy=f"give {count} finite numbers, one for each answer")
     return [float(reward) for reward in rewards]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from hps import inspect_data
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError
 from hps.first_step import as_pair, load_model, rates, start
-from hps.preferences import read_records, read_row
+from hps.preferences import LABELLED, read_records, read_row
 
 PLACES = ("Ghent", "Lima", "Oslo", "Quito", "Riga", "Turku", "Bonn", "Cork")
 SHORT, LONG = "It is lovely.", "It is a town with old streets, and I would go there again."
@@ -344,6 +345,29 @@ def test_lines_that_are_not_json(write_lines):
         list(read_records(str(write_lines([json.dumps(pairs()[0]), "{"]))))
     with pytest.raises(InputError, match=r"data\.jsonl:1: expected a JSON object, found \[1\]"):
         list(read_records(str(write_lines(["[1]"]))))
+
+
+ASKED = {"prompt": question("Ghent")}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({}, "no two answers: the columns are "),
+        ({"prompt": "Hi", "chosen": 3, "rejected": "a"}, "`chosen` is 3"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "`prompt` is 3: "),
+        ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, r"`prompt\[0\].content` is "),
+        ({**ASKED, "responses": ["a", "b"], "rewards": [1.0]}, r"`rewards` is \[1.0\]; give 2 finite numbers"),
+        ({**ASKED, "responses": ["a", "b"], "rewards": [1.0, math.nan]}, r"`rewards` is \[1.0, NaN\]"),
+        ({**ASKED, "responses": ["a", "b"], "truncated": [True]}, r"`truncated` is \[true\]"),
+        ({**ASKED, "responses": ["a"]}, "no two answers: the columns are prompt, responses"),
+        ({"prompt_ids": "12", "chosen_ids": [1], "rejected_ids": [2]}, '`prompt_ids` is "12"; give a list of whole'),
+        (dict.fromkeys(chain(*LABELLED), [1, -100]) | {"chosen_labels": [-100]}, "2 ids and 1 labels, of which 0 are"),
+    ],
+)
+def test_rows_that_cannot_be_read(tokenizer, record, words):
+    with pytest.raises(InputError, match=f"here: {words}"):
+        read_row(tokenizer, record, "here")
 
 
 def test_implicit_prompts(tokenizer):
