@@ -90,6 +90,7 @@ def start(model: Any, pairs: list[Pair], beta: float, pad: int, lora: tuple[int,
     wrapped = model
     if lora:
         rank, alpha = lora
+        torch.manual_seed(0)  # A is drawn at random, and the same command gives the same figures
         target = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules="all-linear")
         wrapped = get_peft_model(model, target)
     disable_dropout_in_model(model)  # as TRL's trainers do; dropout of the configuration is not a module and stays
