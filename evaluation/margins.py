@@ -174,6 +174,8 @@ def _evaluate(recipe: Recipe, folder: Path, work: Work) -> None:
     }
     write_json(folder / "margins.json", metrics)
     print_metrics(metrics, folder)
+    if line := still_line(sets.values(), metrics["floor"]):
+        print(line)
     outputs = [folder / name for name in ("pairs.jsonl", "margins.json")]
     work.finish(outputs, [recipe.tested().data.test.path, recipe.tested().ranked("test")])
 
@@ -260,6 +262,24 @@ def floor_line(dtype: str, floor: dict | None) -> str:
         f"computed in {dtype}, whose rounding shows a policy that has hardly moved as KL {floor['kl']:.2g} and "
         f"|s| up to {floor['s']:.2g} nats ({floor['responses']} responses of {floor['tokens']:.0f} tokens)"
     )
+
+
+def still_line(sets: Iterable[Columns], floor: dict | None) -> str:
+    """What to say of a policy that moved less than rounding shows; nothing where it moved, or without pairs.
+
+    `floor` has the largest |s| of a few responses that rounding alone shows (`evaluation.held_out.rounding_floor`). The
+    largest of many pairs would be above it by chance, so the median |s| of all responses is compared.
+    """
+    ends = [columns.at(None) for columns in sets]
+    if not ends:
+        return ""
+    s = np.abs(np.concatenate([policy - reference for _, _, reference, policy, _ in ends]))
+    shown = floor["s"] if floor else 0.0
+    if (median := float(np.median(s))) > shown:
+        return ""
+    moved = f"median |s| {median:.2g} nats, and rounding alone shows {shown:.2g}" if s.any() else "every s is 0"
+    remedy = "raise `optimizer.learning_rate` or train longer; `python -m hps.inspect_data` says how far settings reach"
+    return f"held-out: WARNING: the policy moved less than its own noise: {moved}; {remedy}"
 
 
 def print_metrics(metrics: dict, folder: Path) -> None:

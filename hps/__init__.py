@@ -6,5 +6,8 @@ records                 types of ranked records and of the plan's rows
 negatives, planning     weights of the negatives (Eq. 9), gamma, draws, and what each step trains on
 chat, tokens            messages to token ids
 shared_prefix           a prompt computed once for all its responses
+preferences, inspection rows of any preference data set as token ids, and what is wrong with them
+first_step              s and the loss before the first update, and how far settings can move a margin
+inspect_data            the command that prints both
 trainer, reference      training on a plan, and log-probabilities under the reference
 """

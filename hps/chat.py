@@ -166,6 +166,14 @@ def prompt_token_ids(tokenizer: Any, messages: Sequence[Mapping]) -> list[int]:
     return ids
 
 
+def ids_by_text(tokenizer: Any, messages: Sequence[Mapping]) -> list[int]:
+    """Token ids of a prompt that is templated to a text and then tokenised with special tokens, as some trainers do.
+
+    Nothing here trains on them: `hps.inspect_data` shows where they differ from `prompt_token_ids`.
+    """
+    return tokenizer(_rendered(tokenizer, messages, opens=True))["input_ids"]
+
+
 def check_records(tokenizer: Any, records: Iterable[tuple[str, Mapping]], spelled: int = 0) -> None:
     """Refuse records (with their `path:line`) that the tokenizer cannot serve, before a model loads.
 
@@ -469,14 +477,24 @@ def _remarks(tokenizer: Any) -> Iterator[str]:
             return
 
 
+def assistant_header(tokenizer: Any) -> list[int]:
+    """Token ids that the template writes between a user's last text and the answer."""
+    prompts = (_apply(tokenizer, [{"role": "user", "content": letter}], opens=True) for letter in "ab")
+    return common_end(*prompts)
+
+
+def control_ids(tokenizer: Any) -> frozenset[int]:
+    """Token ids with which the template can open, mark and end turns."""
+    return _control(tokenizer).ids
+
+
 def opens_turns_by_tokens(tokenizer: Any) -> bool:
     """Whether the template opens the assistant's turn with a control token.
 
     Llama-2's `[/INST]` and Zephyr's `<|assistant|>` are ordinary text: a text can spell them, and there is no token to
     break.
     """
-    prompts = (_apply(tokenizer, [{"role": "user", "content": letter}], opens=True) for letter in "ab")
-    behind = common_end(*prompts)
+    behind = assistant_header(tokenizer)
     ends = {_turn(tokenizer).end, tokenizer.eos_token_id}
     opener = behind[max((place + 1 for place, token in enumerate(behind) if token in ends), default=0) :]
     return bool(_control(tokenizer).of(opener))

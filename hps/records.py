@@ -1,6 +1,7 @@
 """The records that the method reads and writes, as types: a prompt's ranked responses, and the rows of the plan.
 
-The bounds are pydantic's. pipeline/records.py and pipeline/run_records.py check files against them.
+The bounds are pydantic's. pipeline/records.py and pipeline/run_records.py check files against them. `given_pair` reads
+TRL's pairs.
 """
 
 from typing import Annotated, Literal, NotRequired
@@ -9,8 +10,11 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from hps.errors import InputError, shorten
+
 MOST = 3.4028234663852886e38  # the largest number in single precision, in which training keeps rewards
 LARGEST_REWARD = MOST / 2  # single precision can then represent the difference of any two
+PAIR = ("chosen", "rejected")  # TRL's names of two given responses
 
 
 def _not_blank(text: str) -> str:
@@ -76,3 +80,49 @@ class PlanRow(Term):
     gamma: Number | None
     prompt_id: Name
     second: NotRequired[Term]
+
+
+def given_pair(record: dict, where: str) -> dict:
+    """The record with TRL's `chosen` and `rejected` as its `responses`, best first; others unchanged.
+
+    Each is a text, or chat messages: the answer alone, or the whole conversation, whose beginning is then the prompt.
+    """
+    if all(record.get(side) is None for side in PAIR):  # null: a column that other rows have
+        return {field: value for field, value in record.items() if field not in PAIR}
+    for side in PAIR:
+        if record.get(side) is None:
+            raise InputError(f"`{side}` is missing", where=where, remedy="give both `chosen` and `rejected`")
+    if record.get("responses"):
+        raise InputError("both `responses` and `chosen` are given", where=where, remedy="remove one of them")
+    prompt, responses = record.get("prompt"), []
+    for side in PAIR:
+        before, text = _answer(record[side], side, where)
+        if before and (prompt is None or isinstance(prompt, str) and _asks(before, prompt)):
+            prompt = before
+        if before not in ([], prompt):
+            problem = f"the conversation of `{side}` does not begin with the prompt: {shorten(before)}"
+            remedy = "give `prompt`, and in `chosen` and `rejected` the last answer alone"
+            raise InputError(problem, where=where, remedy=remedy)
+        responses.append(text)
+    kept = {field: value for field, value in record.items() if field not in PAIR}
+    return {**kept, "prompt": prompt, "responses": responses}
+
+
+def _answer(value: object, side: str, where: str) -> tuple[list[dict], str]:
+    """The messages before the answer, and its text, of `chosen` or `rejected`."""
+    if isinstance(value, str):
+        return [], value
+    remedy = "give a text, or chat messages that end with one of the assistant"
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise InputError(f"`{side}` is {shorten(value)}", where=where, remedy=remedy)
+    messages = [{key: part for key, part in message.items() if part is not None} for message in value]
+    last = messages[-1]
+    if set(last) != {"role", "content"} or last["role"] != "assistant" or not isinstance(last["content"], str):
+        raise InputError(f"the last message of `{side}` is {shorten(value[-1])}", where=where, remedy=remedy)
+    return messages[:-1], last["content"]
+
+
+def _asks(messages: list[dict], text: str) -> bool:
+    """Whether a conversation is this question, perhaps after a system message."""
+    turns = [message for message in messages if message.get("role") != "system"]
+    return len(turns) == 1 and turns[0].get("role") == "user" and turns[0].get("content") == text

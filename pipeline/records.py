@@ -43,14 +43,13 @@ from pydantic_core import to_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.errors import InputError, shorten
-from hps.records import LARGEST_REWARD, Answers, Candidates, Name, Prompt, Ranked
+from hps.records import LARGEST_REWARD, PAIR, Answers, Candidates, Name, Prompt, Ranked, given_pair
 
 DEEPEST = 100  # brackets in brackets; near 1,000 Python's stack ends, for reading and for writing at different depths
 AGAIN = "remove the line, so that its prompt is done again"
 ROLES = ("system", "user", "assistant")
 PARALLEL = ("responses", "sources", "token_counts", "truncated")
 WITHOUT_NOISE = "rewards_without_noise"  # of a ranked record, where the ranking added noise (`annotation.noise`)
-PAIR = ("chosen", "rejected")  # TRL's names of two given responses
 PROMPT_FIELDS = ("prompt", "prompt_id", "responses", *PAIR)
 NOTES = ("topic", "source", "truncated", "difference")  # of our own prompts files, for the reader
 # A field with one of these words in its name says which response is better.
@@ -327,7 +326,7 @@ def check_prompt(record: dict, where: str) -> Prompt:
     """Return the record with `prompt_id` and `responses` filled in; InputError as the checks it calls."""
     refuse_misspelt(record, PROMPT_FIELDS, where)
     _refuse_preference(record, where)
-    return checked(named({"responses": [], **_given_pair(record, where)}), Prompt, where)
+    return checked(named({"responses": [], **given_pair(record, where)}), Prompt, where)
 
 
 def named(record: dict) -> dict:
@@ -377,52 +376,6 @@ def unread_fields(record: dict) -> list[str]:
     prompt = record["prompt"] if isinstance(record.get("prompt"), list) else []
     inner = {f"prompt[].{field}" for message in prompt for field in dict(message) if field not in ("role", "content")}
     return [*(field for field in record if field not in (*PROMPT_FIELDS, *NOTES)), *sorted(inner)]
-
-
-def _given_pair(record: dict, where: str) -> dict:
-    """The record with TRL's `chosen` and `rejected` as its `responses`, best first; others unchanged.
-
-    Each is a text, or chat messages: the answer alone, or the whole conversation, whose beginning is then the prompt.
-    """
-    if all(record.get(side) is None for side in PAIR):  # null: a column that other rows have
-        return {field: value for field, value in record.items() if field not in PAIR}
-    for side in PAIR:
-        if record.get(side) is None:
-            raise InputError(f"`{side}` is missing", where=where, remedy="give both `chosen` and `rejected`")
-    if record.get("responses"):
-        raise InputError("both `responses` and `chosen` are given", where=where, remedy="remove one of them")
-    prompt, responses = record.get("prompt"), []
-    for side in PAIR:
-        before, text = _answer(record[side], side, where)
-        if before and (prompt is None or isinstance(prompt, str) and _asks(before, prompt)):
-            prompt = before
-        if before not in ([], prompt):
-            problem = f"the conversation of `{side}` does not begin with the prompt: {shorten(before)}"
-            remedy = "give `prompt`, and in `chosen` and `rejected` the last answer alone"
-            raise InputError(problem, where=where, remedy=remedy)
-        responses.append(text)
-    kept = {field: value for field, value in record.items() if field not in PAIR}
-    return {**kept, "prompt": prompt, "responses": responses}
-
-
-def _answer(value: object, side: str, where: str) -> tuple[list[dict], str]:
-    """The messages before the answer, and its text, of `chosen` or `rejected`."""
-    if isinstance(value, str):
-        return [], value
-    remedy = "give a text, or chat messages that end with one of the assistant"
-    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise InputError(f"`{side}` is {shorten(value)}", where=where, remedy=remedy)
-    messages = [{key: part for key, part in message.items() if part is not None} for message in value]
-    last = messages[-1]
-    if set(last) != {"role", "content"} or last["role"] != "assistant" or not isinstance(last["content"], str):
-        raise InputError(f"the last message of `{side}` is {shorten(value[-1])}", where=where, remedy=remedy)
-    return messages[:-1], last["content"]
-
-
-def _asks(messages: list[dict], text: str) -> bool:
-    """Whether a conversation is this question, perhaps after a system message."""
-    turns = [message for message in messages if message.get("role") != "system"]
-    return len(turns) == 1 and turns[0].get("role") == "user" and turns[0].get("content") == text
 
 
 class Lines(Sequence[Record]):

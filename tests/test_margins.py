@@ -372,6 +372,30 @@ def test_the_precision_is_recorded_and_printed(finished, capsys):
     assert "held-out: computed in float32, whose rounding shows a policy that has hardly moved as KL " in printed
 
 
+def test_a_training_that_moved_nothing_says_so(finished, capsys):
+    """A fresh adapter; its twin of random numbers moves by nats."""
+    stage.evaluate(finished(trained=False))
+    printed = capsys.readouterr().out
+    assert "held-out: WARNING: the policy moved less than its own noise: every s is 0; raise" in printed
+    stage.evaluate(finished("run=moved", trained=True))
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_the_median_change_is_compared_with_rounding():
+    """Three pairs with |s| of 1e-5, 2e-5, 3e-5, 4e-5, 5e-5 and 1 nats: the median is 3.5e-5."""
+    columns = stage.Columns()
+    for first, second in ((1e-5, -2e-5), (3e-5, 4e-5), (-5e-5, 1.0)):
+        pair = {"prompt_id": "p", "responses": ["a", "b"], "tokens": [1, 1], "reference": [-8.0, -8.0], "kl": [0.0]}
+        columns.add({**pair, "policy": [-8.0 + first, -8.0 + second]}, "pairs.jsonl:1")
+    assert "median |s| 3.5e-05 nats, and rounding alone shows 3.6e-05" in stage.still_line([columns], {"s": 3.6e-5})
+    assert (
+        stage.still_line([columns], {"s": 3.4e-5})
+        == stage.still_line([columns], None)
+        == stage.still_line([], None)
+        == ""
+    )
+
+
 def test_changed_weights_show_in_the_figures(finished):
     """Full fine-tuning reads the checkpoint's weights, the reference stays the recipe's policy."""
     recipe = finished("lora.enabled=false", trained=True)

@@ -1,0 +1,239 @@
+"""Rows of a preference data set, and the token ids that would be trained on.
+
+Three kinds of rows, each read as its trainer reads it:
+
+- messages:  `prompt` (chat messages) with `chosen` and `rejected`, or `responses`; or TRL's implicit prompt, the
+             beginning of two conversations. Tokenised by `hps.chat`, as this trainer does.
+- text:      `prompt`, `chosen` and `rejected` as texts, or the two with the prompt in both. Tokenised as TRL does:
+             prompt, and prompt with answer, with special tokens; the EOS is appended where an answer lacks it.
+- token ids: a tokenised data set, taken as it is (`TOKEN_COLUMNS`).
+
+`responses` may have `rewards` (or be given best first) and `truncated`; a pair may have scores (`SCORES`).
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from hps.chat import ids_by_text, prompt_token_ids, response_token_ids
+from hps.errors import InputError, naming, shorten
+from hps.records import PAIR, Messages, given_pair
+
+# Prompt and answers of tokenised pairs: TRL since 1.0, TRL before.
+TOKEN_COLUMNS = (
+    ("prompt_ids", "chosen_ids", "rejected_ids"),
+    ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
+)
+# Whole sequences, trained where a label is not IGNORED: open-instruct, LLaMA-Factory.
+LABELLED = tuple((f"{side}_input_ids", f"{side}_labels") for side in PAIR)
+IGNORED = -100
+SCORES = tuple(
+    (form.format(PAIR[0]), form.format(PAIR[1])) for form in ("score_{}", "{}_score", "{}_rating", "{}_reward")
+)
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+MESSAGES = TypeAdapter(Messages)
+REMEDY = "give `prompt` with `chosen` and `rejected`, or with `responses` and `rewards` (docs/formats.md)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and its answers as token ids.
+
+    Attributes:
+        where: `path:line`, or `name, row N` from 0.
+        kind: `messages`, `text` or `token ids`.
+        prompt, responses: token ids; the prompt ends where the answers begin.
+        best: index of the preferred answer.
+        rewards: one for each answer, or None.
+        truncated: the answer was cut when it was sampled, so nothing has to end it.
+        texts: the answers as the record has them, then the texts of the prompt; none of token ids.
+        by_text: the prompt by way of a text (`hps.chat.ids_by_text`); of messages alone.
+        same_prompt: all answers follow the same prompt; only labelled sequences can differ.
+    """
+
+    where: str
+    kind: str
+    prompt: list[int]
+    responses: list[list[int]]
+    best: int = 0
+    rewards: list[float] | None = None
+    truncated: tuple[bool, ...] = ()
+    texts: tuple[str, ...] = ()
+    by_text: list[int] | None = None
+    same_prompt: bool = True
+
+
+def read_records(dataset: str, revision: str | None = None, split: str = "train") -> Iterator[tuple[str, dict]]:
+    """Yield `(where, record)` of a file, a folder, a saved data set or a hub name; columns that are null are left out.
+
+    JSON Lines are read here, for their line numbers; everything else by the package `datasets`.
+
+    Raises:
+        InputError: there is no such data set or split, or a line is not a JSON object.
+    """
+    path = Path(dataset)
+    found = _lines(path) if path.is_file() and path.suffix == ".jsonl" else _loaded(dataset, revision, split)
+    for where, record in found:
+        yield where, {name: value for name, value in record.items() if value is not None}
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"no JSON ({error})", where=f"{path}:{number}", remedy="correct the line") from None
+            if not isinstance(record, dict):
+                problem = f"expected a JSON object, found {shorten(record)}"
+                raise InputError(problem, where=f"{path}:{number}", remedy="give one object a line")
+            yield f"{path}:{number}", record
+
+
+def _loaded(dataset: str, revision: str | None, split: str) -> Iterator[tuple[str, dict]]:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(dataset)
+    try:
+        if path.is_file():
+            suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+            if suffix not in BUILDERS:
+                problem = f"`{path.suffix}` is no form of a data set that is read here"
+                raise InputError(problem, where=dataset, remedy=f"give one of {', '.join(BUILDERS)}, or a folder")
+            rows: Any = load_dataset(BUILDERS[suffix], data_files=dataset, split="train")
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            rows = load_from_disk(dataset)
+            rows = rows[split] if isinstance(rows, DatasetDict) else rows
+        else:
+            rows = load_dataset(dataset, split=split, revision=revision)
+    except InputError:
+        raise
+    except Exception as error:  # the library raises many classes
+        problem = f"no data set that can be loaded there ({' '.join(str(error).split())[:300]})"
+        raise InputError(problem, where=dataset, remedy="check the name, --split and --revision") from None
+    for index, record in enumerate(rows):
+        yield f"{dataset}, row {index}", record
+
+
+def read_row(tokenizer: Any, record: Mapping[str, Any], where: str) -> Row:
+    """The token ids that a row would be trained on.
+
+    Raises:
+        InputError: the row has no known columns, its fields have other types, or no tokens spell it.
+    """
+    with naming(where):
+        if all(column in record for columns in LABELLED for column in columns):
+            return _labelled(record, where)
+        for columns in TOKEN_COLUMNS:
+            if all(column in record for column in columns):
+                prompt, *responses = (_ids(record, column) for column in columns)
+                return Row(where, "token ids", prompt, responses, rewards=_scores(record))
+        return _spelled(tokenizer, record, where)
+
+
+def _labelled(record: Mapping, where: str) -> Row:
+    prompts, responses = [], []
+    for ids, labels in ((_ids(record, ids), _ids(record, labels)) for ids, labels in LABELLED):
+        trained = [place for place, label in enumerate(labels) if label != IGNORED]
+        if len(ids) != len(labels) or not trained:
+            problem = f"{len(ids)} ids and {len(labels)} labels, of which {len(trained)} are not {IGNORED}"
+            raise InputError(problem, remedy="give a label for each id, and some that train")
+        prompts.append(ids[: trained[0]])
+        responses.append(ids[trained[0] : trained[-1] + 1])
+    same = prompts[0] == prompts[1]
+    return Row(where, "token ids", prompts[0], responses, rewards=_scores(record), same_prompt=same)
+
+
+def _ids(record: Mapping, column: str) -> list[int]:
+    ids = record[column]
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise InputError(f"`{column}` is {shorten(ids)}", remedy="give a list of whole numbers")
+    return ids
+
+
+def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
+    """A row of texts or messages."""
+    if any(isinstance(record.get(side), list) for side in PAIR) or not set(PAIR) <= record.keys():
+        read = given_pair(dict(record), where="")
+        prompt, answers = read.get("prompt"), read.get("responses")
+        if isinstance(prompt, str) and isinstance(record.get(PAIR[0]), list):
+            prompt = [{"role": "user", "content": prompt}]
+    else:
+        prompt, answers = _text_prompt(record)
+    if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
+        raise InputError(f"no two answers: the columns are {', '.join(record)}", remedy=REMEDY)
+    rewards = _scores(record) if set(PAIR) <= record.keys() else _rewards(record, len(answers))
+    best = max(range(len(answers)), key=rewards.__getitem__) if rewards and "responses" in record else 0
+    cuts = record.get("truncated", [False] * len(answers))
+    if not isinstance(cuts, list) or len(cuts) != len(answers):
+        raise InputError(f"`truncated` is {shorten(cuts)}", remedy="give true or false for each answer")
+    truncated = tuple(map(bool, cuts))
+    if isinstance(prompt, str):
+        ids, spelled = _by_trl(tokenizer, prompt, answers)
+        return Row(where, "text", ids, spelled, best, rewards, truncated, (*answers, prompt))
+    messages = _messages(prompt)
+    spelled = [response_token_ids(tokenizer, messages, text, cut) for text, cut in zip(answers, truncated, strict=True)]
+    texts = (*answers, *(message["content"] for message in messages))
+    ids, again = prompt_token_ids(tokenizer, messages), ids_by_text(tokenizer, messages)
+    return Row(where, "messages", ids, spelled, best, rewards, truncated, texts, again)
+
+
+def _messages(prompt: object) -> Any:
+    """The prompt's messages, role and content alone."""
+    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        prompt = [{name: message.get(name) for name in ("role", "content")} for message in prompt]
+    try:
+        return MESSAGES.validate_python(prompt)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        raise InputError(f"`prompt{place}` is {shorten(prompt)}: {first['msg']}", remedy=REMEDY) from None
+
+
+def _text_prompt(record: Mapping) -> tuple[Any, list[str]]:
+    """Prompt and answers of a pair of texts; without a prompt, that is what both begin with, as in TRL."""
+    chosen, rejected = record[PAIR[0]], record[PAIR[1]]
+    for side in PAIR:
+        if not isinstance(record[side], str):
+            raise InputError(f"`{side}` is {shorten(record[side])}", remedy=REMEDY)
+    if "prompt" in record:
+        return record["prompt"], [chosen, rejected]
+    common = commonprefix([chosen, rejected])
+    if len(common) < max(len(chosen), len(rejected)):
+        common = common.removesuffix(" ")  # a space in front of an answer is a part of its first token
+    return common, [chosen[len(common) :], rejected[len(common) :]]
+
+
+def _by_trl(tokenizer: Any, prompt: str, answers: list[str]) -> tuple[list[int], list[list[int]]]:
+    """Texts to ids as in TRL's `DPOTrainer._prepare_dataset` (1.16)."""
+    end, ids = tokenizer.eos_token or "", tokenizer(prompt)["input_ids"]
+    whole = [tokenizer(prompt + answer.removesuffix(end) + end)["input_ids"] for answer in answers]
+    begin = min(len(commonprefix([ids, each])) for each in whole)
+    return ids[:begin], [each[begin:] for each in whole]
+
+
+def _scores(record: Mapping) -> list[float] | None:
+    """The scores of a pair, preferred first, where it has them."""
+    for names in SCORES:
+        values = [record.get(name) for name in names]
+        if all(isinstance(value, (int, float)) for value in values):
+            return [float(value) for value in values]  # ty: ignore[invalid-argument-type] (numbers by the line above)
+    return None
+
+
+def _rewards(record: Mapping, count: int) -> list[float] | None:
+    rewards = record.get("rewards")
+    if rewards is None:
+        return None
+    numbers = isinstance(rewards, list) and all(isinstance(r, (int, float)) and math.isfinite(r) for r in rewards)
+    if not numbers or len(rewards) != count:
+        raise InputError(f"`rewards` is {shorten(rewards)}", remedy=f"give {count} finite numbers, one for each answer")
+    return [float(reward) for reward in rewards]
