@@ -327,7 +327,7 @@ def check_prompt(record: dict, where: str) -> Prompt:
     """Return the record with `prompt_id` and `responses` filled in; InputError as the checks it calls."""
     refuse_misspelt(record, PROMPT_FIELDS, where)
     _refuse_preference(record, where)
-    return checked(named({"responses": [], **_given_pair(record, where)}), Prompt, where)
+    return checked(named({"responses": [], **given_pair(record, where)}), Prompt, where)
 
 
 def named(record: dict) -> dict:
@@ -379,7 +379,7 @@ def unread_fields(record: dict) -> list[str]:
     return [*(field for field in record if field not in (*PROMPT_FIELDS, *NOTES)), *sorted(inner)]
 
 
-def _given_pair(record: dict, where: str) -> dict:
+def given_pair(record: dict, where: str) -> dict:
     """The record with TRL's `chosen` and `rejected` as its `responses`, best first; others unchanged.
 
     Each is a text, or chat messages: the answer alone, or the whole conversation, whose beginning is then the prompt.
@@ -574,7 +574,7 @@ def check_ranked(record: dict, where: str) -> Ranked:
         raise InputError(problem, where=where, remedy="remove the line, or generate more responses for this prompt")
     if any(a < b for a, b in pairwise(ranked["rewards"])):
         problem = "`rewards` are not sorted, best first"
-        raise InputError(problem, where=where, remedy="import the file with `python -m annotation.import_released`")
+        raise InputError(problem, where=where, remedy="import the file with `python -m annotation.import_data`")
     return ranked
 
 
