@@ -360,7 +360,7 @@ def _places(rewards: list) -> list[str]:
 
 
 def unread(row: dict, layout: Layout) -> list[str]:
-    """The fields of a row, and of its messages, that are not read."""
+    """The fields of a row, and of its messages, that are not read. Tokens are counted again, by the policy's tokenizer."""
     inner = {
         f"{name}[].{field}"
         for name in NESTED & row.keys()
@@ -368,4 +368,5 @@ def unread(row: dict, layout: Layout) -> list[str]:
         for field, value in (message.items() if isinstance(message, dict) else ())
         if field not in ("role", "content") and value is not None
     }
-    return [*(name for name, value in row.items() if name not in layout.known and value is not None), *sorted(inner)]
+    known = (*layout.known, "token_counts")
+    return [*(name for name, value in row.items() if name not in known and value is not None), *sorted(inner)]
