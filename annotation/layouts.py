@@ -360,7 +360,7 @@ def _places(rewards: list) -> list[str]:
 
 
 def unread(row: dict, layout: Layout) -> list[str]:
-    """The fields of a row, and of its messages, that are not read. Tokens are counted again, by the policy's tokenizer."""
+    """The fields of a row, and of its messages, that are not read (tokens are counted again)."""
     inner = {
         f"{name}[].{field}"
         for name in NESTED & row.keys()
