@@ -14,7 +14,6 @@ from test_judge import PROMPTS, SAME, lines_of, overrides_of, write_answers
 from evaluation import judge as stage
 from evaluation import judge_endpoint
 from evaluation.judge import CRITERIA, GRID, judge_message
-from evaluation.win_rate import win_rates
 from hps.errors import InputError
 from pipeline.preflight import roles_of
 from pipeline.recipe import load_recipe
@@ -139,8 +138,6 @@ def test_every_answer_is_judged_once_and_the_server_learns_no_more(recipe_with, 
     assert server.most <= 3
     written = [path.read_text() for path in stage.cache_path(recipe).parent.iterdir() if path.is_file()]
     assert not any("ours" in text.replace("judge-of-theirs", "") for text in written)  # the key is nowhere
-    (result,) = win_rates(recipe, [recipe.sft_folder()])["against"].values()
-    assert result["prompts"] == PROMPTS and result["tie"]["count"] >= SAME
 
 
 def test_what_was_judged_is_never_asked_again(recipe_with, server, capsys):
