@@ -16,7 +16,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from hps.errors import InputError, shorten
 from hps.records import Messages, Name, Reward
-from pipeline.records import PAIR, check_parallel, checked, given_pair, named, refuse_misspelt, typed
+from pipeline.records import PAIR, check_parallel, checked, given_pair, named, refuse_misspelt, refuse_preference, typed
 
 # How a chat template writes a turn: `start` role `between` content `end`; `begin` comes once, first.
 TEMPLATES = (
@@ -94,6 +94,21 @@ def parse_prompt(text: str, where: str) -> list[dict]:
     return messages
 
 
+class OrderedRow(TypedDict):
+    responses: list[str]
+
+
+def ordered(row: dict, where: str) -> dict:
+    """Responses best first, as in our prompts files, and no rewards."""
+    responses = typed(row, OrderedRow, where)["responses"]
+    return {"prompt": _asked(row["prompt"]), "responses": responses, "rewards": [-at for at in range(len(responses))]}
+
+
+def _asked(prompt: Any) -> Any:
+    """A text as one message of the user."""
+    return [{"role": "user", "content": prompt.strip()}] if isinstance(prompt, str) else prompt
+
+
 def pair(row: dict, where: str) -> dict:
     """TRL's preference data: texts or messages, the prompt in a field of its own or at the beginning of both sides."""
     prompt, sides = row.get("prompt"), [row.get(side) for side in PAIR]
@@ -104,9 +119,7 @@ def pair(row: dict, where: str) -> dict:
         prompt, sides = _transcripts([(prompt or "") + side for side in sides], where)
     elif prompt is None:
         prompt, sides = _shared_beginning(sides, where)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt.strip()}]
-    return {"prompt": prompt, "responses": sides, "rewards": _pair_rewards(row, where)}
+    return {"prompt": _asked(prompt), "responses": sides, "rewards": _pair_rewards(row, where)}
 
 
 def _lean(messages: Any) -> Any:
@@ -172,8 +185,8 @@ def ultrafeedback(row: dict, where: str, score: str, kind: type) -> dict:
     """openbmb/UltraFeedback: `completions` with a `response` and scores, of which one is the reward."""
     row = typed(row, kind, where)
     found = row["completions"]
-    prompt = [{"role": "user", "content": row["instruction"].strip()}]
-    return {"prompt": prompt, "responses": [each["response"] for each in found], "rewards": [e[score] for e in found]}
+    responses, rewards = [each["response"] for each in found], [each[score] for each in found]
+    return {"prompt": _asked(row["instruction"]), "responses": responses, "rewards": rewards}
 
 
 def _scored(score: str) -> type:
@@ -312,6 +325,7 @@ LAYOUTS = {
     "sharegpt": Layout(("conversations", *PAIR), sharegpt, ("system", *SCORES, *NOT_TEXT)),
     "alpaca": Layout(("instruction", *PAIR), alpaca, ("input", "system", "history", *SCORES, *NOT_TEXT)),
     "pair": Layout(PAIR, pair, ("prompt", *SCORES)),
+    "ordered": Layout(("prompt", "responses"), ordered),
 }
 NESTED = {"prompt", "context"}  # fields of chat messages, of which role and content are read
 
@@ -336,6 +350,8 @@ def check_row(row: dict, where: str, layout: Layout = LAYOUTS["ranked"]) -> List
         InputError: a field is missing, misspelt or mistyped, the lists differ in length, a reward is not finite.
     """
     refuse_misspelt(row, ("prompt_id", *layout.known), where)
+    if layout is LAYOUTS["ordered"]:
+        refuse_preference(row, where)
     row = {name: row[name] for name in layout.known if row.get(name) is not None}
     if missing := [] if layout.names else [name for name in layout.fields if name not in row]:
         raise InputError(f"`{missing[0]}` is missing", where=where, remedy="add it")

@@ -326,7 +326,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[s
 def check_prompt(record: dict, where: str) -> Prompt:
     """Return the record with `prompt_id` and `responses` filled in; InputError as the checks it calls."""
     refuse_misspelt(record, PROMPT_FIELDS, where)
-    _refuse_preference(record, where)
+    refuse_preference(record, where)
     return checked(named({"responses": [], **given_pair(record, where)}), Prompt, where)
 
 
@@ -352,7 +352,7 @@ def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
                 raise InputError(problem, where=where, remedy=f"write `{other}`, or rename the field")
 
 
-def _refuse_preference(record: dict, where: str) -> None:
+def refuse_preference(record: dict, where: str) -> None:
     """Refuse unknown fields that carry a preference: it would be ignored.
 
     The name says so (`PREFERENCE`), or there is a number for each response and they do not fall. Beside `chosen` and

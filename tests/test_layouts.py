@@ -15,7 +15,7 @@ from annotation.layouts import LAYOUTS, check_row, layout_of
 from hps.errors import InputError
 from pipeline.recipe import load_recipe
 from pipeline.records import read_jsonl, read_prompts, read_ranked
-from tools.export import LISTS, export, write_table
+from tools.export import LIST_COLUMNS, export, write_table
 
 
 def user(*contents: str) -> list[dict]:
@@ -153,6 +153,11 @@ FORMS = {
         ],
         [([SYSTEM, *TALK], ["Yes.", "No."], [0, -1])],
     ),
+    "ordered": (
+        "ordered",
+        [{"prompt": TALK, "responses": LIST}, {"prompt": TEA, "responses": PAIR["responses"]}],
+        [(TALK, LIST, [0, -1, -2, -3]), (TEA, PAIR["responses"], [0, -1])],
+    ),
     "released": (
         "ranked",
         [
@@ -263,6 +268,11 @@ def test_rows_of_any_order_get_the_layout_of_the_more_particular_fields():
         layout_of({"question": "?", "answer": "!", "chosen": None}, "f:1")
 
 
+def test_a_text_is_a_message_of_the_user():
+    found = check_row({"prompt": " What is tea?\n", "responses": ["a", "b"]}, "f:1", LAYOUTS["ordered"])
+    assert found["prompt"] == TEA and found["sources"] == ["given_1", "given_2"]
+
+
 def changed(form: str, **changes) -> tuple[dict, str]:
     layout, rows, _ = FORMS[form]
     return {**rows[0], **changes}, layout
@@ -273,6 +283,9 @@ def changed(form: str, **changes) -> tuple[dict, str]:
     [
         (changed("trl-standard", rejected=None), "`rejected` is missing"),
         (changed("trl-standard", chosen=7), "`chosen` is 7"),
+        (changed("ordered", responses="x"), r'`responses` is "x"'),
+        (changed("ordered", prompt=7), "`prompt` is 7"),
+        (changed("ordered", reward=[1, 2, 3, 4]), "`reward` seems to say which response is better, and it is not read"),
         (changed("trl-standard", promt="x", prompt=None), "unknown field `promt`; write `prompt`"),
         (changed("trl-standard", prompt="  "), r"`prompt\[0\].content` is \"\": should be a text that is not blank"),
         (changed("trl-standard-implicit", rejected="No."), "there is no `prompt`, and `chosen` and `rejected` do not"),
@@ -412,5 +425,5 @@ def test_nothing_is_left_of_a_table_that_broke(tmp_path):
 
     for name in ("x.parquet", "x.jsonl"):
         with pytest.raises(InputError, match="broken"):
-            write_table(tmp_path / name, rows(), LISTS)
+            write_table(tmp_path / name, rows(), LIST_COLUMNS)
     assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from alignment.rows import ranked_prompts
 from hps.errors import InputError, run_main
+from hps.methods import PAIRS
 from hps.planning import Plan
 from hps.settings import Loss
 from pipeline.files import json_line, value_hash, write_json, write_lines
@@ -33,7 +34,7 @@ from pipeline.stage import require_finished
 CHUNK = 1000  # rows that are turned into columns at a time
 MESSAGES = "list of messages"
 # The columns of a Parquet file, by the names of pyarrow's types.
-LISTS = {
+LIST_COLUMNS = {
     "prompt_id": "string",
     "prompt": MESSAGES,
     "responses": ["string"],
@@ -43,7 +44,7 @@ LISTS = {
     "token_counts": ["int64"],
     "truncated": ["bool_"],
 }
-PAIRS = {
+PAIR_COLUMNS = {
     "prompt": MESSAGES,
     "chosen": MESSAGES,
     "rejected": MESSAGES,
@@ -56,7 +57,7 @@ PAIRS = {
 def lists(recipe: Recipe, split: str) -> Iterator[dict]:
     """The ranked records of a split."""
     for _, record in read_ranked(recipe.ranked(split)):
-        yield {**{name: record[name] for name in LISTS if name in record}, "prompt": _plain(record["prompt"])}
+        yield {**{name: record[name] for name in LIST_COLUMNS if name in record}, "prompt": _plain(record["prompt"])}
 
 
 def _plain(messages: Iterable[dict]) -> list[dict]:
@@ -92,7 +93,7 @@ def pairs(recipe: Recipe, split: str, cut: dict[str, int]) -> Iterator[dict]:
 def check_pairs(loss: Loss) -> None:
     """Refuse a loss that is none of pairs."""
     for wrong, field, value in (
-        (loss.preference == "pl", "preference", "bt or hps"),
+        (loss.preference not in PAIRS, "preference", "bt or hps"),
         (loss.preference == "hps" and loss.estimator == "exact", "estimator", "sampled"),
         (loss.positives == 2, "positives", 1),
     ):
@@ -194,8 +195,8 @@ def export(what: str, out: Path, recipe: Recipe, split: str, before: bool, numbe
         count = len(found)
     else:
         writers: dict[str, Callable[[], tuple[Iterable[dict], dict]]] = {
-            "lists": lambda: (lists(recipe, split), LISTS),
-            "pairs": lambda: (pairs(recipe, split, cut), PAIRS),
+            "lists": lambda: (lists(recipe, split), LIST_COLUMNS),
+            "pairs": lambda: (pairs(recipe, split, cut), PAIR_COLUMNS),
             "arena_hard": lambda: (arena_hard(answers, name), {}),
         }
         count = write_table(out, *writers[what]())
