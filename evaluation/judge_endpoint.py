@@ -66,14 +66,19 @@ def _ask(client: Any, settings: dict, key: str, messages: list[dict]) -> dict:
         remedies = {401: f"set {KEY}", 403: f"set {KEY}", 404: "correct `models.judge.path` or `judge.endpoint`"}
         remedy = remedies.get(error.status_code, "what was judged is kept: the same command continues")
         raise InputError(problem, where=str(client.base_url), remedy=remedy) from None
-    if not answer.choices:
-        return {"key": key, "samples": [{"text": "", "truncated": False}]}
+    except (openai.APIError, ValueError) as error:
+        raise _foreign(_said(error), client) from None
+    if not getattr(answer, "choices", None):
+        raise _foreign(_said(answer), client)
     choice = answer.choices[0]
-    return {
-        "key": key,
-        "samples": [{"text": choice.message.content or "", "truncated": choice.finish_reason == "length"}],
-    }
+    sample = {"text": choice.message.content or "", "truncated": choice.finish_reason == "length"}
+    return {"key": key, "samples": [sample]}
 
 
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def _foreign(said: str, client: Any) -> InputError:
+    problem = f"what answers there does not speak OpenAI's protocol ({said})"
+    return InputError(problem, where=str(client.base_url), remedy="correct `judge.endpoint`; most end with /v1")
+
+
+def _said(message: object) -> str:
+    return " ".join(str(message).split())[:200]

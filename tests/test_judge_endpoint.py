@@ -37,6 +37,7 @@ class Server(ThreadingHTTPServer):
         self.failures: list[tuple[int, dict]] = []  # status and body of the next answers
         self.after = 0  # answers before the failures
         self.content = None  # instead of scores
+        self.page = None  # instead of JSON
         self.at_once = self.most = 0
         self.lock = threading.Lock()
 
@@ -59,10 +60,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/chat/completions":
             failed = (404, {"error": {"message": "no such path"}})
         status, answer = failed or (200, self.scores(body))
-        text = json.dumps(answer).encode()
+        text = json.dumps(answer).encode() if server.page is None else server.page
         with suppress(BrokenPipeError):
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", "application/json" if server.page is None else "text/html")
             self.send_header("Content-Length", str(len(text)))
             self.send_header("Retry-After", "0.01")
             self.end_headers()
@@ -203,6 +204,13 @@ def test_a_refusal_ends_the_judge_with_one_line(recipe_with, server, monkeypatch
     monkeypatch.setattr(judge_endpoint, "RETRIES", 0)
     server.failures = [(status, refusal("no json_schema"))] * 99
     with pytest.raises(InputError, match=message):
+        stage.judge(recipe_with())
+
+
+@pytest.mark.parametrize("page", [b"<html>Welcome</html>", b"{}"])
+def test_a_server_of_another_kind_is_named(recipe_with, server, page):
+    server.page = page
+    with pytest.raises(InputError, match="does not speak OpenAI's protocol .*; most end with /v1"):
         stage.judge(recipe_with())
 
 
