@@ -10,7 +10,7 @@ from hps.chat import load_tokenizer
 from hps.errors import InputError
 from pipeline.files import Appender
 from pipeline.records import read_jsonl
-from tools.export import export
+from tools.export import export, main
 
 ONE_EPOCH = ("schedule.epochs=1", "schedule.global_batch=4", "schedule.gamma_stages=1")
 
@@ -166,3 +166,18 @@ def test_answers_for_arena_hard(answered_recipe, tmp_path):
 def test_answers_that_are_not_there_are_named(ranked_recipe, tmp_path):
     with pytest.raises(InputError, match="bash evaluate.sh"):
         export("arena_hard", tmp_path / "model.jsonl", ranked_recipe(), "train", False, 0, None)
+
+
+def test_the_command_takes_options_between_its_arguments(answered_recipe, tiny_recipe, tmp_path, monkeypatch, capsys):
+    answered_recipe()
+    for what, out, *options in (
+        ("pairs", "a.jsonl", str(tiny_recipe), "loss.negatives=worst", "schedule.epochs=1"),
+        ("lists", "b.parquet", str(tiny_recipe), "--split", "test"),
+        ("arena_hard", "c.jsonl", "--before", str(tiny_recipe), "--name", "base", "--answer", "1"),
+    ):
+        monkeypatch.setattr("sys.argv", ["export", what, str(tmp_path / out), *options])
+        main()
+    said = capsys.readouterr().out
+    assert "export: pairs: 8 rows" in said and "export: lists: 4 rows" in said and "arena_hard: 1 rows" in said
+    ((_, line),) = read_jsonl(tmp_path / "c.jsonl")
+    assert (line["model"], line["messages"][-1]["content"]) == ("base", {"answer": "before 0, again"})

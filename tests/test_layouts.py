@@ -10,7 +10,7 @@ import pytest
 
 from alignment.plan import plan
 from annotation.import_data import convert as convert_rows
-from annotation.import_data import import_prompts, import_ranked, open_data, ranked_by
+from annotation.import_data import import_prompts, import_ranked, main, open_data, ranked_by
 from annotation.layouts import LAYOUTS, check_row, layout_of
 from hps.errors import InputError
 from pipeline.recipe import load_recipe
@@ -427,3 +427,18 @@ def test_nothing_is_left_of_a_table_that_broke(tmp_path):
         with pytest.raises(InputError, match="broken"):
             write_table(tmp_path / name, rows(), LIST_COLUMNS)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_takes_options_between_its_arguments(tiny_recipe, written, tmp_path, monkeypatch, capsys):
+    path, target, output = str(written("ultrafeedback")), str(tmp_path / "p.jsonl"), f"output={tmp_path / 'there'}"
+    monkeypatch.setattr("sys.argv", ["import_data", path, "--prompts", target])
+    main()
+    out = capsys.readouterr().out
+    assert f"{path}: ultrafeedback: 1 rows read = 1 written + 0 rejected; not read: `source`: 1" in out
+    arguments = [str(tiny_recipe), "--layout", "ultrafeedback_overall", "--split", "test", "--skip", output]
+    monkeypatch.setattr("sys.argv", ["import_data", path, *arguments])
+    main()
+    ((_, record),) = read_ranked(tmp_path / "there" / "ranked" / "test.jsonl")
+    assert record["rewards"] == [9.0, 8.5, 7.0, 3.0]
+    manifest = json.loads((tmp_path / "there" / "ranked" / "manifest.json").read_text())
+    assert manifest["imported"]["test"]["layout"] == "ultrafeedback_overall"
