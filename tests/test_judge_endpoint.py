@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
             server.at_once += 1
             server.most = max(server.most, server.at_once)
             number = len(server.asked)
-            server.asked.append((dict(self.headers), body))
+            server.asked.append(({name.lower(): value for name, value in self.headers.items()}, body))
             failed = server.failures.pop(0) if number >= server.after and server.failures else None
         time.sleep(0.02)
         with server.lock:
@@ -128,7 +128,7 @@ def test_every_answer_is_judged_once_and_the_server_learns_no_more(recipe_with, 
     expected = Counter(json.dumps(judge_message(*texts)) for texts in wanted.values())
     assert Counter(json.dumps(body["messages"]) for _, body in server.asked) == expected
     for headers, body in server.asked:
-        assert body.pop("messages") and headers["Authorization"] == "Bearer ours"
+        assert body.pop("messages") and headers["authorization"] == "Bearer ours"
         form = {"name": "scores", "schema": stage.SCHEMA, "strict": True}
         settings = {"model": "judge-of-theirs", "temperature": 0.5, "max_tokens": 100}
         assert body == {**settings, "response_format": {"type": "json_schema", "json_schema": form}}
