@@ -29,9 +29,9 @@ FEW = 2000  # rows that a process makes in some seconds; they are not kept
 EACH = 200  # rows that are worth another process
 
 
-def ranked_prompts(recipe: Recipe) -> Indexed:
-    """The ranked training prompts by id. InputError: a line is invalid, or a prompt appears twice."""
-    records = Indexed(recipe.ranked("train"), check_ranked)
+def ranked_prompts(recipe: Recipe, split: str = "train") -> Indexed:
+    """The ranked prompts of a split by id. InputError: a line is invalid, or a prompt appears twice."""
+    records = Indexed(recipe.ranked(split), check_ranked)
     for where, name in records.repeated:
         problem = f"the prompt `{name}` is here and at line {records.where(name).rpartition(':')[2]}"
         raise InputError(problem, where=where, remedy="leave one of the two lines")

@@ -16,7 +16,6 @@ merges exact repetitions.
 """
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from annotation.layouts import Rejected, turns
 from hps.errors import InputError, run_main, shorten
 from pipeline.files import file_hash, json_line, write_atomic, write_json
 from pipeline.records import ROLES, canonical, prompt_id, read_values, refusal, typed
@@ -38,18 +38,9 @@ SOURCES = DATA / "sources.yaml"
 SETS = ("hh_rlhf", "pku_safe")
 SPLITS = ("train", "test")
 PREFERENCES = ("better", "safer")
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 FORMAT = "the file has another format than data/README.md describes; correct it, or pin an older revision"
 
 Pair = tuple[list[dict], list[str]]  # chat messages; two responses, best first
-
-
-class Rejected(Exception):
-    """A row that cannot be used; `same_as` is the place of the row with the same prompt."""
-
-    def __init__(self, reason: str, same_as: str | None = None):
-        super().__init__(reason)
-        self.reason, self.same_as = reason, same_as
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -174,22 +165,6 @@ def curated(row: Row) -> Pair:
     if not all(message["content"] for message in messages):
         raise Rejected("empty turn")
     return messages, two_responses(list(map(tidy, record["responses"])))
-
-
-def turns(transcript: str) -> list[dict]:
-    """The chat messages of a transcript, from the first user's turn to the last answer."""
-    head, *parts = TURN.split(transcript.replace("\r\n", "\n"))  # text in front, then speaker and text by turns
-    speakers, contents = parts[::2], list(map(str.strip, parts[1::2]))
-    if head.strip() or not speakers or speakers[0] != "Human":
-        raise Rejected("transcript does not begin with a Human turn")
-    if speakers != (["Human", "Assistant"] * len(speakers))[: len(speakers)]:
-        raise Rejected("turns do not alternate")
-    if speakers[-1] != "Assistant" or not contents[-1]:
-        raise Rejected("transcript ends without an answer")
-    if not all(contents):
-        raise Rejected("empty turn")
-    roles = ["user" if speaker == "Human" else "assistant" for speaker in speakers]
-    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
 
 def transcripts(row: Row) -> Pair:

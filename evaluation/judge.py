@@ -8,7 +8,8 @@ Run     python -m evaluation.judge configs/quickstart.yaml judge.enabled=true
 
 Correctness, helpfulness, safety and clarity from 0 to 5 in steps of 0.5, as in the paper's Table 4; the rubric's
 wording is ours. The verdicts are a cache for all runs in an output: an answer is judged once, whichever model wrote it,
-and no engine starts if all verdicts exist. After a kill the same command continues. evaluation.win_rate compares.
+and no engine starts if all verdicts exist. After a kill the same command continues. evaluation.win_rate compares. With
+`judge.endpoint` another server judges (evaluation/judge_endpoint.py).
 """
 
 import json
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evaluation.judge_endpoint import ask
 from generation.generate import sample
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError, shorten
@@ -56,6 +58,7 @@ TOO_LONG = "prompt longer than judge.max_prompt_tokens"
 CUT = "output cut by judge.max_new_tokens"
 NO_SCORES = "no scores in the output"
 LOST = "the engine died twice"
+TOO_LONG_THERE = "request too long for the server"
 
 
 def judged_answers(folder: Path, count: int) -> list[Answers]:
@@ -115,14 +118,21 @@ def wanted_verdicts(recipe: Recipe) -> dict[str, tuple[list[dict], str]]:
 
 def judge_settings(recipe: Recipe) -> dict:
     """Everything that decides a verdict. Not the seed: a verdict is one draw of the judge, with any seed."""
-    settings = ("temperature", "max_new_tokens", "max_prompt_tokens")
-    model = model_hash(recipe.models.judge)
+    settings: tuple[str, ...] = ("temperature", "max_new_tokens")
+    if recipe.judge.endpoint:  # the server counts tokens, and does not say which weights it has
+        own = {"model": recipe.models.judge.path, "endpoint": recipe.judge.endpoint}
+    else:
+        settings += ("max_prompt_tokens",)
+        model = model_hash(recipe.models.judge)
+        own = {
+            "model": {name: value for name, value in model.items() if name != "path"},  # a moved judge is the same
+            "dtype": recipe.generation.dtype,
+        }
     return {
-        "model": {name: value for name, value in model.items() if name != "path"},  # a moved judge is the same
+        **own,
         "rubric": RUBRIC,
         "request": judge_message([{"role": "user", "content": "?"}], "!"),  # the frame around the texts
         "schema": SCHEMA,
-        "dtype": recipe.generation.dtype,
         **{name: getattr(recipe.judge, name) for name in settings},
     }
 
@@ -164,8 +174,11 @@ def judge(recipe: Recipe) -> None:
     if not recipe.judge.enabled:
         print("judge: off (`judge.enabled: false` in the recipe)")
         return
-    announce_device("judge", cluster=True)
-    check_model(recipe.models.judge, "models.judge")
+    if recipe.judge.local:
+        announce_device("judge", cluster=True)
+        check_model(recipe.models.judge, "models.judge")
+    else:
+        print(f"judge: {recipe.models.judge.path} at {recipe.judge.endpoint}")
     wanted = wanted_verdicts(recipe)
     settings = judge_settings(recipe)  # only once: it hashes all weights of a local judge
     path = cache_path(recipe, settings)
@@ -177,27 +190,36 @@ def judge(recipe: Recipe) -> None:
             with remade(path, recipe, settings, [path, path.with_suffix(".json")]):
                 write_json(path.with_suffix(".json"), settings)
                 if todo:
-                    _judge(recipe, todo, path)
+                    with Appender(path) as file:
+                        (_judge if recipe.judge.local else _ask)(recipe, todo, file)
             verdicts = read_verdicts(path)
     errors = Counter(verdicts[key]["error"] for key in wanted if "error" in verdicts[key])
     print(f"judge: {len(wanted)} verdicts in {path}, left out: {counted(errors)}")
 
 
-def _judge(recipe: Recipe, todo: dict[str, tuple], path: Path) -> None:
+def _judge(recipe: Recipe, todo: dict[str, tuple], file: Appender) -> None:
+    """Verdicts by an engine here."""
     check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
     check_fits("evaluate", recipe, "judge")
     tokenizer = load_tokenizer(recipe.models.judge.path, recipe.models.judge.revision)
-    with Appender(path) as file:
-        items = []
-        for key, (messages, answer) in todo.items():
-            ids = prompt_token_ids(tokenizer, judge_message(messages, answer))
-            if len(ids) > recipe.judge.max_prompt_tokens:
-                file.append({"key": key, "error": TOO_LONG, "tokens": len(ids)})
-            else:
-                items.append({"key": key, "ids": ids, "count": 1})
-        for result in progress(_verdicts(recipe, items, tokenizer), len(items), "judge", " verdicts"):
-            lost = {"error": LOST, "output": result.get("lost")}
-            file.append({"key": result["key"], **(lost if "lost" in result else read_scores(result["samples"][0]))})
+    items = []
+    for key, (messages, answer) in todo.items():
+        ids = prompt_token_ids(tokenizer, judge_message(messages, answer))
+        if len(ids) > recipe.judge.max_prompt_tokens:
+            file.append({"key": key, "error": TOO_LONG, "tokens": len(ids)})
+        else:
+            items.append({"key": key, "ids": ids, "count": 1})
+    for result in progress(_verdicts(recipe, items, tokenizer), len(items), "judge", " verdicts"):
+        lost = {"error": LOST, "output": result.get("lost")}
+        file.append({"key": result["key"], **(lost if "lost" in result else read_scores(result["samples"][0]))})
+
+
+def _ask(recipe: Recipe, todo: dict[str, tuple], file: Appender) -> None:
+    """Verdicts by another server."""
+    requests = {key: judge_message(messages, answer) for key, (messages, answer) in todo.items()}
+    for result in progress(ask(recipe, requests, SCHEMA), len(requests), "judge", " verdicts"):
+        long = {"error": TOO_LONG_THERE, "output": result.get("too_long")}
+        file.append({"key": result["key"], **(long if "too_long" in result else read_scores(result["samples"][0]))})
 
 
 def _verdicts(recipe: Recipe, items: list[dict], tokenizer: Any) -> Iterator[dict]:

@@ -248,6 +248,8 @@ def judged_key(runs: list[Evaluated]) -> dict:
     """Everything that decides the win rates."""
     recipe = runs[0].recipe
     judge = {name: getattr(recipe.judge, name) for name in JUDGE}
+    if recipe.judge.endpoint:  # omitted where there is none, so that older keys still match
+        judge["endpoint"] = recipe.judge.endpoint
     return {
         "runs": {run.name: result_key(run.recipe) for run in runs},
         "judge": {"model": recipe.models.judge.model_dump(), **judge},

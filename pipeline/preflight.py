@@ -144,7 +144,7 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What evaluate.sh will do, a line each."""
     run, settings = recipe.run_folder(), recipe.evaluation
     lines = []
-    if recipe.judge.enabled and not dry_run:
+    if recipe.judge.local and not dry_run:
         check_gpus("judge.tensor_parallel", recipe.judge.tensor_parallel)
     attempt(lines, dry_run, "run", require_finished, run, "the run is", "bash run.sh")
     if loaded := attempt(lines, dry_run, "test", evaluated_prompts, recipe):
@@ -159,6 +159,8 @@ def evaluate_plan(recipe: Recipe, dry_run: bool) -> list[str]:
             f"and {answers} of the model before training, at most {tokens:,} tokens"
         )
     judge = recipe.models.judge.path if recipe.judge.enabled else "off (`judge.enabled`)"
+    if recipe.judge.enabled and not recipe.judge.local:
+        judge += f" at {recipe.judge.endpoint}"
     outputs = [folder / "metrics.json" for folder in (recipe.evaluated_folder(), recipe.tested().sft_folder())]
     return [*lines, f"judge: {judge}", f"outputs: {', '.join(map(str, outputs))}"]
 
@@ -275,7 +277,7 @@ def scorer_lines(stage: str, recipe: Recipe) -> list[str]:
 
 def roles_of(stage: str, recipe: Recipe) -> list[str]:
     """The models that a driver uses."""
-    asked = {"judge": recipe.judge.enabled, "reward": recipe.evaluation.proxy}
+    asked = {"judge": recipe.judge.local, "reward": recipe.evaluation.proxy}
     return [*STAGES[stage], *(role for role, wanted in asked.items() if stage == "evaluate" and wanted)]
 
 

@@ -204,7 +204,12 @@ class Evaluation(Section):
 
 
 class Judge(Section):
-    """Win rate by a chat model. With 2 or more `repeats` it says how far the judge agrees with itself."""
+    """Win rate by a chat model. With 2 or more `repeats` it says how far the judge agrees with itself.
+
+    With an `endpoint` another server judges, which speaks OpenAI's protocol and knows the judge as `models.judge.path`;
+    its key, if it wants one, is in the environment variable JUDGE_API_KEY. `max_prompt_tokens` and `tensor_parallel`
+    are not read then.
+    """
 
     enabled: bool = Field(False, description="take the win rate")
     answers: int = Field(1, ge=1, description="answers judged of a prompt")
@@ -213,6 +218,15 @@ class Judge(Section):
     max_prompt_tokens: int = Field(6144, ge=1, description="length of rubric, prompt and answer")
     temperature: float = Field(0.0, ge=0, description="of the judge's sampling")
     tensor_parallel: int = Field(8, ge=1, description="GPUs of the judge's engine")
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")] | None = Field(
+        None, description="URL of a server that judges, e.g. http://localhost:8000/v1 (null: an engine here)"
+    )
+    requests: int = Field(8, ge=1, le=256, description="requests that the server at `endpoint` gets at a time")
+
+    @property
+    def local(self) -> bool:
+        """Whether the judge is a model that is loaded here, if there is a judge at all."""
+        return self.enabled and self.endpoint is None
 
 
 class Recipe(Section):

@@ -325,7 +325,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[s
 def check_prompt(record: dict, where: str) -> Prompt:
     """Return the record with `prompt_id` and `responses` filled in; InputError as the checks it calls."""
     refuse_misspelt(record, PROMPT_FIELDS, where)
-    _refuse_preference(record, where)
+    refuse_preference(record, where)
     return checked(named({"responses": [], **given_pair(record, where)}), Prompt, where)
 
 
@@ -351,7 +351,7 @@ def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
                 raise InputError(problem, where=where, remedy=f"write `{other}`, or rename the field")
 
 
-def _refuse_preference(record: dict, where: str) -> None:
+def refuse_preference(record: dict, where: str) -> None:
     """Refuse unknown fields that carry a preference: it would be ignored.
 
     The name says so (`PREFERENCE`), or there is a number for each response and they do not fall. Beside `chosen` and
@@ -527,7 +527,7 @@ def check_ranked(record: dict, where: str) -> Ranked:
         raise InputError(problem, where=where, remedy="remove the line, or generate more responses for this prompt")
     if any(a < b for a, b in pairwise(ranked["rewards"])):
         problem = "`rewards` are not sorted, best first"
-        raise InputError(problem, where=where, remedy="import the file with `python -m annotation.import_released`")
+        raise InputError(problem, where=where, remedy="import the file with `python -m annotation.import_data`")
     return ranked
 
 

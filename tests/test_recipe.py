@@ -230,6 +230,7 @@ BOUNDS = {
     "evaluation.samples_along": (0, None),
     "judge.answers": (1, None), "judge.repeats": (1, None), "judge.max_new_tokens": (32, None),
     "judge.max_prompt_tokens": (1, None), "judge.temperature": (0, None), "judge.tensor_parallel": (1, None),
+    "judge.requests": (1, 256),
 }  # fmt: skip
 
 
@@ -438,6 +439,7 @@ PAPER = {
     "evaluation.proxy": False, "evaluation.samples_along": 0,
     "judge.enabled": False, "judge.answers": 1, "judge.repeats": 1, "judge.max_new_tokens": 256,
     "judge.max_prompt_tokens": 6144, "judge.temperature": 0.0, "judge.tensor_parallel": 8,
+    "judge.endpoint": None, "judge.requests": 8,
 }  # fmt: skip
 
 

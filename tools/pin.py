@@ -20,8 +20,8 @@ from tools.hub import COMMIT, commit_of, write_revisions
 
 
 def roles(recipe: Recipe) -> tuple[str, ...]:
-    """The models that the recipe's scripts load; the judge, the largest, only if the recipe enables it."""
-    return ("generator", "policy", "reward", "evaluator", *(["judge"] if recipe.judge.enabled else []))
+    """The models that the recipe's scripts load; the judge, the largest, only if it is one of them."""
+    return ("generator", "policy", "reward", "evaluator", *(["judge"] if recipe.judge.local else []))
 
 
 def hub_models(recipe: Recipe) -> dict[str, Model]:

@@ -31,7 +31,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from annotation.import_released import check_row, convert
+from annotation.import_data import convert, ranked_by
+from annotation.layouts import check_row
 from evaluation.judge import CRITERIA, GRID, check_verdict, read_verdicts
 from evaluation.margins import margins, read_columns
 from evaluation.metrics import answer_figures, change_figures
@@ -373,7 +374,7 @@ def embedded_tokenizer():
 def imported(path: Path, read: list[tuple[str, dict]]) -> None:
     """The import writes only what the reader of ranked files reads, and counts every row."""
     counts, ledger = Counter(), []
-    ranked = list(convert(read_rows(path), embedded_tokenizer(), counts, ledger))
+    ranked = list(convert(read_rows(path), ranked_by(embedded_tokenizer()), counts, ledger))
     assert counts["read"] == len(read) == counts["written"] + counts["rejected"], f"the import counts {counts}"
     copy = path.with_suffix(".ranked")
     copy.write_text("".join(json.dumps(line) + "\n" for line in ranked), encoding="utf-8")

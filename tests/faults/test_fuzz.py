@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_losses import FAMILIES, METHODS, brute_force_pair, loss_of, one_hot
 from torch.nn.functional import pad
 
-from annotation.import_released import check_row, parse_prompt
+from annotation.layouts import check_row, parse_prompt
 from hps.errors import InputError
 from hps.losses import FORMULAS, preference_loss
 from hps.negatives import gamma_stages, hardness_weights

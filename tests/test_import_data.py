@@ -8,7 +8,8 @@ import math
 import pytest
 from tokenizers import normalizers
 
-from annotation.import_released import check_row, import_released, parse_prompt, rank_row
+from annotation.import_data import import_ranked, rank_row
+from annotation.layouts import check_row, parse_prompt
 from hps.errors import InputError
 from pipeline.recipe import load_recipe
 from pipeline.records import read_jsonl, read_ranked, read_rows
@@ -68,11 +69,12 @@ def test_other_strings_are_refused_with_their_place(text, message):
 
 def test_a_row_is_sorted_stably_and_duplicates_are_merged(tokenizer):
     checked = {**row(), "prompt_id": "p", "prompt": USER, "sources": ["given_1", "x", "generated", "y"]}
+    checked["truncated"] = [False, False, True, True]
     record, ledger = rank_row(checked, tokenizer)
     assert record["responses"] == ["b c", "d", "a"]  # equal rewards keep their order
     assert record["rewards"] == [2, 2.0, -1.5]
     assert record["sources"] == ["x", "y", "given_1"]
-    assert record["truncated"] == [False, False, False]
+    assert record["truncated"] == [False, True, False]
     assert record["token_counts"] == [len(tokenizer.tokenize(text)) for text in ("b c", "d", "a")]
     assert ledger == [
         {
@@ -91,7 +93,7 @@ def test_texts_that_are_the_same_tokens_are_duplicates(tokenizer):
     composing = copy.deepcopy(tokenizer)
     composing.backend_tokenizer.normalizer = normalizers.NFC()
     texts = ["caf\u00e9", "cafe\u0301", "x<|im_end|>", "x< |im_end|>", "tea"]
-    checked = {"prompt_id": "p", "prompt": USER, "sources": list("abcde")}
+    checked = {"prompt_id": "p", "prompt": USER, "sources": list("abcde"), "truncated": [False] * 5}
     record, ledger = rank_row({**checked, "responses": texts, "rewards": [1, 5, 2, 6, 3]}, composing)
     assert record["sources"] == ["e", "c", "a"] and record["rewards"] == [3, 2, 1]
     assert [(line["source"], line["kept"], line["reason"]) for line in ledger] == [
@@ -101,7 +103,7 @@ def test_texts_that_are_the_same_tokens_are_duplicates(tokenizer):
 
 
 def test_token_counts_have_no_bos(llama3_tokenizer):
-    record, _ = rank_row({**row(), "prompt_id": "p", "prompt": USER, "sources": ["generated"] * 4}, llama3_tokenizer)
+    record, _ = rank_row(check_row(row(), "f:1"), llama3_tokenizer)
     assert len(llama3_tokenizer("d")["input_ids"]) == 2  # this tokenizer adds a BOS
     assert record["token_counts"][1] == 1
 
@@ -118,7 +120,7 @@ def test_import_writes_ranked_records_and_counts_every_row(form, recipe, tmp_pat
     path = tmp_path / "released.json"
     text = "".join(json.dumps(line) + "\n" for line in rows) if form == "lines" else json.dumps(rows, indent=1)
     path.write_bytes(gzip.compress(text.encode("utf-8-sig")) if form == "packed" else text.encode())
-    counts = import_released(str(path), recipe)
+    counts = import_ranked(str(path), recipe)
     assert counts["read"] == 5 == counts["written"] + counts["rejected"] and counts["written"] == 3
     records = [record for _, record in read_ranked(recipe.ranked("train"))]
     assert [record["prompt"] for record in records] == [
@@ -149,18 +151,18 @@ def test_import_writes_ranked_records_and_counts_every_row(form, recipe, tmp_pat
 
 def test_both_splits_can_be_imported_and_nothing_is_overwritten(recipe, write_lines):
     path = str(write_lines([row()]))
-    import_released(path, recipe)
-    import_released(path, recipe, "test")
+    import_ranked(path, recipe)
+    import_ranked(path, recipe, "test")
     before = recipe.ranked("test").read_bytes()
     with pytest.raises(InputError, match="test.jsonl: there is a ranked file already"):
-        import_released(path, recipe, "test")
+        import_ranked(path, recipe, "test")
     assert recipe.ranked("test").read_bytes() == before
 
 
 def test_annotation_does_not_add_to_an_imported_ranking(recipe, write_lines):
     from pipeline.stage import claim
 
-    import_released(str(write_lines([row()])), recipe)
+    import_ranked(str(write_lines([row()])), recipe)
     with pytest.raises(InputError, match="has results of other settings"):
         claim(recipe.ranked("train").parent, {"dtype": "float32"})
 
@@ -174,13 +176,13 @@ IN_RESPONSES = other("milk", responses=["a", "b<|im_end|>", "c<|im_end|>"], rewa
 def test_special_tokens_are_counted_or_refused_as_in_generation(tiny_recipe, write_lines, tmp_path, capsys):
     path = str(write_lines([row(), SPELLED, IN_STRING, IN_RESPONSES]))
     recipe = load_recipe(tiny_recipe)
-    counts = import_released(path, recipe)
+    counts = import_ranked(path, recipe)
     assert (counts["read"], counts["written"]) == (4, 4)
     assert "prompts with special tokens, kept: 2, responses with special tokens, kept: 3" in capsys.readouterr().out
     texts = [text for _, record in read_ranked(recipe.ranked("train")) for text in record["responses"]]
     assert texts.count("b<|im_end|>") == 2  # stored as they are
     refusing = load_recipe(tiny_recipe, ["data.special_tokens=refuse", f"output={tmp_path / 'refusing'}"])
-    counts = import_released(path, refusing)
+    counts = import_ranked(path, refusing)
     assert (counts["read"], counts["written"], counts["rejected"]) == (4, 1, 3)
     ledger = [line for _, line in read_jsonl(refusing.ranked("train").with_suffix(".ledger.jsonl"))]
     reasons = [line["reason"] for line in ledger if "special" in line["reason"]]
@@ -188,7 +190,7 @@ def test_special_tokens_are_counted_or_refused_as_in_generation(tiny_recipe, wri
     assert ledger[1]["tokens"] == ["<|im_end|>"] and ledger[1]["refused"]
     assert ledger[-1]["reason"] == "fewer than two distinct responses"
     with pytest.raises(InputError, match="special_tokens was refuse, is now neutralize"):
-        import_released(path, load_recipe(tiny_recipe, [f"output={tmp_path / 'refusing'}"]), "test")
+        import_ranked(path, load_recipe(tiny_recipe, [f"output={tmp_path / 'refusing'}"]), "test")
 
 
 def test_a_system_turn_behind_another_is_refused():
@@ -221,7 +223,7 @@ def test_a_system_turn_behind_another_is_refused():
 def test_bad_rows_stop_the_import_with_their_place(changes, message, recipe, write_lines):
     path = write_lines([other("milk"), row(**changes)])
     with pytest.raises(InputError, match=message) as caught:
-        import_released(str(path), recipe)
+        import_ranked(str(path), recipe)
     assert str(caught.value).startswith(f"{path}:2: ")
     folder = recipe.ranked("train").parent
     assert not any(folder.iterdir())  # neither a half file nor a claim
@@ -247,7 +249,7 @@ def test_broken_files_are_refused(text, message, tmp_path):
 def test_a_file_without_usable_rows_leaves_nothing(recipe, write_lines):
     path = write_lines([row(responses=["a"], rewards=[1])])
     with pytest.raises(InputError, match="no row can be used .1 rows read = 0 written . 1 rejected"):
-        import_released(str(path), recipe)
+        import_ranked(str(path), recipe)
     assert not any(recipe.ranked("train").parent.iterdir())
 
 
@@ -256,9 +258,9 @@ def test_the_command_takes_options_between_its_arguments(run_module, tiny_recipe
     path = write_lines([row()])
     output = tmp_path / "elsewhere"
     arguments = (path, "--split", "test", tiny_recipe, "--tokenizer", tiny_model, f"output={output}")
-    result = run_module("annotation.import_released", *arguments)
+    result = run_module("annotation.import_data", *arguments)
     assert result.returncode == 0, result.stderr
     assert "1 rows read = 1 written + 0 rejected" in result.stdout
     assert (output / "ranked" / "test.jsonl").exists()
-    result = run_module("annotation.import_released", tmp_path / "none.jsonl", tiny_recipe)
+    result = run_module("annotation.import_data", tmp_path / "none.jsonl", tiny_recipe)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "cannot read the file" in result.stderr

@@ -1,0 +1,183 @@
+"""tools/export.py: pairs that TRL tokenises as our plan does, and answers in the form of two benchmarks."""
+
+import json
+
+import pytest
+
+from alignment.plan import plan
+from alignment.rows import TokenRows, ranked_prompts
+from hps.chat import load_tokenizer
+from hps.errors import InputError
+from pipeline.files import Appender
+from pipeline.records import read_jsonl
+from tools.export import export, main
+
+ONE_EPOCH = ("schedule.epochs=1", "schedule.global_batch=4", "schedule.gamma_stages=1")
+
+
+def exported(recipe, path, what: str = "pairs", **arguments) -> list[dict]:
+    named = {"split": "train", "before": False, "number": 0, "name": None, **arguments}
+    export(what, path, recipe, **named)
+    return [row for _, row in read_jsonl(path)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("loss.preference=bt",),
+        ("loss.negatives=worst",),
+        ("loss.negatives=below_mean",),
+        ("loss.negatives=uniform", "loss.samples=3"),
+        ("schedule.gamma_start=5",),
+    ],
+    ids=str,
+)
+def test_pairs_are_those_of_the_plan(ranked_recipe, tmp_path, settings):
+    """y_1 and the negatives of each row, as often as they were drawn, in the plan's order."""
+    recipe = ranked_recipe(*ONE_EPOCH, *settings)
+    rows = exported(recipe, tmp_path / "pairs.jsonl")
+    plan(recipe)
+    records, expected = ranked_prompts(recipe), []
+    for _, row in read_jsonl(recipe.run_folder() / "plan.jsonl"):
+        texts = records[row["prompt_id"]]["responses"]
+        for index, weight, reward in zip(row["dispreferred"], row["weights"], row["rewards"][1:], strict=True):
+            pair = (row["prompt_id"], texts[row["preferred"]], texts[index], row["rewards"][0], reward)
+            expected += [pair] * round(weight * recipe.loss.samples)
+    assert len(expected) == 8 * recipe.loss.samples  # of 8 prompts
+    assert [
+        (
+            row["prompt_id"],
+            row["chosen"][0]["content"],
+            row["rejected"][0]["content"],
+            row["score_chosen"],
+            row["score_rejected"],
+        )
+        for row in rows
+    ] == expected
+
+
+@pytest.mark.parametrize("style", ["tokenizer", "llama3_tokenizer"])
+def test_trl_tokenises_the_pairs_as_our_plan(style, ranked_recipe, tiny_model, tmp_path, request, capsys):
+    """The same prompt and response ids. Behind a response TRL also has what the template writes after its end of turn,
+    and it ends a response that the length limit cut."""
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    recipe = ranked_recipe(*ONE_EPOCH, "loss.preference=pl")
+    with pytest.raises(
+        InputError, match="`loss.preference` is `pl`, whose rows are not pairs; give loss.preference=bt"
+    ):
+        exported(recipe, tmp_path / "none.jsonl")
+    recipe = ranked_recipe(*ONE_EPOCH, "loss.negatives=uniform", "schedule.max_length=900")
+    exported(recipe, tmp_path / "pairs.jsonl")
+    request.getfixturevalue(style).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    data = load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), split="train", cache_dir=tmp_path / "cache")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.resize_token_embeddings(len(tokenizer))
+    settings = DPOConfig(output_dir=str(tmp_path / "trl"), report_to="none", max_length=None, use_cpu=True)
+    trainer = DPOTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer)
+    plan(recipe)
+    ours, records, cut = TokenRows(recipe, tokenizer), ranked_prompts(recipe), 0
+    lines = [row for _, row in read_jsonl(recipe.run_folder() / "plan.jsonl")]
+    assert len(trainer.train_dataset) == len(ours) == 8
+    eot = tokenizer.convert_tokens_to_ids("<|eot_id|>" if style == "llama3_tokenizer" else "<|im_end|>")
+    behind = [] if style == "llama3_tokenizer" else tokenizer("\n", add_special_tokens=False)["input_ids"]
+    for theirs, row, line in zip(trainer.train_dataset, ours, lines, strict=True):
+        assert theirs["prompt_ids"] == row["prompt_ids"]
+        for ids, mine, index in zip(
+            (theirs["chosen_ids"], theirs["rejected_ids"]),
+            row["response_ids"],
+            (line["preferred"], *line["dispreferred"]),
+            strict=True,
+        ):
+            truncated = records[line["prompt_id"]]["truncated"][index]
+            assert ids == [*mine, *([eot] if truncated else []), *behind]
+            cut += truncated
+    if cut:
+        assert f"warning: {cut} of them have a response that the length limit cut" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "field"), [("loss.estimator=exact", "estimator"), ("loss.positives=2", "positives")]
+)
+def test_what_is_not_a_pair_is_refused(ranked_recipe, tmp_path, setting, field):
+    with pytest.raises(InputError, match=f"`loss.{field}` is .*, whose rows are not pairs"):
+        exported(ranked_recipe(setting), tmp_path / "pairs.jsonl")
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+# ---- answers ----
+
+
+@pytest.fixture
+def answered_recipe(ranked_recipe):
+    """Answers of the model before and after training to one question, and optionally to a talk of three turns."""
+
+    def make(talk: bool = False):
+        recipe = ranked_recipe()
+        prompts = [[{"role": "user", "content": "What is tea?"}]]
+        if talk:
+            turns = (("user", "What is tea?"), ("assistant", "A drink."), ("user", "Hot?"))
+            prompts.append([{"role": role, "content": text} for role, text in turns])
+        for side, folder in (("after", recipe.run_folder()), ("before", recipe.sft_folder())):
+            with Appender(folder / "answers" / "test.jsonl") as file:
+                for number, prompt in enumerate(prompts):
+                    texts = [f"{side} {number}", f"{side} {number}, again"]
+                    facts = {"token_counts": [2, 3], "truncated": [False, False]}
+                    file.append({"prompt_id": f"q{number}", "prompt": prompt, "responses": texts, **facts})
+            (folder / "answers" / "manifest.json").write_text("{}")
+        return recipe
+
+    return make
+
+
+def test_answers_for_alpaca_eval(answered_recipe, tmp_path):
+    recipe, path = answered_recipe(), tmp_path / "outputs.json"
+    export("alpaca_eval", path, recipe, "train", False, 1, None)
+    expected = {"instruction": "What is tea?", "output": "after 0, again", "generator": "dpo-hps"}
+    assert json.loads(path.read_text()) == [expected]
+    export("alpaca_eval", tmp_path / "before.json", recipe, "train", True, 0, "base")
+    expected = {"instruction": "What is tea?", "output": "before 0", "generator": "base"}
+    assert json.loads((tmp_path / "before.json").read_text()) == [expected]
+    with pytest.raises(InputError, match="outputs.json: there is a file already"):
+        export("alpaca_eval", path, recipe, "train", False, 0, None)
+    with pytest.raises(InputError, match=r"test.jsonl:1: there are 2 `responses`, and `--answer` is 2"):
+        export("alpaca_eval", tmp_path / "none.json", recipe, "train", False, 2, None)
+
+
+def test_alpaca_eval_has_no_conversations(answered_recipe, tmp_path):
+    with pytest.raises(InputError, match=r"test.jsonl:2: `prompt` has 3 messages"):
+        export("alpaca_eval", tmp_path / "outputs.json", answered_recipe(talk=True), "train", False, 0, None)
+
+
+def test_answers_for_arena_hard(answered_recipe, tmp_path):
+    recipe = answered_recipe(talk=True)
+    first, second = exported(recipe, tmp_path / "model.jsonl", "arena_hard", name="hps")
+    assert (first["uid"], second["uid"], first["model"]) == ("q0", "q1", "hps")
+    question = {"role": "user", "content": "What is tea?"}
+    assert first["messages"] == [question, {"role": "assistant", "content": {"answer": "after 0"}}]
+    assert len(second["messages"]) == 4 and first["ans_id"] != second["ans_id"]
+    written = (recipe.run_folder() / "answers" / "test.jsonl").stat().st_mtime
+    assert first["tstamp"] == pytest.approx(written, abs=1e-3)
+
+
+def test_answers_that_are_not_there_are_named(ranked_recipe, tmp_path):
+    with pytest.raises(InputError, match="bash evaluate.sh"):
+        export("arena_hard", tmp_path / "model.jsonl", ranked_recipe(), "train", False, 0, None)
+
+
+def test_the_command_takes_options_between_its_arguments(answered_recipe, tiny_recipe, tmp_path, monkeypatch, capsys):
+    answered_recipe()
+    for what, out, *options in (
+        ("pairs", "a.jsonl", str(tiny_recipe), "loss.negatives=worst", "schedule.epochs=1"),
+        ("lists", "b.parquet", str(tiny_recipe), "--split", "test"),
+        ("arena_hard", "c.jsonl", "--before", str(tiny_recipe), "--name", "base", "--answer", "1"),
+    ):
+        monkeypatch.setattr("sys.argv", ["export", what, str(tmp_path / out), *options])
+        main()
+    said = capsys.readouterr().out
+    assert "export: pairs: 8 rows" in said and "export: lists: 4 rows" in said and "arena_hard: 1 rows" in said
+    ((_, line),) = read_jsonl(tmp_path / "c.jsonl")
+    assert (line["model"], line["messages"][-1]["content"]) == ("base", {"answer": "before 0, again"})
