@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from evaluation import frontiers, reproduce, tables
+from evaluation import frontiers, render, reproduce, tables
 from evaluation.cells import FINAL, SFT, Cell, cell_figures, same_prompts, spread
 from evaluation.components import DECIDED, UNDECIDED, estimated
 from evaluation.frontiers import Curve, compare, curve, difference_at_kl, shares, win_rates
@@ -49,6 +49,16 @@ def result(seed: int = 42, kls: tuple = (1.0, 4.0), gains: tuple = (0.1, 0.3), s
     margins = {"rm_dpo": [1.0, 2.0, 3.0], "rm_r_dpo": [1.0, 2.0, 3.0], "rm_dpo_accuracy": [1.0, 1.0, 0.0]}
     pairs = {"prompt_id": NAMES, "points": {FINAL: {**margins, "kl": [2.0, 2.0, 2.0]}}}
     return {"seed": seed, "pairs": {"written": pairs}, "prompts": prompts, "answers": points}
+
+
+def falling(seed: int = 42, share: float = 1.0) -> dict:
+    """The run of `result`, in which y_1 falls along the training by 1 and 2 nats on average, times `share`."""
+    found = result(seed)
+    points = found["pairs"]["written"]["points"]
+    points[FINAL] |= {"s_1": [-share, -2 * share, -3 * share], "s_2": [-2.0, -4.0, -6.0]}
+    points["10"] = points[FINAL] | {"kl": [0.5, 0.5, 0.5], "s_1": [-share / 2, -share, -1.5 * share]}
+    found["pairs"]["written"]["points"] = {"10": points["10"], FINAL: points[FINAL]}
+    return found
 
 
 def read(cell: Cell, kl: float) -> float:
@@ -238,6 +248,41 @@ def test_one_seed_is_marked_unless_nothing_was_trained():
     assert "one_seed" not in cell_figures(Cell(SFT, [sft()]), [one])["reward_mean"]
     assert "one_seed" not in cell_figures(two, [two])["reward_mean"]
     assert cell_figures(two, [two, two])["reward_mean"]["pooled"]
+
+
+def test_displacement_along_the_training_by_hand():
+    """KL 0.5 and 2; s of y_1 -1 and -2 on average. The ranked pairs were not measured, nor results without s."""
+    assert frontiers.displaced(Cell("x", [falling()])) == {"written": [[0.0, 0.5, 2.0], [0.0, -1.0, -2.0]]}
+    assert frontiers.displaced(Cell("x", [falling(), result(43)])) == frontiers.displaced(Cell("x", [result()])) == {}
+
+
+def test_the_fall_is_compared_at_equal_kl():
+    """At KL 2, which both reach, y_1 of the first has fallen by 1 nat less. Of the others only one was measured."""
+    ours, theirs = (Cell(name, [falling(s, share) for s in range(4)]) for name, share in (("x", 0.5), ("y", 1.0)))
+    old = Cell("z", [result(seed) for seed in range(4)])
+    measured, unmeasured = compare([(ours, theirs), (ours, old)], sft())
+    entry = measured["at_kl"]["s_1"]
+    assert entry["mean"] == 1.0 and entry["at_kl"] == 2.0 and measured["end"]["s_1"]["mean"] == 1.0
+    assert entry["interval"] == pytest.approx([1 - 4.3027 * 0.5 / 3**0.5, 1 + 4.3027 * 0.5 / 3**0.5], abs=1e-4)  # t(2)
+    assert "s_1" not in unmeasured["at_kl"] | unmeasured["end"] and "rm_dpo" in unmeasured["at_kl"]
+    assert "s_1_ranked" not in measured["at_kl"] | measured["end"]
+
+
+def test_which_methods_lower_the_preferred_response():
+    """-2 with a spread of 1 over three prompts, the same for all seeds: 4.3027 / sqrt 3 is 2.484, so not decided."""
+    rows = {"x": 1.0, "y": 0.0}
+    cells = [Cell(name, [falling(seed, share) for seed in range(4)]) for name, share in rows.items()]
+    part = {"rows": [{"label": cell.label, "figures": cell_figures(cell, cells)} for cell in cells], "compared": []}
+    part["rows"].append({"label": SFT, "figures": {"reward_mean": {"mean": 0.5, "interval": [0.25, 0.75]}}})
+    (grid,) = [grid for grid in render.comparisons({**part, "rows": [row | {"spread": {}} for row in part["rows"]]})]
+    assert grid.caption.startswith("Displacement: ") and grid.head == ["", "y_1, written", "y_2, written", "verdict"]
+    assert grid.rows == [
+        ["x", "-2.000 [-4.484, 0.484]", "-4.000 [-8.968, 0.968]", "not decided"],
+        ["y", "0.000 [0.000, 0.000]", "-4.000 [-8.968, 0.968]", "not decided"],
+    ]
+    for mean, said in ((-2.0, "falls"), (2.0, "rises")):
+        assert render.moved({"mean": mean, "interval": [mean - 1, mean + 1], "seeds": 2}) == said
+    assert render.moved({"mean": -2.0, "interval": [-3, -1], "seeds": 1}) == "one seed" and render.moved({}) == "-"
 
 
 # ---- tables ----

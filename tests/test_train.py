@@ -217,7 +217,7 @@ def test_log_and_loss(ranked_recipe):
     assert [line["step"] for line in lines] == list(range(1, 13))
     names = {"loss", "grad_norm", "learning_rate", "gamma", "num_tokens", "tokens_per_second"}
     names |= {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
-    names |= {f"{kind}/{name}" for kind in ("logps", "lengths") for name in ("chosen", "rejected")}
+    names |= {f"{kind}/{name}" for kind in ("logps", "lengths", "s", "s_per_token") for name in ("chosen", "rejected")}
     rows = list(TokenRows(recipe, load_tokenizer(recipe.models.policy.path)))
     tokens = 0
     for number, line in enumerate(lines):
