@@ -18,7 +18,7 @@ from numpy import array
 from evaluation.components import estimated
 from evaluation.intervals import estimate, figure
 
-LAST = 5  # the last fifth of the steps, like the last of the paper's stages of gamma
+LAST = 5  # the last fifth of the steps: where gamma has the paper's last value
 
 
 def fallen(values: Sequence[float], floor: float = 0.0) -> dict | None:

@@ -176,8 +176,8 @@ def _displacement(rows: list[dict]) -> Grid:
         if any(first for first, _ in entries):
             lines.append([row["label"], *(cell for each in entries for cell in [*map(number, each), moved(each[0])])])
     head = [column for names in sets for column in [*(NAMES[name] for name in names), "verdict"]]
-    caption = "Displacement: change of the log-probability of held-out responses at the end of the training (nats)"
-    return Grid(caption, ["", *head], lines)
+    caption = "Displacement: change of the log-probability of held-out responses at the end of the training (nats). y_1"
+    return Grid(f"{caption} `falls` where its interval is below zero", ["", *head], lines)
 
 
 def moved(entry: dict) -> str:

@@ -404,11 +404,11 @@ def test_a_training_whose_preferred_responses_fell_has_a_warning(trained):
     assert "Warning: the preferred responses of the training" not in report(trained, [])
     path = trained.run_folder() / "log.jsonl"
     line = json.loads(path.read_text().splitlines()[0])
-    fell = [line | {"step": step, "s/chosen": -4.0 - step / 100} for step in range(1, 11)]
+    fell = [line | {"step": step, "s/chosen": -4.0 - step / 10} for step in range(1, 11)]
     path.write_text("".join(json.dumps(each) + "\n" for each in fell))
     page = report(trained, [])
     assert "Warning: the preferred responses of the training became less probable than before training" in page
-    assert "is -4.095 [-4.159, -4.031] nats a response" in page  # t(1) = 12.706 times 0.005
+    assert "is -4.950 [-5.585, -4.315] nats a response" in page  # t(1) = 12.706 times 0.05
 
 
 def test_runs_of_earlier_versions_have_a_page_without_displacement(trained):
