@@ -28,6 +28,10 @@ SOURCES = {
     "rm_dpo_ranked": ("ranked", "rm_dpo"),
     "accuracy_written": ("written", "rm_dpo_accuracy"),
     "accuracy_ranked": ("ranked", "rm_dpo_accuracy"),
+    "s_1": ("written", "s_1"),
+    "s_2": ("written", "s_2"),
+    "s_1_ranked": ("ranked", "s_1"),
+    "s_2_ranked": ("ranked", "s_2"),
 }
 # Those of results that have `answers`.
 ANSWERED = {
@@ -98,9 +102,9 @@ class Cell:
         return [name for name in names[0] if all(name in other for other in names)]
 
     def point(self, pairs: str, point: str, figure: str) -> Column | None:
-        """Ids and (seeds, prompts) of a figure of a set of pairs at a point of the training."""
+        """Ids and (seeds, prompts) of a figure of a set of pairs at a point of the training; None without it."""
         tables = [result["pairs"].get(pairs) for result in self.results]
-        if any(table is None or point not in table["points"] for table in tables):
+        if any(table is None or figure not in table["points"].get(point, {}) for table in tables):
             return None
         return _aligned([(table["prompt_id"], table["points"][point][figure]) for table in tables])
 

@@ -19,9 +19,16 @@ from evaluation.cells import DIVERGENCES, FINAL, SFT, Cell, of_prompts
 from evaluation.components import ENOUGH, components, estimated, rescaled, verdict
 
 # Figures read against a divergence: KL on the policy's own answers, or on the preferred response of a set of pairs.
-READ = {"change": "answers", "rm_dpo": "written", "rm_dpo_ranked": "ranked"}
+READ = {
+    "change": ("answers", "reward"),
+    "rm_dpo": ("written", "rm_dpo"),
+    "rm_dpo_ranked": ("ranked", "rm_dpo"),
+    "s_1": ("written", "s_1"),
+    "s_1_ranked": ("ranked", "s_1"),
+}
 Seeds = tuple[np.ndarray, list[int]]  # (seeds, prompts) values, and the seeds
-ENDS = ("change", "kl_sampled", "tokens", "rm_dpo", "rm_dpo_ranked")  # compared at the end of the training
+# Compared at the end of the training.
+ENDS = ("change", "kl_sampled", "tokens", "rm_dpo", "rm_dpo_ranked", "s_1", "s_1_ranked")
 
 
 class Curve(NamedTuple):
@@ -85,14 +92,14 @@ def curve(cell: Cell, name: str, sft: dict | None) -> Curve | None:
     Args:
         sft: the result of the model before training, for the change of the reward.
     """
-    place = READ[name]
+    place, column = READ[name]
     if place == "answers":
         points = cell.answered()
-        before = Cell(SFT, [sft]).answer_means(FINAL, "reward") if sft else None
-        columns = [(cell.answer_means(point, "kl"), cell.answer_means(point, "reward")) for point in points]
+        before = Cell(SFT, [sft]).answer_means(FINAL, column) if sft else None
+        columns = [(cell.answer_means(point, "kl"), cell.answer_means(point, column)) for point in points]
     else:
         points, before = cell.points(place), None
-        columns = [(cell.point(place, point, "kl"), cell.point(place, point, "rm_dpo")) for point in points]
+        columns = [(cell.point(place, point, "kl"), cell.point(place, point, column)) for point in points]
     found = [column for pair in columns for column in pair] + ([before] if place == "answers" else [])
     if not points or any(column is None for column in found):
         return None
@@ -217,6 +224,16 @@ def along(cells: list[Cell], sft: dict | None) -> dict[str, list[dict]]:
         }
 
     return {label: [point(found, place) for place in range(len(found.points))] for label, found in curves.items()}
+
+
+def displaced(cell: Cell) -> dict[str, list[list[float]]]:
+    """Means of KL and of s of y_1 along the training, from zero to the end, nats, for each set of pairs with them."""
+    curves = {place: curve(cell, name, None) for name, (place, column) in READ.items() if column == "s_1"}
+    return {
+        place: [[round(float(mean), 4) for mean in table.mean(axis=(0, 1))] for table in (found.kl, found.values)]
+        for place, found in curves.items()
+        if found
+    }
 
 
 def win_rates(pairs: list[tuple[Cell, Cell]]) -> list[dict]:

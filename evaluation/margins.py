@@ -9,8 +9,9 @@ Run     python -m evaluation.margins configs/quickstart.yaml
 `s = log pi_theta - log pi_ref`, summed over the response's tokens, in nats. RM_DPO is `s_1 - s_2` (no beta), RM_R-DPO
 is `RM_DPO - 0.01 (|y_1| - |y_2|)`, lengths in tokens (paper, section 6; `rm_r_dpo_characters`: in characters). A margin
 grows with how far the policy has moved, so it is also measured along the training, with the divergence: `kl` is the sum
-over the tokens of y_1 of KL(pi_theta || pi_ref) over the vocabulary, nats (Table 8). Intervals: percentile bootstrap
-over prompts.
+over the tokens of y_1 of KL(pi_theta || pi_ref) over the vocabulary, nats (Table 8). A margin also grows where both
+responses become less probable (evaluation.displacement), so s of each stands alone, too (`s_1`, `s_2`, and per token).
+Intervals: percentile bootstrap over prompts.
 """
 
 from array import array
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evaluation.displacement import of_pairs
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
 from hps.errors import InputError, shorten
 from pipeline.cli import counted, progress, run_stage
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from evaluation.held_out import Reader
 
 LENGTH_PENALTY = 0.01  # of RM_R-DPO, nats per token
+GOOD = {"written": "the preferred written responses to test prompts", "ranked": "the best-ranked candidates"}
 
 
 def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
@@ -140,6 +143,8 @@ def margins(columns: Columns, step: int | None = None) -> dict[str, np.ndarray]:
         "rm_r_dpo_characters": margin - LENGTH_PENALTY * (characters[:, 0] - characters[:, 1]),
         "rm_dpo_accuracy": _right(ratios),
         "kl": kl,
+        **{f"s_{place + 1}": ratios[:, place] for place in range(2)},
+        **{f"s_{place + 1}_per_token": (ratios / tokens)[:, place] for place in range(2)},
     }
     for when, logps in (("before", reference), ("after", policy)):
         figures[f"accuracy_{when}"] = _right(logps)
@@ -171,6 +176,7 @@ def _evaluate(recipe: Recipe, folder: Path, work: Work) -> None:
         "level": LEVEL,
         "left_out": dict(+left_out),
         "sets": {name: set_figures(columns, recipe) for name, columns in sets.items()},
+        "flags": flags(sets, floor["floor"]),
     }
     write_json(folder / "margins.json", metrics)
     print_metrics(metrics, folder)
@@ -189,6 +195,17 @@ def set_figures(columns: Columns, recipe: Recipe) -> dict:
 
     along = [{"step": step, **means(step)} for step in columns.steps]
     return {"pairs": len(columns), **means(None), "along": along}
+
+
+def flags(sets: dict[str, Columns], floor: dict | None) -> list[str]:
+    """What a reader should not miss: sets whose preferred responses have fallen at the end of the training.
+
+    Args:
+        floor: `evaluation.held_out.rounding_floor`.
+    """
+    least = floor["s"] if floor else 0.0
+    found = (of_pairs(GOOD[name], margins(columns), least) for name, columns in sets.items())
+    return [warning for warning in found if warning]
 
 
 def evaluation_settings(recipe: Recipe) -> dict:
@@ -294,6 +311,8 @@ def print_metrics(metrics: dict, folder: Path) -> None:
         for key, value in figures.items():
             if key not in ("pairs", "along"):
                 print(f"  {key:26s} {figure(value['mean']):>8s}  {interval(value)}")
+    for flag in metrics["flags"]:
+        print(f"held-out: WARNING: {flag}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from evaluation.cells import EXTRA
+from evaluation.components import DECIDED, verdict
 from evaluation.intervals import estimate, signed
 from evaluation.matched import MATCHED, PAIRED
 from report.pictures import STYLE, frontier_panels, reward_frontier
@@ -26,6 +27,10 @@ NAMES = {
     "accuracy_ranked": "RM_DPO above zero, share of ranked pairs",
     "kl": "KL of y_1, written pairs (nats)",
     "KL": "KL (nats)",
+    "s_1": "y_1, written",
+    "s_2": "y_2, written",
+    "s_1_ranked": "y_1, ranked",
+    "s_2_ranked": "y_2, ranked",
     "kl_sampled": "KL on own answers (nats)",
     "tokens_change": "length, change (tokens)",
     "win": "win (% of the prompts)",
@@ -114,8 +119,8 @@ DECISION = ["difference", "detectable", "verdict"]
 
 
 def _answered(part: dict) -> list[Grid]:
-    """Comparisons in pairs at equal KL and at the end, and the spread over seeds, prompts and answers."""
-    equal, ends, margins = [], [], []
+    """Comparisons in pairs at equal KL and at the end, which methods lower y_1, and the spread of the rewards."""
+    equal, ends, pairs = [], [], {"rm_dpo": [], "s_1": []}
     for row in part["compared"]:
         found, end = row["at_kl"], row["end"]
         if entry := found.get("change"):
@@ -123,9 +128,10 @@ def _answered(part: dict) -> list[Grid]:
             equal.append([row["label"], _kl(entry), *decision(entry), seeds or "-"])
         others = [decision(end.get(name, {}))[0] for name in ("kl_sampled", "tokens")]
         ends.append([row["label"], *decision(end.get("change", {})), *others])
-        pairs = [found.get(name, {}) for name in ("rm_dpo", "rm_dpo_ranked")]
-        if any(pairs):
-            margins.append([row["label"], *(cell for entry in pairs for cell in [_kl(entry), *decision(entry)])])
+        for name, rows in pairs.items():
+            entries = [found.get(each, {}) for each in (name, f"{name}_ranked")]
+            if any(entries):
+                rows.append([row["label"], *(cell for entry in entries for cell in [_kl(entry), *decision(entry)])])
     parts = ("seed", "prompt", "seed_prompt", "answer")
     spreads = [
         [
@@ -145,7 +151,13 @@ def _answered(part: dict) -> list[Grid]:
         Grid(
             "Margins (RM_DPO) at equal KL of y_1, first of the written, then of the ranked pairs (nats)",
             ["", *["KL", *DECISION] * 2],
-            margins,
+            pairs["rm_dpo"],
+        ),
+        _displacement(part["rows"]),
+        Grid(
+            "Change of y_1's log-probability at equal KL of y_1, first of the written, then of the ranked pairs (nats)",
+            ["", *["KL", *DECISION] * 2],
+            pairs["s_1"],
         ),
         Grid(
             "Where the spread of a reward comes from (standard deviations)",
@@ -153,6 +165,27 @@ def _answered(part: dict) -> list[Grid]:
             spreads,
         ),
     ]
+
+
+def _displacement(rows: list[dict]) -> Grid:
+    """Which methods make held-out good responses less probable than before training."""
+    sets = [names for names in (("s_1", "s_2"), ("s_1_ranked", "s_2_ranked")) if measured({"rows": rows}, names)]
+    lines = []
+    for row in rows:
+        entries = [[row["figures"].get(name, {}) for name in names] for names in sets]
+        if any(first for first, _ in entries):
+            lines.append([row["label"], *(cell for each in entries for cell in [*map(number, each), moved(each[0])])])
+    head = [column for names in sets for column in [*(NAMES[name] for name in names), "verdict"]]
+    caption = "Displacement: change of the log-probability of held-out responses at the end of the training (nats). y_1"
+    return Grid(f"{caption} `falls` where its interval is below zero", ["", *head], lines)
+
+
+def moved(entry: dict) -> str:
+    """Whether a change of the log-probability is decided, and its direction."""
+    if "mean" not in entry:
+        return "-"
+    found = verdict(entry)
+    return found if found != DECIDED else "falls" if entry["mean"] < 0 else "rises"
 
 
 def _wins(rows: list[dict]) -> list[Grid]:

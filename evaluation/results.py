@@ -44,7 +44,7 @@ from pipeline.records import read_json, read_jsonl
 from pipeline.run_records import answered_steps, check_pair
 from pipeline.stage import git_commit, versions
 
-PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
+PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl", "s_1", "s_2")
 # Settings that change no figure.
 DEVICES = {
     "generation": ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences", "enforce_eager"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.cells import ANSWERED, COLUMNS, SFT, Cell, cell_figures, has_answers, same_prompts, spread
-from evaluation.frontiers import along, at_one_kl, compare, win_rates
+from evaluation.frontiers import along, at_one_kl, compare, displaced, win_rates
 from evaluation.matched import against_baselines, differences, frontier, matched, within_ablation
 from evaluation.matrix import load_matrix, method_name, select
 from evaluation.paper import length_term_flags, paper_rows, paper_wins, percentage_flags
@@ -222,6 +222,7 @@ def answered_part(table: str, scale: str, cells: list[Cell], paper: dict[str, di
                 "figures": figures,
                 "spread": spread(cell),
                 "along": points.get(cell.label, []),
+                "displaced": displaced(cell),
             }
         )
     own = ["reward_mean", "change", "change_at_kl", "kl_sampled", *(name for name in ANSWERED if name != "change")]

@@ -257,7 +257,8 @@ class HPSTrainer(DPOTrainer):
     def _record(self, inputs, policy, rewards, losses) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.
 
-        `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list).
+        `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list). With a reference
+        `s` is log pi_theta - log pi_ref, nats, and `s_per_token` the same divided by the response's tokens.
 
         Raises:
             InputError: a loss is not finite; raised on every process, so none hangs.
@@ -272,7 +273,9 @@ class HPSTrainer(DPOTrainer):
         figures = {"rewards/accuracies": (share * (rewards[:, :1] > rewards)).sum(dim=1)}
         if self.loss.reads_gamma:
             figures["gamma"] = inputs["gamma"]
-        for name, values in (("rewards", rewards), ("logps", policy), ("lengths", lengths)):
+        s = rewards / self.loss.beta
+        ratios = (("s", s), ("s_per_token", s / lengths)) if self.compares else ()
+        for name, values in (("rewards", rewards), ("logps", policy), ("lengths", lengths), *ratios):
             figures[f"{name}/chosen"] = values[:, 0]
             figures[f"{name}/rejected"] = (share * values).sum(dim=1)
         figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]

@@ -27,7 +27,8 @@ from pipeline.records import checked
 AGAIN = "put the file back as it was written, or delete its folder and run the stage again"
 SETS = ("written", "ranked")  # of held-out pairs
 SCORES = {"evaluator": "scores", "reward": "proxy_scores"}  # folder of the answers' scores by the role of what scores
-FIGURES = ("loss", "gamma", "rewards/", "logps/", "lengths/", "grad_norm", "learning_rate", "num_tokens", "tokens_")
+FIGURES = ("loss", "gamma", "rewards/", "logps/", "lengths/", "s/", "s_per_token/", "grad_norm", "learning_rate")
+FIGURES += ("num_tokens", "tokens_")
 
 Numbers = list[Number]
 Two = Annotated[Numbers, Field(min_length=2, max_length=2)]

@@ -153,6 +153,12 @@ def intervals(axis: Axes, title: str, points: Mapping[str, list[tuple[float, dic
     axis.legend()
 
 
+def curves_and_intervals(axis: Axes, title: str, series: Mapping[str, Points], points: Mapping[str, list]) -> None:
+    """Lines over the steps (`curve`) and means with intervals (`intervals`) on one axis, which say what they are."""
+    curve(axis, title, series)
+    intervals(axis, axis.get_title(), points, "")
+
+
 def forest(axis: Axes, title: str, rows: list[tuple[str, dict]], zero: bool = True) -> None:
     """Means with intervals of labelled rows, the first on top; where an entry has `paper`, a red upright bar there.
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from alignment.rows import read_plan
+from evaluation.displacement import of_training
 from evaluation.intervals import FEW, figure, interval
 from evaluation.summary import outcome, side_by_side
 from hps.errors import InputError, run_main
@@ -34,6 +35,10 @@ NAMES = {
     "rm_dpo": "RM_DPO (nats)",
     "rm_r_dpo": "RM_R-DPO (nats)",
     "kl": "KL of y_1 (nats)",
+    "s_1": "log-probability of y_1: change (nats)",
+    "s_1_per_token": "the same per token of y_1",
+    "s_2": "log-probability of y_2: change (nats)",
+    "s_2_per_token": "the same per token of y_2",
     "rm_dpo_accuracy": "pairs with RM_DPO above zero",
     "accuracy_before": "pairs in order before",
     "accuracy_after": "pairs in order after",
@@ -82,12 +87,15 @@ def held_out(folder: Path, steps: int) -> dict:
     """Tables and pictures of the held-out pairs of a training of `steps` steps; empty if there are none yet."""
     path = folder / "evaluation" / "margins.json"
     if not path.exists():
-        return {"sets": {}, "picture": None}
+        return {"sets": {}, "picture": None, "flags": [], "along": {}}
     with intact(path, AGAIN):
-        sets = read_json(path)["sets"]
+        metrics = read_json(path)
+        sets, flags = metrics["sets"], list(metrics.get("flags", []))  # of an earlier version: none
         tables = {name: {"pairs": found["pairs"], "lines": figures_table(found)} for name, found in sets.items()}
+        along = run_pictures.good_along(sets, steps)
     with intact(path.with_name("pairs.jsonl"), AGAIN):
-        return {"sets": tables, "picture": run_pictures.margins(path.with_name("pairs.jsonl"), sets, steps)}
+        picture = run_pictures.margins(path.with_name("pairs.jsonl"), sets, steps)
+    return {"sets": tables, "picture": picture, "flags": flags, "along": along}
 
 
 def metrics(folder: Path, before: Path) -> dict | None:
@@ -152,8 +160,12 @@ def plan_table(path: Path) -> dict:
         }
 
 
-def pictures(recipe: Recipe, settings: Recipe, lines: list[dict]) -> dict:
-    """The pictures of training and data; None for those of a ranked file that no longer exists."""
+def pictures(recipe: Recipe, settings: Recipe, lines: list[dict], along: dict) -> dict:
+    """The pictures of training and data; None for those of a ranked file that no longer exists.
+
+    Args:
+        along: `run_pictures.good_along`.
+    """
     path, draws, splits = recipe.ranked("train"), None, {}
     if path.exists():
         with intact(recipe.run_folder() / "plan.jsonl", AGAIN):
@@ -162,8 +174,10 @@ def pictures(recipe: Recipe, settings: Recipe, lines: list[dict]) -> dict:
         splits["test"] = rewards_by_source(recipe.ranked("test"))
     with intact(recipe.run_folder() / "log.jsonl", "delete the run's folder and train again"):
         training = run_pictures.training(lines, draws, settings.loss)
+        displacement = run_pictures.displacement(lines, along)
     return {
         "training": training,
+        "displacement": displacement,
         "rewards": run_pictures.rewards(splits),
         "length": None if draws is None else run_pictures.length(draws),
     }
@@ -185,6 +199,9 @@ def report(recipe: Recipe, arguments: list[str]) -> str:
         remedy = "delete the run's folder and train again"
         raise InputError("the log has no lines", where=str(run / "log.jsonl"), remedy=remedy)
     steps = lines[-1]["step"]
+    with intact(run / "log.jsonl", "delete the run's folder and train again"):
+        fell = of_training(lines, settings.schedule.epochs, settings.schedule.global_batch)
+    found = held_out(evaluated, steps)
     with intact(evaluated, AGAIN):
         shown, left = answers(recipe)
         learned = outcome(recipe)
@@ -201,11 +218,12 @@ def report(recipe: Recipe, arguments: list[str]) -> str:
         steps=steps,
         learned=learned,
         examples=examples,
-        held_out=held_out(evaluated, steps),
+        held_out=found,
+        fallen=[each for each in (fell, *found["flags"]) if each],
         metrics=metrics(evaluated, recipe.tested().sft_folder()),
         win_rates=win_rates(evaluated),
         few=FEW,
-        pictures=pictures(recipe, settings, lines),
+        pictures=pictures(recipe, settings, lines, found["along"]),
         shown=len(shown),
         left=left,
         train=f"bash run.sh {shlex.join(arguments)}",

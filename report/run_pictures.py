@@ -11,7 +11,18 @@ from hps.settings import Loss
 from pipeline.records import read_jsonl
 from pipeline.run_records import check_pair
 from report.draws import Draws
-from report.pictures import Picture, Pictures, before_after, curve, histogram, intervals, picture, sampled, scatter
+from report.pictures import (
+    Picture,
+    Pictures,
+    before_after,
+    curve,
+    curves_and_intervals,
+    histogram,
+    intervals,
+    picture,
+    sampled,
+    scatter,
+)
 
 # Titles of the training's panels, and the figures of the log that each shows.
 PANELS = [
@@ -22,6 +33,14 @@ PANELS = [
     ("log-probability (nats)", ["logps/chosen", "logps/rejected"]),
     ("response length (tokens)", ["lengths/chosen", "lengths/rejected"]),
 ]
+# The panels of displacement: title, of the log, of the held-out pairs.
+DISPLACEMENT = [
+    ("log-probability: change (nats a response)", "s", "s_1"),
+    ("log-probability: change (nats a token)", "s_per_token", "s_1_per_token"),
+]
+# Before the first step the policy is the reference.
+START = (0, {"mean": 0.0, "interval": [0.0, 0.0]})
+Along = dict[str, list[tuple[int, dict]]]  # by set of pairs: step, mean and interval
 
 
 def series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
@@ -84,6 +103,49 @@ def length(draws: Draws) -> Pictures:
     return Pictures([panel], f"{caption}the policy learns length.{sampled(len(draws.step))}")
 
 
+def held_out_along(sets: dict, figure: str, steps: int) -> Along:
+    """A figure of the held-out pairs at the kept checkpoints, from zero to the end; only of sets that have it."""
+    return {
+        name: [
+            START,
+            *((entry["step"], entry[figure]) for entry in found["along"] if entry["step"] < steps),
+            (steps, found[figure]),
+        ]
+        for name, found in sets.items()
+        if figure in found
+    }
+
+
+def good_along(sets: dict, steps: int) -> dict[str, Along]:
+    """What `displacement` shows of the held-out pairs; results of earlier versions have none of it."""
+    return {figure: held_out_along(sets, figure, steps) for _, _, figure in DISPLACEMENT}
+
+
+def displacement(lines: list[dict], along: dict[str, Along]) -> Pictures | None:
+    """Whether good responses became less probable: s of y_1 and of the negatives by step, and of held-out good ones.
+
+    Args:
+        lines: of the log; those of losses without a reference have no s.
+        along: `good_along`.
+    """
+    panels = []
+    for title, logged, figure in DISPLACEMENT:
+        names = {"y_1 of the training": "chosen", "its negatives": "rejected"}
+        curves = {said: series(lines, f"{logged}/{name}") for said, name in names.items()}
+        curves = {said: found for said, found in curves.items() if found[0]}
+        points = {f"y_1 of {name} test pairs": found for name, found in along.get(figure, {}).items()}
+        if curves or points:
+            ends = {said: values[-1] for said, (_, values) in curves.items()}
+            ends |= {said: found[-1][1]["mean"] for said, found in points.items()}
+            text = f"{title}, at the end: {', '.join(f'{said} {value:.3f}' for said, value in ends.items())}."
+            panels.append(picture(text, curves_and_intervals, title, curves, points))
+    caption = (
+        "log pi_theta - log pi_ref: below zero a response is less probable than before training. Each step has other "
+        "prompts. The margin is the difference of two lines, so it also grows where both fall."
+    )
+    return Pictures(panels, caption) if panels else None
+
+
 def margins(path: Path, sets: dict, steps: int) -> Pictures:
     """Test margins before and after, pair by pair, and RM_DPO along the training, from zero to the end."""
     pairs: dict[str, tuple[array, array]] = defaultdict(lambda: (array("d"), array("d")))
@@ -95,12 +157,7 @@ def margins(path: Path, sets: dict, steps: int) -> Pictures:
         raised = sum(b < a for b, a in zip(before, after, strict=True))
         text = f"Margins of {len(before)} {name} pairs before training across and after it up: raised for {raised}."
         panels.append(picture(text, before_after, f"{name} pairs: log pi(y_1) - log pi(y_2)", before, after))
-    # Before the first step the policy is the reference: the margin of every pair is zero.
-    start = (0, {"mean": 0.0, "interval": [0.0, 0.0]})
-    along = {}
-    for name, figures in sets.items():
-        kept = [(entry["step"], entry["rm_dpo"]) for entry in figures["along"] if entry["step"] < steps]
-        along[f"{name} pairs"] = [start, *kept, (steps, figures["rm_dpo"])]
+    along = {f"{name} pairs": points for name, points in held_out_along(sets, "rm_dpo", steps).items()}
     if along:
         ends = ", ".join(f"{name} {points[-1][1]['mean']:.3f}" for name, points in along.items())
         text = f"RM_DPO with 95 % intervals along the training, from zero; at its end: {ends} nats."

@@ -42,7 +42,11 @@ def in_words(remark: str) -> str:
 def pictures(part: dict) -> list[Pictures]:
     """Intervals of the main figures, and rewards or margins against divergence along the training."""
     if "compared" in part:
-        found = (_reward_frontier(part["rows"]), _forests(part, ANSWERED_FOREST), _compared(part["compared"]))
+        rows = part["rows"]
+        found = (
+            *(_reward_frontier(rows), _forests(part, ANSWERED_FOREST)),
+            *(_compared(part["compared"]), _displaced(rows)),
+        )
     else:
         found = (_forests(part, FOREST), _frontiers(part["frontier"]))
     return [each for each in found if each.panels]
@@ -69,6 +73,19 @@ def _compared(compared: list[dict]) -> Pictures:
     title = "change of the reward at equal KL, differences"
     panel = picture(f"{title}: {said}.", forest, title, rows, height=forest_height(rows))
     return Pictures([panel], "Mean and 95 % interval; a difference is decided where it excludes zero.")
+
+
+def _displaced(rows: list[dict]) -> Pictures:
+    """s of held-out good responses along the training; tables of earlier versions have none."""
+    panels = []
+    for pairs in SETS:
+        lines = {row["label"]: tuple(row["displaced"][pairs]) for row in rows if pairs in row.get("displaced", {})}
+        if lines:
+            ends = "; ".join(f"{label} {ys[-1]:.2f} at KL {xs[-1]:.2f}" for label, (xs, ys) in lines.items())
+            title = f"log-probability of y_1, change, {pairs} pairs"
+            text = f"{title}, against KL along the training; at its end, in nats: {ends}."
+            panels.append(picture(text, frontier, title, lines, "change (nats)", height=3.2 + 0.11 * len(lines)))
+    return Pictures(panels, "Below zero a held-out good response is less probable than before training.")
 
 
 def _forests(part: dict, columns: tuple[str, ...]) -> Pictures:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from evaluation import frontiers, reproduce, tables
+from evaluation import frontiers, render, reproduce, tables
 from evaluation.cells import FINAL, SFT, Cell, cell_figures, same_prompts, spread
 from evaluation.components import DECIDED, UNDECIDED, estimated
 from evaluation.frontiers import Curve, compare, curve, difference_at_kl, shares, win_rates
@@ -49,6 +49,15 @@ def result(seed: int = 42, kls: tuple = (1.0, 4.0), gains: tuple = (0.1, 0.3), s
     margins = {"rm_dpo": [1.0, 2.0, 3.0], "rm_r_dpo": [1.0, 2.0, 3.0], "rm_dpo_accuracy": [1.0, 1.0, 0.0]}
     pairs = {"prompt_id": NAMES, "points": {FINAL: {**margins, "kl": [2.0, 2.0, 2.0]}}}
     return {"seed": seed, "pairs": {"written": pairs}, "prompts": prompts, "answers": points}
+
+
+def falling(found: dict, share: float = 1.0) -> dict:
+    """The run, in which y_1 of the written pairs falls along the training by 1 and 2 nats on average, times `share`."""
+    pairs = found["pairs"]["written"]
+    last = pairs["points"][FINAL] | {"s_1": [-share, -2 * share, -3 * share], "s_2": [-2.0, -4.0, -6.0]}
+    first = last | {"kl": [0.5, 0.5, 0.5], "s_1": [-share / 2, -share, -1.5 * share]}
+    pairs["points"] = {"10": first, FINAL: last}
+    return found
 
 
 def read(cell: Cell, kl: float) -> float:
@@ -240,6 +249,43 @@ def test_one_seed_is_marked_unless_nothing_was_trained():
     assert cell_figures(two, [two, two])["reward_mean"]["pooled"]
 
 
+def test_displacement_along_the_training_by_hand():
+    """KL 0.5 and 2; s of y_1 -1 and -2 on average. The ranked pairs were not measured, nor results without s."""
+    assert frontiers.displaced(Cell("x", [falling(result())])) == {"written": [[0.0, 0.5, 2.0], [0.0, -1.0, -2.0]]}
+    for results in ([result()], [falling(result()), result(43)]):
+        assert frontiers.displaced(Cell("x", results)) == {}
+
+
+def test_the_fall_is_compared_at_equal_kl():
+    """At KL 2, which both reach, y_1 of the first has fallen by 1 nat less. Of the others only one was measured."""
+    shares = {"x": 0.5, "y": 1.0}
+    ours, theirs = (Cell(name, [falling(result(s), share) for s in range(4)]) for name, share in shares.items())
+    old = Cell("z", [result(seed) for seed in range(4)])
+    measured, unmeasured = compare([(ours, theirs), (ours, old)], sft())
+    entry = measured["at_kl"]["s_1"]
+    assert entry["mean"] == 1.0 and entry["at_kl"] == 2.0 and measured["end"]["s_1"]["mean"] == 1.0
+    assert entry["interval"] == pytest.approx([1 - 4.3027 * 0.5 / 3**0.5, 1 + 4.3027 * 0.5 / 3**0.5], abs=1e-4)  # t(2)
+    assert "s_1" not in unmeasured["at_kl"] | unmeasured["end"] and "rm_dpo" in unmeasured["at_kl"]
+    assert "s_1_ranked" not in measured["at_kl"] | measured["end"]
+
+
+def test_which_methods_lower_the_preferred_response():
+    """-2 with a spread of 1 over three prompts, the same for all seeds: 4.3027 / sqrt 3 is 2.484, so not decided."""
+    rows = {"x": 1.0, "y": 0.0}
+    cells = [Cell(name, [falling(result(seed), share) for seed in range(4)]) for name, share in rows.items()]
+    part = {"rows": [{"label": cell.label, "figures": cell_figures(cell, cells)} for cell in cells], "compared": []}
+    part["rows"].append({"label": SFT, "figures": {"reward_mean": {"mean": 0.5, "interval": [0.25, 0.75]}}})
+    (grid,) = [grid for grid in render.comparisons({**part, "rows": [row | {"spread": {}} for row in part["rows"]]})]
+    assert grid.caption.startswith("Displacement: ") and grid.head == ["", "y_1, written", "y_2, written", "verdict"]
+    assert grid.rows == [
+        ["x", "-2.000 [-4.484, 0.484]", "-4.000 [-8.968, 0.968]", "not decided"],
+        ["y", "0.000 [0.000, 0.000]", "-4.000 [-8.968, 0.968]", "not decided"],
+    ]
+    for mean, said in ((-2.0, "falls"), (2.0, "rises")):
+        assert render.moved({"mean": mean, "interval": [mean - 1, mean + 1], "seeds": 2}) == said
+    assert render.moved({"mean": -2.0, "interval": [-3, -1], "seeds": 1}) == "one seed" and render.moved({}) == "-"
+
+
 # ---- tables ----
 
 
@@ -318,7 +364,7 @@ def written(tmp_path, monkeypatch):
         found = [(Evaluated(runs[0], "reviews", "reviews", sft=True), sft())]
         for recipe in runs:
             run = result(recipe.seed, gains=gains[recipe.loss.preference], shift=(recipe.seed - 42) / 1000)
-            found.append((Evaluated(recipe, "reviews", "reviews"), run))
+            found.append((Evaluated(recipe, "reviews", "reviews"), falling(run)))
         path = tmp_path / tables.stem(table)
         reproduce.write_table(tables.assemble(table, scale, found, {}), path)
         return [path.with_suffix(suffix) for suffix in (".json", ".md", ".tex", ".html", ".png")]
@@ -345,11 +391,15 @@ def test_the_files_of_table_2(written):
     )
     assert "Each of the 3 comparisons" in text and "Equal KL: 4.000 nats" in text and "| -6.852 |" in text
     assert "Where the spread of a reward comes from" in text and "‡" not in text.partition("## ")[2]
+    assert "Displacement: change of the log-probability" in text
+    assert "| DPO-BT | -2.000 [-4.484, 0.484] | -4.000 [-8.968, 0.968] | not decided |" in text
+    assert part["rows"][2]["displaced"] == {"written": [[0.0, 0.5, 2.0], [0.0, -1.0, -2.0]]}
     assert r"DPO-PL & " in tex.read_text() and png.stat().st_size > 10_000
     html = page.read_text()
     assert (
         "decided" in html and "change of the reward at equal KL, differences" in html and html.count("<img src=") >= 3
     )
+    assert "log-probability of y_1, change, written pairs" in html and "DPO-PL -2.00 at KL 2.00" in html
     assert re.search(r"KL on own answers", html) and "bootstrap" not in html
 
 

@@ -44,9 +44,14 @@ def test_margins_by_hand():
     """s of the three pairs: (2, -2), (0, 2), (3.5, -1). RM_R-DPO takes 0.01 x (-20, 0, 3) off; in characters
     0.01 x (-100, 0, 299).
 
-    Per token before: -1.2 > -1.267, -1.5 < -1.1, -1.8 > -2.5; after: -1 > -1.333, -1.5 < -1, -1.1 > -3.
+    Per token before: -1.2 > -1.267, -1.5 < -1.1, -1.8 > -2.5; after: -1 > -1.333, -1.5 < -1, -1.1 > -3. s per token:
+    (2/10, -2/30), (0, 2/20), (3.5/5, -1/2).
     """
     figures = stage.margins(columns_of(PAIRS))
+    np.testing.assert_allclose(figures.pop("s_1"), [2.0, 0.0, 3.5])
+    np.testing.assert_allclose(figures.pop("s_2"), [-2.0, 2.0, -1.0])
+    np.testing.assert_allclose(figures.pop("s_1_per_token"), [0.2, 0.0, 0.7])
+    np.testing.assert_allclose(figures.pop("s_2_per_token"), [-1 / 15, 0.1, -0.5])
     np.testing.assert_allclose(figures.pop("rm_dpo"), [4.0, -2.0, 4.5])
     np.testing.assert_allclose(figures.pop("rm_r_dpo"), [4.2, -2.0, 4.47])
     np.testing.assert_allclose(figures.pop("rm_r_dpo_characters"), [5.0, -2.0, 1.51])
@@ -77,6 +82,26 @@ def test_figures_are_resampled_as_the_recipe_says(ranked_recipe):
     figures, values = stage.set_figures(columns_of(pairs), recipe), stage.margins(columns_of(pairs))["rm_dpo"]
     assert figures["pairs"] == 40 and figures["rm_dpo"] == bootstrap(values, 150, 3)
     assert figures["rm_dpo"] not in (bootstrap(values, 150, 7), bootstrap(values, 200, 3))
+
+
+def fallen_pairs(*differences: float) -> stage.Columns:
+    """Pairs whose y_1 has this s, and their y_2 -8."""
+    pair = {"tokens": [4, 4], "responses": ["a", "b"], "reference": [-10.0, -10.0], "kl": [1.0]}
+    return columns_of([{**pair, "policy": [-10 + s, -18.0]} for s in differences])
+
+
+def test_a_set_whose_preferred_responses_fell_is_flagged():
+    """s of y_1 -1, -2, -3, -2: mean -2, variance 2/3, so t(3) = 3.1824 gives 2 +- 1.2992; 4 tokens each. The rounding
+    must be smaller than the end of the interval, and an interval that reaches zero says nothing."""
+    sets = {"ranked": fallen_pairs(-1, -2, -3, -2), "written": fallen_pairs(-1, -2, -3)}
+    for floor in (None, {"s": 0.70}):
+        (flag,) = stage.flags(sets, floor)
+        assert flag == (
+            "the best-ranked candidates became less probable than before training: log pi_theta - log pi_ref is -2.000 "
+            "[-3.299, -0.701] nats a response, -0.5000 a token, mean over 4 responses; the dispreferred: -8.000 "
+            "(docs/results.md, Displacement)"
+        )
+    assert stage.flags(sets, {"s": 0.71}) == [] == stage.flags({"ranked": fallen_pairs(1, 2, 3, 2)}, None)
 
 
 def test_divergence_of_answers_by_hand():
@@ -303,6 +328,8 @@ def test_before_training_all_margins_are_zero(finished, enabled):
         assert figures["kl"]["mean"] == pytest.approx(0, abs=1e-4) and figures["along"] == []
         assert figures["accuracy_before"] == figures["accuracy_after"]
         assert figures["accuracy_per_token_before"] == figures["accuracy_per_token_after"]
+        assert {figures[f"s_{place}{per}"]["mean"] for place in (1, 2) for per in ("", "_per_token")} == {0.0}
+    assert metrics["flags"] == []
     gaps = [pair["tokens"][0] - pair["tokens"][1] for pair in pairs_of(recipe) if pair["set"] == "written"]
     assert metrics["sets"]["written"]["rm_r_dpo"]["mean"] == pytest.approx(-0.01 * np.mean(gaps), abs=1e-4)
 

@@ -228,6 +228,7 @@ def finished_training(recipe) -> None:
     lines = [
         {"step": step, "loss": 0.7 - 0.1 * step, "gamma": -5.0 + step, "rewards/chosen": 0.1, "rewards/rejected": 0.0}
         | {"rewards/margins": 0.1, "rewards/accuracies": 1.0, "lengths/chosen": 5.0, "lengths/rejected": 6.0}
+        | {"s/chosen": 1.0 - step, "s/rejected": 0.0 - step, "s_per_token/chosen": 0.2, "s_per_token/rejected": 0.0}
         for step in (1, 2, 3)
     ]
     folder = recipe.run_folder()
@@ -249,7 +250,8 @@ def test_a_run_without_evaluation_says_what_makes_it(trained):
     shown = [re.split("[,:;]", text)[0] for text in pictures(page)]
     assert shown == [
         *("loss (nats)", "implicit reward (beta x nats)", "gamma", "hardness", "share of pairs in order"),
-        *("response length (tokens)", "Rewards of the candidates of train prompts by source"),
+        "response length (tokens)",
+        *("log-probability", "log-probability", "Rewards of the candidates of train prompts by source"),
         *("Rewards of the candidates of test prompts by source", "Each of 16 rows of the plan"),
     ]
     assert "loss (nats), over steps 1 to 3: loss from 0.600 to 0.400." in pictures(page)
@@ -292,8 +294,11 @@ def evaluated(recipe, gains: tuple[float, ...] = (1.0, -0.5)) -> None:
     target = recipe.evaluated_folder() / "evaluation"
     target.mkdir()
     (target / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
-    sets = {"ranked": {"pairs": 1, "rm_dpo": entry, "along": [{"step": 1, "rm_dpo": entry}]}}
-    write_json(target / "margins.json", {"sets": sets})
+    fell, before = ({"mean": mean, "interval": [mean - 0.75, mean + 0.75]} for mean in (-1.25, -0.25))
+    figures = {"rm_dpo": entry, "s_1": fell, "s_1_per_token": fell}
+    along = [{"step": 1, "rm_dpo": entry, "s_1": before, "s_1_per_token": before}]
+    sets = {"ranked": {"pairs": 1, **figures, "along": along}}
+    write_json(target / "margins.json", {"sets": sets, "flags": [f"fell {HOSTILE}"]})
     write_json(target.with_name("metrics.json"), {"prompts": 2, "figures": {"reward_best": entry}})
     before = {"prompts": 2, "figures": {"reward_best": entry | {"mean": 0.375}}}
     write_json(recipe.tested().sft_folder() / "metrics.json", before)
@@ -375,6 +380,49 @@ def test_margins_along_the_training_begin_at_zero_and_end_at_its_end(trained):
         report(trained, [])
     (points,) = drawn
     assert [(step, entry["mean"]) for step, entry in points["ranked pairs"]] == [(0, 0.0), (1, 0.5), (3, 0.5)]
+
+
+def test_displacement_on_the_page(trained):
+    """Both panels: s by step, and the held-out pairs from zero over step 1 to the end at step 3."""
+    evaluated(trained)
+    page = report(trained, [])
+    (text,) = [each for each in pictures(page) if each.startswith("log-probability: change (nats a response)")]
+    assert text.endswith(
+        ", at the end: y_1 of the training -2.000, its negatives -3.000, y_1 of ranked test pairs -1.250."
+    )
+    assert page.count('href="#displacement"') == 1 and 'id="displacement"' in page
+    assert "log-probability of y_1: change (nats)</th><td>-1.250</td><td>[-2.000, -0.500]" in page
+    assert f'<p class="warning">Warning: fell {HOSTILE[:2]}' not in page and "Warning: fell &lt;/script&gt;" in page
+    path = trained.evaluated_folder() / "evaluation" / "margins.json"
+    found = json.loads(path.read_text())["sets"]["ranked"]
+    along = run_pictures.good_along({"ranked": found}, 3)["s_1"]["ranked"]
+    assert [(step, entry["mean"]) for step, entry in along] == [(0, 0.0), (1, -0.25), (3, -1.25)]
+
+
+def test_a_training_whose_preferred_responses_fell_has_a_warning(trained):
+    """Its last two of ten steps; of the three that the fixture has, a fifth is none."""
+    assert "Warning: the preferred responses of the training" not in report(trained, [])
+    path = trained.run_folder() / "log.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    fell = [line | {"step": step, "s/chosen": -4.0 - step / 10} for step in range(1, 11)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in fell))
+    page = report(trained, [])
+    assert "Warning: the preferred responses of the training became less probable than before training" in page
+    assert "is -4.950 [-5.585, -4.315] nats a response" in page  # t(1) = 12.706 times 0.05
+
+
+def test_runs_of_earlier_versions_have_a_page_without_displacement(trained):
+    """Neither their log nor their held-out figures have s."""
+    evaluated(trained)
+    path, log = trained.evaluated_folder() / "evaluation" / "margins.json", trained.run_folder() / "log.jsonl"
+    found = json.loads(path.read_text())
+    del found["flags"], found["sets"]["ranked"]["s_1"], found["sets"]["ranked"]["s_1_per_token"]
+    write_json(path, found)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    old = [{name: value for name, value in line.items() if not name.startswith(("s/", "s_per"))} for line in lines]
+    log.write_text("".join(json.dumps(line) + "\n" for line in old))
+    page = report(trained, [])
+    assert "isplacement" not in page and "log-probability of y_1" not in page and "Held-out pairs, ranked" in page
 
 
 def test_gamma_and_hardness_are_of_hps_alone():
@@ -481,6 +529,7 @@ def test_another_test_set_has_a_page_of_its_own(ranked_recipe, trained, tmp_path
         ("plan.json", '{"ranked_sha256": 1}'),
         ("evaluation/margins.json", "[]"),
         ("evaluation/margins.json", '{"sets": {"ranked": {"pairs": 1, "rm_dpo": 3}}}'),
+        ("evaluation/margins.json", '{"sets": {}, "flags": 3}'),
         ("evaluation/pairs.jsonl", '{"set": "ranked"}\n'),
         ("scores/scores.jsonl", '{"prompt_id": "p1", "answers": []}\n'),
         ("scores/manifest.json", '{"sha256": 1}'),

@@ -28,6 +28,7 @@ from alignment.merge import merge
 from alignment.plan import plan
 from alignment.rows import read_plan
 from alignment.train import TokenRows, last_checkpoint, logged, train
+from evaluation.displacement import of_training
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.errors import InputError
 from pipeline.recipe import Recipe
@@ -210,14 +211,15 @@ def test_full_fine_tuning_moves_every_weight(ranked_recipe):
 
 
 @pytest.mark.slow
-def test_log_and_loss(ranked_recipe):
-    """Every field of the log, gamma as planned, falling loss; figures that must agree with each other do."""
+def test_log_and_loss(ranked_recipe, capsys):
+    """Every field of the log, gamma as planned, falling loss; figures that must agree with each other do, and the last
+    line on the screen warns of displacement if the log shows it."""
     recipe = run(ranked_recipe("schedule.epochs=6", "optimizer.scheduler=constant", "optimizer.learning_rate=2e-3"))
     lines, planned = log_of(recipe), read_plan(recipe)
     assert [line["step"] for line in lines] == list(range(1, 13))
     names = {"loss", "grad_norm", "learning_rate", "gamma", "num_tokens", "tokens_per_second"}
     names |= {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
-    names |= {f"{kind}/{name}" for kind in ("logps", "lengths") for name in ("chosen", "rejected")}
+    names |= {f"{kind}/{name}" for kind in ("logps", "lengths", "s", "s_per_token") for name in ("chosen", "rejected")}
     rows = list(TokenRows(recipe, load_tokenizer(recipe.models.policy.path)))
     tokens = 0
     for number, line in enumerate(lines):
@@ -230,7 +232,12 @@ def test_log_and_loss(ranked_recipe):
         assert line["num_tokens"] == tokens
         assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-5)
         assert line["logps/chosen"] < 0 and line["tokens_per_second"] > 0
+        for name in ("chosen", "rejected"):
+            assert line[f"s/{name}"] == pytest.approx(line[f"rewards/{name}"] / recipe.loss.beta, abs=1e-4)
     assert {line["gamma"] for line in lines} == {-5.0, 5.0}
+    warning = of_training(lines, recipe.schedule.epochs, recipe.schedule.global_batch)
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed == f"training: WARNING: {warning}" if warning else printed.startswith("training: 12 steps")
     losses = [line["loss"] for line in lines]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert sum(losses[-4:]) / 4 < 0.9 * losses[0]

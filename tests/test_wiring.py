@@ -206,6 +206,7 @@ def test_a_step_is_its_formula(uneven, method, way):
     assert abs(expected["rewards/margins"]) > 0.1 and trainer.state.global_step == 1
     for name, value in expected.items():
         assert line[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+    assert {name for name in line if name.startswith("s_per_token/")} == {n for n in expected if n.startswith("s_per_")}
     assert line.get("gamma") == (pytest.approx(GAMMA) if method in ("hps", "appendix E", "rebel") else None)
     assert rows == ROWS.get(way, [2, 2])
 
@@ -257,7 +258,10 @@ def by_hand(recipe: Recipe, trained: dict, loss, shares) -> dict:
         else:
             scores = BETA * (policy - log_probs(model, before, prompt, responses))
         total = total + loss(scores, rewards) / 4
-        lists.append(figures(scores.detach(), policy.detach(), lengths, shares(rewards), len(prompt)))
+        found = figures(scores.detach(), policy.detach(), lengths, shares(rewards), len(prompt))
+        if recipe.loss.family != "simpo":
+            found |= log_ratios(scores.detach(), lengths, shares(rewards))
+        lists.append(found)
     gradient = torch.autograd.grad(total, list(leaves.values()))
     means = {name: sum(each[name] for each in lists) / 4 for name in lists[0]}
     means["num_tokens"] *= 4
@@ -272,6 +276,14 @@ def figures(scores, policy, lengths, share, prompt: int) -> dict:
     for name, values in (("rewards", scores), ("logps", policy), ("lengths", lengths)):
         found |= {f"{name}/chosen": values[0].item(), f"{name}/rejected": (share * values).sum().item()}
     return {**found, "rewards/margins": found["rewards/chosen"] - found["rewards/rejected"]}
+
+
+def log_ratios(scores, lengths, share) -> dict:
+    """s of the preferred and of the dispreferred, nats; a loss without a reference logs none."""
+    found = {}
+    for name, values in (("s", scores / BETA), ("s_per_token", scores / BETA / lengths)):
+        found |= {f"{name}/chosen": values[0].item(), f"{name}/rejected": (share * values).sum().item()}
+    return found
 
 
 def after(before: dict, leaves: dict, recipe: Recipe) -> dict:

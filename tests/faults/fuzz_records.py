@@ -232,6 +232,7 @@ def plan_row_of(rng: random.Random, number: int) -> dict:
 
 def log_of(rng: random.Random, number: int) -> dict:
     names = ("gamma", "rewards/chosen", "rewards/accuracies", "logps/rejected", "lengths/chosen", "num_tokens")
+    names += ("s/chosen", "s/rejected", "s_per_token/chosen", "s_per_token/rejected")
     figures = {name: rng.choice((rng.gauss(0, 3), 0, "nan", "-inf", None)) for name in names if rng.random() < 0.8}
     return {"step": number + 1, "loss": rng.random(), **figures}
 

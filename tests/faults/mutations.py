@@ -188,6 +188,13 @@ MUTATIONS = [
         (BEFORE,),
     ),
     Mutation(
+        "logged s is the implicit reward",
+        TRAINER,
+        "s = rewards / self.loss.beta",
+        "s = rewards",
+        (BEFORE,),
+    ),
+    Mutation(
         "the reference with the adapter on",
         TRAINER,
         "self.accelerator.unwrap_model(self.model).disable_adapter() if self.is_adapted else nullcontext()",
@@ -429,6 +436,20 @@ MUTATIONS = [
         "if recipe.evaluation.prompts is not None and",
         "if False and",
         ("test_margins.py::test_pairs_of_the_first_prompts_alone",),
+    ),
+    Mutation(
+        "s of both responses of a pair is that of the preferred",
+        MARGINS,
+        'f"s_{place + 1}": ratios[:, place]',
+        'f"s_{place + 1}": ratios[:, 0]',
+        ("test_margins.py::test_margins_by_hand",),
+    ),
+    Mutation(
+        "a warning of displacement counts prompts of several epochs",
+        "evaluation/displacement.py",
+        "len(steps) // max(LAST, epochs)",
+        "len(steps) // LAST",
+        ("test_displacement.py::test_no_prompt_counts_twice",),
     ),
     Mutation(
         "the bootstrap has a seed of its own",

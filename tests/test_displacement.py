@@ -1,0 +1,75 @@
+"""evaluation/displacement.py: what counts as fallen, by hand and for noise; the warning of a training from its log."""
+
+import json
+
+import numpy as np
+import pytest
+
+from evaluation.displacement import fallen, of_training
+from evaluation.results import PAIR_FIGURES, pair_columns
+
+LINE = {"loss": 0.5, "s/chosen": 3.0, "s/rejected": 1.0, "s_per_token/chosen": 0.5, "s_per_token/rejected": 0.25}
+
+
+def lines(*last: float, steps: int = 20) -> list[dict]:
+    """A log whose y_1 rose, but for the last steps; there s of the dispreferred is -8, and a response has 4 tokens."""
+    found = [{**LINE, "step": step} for step in range(1, steps + 1)]
+    for line, s in zip(found[len(found) - len(last) :], last, strict=True):
+        line |= {"s/chosen": s, "s/rejected": -8.0, "s_per_token/chosen": s / 4, "s_per_token/rejected": -2.0}
+    return found
+
+
+def test_fallen_by_hand():
+    """Mean -2, variance 2/3, four values: t(3) = 3.1824 times sqrt(1/6) is 1.2992."""
+    found = fallen([-1, -2, -3, -2])
+    assert found["mean"] == -2.0 and found["interval"] == pytest.approx([-3.2992, -0.7008], abs=1e-4)
+    assert fallen([-1, -2, -3]) is None  # t(2) = 4.3027 reaches 0.484
+    assert fallen([1, 2, 3, 2]) is None and fallen([-5]) is None and fallen([]) is None
+    assert fallen([-1, -2, -3, -2], 0.70) == found and fallen([-1, -2, -3, -2], 0.71) is None
+    assert fallen([0.0] * 9) is None and fallen([-1e-6] * 9, 1e-4) is None
+    assert fallen([-1, float("nan"), -1]) is None
+
+
+@pytest.mark.parametrize("count", [3, 24])
+def test_noise_is_called_fallen_once_in_forty_times(count):
+    """2,000 tables of values around zero: 2.5 %, standard deviation 0.35 %. Around -1 it is seen more often."""
+    rng = np.random.default_rng(7)
+    noise = rng.normal(size=(2000, count))
+    assert 0.015 <= np.mean([fallen(row) is not None for row in noise.tolist()]) <= 0.035
+    assert np.mean([fallen(row) is not None for row in (noise - 1).tolist()]) > 0.15
+
+
+def test_the_last_fifth_of_the_training_by_hand():
+    """The last 4 of 20 steps of 6 prompts; the step before them, where y_1 had risen, does not count."""
+    assert of_training(lines(-1, -2, -3, -2), 2, 6) == (
+        "the preferred responses of the training became less probable than before training: log pi_theta - log pi_ref "
+        "is -2.000 [-3.299, -0.701] nats a response, -0.5000 a token, mean over 24 responses of the last 4 steps; the "
+        "dispreferred: -8.000 (docs/results.md, Displacement)"
+    )
+    assert of_training(lines(-2, -2, -2), 2, 6) is None  # -1.5 on average, 2 +- 5.2
+    assert of_training(lines(), 2, 6) is None
+
+
+def test_no_prompt_counts_twice():
+    """Of ten epochs the last one, two steps of twenty: it is all below zero, though the fifth before it is not."""
+    log = lines(-2.0, -2.0)
+    assert "2 steps" in of_training(log, 10, 6) and of_training(log, 2, 6) is None
+    assert of_training(lines(-2.0, steps=9), 2, 6) is None  # one step shows no spread
+
+
+def test_logs_without_s_give_no_warning():
+    """Of losses without a reference, and of earlier versions; a figure that is not finite is a text."""
+    log = [{"step": step, "loss": 0.5, "rewards/chosen": -5.0} for step in range(1, 21)]
+    assert of_training(log, 2, 6) is None and of_training([], 2, 6) is None
+    assert of_training([{**line, "s/chosen": "nan"} for line in lines(-1, -2, -3, -2)], 2, 6) is None
+
+
+def test_a_result_file_has_s_of_both_responses(write_lines):
+    """At step 2 and at the end, rounded to 5 digits: -11 + 12.000001, -40 + 38."""
+    pair = {"set": "written", "prompt_id": "p", "prompt": [{"role": "user", "content": "?"}], "responses": ["a", "b"]}
+    pair |= {"truncated": [False, False], "tokens": [1, 2], "reference": [-12.000001, -38.0], "kl": [1.0]}
+    pair |= {"policy": [-11.0, -40.0], "along": [{"step": 2, "policy": [-13.0, -38.5], "kl": [0.5]}]}
+    points = pair_columns(write_lines([json.dumps(pair)]))["written"]["points"]
+    assert [points["final"][name] for name in ("s_1", "s_2")] == [[1.0], [-2.0]]
+    assert [points["2"][name] for name in ("s_1", "s_2")] == [[-1.0], [-0.5]]
+    assert all(list(point) == list(PAIR_FIGURES) for point in points.values())
