@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from alignment.checks import check_attention, check_wandb, try_lora
-from alignment.memory import architecture, count_weights, deepspeed_stage, memory_lines, responses_per_prompt
+from alignment.memory import (
+    architecture,
+    check_moving_reference,
+    count_weights,
+    memory_lines,
+    responses_per_prompt,
+)
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
 from hps.methods import FAMILIES
@@ -98,7 +104,7 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
 def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What run.sh will do, a line each."""
     schedule = recipe.schedule
-    deepspeed_stage(recipe)  # a missing or broken file is found here
+    check_moving_reference(recipe)  # a missing or broken file of DeepSpeed is found here, too
     processes = process_count(recipe)
     accumulation = accumulation_steps(recipe, processes)
     lines, prompts, sources = [], None, {split: [] for split in SPLITS}
@@ -110,7 +116,7 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         if split == "train" and count is not None:
             prompts = count
             records = (record for _, record in read_ranked(recipe.ranked(split)))
-            if warning := reversal_warning(records, recipe.loss, schedule, recipe.seed):
+            if warning := reversal_warning(records, recipe.loss, schedule, recipe.round_seed):
                 lines.append(f"training: WARNING: {warning}")
         elif loaded := attempt(lines, dry_run, split, load_prompts, recipe, split):
             sources[split].append(loaded[0].placed())

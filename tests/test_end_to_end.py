@@ -219,7 +219,7 @@ def test_gene_killed_twice_has_every_prompt_once(tmp_path, tiny_model, tiny_rewa
 
 
 @pytest.mark.parametrize(
-    "name", ["gene.sh", "run.sh", "evaluate.sh", "reproduce.sh", "quickstart.sh", "setup.sh", "test.sh"]
+    "name", ["gene.sh", "run.sh", "evaluate.sh", "rounds.sh", "reproduce.sh", "quickstart.sh", "setup.sh", "test.sh"]
 )
 def test_help(name):
     done = script(name, "--help")

@@ -189,7 +189,7 @@ MUTATIONS = [
     Mutation(
         "the reference with the adapter on",
         TRAINER,
-        "self.accelerator.unwrap_model(self.model).disable_adapter() if self.is_adapted else nullcontext()",
+        "self.accelerator.unwrap_model(self.model).disable_adapter() if off else nullcontext()",
         "nullcontext()",
         (BEFORE, IN_STEP),
     ),
