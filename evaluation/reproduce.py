@@ -28,7 +28,7 @@ from evaluation.tables import JUDGED, TITLES, assemble, needed, stem
 from hps.errors import InputError, run_main
 from pipeline.files import write_atomic, write_json
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
-from pipeline.stage import hold
+from pipeline.stage import hold, is_finished
 from report.table import page
 
 
@@ -46,11 +46,15 @@ def before(evaluation: Evaluated) -> Path:
 
 def with_earlier_rounds(todo: list[Evaluated], evaluations: list[Evaluated]) -> list[Evaluated]:
     """What is to do. A round starts from the checkpoint of the one before, which is trained again if it is gone."""
-    last: dict[tuple[str, str], int] = {}
-    for run in (e.recipe for e in todo if not e.sft):
-        last[run.output, run.run] = max(run.round, last.get((run.output, run.run), 0))
-    earlier = (e for e in evaluations if e.recipe.round < last.get((e.recipe.output, e.recipe.run), 0) and not e.sft)
-    return [*todo, *(e for e in earlier if e not in todo and not e.finished)]
+    rounds = {e.recipe.run_folder(): e for e in evaluations if not e.sft}
+    found = list(todo)
+    for run in todo:
+        earlier = run.recipe.before()
+        while earlier and not is_finished(folder := earlier.run_folder()):
+            if folder in rounds and rounds[folder] not in found:
+                found.append(rounds[folder])
+            earlier = earlier.before()
+    return found
 
 
 def waves(todo: list[Evaluated]) -> list[list[Evaluated]]:

@@ -42,7 +42,7 @@ from pipeline.functions import identity
 from pipeline.recipe import OF_ROUNDS, REPOSITORY, SPLITS, Model, Recipe
 from pipeline.records import read_json, read_jsonl
 from pipeline.run_records import answered_steps, check_pair
-from pipeline.stage import git_commit, is_finished, versions
+from pipeline.stage import git_commit, versions
 
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl")
 # Settings that change no figure.
@@ -80,11 +80,6 @@ class Evaluated:
         """Unique name among the evaluations of a table."""
         folder = self.on if self.sft or self.data == self.on else f"{self.data}-on-{self.on}"
         return f"{folder}/{self.name}"
-
-    @property
-    def finished(self) -> bool:
-        """Whether the training is on this machine: a result file may be here without it."""
-        return is_finished(self.recipe.run_folder())
 
     def path(self, scale: str) -> Path:
         """The result file."""
