@@ -164,7 +164,7 @@ def plan_lines(rounds: list[Recipe]) -> list[str]:
     """What rounds.sh would do, a line a round."""
     lines = []
     for recipe in rounds:
-        source = f"the checkpoint of {recipe.start()}" if recipe.start() else recipe.models.generator.path
+        source = f"the policy in {recipe.start()}" if recipe.start() else recipe.models.generator.path
         kept = recipe.round > 1 and recipe.schedule.round_candidates == "all"
         lines.append(
             f"round {recipe.round}: {'finished' if is_done(recipe) else 'to do'}: candidates by {source}"

@@ -38,6 +38,7 @@ from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, evaluated_prompts, load_prompts, unread_lines
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml
 from pipeline.records import read_ranked
+from pipeline.rounds import require_start
 from pipeline.stage import require_finished
 from pipeline.workers import accumulation_steps, check_gpus, check_meeting_point, node_count, process_count
 from tools.hub import REFUSALS as HUB_REFUSALS
@@ -80,6 +81,7 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     if not dry_run:
         check_gpus("generation.tensor_parallel", recipe.generation.tensor_parallel)
     lines, found = [], {}
+    attempt(lines, dry_run, "round", require_start, recipe)
     for split in SPLITS:
         settings = getattr(recipe.data, split)
         loaded = attempt(lines, dry_run, f"{split}: {settings.path}", load_prompts, recipe, split)
@@ -108,6 +110,7 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     processes = process_count(recipe)
     accumulation = accumulation_steps(recipe, processes)
     lines, prompts, sources = [], None, {split: [] for split in SPLITS}
+    attempt(lines, dry_run, "round", require_start, recipe)
     for split in SPLITS:
         count = attempt(lines, dry_run, "ranked", count_ranked, recipe, split)
         if count is not None:

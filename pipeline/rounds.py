@@ -17,13 +17,17 @@ def round_settings(recipe: Recipe) -> dict:
     """What a stage of a later round is claimed for, too: the round, and the checkpoint that it starts from.
 
     Raises:
-        InputError: the round before is not finished.
+        InputError: as `require_start`.
     """
-    before = recipe.before()
-    if before is None:
-        return {}
-    require_finished(before.run_folder(), f"round {before.round} is", "bash rounds.sh")
-    return {"round": recipe.round, "start": model_hash(Model(path=str(before.checkpoint_folder())))}
+    require_start(recipe)
+    start = recipe.start()
+    return {"round": recipe.round, "start": model_hash(Model(path=str(start)))} if start else {}
+
+
+def require_start(recipe: Recipe) -> None:
+    """Refuse a round of which the one before is not finished."""
+    if before := recipe.before():
+        require_finished(before.run_folder(), f"round {before.round} is", "bash rounds.sh")
 
 
 def earlier_path(recipe: Recipe, split: str) -> Path | None:

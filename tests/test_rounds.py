@@ -26,7 +26,8 @@ from generation.generate import SplitWriter
 from hps.chat import load_tokenizer
 from hps.errors import InputError
 from pipeline.engine import Sample
-from pipeline.files import write_json
+from pipeline.files import file_hash, write_json
+from pipeline.preflight import gene_plan, run_plan
 from pipeline.prompts import load_prompts
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stage import claim, write_manifest
@@ -110,9 +111,10 @@ def first_round(ranked_recipe):
 def test_a_later_round_is_claimed_for_its_start(first_round, ranked_recipe):
     """Another policy to start from, or another reference, is another training."""
     second = ranked_recipe("round=2")
-    for settings in (run_settings, generate.stage_settings):
+    for settings in (run_settings, generate.stage_settings, lambda recipe: gene_plan(recipe, False)):
         with pytest.raises(InputError, match="round 1 is not finished; run `bash rounds.sh`"):
             settings(second)
+    assert "round: MISSING: " in gene_plan(second, True)[0] and "round: MISSING: " in run_plan(second, True)[0]
     first = first_round()
     before = run_settings(second)
     assert before["round"] == 2 and before["start"]["path"] == str(first.checkpoint_folder())
@@ -274,7 +276,7 @@ def evaluated(ranked_recipe, tiny_recipe):
         write_json(folder / "metrics.json", {"prompts": 2, "figures": figures})
         lines = [{"prompt_id": name, "reward_mean": 1 + 0.25 * number} for name in ("a", "b", f"only {number}")]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        inputs = {str(path): generate.file_hash(path) for path in (recipe.ranked("train"), recipe.data.test.path)}
+        inputs = {str(path): file_hash(path) for path in (recipe.ranked("train"), recipe.data.test.path)}
         for name in ("manifest.json", "metrics.manifest.json"):
             write_manifest(folder / name, recipe, {}, [], inputs)
         (folder / "report.html").write_text("the page")
