@@ -25,7 +25,7 @@ from pipeline.files import file_hash, write_json, write_lines
 from pipeline.identity import check_model, model_hash
 from pipeline.recipe import OF_ROUNDS, Recipe
 from pipeline.records import Indexed
-from pipeline.rounds import round_settings
+from pipeline.rounds import require_start, round_settings
 from pipeline.stage import CLAIM, claim, hold, require_finished
 
 
@@ -72,6 +72,9 @@ def plan(recipe: Recipe) -> Indexed:
     # A ranked file that the user put there has neither claim nor manifest.
     if (ranking / CLAIM).exists():
         require_finished(ranking, "the ranking is", "bash gene.sh")
+    if before := recipe.before():
+        require_start(recipe)
+        claim(before.run_folder(), run_settings(before))  # all rounds have one recipe, and so one kind of adapter
     records = ranked_prompts(recipe)
     folder = recipe.run_folder()
     with hold(folder):

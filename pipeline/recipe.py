@@ -138,14 +138,11 @@ class Annotation(Section):
 
 
 class RoundsSchedule(Schedule):
-    """What each step trains on: gamma over the training (section 6), the list of a prompt, epochs, batch.
+    __doc__ = f"""{inspect.getdoc(Schedule)}
 
-    With five stages from -5 to 5, `inclusive` gives gamma -5, -2.5, 0, 2.5, 5; `exclusive`, the rule of the released
-    code, gives -5, -3, -1, 1, 3. The released code also excludes ties.
-
-    `bash rounds.sh` does `rounds` rounds: the policy of the round before writes the candidates and trains on. Epochs,
-    gamma and learning rate begin again in each. The evaluation compares with the first policy in every round.
-    """
+`bash rounds.sh` does `rounds` rounds: the policy of the round before writes the candidates and trains on. Epochs, gamma
+and learning rate begin again in each. The evaluation compares with the first policy in every round.
+"""
 
     rounds: int = Field(1, ge=1, description="of rounds.sh: sample, rank, train")
     round_reference: Literal["first", "previous"] = Field(

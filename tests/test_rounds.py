@@ -3,12 +3,13 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from conftest import ranked_records
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import interrupt, log_of, run, weights_of, without_rate
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
@@ -31,6 +32,7 @@ from pipeline.preflight import gene_plan, run_plan
 from pipeline.prompts import load_prompts
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stage import claim, write_manifest
+from pipeline.weights import fill_adapter
 
 # ---- the recipes ----
 
@@ -102,6 +104,7 @@ def first_round(ranked_recipe):
                     value.mul_(1.1)
         model.save_pretrained(recipe.checkpoint_folder())
         load_tokenizer(recipe.models.policy.path).save_pretrained(recipe.checkpoint_folder())
+        claim(recipe.run_folder(), run_settings(recipe))
         (recipe.run_folder() / "manifest.json").write_text("{}")
         return recipe
 
@@ -111,10 +114,14 @@ def first_round(ranked_recipe):
 def test_a_later_round_is_claimed_for_its_start(first_round, ranked_recipe):
     """Another policy to start from, or another reference, is another training."""
     second = ranked_recipe("round=2")
-    for settings in (run_settings, generate.stage_settings, lambda recipe: gene_plan(recipe, False)):
+    for refuses in (
+        run_settings,
+        generate.stage_settings,
+        *(partial(each, dry_run=False) for each in (gene_plan, run_plan)),
+    ):
         with pytest.raises(InputError, match="round 1 is not finished; run `bash rounds.sh`"):
-            settings(second)
-    assert "round: MISSING: " in gene_plan(second, True)[0] and "round: MISSING: " in run_plan(second, True)[0]
+            refuses(second)
+    assert gene_plan(second, True)[0].startswith("round: MISSING: ")
     first = first_round()
     before = run_settings(second)
     assert before["round"] == 2 and before["start"]["path"] == str(first.checkpoint_folder())
@@ -197,9 +204,9 @@ CASES = [("true", "first"), ("true", "previous"), ("false", "first"), ("false", 
 def test_a_round_starts_at_the_policy_of_the_one_before(first_round, ranked_recipe, lora, reference):
     """With a learning rate of 0 the checkpoint is the one before. The logged reward of y_1 is
     beta (log pi_1(y_1) - log pi_ref(y_1)): 0 where the reference is pi_1, too, and then the loss is log 2."""
-    settings = [f"lora.enabled={lora}", "schedule.epochs=1", "schedule.gamma_stages=1", "evaluation.checkpoints=0"]
+    settings = [f"lora.enabled={lora}", "schedule.epochs=1", "schedule.gamma_stages=1", "optimizer.learning_rate=0"]
     first = first_round(*settings)
-    settings += ["round=2", f"schedule.round_reference={reference}", "optimizer.learning_rate=0"]
+    settings += ["round=2", f"schedule.round_reference={reference}"]
     second = run(ranked_recipe(*settings))
     before, after = weights_of(first), weights_of(second)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -249,10 +256,19 @@ def load_file_of(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 
 def test_a_start_of_other_settings_is_refused(first_round, ranked_recipe):
-    """The round before had another rank, or other layers: its adapter does not fit."""
-    first_round("lora.target_modules=[q_proj]")
+    """By the settings, and by the file where another one was put there."""
+    first = first_round()
+    with pytest.raises(InputError, match="lora.alpha was 8, is now 16"):
+        plan(ranked_recipe("round=2", "lora.alpha=16"))
+    second = ranked_recipe("round=2", "schedule.epochs=2")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(second.models.policy.path), lora_config(second))
+    fill_adapter(model, first.checkpoint_folder())
+    path = first.checkpoint_folder() / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, path, {"format": "pt"})
     with pytest.raises(InputError, match="weights of the adapter are missing"):
-        run(ranked_recipe("round=2", "lora.target_modules=[q_proj,v_proj]"))
+        fill_adapter(model, first.checkpoint_folder())
 
 
 # ---- what is left to do, and the table ----
