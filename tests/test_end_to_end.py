@@ -299,6 +299,14 @@ def test_dry_run_of_the_exact_world():
     assert done.returncode == 0 and "plan: Theorem 3, the margin: 20 seeds" in done.stdout, done.stderr
 
 
+def test_dry_run_of_rounds():
+    """What each round is, and the dry run of the first one that is not done."""
+    done = script("rounds.sh", "configs/hh_rlhf.yaml", "schedule.rounds=3", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "plan: round 3: to do: candidates by the policy in runs/hh_rlhf/dpo-hps/round-2/checkpoint" in done.stdout
+    assert "rounds: round 1" in done.stdout and "rounds: round 2" not in done.stdout
+
+
 @pytest.mark.parametrize("name", ["gene.sh", "run.sh", "evaluate.sh"])
 def test_dry_run_of_the_paper_marks_what_is_missing(name):
     done = script(name, "configs/hh_rlhf.yaml", "--dry-run")
