@@ -130,7 +130,7 @@ MUTATIONS = [
     dropped(
         "the seed is not passed on",
         TRAIN,
-        "        seed=recipe.seed,",
+        "        seed=recipe.round_seed,",
         "test_wiring.py::test_the_seed_makes_the_adapter",
     ),
     dropped(
@@ -156,8 +156,8 @@ MUTATIONS = [
     Mutation(
         "the model's own dropout stays on",
         TRAIN,
-        "config=without_dropout(load_config(recipe.models.policy)),",
-        "config=load_config(recipe.models.policy),",
+        "config=without_dropout(load_config(model)),",
+        "config=load_config(model),",
         (BEFORE,),
     ),
     Mutation("another optimizer", TRAIN, 'optim="adamw_torch"', 'optim="sgd"', (UPDATE,)),
