@@ -26,7 +26,7 @@ from pathlib import Path
 from alignment.checks import lora_config
 from hps.errors import InputError
 from hps.methods import FAMILIES
-from pipeline.recipe import REPOSITORY, Recipe
+from pipeline.recipe import MOVES, REPOSITORY, Recipe
 from pipeline.records import read_json
 from pipeline.weights import UNUSABLE
 
@@ -43,7 +43,8 @@ def responses_per_prompt(recipe: Recipe) -> int:
     """The largest number of a prompt's responses that pass the model in one step."""
     loss, schedule = recipe.loss, recipe.schedule
     given = GIVEN if recipe.generation.keep_given else 0
-    whole = schedule.subsample or given + recipe.data.train.responses
+    rounds = recipe.round if schedule.round_candidates == "all" else 1
+    whole = schedule.subsample or given + rounds * recipe.data.train.responses
     if loss.preference == "bt":
         return 2
     if loss.takes_lists:
@@ -181,6 +182,15 @@ def deepspeed_stage(recipe: Recipe) -> int | None:
     if not isinstance(zero, dict):
         raise InputError("`zero_optimization` is not a JSON object", where=path, remedy=remedy)
     return zero.get("stage")
+
+
+def check_moving_reference(recipe: Recipe) -> None:
+    """Refuse a reference that is the adapter of the round before under ZeRO-3, which computes it in every step."""
+    schedule, stage = recipe.schedule, deepspeed_stage(recipe)
+    moves = schedule.round_reference == "previous" and max(recipe.round, schedule.rounds) > 1
+    if moves and recipe.lora.enabled and stage == 3:
+        problem = f"`schedule.round_reference` is previous and `training.deepspeed` is ZeRO-3, in step: {MOVES}"
+        raise InputError(problem, remedy="use ZeRO-2, or schedule.round_reference=first")
 
 
 def architecture(recipe: Recipe):

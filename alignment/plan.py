@@ -23,8 +23,9 @@ from hps.settings import own_settings, rule_without_gamma, stages_without_steps
 from pipeline.cli import counted, run_stage
 from pipeline.files import file_hash, write_json, write_lines
 from pipeline.identity import check_model, model_hash
-from pipeline.recipe import Recipe
+from pipeline.recipe import OF_ROUNDS, Recipe
 from pipeline.records import Indexed
+from pipeline.rounds import require_start, round_settings
 from pipeline.stage import CLAIM, claim, hold, require_finished
 
 
@@ -52,11 +53,12 @@ def run_settings(recipe: Recipe) -> dict:
     """Everything that decides a run's checkpoint. Any change needs another `run` or `output`."""
     return {
         "loss": own_settings(recipe.loss.model_dump()),
-        **{name: getattr(recipe, name).model_dump() for name in ("schedule", "lora", "optimizer")},
+        **{name: getattr(recipe, name).model_dump(exclude=OF_ROUNDS) for name in ("schedule", "lora", "optimizer")},
         "seed": recipe.seed,
         "kept_checkpoints": recipe.evaluation.checkpoints if recipe.lora.enabled else 0,
         "policy": model_hash(recipe.models.policy),
         "ranked": file_hash(recipe.ranked("train")),
+        **({**round_settings(recipe), "reference": recipe.schedule.round_reference} if recipe.round > 1 else {}),
     }
 
 
@@ -70,18 +72,21 @@ def plan(recipe: Recipe) -> Indexed:
     # A ranked file that the user put there has neither claim nor manifest.
     if (ranking / CLAIM).exists():
         require_finished(ranking, "the ranking is", "bash gene.sh")
+    if before := recipe.before():
+        require_start(recipe)
+        claim(before.run_folder(), run_settings(before))  # all rounds have one recipe, and so one kind of adapter
     records = ranked_prompts(recipe)
     folder = recipe.run_folder()
     with hold(folder):
         claim(folder, run_settings(recipe))
         with naming(str(recipe.ranked("train"))):
-            made = Plan(records, recipe.loss, recipe.schedule, recipe.seed, records.where)
+            made = Plan(records, recipe.loss, recipe.schedule, recipe.round_seed, records.where)
         _write_once(folder / "plan.jsonl", (json.dumps(row) + "\n" for row in made.rows()))
         facts = made.facts()
         write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
     print_plan(facts, recipe, folder / "plan.jsonl")
     used = (records[name] for name in made.prompts)
-    if warning := reversal_warning(used, recipe.loss, recipe.schedule, recipe.seed):
+    if warning := reversal_warning(used, recipe.loss, recipe.schedule, recipe.round_seed):
         print(f"plan: WARNING: {warning}")
     return records
 

@@ -24,12 +24,14 @@ from hps.trainer import HPSTrainer
 from pipeline.cli import progress
 from pipeline.files import Appender
 from pipeline.identity import model_hash
-from pipeline.recipe import Recipe
+from pipeline.recipe import Model, Recipe
 
 
 def cache_folder(recipe: Recipe, trainer: HPSTrainer) -> Path:
     """The folder for this model and everything except the token ids that decides the last bits."""
-    how = {"model": model_hash(recipe.models.policy), **computation(trainer)}
+    moved = recipe.start() if recipe.schedule.round_reference == "previous" else None
+    start = {"start": model_hash(Model(path=str(moved)))} if moved else {}
+    how = {"model": model_hash(recipe.models.policy), **start, **computation(trainer)}
     key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
     return Path(recipe.output) / "reference" / key
 
@@ -91,7 +93,7 @@ def _compute(
     found = computed_values(trainer, values, mine)
     if state.is_main_process:
         found = progress(found, len(mine), "reference", "micro-batch")
-    with naming(recipe.models.policy.path), Appender(folder / f"{recipe.run}-{state.process_index}.jsonl") as file:
+    with naming(recipe.models.policy.path), Appender(folder / f"{recipe.name}-{state.process_index}.jsonl") as file:
         for key, log_probs in found:
             file.append({"batch": key, "log_probs": log_probs})
             computed.append((key, array("d", log_probs)))

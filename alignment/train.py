@@ -30,7 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig
 
 from alignment.checks import check_attention, check_wandb, lora_config, try_lora
-from alignment.memory import checkpointing
+from alignment.memory import check_moving_reference, checkpointing
 from alignment.plan import run_settings
 from alignment.reference import add_reference
 from alignment.rows import TokenRows, drop_rows, kept_rows
@@ -45,11 +45,11 @@ from pipeline.files import Appender, file_hash, json_line, whole_folder, write_l
 from pipeline.identity import check_model
 from pipeline.machine import device
 from pipeline.models import check_fits
-from pipeline.recipe import Recipe
+from pipeline.recipe import Model, Recipe
 from pipeline.records import read_jsonl
 from pipeline.run_records import check_log_line
 from pipeline.stage import CLAIM, Work, begin, hold
-from pipeline.weights import load_config, load_weights
+from pipeline.weights import fill_adapter, load_config, load_weights
 from pipeline.workers import accumulation_steps
 
 COMPLETE = "complete"  # a checkpoint's last file
@@ -69,7 +69,7 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
     trackers = [name for name in ("wandb", "tensorboard") if getattr(training, name)]
     return DPOConfig(
         output_dir=str(recipe.run_folder() / "steps"),
-        run_name=f"{Path(recipe.output).name}-{recipe.run}",
+        run_name=f"{Path(recipe.output).name}-{recipe.name}",
         num_train_epochs=1,  # the plan holds all epochs
         train_sampling_strategy="sequential",
         per_device_train_batch_size=schedule.device_batch,
@@ -81,7 +81,7 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
         optim="adamw_torch",
-        seed=recipe.seed,
+        seed=recipe.round_seed,
         max_length=None,
         router_aux_loss_coef=0.0,
         bf16=cuda if bf16 is None else bf16,
@@ -116,7 +116,7 @@ def flash_attention() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
-def load_policy(recipe: Recipe, bf16: bool | None = None):
+def load_policy(recipe: Recipe, bf16: bool | None = None, model: Model | None = None):
     """The policy before training, which is also the reference, without dropout: s must be 0 at the start.
 
     Full fine-tuning keeps its weights in fp32 even where it computes in bf16, because a learning rate of 5e-7 moves few
@@ -125,12 +125,14 @@ def load_policy(recipe: Recipe, bf16: bool | None = None):
 
     Args:
         bf16: training computes in it (`DPOConfig.bf16`); None: on CUDA.
+        model: None: `models.policy`.
     """
+    model = model or recipe.models.policy
     bf16 = torch.cuda.is_available() if bf16 is None else bf16
     return load_weights(
         AutoModelForCausalLM,
-        recipe.models.policy,
-        config=without_dropout(load_config(recipe.models.policy)),
+        model,
+        config=without_dropout(load_config(model)),
         dtype=torch.bfloat16 if bf16 and recipe.lora.enabled else torch.float32,
         attn_implementation=attention(recipe),
     )
@@ -277,7 +279,9 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     os.environ["WANDB_DIR"] = str(recipe.run_folder())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.run_folder() / "tensorboard")
     rows = kept_rows(recipe) or TokenRows(recipe, tokenizer)  # before a model loads: a bad row is found here
-    model = load_policy(recipe, config.bf16)
+    start, moves = recipe.start(), recipe.schedule.round_reference == "previous"
+    whole = Model(path=str(start)) if start and not recipe.lora.enabled else None
+    model = load_policy(recipe, config.bf16, whole)
     layout = prove(model, recipe.schedule.max_length)
     if not recipe.training.shared_prefix:
         layout = replace(layout, shared=0, reason="`training.shared_prefix` is false")
@@ -288,7 +292,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         above = f" of more than {layout.shared} tokens" if layout.shared else ""
         PartialState().print(f"training: conversations{above} have rows of their own: {layout.reason}")
     # The parent would load the frozen copy by its name alone, without the revision.
-    reference = None if recipe.lora.enabled else load_policy(recipe, config.bf16)
+    reference = None if recipe.lora.enabled else load_policy(recipe, config.bf16, whole if moves else None)
     if not layout.shared and recipe.training.attention == "auto" and flash_attention():
         for each in filter(None, (model, reference)):
             each.set_attn_implementation("flash_attention_2")
@@ -304,6 +308,12 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
         callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch)],
     )
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dictionary
+    if start:
+        # LoRA's dropout is off in the reference's pass and acts in the first step's, where B is no longer 0.
+        trainer.starts_as_reference = moves and not recipe.lora.dropout
+    if start and recipe.lora.enabled:
+        fill_adapter(trainer.model, start)
+        trainer.adapted_reference = moves
     if recipe.lora.enabled:  # in full fine-tuning each would be a whole model
         folder, points = recipe.run_folder() / "checkpoints", recipe.evaluation.checkpoints
         trainer.add_callback(KeptCheckpoints(trainer, tokenizer, folder, points))
@@ -371,6 +381,7 @@ def train(recipe: Recipe) -> None:
 def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
     folder = work.folder
     check_attention(recipe)
+    check_moving_reference(recipe)
     check_wandb(recipe)
     check_fits("run", recipe, "policy")
     if recipe.lora.enabled:

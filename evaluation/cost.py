@@ -140,11 +140,11 @@ def disk_bytes(recipe: Recipe, cost: dict) -> float:
 
 def estimate(todo: list[Evaluated], judged: list[Evaluated], cost: dict) -> list[str]:
     """The lines of the dry run, for the evaluations to do and the runs to judge."""
-    runs = {(e.data, e.recipe.run): e.recipe for e in todo if not e.sft}
+    runs = {(e.data, e.recipe.name): e.recipe for e in todo if not e.sft}
     parts: Counter[str] = Counter()
     for recipe in runs.values():
         parts.update(run_seconds(recipe, cost))
-    for recipe in {recipe.output: recipe for recipe in runs.values()}.values():
+    for recipe in {recipe.candidates("train"): recipe for recipe in runs.values()}.values():
         made = ranking_seconds(recipe, cost)
         parts.update({f"{name}, unless they exist": seconds for name, seconds in made.items()})
     if judged:
@@ -156,7 +156,7 @@ def lines_of(parts: dict[str, float], recipes: list[Recipe], cost: dict) -> list
     """Hours of each part and of all, GPU-hours (or hours of a CPU), disk, and what is assumed."""
     texts = sum(
         10 * prompt_count(recipe, "train", cost) * recipe.data.train.responses * cost["response_tokens"]
-        for recipe in {recipe.output: recipe for recipe in recipes}.values()
+        for recipe in {recipe.candidates("train"): recipe for recipe in recipes}.values()
     )
     disk = texts + sum(disk_bytes(recipe, cost) for recipe in recipes)
     lines = [f"{seconds / HOUR:8.2f} h  {name}" for name, seconds in parts.items()]

@@ -268,7 +268,7 @@ def evaluate(recipe: Recipe, sft: bool) -> dict:
             for name, values in columns.items()
         }
         metrics = {
-            "run": SFT if sft else recipe.run,
+            "run": SFT if sft else recipe.name,
             "prompts": len(columns["tokens_mean"]),
             "samples": recipe.evaluation.samples,
             "temperature": recipe.generation.temperature,

@@ -28,15 +28,39 @@ from evaluation.tables import JUDGED, TITLES, assemble, needed, stem
 from hps.errors import InputError, run_main
 from pipeline.files import write_atomic, write_json
 from pipeline.recipe import REPOSITORY, Recipe, load_recipe
-from pipeline.stage import hold
+from pipeline.stage import hold, is_finished
 from report.table import page
 
 
 def with_a_run(todo: list[Evaluated], evaluations: list[Evaluated]) -> list[Evaluated]:
     """What is to do. The model before training is evaluated with a run, so one is added where there is none."""
-    covered = {evaluation.on for evaluation in todo if not evaluation.sft}
-    lonely = [evaluation.on for evaluation in todo if evaluation.sft and evaluation.on not in covered]
-    return [*todo, *(next(e for e in evaluations if e.on == on and not e.sft) for on in lonely)]
+    covered = {before(evaluation) for evaluation in todo if not evaluation.sft}
+    lonely = [before(evaluation) for evaluation in todo if evaluation.sft and before(evaluation) not in covered]
+    return [*todo, *(next(e for e in evaluations if before(e) == folder and not e.sft) for folder in lonely)]
+
+
+def before(evaluation: Evaluated) -> Path:
+    """The folder of the model before training that it is compared with."""
+    return evaluation.recipe.tested().sft_folder()
+
+
+def with_earlier_rounds(todo: list[Evaluated], evaluations: list[Evaluated]) -> list[Evaluated]:
+    """What is to do. A round starts from the checkpoint of the one before, which is trained again if it is gone."""
+    rounds = {e.recipe.run_folder(): e for e in evaluations if not e.sft}
+    found = list(todo)
+    for run in todo:
+        earlier = run.recipe.before()
+        while earlier and not is_finished(folder := earlier.run_folder()):
+            if folder in rounds and rounds[folder] not in found:
+                found.append(rounds[folder])
+            earlier = earlier.before()
+    return found
+
+
+def waves(todo: list[Evaluated]) -> list[list[Evaluated]]:
+    """The evaluations round by round: the candidates of a round need the training of the one before."""
+    numbers = sorted({evaluation.recipe.round for evaluation in todo})
+    return [[evaluation for evaluation in todo if evaluation.recipe.round == number] for number in numbers]
 
 
 def chosen(evaluations: list[Evaluated], only: str | None) -> list[Evaluated]:
@@ -97,7 +121,8 @@ class Driver:
         def problem(arguments: list[str]) -> str | None:
             if (line := shlex.join(arguments)) not in problems:
                 recipe = load_recipe(REPOSITORY / arguments[0], arguments[1:])
-                name = f"gene-{Path(recipe.output).name}-{recipe.ranking}"
+                folder = recipe.ranked("train").parent.relative_to(Path(recipe.output).parent)
+                name = "-".join(["gene", *folder.parts])
                 problems[line] = self.attempt("gene.sh", arguments, recipe, name)
             return problems[line]
 
@@ -115,10 +140,10 @@ class Driver:
         trained = [run for run in runs if self.step(run, "run.sh", run.arguments, f"run-{run.name}")]
         self.answer(trained)
         # The model before training is evaluated with the first run that is.
-        waiting = {run.on: run for run in todo if run.sft}
+        waiting = {before(run): run for run in todo if run.sft}
         for run in trained:
             if self.step(run, "evaluate.sh", run.tested_arguments(), f"evaluate-{run.name}"):
-                for each in (run, waiting.pop(run.on, None)):
+                for each in (run, waiting.pop(before(run), None)):
                     if each is not None:
                         collect(each, self.scale, self.seconds[each.title])
                         print(f"reproduce: {each.path(self.scale).relative_to(REPOSITORY)}", flush=True)
@@ -187,9 +212,10 @@ def reproduce(table: str, scale: str, only: str | None) -> int:
         todo = [evaluation for group in together for evaluation in missing(table, scale, group)[0]]
         found = len(evaluations) - len(todo)
         todo = with_a_run([evaluation for evaluation in todo if evaluation.title in wanted], evaluations)
+        todo = with_earlier_rounds(todo, evaluations)
         print(f"reproduce: table {table}: {found} results found, {len(todo)} to do", flush=True)
-        if todo:
-            driver.work(driver.rank(todo, recipes_of(load_matrix(scale))))
+        for wave in waves(todo):
+            driver.work(driver.rank(wave, recipes_of(load_matrix(scale))))
         judged = None
         if is_judged(table, evaluations):
             rates = {group[0].data: driver.judge(group) for group in together}
@@ -234,8 +260,8 @@ def plan(table: str, scale: str, only: str | None = None, rates: str | None = No
     Args:
         rates: file of a user's own rates (evaluation.cost).
     """
-    lines, todo, judged = [], [], []
-    for group in groups(table, chosen(needed(table, scale), only)):
+    evaluations, states, todo, judged = needed(table, scale), [], [], []
+    for group in groups(table, chosen(evaluations, only)):
         try:
             (remaining, to_judge), remark = missing(table, scale, group), ""
         except InputError as error:
@@ -243,9 +269,16 @@ def plan(table: str, scale: str, only: str | None = None, rates: str | None = No
         todo += remaining
         judged += to_judge
         for evaluation in group:
-            on = f" on {evaluation.on}" if evaluation.on != evaluation.data else ""
             state = f"to do{remark}" if evaluation in remaining else "to judge" if to_judge else "result found"
-            lines.append(f"{evaluation.data}{on}: {evaluation.name}: {state}")
+            states.append((evaluation, state))
+    again = with_earlier_rounds(todo, evaluations)[len(todo) :]
+    states = [each for each in states if each[0] not in again]
+    states += [(evaluation, "to do, a later round starts from its checkpoint") for evaluation in again]
+    todo += again
+    lines = []
+    for evaluation, state in states:
+        on = f" on {evaluation.on}" if evaluation.on != evaluation.data else ""
+        lines.append(f"{evaluation.data}{on}: {evaluation.name}: {state}")
     return [*lines, *estimate(todo, judged, with_rates(load_matrix(scale)["cost"], rates))]
 
 

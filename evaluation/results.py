@@ -39,7 +39,7 @@ from hps.errors import InputError
 from hps.settings import own_settings
 from pipeline.files import file_hash, write_json
 from pipeline.functions import identity
-from pipeline.recipe import REPOSITORY, SPLITS, Model, Recipe
+from pipeline.recipe import OF_ROUNDS, REPOSITORY, SPLITS, Model, Recipe
 from pipeline.records import read_json, read_jsonl
 from pipeline.run_records import answered_steps, check_pair
 from pipeline.stage import git_commit, versions
@@ -73,7 +73,7 @@ class Evaluated:
 
     @property
     def name(self) -> str:
-        return "sft" if self.sft else self.recipe.run
+        return "sft" if self.sft else self.recipe.name
 
     @property
     def title(self) -> str:
@@ -93,9 +93,11 @@ class Evaluated:
 def ranked_by(arguments: list[str]) -> list[str]:
     """Of a run's command line what gene.sh gets: the recipe and the overrides that a ranking depends on.
 
-    Without the seed: runs of several seeds share a ranking.
+    Without the seed: runs of several seeds share a ranking. That of a later round is the run's own.
     """
     path, *overrides = arguments
+    if any(each.startswith("round=") for each in overrides):
+        return arguments
     return [path, *(each for each in overrides if each.startswith(RANKED_BY))]
 
 
@@ -103,21 +105,24 @@ def result_key(recipe: Recipe, sft: bool = False) -> dict:
     """Everything that decides the figures. InputError: a data file is missing."""
     tested = recipe.tested()
     roles = ("policy", "evaluator") if sft else ("generator", "policy", "reward", "evaluator")
+    models = {**dict(recipe.models), "generator": recipe.first_generator}
     key = {
-        "models": {role: _model(getattr(recipe.models, role)) for role in roles},
+        "models": {role: _model(models[role]) for role in roles},
         "test": _split(tested, "test", sft),
         **{name: _without_devices(recipe, name) for name in ("generation", "evaluation")},
     }
     if sft:
         return key
+    rounds = recipe.schedule.model_dump(include=OF_ROUNDS - {"rounds"})
     return {
         **key,
         "train": {split: _split(recipe, split) for split in SPLITS},
         "loss": own_settings(recipe.loss.model_dump()),
-        **{name: getattr(recipe, name).model_dump() for name in ("schedule", "lora", "optimizer")},
+        **{name: getattr(recipe, name).model_dump(exclude=OF_ROUNDS) for name in ("schedule", "lora", "optimizer")},
         "annotation": _without_devices(recipe, "annotation"),
         **({} if recipe.data.special_tokens == "neutralize" else {"special_tokens": recipe.data.special_tokens}),
         "seed": recipe.seed,
+        **({"round": {"number": recipe.round, **rounds}} if recipe.round > 1 else {}),
     }
 
 

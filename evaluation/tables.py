@@ -29,6 +29,7 @@ TITLES = {
     "factor_n": "Ablation: the factor N of Eq. 8 (not in the paper)",
     "list_size": "Ablation: responses of a list, at equal compute (not in the paper)",
     "proxy": "Ablation: ranked by a learned reward model (not in the paper)",
+    "rounds": "Rounds: sample, rank, train again, against one round of as many samples and steps (not in the paper)",
 }
 JUDGED = "4"
 TRANSFER = ("5", "7")
@@ -42,7 +43,10 @@ SMALL = {
 IN_PLACE_OF = {"reviews": "pku_safe", "chats": "hh_rlhf"}
 SAME_QUANTITY = ("rm_dpo", "rm_r_dpo", "kl")  # at another scale than the paper's; its rewards and texts are others
 # Values of a trait that others are compared with: the baselines, and the paper's choice. Without one, the first row's.
-AGAINST = ("BT", "DPO-BT", "the worst (BT)", "DPO-HPS", "PL", "gamma -5 to 5", "Eq. 9 (gamma -5 to 5)")
+AGAINST = (
+    *("BT", "DPO-BT", "the worst (BT)", "DPO-HPS", "PL", "gamma -5 to 5", "Eq. 9 (gamma -5 to 5)"),
+    "round 1 (6 epochs; K = 24)",  # as many samples and steps as three rounds
+)
 RULES = {
     "worst": "the worst",
     "uniform": "uniform",
@@ -101,6 +105,10 @@ def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
         "noise": (f"noise {recipe.annotation.noise:g}", gamma if loss.preference == "hps" else method),
         "list_size": (f"{method}, list of {loss.list_size or 'all'}" if loss.takes_lists else method,),
         "proxy": (method, f"ranked by {ranked}"),
+        "rounds": (
+            method,
+            f"round {recipe.round} ({recipe.schedule.epochs} epochs; K = {recipe.data.train.responses})",
+        ),
         **dict.fromkeys(("factor_n", "ablation"), (f"N {'on' if loss.factor_n else 'off'}", gamma)),
     }
     return rows.get(table, (loss.family.upper(), loss.preference.upper()))

@@ -254,7 +254,7 @@ def win_rates(recipe: Recipe, against: list[Path]) -> dict:
     ours = answers[recipe.evaluated_folder()]
     options = (verdicts, settings, recipe.evaluation.bootstrap, recipe.seed)
     figures = {
-        "run": recipe.run,
+        "run": recipe.name,
         "verdicts": path.name,
         "level": LEVEL,
         "bootstrap": recipe.evaluation.bootstrap,

@@ -2,7 +2,7 @@
 
 Reads   `data.train.path`, `data.test.path` (prompts: `prompt`, optional `responses`, `prompt_id`)
 Writes  `<output>/candidates/{train,test}.jsonl` (candidates), `{train,test}.ledger.jsonl`, `summary.json`,
-        `manifest.json` (last)
+        `manifest.json` (last); of a later round below `<output>/<run>/round-N/`, by the policy of the round before
 Run     python -m generation.generate configs/quickstart.yaml
 
 Every prompt ends up once, in the candidates or in the ledger. The same command continues a run that was killed and does
@@ -27,7 +27,8 @@ from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, load_prompts
 from pipeline.recipe import SPLITS, Generation, Model, Recipe
 from pipeline.records import Indexed, read_candidates, read_ledger
-from pipeline.responses import candidates, distinct
+from pipeline.responses import candidates, distinct, responses_of
+from pipeline.rounds import earlier_candidates, earlier_path, round_settings
 from pipeline.stage import Work, is_finished, stage
 from pipeline.weights import ADAPTER, check_weights, refuse_pickles
 from pipeline.workers import run_workers
@@ -52,7 +53,11 @@ class Generator:
 
 
 def assemble(
-    record: dict, samples: list[Sample], given_counts: list[int], refused: Callable[[str], list[str]] = lambda text: []
+    record: dict,
+    samples: list[Sample],
+    given_counts: list[int],
+    refused: Callable[[str], list[str]] = lambda text: [],
+    earlier: Sequence[dict] = (),
 ) -> tuple[dict, list[dict]]:
     """One candidates record of given and sampled responses, and ledger lines for what was dropped or merged.
 
@@ -64,13 +69,14 @@ def assemble(
         samples: the engine's samples.
         given_counts: tokens of the given responses.
         refused: the special tokens for which a response is dropped.
+        earlier: the responses of the round before (`responses_of`), the given ones among them; they come first.
     """
-    given = [
+    given = earlier or [
         {"text": text, "source": f"given_{place}", "tokens": count, "truncated": False}
         for place, (text, count) in enumerate(zip(record["responses"], given_counts, strict=True), 1)
     ]
     sampled = [{**asdict(sample), "text": sample.text.strip(), "source": "generated"} for sample in samples]
-    kept, ledger = distinct(record["prompt_id"], given + sampled, refused)
+    kept, ledger = distinct(record["prompt_id"], [*given, *sampled], refused)
     return candidates(record, kept), ledger
 
 
@@ -122,6 +128,9 @@ class SplitWriter(Writer):
         path, count = recipe.candidates(split), getattr(recipe.data, split).responses
         files = path, path.with_suffix(".ledger.jsonl")
         super().__init__(files, prompts, tokenizer, recipe.generation.max_prompt_tokens, count, repeated)
+        start = recipe.start()
+        self.adapter = str(start) if start and recipe.lora.enabled else None
+        self._earlier = earlier_candidates(recipe, split)
         self._keep_given = recipe.generation.keep_given
         self._refuse_special = recipe.data.special_tokens == "refuse"
 
@@ -133,7 +142,8 @@ class SplitWriter(Writer):
         given = [text.strip() for text in self.prompts[name]["responses"]] if self._keep_given else []
         record = {**self.prompts[name], "responses": given}
         counts = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in given]
-        made, dropped = assemble(record, samples, counts, self.refused)
+        earlier = responses_of(self._earlier[name]) if name in self._earlier else ()
+        made, dropped = assemble(record, samples, counts, self.refused, earlier)
         if len(made["responses"]) < 2:
             self.refuse(name, "fewer than two distinct responses", dropped, responses=made["responses"])
         else:
@@ -172,11 +182,14 @@ def stage_settings(recipe: Recipe) -> dict:
     devices = {"workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences"}
     splits = {split: getattr(recipe.data, split) for split in SPLITS}
     data = {split: {**each.model_dump(), "sha256": file_hash(each.path)} for split, each in splits.items()}
+    earlier = {split: path for split in SPLITS if (path := earlier_path(recipe, split))}
     return {
         "generation": recipe.generation.model_dump(exclude=devices),
-        "seed": recipe.seed,
+        "seed": recipe.round_seed,
         "model": model_hash(recipe.models.generator),
         "data": {**data, "special_tokens": recipe.data.special_tokens},
+        **round_settings(recipe),
+        **({"earlier": {split: file_hash(path) for split, path in earlier.items()}} if earlier else {}),
     }
 
 
@@ -206,6 +219,7 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], work: Work, tokenizer: 
         print(f"generation: {split}: {in_words(counts)}")
     outputs = [path for writer in writers.values() for path in (writer.path, writer.ledger_path)]
     inputs = [getattr(recipe.data, split).path for split in SPLITS]
+    inputs += [path for split in SPLITS if (path := earlier_path(recipe, split))]
     work.finish([*outputs, work.folder / "summary.json"], inputs)
 
 
@@ -224,7 +238,7 @@ def fill(title: str, writers: Mapping[str, Writer], model: Model, recipe: Recipe
     with ExitStack() as opened:
         for writer in writers.values():
             opened.enter_context(writer)
-        results = sample(model, recipe.generation, recipe.seed, items, tokenizer, total - done, most, adapters)
+        results = sample(model, recipe.generation, recipe.round_seed, items, tokenizer, total - done, most, adapters)
         for result in progress(results, total, title, " prompts", done):
             key, _, name = result["key"].partition("/")
             if "lost" in result:

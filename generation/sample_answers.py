@@ -79,7 +79,7 @@ class Answering:
         return {
             "generation": recipe.generation.model_dump(include=sampling),
             "evaluation": {"prompts": recipe.evaluation.prompts, "samples": self.samples},
-            "seed": None if self.sft else recipe.seed,
+            "seed": None if self.sft else recipe.round_seed,
             "policy": model_hash(recipe.models.policy),
             "checkpoint": None if self.sft else model_hash(Model(path=self.checkpoint)),
             "data": {"limit": tested.limit, "sha256": file_hash(tested.path)},

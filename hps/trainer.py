@@ -134,6 +134,8 @@ class HPSTrainer(DPOTrainer):
         self.compares = FAMILIES[loss.family].reference  # the policy with the reference
         self.tokens = 0  # that have passed the policy; a continued training sets what it had
         self.start: float | None = None  # the largest |s| before the first update, nats; None when resumed
+        self.starts_as_reference = True  # s is 0 before the first update
+        self.adapted_reference = False  # the reference is the adapter as it is before the first update, not its base
         # The parent takes no other kind of sequence; it gets the rows themselves back from `_prepare_dataset`.
         numbers = Dataset.from_dict({"row": range(len(train_dataset))})
         super().__init__(*args, train_dataset=numbers, **kwargs)
@@ -172,7 +174,7 @@ class HPSTrainer(DPOTrainer):
         if reference is None and self.compares:
             with self.as_reference():
                 reference = self._log_probs(self.ref_model or model, inputs)
-        if self.state.global_step == 0 and reference is not None:
+        if self.state.global_step == 0 and self.starts_as_reference and reference is not None:
             self._check_start(policy.detach(), reference, inputs["lengths"])
         scores = FORMULAS[self.loss.family].score(self.loss, policy, reference, inputs["lengths"])
         lists = [inputs[name] for name in ("rewards", "mask", "log_weights", "dispreferred_count")]
@@ -192,8 +194,12 @@ class HPSTrainer(DPOTrainer):
 
     @contextmanager
     def as_reference(self):
-        """Inside it a forward pass of `ref_model`, or without one of the policy, is the reference's."""
-        adapter = self.accelerator.unwrap_model(self.model).disable_adapter() if self.is_adapted else nullcontext()
+        """Inside it a forward pass of `ref_model`, or without one of the policy, is the reference's.
+
+        That of an `adapted_reference` only before the first update.
+        """
+        off = self.is_adapted and not self.adapted_reference
+        adapter = self.accelerator.unwrap_model(self.model).disable_adapter() if off else nullcontext()
         settings: Any = self.args.gradient_checkpointing_kwargs
         checkpointing = disable_gradient_checkpointing(self.model, settings)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from alignment.checks import check_attention, check_wandb, try_lora
-from alignment.memory import architecture, count_weights, deepspeed_stage, memory_lines, responses_per_prompt
+from alignment.memory import (
+    architecture,
+    check_moving_reference,
+    count_weights,
+    memory_lines,
+    responses_per_prompt,
+)
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
 from hps.methods import FAMILIES
@@ -32,6 +38,7 @@ from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, evaluated_prompts, load_prompts, unread_lines
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml
 from pipeline.records import read_ranked
+from pipeline.rounds import require_start
 from pipeline.stage import require_finished
 from pipeline.workers import accumulation_steps, check_gpus, check_meeting_point, node_count, process_count
 from tools.hub import REFUSALS as HUB_REFUSALS
@@ -74,6 +81,7 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     if not dry_run:
         check_gpus("generation.tensor_parallel", recipe.generation.tensor_parallel)
     lines, found = [], {}
+    attempt(lines, dry_run, "round", require_start, recipe)
     for split in SPLITS:
         settings = getattr(recipe.data, split)
         loaded = attempt(lines, dry_run, f"{split}: {settings.path}", load_prompts, recipe, split)
@@ -98,10 +106,11 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
 def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What run.sh will do, a line each."""
     schedule = recipe.schedule
-    deepspeed_stage(recipe)  # a missing or broken file is found here
+    check_moving_reference(recipe)  # a missing or broken file of DeepSpeed is found here, too
     processes = process_count(recipe)
     accumulation = accumulation_steps(recipe, processes)
     lines, prompts, sources = [], None, {split: [] for split in SPLITS}
+    attempt(lines, dry_run, "round", require_start, recipe)
     for split in SPLITS:
         count = attempt(lines, dry_run, "ranked", count_ranked, recipe, split)
         if count is not None:
@@ -110,7 +119,7 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         if split == "train" and count is not None:
             prompts = count
             records = (record for _, record in read_ranked(recipe.ranked(split)))
-            if warning := reversal_warning(records, recipe.loss, schedule, recipe.seed):
+            if warning := reversal_warning(records, recipe.loss, schedule, recipe.round_seed):
                 lines.append(f"training: WARNING: {warning}")
         elif loaded := attempt(lines, dry_run, split, load_prompts, recipe, split):
             sources[split].append(loaded[0].placed())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from yaml.constructor import ConstructorError
@@ -137,6 +137,26 @@ class Annotation(Section):
     noise: float = Field(0.0, ge=0, description="standard deviation of Gaussian noise on the rewards of the ranking")
 
 
+class RoundsSchedule(Schedule):
+    __doc__ = f"""{inspect.getdoc(Schedule)}
+
+`bash rounds.sh` does `rounds` rounds: the policy of the round before writes the candidates and trains on. Epochs, gamma
+and learning rate begin again in each. The evaluation compares with the first policy in every round.
+"""
+
+    rounds: int = Field(1, ge=1, description="of rounds.sh: sample, rank, train")
+    round_reference: Literal["first", "previous"] = Field(
+        "first", description="reference of a later round: the first policy, or that of the round before"
+    )
+    round_candidates: Literal["new", "all"] = Field(
+        "new", description="of a later round: those of its policy, or those of all rounds so far"
+    )
+
+
+OF_ROUNDS = {"rounds", "round_reference", "round_candidates"}  # what the plan of a round does not read
+MOVES = "the reference is the adapter that the first step changes"
+
+
 class Lora(Section):
     """LoRA on the policy. The model's own dropout is always off."""
 
@@ -242,27 +262,56 @@ class Recipe(Section):
     output: str = Field(min_length=1, description="folder of the experiment")
     run: str = Field("${loss.family}-${loss.preference}", description="folder in it for one training")
     ranking: str = Field(RANKED, description="folder in it for one ranking of the candidates")
+    round: int = Field(1, ge=1, description="which round this is; rounds.sh sets it")
     seed: int = Field(42, ge=0, lt=2**31, description="of sampling, plan and training")
     models: Models = Models()
     data: Data
     generation: Generation = Generation()
     annotation: Annotation = Annotation()
     loss: Loss = Loss()
-    schedule: Schedule = Schedule()
+    schedule: RoundsSchedule = RoundsSchedule()
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     judge: Judge = Judge()
+    _first_generator: Model | None = PrivateAttr(None)  # of a later round, whose own is the policy of the round before
+
+    @property
+    def name(self) -> str:
+        """The run, and the round unless it is the first."""
+        return self.run if self.round == 1 else f"{self.run}-round-{self.round}"
+
+    @property
+    def round_seed(self) -> int:
+        """The seed of this round. With the same one a policy that hardly moved would write the same texts again."""
+        return (self.seed + (self.round - 1) * 1_000_003) % 2**31
+
+    @property
+    def first_generator(self) -> Model:
+        """What writes the candidates of the first round."""
+        return self._first_generator or self.models.generator
+
+    def before(self) -> "Recipe | None":
+        """The round before, for its folders; None in the first."""
+        return None if self.round == 1 else self.model_copy(update={"round": self.round - 1})
+
+    def start(self) -> Path | None:
+        """The adapter (or the whole model) that the training starts from; None: from `models.policy`."""
+        before = self.before()
+        return before.checkpoint_folder() if before else None
 
     def candidates(self, split: str) -> Path:
-        return Path(self.output) / "candidates" / f"{split}.jsonl"
+        folder = Path(self.output) if self.round == 1 else self.run_folder()
+        return folder / "candidates" / f"{split}.jsonl"
 
     def ranked(self, split: str) -> Path:
-        return Path(self.output) / self.ranking / f"{split}.jsonl"
+        folder = Path(self.output) / self.ranking if self.round == 1 else self.run_folder() / RANKED
+        return folder / f"{split}.jsonl"
 
     def run_folder(self) -> Path:
-        return Path(self.output) / self.run
+        first = Path(self.output) / self.run
+        return first if self.round == 1 else first / f"round-{self.round}"
 
     def sft_folder(self) -> Path:
         return Path(self.output) / SFT
@@ -330,6 +379,11 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             raise source.error(key, f"`{key}` is `{get(recipe, key)}`, but {reason}", remedy)
     for role in SCORERS:
         _settle_scorer(getattr(recipe.models, role), f"models.{role}", source)
+    if recipe.round > 1:
+        recipe._first_generator = recipe.models.generator
+        # With LoRA the policy's adapter answers on top of it (generation.generate).
+        whole = Model(path=str(recipe.start()))
+        recipe.models.generator = recipe.models.policy.model_copy() if recipe.lora.enabled else whole
     return recipe
 
 
@@ -572,6 +626,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
         yield get(recipe, key) not in known, key, "there is no such method", f"use one of: {', '.join(known)}"
     for refusal in refused(recipe.loss, recipe.schedule):
         yield True, *refusal
+
+    key, previous = "schedule.round_reference", schedule.round_reference == "previous"
+    none = previous and not FAMILIES[recipe.loss.family].reference
+    yield none, key, f"the loss of {recipe.loss.family} has no reference", f"use {key}=first"
+    moves = previous and recipe.lora.enabled and recipe.training.reference == "in_step"
+    yield moves, key, f"`training.reference` is in_step: {MOVES}", "use training.reference=precomputed"
 
 
 def get(recipe: Recipe, key: str) -> Any:

@@ -1,6 +1,6 @@
 """The rules for the responses to one prompt: which of them stay, and their order by reward."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 from pipeline.records import PARALLEL, WITHOUT_NOISE
 
@@ -39,11 +39,19 @@ def distinct(
     return list(kept.values()), ledger
 
 
+FIELDS = ("text", "source", "tokens", "truncated")  # of a response: entries of the `PARALLEL` lists
+
+
 def candidates(prompt: dict, kept: list[dict]) -> dict:
     """The candidates record of a prompt and the responses that `distinct` kept, with `tokens` and `truncated`."""
-    fields = dict(zip(PARALLEL, ("text", "source", "tokens", "truncated"), strict=True))
-    lists = {name: [response[field] for response in kept] for name, field in fields.items()}
+    lists = {name: [response[field] for response in kept] for name, field in zip(PARALLEL, FIELDS, strict=True)}
     return {"prompt_id": prompt["prompt_id"], "prompt": prompt["prompt"], **lists}
+
+
+def responses_of(record: Mapping) -> list[dict]:
+    """The responses of a candidates record: what `candidates` made it of."""
+    entries = zip(*(record[name] for name in PARALLEL), strict=True)
+    return [dict(zip(FIELDS, entry, strict=True)) for entry in entries]
 
 
 def rank(record: dict, rewards: list[float]) -> dict:

@@ -205,6 +205,16 @@ def load_adapter(base: Any, folder: Path, name: str = "default") -> Any:
     return loaded
 
 
+def fill_adapter(model: Any, folder: Path) -> None:
+    """Put the weights of an adapter's folder into the adapter of a model that has one with the same settings."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    refuse_pickles(folder, None, ADAPTER)
+    check_adapter(model, folder, "default")
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+
+
 def mergeable(folder: Path) -> bool:
     """Whether an adapter only adds `alpha / r B A` to weights that are nobody else's (a head may be the embedding)."""
     from safetensors import safe_open

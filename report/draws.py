@@ -60,7 +60,7 @@ def read_draws(rows: Lines, path: Path, recipe: Recipe) -> tuple[Draws, dict[str
         add_rewards(rewards, record)
         for number in numbers.pop(record["prompt_id"], ()):
             try:
-                listed, _ = training_list(record, recipe.loss, recipe.schedule, recipe.seed)
+                listed, _ = training_list(record, recipe.loss, recipe.schedule, recipe.round_seed)
                 figures[:, number] = [*row_figures(rows[number], record, listed, recipe.loss).values()]
             except (IndexError, ValueError):
                 raise _not_its_plan(rows.where(number), where) from None

@@ -206,7 +206,7 @@ def report(recipe: Recipe, arguments: list[str]) -> str:
         shown, left = answers(recipe)
         learned = outcome(recipe)
         examples = cut_texts(list(side_by_side(recipe)) if learned and shown else [], LONGEST)
-    title = f"{Path(recipe.output).name}: {recipe.run}"
+    title = f"{Path(recipe.output).name}: {recipe.name}"
     if recipe.evaluation.on is not None:
         title += f", tested on {evaluated.name}"
     return render(

@@ -10,9 +10,10 @@ import time
 import numpy as np
 import pytest
 from conftest import REPOSITORY, write_tiny_recipe
+from safetensors.numpy import load_file
 
 from evaluation import matrix, reproduce, tables
-from pipeline.records import read_answers, read_jsonl, read_ranked
+from pipeline.records import read_answers, read_candidates, read_jsonl, read_ranked
 from tools.verify import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.train]
@@ -147,6 +148,73 @@ def test_a_table_of_two_runs(tmp_path, tiny_model, tiny_reward, monkeypatch):
     assert verify(tmp_path / "runs") == 0
 
 
+def test_two_rounds(tmp_path, tiny_model, tiny_reward):
+    """The second round samples from the first one's policy, keeps its candidates, trains on, and is measured from the
+    model before training, which answers once. A finished round starts no driver; one that lacks its end goes on."""
+    recipe = write_tiny_recipe(tmp_path, tiny_model, tiny_reward)
+    settings = ["schedule.rounds=2", "schedule.round_candidates=all", "schedule.round_reference=previous"]
+    output, first = tmp_path / "runs", tmp_path / "runs" / "dpo-hps"
+    second = first / "round-2"
+    done = script("rounds.sh", recipe, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("rounds:")] == [
+        "rounds: round 1",
+        "rounds: round 2",
+    ]
+    for split, prompts in (("train", 8), ("test", 4)):
+        before, after = (
+            {record["prompt_id"]: record["responses"] for _, record in read_candidates(folder / f"{split}.jsonl")}
+            for folder in (output / "candidates", second / "candidates")
+        )
+        assert before.keys() == after.keys() and len(after) == prompts
+        assert all(after[name][: len(texts)] == texts for name, texts in before.items())
+        assert sum(map(len, after.values())) > sum(map(len, before.values()))
+    log = [line for _, line in read_jsonl(second / "log.jsonl")]
+    assert [line["step"] for line in log] == [1, 2, 3, 4] and log[0]["s/largest_at_start"] < 1e-3
+    one, two = (load_file(folder / "checkpoint" / "adapter_model.safetensors") for folder in (first, second))
+    assert one.keys() == two.keys() and any(not np.array_equal(one[name], two[name]) for name in one)
+    rows = json.loads((first / "rounds.json").read_text())["rounds"]
+    assert [row["round"] for row in rows] == [1, 2] and min(row["kl"]["mean"] for row in rows) > 1e-3
+    assert (first / "rounds.md").read_text() in done.stdout
+    assert (output / "sft" / "answers" / "manifest.json").exists() and not (second / "sft").exists()
+    assert verify(output) == 0
+
+    files = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    remade = {path for path in files if path.name.startswith("rounds.")}
+    again = script("rounds.sh", recipe, *settings)
+    assert again.returncode == 0 and "rounds: round" not in again.stdout, again.stdout + again.stderr
+    assert all(path in remade or path.stat().st_mtime_ns == then for path, then in files.items())
+    (second / "metrics.manifest.json").unlink()
+    again = script("rounds.sh", recipe, *settings)
+    assert again.returncode == 0 and "rounds: round 2" in again.stdout and "rounds: round 1" not in again.stdout
+    assert "training: finished before" in again.stdout and "answers: finished before" in again.stdout
+
+
+@pytest.mark.full
+def test_rounds_killed_in_the_second_continue_there(tmp_path, tiny_model, tiny_reward):
+    """The first round's files stay as they are, and the second has every prompt once."""
+    recipe = write_tiny_recipe(tmp_path, tiny_model, tiny_reward)
+    recipe.write_text(recipe.read_text().replace("max_sequences: 16", "max_sequences: 4"))
+    first = tmp_path / "runs" / "dpo-hps"
+    candidates = first / "round-2" / "candidates" / "train.jsonl"
+
+    def second_begins():
+        deadline = time.monotonic() + 900
+        while not candidates.exists() or not candidates.stat().st_size:
+            assert time.monotonic() < deadline, "the second round wrote no candidate"
+            time.sleep(0.05)
+
+    kill(["rounds.sh", recipe, "schedule.rounds=2"], second_begins)
+    files = {path: path.stat().st_mtime_ns for path in first.glob("*") if path.is_file()}
+    written = candidates.read_bytes().rpartition(b"\n")[0]
+    done = script("rounds.sh", recipe, "schedule.rounds=2")
+    assert done.returncode == 0 and "rounds: round 1" not in done.stdout, done.stdout + done.stderr
+    assert candidates.read_bytes().startswith(written)
+    names = [record["prompt_id"] for _, record in read_jsonl(candidates)]
+    assert len(names) == len(set(names)) == 8
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
 @pytest.mark.full
 def test_a_second_start_does_nothing_again(finished):
     recipe, output = finished
@@ -181,9 +249,9 @@ def test_checkpoint_loads_in_vllm(finished, tiny_model):
     assert json.loads(done.stdout.splitlines()[-1]) == [expected, expected]
 
 
-def kill_gene(recipe, moment) -> None:
-    """Start gene.sh, wait for `moment()`, SIGKILL the script and everything that it started."""
-    command = ["bash", "gene.sh", str(recipe)]
+def kill(arguments: list, moment) -> None:
+    """Start a driver, wait for `moment()`, SIGKILL the script and everything that it started."""
+    command = ["bash", *map(str, arguments)]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
@@ -204,11 +272,11 @@ def test_gene_killed_twice_has_every_prompt_once(tmp_path, tiny_model, tiny_rewa
             assert time.monotonic() < deadline, "no candidate was written"
             time.sleep(0.05)
 
-    kill_gene(recipe, candidates_begin)
+    kill(["gene.sh", recipe], candidates_begin)
     first = candidates.read_bytes().rpartition(b"\n")[0]
     pause = random.uniform(5, 35)
     print(f"second kill after {pause:.1f} s")
-    kill_gene(recipe, lambda: time.sleep(pause))
+    kill(["gene.sh", recipe], lambda: time.sleep(pause))
     done = script("gene.sh", recipe)
     assert done.returncode == 0, done.stdout + done.stderr
     assert candidates.read_bytes().startswith(first)
@@ -219,7 +287,7 @@ def test_gene_killed_twice_has_every_prompt_once(tmp_path, tiny_model, tiny_rewa
 
 
 @pytest.mark.parametrize(
-    "name", ["gene.sh", "run.sh", "evaluate.sh", "reproduce.sh", "quickstart.sh", "setup.sh", "test.sh"]
+    "name", ["gene.sh", "run.sh", "evaluate.sh", "rounds.sh", "reproduce.sh", "quickstart.sh", "setup.sh", "test.sh"]
 )
 def test_help(name):
     done = script(name, "--help")
@@ -229,6 +297,14 @@ def test_help(name):
 def test_dry_run_of_the_exact_world():
     done = script("reproduce.sh", "theory", "--dry-run")
     assert done.returncode == 0 and "plan: Theorem 3, the margin: 20 seeds" in done.stdout, done.stderr
+
+
+def test_dry_run_of_rounds():
+    """What each round is, and the dry run of the first one that is not done."""
+    done = script("rounds.sh", "configs/hh_rlhf.yaml", "schedule.rounds=3", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "plan: round 3: to do: candidates by the policy in runs/hh_rlhf/dpo-hps/round-2/checkpoint" in done.stdout
+    assert "rounds: round 1" in done.stdout and "rounds: round 2" not in done.stdout
 
 
 @pytest.mark.parametrize("name", ["gene.sh", "run.sh", "evaluate.sh"])

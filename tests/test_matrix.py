@@ -7,6 +7,7 @@ from conftest import REPOSITORY, make_plan, ranked_records
 
 from alignment.memory import responses_per_prompt
 from evaluation.matrix import PILOT, expand, load_matrix, method_name, select
+from evaluation.tables import AGAINST, traits
 from hps.errors import InputError
 from pipeline.prompts import check_disjoint, load_prompts
 from pipeline.recipe import load_recipe
@@ -70,10 +71,11 @@ def test_trainings_of_the_testbed():
     """By hand, in the order of their parts; what a table shares with an earlier one is not trained again.
 
     pilot 10 methods x 3 rates; part 1 3 x 5 seeds; gamma 4 more settings, negatives 2, noise 2, N 1, of 5 seeds each;
-    12 methods x 2; n 2, beta 2 and the reward 1 more, of 2 methods and 3 seeds each; list size 5 x 3; chats 3 x 2.
+    12 methods x 2; n 2, beta 2 and the reward 1 more, of 2 methods and 3 seeds each; list size 5 x 3; chats 3 x 2;
+    rounds 2 and 3 and one round of their size, 3 methods x 3 seeds.
     """
     runs = expand(load_matrix("testbed"))
-    assert len(runs) == 30 + 15 + (20 + 10 + 10 + 5) + 24 + (12 + 12 + 6) + 15 + 6
+    assert len(runs) == 30 + 15 + (20 + 10 + 10 + 5) + 24 + (12 + 12 + 6) + 15 + 6 + 27
     folders = [run.recipe.run_folder() for run in runs]
     assert len(set(folders)) == len(folders)
     for table in ("gamma", "negatives", "noise", "factor_n"):
@@ -130,6 +132,25 @@ def test_lists_of_equal_compute():
         for run in runs_of("list_size", "testbed")
     }
     assert found == {768}
+
+
+def test_rounds_against_one_round_of_as_many_samples_and_steps():
+    """24 responses to each of 96 prompts and 72 steps, in three rounds or at once; round 1 is a run of Table 4."""
+    runs = runs_of("rounds", "testbed")
+    assert {method_name(run.recipe) for run in runs} == {"DPO-PL", "DPO-BT", "DPO-HPS"}
+    sizes = {}
+    for run in runs:
+        recipe = run.recipe
+        steps = recipe.data.train.limit * recipe.schedule.epochs // recipe.schedule.global_batch
+        key = method_name(recipe), recipe.seed, recipe.output
+        sizes.setdefault(key, []).append((recipe.round, recipe.data.train.responses, steps))
+        assert (4 in run.tables) == (recipe.round == 1 and recipe.output == "runs/reviews")
+    assert len(sizes) == 18
+    for (_, _, output), found in sizes.items():
+        rounds = [(1, 8, 24), (2, 8, 24), (3, 8, 24)]
+        assert found == ([(1, 24, 72)] if output == "runs/reviews_24" else rounds)
+    (label,) = {traits("rounds", run.recipe)[1] for run in runs if run.recipe.output == "runs/reviews_24"}
+    assert label in AGAINST  # every round is compared with it
 
 
 def test_unknown_scale_is_refused():

@@ -204,7 +204,7 @@ def test_a_text_may_refer_to_another_field(load):
 
 # Lowest and highest value, beyond which each number is refused; written out, because the code is what is tested.
 BOUNDS = {
-    "seed": (0, 2**31 - 1),
+    "seed": (0, 2**31 - 1), "round": (1, None), "schedule.rounds": (1, None),
     "data.train.limit": (1, None), "data.train.responses": (0, None),
     "data.test.limit": (1, None), "data.test.responses": (0, None),
     "generation.temperature": (0, None), "generation.top_p": (1e-9, 1),
@@ -398,7 +398,7 @@ def test_the_recipes_of_the_paper_say_what_was_done(name):
 
 
 PAPER = {
-    "output": "runs/x", "run": "dpo-hps", "ranking": "ranked", "seed": 42,
+    "output": "runs/x", "run": "dpo-hps", "ranking": "ranked", "round": 1, "seed": 42,
     "models.generator.path": "RLHFlow/Llama3-v2-iterative-DPO-iter3", "models.generator.revision": None,
     "models.policy.path": "RLHFlow/Llama3-SFT-v2.0-epoch3", "models.policy.revision": None,
     "models.reward.path": "Skywork/Skywork-Reward-Llama-3.1-8B", "models.reward.revision": None,
@@ -426,6 +426,7 @@ PAPER = {
     "schedule.gamma_ends": "inclusive", "schedule.best": "reward", "schedule.ties": "keep",
     "schedule.subsample": None, "schedule.standardize_rewards": False, "schedule.epochs": 2,
     "schedule.global_batch": 64, "schedule.device_batch": 1, "schedule.max_length": 2048,
+    "schedule.rounds": 1, "schedule.round_reference": "first", "schedule.round_candidates": "new",
     "lora.enabled": True, "lora.r": 8, "lora.alpha": 16, "lora.dropout": 0.0,
     "lora.target_modules": ["q_proj", "v_proj"],
     "optimizer.learning_rate": 5e-7, "optimizer.scheduler": "cosine", "optimizer.warmup_steps": 0,
@@ -529,6 +530,11 @@ MEANINGLESS = [
     (["loss.rpo_eta=2"], "belongs to `loss.family: rpo`, and that is dpo"),
     (["loss.preference=pairs", "loss.estimator=exact"], "belongs to `loss.preference: hps`, and that is pairs"),
     (["loss.family=nca", "loss.preference=pl", "schedule.best=human"], "the target of nca-pl is made of rewards alone"),
+    (["loss.family=simpo", "schedule.round_reference=previous"], "the loss of simpo has no reference"),
+    (
+        ["schedule.round_reference=previous", "training.reference=in_step"],
+        "`training.reference` is in_step: the reference is the adapter that the first step changes",
+    ),
 ]
 
 

@@ -68,6 +68,9 @@ FIGURES = "test_margins.py::test_whatever_decides_the_figures_is_claimed"
 RANKING = "test_annotation.py::test_whatever_decides_the_ranking_is_claimed"
 RESAMPLED = "test_margins.py::test_figures_are_resampled_as_the_recipe_says"
 BF16 = "test_shared_prefix.py::test_log_probabilities_of_a_bf16_model_are_float32"
+ROUND = "test_rounds.py::test_a_round_starts_at_the_policy_of_the_one_before"
+ROUND_FIRST, ROUND_PREVIOUS = f"{ROUND}[true-first]", f"{ROUND}[true-previous]"
+UNION = "test_rounds.py::test_candidates_of_all_rounds_or_of_one"
 BEFORE, IN_STEP = f"{STEP}[hps-before]", f"{STEP}[hps-in step]"
 
 TRAIN, TRAINER, REFERENCE = "alignment/train.py", "hps/trainer.py", "hps/reference.py"
@@ -128,7 +131,7 @@ MUTATIONS = [
     dropped(
         "the seed is not passed on",
         TRAIN,
-        "        seed=recipe.seed,",
+        "        seed=recipe.round_seed,",
         "test_wiring.py::test_the_seed_makes_the_adapter",
     ),
     dropped(
@@ -154,8 +157,8 @@ MUTATIONS = [
     Mutation(
         "the model's own dropout stays on",
         TRAIN,
-        "config=without_dropout(load_config(recipe.models.policy)),",
-        "config=load_config(recipe.models.policy),",
+        "config=without_dropout(load_config(model)),",
+        "config=load_config(model),",
         (BEFORE,),
     ),
     Mutation("another optimizer", TRAIN, 'optim="adamw_torch"', 'optim="sgd"', (UPDATE,)),
@@ -197,7 +200,7 @@ MUTATIONS = [
     Mutation(
         "the reference with the adapter on",
         TRAINER,
-        "self.accelerator.unwrap_model(self.model).disable_adapter() if self.is_adapted else nullcontext()",
+        "self.accelerator.unwrap_model(self.model).disable_adapter() if off else nullcontext()",
         "nullcontext()",
         (BEFORE, IN_STEP),
     ),
@@ -293,6 +296,23 @@ MUTATIONS = [
         'for name in ("schedule", "lora", "optimizer")}',
         'for name in ("schedule",)}',
         (CLAIMED,),
+    ),
+    dropped(
+        "a later round trains from the first policy", TRAIN, "        fill_adapter(trainer.model, start)", ROUND_FIRST
+    ),
+    Mutation(
+        "the moving reference is the first policy",
+        TRAIN,
+        "trainer.adapted_reference = moves",
+        "trainer.adapted_reference = False",
+        (ROUND_PREVIOUS,),
+    ),
+    Mutation(
+        "candidates of earlier rounds are left out",
+        "generation/generate.py",
+        "given = earlier or [",
+        "given = [",
+        (UNION,),
     ),
     dropped("a run does not claim its seed", PLAN, '        "seed": recipe.seed,', CLAIMED),
     dropped("a run does not claim its ranking", PLAN, '        "ranked": file_hash(recipe.ranked("train")),', CLAIMED),
