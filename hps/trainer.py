@@ -263,8 +263,8 @@ class HPSTrainer(DPOTrainer):
     def _record(self, inputs, policy, rewards, losses) -> None:
         """Put the step's figures where the parent's `log` averages them over the accumulation steps.
 
-        `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list). With a reference
-        `s` is log pi_theta - log pi_ref, nats, and `s_per_token` the same divided by the response's tokens.
+        `rejected` is the mean over the dispreferred by their weights in the loss (all alike in a list). With a
+        reference `s` is log pi_theta - log pi_ref, nats, and `s_per_token` the same divided by the response's tokens.
 
         Raises:
             InputError: a loss is not finite; raised on every process, so none hangs.
