@@ -23,7 +23,6 @@ from pathlib import Path
 
 from alignment.rows import ranked_prompts
 from hps.errors import InputError, run_main
-from hps.methods import PAIRS
 from hps.planning import Plan
 from hps.settings import Loss
 from pipeline.files import json_line, value_hash, write_json, write_lines
@@ -93,7 +92,7 @@ def pairs(recipe: Recipe, split: str, cut: dict[str, int]) -> Iterator[dict]:
 def check_pairs(loss: Loss) -> None:
     """Refuse a loss that is none of pairs."""
     for wrong, field, value in (
-        (loss.preference not in PAIRS, "preference", "bt or hps"),
+        (loss.takes_lists, "preference", "bt or hps"),
         (loss.preference == "hps" and loss.estimator == "exact", "estimator", "sampled"),
         (loss.positives == 2, "positives", 1),
     ):
