@@ -199,7 +199,10 @@ install_flash_attn() { # after torch, which its build imports
 }
 
 install_project() { # with the environment's setuptools: no isolated build, no network
-    pip_install "this repository, editable" --no-deps --no-build-isolation --editable .
+    # `compat` puts the whole folder on the path: workers and actors start elsewhere and import the stages, of which
+    # the wheel has none.
+    pip_install "this repository, editable" --no-deps --no-build-isolation --config-settings editable_mode=compat \
+        --editable .
 }
 
 pip_install() { # name for the screen, arguments of pip install; the log has all output, the screen the main lines

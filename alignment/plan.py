@@ -18,35 +18,15 @@ from pathlib import Path
 
 from alignment.rows import keep_rows, ranked_prompts
 from hps.errors import InputError, naming
-from hps.planning import Plan, reversal_warning
-from hps.settings import own_settings, rule_without_gamma, stages_without_steps
-from pipeline.cli import counted, run_stage
+from hps.planning import Plan, plan_lines, reversal_warning
+from hps.settings import own_settings
+from pipeline.cli import run_stage
 from pipeline.files import file_hash, write_json, write_lines
 from pipeline.identity import check_model, model_hash
 from pipeline.recipe import OF_ROUNDS, Recipe
 from pipeline.records import Indexed
 from pipeline.rounds import require_start, round_settings
 from pipeline.stage import CLAIM, claim, hold, require_finished
-
-
-def print_plan(facts: dict, recipe: Recipe, path: Path) -> None:
-    """Print the plan."""
-    equal = facts["responses_equal_to_the_preferred"]
-    print(
-        f"plan: {facts['prompts']} prompts, left out: {counted(facts['left_out'])}"
-        f"{f' and {equal} responses equal to the preferred' if equal else ''}; {facts['rows']} rows in "
-        f"{facts['steps']} steps of {facts['global_batch']} "
-        f"({facts['rows_to_fill_the_last_step']} rows fill up the last step) -> {path}"
-    )
-    if facts["gamma"] and (warning := stages_without_steps(facts["steps"], recipe.schedule)):
-        print(f"plan: WARNING: {warning}")
-    if rule := rule_without_gamma(recipe.loss):
-        print(f"plan: {rule}")
-    row = "plan: {:>6} {:>6} {:>22} {:>16} {:>11} {:>20}".format
-    print(row("gamma", "rows", "effective sample size", "mean rank drawn", "reward gap", "length gap (tokens)"))
-    for line in facts["stages"]:
-        names = ("gamma", "rows", "effective_sample_size", "rank", "reward_gap", "length_gap")
-        print(row(*("-" if line[name] is None else round(line[name], 3) for name in names)))
 
 
 def run_settings(recipe: Recipe) -> dict:
@@ -84,7 +64,8 @@ def plan(recipe: Recipe) -> Indexed:
         _write_once(folder / "plan.jsonl", (json.dumps(row) + "\n" for row in made.rows()))
         facts = made.facts()
         write_json(folder / "plan.json", {**facts, "ranked_sha256": file_hash(recipe.ranked("train"))})
-    print_plan(facts, recipe, folder / "plan.jsonl")
+    first, *rest = plan_lines(facts, recipe.loss, recipe.schedule)
+    print("\n".join(f"plan: {line}" for line in (f"{first} -> {folder / 'plan.jsonl'}", *rest)))
     used = (records[name] for name in made.prompts)
     if warning := reversal_warning(used, recipe.loss, recipe.schedule, recipe.round_seed):
         print(f"plan: WARNING: {warning}")

@@ -11,16 +11,12 @@ alignment.train calls this module.
 import hashlib
 import json
 import math
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list, gather_object
-
 from hps.errors import naming
 from hps.methods import FAMILIES
-from hps.reference import Values, computation, computed_values, unknown_values
-from hps.trainer import HPSTrainer
+from hps.trainer import Computed, HPSTrainer
 from pipeline.cli import progress
 from pipeline.files import Appender
 from pipeline.identity import model_hash
@@ -31,7 +27,7 @@ def cache_folder(recipe: Recipe, trainer: HPSTrainer) -> Path:
     """The folder for this model and everything except the token ids that decides the last bits."""
     moved = recipe.start() if recipe.schedule.round_reference == "previous" else None
     start = {"start": model_hash(Model(path=str(moved)))} if moved else {}
-    how = {"model": model_hash(recipe.models.policy), **start, **computation(trainer)}
+    how = {"model": model_hash(recipe.models.policy), **start, **trainer.computation()}
     key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
     return Path(recipe.output) / "reference" / key
 
@@ -67,34 +63,20 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
         reason = "`training.reference` is in_step" if asked else "ZeRO-3 spreads its weights over the processes"
         say(f"training: the reference is computed in every step: {reason}")
         return
+    folder = cache_folder(recipe, trainer)
+
+    def written(found: Iterator[Computed], count: int) -> Iterator[Computed]:
+        if trainer.accelerator.is_main_process:
+            found = progress(found, count, "reference", "micro-batch")
+        place = folder / f"{recipe.run}-{trainer.accelerator.process_index}.jsonl"
+        with naming(recipe.models.policy.path), Appender(place) as file:
+            for key, log_probs in found:
+                file.append({"batch": key, "log_probs": log_probs})
+                yield key, log_probs
+
     size = trainer.args.per_device_train_batch_size
-    values, folder = unknown_values(trainer.rows, size, trainer.accelerator), cache_folder(recipe, trainer)
-    # One process reads and sends the values to the others: another run's files may grow meanwhile, and another node
-    # may not see them yet.
-    if trainer.accelerator.is_main_process:
-        values.add(known_values(folder))
-    (values.known,) = broadcast_object_list([values.known])
-    todo = values.missing()
-    for computed in gather_object([_compute(recipe, trainer, values, todo, folder)]):
-        values.add(computed)
-    found = len(set(values.keys)) - len(todo)
-    say(f"training: reference of {len(todo)} micro-batches computed, of {found} found in {folder}")
+    # The first process reads for all: another run's files may grow meanwhile, and another node may not see them yet.
+    values, computed = trainer.reference_values(trainer.rows, size, known_values(folder), written)
+    known = len(set(values.keys)) - computed
+    say(f"training: reference of {computed} micro-batches computed, of {known} found in {folder}")
     trainer.set_reference(values)
-
-
-def _compute(
-    recipe: Recipe, trainer: HPSTrainer, values: Values, todo: list[int], folder: Path
-) -> list[tuple[str, array]]:
-    """Compute this process's share of the micro-batches, writing each to disk: keys and log-probabilities in nats."""
-    if not todo:
-        return []
-    state, computed = trainer.accelerator, []
-    mine = todo[state.process_index :: state.num_processes]
-    found = computed_values(trainer, values, mine)
-    if state.is_main_process:
-        found = progress(found, len(mine), "reference", "micro-batch")
-    with naming(recipe.models.policy.path), Appender(folder / f"{recipe.name}-{state.process_index}.jsonl") as file:
-        for key, log_probs in found:
-            file.append({"batch": key, "log_probs": log_probs})
-            computed.append((key, array("d", log_probs)))
-    return computed

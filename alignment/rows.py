@@ -10,14 +10,15 @@ alignment.plan makes them once, on all cores, and each process of the training r
 import json
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from typing import Any
 
-from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
-from hps.errors import InputError, naming
-from hps.planning import weights_of
+from hps.chat import load_tokenizer
+from hps.errors import InputError
+from hps.rows import CheckedRows, PlanRows
 from pipeline.cli import progress
 from pipeline.files import file_hash, write_json, write_lines
 from pipeline.recipe import Recipe
@@ -49,85 +50,21 @@ def read_plan(recipe: Recipe) -> Lines:
     return rows
 
 
-class PlanRows(Sequence[dict]):
-    """The plan's rows as token ids, in training order. A row is made each time it is read.
+def of_plan(recipe: Recipe, tokenizer: Any, ranked: Indexed | None = None) -> tuple:
+    """The arguments of `hps.rows.PlanRows` for a run.
 
     Args:
         ranked: the ranked training prompts, where they are read already.
-
-    Raises:
-        InputError: a prompt leaves no room for a response within `schedule.max_length`, or a response is empty.
     """
-
-    def __init__(self, recipe: Recipe, tokenizer, ranked: Indexed | None = None):
-        self._plan, self._ranked = read_plan(recipe), ranked_prompts(recipe) if ranked is None else ranked
-        self._tokenizer, self._limit = tokenizer, recipe.schedule.max_length
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self._plan[index]
-        record = self._ranked[row["prompt_id"]]
-        terms = [row, row["second"]] if "second" in row else [row]
-        # y_1, with Appendix E y_2, then the terms' other responses by reward: each response passes the model once.
-        first = [term["preferred"] for term in terms]
-        members = [*first, *sorted({index for term in terms for index in term["dispreferred"]} - set(first))]
-        with naming(self._ranked.where(row["prompt_id"])):
-            prompt, responses = self._tokens(record, members)
-        room = self._limit - len(prompt)
-        ids = [ids[:room] for ids in responses]
-        rewards = dict(zip([row["preferred"], *row["dispreferred"]], row["rewards"], strict=True))
-        return {
-            "row": index,
-            "prompt_ids": prompt,
-            "response_ids": ids,
-            "rewards": [rewards.get(index, 0.0) for index in members],
-            "weights": [weights_of(term, members) for term in terms],
-            "dispreferred_count": [term["dispreferred_count"] for term in terms],
-            "cut": sum(len(response) > room for response in responses),
-            "equal": ids[0] in ids[1:],
-            "gamma": row["gamma"] or 0.0,
-        }
-
-    def places(self, rows: Iterable[int]) -> str:
-        """Rows of the plan for a message: the line of each, its prompt, and where that is."""
-        named = {row: self._plan[row]["prompt_id"] for row in rows}
-        return ", ".join(
-            f"{self._plan.where(row)} (prompt `{name}`, {self._ranked.where(name)})" for row, name in named.items()
-        )
-
-    def _tokens(self, record: dict, members: list[int]) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the prompt, and of its responses before they are cut."""
-        prompt = prompt_token_ids(self._tokenizer, record["prompt"])
-        if len(prompt) >= self._limit:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: no room is left for a "
-                "response",
-                remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
-            )
-        texts, truncated = record["responses"], record["truncated"]
-        responses = [
-            response_token_ids(self._tokenizer, record["prompt"], texts[index], truncated[index]) for index in members
-        ]
-        if not all(responses):
-            raise InputError("a response has no tokens", remedy="take empty responses out of the ranked file")
-        return prompt, responses
+    plan, ranked = read_plan(recipe), ranked_prompts(recipe) if ranked is None else ranked
+    return plan, ranked, tokenizer, recipe.schedule.max_length, ranked.where, plan.where
 
 
-class TokenRows(PlanRows):
-    """The plan's rows, each made once at the start, so a bad one is found before a model loads.
+class TokenRows(CheckedRows):
+    """The rows of a run. InputError: as `CheckedRows`."""
 
-    `cut` counts the responses that `schedule.max_length` shortens. `equal` counts the rows in which a dispreferred
-    response has the same tokens as the preferred one, because of that cut or of the tokenizer.
-    """
-
-    def __init__(self, recipe: Recipe, tokenizer):
-        super().__init__(recipe, tokenizer)
-        self.cut = self.equal = 0
-        for row in self:
-            self.cut += row["cut"]
-            self.equal += row["equal"]
+    def __init__(self, recipe: Recipe, tokenizer: Any):
+        super().__init__(*of_plan(recipe, tokenizer))
 
 
 class KeptRows(Lines):
@@ -171,7 +108,7 @@ def keep_rows(recipe: Recipe, ranked: Indexed) -> None:
 
         def lines() -> Iterator[str]:
             policy = recipe.models.policy
-            rows = PlanRows(recipe, load_tokenizer(policy.path, policy.revision), ranked)
+            rows = PlanRows(*of_plan(recipe, load_tokenizer(policy.path, policy.revision), ranked))
             for line, cut, equal in progress(_made(rows), len(rows), "rows", " rows"):
                 counts["rows"] += 1
                 counts["cut"] += cut

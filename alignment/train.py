@@ -17,17 +17,14 @@ import shutil
 import socket
 import time
 import uuid
-from contextlib import nullcontext, suppress
-from dataclasses import replace
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from trl import DPOConfig
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from alignment.checks import check_attention, check_wandb, lora_config, try_lora
 from alignment.memory import check_moving_reference, checkpointing
@@ -37,15 +34,23 @@ from alignment.rows import TokenRows, drop_rows, kept_rows
 from evaluation.displacement import of_training
 from hps.chat import load_tokenizer
 from hps.errors import InputError, run_main
-from hps.row_costs import RowCosts
-from hps.shared_prefix import ONE_ROW, Layout, prove
-from hps.trainer import HPSTrainer, PlanCollator, not_finite
+from hps.shared_prefix import prove
+from hps.trainer import (
+    OF_PARENT,
+    HPSConfig,
+    HPSTrainer,
+    PlanCollator,
+    not_finite,
+    rows_apart,
+    tokens_before,
+    without_dropout,
+)
 from pipeline.cli import parse
 from pipeline.files import Appender, file_hash, json_line, whole_folder, write_lines
 from pipeline.identity import check_model
 from pipeline.machine import device
 from pipeline.models import check_fits
-from pipeline.recipe import Model, Recipe
+from pipeline.recipe import OF_ROUNDS, Model, Recipe
 from pipeline.records import read_jsonl
 from pipeline.run_records import check_log_line
 from pipeline.stage import CLAIM, Work, begin, hold
@@ -55,7 +60,7 @@ from pipeline.workers import accumulation_steps
 COMPLETE = "complete"  # a checkpoint's last file
 
 
-def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -> DPOConfig:
+def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -> HPSConfig:
     """The parent's settings for this recipe. The global batch is the recipe's on any number of processes.
 
     Args:
@@ -67,11 +72,12 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
     schedule, optimizer, training = recipe.schedule, recipe.optimizer, recipe.training
     cuda = torch.cuda.is_available()
     trackers = [name for name in ("wandb", "tensorboard") if getattr(training, name)]
-    return DPOConfig(
+    method = {**recipe.loss.model_dump(), **schedule.model_dump(exclude={*OF_PARENT, *OF_ROUNDS})}
+    return HPSConfig(
+        **method,
         output_dir=str(recipe.run_folder() / "steps"),
         run_name=f"{Path(recipe.output).name}-{recipe.name}",
-        num_train_epochs=1,  # the plan holds all epochs
-        train_sampling_strategy="sequential",
+        num_train_epochs=schedule.epochs,
         per_device_train_batch_size=schedule.device_batch,
         gradient_accumulation_steps=accumulation_steps(recipe, world_size),
         learning_rate=optimizer.learning_rate,
@@ -82,8 +88,9 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
         max_grad_norm=optimizer.max_grad_norm,
         optim="adamw_torch",
         seed=recipe.round_seed,
-        max_length=None,
-        router_aux_loss_coef=0.0,
+        max_length=schedule.max_length,
+        shared_prefix=training.shared_prefix,
+        row_tokens=training.row_tokens,
         bf16=cuda if bf16 is None else bf16,
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
@@ -124,7 +131,7 @@ def load_policy(recipe: Recipe, bf16: bool | None = None, model: Model | None = 
     frozen copy is loaded and cast the same way: with other roundings s would not start at 0.
 
     Args:
-        bf16: training computes in it (`DPOConfig.bf16`); None: on CUDA.
+        bf16: training computes in it (`HPSConfig.bf16`); None: on CUDA.
         model: None: `models.policy`.
     """
     model = model or recipe.models.policy
@@ -136,19 +143,6 @@ def load_policy(recipe: Recipe, bf16: bool | None = None, model: Model | None = 
         dtype=torch.bfloat16 if bf16 and recipe.lora.enabled else torch.float32,
         attn_implementation=attention(recipe),
     )
-
-
-def without_dropout(config):
-    """The configuration with every dropout at 0: the policy and the reference must be equal before the first step.
-
-    The parent's `disable_dropout` reaches modules alone, LoRA's among them. Many models (llama, opt, starcoder2) apply
-    dropout as a function, with a probability of their configuration.
-    """
-    for part in (config, config.get_text_config()):
-        for name, value in vars(part).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
-    return config
 
 
 class RunFiles(TrainerCallback):
@@ -224,11 +218,6 @@ def logged(path: Path, last: int) -> list[dict]:
     return [line for _, line in read_jsonl(path, check_log_line) if line["step"] <= last]
 
 
-def tokens_before(state: TrainerState) -> float:
-    """Tokens that passed the policy up to a checkpoint; 0 at the start."""
-    return state.log_history[-1]["num_tokens"] if state.log_history else 0.0
-
-
 def _number(value):
     """JSON has no NaN: write it as text, so that it stays visible."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -258,19 +247,7 @@ def save(trainer: HPSTrainer, tokenizer, target: Path) -> None:
     state.wait_for_everyone()
 
 
-def collator(recipe: Recipe, pad: int, layout: Layout, config) -> PlanCollator:
-    """How micro-batches become rows: those of the recipe, and on CUDA on a grid and by their cost."""
-    named, budget, costs = recipe.training.attention, recipe.training.row_tokens, None
-    if named == "flex":
-        budget = ONE_ROW  # it computes nothing between the prompts of a row
-    cuda = torch.cuda.is_available()
-    if cuda and named == "auto":
-        with suppress(AttributeError, TypeError):  # no sizes of Llama's kind of layers: prompts are shared
-            costs = RowCosts.of(config, recipe.lora.enabled, checkpointing(recipe, PartialState().num_processes))
-    return PlanCollator(pad, layout, budget, cuda, costs)
-
-
-def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
+def build_trainer(recipe: Recipe, tokenizer, config: HPSConfig) -> HPSTrainer:
     """The trainer on the plan's rows; without the reference's log-probabilities (`alignment.reference`)."""
     # `setdefault`: a user's own settings win. The id lets a continued run extend the same record.
     os.environ.setdefault("WANDB_PROJECT", "hps")
@@ -282,27 +259,26 @@ def build_trainer(recipe: Recipe, tokenizer, config: DPOConfig) -> HPSTrainer:
     start, moves = recipe.start(), recipe.schedule.round_reference == "previous"
     whole = Model(path=str(start)) if start and not recipe.lora.enabled else None
     model = load_policy(recipe, config.bf16, whole)
+    automatic = recipe.training.attention == "auto"
     layout = prove(model, recipe.schedule.max_length)
-    if not recipe.training.shared_prefix:
-        layout = replace(layout, shared=0, reason="`training.shared_prefix` is false")
+    collator = PlanCollator.of(layout, model.config, tokenizer.pad_token_id, config, recipe.lora.enabled, automatic)
+    layout = collator.layout
     if layout.shared < recipe.schedule.max_length:
         if recipe.training.attention == "flex":
             problem = f"`training.attention` is `flex`, and some conversations cannot share a prompt: {layout.reason}"
             raise InputError(problem, remedy="use training.attention=auto")
-        above = f" of more than {layout.shared} tokens" if layout.shared else ""
-        PartialState().print(f"training: conversations{above} have rows of their own: {layout.reason}")
+        PartialState().print(f"training: {rows_apart(layout)}")
     # The parent would load the frozen copy by its name alone, without the revision.
     reference = None if recipe.lora.enabled else load_policy(recipe, config.bf16, whole if moves else None)
-    if not layout.shared and recipe.training.attention == "auto" and flash_attention():
+    if not layout.shared and automatic and flash_attention():
         for each in filter(None, (model, reference)):
             each.set_attn_implementation("flash_attention_2")
     trainer = HPSTrainer(
         model=model,
         ref_model=reference,
         args=config,
-        loss=recipe.loss,
         train_dataset=rows,
-        data_collator=collator(recipe, tokenizer.pad_token_id, layout, model.config.get_text_config()),
+        data_collator=collator,
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
         callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch)],
@@ -394,7 +370,6 @@ def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
     [resume] = broadcast_object_list([last_checkpoint(folder / "steps") if state.is_main_process else None])
     if resume:
         state.print(f"training: continued from {resume}")
-        trainer.tokens = tokens_before(TrainerState.load_from_json(f"{resume}/{TRAINER_STATE_NAME}"))
     result = trainer.train(resume_from_checkpoint=resume)
     save(trainer, tokenizer, folder / "checkpoint")
     if state.is_main_process:

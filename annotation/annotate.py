@@ -23,8 +23,8 @@ from statistics import NormalDist, mean
 import numpy as np
 
 from annotation.scorers import run_scorers, scorer_settings
-from hps.errors import InputError
-from pipeline.cli import counted, progress, run_stage
+from hps.errors import InputError, counted
+from pipeline.cli import progress, run_stage
 from pipeline.files import Results, file_hash, write_json
 from pipeline.functions import announce, function_files
 from pipeline.identity import check_model

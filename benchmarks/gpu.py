@@ -29,7 +29,6 @@ from functools import partial
 from itertools import product
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from measure import options, show
 from shapes import EIGHT, ONE, TINY, Lengths, plan_row, random_model, shape
@@ -38,10 +37,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from alignment.checks import lora_config
-from alignment.train import attention, collator, training_config
-from hps.reference import computed_values, unknown_values
+from alignment.train import attention, training_config
 from hps.shared_prefix import SHARED
-from hps.trainer import HPSTrainer
+from hps.trainer import HPSTrainer, PlanCollator
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -100,25 +98,23 @@ class Case:
             recipe = recipe_of(folder, *self.settings, *preference, *settings)
             model = self.model(attention(recipe))
             layout = SHARED if recipe.training.shared_prefix else replace(SHARED, shared=0)
+            config, automatic = training_config(recipe, 1), recipe.training.attention == "auto"
             trainer = HPSTrainer(
                 model=model,
-                args=training_config(recipe, 1),
-                loss=recipe.loss,
+                args=config,
                 train_dataset=self.rows,
-                data_collator=collator(recipe, 0, layout, model.config),
+                data_collator=PlanCollator.of(layout, model.config, 0, config, recipe.lora.enabled, automatic),
                 processing_class=tokenizer(),
                 peft_config=lora_config(recipe),
             )
-            values = unknown_values(self.rows, 1, PartialState())
-            values.add(computed_values(trainer, values, values.missing()))
-            trainer.set_reference(values)
+            trainer.set_reference(trainer.reference_values(self.rows, 1)[0])
             return Steps(trainer, list(trainer.train_dataset), 1)
 
     def trl(self) -> Steps:
         with tempfile.TemporaryDirectory() as folder:
             recipe = recipe_of(folder, *self.settings, "loss.preference=bt")
             config = training_config(recipe, 1)
-            config.beta, config.precompute_ref_log_probs = recipe.loss.beta, True
+            config.num_train_epochs, config.precompute_ref_log_probs = 1, True
             names = ("prompt_ids", "chosen_ids", "rejected_ids")
             pairs = [dict(zip(names, (row["prompt_ids"], *row["response_ids"]), strict=True)) for row in self.rows]
             trainer = TokenDPO(

@@ -103,7 +103,6 @@ def ours(rows: list[dict], *settings: str) -> Steps:
         trainer = HPSTrainer(
             model=load_policy(recipe),
             args=training_config(recipe, 1),
-            loss=recipe.loss,
             train_dataset=rows,
             data_collator=PlanCollator(tokenizer.pad_token_id, layout),
             processing_class=tokenizer,
@@ -124,7 +123,7 @@ def trl(rows: list[dict], precomputed: bool) -> Steps:
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(folder, "loss.preference=bt")
         config = training_config(recipe, 1)
-        config.beta, config.precompute_ref_log_probs = recipe.loss.beta, precomputed
+        config.num_train_epochs, config.precompute_ref_log_probs = 1, precomputed
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         pairs = [dict(zip(names, (row["prompt_ids"], *row["response_ids"]), strict=True)) for row in rows]
         tokenizer = load_tokenizer(recipe.models.policy.path)

@@ -113,7 +113,7 @@ def plan(recipe: Recipe) -> Work:
 
 
 def training(recipe: Recipe) -> Work:
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     from alignment.train import TokenRows
     from hps.chat import load_tokenizer
@@ -126,7 +126,7 @@ def training(recipe: Recipe) -> Work:
     def work() -> None:
         rows = TokenRows(recipe, tokenizer)
         size = recipe.schedule.device_batch
-        values = unknown_values(rows, size, PartialState(cpu=True))
+        values = unknown_values(rows, size, Accelerator(cpu=True))
         for number in values.missing():
             responses = sum(len(row["response_ids"]) for row in micro_batch(rows, size, number))
             values.add([(values.keys[number], [-1.0] * responses)])

@@ -21,8 +21,8 @@ from typing import Any
 from evaluation.judge_endpoint import ask
 from generation.generate import sample
 from hps.chat import load_tokenizer, prompt_token_ids
-from hps.errors import InputError, shorten
-from pipeline.cli import announce_device, counted, progress, run_stage
+from hps.errors import InputError, counted, shorten
+from pipeline.cli import announce_device, progress, run_stage
 from pipeline.files import Appender, value_hash, write_json
 from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits

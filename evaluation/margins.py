@@ -24,8 +24,8 @@ import numpy as np
 
 from evaluation.displacement import of_pairs
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
-from hps.errors import InputError, shorten
-from pipeline.cli import counted, progress, run_stage
+from hps.errors import InputError, counted, shorten
+from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, file_hash, json_line, write_json, write_lines
 from pipeline.identity import model_hash
 from pipeline.prompts import evaluated_prompts

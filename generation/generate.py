@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from hps.chat import check_records, end_of_turn_ids, load_tokenizer, prompt_token_ids, special_tokens_in
-from hps.errors import naming
-from pipeline.cli import counted, progress, run_stage
+from hps.errors import counted, naming
+from pipeline.cli import progress, run_stage
 from pipeline.engine import Engine, Sample
 from pipeline.files import Results, file_hash, write_json
 from pipeline.identity import check_model, model_hash

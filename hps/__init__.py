@@ -9,5 +9,21 @@ shared_prefix           a prompt computed once for all its responses
 preferences, inspection rows of any preference data set as token ids, and what is wrong with them
 first_step              s and the loss before the first update, and how far settings can move a margin
 inspect_data            the command that prints both
+dataset, rows           data sets of the library `datasets` as ranked prompts, and the plan's rows as token ids
 trainer, reference      training on a plan, and log-probabilities under the reference
+
+`from hps import HPSTrainer, HPSConfig` is for scripts (docs/trainer.md).
 """
+
+from typing import Any
+
+__all__ = ["HPSConfig", "HPSTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """The two names of the trainer, loaded when they are asked for: the inference environment has no TRL."""
+    if name not in __all__:
+        raise AttributeError(f"module 'hps' has no attribute {name!r}")
+    from hps import trainer
+
+    return getattr(trainer, name)

@@ -56,6 +56,16 @@ def load_tokenizer(path: str, revision: str | None = None):
             its `tokenizer.json`; it does not give a text back; a conversation does not keep its texts.
     """
     tokenizer = _loaded(path, revision)
+    check_tokenizer(tokenizer, path)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, path: str) -> None:
+    """Prove a tokenizer on the probe texts and conversations; it gets a padding token if it has none.
+
+    Raises:
+        InputError: as `load_tokenizer`, but for its `tokenizer.json`, which is not compared.
+    """
     for text in TEXTS:
         _check_kept(tokenizer, encode(tokenizer, text), text, path)
     if not _decoded(tokenizer, encode(tokenizer, "a\n")).endswith("\n"):
@@ -71,8 +81,7 @@ def load_tokenizer(path: str, revision: str | None = None):
         tokenizer.pad_token = tokenizer.eos_token
     _prove(tokenizer)
     for problem in _remarks(tokenizer):
-        warnings.warn(f"{path}: {problem}", stacklevel=2)
-    return tokenizer
+        warnings.warn(f"{path}: {problem}", stacklevel=3)
 
 
 def _loaded(path: str, revision: str | None):

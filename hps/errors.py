@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 
 # What libraries say instead of an OSError: safetensors the system's words, torch its own.
@@ -58,6 +58,11 @@ def shorten(value: object) -> str:
     """A value as JSON, cut to 60 characters, for error messages."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts in words: `3 x too long, 1 x repeated`, or `none`."""
+    return ", ".join(f"{count} x {what}" for what, count in counts.items()) or "none"
 
 
 def refusal(path: str, error: Exception, what: str = "model") -> InputError:

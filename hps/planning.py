@@ -9,15 +9,15 @@ import hashlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from hps.errors import InputError, naming
+from hps.errors import InputError, counted, naming
 from hps.methods import FAMILIES
 from hps.negatives import gamma_stages, learns_reversed, stage_of, standardize, term
 from hps.records import PlanRow, Ranked, Term
-from hps.settings import Loss, Schedule
+from hps.settings import Loss, Schedule, rule_without_gamma, stages_without_steps
 
 WIDEST = 2**24  # nats: the largest number beside which single precision still sees 1
 
@@ -175,7 +175,7 @@ class Plan:
                 self._figures[stage][figure].append(value)
             yield cast(PlanRow, {"step": step, "epoch": int(epoch), **row})
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, Any]:
         """Counts, and diagnostics of each gamma stage; of the rows made last."""
         return {
             "prompts": len(self.records),
@@ -270,3 +270,24 @@ def stage_table(figures: dict[int, dict[str, array]], gammas: list[float] | None
         rows = len(figures[stage]["rank"])
         table.append({"gamma": gammas[stage] if gammas else None, "rows": rows, **means})
     return table
+
+
+def plan_lines(facts: Mapping[str, Any], loss: Loss, schedule: Schedule) -> list[str]:
+    """A plan in words, from its `facts`: what is left out, steps, and the diagnostics of each stage as a table."""
+    equal = facts["responses_equal_to_the_preferred"]
+    found = [
+        f"{facts['prompts']} prompts, left out: {counted(facts['left_out'])}"
+        f"{f' and {equal} responses equal to the preferred' if equal else ''}; {facts['rows']} rows in "
+        f"{facts['steps']} steps of {facts['global_batch']} "
+        f"({facts['rows_to_fill_the_last_step']} rows fill up the last step)"
+    ]
+    if facts["gamma"] and (warning := stages_without_steps(facts["steps"], schedule)):
+        found.append(f"WARNING: {warning}")
+    if rule := rule_without_gamma(loss):
+        found.append(rule)
+    row = "{:>6} {:>6} {:>22} {:>16} {:>11} {:>20}".format
+    found.append(row("gamma", "rows", "effective sample size", "mean rank drawn", "reward gap", "length gap (tokens)"))
+    for line in facts["stages"]:
+        names = ("gamma", "rows", "effective_sample_size", "rank", "reward_gap", "length_gap")
+        found.append(row(*("-" if line[name] is None else round(line[name], 3) for name in names)))
+    return found

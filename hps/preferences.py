@@ -135,7 +135,7 @@ def read_row(tokenizer: Any, record: Mapping[str, Any], where: str) -> Row:
         for columns in TOKEN_COLUMNS:
             if all(column in record for column in columns):
                 prompt, *responses = (_ids(record, column) for column in columns)
-                return Row(where, "token ids", prompt, responses, rewards=_scores(record))
+                return Row(where, "token ids", prompt, responses, rewards=pair_scores(record))
         return _spelled(tokenizer, record, where)
 
 
@@ -149,7 +149,7 @@ def _labelled(record: Mapping, where: str) -> Row:
         prompts.append(ids[: trained[0]])
         responses.append(ids[trained[0] : trained[-1] + 1])
     same = prompts[0] == prompts[1]
-    return Row(where, "token ids", prompts[0], responses, rewards=_scores(record), same_prompt=same)
+    return Row(where, "token ids", prompts[0], responses, rewards=pair_scores(record), same_prompt=same)
 
 
 def _ids(record: Mapping, column: str) -> list[int]:
@@ -170,7 +170,7 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
         prompt, answers = _text_prompt(record)
     if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"no two answers: the columns are {', '.join(record)}", remedy=REMEDY)
-    rewards = _scores(record) if set(PAIR) <= record.keys() else _rewards(record, len(answers))
+    rewards = pair_scores(record) if set(PAIR) <= record.keys() else _rewards(record, len(answers))
     best = max(range(len(answers)), key=rewards.__getitem__) if rewards and "responses" in record else 0
     cuts = record.get("truncated", [False] * len(answers))
     if not isinstance(cuts, list) or len(cuts) != len(answers):
@@ -220,7 +220,7 @@ def _by_trl(tokenizer: Any, prompt: str, answers: list[str]) -> tuple[list[int],
     return ids[:begin], [each[begin:] for each in whole]
 
 
-def _scores(record: Mapping) -> list[float] | None:
+def pair_scores(record: Mapping) -> list[float] | None:
     """The scores of a pair, preferred first, where it has them."""
     for names in SCORES:
         values = [record.get(name) for name in names]

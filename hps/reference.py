@@ -11,16 +11,10 @@ import hashlib
 import json
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Iterable, Sequence
 
-import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-
-from hps.errors import InputError
-from hps.trainer import HPSTrainer
 
 KEY = 32  # characters of a key: 128 bits of a hash are enough to tell millions of micro-batches apart
 
@@ -29,26 +23,6 @@ def batch_key(examples: list[dict]) -> str:
     """Hash of the token ids of a micro-batch, of where each response begins and of their order."""
     ids = [[example["prompt_ids"], example["response_ids"]] for example in examples]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:KEY]
-
-
-def computation(trainer: HPSTrainer) -> dict:
-    """Everything beside the model's files and the token ids that decides the last bits."""
-    state = trainer.accelerator
-    reference = state.unwrap_model(trainer.ref_model or trainer.model)
-    cuda = state.device.type == "cuda"
-    collator = trainer.data_collator
-    # What only CUDA has is left out elsewhere, so that earlier values are still found.
-    more = {"gridded": True, "costs": collator.costs and asdict(collator.costs)} if collator.gridded else {}
-    return {
-        "dtype": str(reference.dtype),
-        "autocast": state.mixed_precision if state.native_amp else None,
-        "attention": reference.config._attn_implementation,
-        "layout": asdict(collator.layout),
-        "row_tokens": collator.row_tokens,
-        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
-        "versions": [version(name) for name in ("torch", "transformers")],
-        **more,
-    }
 
 
 class Values(Sequence[list[float]]):
@@ -93,7 +67,7 @@ def micro_batch(rows: Sequence[dict], size: int, number: int) -> list[dict]:
     return [rows[row] for row in range(number * size, min((number + 1) * size, len(rows)))]
 
 
-def unknown_values(rows: Sequence[dict], size: int, state: PartialState) -> Values:
+def unknown_values(rows: Sequence[dict], size: int, state: Accelerator) -> Values:
     """The plan's micro-batches of `size` rows, without values yet. Each process makes its share of the rows."""
     batches: list = [None] * math.ceil(len(rows) / size)
     mine = []
@@ -103,17 +77,3 @@ def unknown_values(rows: Sequence[dict], size: int, state: PartialState) -> Valu
     for process, theirs in enumerate(gather_object([mine])):
         batches[process :: state.num_processes] = theirs
     return Values([key for key, _ in batches], [count for _, counts in batches for count in counts], size)
-
-
-def computed_values(trainer: HPSTrainer, values: Values, numbers: Iterable[int]) -> Iterator[tuple[str, list[float]]]:
-    """`(batch_key, log-probabilities)` of micro-batches of the plan, each computed on demand.
-
-    Raises:
-        InputError: a log-probability is not finite.
-    """
-    for number in numbers:
-        log_probs = trainer.reference_log_probs(micro_batch(trainer.rows, values.size, number))
-        if not all(map(math.isfinite, log_probs)):
-            problem = f"the policy gives a response the log-probability {log_probs} before training"
-            raise InputError(problem, remedy="check the model's weights")
-        yield values.keys[number], log_probs

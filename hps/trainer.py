@@ -5,40 +5,163 @@ the parent neither tokenises nor drops long examples; and the forward pass (hps/
 share their prompt where the model allows it, and the LM head sees only their tokens. The reference (the adapter
 switched off, or a frozen copy), LoRA, DeepSpeed, saving and resuming are the parent's. tests/test_trainer.py pins what
 we rely on in TRL 1.16.0.
+
+A script gives a data set, from which the plan is made here (docs/trainer.md). The stages of this repository give the
+rows of a plan that is in a file.
 """
 
-from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import copy
+import json
+import math
+import re
+import warnings
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from peft import PeftModel
+from pydantic import ValidationError
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, PreTrainedModel, TrainerState
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import create_model_from_path, use_adapter
 
+from hps.chat import check_tokenizer, load_tokenizer
+from hps.combinations import refused
+from hps.dataset import RankedPrompts
 from hps.errors import InputError
 from hps.losses import FORMULAS, implicit_reward, nll_loss, preference_loss
 from hps.methods import FAMILIES
+from hps.planning import Plan, plan_lines, reversal_warning
+from hps.records import PlanRow
+from hps.reference import Values, micro_batch, unknown_values
 from hps.row_costs import RowCosts
-from hps.settings import Loss
-from hps.shared_prefix import SEPARATE, Layout, add_response_head, make_rows, response_log_probs
+from hps.rows import CheckedRows
+from hps.settings import Loss, Schedule, own_settings
+from hps.shared_prefix import ONE_ROW, SEPARATE, Layout, add_response_head, make_rows, prove, response_log_probs
 
 COLUMNS = ("row", "prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma", "reference")
 # Settings of the parent that this loss does not honour, with the only value that is accepted.
 NOT_HONOURED = {
     "loss_type": ["sigmoid"],
     "loss_weights": None,
-    "label_smoothing": 0.0,
     "ld_alpha": None,
     "f_divergence_type": "reverse_kl",
     "use_weighting": False,
-    "precompute_ref_log_probs": False,
+    "precompute_ref_batch_size": None,
     "sync_ref_model": False,
     "router_aux_loss_coef": 0.0,
-    "max_length": None,
+    "max_steps": -1,
+    "padding_free": False,
 }
+# Names that the parent has for settings of `Schedule`. Its global batch is the product of three.
+OF_PARENT = {
+    "epochs": "num_train_epochs",
+    "device_batch": "per_device_train_batch_size",
+    "max_length": "max_length",
+    "global_batch": "",
+}
+PAPER = {
+    "title": "Hard Preference Sampling for Human Preference Alignment",
+    "id": "2502.14400",
+    "citation": """@inproceedings{zou2025hps,
+    title     = {{Hard Preference Sampling for Human Preference Alignment}},
+    author    = {Xiandong Zou and Wanyu Lin and Yuchen Li and Pan Zhou},
+    booktitle = {International Conference on Machine Learning},
+    year      = {2025},
+}""",
+}
+
+
+def _method_fields() -> list[tuple[str, Any, Any]]:
+    """The settings of loss and schedule as fields of a dataclass, but for those that the parent has."""
+    parents = {each.name for each in fields(DPOConfig)} | OF_PARENT.keys()
+    return [
+        (name, setting.annotation, field(default=setting.default, metadata={"help": setting.description}))
+        for section in (Loss, Schedule)
+        for name, setting in section.model_fields.items()
+        if name not in parents
+    ]
+
+
+_WithMethod: Any = make_dataclass("_WithMethod", _method_fields(), bases=(DPOConfig,))
+
+
+@dataclass
+class HPSConfig(_WithMethod):
+    """TRL's DPOConfig with every setting of `hps.settings.Loss` and `Schedule` as a field (docs/recipe.md has them).
+
+    `Schedule`'s epochs are `num_train_epochs`; its global batch is `per_device_train_batch_size` times
+    `gradient_accumulation_steps` times the number of processes.
+
+    Raises:
+        InputError: settings of the method that are out of bounds, contradict one another or would do nothing.
+    """
+
+    max_length: int | None = field(
+        default=2048, metadata={"help": "Tokens of prompt and response; a longer response is cut."}
+    )
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "The plan is the order; nothing else is accepted."}
+    )
+    router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Not honoured."})
+    shared_prefix: bool = field(
+        default=True, metadata={"help": "Compute a prompt once for its responses, where the model allows it."}
+    )
+    row_tokens: int | None = field(
+        default=None, metadata={"help": "Fill rows of this many tokens with several prompts; None: a row a prompt."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None and not self.fp16 and not torch.cuda.is_available():
+            self.bf16 = False  # the parent's default is True; a CPU is slower with it
+        super().__post_init__()
+        for name, reason, remedy in refused(self.loss, self.schedule):
+            raise InputError(_flat(f"`{name}`: {reason}"), remedy=_flat(remedy))
+
+    @property
+    def loss(self) -> Loss:
+        """The settings of the loss."""
+        return _section(Loss, {name: getattr(self, name) for name in Loss.model_fields})
+
+    @property
+    def schedule(self) -> Schedule:
+        """What each step trains on."""
+        named = {
+            name: getattr(self, OF_PARENT.get(name, name)) for name in Schedule.model_fields if name != "global_batch"
+        }
+        size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return _section(Schedule, {**named, "global_batch": size})
+
+
+def _section(kind: Any, values: dict[str, Any]) -> Any:
+    """Settings with their bounds, named as HPSConfig has them."""
+    try:
+        found = kind(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        problem = f"`{OF_PARENT.get(name) or name}` is {first['input']!r}: {first['msg']}"
+        raise InputError(problem, where="HPSConfig") from None
+    if kind is Loss and found.family not in FAMILIES:
+        raise InputError(
+            f"`family` is {found.family!r}", where="HPSConfig", remedy=f"give one of {', '.join(FAMILIES)}"
+        )
+    return found
+
+
+def _flat(text: str) -> str:
+    """A message about `loss.family` and the like with the names of HPSConfig."""
+    return re.sub(r"\b(loss|schedule)\.(?=[a-z])", "", text)
 
 
 @dataclass
@@ -59,6 +182,28 @@ class PlanCollator:
     row_tokens: int | None = None
     gridded: bool = False
     costs: RowCosts | None = None
+
+    @classmethod
+    def of(
+        cls, layout: Layout, shape: Any, pad_token_id: int, config: HPSConfig, adapter: bool, estimate: bool = True
+    ) -> "PlanCollator":
+        """As the settings ask for it.
+
+        Args:
+            layout: that the class of models is proven to allow (`hps.shared_prefix.prove`).
+            shape: the model's configuration.
+            adapter: an adapter trains, not the model's weights.
+            estimate: on CUDA, prompts are shared only where that is estimated to be faster.
+        """
+        costs, budget, cuda = None, config.row_tokens, torch.cuda.is_available()
+        if not config.shared_prefix:
+            layout = replace(layout, shared=0, reason="`shared_prefix` is false")
+        if shape._attn_implementation == "flex_attention":
+            budget = ONE_ROW  # it computes nothing between the prompts of a row
+        if cuda and estimate:
+            with suppress(AttributeError, TypeError):  # no sizes of Llama's kind of layers: prompts are shared
+                costs = RowCosts.of(shape.get_text_config(), adapter, bool(config.gradient_checkpointing))
+        return cls(pad_token_id, layout, budget, cuda, costs)
 
     def __call__(self, examples: list[dict]) -> dict:
         lengths = [[len(ids) for ids in example["response_ids"]] for example in examples]
@@ -107,45 +252,132 @@ class RowsWithReference(Sequence[dict]):
         return {**self.rows[index], "reference": list(self.log_probs[index])}
 
 
+Computed = tuple[str, Sequence[float]]  # key of a micro-batch, and log-probabilities of its responses
+Through = Callable[[Iterator[Computed], int], Iterator[Computed]]
+
+
 class HPSTrainer(DPOTrainer):
     """Any family under any preference model that it has, trained in the order of the plan.
 
     Args:
-        loss: the recipe's `loss` section; the only home of beta and label smoothing.
-        args: a DPOConfig with `train_sampling_strategy="sequential"`, because the plan is the order.
-        train_dataset: a sequence of rows of `COLUMNS` (`alignment.train.TokenRows`); they may be made when they are
-            asked for. It stays in `rows`.
+        model: a name or folder, which is loaded with `args.model_init_kwargs`, or a model.
+        args: the settings; the trainer works on a copy. `num_train_epochs` is 1 in it: the plan holds all epochs.
+        data_collator: None: `PlanCollator.of` this model.
+        train_dataset: a data set (`hps.dataset`), of which the plan is made; or the rows of a plan (`hps.rows`).
+        eval_dataset: the same, or several by name. Its plan has one epoch, with the gamma of the last stage.
+        processing_class: the tokenizer; None: the model's.
         others: as for DPOTrainer.
+
+    Attributes:
+        plan: the rows of the plan that was made here, in training order; None where it was given.
+        facts: what is known of it: counts, and diagnostics of each stage.
 
     Raises:
         ValueError: a setting of the parent that this loss does not honour, or a sampler that would shuffle the plan.
+        InputError: a row of the data, or the tokenizer, cannot be used.
     """
 
     _tag_names = ["trl", "hps"]
+    args: Any
     model: Any
     data_collator: Any
 
-    def __init__(self, *args, loss: Loss, train_dataset: Sequence[dict] = (), **kwargs):
-        config = kwargs["args"]
-        _refuse_unsupported(config)
-        config.beta = loss.beta
-        self.loss = loss
-        self.rows: Any = train_dataset
-        self.compares = FAMILIES[loss.family].reference  # the policy with the reference
-        self.tokens = 0  # that have passed the policy; a continued training sets what it had
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: HPSConfig | None = None,
+        data_collator: PlanCollator | None = None,
+        train_dataset: Dataset | Sequence[dict] | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **others,
+    ):
+        args = copy.copy(args or HPSConfig())
+        _refuse_unsupported(args, others)
+        self.loss, self.schedule = args.loss, args.schedule
+        self.compares = FAMILIES[self.loss.family].reference  # the policy with the reference
+        self.tokens: float | None = None  # that have passed the policy; known with the first step
         self.start: float | None = None  # the largest |s| before the first update, nats; None when resumed
         self.starts_as_reference = True  # s is 0 before the first update
         self.adapted_reference = False  # the reference is the adapter as it is before the first update, not its base
+        self.plan: list[PlanRow] | None = None
+        self.facts: dict[str, Any] | None = None
+        self._has_heads = False
+        self._name = f"{self.loss.family}-{self.loss.preference}".upper()
+        self._paper = PAPER if self.loss.preference == "hps" else {}
+        revision = (args.model_init_kwargs or {}).get("revision")
+        if processing_class is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            processing_class = load_tokenizer(name, revision)
+        elif isinstance(train_dataset, Dataset):
+            check_tokenizer(processing_class, processing_class.name_or_path)
+        # Before a model loads: a bad row is found here.
+        self.rows: Any = train_dataset
+        if isinstance(train_dataset, Dataset):
+            self.rows = self._planned(train_dataset, processing_class, args, self.schedule)
+        if isinstance(model, str):
+            path, load = model, partial(_load, args=args)
+            model = load(path)
+            # The parent would load it with the model's own dropout.
+            if (
+                ref_model is None
+                and "peft_config" not in others
+                and self.compares
+                and not args.precompute_ref_log_probs
+            ):
+                ref_model = load(path)
+            args.model_init_kwargs = None
+        if data_collator is None:
+            base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+            adapter = base is not model or others.get("peft_config") is not None
+            layout = prove(base, self.schedule.max_length)
+            data_collator = PlanCollator.of(layout, base.config, processing_class.pad_token_id, args, adapter)
+            if data_collator.layout.shared < self.schedule.max_length:
+                warnings.warn(rows_apart(data_collator.layout), stacklevel=2)
+        args.num_train_epochs = 1
         # The parent takes no other kind of sequence; it gets the rows themselves back from `_prepare_dataset`.
-        numbers = Dataset.from_dict({"row": range(len(train_dataset))})
-        super().__init__(*args, train_dataset=numbers, **kwargs)
+        numbers = Dataset.from_dict({"row": range(len(self.rows))})
+        super().__init__(
+            model, ref_model, args, data_collator, numbers, eval_dataset, processing_class=processing_class, **others
+        )
         if not self.compares:
             self.ref_model = None  # the parent made a frozen copy
-        # The parent has wrapped the reference by DeepSpeed already.
+        self._add_heads()
+        if self.facts is not None:
+            self.accelerator.print(
+                "\n".join(f"plan: {line}" for line in plan_lines(self.facts, self.loss, self.schedule))
+            )
+            self.accelerator.print(f"plan: {self.rows.cut} responses are cut at max_length={args.max_length}")
+
+    def _planned(self, dataset: Dataset, tokenizer: Any, args: HPSConfig, schedule: Schedule) -> CheckedRows:
+        """The plan's rows of a data set; `plan` and `facts` are those of the first one, the training's."""
+        prompts = RankedPrompts(dataset, tokenizer, args.dataset_num_proc)
+        made = Plan(prompts, self.loss, schedule, args.seed, prompts.where)
+        plan = list(made.rows())
+        if self.plan is None:
+            self.plan, self.facts = plan, made.facts()
+            used = (prompts[name] for name in made.prompts)
+            if warning := reversal_warning(used, self.loss, schedule, args.seed):
+                warnings.warn(warning, stacklevel=3)
+        return CheckedRows(plan, prompts, tokenizer, schedule.max_length, prompts.where)
+
+    def save_plan(self, path: str | Path) -> None:
+        """Write the plan that was made here, a JSON line a row (docs/formats.md)."""
+        if self.plan is None:
+            raise ValueError("the plan was given to this trainer; there is none of its own to save")
+        if self.is_world_process_zero():
+            Path(path).write_text("".join(json.dumps(row) + "\n" for row in self.plan), encoding="utf-8")
+
+    def _add_heads(self) -> None:
+        """Put our head in the place of the parent's; the parent has wrapped the reference by DeepSpeed already."""
+        if self._has_heads:
+            return
         gathers = self.data_collator.layout.gathers
         add_response_head(self.model.get_base_model() if self.is_adapted else self.model, gathers)
         if self.ref_model is not None:
             add_response_head(self.accelerator.unwrap_model(self.ref_model), gathers)
+        self._has_heads = True
 
     @property
     def is_adapted(self) -> bool:
@@ -153,8 +385,22 @@ class HPSTrainer(DPOTrainer):
         return hasattr(self.model, "peft_config")
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """The plan's rows are token ids already."""
-        return self.rows
+        """The plan's rows are token ids already; those of an evaluation are made here."""
+        if dataset_name == "train":
+            return self.rows
+        if not isinstance(dataset, Dataset):
+            return dataset
+        last = {"epochs": 1, "global_batch": 1, "gamma_start": self.schedule.gamma_end}
+        return self._planned(dataset, processing_class, args, self.schedule.model_copy(update=last))
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """With `precompute_ref_log_probs`: the rows with the reference's log-probabilities, in memory.
+
+        The parent calls it before the training, and for what is evaluated.
+        """
+        self._add_heads()
+        values, _ = self.reference_values(dataset, batch_size)
+        return RowsWithReference(dataset, values)
 
     def _prepare_input(self, data):
         """To the device, as it is.
@@ -198,8 +444,11 @@ class HPSTrainer(DPOTrainer):
 
         That of an `adapted_reference` only before the first update.
         """
-        off = self.is_adapted and not self.adapted_reference
-        adapter = self.accelerator.unwrap_model(self.model).disable_adapter() if off else nullcontext()
+        adapter = nullcontext()
+        if self.is_adapted and not self.adapted_reference:
+            model = self.accelerator.unwrap_model(self.model)
+            # The parent keeps a copy of an adapter that was given with the model.
+            adapter = use_adapter(model, "ref" if "ref" in model.peft_config else None)
         settings: Any = self.args.gradient_checkpointing_kwargs
         checkpointing = disable_gradient_checkpointing(self.model, settings)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
@@ -216,10 +465,80 @@ class HPSTrainer(DPOTrainer):
         with self.as_reference():
             return self._log_probs(model, inputs)[inputs["mask"]].tolist()
 
+    def reference_values(
+        self, rows: Sequence[dict], size: int, known: Iterable[Computed] = (), through: Through | None = None
+    ) -> tuple[Values, int]:
+        """Log-probabilities of rows under the reference, before the training, and how many micro-batches were computed.
+
+        The processes share the micro-batches.
+
+        Args:
+            size: rows of a micro-batch.
+            known: of other micro-batches, too; read by the first process and sent to the others, so that all find the
+                same.
+            through: passes on what this process computes, of which there is so much; it may write it to disk.
+
+        Raises:
+            InputError: a log-probability is not finite.
+        """
+        values = unknown_values(rows, size, self.accelerator)
+        if self.accelerator.is_main_process:
+            values.add(known)
+        (values.known,) = broadcast_object_list([values.known])
+        todo = values.missing()
+        mine = todo[self.accelerator.process_index :: self.accelerator.num_processes]
+        found: Iterator[Computed] = self.computed_values(rows, values, mine)
+        if through and mine:
+            found = through(found, len(mine))
+        for computed in gather_object([[(key, array("d", log_probs)) for key, log_probs in found]]):
+            values.add(computed)
+        return values, len(todo)
+
+    def computed_values(self, rows: Sequence[dict], values: Values, numbers: Iterable[int]) -> Iterator[Computed]:
+        """`(batch_key, log-probabilities)` of micro-batches, each computed on demand. InputError as above."""
+        for number in numbers:
+            log_probs = self.reference_log_probs(micro_batch(rows, values.size, number))
+            if not all(map(math.isfinite, log_probs)):
+                problem = f"the policy gives a response the log-probability {log_probs} before training"
+                raise InputError(problem, remedy="check the model's weights")
+            yield values.keys[number], log_probs
+
+    def computation(self) -> dict[str, Any]:
+        """Everything beside the reference's files and the token ids that decides the last bits of its figures."""
+        state, collator = self.accelerator, self.data_collator
+        reference = state.unwrap_model(self.ref_model or self.model)
+        cuda = state.device.type == "cuda"
+        # What only CUDA has is left out elsewhere, so that earlier values are still found.
+        more = {"gridded": True, "costs": collator.costs and asdict(collator.costs)} if collator.gridded else {}
+        return {
+            "dtype": str(reference.dtype),
+            "autocast": state.mixed_precision if state.native_amp else None,
+            "attention": reference.config._attn_implementation,
+            "layout": asdict(collator.layout),
+            "row_tokens": collator.row_tokens,
+            "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+            "versions": [version(name) for name in ("torch", "transformers")],
+            **more,
+        }
+
     def set_reference(self, log_probs: Sequence[Sequence[float]]) -> None:
         """Give each row the log-probabilities of its responses under the reference, which is then let go."""
         self.train_dataset = RowsWithReference(self.rows, log_probs)
         self.ref_model = None
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """The parent's, with what was trained: method, schedule and data."""
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            with (Path(self.args.output_dir) / "README.md").open("a", encoding="utf-8") as file:
+                file.write(self._method_section())
+
+    def _method_section(self) -> str:
+        settings = {**own_settings(self.loss.model_dump()), **self.schedule.model_dump()}
+        settings |= {name: getattr(self.args, name) for name in ("learning_rate", "lr_scheduler_type", "seed")}
+        table = "".join(f"| `{name}` | {value} |\n" for name, value in settings.items())
+        data = plan_lines(self.facts, self.loss, self.schedule)[0] if self.facts else f"{len(self.rows)} rows"
+        return f"\n## Method\n\n| setting | value |\n|---|---|\n{table}\nData: {data}.\n"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The parent's; but of an adapter under ZeRO-1 and 2, where the parent clones all weights in every process's
@@ -292,11 +611,48 @@ class HPSTrainer(DPOTrainer):
         gathered = self.accelerator.gather(stacked.unsqueeze(0))
         *means, broken = torch.cat([gathered[:, :-1].mean(dim=0), gathered[:, -1:].amax(dim=0)]).tolist()
         if broken >= 0:
-            raise not_finite("loss", self.state.global_step + 1, self.rows.places([int(broken)]))
+            place = self.rows.places([int(broken)]) if self.model.training else f"row {int(broken)} of the evaluation"
+            raise not_finite("loss", self.state.global_step + 1, place)
         for name, value in zip(figures, means, strict=True):
             metrics[name].append(value)
-        self.tokens += self.accelerator.gather(inputs["tokens"].sum()).sum().item()
-        metrics["num_tokens"] = [self.tokens]
+        if self.model.training:
+            if self.tokens is None:
+                self.tokens = tokens_before(self.state)
+            self.tokens += self.accelerator.gather(inputs["tokens"].sum()).sum().item()
+            metrics["num_tokens"] = [self.tokens]
+
+
+def tokens_before(state: TrainerState) -> float:
+    """Tokens that passed the policy up to a checkpoint; 0 at the start."""
+    return next((line["num_tokens"] for line in reversed(state.log_history) if "num_tokens" in line), 0.0)
+
+
+def rows_apart(layout: Layout) -> str:
+    """What to say of conversations that do not share a prompt."""
+    above = f" of more than {layout.shared} tokens" if layout.shared else ""
+    return f"conversations{above} have rows of their own: {layout.reason}"
+
+
+def without_dropout(config: Any) -> Any:
+    """The configuration with every dropout at 0: the policy and the reference must be equal before the first step.
+
+    The parent's `disable_dropout` reaches modules alone, LoRA's among them. Many models (llama, opt, starcoder2) apply
+    dropout as a function, with a probability of their configuration.
+    """
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+def _load(name: str, args: HPSConfig) -> PreTrainedModel:
+    """A model without dropout, as the parent would load it."""
+    given = {"device_map": None, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if args.disable_dropout:
+        same = {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
+        given["config"] = without_dropout(AutoConfig.from_pretrained(name, **same))
+    return create_model_from_path(name, **given)
 
 
 def not_finite(what: str, step: int, places: str) -> InputError:
@@ -327,10 +683,12 @@ def _dtype(model) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def _refuse_unsupported(config: DPOConfig) -> None:
+def _refuse_unsupported(config: HPSConfig, others: Mapping[str, Any]) -> None:
     for name, accepted in NOT_HONOURED.items():
         value = getattr(config, name)
         if value != accepted:
             raise ValueError(f"HPSTrainer does not honour `{name}={value}`; leave it at {accepted!r}")
     if config.train_sampling_strategy != "sequential":
         raise ValueError("HPSTrainer trains in the order of the plan; set `train_sampling_strategy='sequential'`")
+    if others.get("compute_metrics") is not None:
+        raise ValueError("HPSTrainer returns no logits; leave out `compute_metrics`")

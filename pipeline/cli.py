@@ -1,7 +1,7 @@
 """The command line that all stages share: `[RECIPE] [key=value ...] [--dry-run]`."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from hps.errors import run_main
@@ -51,11 +51,6 @@ def run_stage(
 def announce_device(title: str, cluster: bool = False) -> None:
     """Print what a stage computes on; arguments and InputError as of `pipeline.machine.device`."""
     print(f"{title}: on {device(cluster)}", flush=True)
-
-
-def counted(counts: Mapping[str, int]) -> str:
-    """Counts in words: `3 x too long, 1 x repeated`, or `none`."""
-    return ", ".join(f"{count} x {what}" for what, count in counts.items()) or "none"
 
 
 def progress(items: Iterable, total: int, title: str, unit: str, done: int = 0) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from alignment import train
 from alignment.checks import check_attention
 from alignment.plan import plan, run_settings
 from alignment.reference import add_reference, cache_folder
-from alignment.train import build_trainer, collator, training_config
+from alignment.train import build_trainer, training_config
 from hps import shared_prefix
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError
@@ -404,7 +404,7 @@ def test_flex_attention_is_refused_where_it_cannot_train(ranked_recipe):
         check_attention(ranked_recipe("training.attention=flex", "training.row_tokens=4096"))
     check_attention(ranked_recipe("training.row_tokens=4096"))
     recipe = ranked_recipe("training.attention=flex", "training.shared_prefix=false")
-    with pytest.raises(InputError, match="is `flex`, and some .* share a prompt: `training.shared_prefix` is false; "):
+    with pytest.raises(InputError, match="is `flex`, and some .* share a prompt: `shared_prefix` is false; "):
         trainer_of(recipe)
 
 
@@ -415,20 +415,28 @@ def test_rows_on_cuda(ranked_recipe, monkeypatch):
     layout = Layout(math.inf, math.inf, True, "")
     settings = ["training.gradient_checkpointing=true"]
     recipes = [ranked_recipe(f"training.attention={named}", *settings) for named in ("auto", "sdpa", "flex")]
-    made = [collator(recipe, 0, layout, shape) for recipe in recipes]
-    assert made == [PlanCollator(0, layout), PlanCollator(0, layout), PlanCollator(0, layout, shared_prefix.ONE_ROW)]
+    configs = [training_config(recipe, 1) for recipe in recipes]
+
+    def made() -> list[PlanCollator]:
+        found = []
+        for recipe, config, named in zip(recipes, configs, ("sdpa", "sdpa", "flex_attention"), strict=True):
+            shape._attn_implementation = named
+            found.append(PlanCollator.of(layout, shape, 0, config, True, recipe.training.attention == "auto"))
+        return found
+
+    assert made() == [PlanCollator(0, layout), PlanCollator(0, layout), PlanCollator(0, layout, shared_prefix.ONE_ROW)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    made = [collator(recipe, 0, layout, shape) for recipe in recipes]
-    assert made == [
+    assert made() == [
         PlanCollator(0, layout, None, gridded=True, costs=costs),
         PlanCollator(0, layout, None, gridded=True),
         PlanCollator(0, layout, shared_prefix.ONE_ROW, gridded=True),
     ]
     example = {"prompt_ids": [1] * 170, "response_ids": [[2] * 1000] * 2}
-    assert made[0].rows([example])["input_ids"].shape == (2, 1216)  # 1,170 on the grid
-    assert made[1].rows([example])["input_ids"].shape == (2, 1216)  # 2,170 are split
+    by_cost, shared, _ = made()
+    assert by_cost.rows([example])["input_ids"].shape == (2, 1216)  # 1,170 on the grid
+    assert shared.rows([example])["input_ids"].shape == (2, 1216)  # 2,170 are split
     example = {"prompt_ids": [1] * 170, "response_ids": [[2] * 300] * 2}
-    assert made[0].rows([example])["input_ids"].shape == (1, 800)
+    assert by_cost.rows([example])["input_ids"].shape == (1, 800)
 
 
 def test_flash_attention_is_for_classes_that_cannot_share(ranked_recipe, monkeypatch):

@@ -1,0 +1,148 @@
+"""Preference data of the library `datasets` as ranked prompts, from which `HPSTrainer` makes its plan.
+
+A row has `prompt`, chat messages or the text of one user turn, and one of
+
+- `responses` (texts) with `rewards` (numbers, higher is better)
+- `responses` alone, best first: the rewards are then 0, -1, -2, ..., of which Eq. 9 knows the order and nothing else
+- `chosen` and `rejected`, texts or messages as TRL has them, and their scores if there are any
+
+and may have `prompt_id`, `truncated` (a response was cut when it was sampled, so nothing ends it), `token_counts` and
+`sources` (`given_1` is what people preferred, for `best="human"`).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from pydantic import TypeAdapter, ValidationError
+
+from hps.chat import control_ids, encode, response_token_ids
+from hps.errors import InputError, naming, shorten
+from hps.preferences import pair_scores
+from hps.records import PAIR, Ranked, given_pair
+
+RANKED = TypeAdapter(Ranked)
+FEATURES = Features(
+    {
+        "prompt": List({"role": Value("string"), "content": Value("string")}),
+        "prompt_id": Value("string"),
+        "responses": List(Value("string")),
+        "token_counts": List(Value("int64")),
+        "truncated": List(Value("bool")),
+        "sources": List(Value("string")),
+        "rewards": List(Value("float64")),
+    }
+)
+REMEDY = "give `prompt` with `responses` and `rewards`, or with `chosen` and `rejected` (docs/trainer.md)"
+
+
+class RankedPrompts(Mapping[str, Ranked]):
+    """The ranked prompts of a data set by `prompt_id`; a row is read when it is asked for.
+
+    Args:
+        tokenizer: counts the tokens of the responses where the data set does not.
+        processes: that convert the rows; None: one.
+
+    Raises:
+        InputError: a row's fields are missing, mistyped or of unequal lengths, or a `prompt_id` appears twice.
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer: Any, processes: int | None = None):
+        # Not kept on disk: the hash of a tokenizer changes with what it was used for.
+        self._rows = dataset.map(
+            ranked_row,
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer},
+            remove_columns=dataset.column_names,
+            features=FEATURES,
+            num_proc=processes,
+            load_from_cache_file=False,
+            desc="Ranked prompts",
+        )
+        self._places: dict[str, int] = {}
+        for place, name in enumerate(self._rows["prompt_id"]):
+            if (other := self._places.setdefault(name, place)) != place:
+                problem = f"`prompt_id` is {shorten(name)}, and so is that of row {other}"
+                raise InputError(problem, where=f"row {place}", remedy="give each row its own, or leave the column out")
+
+    def __getitem__(self, name: str) -> Ranked:
+        return self._rows[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def where(self, name: str) -> str:
+        """The place of a prompt for messages."""
+        return f"row {self._places[name]}"
+
+
+def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
+    """A row of a data set as a ranked prompt, highest reward first; equal rewards keep their order.
+
+    Raises:
+        InputError: as `RankedPrompts`; a text as prompt spells control tokens, so a template was applied already.
+    """
+    with naming(f"row {index}"):
+        read = given_pair({name: value for name, value in record.items() if value is not None}, where="")
+        responses = read.get("responses")
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise InputError(f"no two responses: the columns are {', '.join(record)}", remedy=REMEDY)
+        given = {
+            "rewards": _pair_scores(record) or [-float(place) for place in range(len(responses))],
+            "truncated": [False] * len(responses),
+            "sources": [f"given_{place}" for place in (1, 2)] if PAIR[0] in record else ["given"] * len(responses),
+        }
+        columns = {name: read.get(name, default) for name, default in given.items()}
+        if "token_counts" in read:
+            columns["token_counts"] = read["token_counts"]
+        for name, values in columns.items():
+            if not isinstance(values, list) or len(values) != len(responses):
+                problem = f"`{name}` is {shorten(values)}"
+                raise InputError(
+                    problem, remedy=f"give a list with an entry for each of the {len(responses)} responses"
+                )
+        columns["rewards"] = [float(reward) if type(reward) is int else reward for reward in columns["rewards"]]
+        prompt = _messages(read.get("prompt"), tokenizer)
+        name = read.get("prompt_id", f"row-{index:09d}")
+        _check({"prompt": prompt, "prompt_id": name, "responses": responses, "token_counts": [], **columns})
+        if "token_counts" not in columns:
+            texts = zip(responses, columns["truncated"], strict=True)
+            columns["token_counts"] = [len(response_token_ids(tokenizer, prompt, text, cut)) for text, cut in texts]
+        order = sorted(range(len(responses)), key=lambda place: -columns["rewards"][place])
+        columns = {field: [values[place] for place in order] for field, values in columns.items()}
+        found = {"prompt": prompt, "prompt_id": name, "responses": [responses[place] for place in order], **columns}
+        return _check(found)
+
+
+def _pair_scores(record: Mapping) -> list[float] | None:
+    """The scores of `chosen` and `rejected`, if there are any. InputError: they say the opposite."""
+    scores = pair_scores(record) if PAIR[0] in record else None
+    if scores and scores[0] < scores[1]:
+        problem = f"`chosen` has the score {scores[0]:g} and `rejected` {scores[1]:g}"
+        raise InputError(problem, remedy="take the row or the columns of scores out")
+    return scores
+
+
+def _check(found: dict) -> Ranked:
+    try:
+        return RANKED.validate_python(found, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        problem = f"`{place.removeprefix('.')}` is {shorten(first['input'])}: {first['msg']}"
+        raise InputError(problem, remedy=REMEDY) from None
+
+
+def _messages(prompt: Any, tokenizer: Any) -> Any:
+    """Role and content of each message; a text is the user's only one."""
+    if isinstance(prompt, str):
+        if control_ids(tokenizer).intersection(encode(tokenizer, prompt)):
+            problem = f"`prompt` is {shorten(prompt)}, and its control tokens are those of a chat template"
+            raise InputError(problem, remedy="give the messages; the template is applied in the training")
+        return [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        return [{name: message.get(name) for name in ("role", "content")} for message in prompt]
+    return prompt

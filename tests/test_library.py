@@ -1,0 +1,373 @@
+"""`from hps import HPSTrainer, HPSConfig` as scripts use them: data sets in, and the same training as by a recipe."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import REPOSITORY, ranked_records
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, HfArgumentParser
+from trl import DPOConfig
+
+from alignment.plan import plan
+from alignment.reference import add_reference
+from alignment.train import build_trainer, lora_config, training_config
+from hps import HPSConfig, HPSTrainer
+from hps.chat import load_tokenizer
+from hps.dataset import RankedPrompts, ranked_row
+from hps.errors import InputError
+from hps.settings import Loss, Schedule
+from hps.trainer import OF_PARENT
+
+QUESTION = [{"role": "user", "content": "What is tea?"}]
+FIELDS = ("prompt", "prompt_id", "responses", "rewards", "truncated", "token_counts", "sources")
+
+
+def as_dataset(records: list[dict], fields: tuple[str, ...] = FIELDS) -> Dataset:
+    return Dataset.from_list([{name: record[name] for name in fields} for record in records])
+
+
+def config_of(folder, **settings) -> HPSConfig:
+    usual = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "gamma_stages": 2,
+        "max_length": 384,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    return HPSConfig(output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **{**usual, **settings})
+
+
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+
+
+def losses(trainer: HPSTrainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def trained(trainer: HPSTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach() for name, value in trainer.model.named_parameters() if value.requires_grad}
+
+
+# ---- the configuration ----
+
+
+def test_every_setting_of_the_method_is_a_field_once():
+    """DPOConfig has three of them by the same name and meaning, and epochs and batches by its own."""
+    parents = {field for field in DPOConfig.__dataclass_fields__}
+    assert parents & set(Loss.model_fields) == {"beta", "label_smoothing"}
+    assert parents & set(Schedule.model_fields) == {"max_length"}
+    for section in (Loss, Schedule):
+        for name, setting in section.model_fields.items():
+            if name not in OF_PARENT:
+                assert HPSConfig.__dataclass_fields__[name].default == setting.default, name
+
+
+def test_settings_come_back_as_they_were_given(tmp_path):
+    config = config_of(
+        tmp_path, family="exo", preference="pl", exo_beta_r=2.0, beta=0.3, num_train_epochs=3, subsample=4
+    )
+    assert (config.loss.family, config.loss.preference, config.loss.exo_beta_r, config.loss.beta) == (
+        "exo",
+        "pl",
+        2,
+        0.3,
+    )
+    schedule = config.schedule
+    assert (schedule.epochs, schedule.global_batch, schedule.device_batch, schedule.subsample) == (3, 4, 2, 4)
+
+
+def test_on_the_command_line(tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--preference", "hps", "--gamma_start", "0"]
+    (config,) = HfArgumentParser(HPSConfig).parse_args_into_dataclasses([*arguments, "--list_size", "5"])
+    assert (config.preference, config.gamma_start, config.list_size, config.bf16) == ("hps", 0.0, 5, False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"family": "dp0"}, "HPSConfig: `family` is 'dp0'; give one of dpo, exo"),
+        ({"beta": 0.0}, "`beta` is 0.0: Input should be greater than 0"),
+        ({"num_train_epochs": 1.5}, "`num_train_epochs` is 1.5: Input should be a valid integer"),
+        ({"max_length": None}, "`max_length` is None: Input should be a valid integer"),
+        (
+            {"preference": "bt", "samples": 3},
+            "`samples`: it belongs to `preference: hps`, and that is bt; use samples=1",
+        ),
+        (
+            {"family": "slic", "preference": "pl"},
+            "`preference`: the family slic has no loss for it; use preference=bt or",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused_by_their_names(tmp_path, settings, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        config_of(tmp_path, **settings)
+
+
+# ---- data sets ----
+
+
+def test_lists_with_rewards_are_ranked(tokenizer):
+    """Equal rewards keep their order; tokens are those of the responses with the end of their turn."""
+    found = ranked_row({"prompt": QUESTION, "responses": ["A", "BB", "C"], "rewards": [1, 2.5, 1]}, 7, tokenizer)
+    assert (found["responses"], found["rewards"], found["prompt_id"]) == (
+        ["BB", "A", "C"],
+        [2.5, 1, 1],
+        "row-000000007",
+    )
+    assert found["truncated"] == [False] * 3 and found["sources"] == ["given"] * 3
+    assert found["token_counts"] == [len(tokenizer(text)["input_ids"]) + 1 for text in ("BB", "A", "C")]
+
+
+def test_without_rewards_the_order_is_the_ranking(tokenizer):
+    found = ranked_row({"prompt": "What is tea?", "responses": ["A", "B", "C"]}, 0, tokenizer)
+    assert (found["prompt"], found["responses"], found["rewards"]) == (QUESTION, ["A", "B", "C"], [0, -1, -2])
+
+
+@pytest.mark.parametrize("scores", [{}, {"score_chosen": 8.5, "score_rejected": 3.0}])
+def test_pairs_of_trl(tokenizer, scores):
+    """With the prompt beside the pair, or in both conversations."""
+    answers = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "A"), ("rejected", "B"))}
+    explicit = ranked_row({"prompt": QUESTION, **answers, **scores}, 0, tokenizer)
+    implicit = ranked_row({side: [*QUESTION, *turns] for side, turns in answers.items()} | scores, 0, tokenizer)
+    assert explicit == implicit
+    assert (explicit["prompt"], explicit["responses"]) == (QUESTION, ["A", "B"])
+    assert explicit["rewards"] == ([8.5, 3.0] if scores else [0, -1]) and explicit["sources"] == ["given_1", "given_2"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": QUESTION, "responses": ["A"]}, "row 3: no two responses: the columns are prompt, responses"),
+        (
+            {"prompt": QUESTION, "responses": ["A", "B"], "rewards": [1]},
+            "row 3: `rewards` is [1]; give a list with an entry",
+        ),
+        ({"prompt": QUESTION, "responses": ["A", "B"], "rewards": [1, math.inf]}, "row 3: `rewards[1]` is Infinity"),
+        ({"prompt": QUESTION, "responses": ["A", 2]}, "row 3: `responses[1]` is 2"),
+        ({"responses": ["A", "B"]}, "row 3: `prompt` is null"),
+        ({"chosen": "A", "rejected": "B"}, "row 3: `prompt` is null"),
+        ({"prompt": [{"role": "assistant", "content": "A"}], "responses": ["A", "B"]}, "row 3: `prompt` is"),
+        (
+            {"prompt": QUESTION, "chosen": "A", "rejected": "B", "score_chosen": 1, "score_rejected": 2},
+            "row 3: `chosen` has the score 1 and `rejected` 2; take the row or the columns of scores out",
+        ),
+        (
+            {"prompt": "<|im_start|>user\nWhat?<|im_end|>\n", "responses": ["A", "B"]},
+            "its control tokens are those of a chat template; give the messages",
+        ),
+    ],
+)
+def test_wrong_rows_are_refused(tokenizer, record, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        ranked_row(record, 3, tokenizer)
+
+
+def test_a_prompt_id_that_appears_twice_is_refused(tokenizer):
+    rows = Dataset.from_list([{"prompt": QUESTION, "prompt_id": "tea", "responses": ["A", "B"]}] * 2)
+    with pytest.raises(InputError, match='row 1: `prompt_id` is "tea", and so is that of row 0; give each row its own'):
+        RankedPrompts(rows, tokenizer)
+
+
+# ---- the same training as by a recipe ----
+
+METHODS = [
+    ("dpo", "hps", {}),
+    ("dpo", "pl", {}),
+    pytest.param("exo", "bt", {"exo_epsilon": 1e-2}, marks=pytest.mark.slow),
+    pytest.param("simpo", "hps", {"simpo_margin": 0.2}, marks=pytest.mark.slow),
+    pytest.param("dpo", "lipo", {"nll": 0.5}, marks=pytest.mark.slow),
+    pytest.param("rebel", "hps", {"estimator": "exact"}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("family", "preference", "settings"), METHODS)
+def test_a_script_trains_as_a_recipe(ranked_recipe, tmp_path, family, preference, settings):
+    """The same plan, the same losses and the same adapter, bit for bit; the data set has what the ranked file has."""
+    overrides = [f"loss.{name}={json.dumps(value)}" for name, value in settings.items()]
+    recipe = ranked_recipe(f"loss.family={family}", f"loss.preference={preference}", *overrides)
+    plan(recipe)
+    tokenizer = load_tokenizer(recipe.models.policy.path)
+    ours = build_trainer(recipe, tokenizer, training_config(recipe, 1))
+    add_reference(recipe, ours)
+    ours.train()
+    config = training_config(recipe, 1)
+    config.output_dir, config.precompute_ref_log_probs = str(tmp_path / "script"), True
+    script = HPSTrainer(
+        model=recipe.models.policy.path,
+        args=config,
+        train_dataset=as_dataset(ranked_records(8)),
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe),
+    )
+    assert config.num_train_epochs == recipe.schedule.epochs  # the caller's is left alone
+    script.save_plan(tmp_path / "plan.jsonl")
+    assert (tmp_path / "plan.jsonl").read_text() == (recipe.run_folder() / "plan.jsonl").read_text()
+    script.train()
+    assert losses(script) == losses(ours) and len(losses(ours)) == 4
+    found, expected = trained(script), trained(ours)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_reference_may_be_computed_in_step(tiny_model, tmp_path):
+    """As before the training, up to rounding; the first loss is that of s = 0."""
+    runs = []
+    for before in (True, False):
+        config = config_of(tmp_path, precompute_ref_log_probs=before)
+        trainer = HPSTrainer(
+            str(tiny_model), args=config, train_dataset=as_dataset(ranked_records(8)), peft_config=LORA
+        )
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5) and runs[0][0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False])
+def test_full_fine_tuning_by_name(tmp_path, tokenizer, before):
+    """A model with dropout in its configuration: both it and its frozen copy are loaded without."""
+    from conftest import tiny_config
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config(tokenizer, attention_dropout=0.3)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = config_of(tmp_path, precompute_ref_log_probs=before, learning_rate=1e-4, num_train_epochs=2)
+    trainer = HPSTrainer(str(tmp_path / "model"), args=config, train_dataset=as_dataset(ranked_records(8)))
+    assert (trainer.ref_model is None) == before
+    start = {name: value.clone() for name, value in trained(trainer).items()}
+    trainer.train()
+    found = losses(trainer)
+    assert found[0] == pytest.approx(math.log(2), abs=1e-5) and found[-1] < found[0]
+    assert any(not torch.equal(value, start[name]) for name, value in trained(trainer).items())
+
+
+def test_an_adapter_that_is_given_is_the_reference(tiny_model, tmp_path):
+    """Not the model under it: s is 0 before the first update, and the policy leaves the adapter alone."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), replace(LORA, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    tokenizer = load_tokenizer(str(tiny_model))
+    data = as_dataset(ranked_records(8))
+    trainer = HPSTrainer(model, args=config_of(tmp_path), train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    found = losses(trainer)
+    assert found[0] == pytest.approx(math.log(2), abs=1e-5) and found[1] != found[0]
+
+
+def test_what_is_evaluated(tiny_model, tmp_path):
+    """Before an update the loss is log 2 of each set; several sets by name; no training token is counted."""
+    records = ranked_records(12)
+    sets = {"near": as_dataset(records[8:10]), "far": as_dataset(records[10:])}
+    config = config_of(tmp_path, per_device_eval_batch_size=2)
+    train = as_dataset(records[:8])
+    trainer = HPSTrainer(str(tiny_model), args=config, train_dataset=train, eval_dataset=sets, peft_config=LORA)
+    metrics = trainer.evaluate()
+    assert metrics["eval_near_loss"] == metrics["eval_far_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert {line["eval_gamma"] for line in trainer.state.log_history if "eval_gamma" in line} == {config.gamma_end}
+    trainer.train()
+    after = trainer.evaluate(sets["near"])
+    assert after["eval_loss"] != pytest.approx(math.log(2), abs=1e-5)
+    tokens = [line["num_tokens"] for line in trainer.state.log_history if "num_tokens" in line]
+    assert tokens == sorted(tokens) and len(trainer.plan) == 8
+
+
+@pytest.mark.slow
+def test_a_resumed_training_counts_on(tiny_model, tmp_path):
+    """The same losses as in one go, and the tokens of the steps before."""
+
+    def make(folder, **settings):
+        config = config_of(folder, num_train_epochs=2, save_strategy="steps", save_steps=2, **settings)
+        data = as_dataset(ranked_records(8))
+        return HPSTrainer(str(tiny_model), args=config, train_dataset=data, peft_config=LORA)
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    resumed = make(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    assert [line.get("num_tokens") for line in resumed.state.log_history[:4]] == [
+        line.get("num_tokens") for line in whole.state.log_history[:4]
+    ]
+
+
+def test_the_model_card_names_method_data_and_settings(tiny_model, tmp_path):
+    records = ranked_records(8)
+    records[0]["rewards"] = [1.0] * len(records[0]["rewards"])
+    config = config_of(tmp_path, gamma_start=0.5)
+    trainer = HPSTrainer(str(tiny_model), args=config, train_dataset=as_dataset(records), peft_config=LORA)
+    trainer.create_model_card(model_name="tea")
+    card = (tmp_path / "README.md").read_text()
+    assert "DPO-HPS" in card and "2502.14400" in card
+    assert "| `gamma_start` | 0.5 |" in card and "| `family` | dpo |" in card and "exo_epsilon" not in card
+    assert "8 prompts, left out: 1 x all rewards tie" in card
+
+
+def test_what_a_script_cannot_have_is_refused(tiny_model, tmp_path):
+    data = as_dataset(ranked_records(8))
+    with pytest.raises(ValueError, match="leave out `compute_metrics`"):
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, compute_metrics=lambda _: {})
+    no_template = load_tokenizer(str(tiny_model))
+    no_template.chat_template = None
+    with pytest.raises(InputError, match="the tokenizer has no chat template"):
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, processing_class=no_template)
+
+
+# ---- the wheel ----
+
+
+def test_the_library_is_imported_without_torch():
+    """By a stage of the other environment; the trainer comes when it is asked for."""
+    code = "import sys, hps; assert 'torch' not in sys.modules; print(hps.__all__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout.strip() == "['HPSConfig', 'HPSTrainer']"
+
+
+def example() -> str:
+    """The script of docs/trainer.md."""
+    return re.search(r"```python\n(from datasets.*?)```", (REPOSITORY / "docs/trainer.md").read_text(), re.DOTALL)[1]
+
+
+def test_the_example_has_twenty_lines():
+    assert len([line for line in example().splitlines() if line.strip()]) <= 20
+
+
+@pytest.mark.full
+def test_the_wheel_runs_the_example_in_an_empty_environment(tmp_path):
+    """Nothing of this repository but `hps`, and no vLLM; torch is the build that setup.sh takes."""
+    python = str(tmp_path / "env/bin/python")
+    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(REPOSITORY)]
+    for command in ([sys.executable, *build], [sys.executable, "-m", "venv", str(tmp_path / "env")]):
+        subprocess.run(command, check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("hps_alignment-*.whl")
+    index = re.search(r"TORCH_CPU_INDEX:-(.*?)}", (REPOSITORY / "setup.sh").read_text())[1]
+    install = [python, "-m", "pip", "install", f"torch=={torch.__version__}", str(wheel)]
+    for sources in ([], ["--extra-index-url", index]):  # as setup.sh: pip's own sources first
+        installed = subprocess.run([*install, *sources], capture_output=True, text=True, cwd=tmp_path)
+        if installed.returncode == 0:
+            break
+    assert installed.returncode == 0, installed.stderr[-2000:]
+    listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+    assert "vllm" not in listed and "trl" in listed
+    code = "import hps, importlib.util as u; print(hps.__file__, [u.find_spec(n) for n in ('alignment', 'pipeline')])"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert str(tmp_path) in done.stdout and "[None, None]" in done.stdout
+    for name in ("models", "data"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / "example.py").write_text(example())
+    done = subprocess.run([python, "example.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "aligned/adapter_model.safetensors").exists() and (tmp_path / "aligned/README.md").exists()
