@@ -73,7 +73,7 @@ ROUND_FIRST, ROUND_PREVIOUS = f"{ROUND}[true-first]", f"{ROUND}[true-previous]"
 UNION = "test_rounds.py::test_candidates_of_all_rounds_or_of_one"
 BEFORE, IN_STEP = f"{STEP}[hps-before]", f"{STEP}[hps-in step]"
 
-TRAIN, TRAINER, REFERENCE = "alignment/train.py", "hps/trainer.py", "hps/reference.py"
+TRAIN, TRAINER = "alignment/train.py", "hps/trainer.py"
 LOSSES = "hps/losses.py"
 CHECKS = "alignment/checks.py"
 SHARED, HELD_OUT = "hps/shared_prefix.py", "evaluation/held_out.py"
@@ -140,18 +140,14 @@ MUTATIONS = [
         "        gradient_checkpointing=checkpointing(recipe, world_size),",
         BEFORE,
     ),
-    Mutation(
-        "row_tokens is not passed on",
-        TRAIN,
-        "PlanCollator(pad, layout, budget,",
-        "PlanCollator(pad, layout, None,",
-        (f"{STEP}[hps-checkpointing]",),
+    dropped(
+        "row_tokens is not passed on", TRAIN, "        row_tokens=training.row_tokens,", f"{STEP}[hps-checkpointing]"
     ),
     Mutation(
         "prompts are never shared",
-        TRAIN,
-        "PlanCollator(pad, layout,",
-        "PlanCollator(pad, replace(layout, shared=0),",
+        TRAINER,
+        "return cls(pad_token_id, layout, budget,",
+        "return cls(pad_token_id, replace(layout, shared=0), budget,",
         (BEFORE,),
     ),
     Mutation(
@@ -162,12 +158,8 @@ MUTATIONS = [
         (BEFORE,),
     ),
     Mutation("another optimizer", TRAIN, 'optim="adamw_torch"', 'optim="sgd"', (UPDATE,)),
-    Mutation(
-        "the epochs of the plan count twice",
-        TRAIN,
-        "num_train_epochs=1,",
-        "num_train_epochs=schedule.epochs,",
-        (f"{RATES}[linear-shares0]",),
+    dropped(
+        "the epochs of the plan count twice", TRAINER, "        args.num_train_epochs = 1", f"{RATES}[linear-shares0]"
     ),
     dropped(
         "gradients are not accumulated",
@@ -200,8 +192,8 @@ MUTATIONS = [
     Mutation(
         "the reference with the adapter on",
         TRAINER,
-        "self.accelerator.unwrap_model(self.model).disable_adapter() if off else nullcontext()",
-        "nullcontext()",
+        '            adapter = use_adapter(model, "ref" if "ref" in model.peft_config else None)\n',
+        "",
         (BEFORE, IN_STEP),
     ),
     Mutation(
@@ -276,20 +268,20 @@ MUTATIONS = [
         (f"{STEP}[lipo-before]",),
     ),
     # ---- what is found again ----
-    dropped("the reference's key lacks the dtype", REFERENCE, '        "dtype": str(reference.dtype),', CACHE),
+    dropped("the reference's key lacks the dtype", TRAINER, '        "dtype": str(reference.dtype),', CACHE),
     dropped(
         "the reference's key lacks the attention",
-        REFERENCE,
+        TRAINER,
         '        "attention": reference.config._attn_implementation,',
         CACHE,
     ),
     dropped(
         "the reference's key lacks the layout",
-        REFERENCE,
+        TRAINER,
         '        "layout": asdict(collator.layout),',
         CACHE,
     ),
-    dropped("the reference's key lacks what CUDA alone has", REFERENCE, "        **more,", CACHE),
+    dropped("the reference's key lacks what CUDA alone has", TRAINER, "        **more,", CACHE),
     Mutation(
         "a run does not claim its optimizer and LoRA",
         PLAN,
