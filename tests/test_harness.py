@@ -86,7 +86,7 @@ def task(tmp_path) -> Path:
 def harness(python: Path, task: Path, name: str, model: str) -> tuple[float, list[dict]]:
     """Accuracy and logged samples of the harness for a model, offline (tests/conftest.py)."""
     output = task.parent / name
-    command = [python, "-I", "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"{model},dtype=float32"]
+    command = [python, "-I", "-m", "lm_eval", "run", "--model", "hf", "--model_args", model]
     command += ["--tasks", "pairs", "--include_path", task, "--apply_chat_template", "--device", "cpu"]
     command += ["--log_samples", "--output_path", output]
     environment = os.environ | {"HF_HOME": str(task.parent / "cache")}
