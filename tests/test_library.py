@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -348,8 +349,11 @@ def test_the_example_has_twenty_lines():
 @pytest.mark.full
 def test_the_wheel_runs_the_example_in_an_empty_environment(tmp_path):
     """Nothing of this repository but `hps`, and no vLLM; torch is the build that setup.sh takes."""
-    python = str(tmp_path / "env/bin/python")
-    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(REPOSITORY)]
+    python, source = str(tmp_path / "env/bin/python"), tmp_path / "source"
+    shutil.copytree(REPOSITORY / "hps", source / "hps", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
     for command in ([sys.executable, *build], [sys.executable, "-m", "venv", str(tmp_path / "env")]):
         subprocess.run(command, check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("hps_alignment-*.whl")

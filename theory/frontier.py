@@ -25,7 +25,6 @@ STEPS = 40
 LENGTHS = (0.3, 0.6, 1.0, 1.6, 2.6, 4.0)  # of a training's path: the root mean square of the logits if it were straight
 PROMPTS, RESPONSES, MANY, DIMENSION = 32, 8, 32, 8
 BASELINE = "dpo-bt"
-COMPARED = ("dpo", "exo", "ipo", "sppo", "nca", "simpo")
 
 
 class Method(NamedTuple):
@@ -43,14 +42,13 @@ def gammas(start: float, end: float) -> Schedule:
 
 
 def compared_methods() -> dict[str, Method]:
-    """The paper's methods and SimPO with the paper's schedule; lists have all responses."""
+    """All methods with the paper's schedule; lists have all responses."""
     lists = {preference: {"list_size": None} for preference in LISTS}
     return {
         f"{family}-{preference}": Method(
             Loss(family=family, preference=preference, **lists.get(preference, {})), Schedule()
         )
         for family, preference in methods()
-        if family in COMPARED and preference in ("bt", "pl", "hps")
     }
 
 
@@ -187,10 +185,12 @@ def compare(seeds: int) -> Table:
         "- noisy: shared, and the rewards that rank have noise of one standard deviation.",
         f"- long: noisy, with {MANY} responses.",
         "",
-        "Lists of pl have all responses (the recipe's default is 5). SimPO's responses have one token. dpo-bt is the "
+        "Lists have all responses (the recipe's default is 5). SimPO's responses have one token. dpo-bt is the "
         "rule `worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. With 8 responses the one nearest to the "
         f"mean minus 2 deviations is the worst. Trainings of {STEPS} steps along the gradient, all prompts in "
         "each. The length of a step does not depend on the gradient's and falls with a cosine, as the paper's learning "
-        "rate, unless the row says otherwise. The share at the KL is read between trainings of different lengths.",
+        "rate, unless the row says otherwise. The share at the KL is read between trainings of different lengths. A dash: "
+        "not trained in this world, or (slic-bt) all margins reach SLiC's delta of 1 before this KL, and nothing moves "
+        "any more.",
     ]
     return table
