@@ -6,10 +6,13 @@ import sys
 import numpy as np
 import pytest
 from scipy import stats
+from test_judge import SAME, overrides_of, write_answers
 
 from evaluation import win_rate as stage
-from evaluation.judge import CRITERIA, GRID, TOO_LONG, cache_path, verdict_key
-from evaluation.win_rate import compare, correlation, flags, sign_test
+from evaluation.judge import CRITERIA, GRID, TOO_LONG, cache_path, judge, judged_answers, verdict_key
+from evaluation.win_rate import compare, correlation, flags, sign_test, win_rates
+from generation import generate
+from hps.chat import load_tokenizer
 from hps.errors import InputError, run_main
 from pipeline.files import Appender
 from pipeline.recipe import Judge, load_recipe
@@ -306,6 +309,35 @@ def test_the_command_prints_and_writes(judged_run, monkeypatch, capsys):
     assert "how far the judge agrees with itself was not measured" in text
     figures = json.loads((recipe.run_folder() / "win_rate.json").read_text())
     assert figures["against"][str(recipe.sft_folder())]["win"]["count"] == 3
+
+
+def test_the_verdicts_that_the_judge_writes_are_compared(tiny_recipe, tiny_model, monkeypatch):
+    """The judge's own stage, with planned scores in the place of the engine: the run's answers to even prompts win, to
+    odd ones lose; the first SAME answers are those of both models."""
+    recipe = load_recipe(tiny_recipe, overrides_of(tiny_model))
+    write_answers(recipe)
+    tokenizer = load_tokenizer(str(tiny_model))
+    ours = [record["responses"][0] for record in judged_answers(recipe.run_folder(), 1)]
+
+    class Planned:
+        def __init__(self, **arguments):
+            pass
+
+        def stream(self, items):
+            for item in items:
+                request = tokenizer.decode(item["ids"])
+                score = next(
+                    (5 - 5 * (n % 2) for n, text in enumerate(ours) if f"---\n{text}\n--- end" in request), 2.5
+                )
+                text = json.dumps(dict.fromkeys(CRITERIA, score))
+                yield {"key": item["key"], "samples": [{"text": text, "tokens": 9, "truncated": False}]}
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(generate, "Generator", Planned)
+    judge(recipe)
+    (result,) = win_rates(recipe, [recipe.sft_folder()])["against"].values()
+    assert SAME == 3 and result["prompts"] == 12 and result["left_out"] == {}
+    assert [result[name]["count"] for name in ("win", "lose", "tie")] == [4, 5, 3]  # 4 6 8 10; 3 5 7 9 11; 0 1 2
 
 
 @pytest.mark.parametrize("name", ["win_rate.json", "answers/test.jsonl"])
