@@ -148,6 +148,7 @@ def test_a_table_of_two_runs(tmp_path, tiny_model, tiny_reward, monkeypatch):
     assert verify(tmp_path / "runs") == 0
 
 
+@pytest.mark.full
 def test_two_rounds(tmp_path, tiny_model, tiny_reward):
     """The second round samples from the first one's policy, keeps its candidates, trains on, and is measured from the
     model before training, which answers once. A finished round starts no driver; one that lacks its end goes on."""
