@@ -32,14 +32,14 @@ class PlanRows(Sequence[dict]):
         where: Callable[[str], str] = "prompt {}".format,
         where_row: Callable[[int], str] = "row {} of the plan".format,
     ):
-        self._plan, self._ranked, self._tokenizer, self._limit = plan, ranked, tokenizer, limit
+        self.plan, self._ranked, self._tokenizer, self._limit = plan, ranked, tokenizer, limit
         self._where, self._where_row = where, where_row
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self.plan)
 
     def __getitem__(self, index: int) -> dict:  # ty: ignore[incompatible-method-override] (no slices)
-        row = self._plan[index]
+        row = self.plan[index]
         record = self._ranked[row["prompt_id"]]
         terms = [row, row["second"]] if "second" in row else [row]
         # y_1, with Appendix E y_2, then the terms' other responses by reward: each response passes the model once.
@@ -64,7 +64,7 @@ class PlanRows(Sequence[dict]):
 
     def places(self, rows: Iterable[int]) -> str:
         """Rows of the plan for a message: the place of each, its prompt, and where that is."""
-        named = [(self._where_row(row), self._plan[row]["prompt_id"]) for row in rows]
+        named = [(self._where_row(row), self.plan[row]["prompt_id"]) for row in rows]
         return ", ".join(f"{place} (prompt `{name}`, {self._where(name)})" for place, name in named)
 
     def _tokens(self, record: Ranked, members: list[int]) -> tuple[list[int], list[list[int]]]:
@@ -74,14 +74,14 @@ class PlanRows(Sequence[dict]):
             raise InputError(
                 f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: no room is left for a "
                 "response",
-                remedy="raise `schedule.max_length`, or lower `generation.max_prompt_tokens`",
+                remedy="raise it, or take the prompt out (gene.sh does above `generation.max_prompt_tokens`)",
             )
         texts, truncated = record["responses"], record["truncated"]
         responses = [
             response_token_ids(self._tokenizer, record["prompt"], texts[index], truncated[index]) for index in members
         ]
         if not all(responses):
-            raise InputError("a response has no tokens", remedy="take empty responses out of the ranked file")
+            raise InputError("a response has no tokens", remedy="take empty responses out of the data")
         return prompt, responses
 
 

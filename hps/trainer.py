@@ -295,13 +295,14 @@ class HPSTrainer(DPOTrainer):
     ):
         args = copy.copy(args or HPSConfig())
         _refuse_unsupported(args, others)
+        _check_data(train_dataset)
         self.loss, self.schedule = args.loss, args.schedule
         self.compares = FAMILIES[self.loss.family].reference  # the policy with the reference
         self.tokens: float | None = None  # that have passed the policy; known with the first step
         self.start: float | None = None  # the largest |s| before the first update, nats; None when resumed
         self.starts_as_reference = True  # s is 0 before the first update
         self.adapted_reference = False  # the reference is the adapter as it is before the first update, not its base
-        self.plan: list[PlanRow] | None = None
+        self.plan: Sequence[PlanRow] | None = None
         self.facts: dict[str, Any] | None = None
         self._has_heads = False
         self._name = f"{self.loss.family}-{self.loss.preference}".upper()
@@ -315,7 +316,8 @@ class HPSTrainer(DPOTrainer):
         # Before a model loads: a bad row is found here.
         self.rows: Any = train_dataset
         if isinstance(train_dataset, Dataset):
-            self.rows = self._planned(train_dataset, processing_class, args, self.schedule)
+            self.rows, made = self._planned(train_dataset, processing_class, self.schedule, args)
+            self.plan, self.facts = self.rows.plan, made.facts()
         if isinstance(model, str):
             path, load = model, partial(_load, args=args)
             model = load(path)
@@ -350,17 +352,15 @@ class HPSTrainer(DPOTrainer):
             )
             self.accelerator.print(f"plan: {self.rows.cut} responses are cut at max_length={args.max_length}")
 
-    def _planned(self, dataset: Dataset, tokenizer: Any, args: HPSConfig, schedule: Schedule) -> CheckedRows:
-        """The plan's rows of a data set; `plan` and `facts` are those of the first one, the training's."""
+    def _planned(self, dataset: Dataset, tokenizer: Any, schedule: Schedule, args: Any) -> tuple[CheckedRows, Plan]:
+        """The rows of a data set's plan, and the plan, whose rows were made."""
         prompts = RankedPrompts(dataset, tokenizer, args.dataset_num_proc)
         made = Plan(prompts, self.loss, schedule, args.seed, prompts.where)
-        plan = list(made.rows())
-        if self.plan is None:
-            self.plan, self.facts = plan, made.facts()
-            used = (prompts[name] for name in made.prompts)
-            if warning := reversal_warning(used, self.loss, schedule, args.seed):
-                warnings.warn(warning, stacklevel=3)
-        return CheckedRows(plan, prompts, tokenizer, schedule.max_length, prompts.where)
+        rows = CheckedRows(list(made.rows()), prompts, tokenizer, schedule.max_length, prompts.where)
+        used = (prompts[name] for name in made.prompts)
+        if warning := reversal_warning(used, self.loss, schedule, args.seed):
+            warnings.warn(warning, stacklevel=3)
+        return rows, made
 
     def save_plan(self, path: str | Path) -> None:
         """Write the plan that was made here, a JSON line a row (docs/formats.md)."""
@@ -391,13 +391,18 @@ class HPSTrainer(DPOTrainer):
         if not isinstance(dataset, Dataset):
             return dataset
         last = {"epochs": 1, "global_batch": 1, "gamma_start": self.schedule.gamma_end}
-        return self._planned(dataset, processing_class, args, self.schedule.model_copy(update=last))
+        return self._planned(dataset, processing_class, self.schedule.model_copy(update=last), args)[0]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         """With `precompute_ref_log_probs`: the rows with the reference's log-probabilities, in memory.
 
         The parent calls it before the training, and for what is evaluated.
         """
+        if not self.compares:
+            return dataset
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            problem = "ZeRO-3 spreads the reference's weights over the processes before the training"
+            raise ValueError(f"{problem}; set `precompute_ref_log_probs=False`")
         self._add_heads()
         values, _ = self.reference_values(dataset, batch_size)
         return RowsWithReference(dataset, values)
@@ -569,7 +574,8 @@ class HPSTrainer(DPOTrainer):
         if not share <= 1:
             start = f"before the first update policy and reference differ by |s| = {largest:.3g} nats for a response"
             remedy = "delete `<output>/reference`, set every dropout in the policy's config.json to 0, or give "
-            remedy += "`training.reference=in_step`; if it stays, the policy's values are not finite or repeatable"
+            remedy += "`training.reference=in_step` (`precompute_ref_log_probs=False` in a script); if it stays, the "
+            remedy += "policy's values are not finite or repeatable"
             raise InputError(f"{start}, {share:.3g} times what rounding in {computed} explains", remedy=remedy)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -692,3 +698,9 @@ def _refuse_unsupported(config: HPSConfig, others: Mapping[str, Any]) -> None:
         raise ValueError("HPSTrainer trains in the order of the plan; set `train_sampling_strategy='sequential'`")
     if others.get("compute_metrics") is not None:
         raise ValueError("HPSTrainer returns no logits; leave out `compute_metrics`")
+
+
+def _check_data(train_dataset: Any) -> None:
+    if not isinstance(train_dataset, (Dataset, Sequence)):
+        kind = type(train_dataset).__name__
+        raise ValueError(f"`train_dataset` is a {kind}, and a plan is made of all prompts; give a `datasets.Dataset`")

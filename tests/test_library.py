@@ -321,6 +321,10 @@ def test_what_a_script_cannot_have_is_refused(tiny_model, tmp_path):
     data = as_dataset(ranked_records(8))
     with pytest.raises(ValueError, match="leave out `compute_metrics`"):
         HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, compute_metrics=lambda _: {})
+    with pytest.raises(
+        ValueError, match="is a IterableDataset, and a plan is made of all prompts; give a `datasets.Data"
+    ):
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data.to_iterable_dataset())
     no_template = load_tokenizer(str(tiny_model))
     no_template.chat_template = None
     with pytest.raises(InputError, match="the tokenizer has no chat template"):
