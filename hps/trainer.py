@@ -540,10 +540,11 @@ class HPSTrainer(DPOTrainer):
 
     def _method_section(self) -> str:
         settings = {**own_settings(self.loss.model_dump()), **self.schedule.model_dump()}
-        settings |= {name: getattr(self.args, name) for name in ("learning_rate", "lr_scheduler_type", "seed")}
+        settings |= {name: getattr(self.args, name) for name in ("learning_rate", "seed")}
+        settings["lr_scheduler_type"] = self.args.lr_scheduler_type.value
         table = "".join(f"| `{name}` | {value} |\n" for name, value in settings.items())
         data = plan_lines(self.facts, self.loss, self.schedule)[0] if self.facts else f"{len(self.rows)} rows"
-        return f"\n## Method\n\n| setting | value |\n|---|---|\n{table}\nData: {data}.\n"
+        return f"\n\n## Method\n\n| setting | value |\n|---|---|\n{table}\nData: {data}.\n"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The parent's; but of an adapter under ZeRO-1 and 2, where the parent clones all weights in every process's

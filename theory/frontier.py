@@ -189,8 +189,8 @@ def compare(seeds: int) -> Table:
         "rule `worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. With 8 responses the one nearest to the "
         f"mean minus 2 deviations is the worst. Trainings of {STEPS} steps along the gradient, all prompts in "
         "each. The length of a step does not depend on the gradient's and falls with a cosine, as the paper's learning "
-        "rate, unless the row says otherwise. The share at the KL is read between trainings of different lengths. A dash: "
-        "not trained in this world, or (slic-bt) all margins reach SLiC's delta of 1 before this KL, and nothing moves "
-        "any more.",
+        "rate, unless the row says otherwise. The share at the KL is read between trainings of different lengths. A "
+        "dash: not trained in this world, or (slic-bt) all margins reach SLiC's delta of 1 before this KL, and nothing "
+        "moves any more.",
     ]
     return table
