@@ -284,6 +284,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: HPSConfig) -> HPSTrainer:
         callbacks=[RunFiles(recipe.run_folder(), rows, recipe.schedule.global_batch)],
     )
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dictionary
+    trainer.starts_as_reference = not start  # the frozen copy is the policy
     if start:
         # LoRA's dropout is off in the reference's pass and acts in the first step's, where B is no longer 0.
         trainer.starts_as_reference = moves and not recipe.lora.dropout

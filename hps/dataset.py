@@ -3,7 +3,7 @@
 A row has `prompt`, chat messages or the text of one user turn, and one of
 
 - `responses` (texts) with `rewards` (numbers, higher is better)
-- `responses` alone, best first: the rewards are then 0, -1, -2, ..., of which Eq. 9 knows the order and nothing else
+- `responses` alone, best first: the rewards are then 0, -1, -2, ..., which only encode the order
 - `chosen` and `rejected`, texts or messages as TRL has them, and their scores if there are any
 
 and may have `prompt_id`, `truncated` (a response was cut when it was sampled, so nothing ends it), `token_counts` and
@@ -16,10 +16,10 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from pydantic import TypeAdapter, ValidationError
 
-from hps.chat import control_ids, encode, response_token_ids
+from hps.chat import control_ids, encode
 from hps.errors import InputError, naming, shorten
-from hps.preferences import pair_scores
-from hps.records import PAIR, Ranked, given_pair
+from hps.preferences import SCORES, pair_scores
+from hps.records import PAIR, Ranked, given_pair, refuse_misspelt
 
 RANKED = TypeAdapter(Ranked)
 FEATURES = Features(
@@ -33,6 +33,9 @@ FEATURES = Features(
         "rewards": List(Value("float64")),
     }
 )
+COLUMNS = (*FEATURES, *PAIR)
+# Columns that change what a prompt is, and are not read.
+MEANT = ("tools", "chat_template_kwargs", "image", "images")
 REMEDY = "give `prompt` with `responses` and `rewards`, or with `chosen` and `rejected` (docs/trainer.md)"
 
 
@@ -48,7 +51,14 @@ class RankedPrompts(Mapping[str, Ranked]):
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Any, processes: int | None = None):
-        # Not kept on disk: the hash of a tokenizer changes with what it was used for.
+        if wrong := [name for name in MEANT if name in dataset.column_names]:
+            problem = f"the column `{wrong[0]}` would change the prompts, and it is not read"
+            raise InputError(problem, remedy="take it out if the prompts are right without it")
+        known = ("prompt", "responses", "rewards", "truncated", *PAIR)
+        refuse_misspelt(dict.fromkeys(dataset.column_names, True), known, "data set")
+        scores = {name for names in SCORES for name in names}
+        self.unread = [name for name in dataset.column_names if name not in (*COLUMNS, *scores)]
+        # Made again each time: the hash of a tokenizer, by which it would be found, changes with what it was used for.
         self._rows = dataset.map(
             ranked_row,
             with_indices=True,
@@ -109,8 +119,9 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
         name = read.get("prompt_id", f"row-{index:09d}")
         _check({"prompt": prompt, "prompt_id": name, "responses": responses, "token_counts": [], **columns})
         if "token_counts" not in columns:
+            # They show the plan's gap of lengths and nothing else, so the text by itself will do.
             texts = zip(responses, columns["truncated"], strict=True)
-            columns["token_counts"] = [len(response_token_ids(tokenizer, prompt, text, cut)) for text, cut in texts]
+            columns["token_counts"] = [len(encode(tokenizer, text)) + (not cut) for text, cut in texts]
         order = sorted(range(len(responses)), key=lambda place: -columns["rewards"][place])
         columns = {field: [values[place] for place in order] for field, values in columns.items()}
         found = {"prompt": prompt, "prompt_id": name, "responses": [responses[place] for place in order], **columns}

@@ -121,13 +121,6 @@ def _alone(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
     return -cross_entropy(logits.float(), ids[0, len(prompt) :], reduction="sum")
 
 
-def dropouts(config: Any) -> list[str]:
-    """Fields of a model's configuration that drop something, as `name=value`."""
-    parts = (vars(config), vars(config.get_text_config()))
-    named = {name: value for part in parts for name, value in part.items() if "drop" in name}
-    return sorted(f"{name}={value}" for name, value in named.items() if isinstance(value, float) and value)
-
-
 def rates(scheduler: str, steps: int) -> float:
     """Sum of a schedule's rates over the steps, in units of the highest, without a warm-up."""
     shapes = {

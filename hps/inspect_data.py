@@ -66,6 +66,7 @@ def steps_of(options: argparse.Namespace, rows: int, findings: Findings) -> dict
 def first_step(options: argparse.Namespace, inspection: Inspection, steps: int | None) -> dict:
     """Figures of `hps.first_step` on the kept rows; their findings."""
     from hps import first_step as step  # torch, PEFT and TRL take seconds to load
+    from hps.trainer import dropouts
 
     findings, moves = inspection.findings, bool(options.learning_rate and steps)
     model = step.load_model(options.model, options.model_revision)
@@ -74,7 +75,7 @@ def first_step(options: argparse.Namespace, inspection: Inspection, steps: int |
     found = step.start(model, pairs, options.beta, pad, lora, moves)
     figures: dict[str, Any] = asdict(found)
     if not found.share <= 1:
-        drops = ", ".join(step.dropouts(model.config))
+        drops = ", ".join(dropouts(model.config))
         what = f"before the first update |s| is {found.s:.3g} nats, {found.share:.3g} times what rounding explains"
         remedy = f"set to 0 in config.json: {drops}" if drops else "check that the weights are finite"
         findings.say("start", FAULT, what, remedy)

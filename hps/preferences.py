@@ -164,7 +164,8 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
     if any(isinstance(record.get(side), list) for side in PAIR) or not set(PAIR) <= record.keys():
         read = given_pair(dict(record), where="")
         prompt, answers = read.get("prompt"), read.get("responses")
-        if isinstance(prompt, str) and isinstance(record.get(PAIR[0]), list):
+        # `responses` is a form of this trainer alone, and a text is then one turn of the user.
+        if isinstance(prompt, str) and (isinstance(record.get(PAIR[0]), list) or "responses" in record):
             prompt = [{"role": "user", "content": prompt}]
     else:
         prompt, answers = _text_prompt(record)

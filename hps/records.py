@@ -4,6 +4,9 @@ The bounds are pydantic's. pipeline/records.py and pipeline/run_records.py check
 TRL's pairs.
 """
 
+import re
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 from typing import Annotated, Literal, NotRequired
 
 from pydantic import AfterValidator, Field
@@ -15,6 +18,7 @@ from hps.errors import InputError, shorten
 MOST = 3.4028234663852886e38  # the largest number in single precision, in which training keeps rewards
 LARGEST_REWARD = MOST / 2  # single precision can then represent the difference of any two
 PAIR = ("chosen", "rejected")  # TRL's names of two given responses
+RESEMBLANCE = 0.8  # share of equal letters above which an unknown field is a misspelt known one
 
 
 def _not_blank(text: str) -> str:
@@ -126,3 +130,14 @@ def _asks(messages: list[dict], text: str) -> bool:
     """Whether a conversation is this question, perhaps after a system message."""
     turns = [message for message in messages if message.get("role") != "system"]
     return len(turns) == 1 and turns[0].get("role") == "user" and turns[0].get("content") == text
+
+
+def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
+    """Refuse an unknown field whose name is nearly that of a known one which the record lacks."""
+    absent = [field for field in known if not record.get(field)]
+    for field in (field for field in record if field not in known):
+        name = re.sub(r"[\s-]+", "_", field.strip().casefold())
+        for other in absent:
+            if SequenceMatcher(None, name, other).ratio() > RESEMBLANCE:
+                problem = f"unknown field `{field}`"
+                raise InputError(problem, where=where, remedy=f"write `{other}`, or rename the field")

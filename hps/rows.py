@@ -32,7 +32,7 @@ class PlanRows(Sequence[dict]):
         where: Callable[[str], str] = "prompt {}".format,
         where_row: Callable[[int], str] = "row {} of the plan".format,
     ):
-        self.plan, self._ranked, self._tokenizer, self._limit = plan, ranked, tokenizer, limit
+        self.plan, self.ranked, self._tokenizer, self._limit = plan, ranked, tokenizer, limit
         self._where, self._where_row = where, where_row
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class PlanRows(Sequence[dict]):
 
     def __getitem__(self, index: int) -> dict:  # ty: ignore[incompatible-method-override] (no slices)
         row = self.plan[index]
-        record = self._ranked[row["prompt_id"]]
+        record = self.ranked[row["prompt_id"]]
         terms = [row, row["second"]] if "second" in row else [row]
         # y_1, with Appendix E y_2, then the terms' other responses by reward: each response passes the model once.
         first = [term["preferred"] for term in terms]

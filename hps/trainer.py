@@ -11,12 +11,13 @@ rows of a plan that is in a file.
 """
 
 import copy
+import hashlib
 import json
 import math
 import re
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from functools import partial
@@ -31,6 +32,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedModel, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, use_adapter
@@ -41,6 +43,7 @@ from hps.dataset import RankedPrompts
 from hps.errors import InputError
 from hps.losses import FORMULAS, implicit_reward, nll_loss, preference_loss
 from hps.methods import FAMILIES
+from hps.negatives import gamma_stages
 from hps.planning import Plan, plan_lines, reversal_warning
 from hps.records import PlanRow
 from hps.reference import Values, micro_batch, unknown_values
@@ -62,6 +65,10 @@ NOT_HONOURED = {
     "router_aux_loss_coef": 0.0,
     "max_steps": -1,
     "padding_free": False,
+    "truncation_mode": "keep_start",
+    "pad_token": None,
+    "pad_to_multiple_of": None,
+    "auto_find_batch_size": False,
 }
 # Names that the parent has for settings of `Schedule`. Its global batch is the product of three.
 OF_PARENT = {
@@ -70,6 +77,7 @@ OF_PARENT = {
     "max_length": "max_length",
     "global_batch": "",
 }
+PLAN_HASH = "hps_plan.sha256"  # of a script's checkpoint
 PAPER = {
     "title": "Hard Preference Sampling for Human Preference Alignment",
     "id": "2502.14400",
@@ -122,11 +130,16 @@ class HPSConfig(_WithMethod):
     )
 
     def __post_init__(self):
-        if self.bf16 is None and not self.fp16 and not torch.cuda.is_available():
+        if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False  # the parent's default is True; a CPU is slower with it
         super().__post_init__()
         for name, reason, remedy in refused(self.loss, self.schedule):
             raise InputError(_flat(f"`{name}`: {reason}"), remedy=_flat(remedy))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parent's, which hides every field that ends with `_token`; here these are settings of a method."""
+        kept = {name: getattr(self, name) for name in Loss.model_fields if name.endswith("_token")}
+        return {**super().to_dict(), **kept}
 
     @property
     def loss(self) -> Loss:
@@ -161,7 +174,18 @@ def _section(kind: Any, values: dict[str, Any]) -> Any:
 
 def _flat(text: str) -> str:
     """A message about `loss.family` and the like with the names of HPSConfig."""
-    return re.sub(r"\b(loss|schedule)\.(?=[a-z])", "", text)
+    for name, parents in {**OF_PARENT, "global_batch": "gradient_accumulation_steps"}.items():
+        text = text.replace(f"schedule.{name}", parents)
+    return re.sub(r"\b(loss|schedule|optimizer)\.(?=[a-z])", "", text)
+
+
+@contextmanager
+def _named_as_here() -> Generator[None]:
+    """Messages with the names of HPSConfig."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(_flat(str(error))) from None
 
 
 @dataclass
@@ -195,7 +219,7 @@ class PlanCollator:
             adapter: an adapter trains, not the model's weights.
             estimate: on CUDA, prompts are shared only where that is estimated to be faster.
         """
-        costs, budget, cuda = None, config.row_tokens, torch.cuda.is_available()
+        costs, budget, cuda = None, config.row_tokens, torch.cuda.is_available() and not config.use_cpu
         if not config.shared_prefix:
             layout = replace(layout, shared=0, reason="`shared_prefix` is false")
         if shape._attn_implementation == "flex_attention":
@@ -300,11 +324,11 @@ class HPSTrainer(DPOTrainer):
         self.compares = FAMILIES[self.loss.family].reference  # the policy with the reference
         self.tokens: float | None = None  # that have passed the policy; known with the first step
         self.start: float | None = None  # the largest |s| before the first update, nats; None when resumed
-        self.starts_as_reference = True  # s is 0 before the first update
+        self.starts_as_reference = ref_model is None  # s is 0 before the first update
         self.adapted_reference = False  # the reference is the adapter as it is before the first update, not its base
         self.plan: Sequence[PlanRow] | None = None
         self.facts: dict[str, Any] | None = None
-        self._has_heads = False
+        self._has_heads = self._start_is_said = False
         self._name = f"{self.loss.family}-{self.loss.preference}".upper()
         self._paper = PAPER if self.loss.preference == "hps" else {}
         revision = (args.model_init_kwargs or {}).get("revision")
@@ -315,21 +339,22 @@ class HPSTrainer(DPOTrainer):
             check_tokenizer(processing_class, processing_class.name_or_path)
         # Before a model loads: a bad row is found here.
         self.rows: Any = train_dataset
+        unread: list[str] = []
         if isinstance(train_dataset, Dataset):
-            self.rows, made = self._planned(train_dataset, processing_class, self.schedule, args)
+            with _named_as_here():
+                self.rows, made, unread = self._planned(train_dataset, processing_class, self.schedule, args)
             self.plan, self.facts = self.rows.plan, made.facts()
+            self._data = f"{train_dataset.info.dataset_name or 'a data set'}, fingerprint {train_dataset._fingerprint}"
         if isinstance(model, str):
-            path, load = model, partial(_load, args=args)
+            path, load = model, partial(_load, args=args, quantization=others.pop("quantization_config", None))
             model = load(path)
-            # The parent would load it with the model's own dropout.
-            if (
-                ref_model is None
-                and "peft_config" not in others
-                and self.compares
-                and not args.precompute_ref_log_probs
-            ):
-                ref_model = load(path)
+            copies = self.compares and not args.precompute_ref_log_probs and others.get("peft_config") is None
+            if copies and ref_model is None:
+                ref_model = load(path)  # the parent would load it with the model's own dropout
             args.model_init_kwargs = None
+        elif not self.compares and (found := dropouts(model.config)):
+            problem = f"the model's configuration has {', '.join(found)}, and without a reference nothing would show it"
+            raise InputError(problem, remedy="give the model's name, or set them to 0 before it is loaded")
         if data_collator is None:
             base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
             adapter = base is not model or others.get("peft_config") is not None
@@ -337,6 +362,7 @@ class HPSTrainer(DPOTrainer):
             data_collator = PlanCollator.of(layout, base.config, processing_class.pad_token_id, args, adapter)
             if data_collator.layout.shared < self.schedule.max_length:
                 warnings.warn(rows_apart(data_collator.layout), stacklevel=2)
+        _refuse_epochs(args, len(self.rows) // self.schedule.global_batch)
         args.num_train_epochs = 1
         # The parent takes no other kind of sequence; it gets the rows themselves back from `_prepare_dataset`.
         numbers = Dataset.from_dict({"row": range(len(self.rows))})
@@ -348,19 +374,46 @@ class HPSTrainer(DPOTrainer):
         self._add_heads()
         if self.facts is not None:
             self.accelerator.print(
-                "\n".join(f"plan: {line}" for line in plan_lines(self.facts, self.loss, self.schedule))
+                "\n".join(f"plan: {_flat(line)}" for line in plan_lines(self.facts, self.loss, self.schedule))
             )
             self.accelerator.print(f"plan: {self.rows.cut} responses are cut at max_length={args.max_length}")
+            if unread:
+                self.accelerator.print(f"plan: columns that are not read: {', '.join(unread)}")
 
-    def _planned(self, dataset: Dataset, tokenizer: Any, schedule: Schedule, args: Any) -> tuple[CheckedRows, Plan]:
-        """The rows of a data set's plan, and the plan, whose rows were made."""
+    def _planned(
+        self, dataset: Dataset, tokenizer: Any, schedule: Schedule, args: Any
+    ) -> tuple[CheckedRows, Plan, list[str]]:
+        """The rows of a data set's plan; the plan, whose rows were made; columns that are not read."""
         prompts = RankedPrompts(dataset, tokenizer, args.dataset_num_proc)
         made = Plan(prompts, self.loss, schedule, args.seed, prompts.where)
         rows = CheckedRows(list(made.rows()), prompts, tokenizer, schedule.max_length, prompts.where)
         used = (prompts[name] for name in made.prompts)
         if warning := reversal_warning(used, self.loss, schedule, args.seed):
             warnings.warn(warning, stacklevel=3)
-        return rows, made
+        return rows, made, prompts.unread
+
+    def train(self, resume_from_checkpoint=None, *given, **more):
+        """The parent's. InputError: the checkpoint is of another plan or loss."""
+        if self.plan is not None and resume_from_checkpoint:
+            folder = resume_from_checkpoint
+            if folder is True:
+                folder = get_last_checkpoint(self.args.output_dir)
+            path = Path(folder or "") / PLAN_HASH
+            if path.is_file() and path.read_text() != self._plan_hash():
+                problem = "the checkpoint is of another plan, loss or seed"
+                raise InputError(problem, where=str(folder), remedy="give the settings and data that it began with")
+        return super().train(resume_from_checkpoint, *given, **more)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.plan is not None and self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / PLAN_HASH).write_text(self._plan_hash())
+
+    def _plan_hash(self) -> str:
+        """Of what decides the training beside the optimizer: the plan and the loss."""
+        settings = own_settings(self.loss.model_dump()), self.args.seed, list(self.plan or [])
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def save_plan(self, path: str | Path) -> None:
         """Write the plan that was made here, a JSON line a row (docs/formats.md)."""
@@ -390,7 +443,8 @@ class HPSTrainer(DPOTrainer):
             return self.rows
         if not isinstance(dataset, Dataset):
             return dataset
-        last = {"epochs": 1, "global_batch": 1, "gamma_start": self.schedule.gamma_end}
+        gamma = gamma_stages(self.schedule)[-1]
+        last = {"epochs": 1, "global_batch": 1, "gamma_start": gamma, "gamma_end": gamma}
         return self._planned(dataset, processing_class, self.schedule.model_copy(update=last), args)[0]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
@@ -414,6 +468,10 @@ class HPSTrainer(DPOTrainer):
         weights and lengths: in bf16 a reference of 130 nats is off by up to half a nat.
         """
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss alone: there are no logits of whole rows."""
+        return super().prediction_step(model, inputs, True, ignore_keys)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = list(COLUMNS)
@@ -481,7 +539,7 @@ class HPSTrainer(DPOTrainer):
             size: rows of a micro-batch.
             known: of other micro-batches, too; read by the first process and sent to the others, so that all find the
                 same.
-            through: passes on what this process computes, of which there is so much; it may write it to disk.
+            through: wraps this process's results, called with their count; it may write them to disk.
 
         Raises:
             InputError: a log-probability is not finite.
@@ -543,7 +601,9 @@ class HPSTrainer(DPOTrainer):
         settings |= {name: getattr(self.args, name) for name in ("learning_rate", "seed")}
         settings["lr_scheduler_type"] = self.args.lr_scheduler_type.value
         table = "".join(f"| `{name}` | {value} |\n" for name, value in settings.items())
-        data = plan_lines(self.facts, self.loss, self.schedule)[0] if self.facts else f"{len(self.rows)} rows"
+        data = f"{len(self.rows)} rows"
+        if self.facts:
+            data = f"{self._data}; {plan_lines(self.facts, self.loss, self.schedule)[0]}"
         return f"\n\n## Method\n\n| setting | value |\n|---|---|\n{table}\nData: {data}.\n"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -580,8 +640,9 @@ class HPSTrainer(DPOTrainer):
             raise InputError(f"{start}, {share:.3g} times what rounding in {computed} explains", remedy=remedy)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The parent's; the first step's line has `s/largest_at_start`, too."""
-        if self.start is not None and self.state.global_step == 1:
+        """The parent's; the first line has `s/largest_at_start`, too."""
+        if self.start is not None and not self._start_is_said and self.model.training:
+            self._start_is_said = True
             self.accelerator.print(f"training: s at step 0: largest |s| = {self.start:.3g} nats", flush=True)
             logs = {**logs, "s/largest_at_start": self.start}
         super().log(logs, start_time)
@@ -640,6 +701,13 @@ def rows_apart(layout: Layout) -> str:
     return f"conversations{above} have rows of their own: {layout.reason}"
 
 
+def dropouts(config: Any) -> list[str]:
+    """Fields of a model's configuration that drop something, as `name=value`."""
+    parts = (vars(config), vars(config.get_text_config()))
+    named = {name: value for part in parts for name, value in part.items() if "drop" in name}
+    return sorted(f"{name}={value}" for name, value in named.items() if isinstance(value, float) and value)
+
+
 def without_dropout(config: Any) -> Any:
     """The configuration with every dropout at 0: the policy and the reference must be equal before the first step.
 
@@ -653,9 +721,11 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-def _load(name: str, args: HPSConfig) -> PreTrainedModel:
+def _load(name: str, args: HPSConfig, quantization: Any) -> PreTrainedModel:
     """A model without dropout, as the parent would load it."""
     given = {"device_map": None, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization is not None:
+        given["quantization_config"] = quantization
     if args.disable_dropout:
         same = {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
         given["config"] = without_dropout(AutoConfig.from_pretrained(name, **same))
@@ -697,11 +767,24 @@ def _refuse_unsupported(config: HPSConfig, others: Mapping[str, Any]) -> None:
             raise ValueError(f"HPSTrainer does not honour `{name}={value}`; leave it at {accepted!r}")
     if config.train_sampling_strategy != "sequential":
         raise ValueError("HPSTrainer trains in the order of the plan; set `train_sampling_strategy='sequential'`")
+    if config.accelerator_config.split_batches:
+        raise ValueError("HPSTrainer does not honour `accelerator_config.split_batches`; leave it out")
+    if config.fsdp:
+        raise ValueError("HPSTrainer was not tried with FSDP; leave out `fsdp`, and use DeepSpeed")
     if others.get("compute_metrics") is not None:
         raise ValueError("HPSTrainer returns no logits; leave out `compute_metrics`")
+
+
+def _refuse_epochs(config: HPSConfig, steps: int) -> None:
+    """The plan holds all epochs, so for the parent the training has one."""
+    named = [name for name in ("save_strategy", "eval_strategy") if getattr(config, name) == "epoch"]
+    if named and (epochs := config.num_train_epochs) > 1:
+        each = {"save_strategy": "save_steps", "eval_strategy": "eval_steps"}[named[0]]
+        remedy = f"set `{named[0]}='steps'` and `{each}={max(1, round(steps / epochs))}`"
+        raise ValueError(f"`{named[0]}` is 'epoch', and the plan holds all {epochs:g} epochs as one; {remedy}")
 
 
 def _check_data(train_dataset: Any) -> None:
     if not isinstance(train_dataset, (Dataset, Sequence)):
         kind = type(train_dataset).__name__
-        raise ValueError(f"`train_dataset` is a {kind}, and a plan is made of all prompts; give a `datasets.Dataset`")
+        raise ValueError(f"`train_dataset` is of the type {kind}, but the plan needs all prompts; give a `Dataset`")

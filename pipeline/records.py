@@ -31,7 +31,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from difflib import SequenceMatcher
 from functools import cache
 from io import BufferedReader
 from itertools import islice, pairwise
@@ -43,7 +42,17 @@ from pydantic_core import to_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.errors import InputError, shorten
-from hps.records import LARGEST_REWARD, PAIR, Answers, Candidates, Name, Prompt, Ranked, given_pair
+from hps.records import (
+    LARGEST_REWARD,
+    PAIR,
+    Answers,
+    Candidates,
+    Name,
+    Prompt,
+    Ranked,
+    given_pair,
+    refuse_misspelt,
+)
 
 DEEPEST = 100  # brackets in brackets; near 1,000 Python's stack ends, for reading and for writing at different depths
 AGAIN = "remove the line, so that its prompt is done again"
@@ -54,7 +63,6 @@ PROMPT_FIELDS = ("prompt", "prompt_id", "responses", *PAIR)
 NOTES = ("topic", "source", "truncated", "difference")  # of our own prompts files, for the reader
 # A field with one of these words in its name says which response is better.
 PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
-RESEMBLANCE = 0.8  # share of equal letters above which an unknown field is a misspelt known one
 GZIP = b"\x1f\x8b"  # JSON never begins so
 REMEDIES = {
     "prompt": 'give chat messages, the last one the user\'s: [{"role": "user", "content": "..."}]',
@@ -338,17 +346,6 @@ def named(record: dict) -> dict:
     except (KeyError, TypeError):
         name = "none"
     return {**record, "prompt_id": name}
-
-
-def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
-    """Refuse an unknown field whose name is nearly that of a known one which the record lacks."""
-    absent = [field for field in known if not record.get(field)]
-    for field in (field for field in record if field not in known):
-        name = re.sub(r"[\s-]+", "_", field.strip().casefold())
-        for other in absent:
-            if SequenceMatcher(None, name, other).ratio() > RESEMBLANCE:
-                problem = f"unknown field `{field}`"
-                raise InputError(problem, where=where, remedy=f"write `{other}`, or rename the field")
 
 
 def refuse_preference(record: dict, where: str) -> None:

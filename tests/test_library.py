@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import REPOSITORY, ranked_records
+from conftest import REPOSITORY, ranked_records, tiny_config
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM
 from trl import DPOConfig
 
 from alignment.plan import plan
@@ -23,6 +23,7 @@ from hps import HPSConfig, HPSTrainer
 from hps.chat import load_tokenizer
 from hps.dataset import RankedPrompts, ranked_row
 from hps.errors import InputError
+from hps.methods import methods
 from hps.settings import Loss, Schedule
 from hps.trainer import OF_PARENT
 
@@ -88,6 +89,16 @@ def test_settings_come_back_as_they_were_given(tmp_path):
     assert (schedule.epochs, schedule.global_batch, schedule.device_batch, schedule.subsample) == (3, 4, 2, 4)
 
 
+def test_settings_survive_their_own_json(tmp_path):
+    """transformers hides what ends with `_token`, as a secret."""
+    config = config_of(tmp_path, dpo_per_token=True)
+    again = HPSConfig(**{name: value for name, value in json.loads(config.to_json_string()).items() if name in KEPT})
+    assert again.loss == config.loss and again.schedule.gamma_stages == 2
+
+
+KEPT = {*Loss.model_fields, "output_dir", "gamma_stages", "use_cpu"}
+
+
 def test_on_the_command_line(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--preference", "hps", "--gamma_start", "0"]
     (config,) = HfArgumentParser(HPSConfig).parse_args_into_dataclasses([*arguments, "--list_size", "5"])
@@ -120,7 +131,7 @@ def test_wrong_settings_are_refused_by_their_names(tmp_path, settings, message):
 
 
 def test_lists_with_rewards_are_ranked(tokenizer):
-    """Equal rewards keep their order; tokens are those of the responses with the end of their turn."""
+    """Equal rewards keep their order; a response's tokens are its text's and the end of the turn."""
     found = ranked_row({"prompt": QUESTION, "responses": ["A", "BB", "C"], "rewards": [1, 2.5, 1]}, 7, tokenizer)
     assert (found["responses"], found["rewards"], found["prompt_id"]) == (
         ["BB", "A", "C"],
@@ -183,13 +194,16 @@ def test_a_prompt_id_that_appears_twice_is_refused(tokenizer):
 
 # ---- the same training as by a recipe ----
 
+QUICK = {("dpo", "hps"), ("dpo", "pl")}
+OPTIONS = [
+    ("dpo", "bt", {"label_smoothing": 0.1, "smoothing": "rdpo"}),
+    ("dpo", "bt", {"dpo_per_token": True}),
+    ("dpo", "lipo", {"nll": 0.5}),
+    ("rebel", "hps", {"estimator": "exact"}),
+]
 METHODS = [
-    ("dpo", "hps", {}),
-    ("dpo", "pl", {}),
-    pytest.param("exo", "bt", {"exo_epsilon": 1e-2}, marks=pytest.mark.slow),
-    pytest.param("simpo", "hps", {"simpo_margin": 0.2}, marks=pytest.mark.slow),
-    pytest.param("dpo", "lipo", {"nll": 0.5}, marks=pytest.mark.slow),
-    pytest.param("rebel", "hps", {"estimator": "exact"}, marks=pytest.mark.slow),
+    *(pytest.param(*each, {}, marks=[] if each in QUICK else pytest.mark.full) for each in methods()),
+    *(pytest.param(*each, marks=pytest.mark.full) for each in OPTIONS),
 ]
 
 
@@ -234,13 +248,48 @@ def test_the_reference_may_be_computed_in_step(tiny_model, tmp_path):
     assert runs[0] == pytest.approx(runs[1], abs=1e-5) and runs[0][0] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_settings_written_by_hand_train_as_a_recipe(ranked_recipe, tmp_path):
+    """With every value in the names of HPSConfig, and a data set of prompts, responses and rewards in any order."""
+    recipe = ranked_recipe("schedule.gamma_start=-2", "schedule.subsample=4", "loss.beta=0.3")
+    plan(recipe)
+    tokenizer = load_tokenizer(recipe.models.policy.path)
+    ours = build_trainer(recipe, tokenizer, training_config(recipe, 1))
+    add_reference(recipe, ours)
+    ours.train()
+    records = ranked_records(8)
+    for record in records:
+        for name in ("responses", "rewards", "truncated"):
+            record[name] = record[name][::-1]
+    config = config_of(
+        tmp_path,
+        beta=0.3,
+        gamma_start=-2,
+        subsample=4,
+        num_train_epochs=2,
+        seed=7,
+        precompute_ref_log_probs=True,
+        lr_scheduler_type=recipe.optimizer.scheduler,
+        warmup_steps=recipe.optimizer.warmup_steps,
+        weight_decay=recipe.optimizer.weight_decay,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        disable_dropout=False,
+        optim="adamw_torch",
+    )
+    fields = ("prompt", "prompt_id", "responses", "rewards", "truncated")
+    script = HPSTrainer(
+        recipe.models.policy.path,
+        args=config,
+        train_dataset=as_dataset(records[::-1], fields),
+        peft_config=lora_config(recipe),
+    )
+    script.train()
+    assert losses(script) == losses(ours) and len(losses(ours)) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_full_fine_tuning_by_name(tmp_path, tokenizer, before):
     """A model with dropout in its configuration: both it and its frozen copy are loaded without."""
-    from conftest import tiny_config
-    from transformers import LlamaForCausalLM
-
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config(tokenizer, attention_dropout=0.3)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -269,6 +318,28 @@ def test_an_adapter_that_is_given_is_the_reference(tiny_model, tmp_path):
     assert found[0] == pytest.approx(math.log(2), abs=1e-5) and found[1] != found[0]
 
 
+def test_a_reference_of_its_own(tiny_model, tmp_path):
+    """Another model than the policy: s is not 0 before the first update, and nothing is wrong with that."""
+    torch.manual_seed(3)
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.mul_(0.5)
+    data = as_dataset(ranked_records(8))
+    trainer = HPSTrainer(str(tiny_model), other, args=config_of(tmp_path), train_dataset=data)
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) > 1e-3
+
+
+def test_dropout_without_a_reference_is_refused(tokenizer, tmp_path):
+    """Of a model object; by its name it is loaded without."""
+    model = LlamaForCausalLM(tiny_config(tokenizer, attention_dropout=0.3))
+    config = config_of(tmp_path, family="simpo", preference="bt")
+    with pytest.raises(
+        InputError, match="the model's configuration has attention_dropout=0.3, and without a reference"
+    ):
+        HPSTrainer(model, args=config, train_dataset=as_dataset(ranked_records(8)), processing_class=tokenizer)
+
+
 def test_what_is_evaluated(tiny_model, tmp_path):
     """Before an update the loss is log 2 of each set; several sets by name; no training token is counted."""
     records = ranked_records(12)
@@ -282,8 +353,50 @@ def test_what_is_evaluated(tiny_model, tmp_path):
     trainer.train()
     after = trainer.evaluate(sets["near"])
     assert after["eval_loss"] != pytest.approx(math.log(2), abs=1e-5)
+    assert trainer.predict(trainer.eval_dataset["near"]).metrics["test_loss"] == pytest.approx(after["eval_loss"])
     tokens = [line["num_tokens"] for line in trainer.state.log_history if "num_tokens" in line]
     assert tokens == sorted(tokens) and len(trainer.plan) == 8
+
+
+SCRIPT = """
+import json, sys
+from datasets import load_dataset
+from peft import LoraConfig
+from hps import HPSConfig, HPSTrainer
+model, data, out, processes = sys.argv[1:]
+config = HPSConfig(
+    out, per_device_train_batch_size=1, gradient_accumulation_steps=4 // int(processes), num_train_epochs=1,
+    gamma_stages=2, learning_rate=1e-2, max_length=384, use_cpu=True, logging_steps=1, precompute_ref_log_probs=True, report_to=[],
+)
+lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+rows = load_dataset("json", data_files=data, split="train", cache_dir=out)
+trainer = HPSTrainer(model, args=config, train_dataset=rows, peft_config=lora)
+trainer.train()
+if trainer.is_world_process_zero():
+    print("LOSSES", json.dumps([line["loss"] for line in trainer.state.log_history if "loss" in line]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tiny_model, tmp_path, monkeypatch):
+    """`torchrun` of a script: the same plan and the same losses, up to the order in which gradients are added."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    as_dataset(ranked_records(8)).to_json(tmp_path / "data.jsonl")
+    found = []
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        given = [
+            str(tmp_path / "script.py"),
+            str(tiny_model),
+            str(tmp_path / "data.jsonl"),
+            str(tmp_path),
+            str(processes),
+        ]
+        done = subprocess.run([*launch, *given], capture_output=True, text=True, cwd=REPOSITORY)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(re.search(r"LOSSES (.*)", done.stdout)[1]))
+    assert found[0] == pytest.approx(found[1], abs=1e-5) and len(found[0]) == 2
 
 
 @pytest.mark.slow
@@ -304,6 +417,11 @@ def test_a_resumed_training_counts_on(tiny_model, tmp_path):
         line.get("num_tokens") for line in whole.state.log_history[:4]
     ]
 
+    with pytest.raises(
+        InputError, match="checkpoint-2: the checkpoint is of another plan, loss or seed; give the sett"
+    ):
+        make(tmp_path / "whole", beta=0.2).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+
 
 def test_the_model_card_names_method_data_and_settings(tiny_model, tmp_path):
     records = ranked_records(8)
@@ -314,17 +432,25 @@ def test_the_model_card_names_method_data_and_settings(tiny_model, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "DPO-HPS" in card and "2502.14400" in card
     assert "| `gamma_start` | 0.5 |" in card and "| `family` | dpo |" in card and "exo_epsilon" not in card
-    assert "8 prompts, left out: 1 x all rewards tie" in card
+    assert "Data: a data set, fingerprint " in card and "; 8 prompts, left out: 1 x all rewards tie" in card
 
 
 def test_what_a_script_cannot_have_is_refused(tiny_model, tmp_path):
     data = as_dataset(ranked_records(8))
     with pytest.raises(ValueError, match="leave out `compute_metrics`"):
         HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, compute_metrics=lambda _: {})
-    with pytest.raises(
-        ValueError, match="is a IterableDataset, and a plan is made of all prompts; give a `datasets.Data"
-    ):
+    with pytest.raises(ValueError, match="is of the type IterableDataset, but the plan needs all prompts; give a `Dat"):
         HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data.to_iterable_dataset())
+    with pytest.raises(
+        ValueError, match="`save_strategy` is 'epoch', .* 3 epochs as one; set .*'steps'` and `save_steps=2`"
+    ):
+        config = config_of(tmp_path, num_train_epochs=3, save_strategy="epoch")
+        HPSTrainer(str(tiny_model), args=config, train_dataset=data)
+    with pytest.raises(InputError, match="data set: unknown field `reward`; write `rewards`, or rename the field"):
+        misspelt = data.remove_columns("rewards").add_column("reward", [1.0] * 8)
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=misspelt)
+    with pytest.raises(InputError, match="the column `tools` would change the prompts, and it is not read"):
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data.add_column("tools", ["[]"] * 8))
     no_template = load_tokenizer(str(tiny_model))
     no_template.chat_template = None
     with pytest.raises(InputError, match="the tokenizer has no chat template"):
@@ -378,4 +504,6 @@ def test_the_wheel_runs_the_example_in_an_empty_environment(tmp_path):
     (tmp_path / "example.py").write_text(example())
     done = subprocess.run([python, "example.py"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "aligned/adapter_model.safetensors").exists() and (tmp_path / "aligned/README.md").exists()
+    assert (tmp_path / "aligned/adapter_model.safetensors").exists() and "DPO-HPS" in (
+        tmp_path / "aligned/README.md"
+    ).read_text()

@@ -142,6 +142,10 @@ UNSUPPORTED = {
     "router_aux_loss_coef": 0.01,
     "max_steps": 3,
     "padding_free": True,
+    "truncation_mode": "keep_end",
+    "pad_token": "a",
+    "pad_to_multiple_of": 8,
+    "auto_find_batch_size": True,
 }
 
 

@@ -426,6 +426,8 @@ def test_rows_on_cuda(ranked_recipe, monkeypatch):
 
     assert made() == [PlanCollator(0, layout), PlanCollator(0, layout), PlanCollator(0, layout, shared_prefix.ONE_ROW)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for config in configs:
+        config.use_cpu = False
     assert made() == [
         PlanCollator(0, layout, None, gridded=True, costs=costs),
         PlanCollator(0, layout, None, gridded=True),
