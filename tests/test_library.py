@@ -366,7 +366,8 @@ from hps import HPSConfig, HPSTrainer
 model, data, out, processes = sys.argv[1:]
 config = HPSConfig(
     out, per_device_train_batch_size=1, gradient_accumulation_steps=4 // int(processes), num_train_epochs=1,
-    gamma_stages=2, learning_rate=1e-2, max_length=384, use_cpu=True, logging_steps=1, precompute_ref_log_probs=True, report_to=[],
+    gamma_stages=2, learning_rate=1e-2, max_length=384, use_cpu=True, logging_steps=1, report_to=[],
+    precompute_ref_log_probs=True,
 )
 lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
 rows = load_dataset("json", data_files=data, split="train", cache_dir=out)
