@@ -3,7 +3,7 @@
 #
 #   bash test.sh            the repository's behaviour, with both drivers on the real engine
 #   bash test.sh fast       the quick subset
-#   bash test.sh full       faults, fuzzing and stress as well
+#   bash test.sh full       faults, fuzzing, stress, the wheel and lm-evaluation-harness as well
 #   bash test.sh gpu        checks on an NVIDIA GPU: random weights, no network, 10 minutes on an H100. PYTHON=/path/to/it
 #                           names an interpreter and skips the set-up; what it has not installed is listed as skipped
 #
