@@ -142,7 +142,7 @@ def hinge(monkeypatch):
 def test_a_loss_added_in_three_edits_trains(hinge, ranked_recipe, preference):
     """rho = 0 before the first update: max(0, 1 - 0)^2 = 1, for a pair and for any mixture of pairs."""
     recipe = ranked_recipe("loss.family=hinge", f"loss.preference={preference}", "optimizer.learning_rate=3e-3")
-    trainer, before = train_tiny(recipe)
+    trainer, before, _ = train_tiny(recipe)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[0] == pytest.approx(1, abs=1e-5) and losses[-1] < 0.999
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}

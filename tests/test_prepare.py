@@ -88,7 +88,7 @@ def put(path: Path, content) -> Path:
     text = content if isinstance(content, str) else "".join(json.dumps(record) + "\n" for record in content)
     data = text.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
 
 
