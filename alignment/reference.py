@@ -68,7 +68,7 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
     def written(found: Iterator[Computed], count: int) -> Iterator[Computed]:
         if trainer.accelerator.is_main_process:
             found = progress(found, count, "reference", "micro-batch")
-        place = folder / f"{recipe.run}-{trainer.accelerator.process_index}.jsonl"
+        place = folder / f"{recipe.name}-{trainer.accelerator.process_index}.jsonl"
         with naming(recipe.models.policy.path), Appender(place) as file:
             for key, log_probs in found:
                 file.append({"batch": key, "log_probs": log_probs})

@@ -345,16 +345,7 @@ class HPSTrainer(DPOTrainer):
                 self.rows, made, unread = self._planned(train_dataset, processing_class, self.schedule, args)
             self.plan, self.facts = self.rows.plan, made.facts()
             self._data = f"{train_dataset.info.dataset_name or 'a data set'}, fingerprint {train_dataset._fingerprint}"
-        if isinstance(model, str):
-            path, load = model, partial(_load, args=args, quantization=others.pop("quantization_config", None))
-            model = load(path)
-            copies = self.compares and not args.precompute_ref_log_probs and others.get("peft_config") is None
-            if copies and ref_model is None:
-                ref_model = load(path)  # the parent would load it with the model's own dropout
-            args.model_init_kwargs = None
-        elif not self.compares and (found := dropouts(model.config)):
-            problem = f"the model's configuration has {', '.join(found)}, and without a reference nothing would show it"
-            raise InputError(problem, remedy="give the model's name, or set them to 0 before it is loaded")
+        model, ref_model = self._models(model, ref_model, args, others)
         if data_collator is None:
             base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
             adapter = base is not model or others.get("peft_config") is not None
@@ -373,12 +364,27 @@ class HPSTrainer(DPOTrainer):
             self.ref_model = None  # the parent made a frozen copy
         self._add_heads()
         if self.facts is not None:
-            self.accelerator.print(
-                "\n".join(f"plan: {_flat(line)}" for line in plan_lines(self.facts, self.loss, self.schedule))
-            )
-            self.accelerator.print(f"plan: {self.rows.cut} responses are cut at max_length={args.max_length}")
+            lines = [_flat(line) for line in plan_lines(self.facts, self.loss, self.schedule)]
+            lines.append(f"{self.rows.cut} responses are cut at max_length={args.max_length}")
             if unread:
-                self.accelerator.print(f"plan: columns that are not read: {', '.join(unread)}")
+                lines.append(f"columns that are not read: {', '.join(unread)}")
+            self.accelerator.print("\n".join(f"plan: {line}" for line in lines))
+
+    def _models(self, model: Any, ref_model: Any, args: HPSConfig, others: dict[str, Any]) -> tuple[Any, Any]:
+        """Policy and frozen copy; a name is loaded without dropout, and what the parent would use for it is taken out
+        of `args` and `others`."""
+        if not isinstance(model, str):
+            if not self.compares and (found := dropouts(model.config)):
+                problem = f"the model's configuration has {', '.join(found)}, and without a reference nothing shows it"
+                raise InputError(problem, remedy="give the model's name, or set them to 0 before it is loaded")
+            return model, ref_model
+        load = partial(_load, model, args, others.pop("quantization_config", None))
+        policy = load()
+        copies = self.compares and not args.precompute_ref_log_probs and others.get("peft_config") is None
+        if copies and ref_model is None:
+            ref_model = load()  # the parent would load it with the model's own dropout
+        args.model_init_kwargs = None
+        return policy, ref_model
 
     def _planned(
         self, dataset: Dataset, tokenizer: Any, schedule: Schedule, args: Any
