@@ -1,6 +1,8 @@
 """Seconds of a training step on a GPU against TRL and against separate rows; random weights, no network.
 
 Run     .venv-train/bin/python benchmarks/gpu.py pairs lists [--shapes Llama-3-8B Llama-3.2-1B] [--times N]
+        .venv-train/bin/python benchmarks/gpu.py pairs --texts 170+300 1500+50   # some lengths: prompt + response
+        .venv-train/bin/python benchmarks/gpu.py lists --texts 170+300x8         # and so many responses
         .venv-train/bin/python benchmarks/gpu.py pairs lists --tiny      # the program itself, on a CPU
 
 Pairs are measured against TRL's trainer with its best settings: the reference computed before, its own head, flash
@@ -12,7 +14,8 @@ the card does in bf16 products of 8192 x 8192, measured here too: a step's opera
 pass and the backward pass without the gradients of frozen weights) count every token that has to be computed once the
 prompt is shared.
 
-All responses of a case have one length: nothing is padded, which favours TRL and separate rows.
+All responses of a case have one length: nothing is padded, which favours TRL and separate rows. The last line of a case
+also compares what sharing saves with sdpa with what `hps/row_costs.py` expects, by which `auto` chooses.
 
 Aims for `auto`, what a recipe gets: pairs at 170/300 at least 1.2 times TRL, lists of 8 at least 2.5 times separate
 rows, nothing below 1.0.
@@ -38,6 +41,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alignment.checks import lora_config
 from alignment.train import attention, training_config
+from hps.row_costs import RowCosts
 from hps.shared_prefix import SHARED
 from hps.trainer import HPSTrainer, PlanCollator
 
@@ -193,11 +197,18 @@ def verdict(kind: str, case: Case, lines: list[dict]) -> str:
     return f"{ratio:.2f}, {'met' if ratio >= aim else 'MISSED'} (at least {aim})"
 
 
-def run(kind: str, shapes: list[str], times: int, tiny: bool) -> None:
-    prompts, responses = (TINY_PROMPTS, TINY_RESPONSES) if tiny else (PROMPTS, RESPONSES)
-    counts = (2,) if kind == "pairs" else TINY_LISTS if tiny else LISTS
+def sharing(case: Case, lines: list[dict]) -> str:
+    """Seconds of separate over shared rows with sdpa, measured and as `auto` estimates them."""
+    seconds = {line["way"]: line.get("s / step", float("nan")) for line in lines}
+    costs = RowCosts.of(shape(case.name), adapter=True, checkpointing=case.settings[-1].endswith("true"))
+    texts = [case.prompt], [[case.response] * case.count]
+    measured = seconds["ours, separate rows"] / seconds["ours, shared prompt, sdpa"]
+    return f"separate over shared {measured:.2f}, estimated {costs.separate(*texts) / costs.shared(*texts):.2f}"
+
+
+def run(kind: str, shapes: list[str], times: int, texts: list[tuple[int, int, int]], tiny: bool) -> None:
     table, verdicts, peak = [], [], products()
-    for name, count, prompt, response in product(shapes, counts, prompts, responses):
+    for name, (prompt, response, count) in product(shapes, texts):
         case = Case(name, prompt, response, count, times)
         base = {f"TRL, {flash() or 'sdpa'}": case.trl} if kind == "pairs" else {}
         ways = {
@@ -205,24 +216,36 @@ def run(kind: str, shapes: list[str], times: int, tiny: bool) -> None:
         }
         lines = compared(case, base | ways, times, peak)
         table += lines
-        verdicts.append(f"{kind} {name} {lines[0]['texts']}: {verdict(kind, case, lines)}")
-        print(verdicts[-1], flush=True)  # a run of hours that is stopped has said what it knows
+        verdicts.append(f"{kind} {name} {lines[0]['texts']}: {verdict(kind, case, lines)}; {sharing(case, lines)}")
+        for line in (*lines, verdicts[-1]):  # a run that is stopped has said what it knows
+            print(line, flush=True)
     show(
         f"{kind}, gradient checkpointing above {CHECKPOINTED[tiny]} tokens, products at {peak / 1e12:.3f} TFLOP/s",
         table,
     )
 
 
+def lengths(text: str) -> tuple[int, int, int]:
+    """Of `170+300x8`: tokens of the prompt and of a response, and responses; 2 where none are named."""
+    prompt, _, rest = text.partition("+")
+    response, _, count = rest.partition("x")
+    return int(prompt), int(response), int(count or 2)
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("parts", nargs="+", choices=["pairs", "lists"])
     parser.add_argument("--shapes", nargs="+", choices=[EIGHT, ONE], default=[EIGHT, ONE])
+    parser.add_argument("--texts", nargs="+", type=lengths, help="some lengths: PROMPT+RESPONSE or PROMPT+RESPONSExCOUNT")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, on the CPU too: whether the program runs")
     arguments = parser.parse_args()
     if not (CUDA or arguments.tiny):
         parser.error("there is no GPU that torch can use; --tiny tries the program on the CPU")
+    prompts, responses = (TINY_PROMPTS, TINY_RESPONSES) if arguments.tiny else (PROMPTS, RESPONSES)
     for kind in arguments.parts:
-        run(kind, [TINY] if arguments.tiny else arguments.shapes, arguments.times, arguments.tiny)
+        counts = (2,) if kind == "pairs" else TINY_LISTS if arguments.tiny else LISTS
+        texts = arguments.texts or list(product(prompts, responses, counts))
+        run(kind, [TINY] if arguments.tiny else arguments.shapes, arguments.times, texts, arguments.tiny)
 
 
 if __name__ == "__main__":
