@@ -34,7 +34,7 @@ from alignment.rows import TokenRows, drop_rows, kept_rows
 from evaluation.displacement import of_training
 from hps.chat import load_tokenizer
 from hps.errors import InputError, run_main
-from hps.shared_prefix import prove
+from hps.shared_prefix import Layout, prove, take_flex
 from hps.trainer import (
     OF_PARENT,
     HPSConfig,
@@ -110,12 +110,26 @@ def training_config(recipe: Recipe, world_size: int, bf16: bool | None = None) -
 def attention(recipe: Recipe) -> str | None:
     """The attention implementation that the recipe names.
 
-    `auto` is sdpa (or eager) if prompts are shared, because the mask needs it, else flash attention where installed;
-    `build_trainer` takes that, too, where the class of models cannot share.
+    `auto` is sdpa (or eager) if prompts are shared, because the mask needs it, else flash attention where installed.
+    On CUDA `settled` may give the model another, once its class is known.
     """
     if (named := recipe.training.attention) != "auto":
         return "flex_attention" if named == "flex" else named
     return "flash_attention_2" if flash_attention() and not recipe.training.shared_prefix else None
+
+
+def settled(recipe: Recipe, config: HPSConfig, model) -> Layout:
+    """How the model computes the rows of the plan. `auto` on CUDA: flex attention if prompts are shared, else flash."""
+    longest, training = recipe.schedule.max_length, recipe.training
+    layout = prove(model, longest)
+    if training.attention != "auto" or config.device.type != "cuda" or not training.shared_prefix:
+        return layout
+    if not layout.shared and flash_attention():
+        model.set_attn_implementation("flash_attention_2")
+    elif layout.shared and training.row_tokens is None:  # with flex attention a micro-batch is one row
+        computed = torch.bfloat16 if config.bf16 else model.dtype
+        return take_flex(model, layout, longest, config.device, computed)
+    return layout
 
 
 def flash_attention() -> bool:
@@ -260,7 +274,7 @@ def build_trainer(recipe: Recipe, tokenizer, config: HPSConfig) -> HPSTrainer:
     whole = Model(path=str(start)) if start and not recipe.lora.enabled else None
     model = load_policy(recipe, config.bf16, whole)
     automatic = recipe.training.attention == "auto"
-    layout = prove(model, recipe.schedule.max_length)
+    layout = settled(recipe, config, model)
     collator = PlanCollator.of(layout, model.config, tokenizer.pad_token_id, config, recipe.lora.enabled, automatic)
     layout = collator.layout
     if layout.shared < recipe.schedule.max_length:
@@ -270,9 +284,8 @@ def build_trainer(recipe: Recipe, tokenizer, config: HPSConfig) -> HPSTrainer:
         PartialState().print(f"training: {rows_apart(layout)}")
     # The parent would load the frozen copy by its name alone, without the revision.
     reference = None if recipe.lora.enabled else load_policy(recipe, config.bf16, whole if moves else None)
-    if not layout.shared and automatic and flash_attention():
-        for each in filter(None, (model, reference)):
-            each.set_attn_implementation("flash_attention_2")
+    if reference is not None:
+        reference.set_attn_implementation(model.config._attn_implementation)
     trainer = HPSTrainer(
         model=model,
         ref_model=reference,

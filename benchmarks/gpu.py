@@ -1,8 +1,7 @@
 """Seconds of a training step on a GPU against TRL and against separate rows; random weights, no network.
 
 Run     .venv-train/bin/python benchmarks/gpu.py pairs lists [--shapes Llama-3-8B Llama-3.2-1B] [--times N]
-        .venv-train/bin/python benchmarks/gpu.py pairs --texts 170+300 1500+50   # some lengths: prompt + response
-        .venv-train/bin/python benchmarks/gpu.py lists --texts 170+300x8         # and so many responses
+        .venv-train/bin/python benchmarks/gpu.py pairs lists --texts 170+300 600+300x8   # some lengths: a pair, a list of 8
         .venv-train/bin/python benchmarks/gpu.py pairs lists --tiny      # the program itself, on a CPU
 
 Pairs are measured against TRL's trainer with its best settings: the reference computed before, its own head, flash
@@ -74,21 +73,24 @@ def flash() -> str | None:
 
 
 class Case:
-    """One shape of model and of texts; a step is one prompt with its responses.
+    """One shape of model and of texts; a step is a micro-batch of prompts with their responses.
 
     Args:
         name: of the model's shape.
-        count: responses of the prompt.
+        count: responses of a prompt.
+        prompts: of a micro-batch.
     """
 
-    def __init__(self, name: str, prompt: int, response: int, count: int, times: int):
+    def __init__(self, name: str, prompt: int, response: int, count: int, times: int, prompts: int = 1):
         self.name, self.prompt, self.response, self.count = name, prompt, response, count
-        texts = Lengths(prompt, (response,) * count).texts(shape(name).vocab_size, times + 1)
+        self.prompts = prompts
+        texts = Lengths(prompt, (response,) * count).texts(shape(name).vocab_size, (times + 1) * prompts)
         rewards = [float(-place) for place in range(count)]
         self.rows = [plan_row(number, *each, rewards) for number, each in enumerate(zip(*texts, strict=True))]
-        self.computed = prompt + count * response
-        checkpointed = str(count * (prompt + response) > CHECKPOINTED[name == TINY]).lower()
-        self.settings = ["schedule.global_batch=1", "schedule.device_batch=1", "schedule.max_length=4096"]
+        self.computed = prompts * (prompt + count * response)
+        checkpointed = str(prompts * count * (prompt + response) > CHECKPOINTED[name == TINY]).lower()
+        self.settings = [f"schedule.global_batch={prompts}", f"schedule.device_batch={prompts}"]
+        self.settings.append("schedule.max_length=4096")
         self.settings.append(f"training.gradient_checkpointing={checkpointed}")
         self.dtype = torch.bfloat16 if CUDA else torch.float32
 
@@ -111,8 +113,8 @@ class Case:
                 processing_class=tokenizer(),
                 peft_config=lora_config(recipe),
             )
-            trainer.set_reference(trainer.reference_values(self.rows, 1)[0])
-            return Steps(trainer, list(trainer.train_dataset), 1)
+            trainer.set_reference(trainer.reference_values(self.rows, self.prompts)[0])
+            return Steps(trainer, list(trainer.train_dataset), self.prompts)
 
     def trl(self) -> Steps:
         with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +130,7 @@ class Case:
                 processing_class=tokenizer(),
                 peft_config=lora_config(recipe),
             )
-            return Steps(trainer, trainer.train_dataset.to_list(), 1)
+            return Steps(trainer, trainer.train_dataset.to_list(), self.prompts)
 
     def measured(self, make: Callable[[], Steps], times: int) -> tuple[dict, list[float]]:
         """Figures of one way, and its losses. `Steps` reads each loss, which waits for the card."""
@@ -169,7 +171,7 @@ def products() -> float:
 
 def compared(case: Case, ways: dict[str, Callable[[], Steps]], times: int, peak: float) -> list[dict]:
     """A line of the table for each way; `times`: the speed relative to the first. In fp32 all must train as it does."""
-    where = {"model": case.name, "texts": f"{case.prompt} + {case.count} x {case.response}"}
+    where = {"model": case.name, "texts": f"{case.prompts} x ({case.prompt} + {case.count} x {case.response})"}
     lines, losses = [], {}
     for name, make in ways.items():
         figures, losses[name] = case.measured(make, times)
@@ -201,15 +203,15 @@ def sharing(case: Case, lines: list[dict]) -> str:
     """Seconds of separate over shared rows with sdpa, measured and as `auto` estimates them."""
     seconds = {line["way"]: line.get("s / step", float("nan")) for line in lines}
     costs = RowCosts.of(shape(case.name), adapter=True, checkpointing=case.settings[-1].endswith("true"))
-    texts = [case.prompt], [[case.response] * case.count]
+    texts = [case.prompt] * case.prompts, [[case.response] * case.count] * case.prompts
     measured = seconds["ours, separate rows"] / seconds["ours, shared prompt, sdpa"]
     return f"separate over shared {measured:.2f}, estimated {costs.separate(*texts) / costs.shared(*texts):.2f}"
 
 
-def run(kind: str, shapes: list[str], times: int, texts: list[tuple[int, int, int]], tiny: bool) -> None:
+def run(kind: str, shapes: list[str], times: int, texts: list[tuple[int, int, int]], prompts: int, tiny: bool) -> None:
     table, verdicts, peak = [], [], products()
     for name, (prompt, response, count) in product(shapes, texts):
-        case = Case(name, prompt, response, count, times)
+        case = Case(name, prompt, response, count, times, prompts)
         base = {f"TRL, {flash() or 'sdpa'}": case.trl} if kind == "pairs" else {}
         ways = {
             f"ours, {title}": partial(case.ours, *settings) for title, settings in WAYS.items() if CUDA or title != FLEX
@@ -236,7 +238,10 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("parts", nargs="+", choices=["pairs", "lists"])
     parser.add_argument("--shapes", nargs="+", choices=[EIGHT, ONE], default=[EIGHT, ONE])
-    parser.add_argument("--texts", nargs="+", type=lengths, help="some lengths: PROMPT+RESPONSE or PROMPT+RESPONSExCOUNT")
+    parser.add_argument(
+        "--texts", nargs="+", type=lengths, help="some lengths: PROMPT+RESPONSE or PROMPT+RESPONSExCOUNT"
+    )
+    parser.add_argument("--prompts", type=int, default=1, help="prompts of a micro-batch (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, on the CPU too: whether the program runs")
     arguments = parser.parse_args()
     if not (CUDA or arguments.tiny):
@@ -244,8 +249,10 @@ def main() -> None:
     prompts, responses = (TINY_PROMPTS, TINY_RESPONSES) if arguments.tiny else (PROMPTS, RESPONSES)
     for kind in arguments.parts:
         counts = (2,) if kind == "pairs" else TINY_LISTS if arguments.tiny else LISTS
-        texts = arguments.texts or list(product(prompts, responses, counts))
-        run(kind, [TINY] if arguments.tiny else arguments.shapes, arguments.times, texts, arguments.tiny)
+        asked = [each for each in arguments.texts or () if (kind == "pairs") == (each[2] == 2)]
+        texts = asked if arguments.texts else list(product(prompts, responses, counts))
+        shapes = [TINY] if arguments.tiny else arguments.shapes
+        run(kind, shapes, arguments.times, texts, arguments.prompts, arguments.tiny)
 
 
 if __name__ == "__main__":

@@ -390,8 +390,9 @@ def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What a model is called with for rows of `shared_rows` or `separate_rows`."""
     if "segments" not in rows:
         given = rows.get("attention_mask")
-        # Padding is at the right, where no token sees it. Without a mask sdpa takes flash attention on CUDA.
-        if given is not None and given.is_cuda and model.config._attn_implementation == "sdpa":
+        # Padding is at the right, where no token sees it. Without a mask sdpa takes flash attention on CUDA, and flash
+        # attention does not take the padding out and put it back in every layer.
+        if given is not None and given.is_cuda and model.config._attn_implementation.startswith(("sdpa", "flash")):
             given = None
         return {"input_ids": rows["input_ids"], "attention_mask": given, "use_cache": False}
     if model.config._attn_implementation == "flex_attention":
@@ -483,13 +484,17 @@ def block_attention(module, query, key, value, attention_mask, **settings):
         if result is None:  # of the output's dtype, which autocast may have made another than the query's
             result = output.new_zeros(query.shape[0], query.shape[2], *output.shape[1:])
         result[block.row, block.start : block.end] = output[: block.end - block.start]
-        own, *seen = (each[block.row][:, block.places].transpose(0, 1) for each in (query, key, value))
+        # `index_select`: the backward pass of an index with two dimensions sorts it, on a GPU for longer than all else.
+        own, *seen = (
+            each[block.row].index_select(1, block.places.flatten()).unflatten(1, block.places.shape).transpose(0, 1)
+            for each in (query, key, value)
+        )
         keys, values = (
             torch.cat([before.expand(len(after), -1, -1, -1), after], dim=2)
             for before, after in zip(prompt, seen, strict=True)
         )
         output = sdpa_attention_forward(module, own, keys, values, block.visible, **settings)[0]
-        result[block.row, block.filled] = output.flatten(0, 1)[block.taken]
+        result[block.row, block.filled] = output.flatten(0, 1).index_select(0, block.taken)
     return result, None
 
 
@@ -511,6 +516,68 @@ def flex_on_grid(module, query, key, value, attention_mask, **settings):
     with nullcontext() if query.is_cuda else _uncompiled():
         output, _ = flex_attention_forward(module, query, key, value, attention_mask, **settings)
     return output[:, :width], None
+
+
+def take_flex(model, layout: Layout, longest: float, device: torch.device, dtype: torch.dtype) -> Layout:
+    """Give a model flex attention if its class shares prompts with it as before, and the kernels are right on a device.
+
+    Args:
+        layout: proven with the attention that the model has; `longest` as for `prove`.
+        device, dtype: what attention will be computed on and in.
+
+    Returns:
+        Its layout. Where the model keeps its attention: `layout`.
+    """
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("flex_attention")
+        found = prove(model, longest)
+        problem = "" if found == layout else found.reason or "another layout"
+        if not problem and not flex_is_right(model.config.get_text_config(), device, dtype):
+            problem = "its kernels compute something else here"
+    except Exception as error:  # of a class without it, of a compiler: torch and Triton have many
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem:
+        warnings.warn(f"flex attention is not used: {problem}", stacklevel=2)
+        model.set_attn_implementation(before)
+        return layout
+    return found
+
+
+def flex_is_right(config, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether compiled flex attention and its backward pass give what the mask says, with a model's heads on its device.
+
+    On a CPU the backward pass, which torch does not have there, is left out.
+    """
+    heads, groups = (
+        config.num_attention_heads,
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+    )
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rows = shared_rows([prompt for prompt, _ in TRIAL], [each for _, each in TRIAL], pad=0, budget=ONE_ROW)
+    tokens = rows["input_ids"].shape[1]
+    drawn = torch.randn(4, heads, tokens, size, generator=torch.Generator().manual_seed(0))
+    states = [part[None, :count].to(device, dtype) for part, count in zip(drawn, (heads, groups, groups, heads))]
+    *given, weights = (each.requires_grad_(device.type == "cuda") for each in states)
+
+    def exact(query, key, value):
+        key, value = (each.repeat_interleave(heads // groups, dim=1) for each in (key, value))
+        mask = attention_mask(rows["segments"]).to(device)
+        scores = (query @ key.mT / math.sqrt(size)).masked_fill(~mask, -math.inf)
+        return (scores.softmax(dim=-1) @ value).transpose(1, 2)
+
+    mask = block_mask(rows["segments"].to(device), rows["position_ids"].to(device))
+    found = [flex_on_grid(torch.nn.Module(), *given, mask, scaling=size**-0.5)[0]]
+    doubled = [each.detach().double().requires_grad_() for each in given]
+    expected = [exact(*doubled)]
+    if found[0].is_cuda:
+        found += torch.autograd.grad((found[0] * weights.transpose(1, 2)).sum(), given)
+        expected += torch.autograd.grad((expected[0] * weights.transpose(1, 2).double()).sum(), doubled)
+    bound = 4 * torch.finfo(dtype).eps  # of the root of the mean square; a token seen too much is 0.1 and more
+    return all(
+        (one.double() - other).square().mean().sqrt() <= bound * other.square().mean().sqrt()
+        for one, other in zip(found, expected, strict=True)
+    )
 
 
 def _lengthened(states: torch.Tensor, more: int) -> torch.Tensor:

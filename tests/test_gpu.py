@@ -19,8 +19,8 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from benchmarks.shapes import EIGHT, TINY, Lengths, random_model, shape, with_adapter
-from hps.shared_prefix import add_response_head, separate_rows, shared_rows
+from benchmarks.shapes import EIGHT, ONE, TINY, Lengths, random_model, shape, with_adapter
+from hps.shared_prefix import add_response_head, flex_is_right, separate_rows, shared_rows
 from pipeline import machine
 from tests import pins
 
@@ -237,6 +237,13 @@ def test_gradients_of_shared_and_separate_rows(place, attention):
     assert scale > 0
     for name in found:
         assert errors[name] <= FACTOR * errors["model(...)"], name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [EIGHT, ONE])
+def test_flex_attention_becomes_the_default(no_card, name):
+    """What `training.attention: auto` asks before it takes flex attention, for heads of 128 and of 64."""
+    assert flex_is_right(shape(name), torch.device("cuda"), torch.bfloat16)
 
 
 # ---- memory ----

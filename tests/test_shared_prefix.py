@@ -33,6 +33,7 @@ from transformers.integrations.flex_attention import WrappedFlexAttention
 from hps import shared_prefix
 from hps.row_costs import RowCosts
 from hps.shared_prefix import (
+    SHARED,
     Layout,
     add_response_head,
     attention_mask,
@@ -46,6 +47,7 @@ from hps.shared_prefix import (
     response_log_probs,
     separate_rows,
     shared_rows,
+    take_flex,
     token_log_probs,
 )
 
@@ -587,11 +589,13 @@ def test_the_check_for_cuda_finds_right_what_is_right(attention, close):
     assert model.config._attn_implementation == "sdpa"
 
 
+def causal(tokens: int) -> torch.Tensor:
+    """A mask by which each response sees the one before it."""
+    return torch.ones(1, 1, tokens, tokens).tril().bool()
+
+
 def test_the_check_for_cuda_finds_wrong_what_is_wrong(monkeypatch):
-    """Each response sees the one before it."""
-    monkeypatch.setattr(
-        shared_prefix, "attention_mask", lambda segments: torch.ones(1, 1, *[segments.shape[1]] * 2).tril().bool()
-    )
+    monkeypatch.setattr(shared_prefix, "attention_mask", lambda segments: causal(segments.shape[1]))
     found = differences(model_of(ARCHITECTURES["llama"]), "eager", PROMPTS[:1], RESPONSES[:1])
     assert found["values"] > 1e-2 and found["gradients"] > 1e-2
 
@@ -630,3 +634,29 @@ def test_flex_attention_shares():
         copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="flex_attention"
     )
     assert prove(model, 2048).shared == ANY
+
+
+def small_llama() -> AutoModelForCausalLM:
+    """Groups of two heads."""
+    return AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES["llama"]), attn_implementation="sdpa")
+
+
+def test_flex_attention_is_taken_where_it_is_right(monkeypatch):
+    """On a CPU its forward pass alone is compared; `test.sh gpu` compares the kernels, with their gradients."""
+    model, where = small_llama(), (torch.device("cpu"), torch.float32)
+    layout = prove(model, 2048)
+    assert take_flex(model, layout, 2048, *where) == layout
+    assert model.config._attn_implementation == "flex_attention"
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(shared_prefix, "attention_mask", lambda segments: causal(segments.shape[1]))
+    with pytest.warns(UserWarning, match="flex attention is not used: its kernels compute something else here"):
+        assert take_flex(model, layout, 2048, *where) == layout
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_class_without_flex_attention_keeps_its_own(monkeypatch):
+    model = small_llama()
+    monkeypatch.setattr(type(model), "_supports_flex_attn", False)
+    with pytest.warns(UserWarning, match="flex attention is not used: ValueError"):
+        assert take_flex(model, SHARED, 2048, torch.device("cpu"), torch.float32) == SHARED
+    assert model.config._attn_implementation == "sdpa"
