@@ -1,7 +1,7 @@
 """Seconds of a training step on a GPU against TRL and against separate rows; random weights, no network.
 
 Run     .venv-train/bin/python benchmarks/gpu.py pairs lists [--shapes Llama-3-8B Llama-3.2-1B] [--times N]
-        .venv-train/bin/python benchmarks/gpu.py pairs lists --texts 170+300 600+300x8   # some lengths: a pair, a list of 8
+        .venv-train/bin/python benchmarks/gpu.py pairs lists --texts 170+300 600+300x8   # a pair, a list of 8
         .venv-train/bin/python benchmarks/gpu.py pairs lists --tiny      # the program itself, on a CPU
 
 Pairs are measured against TRL's trainer with its best settings: the reference computed before, its own head, flash
@@ -26,7 +26,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -39,9 +38,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from alignment.checks import lora_config
-from alignment.train import attention, training_config
+from alignment.train import attention, settled, training_config
 from hps.row_costs import RowCosts
-from hps.shared_prefix import SHARED
 from hps.trainer import HPSTrainer, PlanCollator
 
 CUDA = torch.cuda.is_available()
@@ -49,12 +47,10 @@ DEVICE = "cuda" if CUDA else "cpu"
 PROMPTS, RESPONSES, LISTS = (170, 600, 1500), (50, 300, 1000), (8, 100)  # tokens, tokens, responses
 TINY_PROMPTS, TINY_RESPONSES, TINY_LISTS = (9, 20), (5,), (3,)
 torch.backends.cuda.enable_cudnn_sdp(False)  # as in training (hps.shared_prefix.prove)
-FLEX = "shared prompt, flex"
-# The last is what a recipe gets: shared or separate rows by their estimated cost.
+# The last is what a recipe gets: on CUDA flex attention.
 WAYS = {
     "separate rows": ["training.shared_prefix=false"],
     "shared prompt, sdpa": ["training.attention=sdpa"],
-    FLEX: ["training.attention=flex"],
     "auto": ["training.attention=auto"],
 }
 AIMS = {("pairs", 170, 300): 1.2, ("lists", 8): 2.5}
@@ -103,8 +99,8 @@ class Case:
         with tempfile.TemporaryDirectory() as folder:
             recipe = recipe_of(folder, *self.settings, *preference, *settings)
             model = self.model(attention(recipe))
-            layout = SHARED if recipe.training.shared_prefix else replace(SHARED, shared=0)
             config, automatic = training_config(recipe, 1), recipe.training.attention == "auto"
+            layout = settled(recipe, config, model)
             trainer = HPSTrainer(
                 model=model,
                 args=config,
@@ -213,9 +209,7 @@ def run(kind: str, shapes: list[str], times: int, texts: list[tuple[int, int, in
     for name, (prompt, response, count) in product(shapes, texts):
         case = Case(name, prompt, response, count, times, prompts)
         base = {f"TRL, {flash() or 'sdpa'}": case.trl} if kind == "pairs" else {}
-        ways = {
-            f"ours, {title}": partial(case.ours, *settings) for title, settings in WAYS.items() if CUDA or title != FLEX
-        }
+        ways = {f"ours, {title}": partial(case.ours, *settings) for title, settings in WAYS.items()}
         lines = compared(case, base | ways, times, peak)
         table += lines
         verdicts.append(f"{kind} {name} {lines[0]['texts']}: {verdict(kind, case, lines)}; {sharing(case, lines)}")
@@ -238,9 +232,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("parts", nargs="+", choices=["pairs", "lists"])
     parser.add_argument("--shapes", nargs="+", choices=[EIGHT, ONE], default=[EIGHT, ONE])
-    parser.add_argument(
-        "--texts", nargs="+", type=lengths, help="some lengths: PROMPT+RESPONSE or PROMPT+RESPONSExCOUNT"
-    )
+    parser.add_argument("--texts", nargs="+", type=lengths, help="some lengths: PROMPT+RESPONSE[xCOUNT]")
     parser.add_argument("--prompts", type=int, default=1, help="prompts of a micro-batch (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, on the CPU too: whether the program runs")
     arguments = parser.parse_args()

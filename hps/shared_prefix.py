@@ -545,19 +545,18 @@ def take_flex(model, layout: Layout, longest: float, device: torch.device, dtype
 
 
 def flex_is_right(config, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether compiled flex attention and its backward pass give what the mask says, with a model's heads on its device.
+    """Whether compiled flex attention and its backward pass give what the mask says, for a model's heads on a device.
 
     On a CPU the backward pass, which torch does not have there, is left out.
     """
-    heads, groups = (
-        config.num_attention_heads,
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-    )
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rows = shared_rows([prompt for prompt, _ in TRIAL], [each for _, each in TRIAL], pad=0, budget=ONE_ROW)
     tokens = rows["input_ids"].shape[1]
     drawn = torch.randn(4, heads, tokens, size, generator=torch.Generator().manual_seed(0))
-    states = [part[None, :count].to(device, dtype) for part, count in zip(drawn, (heads, groups, groups, heads))]
+    counts = (heads, groups, groups, heads)
+    states = [part[None, :count].to(device, dtype) for part, count in zip(drawn, counts, strict=True)]
     *given, weights = (each.requires_grad_(device.type == "cuda") for each in states)
 
     def exact(query, key, value):
