@@ -1,16 +1,18 @@
-"""Whether responses should share their prompt in a row: the time of both ways on a GPU, estimated.
+"""Whether responses should share their prompt in a row under sdpa: the time of both ways on a GPU, estimated.
 
-A shared prompt saves the products with the weights, which grow with the tokens. Its responses read the prompt through a
-mask, and attention with one is slower than flash attention on separate rows. Long responses to a short prompt can
-therefore cost more together. The rates are assumed for an H100 in bf16 and not measured here; only their ratios count.
+A shared prompt saves the products with the weights, which grow with the tokens. Under sdpa its responses read copies of
+the prompt through a mask, and attention with one is slower than flash attention on separate rows. Long responses to a
+short prompt can therefore cost more together. Flex attention, the default on CUDA, needs no such estimate.
 """
 
 from dataclasses import dataclass
 
-# TFLOP/s of an H100 in bf16.
-WEIGHTS = 500.0  # products with a model's weights
-CAUSAL = (400.0, 280.0)  # flash attention, forward and backward
-MASKED = (150.0, 90.0)  # sdpa's memory-efficient kernel, which takes a mask
+# TFLOP/s in bf16 on Hopper; only their ratios count.
+WEIGHTS = 500.0  # products with a model's weights; assumed
+CAUSAL = (400.0, 280.0)  # flash attention, forward and backward; assumed
+# sdpa's memory-efficient kernel, which takes a mask, and the copies made for it: fitted to five steps of an 8B shape on
+# an H200 (docs/operations.md, "Speed").
+MASKED = (50.0, 30.0)
 
 
 @dataclass(frozen=True)

@@ -545,9 +545,10 @@ def take_flex(model, layout: Layout, longest: float, device: torch.device, dtype
 
 
 def flex_is_right(config, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether compiled flex attention and its backward pass give what the mask says, for a model's heads on a device.
+    """Whether compiled flex attention gives what the mask says, for a model's heads on a device.
 
-    On a CPU the backward pass, which torch does not have there, is left out.
+    So do its gradients, computed as gradient checkpointing does it: the forward pass runs again in the backward pass's
+    thread. On a CPU, where torch has no backward pass of it, they are left out.
     """
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
@@ -566,7 +567,11 @@ def flex_is_right(config, device: torch.device, dtype: torch.dtype) -> bool:
         return (scores.softmax(dim=-1) @ value).transpose(1, 2)
 
     mask = block_mask(rows["segments"].to(device), rows["position_ids"].to(device))
-    found = [flex_on_grid(torch.nn.Module(), *given, mask, scaling=size**-0.5)[0]]
+
+    def ours(*states):
+        return flex_on_grid(torch.nn.Module(), *states, mask, scaling=size**-0.5)[0]
+
+    found = [checkpoint(ours, *given, use_reentrant=False)]
     doubled = [each.detach().double().requires_grad_() for each in given]
     expected = [exact(*doubled)]
     if found[0].is_cuda:

@@ -187,13 +187,14 @@ class Training(Section):
 
     `shared_prefix` puts the responses of a prompt after one copy of it. A longer list is split over rows of
     `row_tokens`, shorter groups share one (null: split above 2,048, share up to the longest group). `precomputed`
-    takes the reference's log-probabilities before the training and keeps them in `<output>/reference/`. `flex` is flex
-    attention and needs CUDA (docs/operations.md, "Speed").
+    takes the reference's log-probabilities before the training and keeps them in `<output>/reference/`. Flex attention
+    needs CUDA; `auto` takes it there if its kernels compute the right thing on the card, else sdpa (docs/operations.md,
+    "Speed").
     """
 
     processes: int | None = Field(None, ge=1, description="null: one for each GPU, one on a CPU")
     deepspeed: str | None = Field(None, description="a file of configs/deepspeed/")
-    attention: Attention = Field("auto", description="auto: sdpa, or flash attention where prompts are not shared")
+    attention: Attention = Field("auto", description="auto: flex on CUDA, sdpa on a CPU; flash where prompts are not shared")
     gradient_checkpointing: bool | None = Field(
         None, description="compute activations twice and keep few of them (null: unless the GPU has room for all)"
     )
