@@ -309,7 +309,10 @@ def connect(workers: int = 1, cluster: bool = True):
     try:
         import ray
     except ModuleNotFoundError:
-        problem, remedy = "several devices need Ray, and this environment does not have it", "run `bash setup.sh` again"
+        problem, remedy = (
+            "GPUs and several devices need Ray, and this environment has none",
+            "run `bash setup.sh` again",
+        )
         raise InputError(problem, where=sys.executable, remedy=remedy) from None
 
     if not ray.is_initialized():

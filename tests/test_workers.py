@@ -103,7 +103,7 @@ def test_as_many_workers_as_asked_for_or_one_on_a_cpu(monkeypatch):
 def test_several_devices_without_ray_are_one_line(monkeypatch):
     """The training environment of a CPU has none."""
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match="several devices need Ray, and this environment does not have it"):
+    with pytest.raises(InputError, match="GPUs and several devices need Ray, and this environment has none"):
         run(2)
 
 
