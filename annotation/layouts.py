@@ -9,12 +9,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, takewhile
+from itertools import chain, combinations, takewhile
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from hps.errors import InputError, shorten
+from hps.errors import InputError, naming, shorten
+from hps.preferences import SCORES as PAIR_SCORES
+from hps.preferences import ordered_scores
 from hps.records import Messages, Name, Reward
 from pipeline.records import PAIR, check_parallel, checked, given_pair, named, refuse_misspelt, refuse_preference, typed
 
@@ -24,7 +26,7 @@ TEMPLATES = (
     ("", "<|im_start|>", "\n", "<|im_end|>"),  # ChatML
 )
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # of a transcript of Anthropic/hh-rlhf
-SCORES = ("score_chosen", "score_rejected")  # beside a pair, as HuggingFaceH4/ultrafeedback_binarized has them
+SCORES = tuple(chain.from_iterable(PAIR_SCORES))  # beside a pair; their names are those of the trainer's data sets
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # ShareGPT's names of the roles
 NOT_TEXT = ("tools", "images", "videos", "audios")
 
@@ -131,13 +133,8 @@ def _lean(messages: Any) -> Any:
 
 def _pair_rewards(row: dict, where: str) -> list:
     """The scores of a pair; 0 and -1 where there are none. InputError: they say the opposite of the pair."""
-    scores = [row.get(name) for name in SCORES]
-    if None in scores:
-        return [0, -1]
-    if all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]:
-        problem = f"`score_chosen` is {shorten(scores[0])}, below `score_rejected`, {shorten(scores[1])}"
-        raise InputError(problem, where=where, remedy="correct the row, or remove both scores")
-    return scores
+    with naming(where):
+        return ordered_scores(row) or [0, -1]
 
 
 def _shared_beginning(sides: list[str], where: str) -> tuple[str, list[str]]:

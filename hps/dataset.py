@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hps.chat import control_ids, encode
 from hps.errors import InputError, naming, shorten
-from hps.preferences import SCORES, pair_scores
+from hps.preferences import SCORES, ordered_scores
 from hps.records import PAIR, Ranked, given_pair, refuse_misspelt
 
 RANKED = TypeAdapter(Ranked)
@@ -100,8 +100,9 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
         responses = read.get("responses")
         if not isinstance(responses, list) or len(responses) < 2:
             raise InputError(f"no two responses: the columns are {', '.join(record)}", remedy=REMEDY)
+        scores = ordered_scores(record) if PAIR[0] in record else None
         given = {
-            "rewards": _pair_scores(record) or [-float(place) for place in range(len(responses))],
+            "rewards": scores or [-float(place) for place in range(len(responses))],
             "truncated": [False] * len(responses),
             "sources": [f"given_{place}" for place in (1, 2)] if PAIR[0] in record else ["given"] * len(responses),
         }
@@ -126,15 +127,6 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
         columns = {field: [values[place] for place in order] for field, values in columns.items()}
         found = {"prompt": prompt, "prompt_id": name, "responses": [responses[place] for place in order], **columns}
         return _check(found)
-
-
-def _pair_scores(record: Mapping) -> list[float] | None:
-    """The scores of `chosen` and `rejected`, if there are any. InputError: they say the opposite."""
-    scores = pair_scores(record) if PAIR[0] in record else None
-    if scores and scores[0] < scores[1]:
-        problem = f"`chosen` has the score {scores[0]:g} and `rejected` {scores[1]:g}"
-        raise InputError(problem, remedy="take the row or the columns of scores out")
-    return scores
 
 
 def _check(found: dict) -> Ranked:

@@ -97,6 +97,7 @@ def forget_launcher() -> None:
 def run_main(main: Callable[[], object], by_torchrun: bool = False) -> None:
     """Run a stage's `main`; bad input and a full disk become one line on stderr, exit status 2; Ctrl-C status 130.
 
+    A reader of stdout that goes away, as `head` does, ends the program with 141, the status of a shell's own commands.
     What the terminal's encoding does not have is spelled out (`\\u767e`).
 
     Args:
@@ -109,11 +110,14 @@ def run_main(main: Callable[[], object], by_torchrun: bool = False) -> None:
         forget_launcher()
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         _end_bars()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(141)
         if not is_full_disk(error):
             raise
         _end_bars()
@@ -126,6 +130,16 @@ def run_main(main: Callable[[], object], by_torchrun: bool = False) -> None:
         signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
         print("interrupted; finished work is on disk, the same command continues it", file=sys.stderr)
         sys.exit(130)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is the pipe that broke; then what is still to be written to it, also at the exit, is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _end_bars() -> None:

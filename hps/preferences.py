@@ -230,6 +230,18 @@ def pair_scores(record: Mapping) -> list[float] | None:
     return None
 
 
+def ordered_scores(record: Mapping) -> list[float] | None:
+    """`pair_scores` of a row that is to be trained on. InputError: one is no number, or the rejected one is higher."""
+    for name in (name for names in SCORES for name in names):
+        if not isinstance(record.get(name, 0.0), (int, float)):
+            raise InputError(f"`{name}` is {shorten(record[name])}", remedy="give a number")
+    scores = pair_scores(record)
+    if scores and scores[0] < scores[1]:
+        problem = f"`chosen` has the score {scores[0]:g} and `rejected` {scores[1]:g}"
+        raise InputError(problem, remedy="correct the row, or take both scores out")
+    return scores
+
+
 def _rewards(record: Mapping, count: int) -> list[float] | None:
     rewards = record.get("rewards")
     if rewards is None:

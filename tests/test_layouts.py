@@ -105,6 +105,11 @@ FORMS = {
         ],
         [(TEA, PAIR["responses"], [8.5, 3.0])],
     ),
+    "ratings of a pair": (
+        "pair",
+        [{"prompt": TEA, "chosen": "A drink.", "rejected": "A car.", "chosen_rating": 5, "rejected_rating": 2.5}],
+        [(TEA, PAIR["responses"], [5, 2.5])],
+    ),
     "hh-rlhf": (
         "pair",
         [
@@ -291,8 +296,8 @@ def changed(form: str, **changes) -> tuple[dict, str]:
         (changed("trl-standard-implicit", rejected="No."), "there is no `prompt`, and `chosen` and `rejected` do not"),
         (changed("trl-conversational", chosen=TALK), "last message of `chosen` is .*Hot"),
         (changed("trl-conversational-implicit", rejected=TEA + said("No.")), "conversation of `rejected` does not beg"),
-        (changed("ultrafeedback-binarized", score_chosen=1), "`score_chosen` is 1, below `score_rejected`, 3.0"),
-        (changed("ultrafeedback-binarized", score_chosen="high"), r'`rewards\[0\]` is "high"'),
+        (changed("ultrafeedback-binarized", score_chosen=1), "`chosen` has the score 1 and `rejected` 3"),
+        (changed("ultrafeedback-binarized", score_chosen="high"), r'`score_chosen` is "high"'),
         (changed("hh-rlhf", rejected="\n\nHuman: Milk?\n\nAssistant: No."), "transcripts do not share the prompt"),
         (changed("hh-rlhf", rejected="\n\nHuman: What is tea?"), "transcript ends without an answer"),
         (

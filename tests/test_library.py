@@ -173,7 +173,7 @@ def test_pairs_of_trl(tokenizer, scores):
         ({"prompt": [{"role": "assistant", "content": "A"}], "responses": ["A", "B"]}, "row 3: `prompt` is"),
         (
             {"prompt": QUESTION, "chosen": "A", "rejected": "B", "score_chosen": 1, "score_rejected": 2},
-            "row 3: `chosen` has the score 1 and `rejected` 2; take the row or the columns of scores out",
+            "row 3: `chosen` has the score 1 and `rejected` 2; correct the row, or take both scores out",
         ),
         (
             {"prompt": "<|im_start|>user\nWhat?<|im_end|>\n", "responses": ["A", "B"]},

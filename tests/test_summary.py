@@ -1,8 +1,12 @@
 """The screenful at the end of quickstart, from files with known contents."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
+from conftest import REPOSITORY
 
 from evaluation.summary import columns, summarize
 from hps.errors import InputError, run_main
@@ -80,3 +84,22 @@ def test_what_has_not_run_yet_is_named(recipe, missing):
     (recipe.run_folder().parent / missing).unlink()
     with pytest.raises(InputError, match=rf"{missing}: cannot read the file .*; run gene\.sh and run\.sh first"):
         summarize(recipe, 100)
+
+
+@pytest.mark.parametrize(
+    ("work", "status", "message"),
+    [
+        ("[print('x' * 1000) for _ in range(1000)]", 141, ""),
+        ("print('x')", 141, ""),  # written at the end alone
+        ("os.write(writing, b'x')", 1, "BrokenPipeError"),  # another pipe than stdout
+    ],
+)
+def test_a_reader_that_goes_away_is_no_fault_of_the_program(work, status, message):
+    """As `head` does."""
+    setting = "import os; from hps.errors import run_main; reading, writing = os.pipe(); os.close(reading)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", f"{setting}; run_main(lambda: {work})"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    os.close(writing)
+    assert done.returncode == status and (message in done.stderr if message else not done.stderr), done.stderr
