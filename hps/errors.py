@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import select
 import re
 import signal
 import sys
@@ -134,12 +135,12 @@ def run_main(main: Callable[[], object], by_torchrun: bool = False) -> None:
 
 def _nobody_reads() -> bool:
     """Whether stdout is the pipe that broke; then what is still to be written to it, also at the exit, is dropped."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    broken = any(event & select.POLLERR for _, event in poll.poll(0))
+    if broken:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return broken
 
 
 def _end_bars() -> None:
