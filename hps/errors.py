@@ -7,8 +7,8 @@ import errno
 import io
 import json
 import os
-import select
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
