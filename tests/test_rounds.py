@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +215,9 @@ def test_a_round_starts_at_the_policy_of_the_one_before(first_round, ranked_reci
     if reference == "previous":
         assert line["s/largest_at_start"] < 1e-3 and line["loss"] == pytest.approx(math.log(2), abs=1e-4)
         assert line["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+        # In a file of the round, not of the run, which the first round's would be.
+        files = {path.name for path in (Path(second.output) / "reference").glob("*/*.jsonl")}
+        assert files == {"dpo-hps-round-2-0.jsonl"}
         return
     base, start = (AutoModelForCausalLM.from_pretrained(second.models.policy.path) for _ in range(2))
     folder = first.checkpoint_folder()
