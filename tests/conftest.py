@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -186,6 +187,41 @@ def run_module():
         return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=timeout, **kwargs)
 
     return run
+
+
+def run_forked(main, *arguments, env: dict | None = None) -> subprocess.CompletedProcess:
+    """A stage's `main` in a copy of this process, which has its imports: several seconds less than a new one takes."""
+    import traceback
+
+    from hps.errors import run_main
+
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                sys.stdout, sys.stderr = out, errors
+                for stream, number in ((out, 1), (errors, 2)):
+                    os.dup2(stream.fileno(), number)
+                if env is not None:
+                    os.environ.clear()
+                    os.environ.update(env)
+                os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers warns of a fork
+                os.chdir(REPOSITORY)
+                sys.argv = [main.__module__, *map(str, arguments)]
+                run_main(main)
+                status = 0
+            except SystemExit as end:
+                status = end.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                out.flush()
+                errors.flush()
+                os._exit(status)
+        _, waited = os.waitpid(child, 0)
+        for stream in (out, errors):
+            stream.seek(0)
+        return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(waited), out.read(), errors.read())
 
 
 def ranked_records(count: int, responses: int = 5) -> list[dict]:

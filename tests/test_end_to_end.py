@@ -100,6 +100,7 @@ def test_evaluation(finished):
     assert len(answers) == 4 and {len(record["responses"]) for record in answers} == {3}
 
 
+@pytest.mark.full
 def test_a_table_of_two_runs(tmp_path, tiny_model, tiny_reward, monkeypatch):
     """reproduce.sh's own work on two runs: one ranking, one engine, results with every answer, and the table.
 

@@ -378,4 +378,4 @@ def test_the_benchmark_runs():
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("not counted: the other side has no flash attention here") == 4
-    assert done.stdout.count("ours, auto") == 4 and "does not fit" not in done.stdout
+    assert done.stdout.count("'way': 'ours, auto'") == 4 and "does not fit" not in done.stdout

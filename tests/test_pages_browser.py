@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import SIZES, Opened, overflow, violations
+from browser import Opened, overflow, violations
 from conftest import REPOSITORY, ranked_records
 from PIL import Image
 from test_report import HOSTILE, evaluated, finished_training, judged
@@ -244,8 +244,15 @@ def later_states(page, name: str):
         yield
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("scheme", "size"),
+    [
+        ("light", "desktop"),
+        ("dark", "phone"),
+        pytest.param("light", "phone", marks=pytest.mark.full),
+        pytest.param("dark", "desktop", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("name", ["run_page", "early_page", "explore_page", "table_page"])
 def test_axe_finds_nothing_and_nothing_overflows(open_page, request, name, size, scheme):
     """WCAG A and AA, headings and landmarks, contrast, on a phone and on a desktop, light and dark, in every state."""

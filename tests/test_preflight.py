@@ -6,16 +6,16 @@ import math
 import os
 import shutil
 import subprocess
-import sys
+from functools import partial
 
 import pytest
-from conftest import DATA, REPOSITORY, ranked_records
+from conftest import DATA, ranked_records, run_forked
 from transformers import AutoConfig, GPT2Config, MambaConfig
 
 from alignment.checks import try_lora
 from hps.errors import InputError
 from pipeline.models import check_vocabulary, same_model
-from pipeline.preflight import evaluate_plan
+from pipeline.preflight import evaluate_plan, main
 from pipeline.prompts import evaluated_prompts
 from pipeline.recipe import Model, load_recipe
 from pipeline.weights import context_length
@@ -55,9 +55,7 @@ def recipe(tmp_path, write_lines, tokenizer):
     return path
 
 
-def preflight(*arguments, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline.preflight", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, **kwargs)
+preflight = partial(run_forked, main)
 
 
 def unknown_key(folder):
