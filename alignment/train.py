@@ -119,16 +119,24 @@ def attention(recipe: Recipe) -> str | None:
 
 
 def settled(recipe: Recipe, config: HPSConfig, model) -> Layout:
-    """How the model computes the rows of the plan. `auto` on CUDA: flex attention if prompts are shared, else flash."""
+    """How the model computes the rows of the plan; on CUDA `auto` may give it another attention.
+
+    Flex attention if all prompts are shared, in a micro-batch's one row (no `row_tokens`), and an adapter trains: full
+    fine-tuning under autocast was not measured with it. Flash attention if none is shared.
+    """
     longest, training = recipe.schedule.max_length, recipe.training
     layout = prove(model, longest)
     if training.attention != "auto" or config.device.type != "cuda" or not training.shared_prefix:
         return layout
     if not layout.shared and flash_attention():
         model.set_attn_implementation("flash_attention_2")
-    elif layout.shared and training.row_tokens is None:  # with flex attention a micro-batch is one row
-        computed = torch.bfloat16 if config.bf16 else model.dtype
-        return take_flex(model, layout, longest, config.device, computed)
+    elif layout.shared and training.row_tokens is None and recipe.lora.enabled:
+        before = model.config._attn_implementation
+        found = take_flex(model, layout, longest, config.device, torch.bfloat16 if config.bf16 else model.dtype)
+        taken = set(gather_object([model.config._attn_implementation]))
+        if len(taken) == 1:  # of all processes
+            return found
+        model.set_attn_implementation(before)
     return layout
 
 

@@ -110,8 +110,12 @@ def run_main(main: Callable[[], object], by_torchrun: bool = False) -> None:
     if not (by_torchrun and "TORCHELASTIC_RUN_ID" in os.environ):
         forget_launcher()
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        except SystemExit:  # of --help
+            _flush()
+            raise
+        _flush()
     except InputError as error:
         _end_bars()
         print(f"error: {error}", file=sys.stderr)
@@ -133,13 +137,22 @@ def run_main(main: Callable[[], object], by_torchrun: bool = False) -> None:
         sys.exit(130)
 
 
+def _flush() -> None:
+    if sys.stdout and not sys.stdout.closed:
+        sys.stdout.flush()
+
+
 def _nobody_reads() -> bool:
     """Whether stdout is the pipe that broke; then what is still to be written to it, also at the exit, is dropped."""
+    try:
+        number = sys.stdout.fileno()
+    except (AttributeError, OSError):  # there is none, or a program has replaced it
+        return False
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
+    poll.register(number, 0)
     broken = any(event & select.POLLERR for _, event in poll.poll(0))
     if broken:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     return broken
 
 

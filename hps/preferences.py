@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -232,10 +233,10 @@ def pair_scores(record: Mapping) -> list[float] | None:
 
 def ordered_scores(record: Mapping) -> list[float] | None:
     """`pair_scores` of a row that is to be trained on. InputError: one is no number, or the rejected one is higher."""
-    for name in (name for names in SCORES for name in names):
-        if not isinstance(record.get(name, 0.0), (int, float)):
-            raise InputError(f"`{name}` is {shorten(record[name])}", remedy="give a number")
     scores = pair_scores(record)
+    for name in () if scores else (name for names in SCORES for name in names):
+        if not isinstance(record.get(name), (int, float, NoneType)):
+            raise InputError(f"`{name}` is {shorten(record[name])}", remedy="give a number")
     if scores and scores[0] < scores[1]:
         problem = f"`chosen` has the score {scores[0]:g} and `rejected` {scores[1]:g}"
         raise InputError(problem, remedy="correct the row, or take both scores out")

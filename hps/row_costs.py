@@ -2,7 +2,7 @@
 
 A shared prompt saves the products with the weights, which grow with the tokens. Under sdpa its responses read copies of
 the prompt through a mask, and attention with one is slower than flash attention on separate rows. Long responses to a
-short prompt can therefore cost more together. Flex attention, the default on CUDA, needs no such estimate.
+short prompt can therefore cost more together. Flex attention, a recipe's default on CUDA, needs no such estimate.
 """
 
 from dataclasses import dataclass

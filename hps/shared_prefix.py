@@ -519,7 +519,9 @@ def flex_on_grid(module, query, key, value, attention_mask, **settings):
 
 
 def take_flex(model, layout: Layout, longest: float, device: torch.device, dtype: torch.dtype) -> Layout:
-    """Give a model flex attention if its class shares prompts with it as before, and the kernels are right on a device.
+    """Give a model flex attention if its class shares all prompts with it, and the kernels are right on a device.
+
+    Conversations of their own rows would need a kernel for each of their many lengths.
 
     Args:
         layout: proven with the attention that the model has; `longest` as for `prove`.
@@ -532,7 +534,7 @@ def take_flex(model, layout: Layout, longest: float, device: torch.device, dtype
     try:
         model.set_attn_implementation("flex_attention")
         found = prove(model, longest)
-        problem = "" if found == layout else found.reason or "another layout"
+        problem = "" if found.shared >= longest else found.reason
         if not problem and not flex_is_right(model.config.get_text_config(), device, dtype):
             problem = "its kernels compute something else here"
     except Exception as error:  # of a class without it, of a compiler: torch and Triton have many

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -207,11 +208,12 @@ def run_forked(main, *arguments, env: dict | None = None) -> subprocess.Complete
                     os.environ.update(env)
                 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers warns of a fork
                 os.chdir(REPOSITORY)
+                signal.alarm(300)
                 sys.argv = [main.__module__, *map(str, arguments)]
                 run_main(main)
                 status = 0
             except SystemExit as end:
-                status = end.code
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
             except BaseException:
                 traceback.print_exc()
             finally:

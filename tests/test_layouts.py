@@ -110,6 +110,11 @@ FORMS = {
         [{"prompt": TEA, "chosen": "A drink.", "rejected": "A car.", "chosen_rating": 5, "rejected_rating": 2.5}],
         [(TEA, PAIR["responses"], [5, 2.5])],
     ),
+    "scores of other rows": (
+        "pair",
+        [{"prompt": TEA, "chosen": "A drink.", "rejected": "A car.", "score_chosen": None, "score_rejected": None}],
+        [(TEA, PAIR["responses"], [0, -1])],
+    ),
     "hh-rlhf": (
         "pair",
         [

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,15 +22,16 @@ from conftest import REPOSITORY, make_tokenizer, tiny_config
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import alignment.train as stage
 from alignment.merge import merge
 from alignment.plan import plan
 from alignment.rows import read_plan
-from alignment.train import TokenRows, last_checkpoint, logged, train
+from alignment.train import TokenRows, last_checkpoint, load_policy, logged, settled, train
 from evaluation.displacement import of_training
+from hps import shared_prefix
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.errors import InputError
 from pipeline.recipe import Recipe
@@ -588,3 +591,43 @@ def test_a_response_without_tokens_is_refused_with_its_line(ranked_recipe):
     plan(recipe)
     with pytest.raises(InputError, match=r"train\.jsonl:4: a response has no tokens; take empty responses out"):
         TokenRows(recipe, load_tokenizer(recipe.models.policy.path))
+
+
+@pytest.mark.parametrize(
+    ("setting", "taken"),
+    [
+        ("training.attention=auto", "flex_attention"),
+        ("training.attention=sdpa", "sdpa"),
+        ("training.row_tokens=512", "sdpa"),
+        ("training.shared_prefix=false", "sdpa"),
+        ("lora.enabled=false", "sdpa"),
+        ("schedule.max_length=300", "sdpa"),  # longer than a window of 32
+    ],
+)
+def test_auto_on_cuda_is_flex_attention_where_all_prompts_are_shared(ranked_recipe, monkeypatch, setting, taken):
+    """The device is a double; its kernels are compared by `bash test.sh gpu`."""
+    recipe = ranked_recipe(setting)
+    model = load_policy(recipe)
+    if recipe.schedule.max_length == 300:
+        small = MistralConfig(**{**model.config.to_dict(), "model_type": "mistral", "sliding_window": 32})
+        model = MistralForCausalLM._from_config(small, attn_implementation="sdpa")
+    monkeypatch.setattr(shared_prefix, "flex_is_right", lambda config, device, dtype: device.type == "cuda")
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), bf16=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layout = settled(recipe, on_cuda, model)
+    assert model.config._attn_implementation == taken
+    assert (layout.shared == 32) == (recipe.schedule.max_length == 300)
+    model.set_attn_implementation("sdpa")
+    assert settled(recipe, SimpleNamespace(device=torch.device("cpu"), bf16=False), model) == layout
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_processes_that_disagree_about_flex_attention_all_do_without(ranked_recipe, monkeypatch):
+    """The gathered answers are a double: another process's card compiled nothing."""
+    recipe = ranked_recipe()
+    model = load_policy(recipe)
+    monkeypatch.setattr(shared_prefix, "flex_is_right", lambda *_: True)
+    monkeypatch.setattr("alignment.train.gather_object", lambda mine: [*mine, "sdpa"])
+    settled(recipe, SimpleNamespace(device=torch.device("cuda"), bf16=True), model)
+    assert model.config._attn_implementation == "sdpa"
