@@ -126,11 +126,11 @@ def settled(recipe: Recipe, config: HPSConfig, model) -> Layout:
     """
     longest, training = recipe.schedule.max_length, recipe.training
     layout = prove(model, longest)
-    if training.attention != "auto" or config.device.type != "cuda" or not training.shared_prefix:
+    if training.attention != "auto" or not training.shared_prefix:
         return layout
     if not layout.shared and flash_attention():
         model.set_attn_implementation("flash_attention_2")
-    elif layout.shared and training.row_tokens is None and recipe.lora.enabled:
+    elif layout.shared and config.device.type == "cuda" and training.row_tokens is None and recipe.lora.enabled:
         before = model.config._attn_implementation
         found = take_flex(model, layout, longest, config.device, torch.bfloat16 if config.bf16 else model.dtype)
         taken = set(gather_object([model.config._attn_implementation]))

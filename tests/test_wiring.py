@@ -438,7 +438,9 @@ def test_rows_on_cuda(ranked_recipe, monkeypatch):
     assert by_cost.rows([example])["input_ids"].shape == (2, 1216)  # 1,170 on the grid
     assert shared.rows([example])["input_ids"].shape == (2, 1216)  # 2,170 are split
     example = {"prompt_ids": [1] * 170, "response_ids": [[2] * 300] * 2}
-    assert by_cost.rows([example])["input_ids"].shape == (1, 800)
+    assert by_cost.rows([example])["input_ids"].shape == (2, 480)
+    example = {"prompt_ids": [1] * 600, "response_ids": [[2] * 300] * 8}
+    assert by_cost.rows([example])["input_ids"].shape == (2, 1856)  # 1,800 on the grid; apart there would be 8 rows
 
 
 def test_flash_attention_is_for_classes_that_cannot_share(ranked_recipe, monkeypatch):
