@@ -134,7 +134,10 @@ train.run_main(train.main, by_torchrun=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full", [[], ["lora.enabled=false"]], ids=["LoRA", "full"])
+@pytest.mark.parametrize(
+    "full",
+    [pytest.param([], id="LoRA"), pytest.param(["lora.enabled=false"], id="full", marks=pytest.mark.full)],
+)
 def test_in_bf16_two_processes_begin_as_the_reference(ranked_recipe, tiny_recipe, tmp_path, run_module, full):
     """DeepSpeed casts the weights, and would cast the reference's values, to bf16: half a nat of each response."""
     settings = [*SETTINGS, *METHODS["lists"], *full, zero(2)]

@@ -378,6 +378,7 @@ if trainer.is_world_process_zero():
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_two_processes_train_as_one(tiny_model, tmp_path, monkeypatch):
     """`torchrun` of a script: the same plan and the same losses, up to the order in which gradients are added."""
