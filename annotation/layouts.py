@@ -9,14 +9,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, combinations, takewhile
+from itertools import combinations, takewhile
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from hps.errors import InputError, naming, shorten
-from hps.preferences import SCORES as PAIR_SCORES
-from hps.preferences import ordered_scores
+from hps.preferences import SCORE_COLUMNS, ordered_scores
 from hps.records import Messages, Name, Reward
 from pipeline.records import PAIR, check_parallel, checked, given_pair, named, refuse_misspelt, refuse_preference, typed
 
@@ -26,7 +25,6 @@ TEMPLATES = (
     ("", "<|im_start|>", "\n", "<|im_end|>"),  # ChatML
 )
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # of a transcript of Anthropic/hh-rlhf
-SCORES = tuple(chain.from_iterable(PAIR_SCORES))  # beside a pair; their names are those of the trainer's data sets
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # ShareGPT's names of the roles
 NOT_TEXT = ("tools", "images", "videos", "audios")
 
@@ -319,9 +317,9 @@ LAYOUTS = {
     "ultrafeedback": _rated("fine-grained_score"),
     "ultrafeedback_overall": _rated("overall_score"),
     "nemo_rl": Layout(("context", "completions"), nemo_rl),
-    "sharegpt": Layout(("conversations", *PAIR), sharegpt, ("system", *SCORES, *NOT_TEXT)),
-    "alpaca": Layout(("instruction", *PAIR), alpaca, ("input", "system", "history", *SCORES, *NOT_TEXT)),
-    "pair": Layout(PAIR, pair, ("prompt", *SCORES)),
+    "sharegpt": Layout(("conversations", *PAIR), sharegpt, ("system", *SCORE_COLUMNS, *NOT_TEXT)),
+    "alpaca": Layout(("instruction", *PAIR), alpaca, ("input", "system", "history", *SCORE_COLUMNS, *NOT_TEXT)),
+    "pair": Layout(PAIR, pair, ("prompt", *SCORE_COLUMNS)),
     "ordered": Layout(("prompt", "responses"), ordered),
 }
 NESTED = {"prompt", "context"}  # fields of chat messages, of which role and content are read

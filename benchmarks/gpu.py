@@ -14,7 +14,7 @@ pass and the backward pass without the gradients of frozen weights) count every 
 prompt is shared.
 
 All responses of a case have one length: nothing is padded, which favours TRL and separate rows. The last line of a case
-also compares what sharing saves with sdpa with what `hps/row_costs.py` expects, by which `auto` chooses.
+also compares what sharing saves under sdpa with what `hps/row_costs.py` expects.
 
 Aims for `auto`, what a recipe gets: pairs at 170/300 at least 1.2 times TRL, lists of 8 at least 2.5 times separate
 rows, nothing below 1.0.
@@ -84,10 +84,10 @@ class Case:
         rewards = [float(-place) for place in range(count)]
         self.rows = [plan_row(number, *each, rewards) for number, each in enumerate(zip(*texts, strict=True))]
         self.computed = prompts * (prompt + count * response)
-        checkpointed = str(prompts * count * (prompt + response) > CHECKPOINTED[name == TINY]).lower()
+        self.checkpointed = prompts * count * (prompt + response) > CHECKPOINTED[name == TINY]
         self.settings = [f"schedule.global_batch={prompts}", f"schedule.device_batch={prompts}"]
         self.settings.append("schedule.max_length=4096")
-        self.settings.append(f"training.gradient_checkpointing={checkpointed}")
+        self.settings.append(f"training.gradient_checkpointing={str(self.checkpointed).lower()}")
         self.dtype = torch.bfloat16 if CUDA else torch.float32
 
     def model(self, attention: str | None):
@@ -196,9 +196,9 @@ def verdict(kind: str, case: Case, lines: list[dict]) -> str:
 
 
 def sharing(case: Case, lines: list[dict]) -> str:
-    """Seconds of separate over shared rows with sdpa, measured and as `auto` estimates them."""
+    """Seconds of separate over shared rows under sdpa, measured and by `hps/row_costs.py`."""
     seconds = {line["way"]: line.get("s / step", float("nan")) for line in lines}
-    costs = RowCosts.of(shape(case.name), adapter=True, checkpointing=case.settings[-1].endswith("true"))
+    costs = RowCosts.of(shape(case.name), adapter=True, checkpointing=case.checkpointed)
     texts = [case.prompt] * case.prompts, [[case.response] * case.count] * case.prompts
     measured = seconds["ours, separate rows"] / seconds["ours, shared prompt, sdpa"]
     return f"separate over shared {measured:.2f}, estimated {costs.separate(*texts) / costs.shared(*texts):.2f}"
@@ -244,7 +244,8 @@ def main() -> None:
         asked = [each for each in arguments.texts or () if (kind == "pairs") == (each[2] == 2)]
         texts = asked if arguments.texts else list(product(prompts, responses, counts))
         shapes = [TINY] if arguments.tiny else arguments.shapes
-        run(kind, shapes, arguments.times, texts, arguments.prompts, arguments.tiny)
+        if texts:
+            run(kind, shapes, arguments.times, texts, arguments.prompts, arguments.tiny)
 
 
 if __name__ == "__main__":

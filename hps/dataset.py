@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hps.chat import control_ids, encode
 from hps.errors import InputError, naming, shorten
-from hps.preferences import SCORES, ordered_scores
+from hps.preferences import SCORE_COLUMNS, ordered_scores
 from hps.records import PAIR, Ranked, given_pair, refuse_misspelt
 
 RANKED = TypeAdapter(Ranked)
@@ -56,8 +56,7 @@ class RankedPrompts(Mapping[str, Ranked]):
             raise InputError(problem, remedy="take it out if the prompts are right without it")
         known = ("prompt", "responses", "rewards", "truncated", *PAIR)
         refuse_misspelt(dict.fromkeys(dataset.column_names, True), known, "data set")
-        scores = {name for names in SCORES for name in names}
-        self.unread = [name for name in dataset.column_names if name not in (*COLUMNS, *scores)]
+        self.unread = [name for name in dataset.column_names if name not in (*COLUMNS, *SCORE_COLUMNS)]
         # Made again each time: the hash of a tokenizer, by which it would be found, changes with what it was used for.
         self._rows = dataset.map(
             ranked_row,

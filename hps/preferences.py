@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from os.path import commonprefix
 from pathlib import Path
 from types import NoneType
@@ -37,6 +38,7 @@ IGNORED = -100
 SCORES = tuple(
     (form.format(PAIR[0]), form.format(PAIR[1])) for form in ("score_{}", "{}_score", "{}_rating", "{}_reward")
 )
+SCORE_COLUMNS = tuple(chain.from_iterable(SCORES))
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 MESSAGES = TypeAdapter(Messages)
 REMEDY = "give `prompt` with `chosen` and `rejected`, or with `responses` and `rewards` (docs/formats.md)"
@@ -234,7 +236,7 @@ def pair_scores(record: Mapping) -> list[float] | None:
 def ordered_scores(record: Mapping) -> list[float] | None:
     """`pair_scores` of a row that is to be trained on. InputError: one is no number, or the rejected one is higher."""
     scores = pair_scores(record)
-    for name in () if scores else (name for names in SCORES for name in names):
+    for name in () if scores else SCORE_COLUMNS:
         if not isinstance(record.get(name), (int, float, NoneType)):
             raise InputError(f"`{name}` is {shorten(record[name])}", remedy="give a number")
     if scores and scores[0] < scores[1]:

@@ -309,11 +309,8 @@ def connect(workers: int = 1, cluster: bool = True):
     try:
         import ray
     except ModuleNotFoundError:
-        problem, remedy = (
-            "GPUs and several devices need Ray, and this environment has none",
-            "run `bash setup.sh` again",
-        )
-        raise InputError(problem, where=sys.executable, remedy=remedy) from None
+        problem = "GPUs and several devices need Ray, and this environment has none"
+        raise InputError(problem, where=sys.executable, remedy="run `bash setup.sh` again") from None
 
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") if cluster else "local"

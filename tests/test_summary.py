@@ -102,4 +102,5 @@ def test_a_reader_that_goes_away_is_no_fault_of_the_program(work, status, messag
         os.close(reading)
     command = [sys.executable, "-c", f"{setting}; run_main(lambda: {work})"]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    os.close(writing)
     assert done.returncode == status and (message in done.stderr if message else not done.stderr), done.stderr
