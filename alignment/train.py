@@ -130,7 +130,7 @@ def settled(recipe: Recipe, config: HPSConfig, model) -> Layout:
         return layout
     if not layout.shared and flash_attention():
         model.set_attn_implementation("flash_attention_2")
-    elif layout.shared and config.device.type == "cuda" and training.row_tokens is None and recipe.lora.enabled:
+    elif layout.shared and config.device.type == "cuda" and training.may_be_flex and recipe.lora.enabled:
         before = model.config._attn_implementation
         found = take_flex(model, layout, longest, config.device, torch.bfloat16 if config.bf16 else model.dtype)
         taken = set(gather_object([model.config._attn_implementation]))

@@ -96,9 +96,15 @@ def device_count() -> int:
 
 # ---- for the preflight ----
 
+NEED_COMPILER = "install them (Debian and Ubuntu: apt install gcc python3-dev)"
+
 
 def compiler_problem() -> str | None:
-    """Why Triton could not compile its launcher, which it does in C at its first kernel; None: it could."""
+    """Why Triton could not compile its launcher in C, which it needs on a GPU; None: it could."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if not compiler or not shutil.which(compiler):
         return "no C compiler (gcc or clang) is on the PATH, and `CC` names none"
@@ -110,11 +116,8 @@ def compiler_problem() -> str | None:
 
 def check_compiler(needed_by: str) -> None:
     """Refuse a GPU machine on which Triton cannot compile. InputError: as `compiler_problem` says."""
-    import torch
-
-    if torch.cuda.is_available() and (problem := compiler_problem()):
-        remedy = "install them (Debian and Ubuntu: apt install gcc python3-dev)"
-        raise InputError(f"{needed_by} compiles GPU kernels, and {problem}", where="environment", remedy=remedy)
+    if problem := compiler_problem():
+        raise InputError(f"{needed_by} compiles GPU kernels, and {problem}", where="environment", remedy=NEED_COMPILER)
 
 
 def free_memory() -> int:

@@ -33,7 +33,15 @@ from pipeline import models
 from pipeline.cli import parse
 from pipeline.functions import FunctionScorer, announce, located, shown
 from pipeline.identity import check_model
-from pipeline.machine import check_compiler, device, free_disk, free_memory, room_line
+from pipeline.machine import (
+    NEED_COMPILER,
+    check_compiler,
+    compiler_problem,
+    device,
+    free_disk,
+    free_memory,
+    room_line,
+)
 from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, evaluated_prompts, load_prompts, unread_lines
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml
@@ -181,15 +189,17 @@ def machine_lines(stage: str, recipe: Recipe, dry_run: bool) -> list[str]:
         InputError: there are cards that torch cannot use; vLLM or flex attention could not compile its kernels; the
             nodes cannot meet.
     """
-    on = device(cluster=stage != "run")
+    lines = [f"device: {device(cluster=stage != 'run')}"]
     if stage != "run":
         check_compiler("vLLM")
     elif recipe.training.attention == "flex":
         check_compiler("`training.attention: flex`")
+    elif recipe.training.may_be_flex and recipe.lora.enabled and (problem := compiler_problem()):
+        lines.append(f"WARNING: attention: sdpa, and not the faster flex attention, because {problem}; {NEED_COMPILER}")
     if stage == "run" and not dry_run:
         check_meeting_point()
     written, free = bytes_written(stage, recipe), free_disk(Path(recipe.output))
-    return [f"device: {on}", room_line("disk, at most", written, free, f"below {recipe.output}")]
+    return [*lines, room_line("disk, at most", written, free, f"below {recipe.output}")]
 
 
 def bytes_written(stage: str, recipe: Recipe) -> float:

@@ -208,6 +208,11 @@ class Training(Section):
     wandb: bool = Field(False, description="log to Weights & Biases, too")
     tensorboard: bool = Field(False, description="log to TensorBoard, too")
 
+    @property
+    def may_be_flex(self) -> bool:
+        """Whether `auto` may take flex attention for an adapter: prompts are shared in a micro-batch's one row."""
+        return self.attention == "auto" and self.shared_prefix and self.row_tokens is None
+
 
 class Evaluation(Section):
     """Figures on the test split, with bootstrap intervals over prompts.

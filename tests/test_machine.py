@@ -113,15 +113,27 @@ def test_a_compiler_and_its_headers(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", str(compiler.parent))
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    machine.check_compiler("vLLM")  # on a CPU nothing is compiled
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert machine.compiler_problem() == f"there is no {headers}"
     headers.write_text("")
     assert machine.compiler_problem() is None
     monkeypatch.setenv("CC", "no-such-compiler")
     assert machine.compiler_problem().startswith("no C compiler")
-    machine.check_compiler("vLLM")  # on a CPU nothing is compiled
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match="vLLM compiles GPU kernels, and no C compiler"):
         machine.check_compiler("vLLM")
+
+
+@pytest.mark.parametrize(("setting", "warned"), [("auto", True), ("sdpa", False), ("auto shared_prefix=false", False)])
+def test_a_training_that_could_be_flex_but_for_the_compiler(cards, monkeypatch, setting, warned):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    settings = [f"training.{each}" for each in f"attention={setting}".split()]
+    shown = machine_lines("run", load_recipe("configs/quickstart.yaml", settings), dry_run=True)
+    found = [line for line in shown if "flex attention, because no C compiler (gcc or clang) is on the PATH" in line]
+    assert len(found) == warned
+    with pytest.raises(InputError, match="`training.attention: flex` compiles GPU kernels"):
+        machine_lines("run", load_recipe("configs/quickstart.yaml", ["training.attention=flex"]), dry_run=True)
 
 
 def test_free_memory_is_the_smaller_of_machine_and_container(tmp_path, monkeypatch):
