@@ -207,13 +207,13 @@ def print_peak(name: str) -> None:
 
 
 def methods(times: int) -> None:
-    """HPS against BT on the same pairs, and PL over n against HPS."""
+    """HPS against BT on the same pairs; PL over n, and on lists of 8 all pairs and LiPO-lambda, against HPS."""
     prompt, response = SHAPES[0]
     rows = examples_of(prompt, response, 2, times + 1)
     tasks = {name: ours(rows, f"loss.preference={name}") for name in ("bt", "hps")}
-    for n in (4, 8, 16, 32):
+    for name, n in (*(("pl", n) for n in (4, 8, 16, 32)), ("pairs", 8), ("lipo", 8)):
         many = examples_of(prompt, response, n, times + 1)
-        tasks[f"pl, n = {n}"] = ours(many, "loss.preference=pl", f"loss.list_size={n}")
+        tasks[f"{name}, n = {n}"] = ours(many, f"loss.preference={name}", f"loss.list_size={n}")
     seconds = medians(tasks, times)
     table = [{"": name, "s / step": s, "times hps": s / seconds["hps"]} for name, s in seconds.items()]
     show(f"Methods, prompt {prompt}, responses {response} tokens, {PROMPTS} prompts a step", table)

@@ -209,7 +209,7 @@ LEFT_OVER |= {"PMI_RANK": "0", "PMI_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "2", "AC
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["alignment.launch", "alignment.train"])
+@pytest.mark.parametrize("module", ["alignment.launch", pytest.param("alignment.train", marks=pytest.mark.full)])
 def test_variables_of_another_launcher_are_not_used(ranked_recipe, tiny_recipe, run_module, module):
     """A single process waits for nobody."""
     recipe = ranked_recipe("schedule.epochs=1")

@@ -369,6 +369,7 @@ def test_without_a_card_the_checks_are_skipped_with_a_reason():
     assert "no GPU that torch can use" in done.stdout and "2 skipped" in done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_benchmark_runs():
     """benchmarks/gpu.py at a tiny shape: all ways train alike (else it ends with an error), every ratio is there."""
