@@ -21,16 +21,18 @@ measurements. `training.gradient_checkpointing: null` goes by them (`checkpointi
 """
 
 import warnings
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from alignment.checks import lora_config
 from hps.errors import InputError
 from hps.methods import FAMILIES
 from pipeline.recipe import MOVES, REPOSITORY, Recipe
-from pipeline.records import read_json
+from pipeline.records import read_json, read_prompts
 from pipeline.weights import UNUSABLE
 
-GIVEN = 2  # written responses of a prompt in the paper's data sets
+GIVEN = 2  # written responses of a prompt in the paper's data sets: assumed where the file is not there yet
 # Of a GPU's memory, what the formulas may fill without gradient checkpointing; the rest is for what they leave out.
 ROOM = 0.8
 SHAPES = {
@@ -42,7 +44,7 @@ SHAPES = {
 def responses_per_prompt(recipe: Recipe) -> int:
     """The largest number of a prompt's responses that pass the model in one step."""
     loss, schedule = recipe.loss, recipe.schedule
-    given = GIVEN if recipe.generation.keep_given else 0
+    given = most_given(recipe.data.train.path, recipe.data.train.limit) if recipe.generation.keep_given else 0
     rounds = recipe.round if schedule.round_candidates == "all" else 1
     whole = schedule.subsample or given + rounds * recipe.data.train.responses
     if loss.preference == "bt":
@@ -52,6 +54,14 @@ def responses_per_prompt(recipe: Recipe) -> int:
     if loss.estimator == "exact":
         return whole
     return min(loss.positives * (1 + loss.samples), whole)
+
+
+@cache
+def most_given(path: str, limit: int | None) -> int:
+    """The largest number of given responses of a prompt in a prompts file."""
+    with suppress(InputError):  # what is wrong with the file, its reader says
+        return max((len(record["responses"]) for _, record in read_prompts(path, limit)), default=GIVEN)
+    return GIVEN
 
 
 def count_weights(config, recipe: Recipe) -> tuple[int, int]:

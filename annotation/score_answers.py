@@ -12,6 +12,7 @@ Run     python -m annotation.score_answers configs/quickstart.yaml
 trained to please.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from annotation.scorers import run_scorers, scorer_settings
@@ -60,7 +61,7 @@ def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> N
         print(f"scores: {total - len(done)} prompts to score, {len(done)} scored before; {path}", flush=True)
         prompts = evaluated_prompts(recipe)[0] if sft else {}
         items = (  # read as there is room
-            {"key": name, "where": where, "record": with_given(record, prompts[name]["responses"] if sft else [])}
+            {"key": name, "where": where, "record": with_given(record, prompts[name] if sft else None)}
             for where, record in read_answers(answers)
             if (name := record["prompt_id"]) not in done
         )
@@ -77,12 +78,13 @@ def _score(recipe: Recipe, sft: bool, role: str, answers: Path, path: Path) -> N
             file.append({"prompt_id": result["key"], "answers": details[:count], "given": details[count:]})
 
 
-def with_given(record: dict, given: list[str]) -> dict:
-    """An answers record with given responses after the answers; `answers` is the number of answers."""
+def with_given(record: dict, prompt: Mapping | None) -> dict:
+    """An answers record with a prompt's given responses after the answers; `answers` is the number of answers."""
+    given = prompt or {"responses": [], "truncated": []}
     return {
         **record,
-        "responses": [*record["responses"], *(text.strip() for text in given)],
-        "truncated": [*record["truncated"], *[False] * len(given)],
+        "responses": [*record["responses"], *(text.strip() for text in given["responses"])],
+        "truncated": [*record["truncated"], *given["truncated"]],
         "answers": len(record["responses"]),
     }
 

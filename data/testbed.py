@@ -6,9 +6,10 @@ prompts have two of four answers sampled from SmolLM2-135M-Instruct: the one wit
 with the lowest.
 
 Reads   `data/testbed/words.yaml`: things and templates; `samples.jsonl.gz`: the model's answers to the reward and the
-        test prompts
-Writes  `data/testbed/{reviews,chats}_{train,test,reward}.jsonl` (prompts; `topic` is the thing; test: `responses`,
-        `truncated` in parallel, `difference` of their sentiments)
+        test prompts and to the first training prompts
+Writes  `data/testbed/{reviews,chats}_{train,test,reward,lists}.jsonl` (prompts; `topic` is the thing; test: `responses`,
+        `truncated` in parallel, `difference` of their sentiments; lists: the first training prompts with all their
+        answers, `responses` and `truncated`)
 Run     .venv-train/bin/python data/testbed.py           # the same files, byte for byte; no model is needed
 
 Only new samples need the model, by the ordinary generation stage:
@@ -23,7 +24,7 @@ import gzip
 import json
 import random
 from functools import cache
-from itertools import cycle, product
+from itertools import chain, cycle, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
@@ -44,6 +45,7 @@ STAGE = REPOSITORY / "runs" / "testbed"  # `output` of its recipe.yaml
 SPLITS = {"train": 11, "test": 7, "reward": 7}  # things of each kind
 PROMPTS = {"train": 440, "test": 310, "reward": 140}  # of each set; of the test prompts the first TEST are kept ...
 TEST = 300
+LISTS = 96  # training prompts of each set that have answers
 LEAST = 0.05  # ... whose two answers differ by as much in sentiment
 
 
@@ -100,18 +102,31 @@ def sampled(records: list[dict], samples: dict[str, dict]) -> list[dict]:
     return found[:TEST]
 
 
+def lists(records: list[dict], samples: dict[str, dict]) -> list[dict]:
+    """The first `LISTS` training prompts, each with all its answers, the one with the highest sentiment first."""
+    found = []
+    for record in records[:LISTS]:
+        sample = samples[prompt_id(record["prompt"])]
+        rows = zip(truth(sample["responses"]), sample["responses"], sample["truncated"], strict=True)
+        _, texts, cuts = zip(*sorted(rows, key=lambda row: -row[0]), strict=True)
+        found.append({**record, "responses": list(texts), "truncated": list(cuts)})
+    return found
+
+
 def read_samples(folder: Path = FOLDER) -> dict[str, dict]:
     """The model's answers by `prompt_id`: `responses` and `truncated`."""
     return {record["prompt_id"]: record for _, record in read_jsonl(folder / SAMPLES)}
 
 
 def files(samples: dict[str, dict]) -> dict[str, str]:
-    """Name and text of the six files, from the templates and the samples."""
+    """Name and text of the eight files, from the templates and the samples."""
     made = {}
     for name, split in product(SETS, SPLITS):
         records = prompts(name, split)
         chosen = sampled(records, samples) if split == "test" else records
         made[f"{name}_{split}.jsonl"] = "".join(map(json_line, chosen))
+        if split == "train":
+            made[f"{name}_lists.jsonl"] = "".join(map(json_line, lists(records, samples)))
     return made
 
 
@@ -127,7 +142,8 @@ def pack(folder: Path) -> None:
 
 def measure(name: str, split: str, samples: dict[str, dict]) -> dict:
     """For the answers to the prompts of a set and split: how many there are, and their true rewards."""
-    found = [samples[prompt_id(record["prompt"])] for record in prompts(name, split)]
+    records = prompts(name, split)[: LISTS if split == "train" else None]
+    found = [samples[prompt_id(record["prompt"])] for record in records]
     rewards = [truth(each["responses"]) for each in found]
     flat = [reward for each in rewards for reward in each]
     return {
@@ -146,8 +162,9 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["files", "prompts", "pack"], default="files")
     what = parser.parse_args().what
     if what == "prompts":
-        for split in ("reward", "test"):
-            write_lines(STAGE / f"{split}.jsonl", (json_line(row) for name in SETS for row in prompts(name, split)))
+        for file, splits in {"many": {"reward": None, "train": LISTS}, "few": {"test": None}}.items():
+            parts = (prompts(name, split)[:count] for split, count in splits.items() for name in SETS)
+            write_lines(STAGE / f"{file}.jsonl", map(json_line, chain.from_iterable(parts)))
         return
     if what == "pack":
         pack(STAGE)
@@ -155,7 +172,7 @@ def main() -> None:
     for name, text in files(samples).items():
         write_atomic(FOLDER / name, text)
         print(f"testbed: {name}: {len(text.splitlines())} prompts")
-    for name, split in product(SETS, ("reward", "test")):
+    for name, split in product(SETS, SPLITS):
         print(f"testbed: answers, {name}, {split}: {json.dumps(measure(name, split, samples))}")
 
 

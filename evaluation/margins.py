@@ -54,7 +54,7 @@ def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
         if len([text for text in responses if text]) < 2:
             left_out["written: fewer than two given responses"] += 1
         else:
-            yield _pair(record, "written", responses=responses, truncated=[False, False])
+            yield _pair(record, "written", responses=responses, truncated=record["truncated"][:2])
     generated = recipe.tested().data.test.responses
     for _, record in read_ranked(recipe.tested().ranked("test")):
         if recipe.evaluation.prompts is not None and record["prompt_id"] not in prompts:

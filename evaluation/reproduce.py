@@ -215,7 +215,10 @@ def reproduce(table: str, scale: str, only: str | None) -> int:
         todo = with_earlier_rounds(todo, evaluations)
         print(f"reproduce: table {table}: {found} results found, {len(todo)} to do", flush=True)
         for wave in waves(todo):
-            driver.work(driver.rank(wave, recipes_of(load_matrix(scale))))
+            ranked = driver.rank(wave, recipes_of(load_matrix(scale)))
+            for evaluation in evaluations:
+                find(evaluation, scale)  # refused if it was trained on another ranking
+            driver.work(ranked)
         judged = None
         if is_judged(table, evaluations):
             rates = {group[0].data: driver.judge(group) for group in together}

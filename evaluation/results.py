@@ -4,7 +4,7 @@ Reads   `<output>/<run>/metrics.json`, `metrics.jsonl`, `evaluation/pairs.jsonl`
         divergence of the run and of its points along the training
 Writes  `results/<scale>/runs/<data>/<run>.json`: `key` (the settings that decide the figures), `figures` and `sets`
         (means with intervals), `prompts` and `pairs` (columns of per-prompt values), `answers` (columns of per-answer
-        values, see below), `seconds`, versions, commit
+        values, see below), `ranking` (hash of what was trained on), `seconds`, versions, commit
 
         `results/<scale>/win_rate/<data>.json`: of Table 4 `key` (the runs' settings, the judge's) and what
         evaluation.win_rate gives for each other model
@@ -23,11 +23,14 @@ The points are steps (`evaluation.samples_along` answers to a prompt), then `fin
 model before training has `final` alone, without `kl`. Results from before this field have no `answers`.
 
 A result is valid for a recipe with the same `key`: paths and revisions of the models, hashes of the data files, and
-every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes.
+every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes. Sampled
+responses differ from machine to machine, though, so results of one ranking are not completed with runs of another.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from evaluation.cells import FINAL
@@ -40,7 +43,7 @@ from hps.settings import own_settings
 from pipeline.files import file_hash, write_json
 from pipeline.functions import identity
 from pipeline.recipe import OF_ROUNDS, REPOSITORY, SPLITS, Model, Recipe
-from pipeline.records import read_json, read_jsonl
+from pipeline.records import canonical, read_json, read_jsonl, read_ranked
 from pipeline.run_records import answered_steps, check_pair
 from pipeline.stage import git_commit, versions
 
@@ -150,8 +153,23 @@ def _without_devices(recipe: Recipe, section: str) -> dict:
 
 
 def find(run: Evaluated, scale: str) -> dict | None:
-    """The result of exactly this recipe, if it exists."""
-    return read_result(run.path(scale), result_key(run.recipe, run.sft))
+    """The result of exactly this recipe, if it exists. InputError: its training had another ranking than ours."""
+    found, ranked = read_result(run.path(scale), result_key(run.recipe, run.sft)), run.recipe.ranked("train")
+    theirs = found and found.get("ranking")  # earlier results do not say
+    if theirs and ranked.exists() and theirs != ranking_hash(ranked, ranked.stat().st_mtime_ns):
+        problem = f"this run was trained on other responses than those in {ranked}, or on another order of them"
+        remedy = f"to compare runs, remove {ranked.parent} and put the ranking of that run there, or remove the results"
+        raise InputError(problem, where=str(run.path(scale)), remedy=remedy)
+    return found
+
+
+@cache
+def ranking_hash(path: Path, changed: int) -> str:
+    """Of the responses to every prompt, in their order; rewards may differ in rounding. `changed` is the file's time."""
+    digest = hashlib.sha256()
+    for _, record in read_ranked(path):
+        digest.update(canonical([record["prompt_id"], record["responses"]]).encode())
+    return digest.hexdigest()
 
 
 def read_result(path: Path, key: dict) -> dict | None:
@@ -193,6 +211,7 @@ def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:
         "sets": metrics.get("sets", {}),
         "pairs": {} if run.sft else pair_columns(folder / "evaluation" / "pairs.jsonl"),
         "answers": answers(run),
+        "ranking": None if run.sft else ranking_hash(ranked := run.recipe.ranked("train"), ranked.stat().st_mtime_ns),
         "seconds": seconds,
         "versions": versions(),
         "git_commit": git_commit(),

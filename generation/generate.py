@@ -72,8 +72,10 @@ def assemble(
         earlier: the responses of the round before (`responses_of`), the given ones among them; they come first.
     """
     given = earlier or [
-        {"text": text, "source": f"given_{place}", "tokens": count, "truncated": False}
-        for place, (text, count) in enumerate(zip(record["responses"], given_counts, strict=True), 1)
+        {"text": text, "source": f"given_{place}", "tokens": count, "truncated": cut}
+        for place, (text, cut, count) in enumerate(
+            zip(record["responses"], record["truncated"], given_counts, strict=True), 1
+        )
     ]
     sampled = [{**asdict(sample), "text": sample.text.strip(), "source": "generated"} for sample in samples]
     kept, ledger = distinct(record["prompt_id"], [*given, *sampled], refused)
@@ -139,8 +141,11 @@ class SplitWriter(Writer):
 
     def write(self, name: str, samples: list[Sample]) -> None:
         # White space around a response would merge with the template's tokens. Generated text is stripped as well.
-        given = [text.strip() for text in self.prompts[name]["responses"]] if self._keep_given else []
-        record = {**self.prompts[name], "responses": given}
+        prompt = self.prompts[name]
+        given, cuts = (
+            ([text.strip() for text in prompt["responses"]], prompt["truncated"]) if self._keep_given else ([], [])
+        )
+        record = {**prompt, "responses": given, "truncated": cuts}
         counts = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in given]
         earlier = responses_of(self._earlier[name]) if name in self._earlier else ()
         made, dropped = assemble(record, samples, counts, self.refused, earlier)

@@ -52,11 +52,11 @@ class Prompt(TypedDict):
     prompt: Messages
     prompt_id: Name
     responses: list[str]
+    truncated: list[bool]
 
 
 class Answers(Prompt):
     token_counts: list[Whole]
-    truncated: list[bool]
 
 
 class Candidates(Answers):

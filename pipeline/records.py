@@ -3,7 +3,7 @@
 Formats (one JSON object a line, UTF-8):
 
 - prompts:    `prompt` (chat messages), optional `responses` (given ones, best first; or TRL's `chosen` and
-              `rejected`), optional `prompt_id`; other fields are counted by the preflight and not read
+              `rejected`) and `truncated` (parallel to them), optional `prompt_id`; other fields are counted by the preflight and not read
 - candidates: `prompt_id`, `prompt`, `responses`, `sources`, `token_counts`, `truncated` (parallel lists)
 - ranked:     a candidates line with `rewards`, all lists sorted by reward, best first; where noise was added to them,
               also `rewards_without_noise`
@@ -59,8 +59,8 @@ AGAIN = "remove the line, so that its prompt is done again"
 ROLES = ("system", "user", "assistant")
 PARALLEL = ("responses", "sources", "token_counts", "truncated")
 WITHOUT_NOISE = "rewards_without_noise"  # of a ranked record, where the ranking added noise (`annotation.noise`)
-PROMPT_FIELDS = ("prompt", "prompt_id", "responses", *PAIR)
-NOTES = ("topic", "source", "truncated", "difference")  # of our own prompts files, for the reader
+PROMPT_FIELDS = ("prompt", "prompt_id", "responses", "truncated", *PAIR)
+NOTES = ("topic", "source", "difference")  # of our own prompts files, for the reader
 # A field with one of these words in its name says which response is better.
 PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
 GZIP = b"\x1f\x8b"  # JSON never begins so
@@ -331,10 +331,17 @@ def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[s
 
 
 def check_prompt(record: dict, where: str) -> Prompt:
-    """Return the record with `prompt_id` and `responses` filled in; InputError as the checks it calls."""
+    """Return the record with `prompt_id`, `responses` and `truncated` filled in; InputError as the checks it calls."""
     refuse_misspelt(record, PROMPT_FIELDS, where)
     refuse_preference(record, where)
-    return checked(named({"responses": [], **given_pair(record, where)}), Prompt, where)
+    found = named({"responses": [], **given_pair(record, where)})
+    if found.get("truncated") is None:  # null: a column that other rows have
+        found["truncated"] = [False] * len(found["responses"]) if isinstance(found["responses"], list) else []
+    prompt = checked(found, Prompt, where)
+    if (cuts := len(prompt["truncated"])) != (given := len(prompt["responses"])):
+        problem = f"`truncated` has {cuts} entries for {given} given responses"
+        raise InputError(problem, where=where, remedy="give one for each of them, or leave the field out")
+    return prompt
 
 
 def named(record: dict) -> dict:

@@ -23,7 +23,9 @@ USER = [{"role": "user", "content": "Hi"}]
 
 
 def prompt(name: str, *responses: str, content: str | None = None) -> dict:
-    return {"prompt_id": name, "prompt": [{"role": "user", "content": content or name}], "responses": list(responses)}
+    """As `check_prompt` leaves it; the given responses are whole."""
+    messages, cuts = [{"role": "user", "content": content or name}], [False] * len(responses)
+    return {"prompt_id": name, "prompt": messages, "responses": list(responses), "truncated": cuts}
 
 
 def lines(path) -> list[dict]:
@@ -34,7 +36,7 @@ def lines(path) -> list[dict]:
 
 
 def test_given_first_then_generated_each_with_its_facts():
-    record = {"prompt_id": "p", "prompt": USER, "responses": ["better", "worse"], "topic": "greetings"}
+    record = {**prompt("p", "better", "worse", content="Hi"), "truncated": [False, True], "topic": "greetings"}
     samples = [Sample("cut off", 16, True), Sample("whole", 3, False)]
     assert assemble(record, samples, [1, 2]) == (
         {
@@ -43,7 +45,7 @@ def test_given_first_then_generated_each_with_its_facts():
             "responses": ["better", "worse", "cut off", "whole"],
             "sources": ["given_1", "given_2", "generated", "generated"],
             "token_counts": [1, 2, 16, 3],
-            "truncated": [False, False, True, False],
+            "truncated": [False, True, True, False],
         },
         [],
     )
@@ -51,7 +53,7 @@ def test_given_first_then_generated_each_with_its_facts():
 
 def test_of_exact_duplicates_the_first_is_kept():
     """Given before generated, and white space around a sample does not make it another response."""
-    record = {"prompt_id": "p", "prompt": USER, "responses": ["same", "other"]}
+    record = prompt("p", "same", "other")
     samples = [Sample(" same\n", 4, True), Sample("new", 2, False), Sample("new", 2, False), Sample("Same", 1, False)]
     candidates, ledger = assemble(record, samples, [1, 1])
     assert candidates["responses"] == ["same", "other", "new", "Same"]
@@ -63,7 +65,7 @@ def test_of_exact_duplicates_the_first_is_kept():
 
 def test_a_given_response_keeps_its_place_in_the_human_order():
     """The second given one falls out; the third stays the third."""
-    candidates, ledger = assemble({"prompt_id": "p", "prompt": USER, "responses": ["a", "a", "b"]}, [], [1, 1, 1])
+    candidates, ledger = assemble(prompt("p", "a", "a", "b"), [], [1, 1, 1])
     assert candidates["sources"] == ["given_1", "given_3"]
     assert ledger == [
         {"prompt_id": "p", "reason": "duplicate response", "source": "given_2", "kept": "given_1", "text": "a"}
@@ -72,7 +74,7 @@ def test_a_given_response_keeps_its_place_in_the_human_order():
 
 def test_empty_responses_are_dropped():
     samples = [Sample("", 0, False), Sample(" \n", 16, True), Sample("x", 1, False)]
-    candidates, ledger = assemble({"prompt_id": "p", "prompt": USER, "responses": [""]}, samples, [0])
+    candidates, ledger = assemble(prompt("p", ""), samples, [0])
     assert candidates["responses"] == ["x"]
     assert ledger == [
         {"prompt_id": "p", "reason": "empty response", "source": source}
@@ -81,7 +83,7 @@ def test_empty_responses_are_dropped():
 
 
 def test_nothing_left():
-    candidates, _ = assemble({"prompt_id": "p", "prompt": USER, "responses": []}, [Sample("", 0, False)], [])
+    candidates, _ = assemble(prompt("p"), [Sample("", 0, False)], [])
     assert [candidates[name] for name in ("responses", "sources", "token_counts", "truncated")] == [[], [], [], []]
 
 

@@ -179,7 +179,8 @@ def test_pairs_without_a_preference_are_passed_over(ranked_recipe):
     tied = json.loads(lines[0])
     tied["rewards"] = [1.0] * 5
     recipe.ranked("test").write_text("\n".join([json.dumps(tied), *lines[1:]]) + "\n")
-    prompts = [{**record, "responses": record["responses"][:1]} for _, record in read_prompts(recipe.data.test.path, 2)]
+    kept = [record for _, record in read_prompts(recipe.data.test.path, 2)]
+    prompts = [{**each, **{name: each[name][:1] for name in ("responses", "truncated")}} for each in kept]
     recipe.data.test.path = str(recipe.ranked("test").with_name("prompts.jsonl"))
     with open(recipe.data.test.path, "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in prompts)

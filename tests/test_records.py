@@ -126,11 +126,24 @@ def test_missing_file_and_other_encodings_are_refused(tmp_path):
 def test_good_lines_pass_unchanged_and_named(write_lines):
     """The name: printf '[["user","Hello"]]' | sha256sum | cut -c1-16"""
     name = "b0ae8b0f316e2f14"
-    for read, record in ((read_prompts, PROMPT), (read_candidates, CANDIDATES), (read_ranked, RANKED)):
+    for read, record in (
+        (read_prompts, {**PROMPT, "truncated": [True, False]}),
+        (read_candidates, CANDIDATES),
+        (read_ranked, RANKED),
+    ):
         assert [line for _, line in read(write_lines([record]))] == [{**record, "prompt_id": name}]
         assert [line for _, line in read(write_lines([{**record, "prompt_id": "mine"}]))] == [
             {**record, "prompt_id": "mine"}
         ]
+
+
+def test_given_responses_are_whole_unless_the_line_says_otherwise(write_lines):
+    path = write_lines([PROMPT, {**PROMPT, "truncated": None}, {"prompt": [USER]}])
+    assert [record["truncated"] for _, record in read_prompts(path)] == [[False, False], [False, False], []]
+    with pytest.raises(InputError, match="`truncated` has 1 entries for 2 given responses; give one for each of them"):
+        list(read_prompts(write_lines([{**PROMPT, "truncated": [True]}])))
+    with pytest.raises(InputError, match="`truncated` is true: should be a valid list"):
+        list(read_prompts(write_lines([{**PROMPT, "truncated": True}])))
 
 
 def test_equal_rewards_and_whole_numbers_are_sorted():
@@ -153,7 +166,8 @@ def test_line_separators_of_unicode_do_not_end_a_line(write_lines):
 @pytest.mark.parametrize("form", ["BOM", "gzip", "gzip with BOM"])
 def test_a_byte_order_mark_and_gzip_change_nothing(form, tmp_path):
     """Lines are read in any order, and a bad one is named by its own line."""
-    lines = [{**PROMPT, "prompt_id": name, "responses": [name, "\N{GREEK SMALL LETTER ALPHA}"]} for name in "abc"]
+    texts, cuts = ["a", "\N{GREEK SMALL LETTER ALPHA}"], [False, True]
+    lines = [{**PROMPT, "prompt_id": name, "responses": texts, "truncated": cuts} for name in "abc"]
     text = "\n" + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + '\n{"prompt": []}\n'
     raw = text.encode("utf-8-sig" if "BOM" in form else "utf-8")
     path = tmp_path / "data"
