@@ -7,9 +7,9 @@ with the lowest.
 
 Reads   `data/testbed/words.yaml`: things and templates; `samples.jsonl.gz`: the model's answers to the reward and the
         test prompts and to the first training prompts
-Writes  `data/testbed/{reviews,chats}_{train,test,reward,lists}.jsonl` (prompts; `topic` is the thing; test: `responses`,
-        `truncated` in parallel, `difference` of their sentiments; lists: the first training prompts with all their
-        answers, `responses` and `truncated`)
+Writes  `data/testbed/{reviews,chats}_{train,test,reward,lists}.jsonl` (prompts; `topic` is the thing; test:
+        `responses`, `truncated` in parallel, `difference` of their sentiments; lists: the first training prompts with
+        all their answers, `responses` and `truncated`)
 Run     .venv-train/bin/python data/testbed.py           # the same files, byte for byte; no model is needed
 
 Only new samples need the model, by the ordinary generation stage:

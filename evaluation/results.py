@@ -23,8 +23,8 @@ The points are steps (`evaluation.samples_along` answers to a prompt), then `fin
 model before training has `final` alone, without `kl`. Results from before this field have no `answers`.
 
 A result is valid for a recipe with the same `key`: paths and revisions of the models, hashes of the data files, and
-every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes. Sampled
-responses differ from machine to machine, though, so results of one ranking are not completed with runs of another.
+every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes.
+Sampled responses differ from machine to machine, so a run on another ranking than the results' is refused.
 """
 
 import hashlib
@@ -156,16 +156,20 @@ def find(run: Evaluated, scale: str) -> dict | None:
     """The result of exactly this recipe, if it exists. InputError: its training had another ranking than ours."""
     found, ranked = read_result(run.path(scale), result_key(run.recipe, run.sft)), run.recipe.ranked("train")
     theirs = found and found.get("ranking")  # earlier results do not say
-    if theirs and ranked.exists() and theirs != ranking_hash(ranked, ranked.stat().st_mtime_ns):
+    if theirs and ranked.exists() and theirs != ranking_hash(ranked):
         problem = f"this run was trained on other responses than those in {ranked}, or on another order of them"
         remedy = f"to compare runs, remove {ranked.parent} and put the ranking of that run there, or remove the results"
         raise InputError(problem, where=str(run.path(scale)), remedy=remedy)
     return found
 
 
+def ranking_hash(path: Path) -> str:
+    """Of every prompt's responses in their order; rewards may differ in rounding."""
+    return _ranking_hash(path, path.stat().st_mtime_ns)
+
+
 @cache
-def ranking_hash(path: Path, changed: int) -> str:
-    """Of the responses to every prompt, in their order; rewards may differ in rounding. `changed` is the file's time."""
+def _ranking_hash(path: Path, changed: int) -> str:
     digest = hashlib.sha256()
     for _, record in read_ranked(path):
         digest.update(canonical([record["prompt_id"], record["responses"]]).encode())
@@ -211,7 +215,7 @@ def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:
         "sets": metrics.get("sets", {}),
         "pairs": {} if run.sft else pair_columns(folder / "evaluation" / "pairs.jsonl"),
         "answers": answers(run),
-        "ranking": None if run.sft else ranking_hash(ranked := run.recipe.ranked("train"), ranked.stat().st_mtime_ns),
+        "ranking": None if run.sft else ranking_hash(run.recipe.ranked("train")),
         "seconds": seconds,
         "versions": versions(),
         "git_commit": git_commit(),

@@ -3,7 +3,8 @@
 Formats (one JSON object a line, UTF-8):
 
 - prompts:    `prompt` (chat messages), optional `responses` (given ones, best first; or TRL's `chosen` and
-              `rejected`) and `truncated` (parallel to them), optional `prompt_id`; other fields are counted by the preflight and not read
+              `rejected`) and `truncated` (parallel to them), optional `prompt_id`; other fields are counted by the
+              preflight and not read
 - candidates: `prompt_id`, `prompt`, `responses`, `sources`, `token_counts`, `truncated` (parallel lists)
 - ranked:     a candidates line with `rewards`, all lists sorted by reward, best first; where noise was added to them,
               also `rewards_without_noise`

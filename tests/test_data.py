@@ -130,6 +130,20 @@ def test_testbed_responses_are_in_the_order_of_the_truth(testbed, sets):
             assert record["difference"] >= testbed.LEAST and len(record["truncated"]) == 2
 
 
+def test_lists_are_the_first_training_prompts_with_all_their_answers(testbed, sets):
+    samples = testbed.read_samples()
+    for name in testbed.SETS:
+        records = [record for _, record in read_prompts(testbed.FOLDER / f"{name}_lists.jsonl")]
+        first = sets[name, "train"][: testbed.LISTS]
+        assert [record["prompt"] for record in records] == [record["prompt"] for record in first]
+        for record in records:
+            sampled = samples[record["prompt_id"]]
+            each = [list(zip(found["responses"], found["truncated"], strict=True)) for found in (record, sampled)]
+            assert sorted(each[0]) == sorted(each[1]) and len(each[0]) == 8
+            rewards = truth(record["responses"])
+            assert rewards == sorted(rewards, reverse=True)
+
+
 def test_too_few_answers_that_differ_are_refused(testbed):
     records = testbed.prompts("reviews", "test")
     alike = {"responses": ["A table.", "A chair."], "truncated": [False, True]}

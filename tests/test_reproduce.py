@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 
 import pytest
+from conftest import ranked_records
 
 from alignment.train import evaluation_steps
 from evaluation import matrix, pilot, reproduce, results, tables
@@ -85,6 +86,7 @@ class Scripts:
         self.kill_at: tuple[str, str] | None = None
         self.arguments: dict[str, list[list[str]]] = defaultdict(list)  # by script
         self.means = lambda recipe, sft: {}  # figures of metrics.json
+        (self.ranked,) = ranked_records(1)  # of the training
 
     def __call__(self, driver, script, arguments, recipe, name):
         self.calls.append((script, recipe.run))
@@ -96,6 +98,9 @@ class Scripts:
         if (script, recipe.run) in self.broken:
             raise subprocess.CalledProcessError(2, script)
         self.arguments[script].append(arguments)
+        if script in ("gene.sh", "run.sh") and not (ranked := recipe.ranked("train")).exists():
+            ranked.parent.mkdir(parents=True, exist_ok=True)
+            ranked.write_text(json.dumps(self.ranked) + "\n")
         if script == "run.sh" and recipe.evaluation.samples_along:
             for step in evaluation_steps(STEPS, recipe.evaluation.checkpoints):
                 recipe.checkpoint_folder(step).mkdir(parents=True, exist_ok=True)
@@ -138,6 +143,23 @@ def test_every_run_once_then_found_again(scripts, tmp_path):
     assert scripts.calls == []
     reproduce.reproduce("6", "quickstart", None)  # shares two trainings with Table 8
     assert len(scripts.of("run.sh")) == 6
+
+
+def test_results_of_two_rankings_are_not_mixed(scripts):
+    """Sampled responses differ from machine to machine. Rewards may differ by rounding; the order decides."""
+    assert reproduce.reproduce("8", "quickstart", "beta0.5") == 0
+    scripts.ranked["rewards"] = [reward + 1e-6 for reward in scripts.ranked["rewards"]]
+    path = reproduce.Path("runs/small_safety/ranked/train.jsonl")
+    path.unlink()
+    assert reproduce.reproduce("8", "quickstart", "beta0.75") == 0
+    trained = scripts.of("run.sh")
+    scripts.ranked["responses"].reverse()
+    path.unlink()
+    for _ in range(2):  # the ranking is made by the first
+        with pytest.raises(InputError, match="dpo-bt-beta0.5.json: this run was trained on other responses than"):
+            reproduce.reproduce("8", "quickstart", None)
+    assert scripts.of("run.sh") == trained and path.exists()
+    assert any("put the ranking of that run there" in line for line in reproduce.plan("8", "quickstart"))
 
 
 def test_a_failed_run_is_listed_and_the_others_go_on(scripts, tmp_path, capsys):
