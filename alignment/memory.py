@@ -43,12 +43,14 @@ SHAPES = {
 
 def responses_per_prompt(recipe: Recipe) -> int:
     """The largest number of a prompt's responses that pass the model in one step."""
-    loss, schedule = recipe.loss, recipe.schedule
-    given = most_given(recipe.data.train.path, recipe.data.train.limit) if recipe.generation.keep_given else 0
-    rounds = recipe.round if schedule.round_candidates == "all" else 1
-    whole = schedule.subsample or given + rounds * recipe.data.train.responses
+    loss, schedule, train = recipe.loss, recipe.schedule, recipe.data.train
     if loss.preference == "bt":
         return 2
+    whole = schedule.subsample
+    if whole is None:
+        given = most_given(train.path, train.limit) if recipe.generation.keep_given else 0
+        rounds = recipe.round if schedule.round_candidates == "all" else 1
+        whole = max(2, given + rounds * train.responses)
     if loss.takes_lists:
         return min(loss.list_size or whole, whole)
     if loss.estimator == "exact":

@@ -155,13 +155,16 @@ def ranked_by(tokenizer: Any, refuse: bool = False) -> Finish:
 
 def prompt_of(row: Listed, where: str, counts: Counter) -> tuple[dict | None, list[dict]]:
     """The prompts record of a checked row, its responses best first; or None; and ledger lines."""
-    lists = zip(row["responses"], row["sources"], row["rewards"], strict=True)
-    given = [{"text": text, "source": source, "reward": reward} for text, source, reward in lists]
+    lists = zip(row["responses"], row["sources"], row["rewards"], row["truncated"], strict=True)
+    given = [dict(zip(("text", "source", "reward", "truncated"), each, strict=True)) for each in lists]
     kept, lines = distinct(row["prompt_id"], given)
     if len(kept) < 2:
         return None, [*lines, _refused(row, where, REFUSED)]
     best_first = sorted(kept, key=lambda each: -each["reward"])
-    return {"prompt": row["prompt"], "responses": [each["text"] for each in best_first], "source": where}, lines
+    columns = {"responses": [each["text"] for each in best_first]}
+    if any(each["truncated"] for each in best_first):
+        columns["truncated"] = [each["truncated"] for each in best_first]
+    return {"prompt": row["prompt"], **columns, "source": where}, lines
 
 
 def _refused(row: Listed, where: str, reason: str, **facts: object) -> dict:

@@ -96,12 +96,13 @@ def parse_prompt(text: str, where: str) -> list[dict]:
 
 class OrderedRow(TypedDict):
     responses: list[str]
+    truncated: NotRequired[list[bool]]
 
 
 def ordered(row: dict, where: str) -> dict:
     """Responses best first, as in our prompts files, and no rewards."""
-    responses = typed(row, OrderedRow, where)["responses"]
-    return {"prompt": _asked(row["prompt"]), "responses": responses, "rewards": [-at for at in range(len(responses))]}
+    found = typed(row, OrderedRow, where)
+    return {**found, "prompt": _asked(row["prompt"]), "rewards": [-at for at in range(len(found["responses"]))]}
 
 
 def _asked(prompt: Any) -> Any:
@@ -320,7 +321,7 @@ LAYOUTS = {
     "sharegpt": Layout(("conversations", *PAIR), sharegpt, ("system", *SCORE_COLUMNS, *NOT_TEXT)),
     "alpaca": Layout(("instruction", *PAIR), alpaca, ("input", "system", "history", *SCORE_COLUMNS, *NOT_TEXT)),
     "pair": Layout(PAIR, pair, ("prompt", *SCORE_COLUMNS)),
-    "ordered": Layout(("prompt", "responses"), ordered),
+    "ordered": Layout(("prompt", "responses"), ordered, ("truncated",)),
 }
 NESTED = {"prompt", "context"}  # fields of chat messages, of which role and content are read
 

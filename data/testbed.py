@@ -38,6 +38,7 @@ from pipeline.recipe import REPOSITORY
 from pipeline.records import prompt_id, read_candidates, read_jsonl
 
 SEED = 19
+LISTS = 96  # training prompts of each set that have answers
 SETS = ("reviews", "chats")
 FOLDER = Path(__file__).resolve().parent / "testbed"
 SAMPLES = "samples.jsonl.gz"
@@ -45,7 +46,6 @@ STAGE = REPOSITORY / "runs" / "testbed"  # `output` of its recipe.yaml
 SPLITS = {"train": 11, "test": 7, "reward": 7}  # things of each kind
 PROMPTS = {"train": 440, "test": 310, "reward": 140}  # of each set; of the test prompts the first TEST are kept ...
 TEST = 300
-LISTS = 96  # training prompts of each set that have answers
 LEAST = 0.05  # ... whose two answers differ by as much in sentiment
 
 

@@ -247,6 +247,8 @@ def _generation(recipe: Recipe, _: dict) -> dict[str, float]:
         for count, source in zip(record["token_counts"], record["sources"], strict=True)
         if source == "generated"
     )
+    if not tokens:
+        raise InputError("nothing was generated")
     return {"devices": devices, "tokens_per_second": tokens / seconds / devices}
 
 

@@ -6,8 +6,9 @@ Writes  `results/<scale>/runs/<data>/<run>.json`, `results/<scale>/tableN.{json,
 Run     python -m evaluation.reproduce table2 [--scale testbed] [--dry-run] [--only TEXT]
 
 Runs share candidates and ranking, the reference's log-probabilities, the answers of the model before training and the
-engine that answers. A run with a result file, for example from the clone, runs again only if its recipe has changed. A
-failed run is listed and the others go on. After a kill the same command continues.
+engine that answers. A run with a result file, for example from the clone, runs again only if its recipe has changed.
+Results of one ranking are not completed with runs on another. A failed run is listed and the others go on. After a kill
+the same command continues.
 """
 
 import argparse
@@ -23,7 +24,16 @@ from evaluation.matrix import PILOT, load_matrix, recipes_of
 from evaluation.pilot import page as pilot_page
 from evaluation.pilot import pilot
 from evaluation.render import draw_frontier, latex, markdown
-from evaluation.results import Evaluated, collect, collect_judged, compared, find, find_judged, ranked_by
+from evaluation.results import (
+    Evaluated,
+    collect,
+    collect_judged,
+    compared,
+    find,
+    find_judged,
+    ranked_by,
+    refuse_other_rankings,
+)
 from evaluation.tables import JUDGED, TITLES, assemble, needed, stem
 from hps.errors import InputError, run_main
 from pipeline.files import write_atomic, write_json
@@ -214,10 +224,10 @@ def reproduce(table: str, scale: str, only: str | None) -> int:
         todo = with_a_run([evaluation for evaluation in todo if evaluation.title in wanted], evaluations)
         todo = with_earlier_rounds(todo, evaluations)
         print(f"reproduce: table {table}: {found} results found, {len(todo)} to do", flush=True)
+        refuse_other_rankings(evaluations, todo, scale)
         for wave in waves(todo):
             ranked = driver.rank(wave, recipes_of(load_matrix(scale)))
-            for evaluation in evaluations:
-                find(evaluation, scale)  # refused if it was trained on another ranking
+            refuse_other_rankings(evaluations, todo, scale)
             driver.work(ranked)
         judged = None
         if is_judged(table, evaluations):
@@ -279,6 +289,10 @@ def plan(table: str, scale: str, only: str | None = None, rates: str | None = No
     states += [(evaluation, "to do, a later round starts from its checkpoint") for evaluation in again]
     todo += again
     lines = []
+    try:
+        refuse_other_rankings(evaluations, todo, scale)
+    except InputError as error:
+        lines.append(f"REFUSED: {error}")
     for evaluation, state in states:
         on = f" on {evaluation.on}" if evaluation.on != evaluation.data else ""
         lines.append(f"{evaluation.data}{on}: {evaluation.name}: {state}")

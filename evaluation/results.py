@@ -24,11 +24,11 @@ model before training has `final` alone, without `kl`. Results from before this 
 
 A result is valid for a recipe with the same `key`: paths and revisions of the models, hashes of the data files, and
 every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes.
-Sampled responses differ from machine to machine, so a run on another ranking than the results' is refused.
+Sampled responses differ from machine to machine, so a table of runs on different rankings is refused.
 """
 
-import hashlib
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -40,12 +40,12 @@ from evaluation.metrics import answer_columns
 from evaluation.win_rate import win_rates
 from hps.errors import InputError
 from hps.settings import own_settings
-from pipeline.files import file_hash, write_json
+from pipeline.files import file_hash, value_hash, write_json
 from pipeline.functions import identity
 from pipeline.recipe import OF_ROUNDS, REPOSITORY, SPLITS, Model, Recipe
-from pipeline.records import canonical, read_json, read_jsonl, read_ranked
+from pipeline.records import read_json, read_jsonl, read_ranked
 from pipeline.run_records import answered_steps, check_pair
-from pipeline.stage import git_commit, versions
+from pipeline.stage import git_commit, is_finished, versions
 
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl", "s_1", "s_2")
 # Settings that change no figure.
@@ -153,27 +153,45 @@ def _without_devices(recipe: Recipe, section: str) -> dict:
 
 
 def find(run: Evaluated, scale: str) -> dict | None:
-    """The result of exactly this recipe, if it exists. InputError: its training had another ranking than ours."""
-    found, ranked = read_result(run.path(scale), result_key(run.recipe, run.sft)), run.recipe.ranked("train")
-    theirs = found and found.get("ranking")  # earlier results do not say
-    if theirs and ranked.exists() and theirs != ranking_hash(ranked):
-        problem = f"this run was trained on other responses than those in {ranked}, or on another order of them"
-        remedy = f"to compare runs, remove {ranked.parent} and put the ranking of that run there, or remove the results"
-        raise InputError(problem, where=str(run.path(scale)), remedy=remedy)
-    return found
+    """The result of exactly this recipe, if it exists."""
+    return read_result(run.path(scale), result_key(run.recipe, run.sft))
 
 
-def ranking_hash(path: Path) -> str:
-    """Of every prompt's responses in their order; rewards may differ in rounding."""
-    return _ranking_hash(path, path.stat().st_mtime_ns)
+def refuse_other_rankings(evaluations: list[Evaluated], todo: list[Evaluated], scale: str) -> None:
+    """Refuse a table whose trainings saw different rankings where they should have shared one.
+
+    Sampled responses differ from machine to machine. Results from before the field `ranking` do not say.
+
+    Args:
+        evaluations: all of the table. Those of `todo` count with the finished ranking that is here, if there is one,
+            the others with that of their result.
+    """
+    seen: dict[Path, dict[str, str]] = defaultdict(dict)  # by ranked file and hash a place that has it
+    for run in (each for each in evaluations if not each.sft):
+        path = run.recipe.ranked("train")
+        if run not in todo:
+            found = find(run, scale)
+            seen[path].setdefault(found and found.get("ranking"), str(run.path(scale)))
+        elif is_finished(path.parent) and path.exists():
+            seen[path].setdefault(ranking_hash(path, path.stat().st_mtime_ns), str(path))
+    for path, places in seen.items():
+        places.pop(None, None)
+        if len(places) > 1:
+            one, other, *_ = places.values()
+            problem = f"trained on other responses, or on another order of them, than {other}"
+            remedy = f"remove these results, or get {path.parent} from the machine that made them"
+            raise InputError(problem, where=one, remedy=remedy)
 
 
 @cache
-def _ranking_hash(path: Path, changed: int) -> str:
-    digest = hashlib.sha256()
-    for _, record in read_ranked(path):
-        digest.update(canonical([record["prompt_id"], record["responses"]]).encode())
-    return digest.hexdigest()
+def ranking_hash(path: Path, changed: int) -> str:
+    """Of what a training sees of a ranked file but for the rewards, which may differ in rounding.
+
+    Args:
+        changed: time of the file's last change.
+    """
+    fields = ("prompt_id", "responses", "truncated")
+    return value_hash(sorted(value_hash([record[name] for name in fields]) for _, record in read_ranked(path)))
 
 
 def read_result(path: Path, key: dict) -> dict | None:
@@ -215,7 +233,7 @@ def collect(run: Evaluated, scale: str, seconds: dict[str, float]) -> dict:
         "sets": metrics.get("sets", {}),
         "pairs": {} if run.sft else pair_columns(folder / "evaluation" / "pairs.jsonl"),
         "answers": answers(run),
-        "ranking": None if run.sft else ranking_hash(run.recipe.ranked("train")),
+        "ranking": None if run.sft else ranking_hash(ranked := run.recipe.ranked("train"), ranked.stat().st_mtime_ns),
         "seconds": seconds,
         "versions": versions(),
         "git_commit": git_commit(),

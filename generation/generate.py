@@ -65,7 +65,7 @@ def assemble(
     duplicates the first is kept.
 
     Args:
-        record: the prompts record (its `responses` are the given ones).
+        record: the prompts record (its `responses` are the given ones, `truncated` those that were cut).
         samples: the engine's samples.
         given_counts: tokens of the given responses.
         refused: the special tokens for which a response is dropped.

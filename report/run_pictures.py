@@ -83,10 +83,12 @@ def rewards(splits: dict[str, dict[str, array]]) -> Pictures | None:
             means = ", ".join(f"{name} {sum(values) / len(values):.2f}" for name, values in groups.items())
             text = f"Rewards of the candidates of {split} prompts by source; means: {means}."
             panels.append(picture(text, histogram, f"{split} prompts", groups, "reward"))
-    caption = (
-        "given_1 is what people preferred, given_2 what they preferred less. If given and generated responses "
-        "hardly overlap, the reward model separates the sources, and the policy may learn nothing else."
-    )
+    caption = "given_1 is the first given response, the one that people preferred if the file has their order."
+    if any({"generated", "given_1"} <= groups.keys() for groups in splits.values()):
+        caption += (
+            " If given and generated responses hardly overlap, the reward model separates the sources, and the policy "
+            "may learn nothing else."
+        )
     return Pictures(panels, caption) if panels else None
 
 

@@ -283,6 +283,13 @@ def test_a_text_is_a_message_of_the_user():
     assert found["prompt"] == TEA and found["sources"] == ["given_1", "given_2"]
 
 
+def test_given_responses_may_be_truncated():
+    row = {"prompt": "What is tea?", "responses": ["a", "b"]}
+    for cuts in (None, [False, True]):
+        found = check_row({**row, "truncated": cuts}, "f:1", LAYOUTS["ordered"])
+        assert found["truncated"] == (cuts or [False, False])
+
+
 def changed(form: str, **changes) -> tuple[dict, str]:
     layout, rows, _ = FORMS[form]
     return {**rows[0], **changes}, layout

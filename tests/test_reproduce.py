@@ -86,7 +86,7 @@ class Scripts:
         self.kill_at: tuple[str, str] | None = None
         self.arguments: dict[str, list[list[str]]] = defaultdict(list)  # by script
         self.means = lambda recipe, sft: {}  # figures of metrics.json
-        (self.ranked,) = ranked_records(1)  # of the training
+        self.ranked = ranked_records(2)  # of the training
 
     def __call__(self, driver, script, arguments, recipe, name):
         self.calls.append((script, recipe.run))
@@ -100,7 +100,8 @@ class Scripts:
         self.arguments[script].append(arguments)
         if script in ("gene.sh", "run.sh") and not (ranked := recipe.ranked("train")).exists():
             ranked.parent.mkdir(parents=True, exist_ok=True)
-            ranked.write_text(json.dumps(self.ranked) + "\n")
+            ranked.write_text("".join(json.dumps(record) + "\n" for record in self.ranked))
+            (ranked.parent / "manifest.json").write_text("{}")
         if script == "run.sh" and recipe.evaluation.samples_along:
             for step in evaluation_steps(STEPS, recipe.evaluation.checkpoints):
                 recipe.checkpoint_folder(step).mkdir(parents=True, exist_ok=True)
@@ -145,21 +146,40 @@ def test_every_run_once_then_found_again(scripts, tmp_path):
     assert len(scripts.of("run.sh")) == 6
 
 
-def test_results_of_two_rankings_are_not_mixed(scripts):
-    """Sampled responses differ from machine to machine. Rewards may differ by rounding; the order decides."""
-    assert reproduce.reproduce("8", "quickstart", "beta0.5") == 0
-    scripts.ranked["rewards"] = [reward + 1e-6 for reward in scripts.ranked["rewards"]]
+def test_a_table_of_two_rankings_is_refused(scripts):
+    """Sampled responses differ from machine to machine. Neither rounding nor the order of the lines matters."""
     path = reproduce.Path("runs/small_safety/ranked/train.jsonl")
+    assert reproduce.reproduce("8", "quickstart", "beta0.5") == 0
+    scripts.ranked = [{**record, "rewards": [each + 1e-6 for each in record["rewards"]]} for record in scripts.ranked]
+    scripts.ranked.reverse()
     path.unlink()
     assert reproduce.reproduce("8", "quickstart", "beta0.75") == 0
     trained = scripts.of("run.sh")
-    scripts.ranked["responses"].reverse()
+    scripts.ranked[0]["responses"].reverse()
     path.unlink()
+    problem = "dpo-bt-beta0.5.json: trained on other responses, or on another order of them, than runs/small_safety"
     for _ in range(2):  # the ranking is made by the first
-        with pytest.raises(InputError, match="dpo-bt-beta0.5.json: this run was trained on other responses than"):
+        with pytest.raises(InputError, match=problem):
             reproduce.reproduce("8", "quickstart", None)
     assert scripts.of("run.sh") == trained and path.exists()
-    assert any("put the ranking of that run there" in line for line in reproduce.plan("8", "quickstart"))
+    assert reproduce.plan("8", "quickstart")[0].startswith("REFUSED: ")
+    (path.parent / "manifest.json").unlink()  # killed in the ranking: the same command continues
+    assert not reproduce.plan("8", "quickstart")[0].startswith("REFUSED: ")
+
+
+def test_a_table_whose_results_are_of_two_rankings_is_refused(scripts, tmp_path):
+    """Also where nothing is to do, and no ranking is here."""
+    assert reproduce.reproduce("8", "quickstart", None) == 0
+    path = tmp_path / "results" / "quickstart" / "runs" / "pku_safe" / "dpo-hps.json"
+    result = json.loads(path.read_text())
+    write_json(path, {**result, "ranking": None})  # from before the field
+    (tmp_path / "runs" / "small_safety" / "ranked" / "train.jsonl").unlink()
+    assert reproduce.reproduce("8", "quickstart", None) == 0
+    write_json(path, {**result, "ranking": "another"})
+    with pytest.raises(
+        InputError, match="trained on other responses, or on another order of them, than .*dpo-hps.json"
+    ):
+        reproduce.reproduce("8", "quickstart", None)
 
 
 def test_a_failed_run_is_listed_and_the_others_go_on(scripts, tmp_path, capsys):
