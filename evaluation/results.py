@@ -167,7 +167,7 @@ def refuse_other_rankings(evaluations: list[Evaluated], todo: list[Evaluated], s
             the others with that of their result.
     """
     seen: dict[Path, dict[str, str]] = defaultdict(dict)  # by ranked file and hash a place that has it
-    for run in (each for each in evaluations if not each.sft):
+    for run in sorted((each for each in evaluations if not each.sft), key=lambda run: run in todo):
         path = run.recipe.ranked("train")
         if run not in todo:
             found = find(run, scale)
