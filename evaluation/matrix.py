@@ -18,12 +18,7 @@ from pipeline.recipe import REPOSITORY, Recipe, as_dict, fields, get, load_recip
 
 MATRIX = "configs/matrix.yaml"
 PILOT = "pilot"  # the table of the runs that choose the learning rates
-FOLDERS = (
-    "output",
-    "ranking",
-    "round",
-    "data.train.path",
-)  # settings that choose a folder beside `run`, or go with one
+FOLDERS = ("output", "ranking", "round", "data.train.path")  # they choose a folder beside `run`, or go with one
 
 
 @dataclass

@@ -142,9 +142,8 @@ class SplitWriter(Writer):
     def write(self, name: str, samples: list[Sample]) -> None:
         # White space around a response would merge with the template's tokens. Generated text is stripped as well.
         prompt = self.prompts[name]
-        given, cuts = (
-            ([text.strip() for text in prompt["responses"]], prompt["truncated"]) if self._keep_given else ([], [])
-        )
+        texts, cuts = (prompt["responses"], prompt["truncated"]) if self._keep_given else ([], [])
+        given = [text.strip() for text in texts]
         record = {**prompt, "responses": given, "truncated": cuts}
         counts = [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in given]
         earlier = responses_of(self._earlier[name]) if name in self._earlier else ()
