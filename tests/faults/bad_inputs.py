@@ -45,7 +45,7 @@ class Case:
     def __init__(self, folder: str):
         self.folder = Path(folder)
         self.output = self.folder / "out"
-        self.write("test", prompts(2))
+        self.write("test", [line(f"Test {number}?", "Yes.", "No.") for number in range(2)])
 
     def write(self, split: str, lines: list[str] | bytes) -> None:
         content = lines if isinstance(lines, bytes) else "".join(lines).encode()
@@ -212,8 +212,9 @@ def ten_megabytes(case: Case) -> str:
 
 def through_all_stages(case: Case, texts: list[str]) -> None:
     """Engine, reward model, plan, training and held-out pairs; prompts and given responses come out as they were."""
-    for split in ("train", "test"):
-        case.write(split, [line(text, f"{text} Yes.", f"{text} No.") for text in texts])
+    tests = [f"{text} Please answer." for text in texts]  # a prompt in both splits is refused
+    for split, asked in (("train", texts), ("test", tests)):
+        case.write(split, [line(text, f"{text} Yes.", f"{text} No.") for text in asked])
     case.passes("generation.generate", *GENERATED, python=INFER)
     case.passes("annotation.annotate", *GENERATED, python=INFER)
     case.passes("alignment.plan", *GENERATED)
@@ -227,7 +228,7 @@ def through_all_stages(case: Case, texts: list[str]) -> None:
     (path,) = case.output.glob("*/evaluation/pairs.jsonl")
     pairs = [pair for pair in case.lines(path.relative_to(case.output).as_posix()) if pair["set"] == "written"]
     found = {pair["prompt"][0]["content"]: pair["responses"] for pair in pairs}
-    assert found == {text: [f"{text} Yes.", f"{text} No."] for text in texts}
+    assert found == {text: [f"{text} Yes.", f"{text} No."] for text in tests}
 
 
 def all_scripts(case: Case) -> str:
