@@ -164,6 +164,7 @@ def test_a_second_run_on_a_folder_is_refused(tmp_path):
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
         RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed writing file data/0"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 706304 vs 706192"),
     ],
     ids=["disk", "quota", "torch"],
 )
