@@ -14,9 +14,14 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 
-# What libraries say instead of an OSError: safetensors the system's words, torch its own, for an entry of its archive and
-# for the archive's end.
-FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file", ". unexpected pos ")
+# What libraries say instead of an OSError: safetensors the system's words, torch its own, for an entry of its archive
+# and for the archive's end.
+FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing file",
+    ". unexpected pos ",
+)
 # What a terminal obeys instead of showing: control characters but newline and tab, and those that turn the direction.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Name and password in a URL, of a hub's endpoint or a proxy; a password may contain an @.

@@ -166,7 +166,7 @@ def test_a_second_run_on_a_folder_is_refused(tmp_path):
         RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed writing file data/0"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 706304 vs 706192"),
     ],
-    ids=["disk", "quota", "torch"],
+    ids=["disk", "quota", "torch", "end of torch's archive"],
 )
 def test_a_full_disk_is_one_line_with_the_folder(tmp_path, error):
     with pytest.raises(InputError, match=f"^{tmp_path}: the disk is full; make room"), hold(tmp_path):
