@@ -18,7 +18,7 @@ from pipeline.recipe import REPOSITORY, Recipe, as_dict, fields, get, load_recip
 
 MATRIX = "configs/matrix.yaml"
 PILOT = "pilot"  # the table of the runs that choose the learning rates
-FOLDERS = ("output", "ranking", "round", "data.train.path")  # they choose a folder beside `run`, or go with one
+UNNAMED = ("output", "ranking", "round", "data.train.path")  # not in the name of a run: other folders tell them apart
 
 
 @dataclass
@@ -100,7 +100,7 @@ def _run(data: str, recipe: list[str], plain: Recipe, settings: dict) -> Run:
         for key, value in settings.items()
         if key not in method and value is not None and value != written.get(key)
     }
-    named = {key: Path(_plain(value)).name for key, value in others.items() if key not in FOLDERS}
+    named = {key: Path(_plain(value)).name for key, value in others.items() if key not in UNNAMED}
     name = "-".join([*method.values(), *(f"{key.rpartition('.')[2]}{value}" for key, value in named.items())])
     overrides = [*given, *(f"{key}={_plain(value)}" for key, value in {**method, **others}.items()), f"run={name}"]
     try:

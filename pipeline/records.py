@@ -338,11 +338,7 @@ def check_prompt(record: dict, where: str) -> Prompt:
     found = named({"responses": [], **given_pair(record, where)})
     if found.get("truncated") is None:  # null: a column that other rows have
         found["truncated"] = [False] * len(found["responses"]) if isinstance(found["responses"], list) else []
-    prompt = checked(found, Prompt, where)
-    if (cuts := len(prompt["truncated"])) != (given := len(prompt["responses"])):
-        problem = f"`truncated` has {cuts} entries for {given} given responses"
-        raise InputError(problem, where=where, remedy="give one for each of them, or leave the field out")
-    return prompt
+    return check_parallel(checked(found, Prompt, where), where, ("truncated",))
 
 
 def named(record: dict) -> dict:
@@ -497,9 +493,9 @@ def check_candidates(record: dict, where: str) -> Candidates:
     return check_parallel(checked(named(record), Candidates, where), where)
 
 
-def check_parallel(record: Record, where: str) -> Record:
+def check_parallel(record: Record, where: str, fields: Iterable[str] = (*PARALLEL, "rewards", WITHOUT_NOISE)) -> Record:
     """Refuse lists that have not one entry for each response."""
-    for field in (*PARALLEL, "rewards", WITHOUT_NOISE):
+    for field in fields:
         if field in record and len(record[field]) != len(record["responses"]):
             problem = f"{len(record['responses'])} `responses` but {len(record[field])} `{field}`"
             raise InputError(problem, where=where, remedy="the lists of a record must be of equal length")

@@ -140,7 +140,9 @@ def test_good_lines_pass_unchanged_and_named(write_lines):
 def test_given_responses_are_whole_unless_the_line_says_otherwise(write_lines):
     path = write_lines([PROMPT, {**PROMPT, "truncated": None}, {"prompt": [USER]}])
     assert [record["truncated"] for _, record in read_prompts(path)] == [[False, False], [False, False], []]
-    with pytest.raises(InputError, match="`truncated` has 1 entries for 2 given responses; give one for each of them"):
+    with pytest.raises(
+        InputError, match="2 `responses` but 1 `truncated`; the lists of a record must be of equal length"
+    ):
         list(read_prompts(write_lines([{**PROMPT, "truncated": [True]}])))
     with pytest.raises(InputError, match="`truncated` is true: should be a valid list"):
         list(read_prompts(write_lines([{**PROMPT, "truncated": True}])))
