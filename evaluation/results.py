@@ -24,7 +24,7 @@ model before training has `final` alone, without `kl`. Results from before this 
 
 A result is valid for a recipe with the same `key`: paths and revisions of the models, hashes of the data files, and
 every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes.
-Sampled responses differ from machine to machine, so a table of runs on different rankings is refused.
+Sampled responses depend on how the engine batches, so a table of runs on different rankings is refused.
 """
 
 import json
@@ -160,7 +160,7 @@ def find(run: Evaluated, scale: str) -> dict | None:
 def refuse_other_rankings(evaluations: list[Evaluated], todo: list[Evaluated], scale: str) -> None:
     """Refuse a table whose trainings saw different rankings where they should have shared one.
 
-    Sampled responses differ from machine to machine. Results from before the field `ranking` do not say.
+    Sampled responses depend on how the engine batches. Results from before the field `ranking` do not say.
 
     Args:
         evaluations: all of the table. Those of `todo` count with the finished ranking that is here, if there is one,

@@ -147,7 +147,7 @@ def test_every_run_once_then_found_again(scripts, tmp_path):
 
 
 def test_a_table_of_two_rankings_is_refused(scripts):
-    """Sampled responses differ from machine to machine. Neither rounding nor the order of the lines matters."""
+    """Responses may have been sampled in other batches. Neither rounding nor the order of the lines matters."""
     path = reproduce.Path("runs/small_safety/ranked/train.jsonl")
     assert reproduce.reproduce("8", "quickstart", "beta0.5") == 0
     scripts.ranked = [{**record, "rewards": [each + 1e-6 for each in record["rewards"]]} for record in scripts.ranked]
