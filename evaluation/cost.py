@@ -59,6 +59,16 @@ def prompt_count(recipe: Recipe, split: str, cost: dict) -> int:
         return cost["prompts"][split]
 
 
+def candidate_count(recipe: Recipe, split: str, cost: dict) -> int:
+    """Number of candidates of a split's prompts; of a file that does not exist, those that are sampled."""
+    sampled = prompt_count(recipe, split, cost) * getattr(recipe.data, split).responses
+    try:
+        given = sum(len(prompt["responses"]) for prompt in load_prompts(recipe, split)[0].values())
+    except InputError:
+        given = 0
+    return sampled + given * recipe.generation.keep_given
+
+
 def tested_prompts(recipe: Recipe, cost: dict) -> int:
     return recipe.evaluation.prompts or prompt_count(recipe.tested(), "test", cost)
 
@@ -94,7 +104,7 @@ def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
         scored = tested * scoring_operations(cost["scorer_weights"], (1 + points) * prompt, samples * response)
     row = step_operations(recipe, cost, prompt, response)
     return {
-        "preparing": prompts * recipe.data.train.responses * 2 * (1 + epochs) * cost["record_seconds"],
+        "preparing": candidate_count(recipe, "train", cost) * 2 * (1 + epochs) * cost["record_seconds"],
         "training": prompts * epochs * row / (cost["training_operations_per_second"] * devices),
         "held-out pairs": pairs * tested * passes_of_a_pair(recipe) * cost["pass_seconds"] / devices,
         "answers": tested * samples * response / (rate * devices),
@@ -106,15 +116,17 @@ def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
 
 def ranking_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
     """Seconds of gene.sh: sampling, and a pass of the reward model, unless a function ranks."""
-    prompts, tokens = 0, 0
+    prompts, sampled, candidates = 0, 0, 0
     for split in SPLITS:
-        if responses := getattr(recipe.data, split).responses:
-            count = prompt_count(recipe, split, cost)
-            prompts, tokens = prompts + count, tokens + count * responses * cost["response_tokens"]
-    operations = scoring_operations(cost["scorer_weights"], prompts * cost["prompt_tokens"], tokens)
+        if count := candidate_count(recipe, split, cost):
+            asked = prompt_count(recipe, split, cost)
+            prompts, candidates = prompts + asked, candidates + count
+            sampled += asked * getattr(recipe.data, split).responses
+    length = cost["response_tokens"]
+    operations = scoring_operations(cost["scorer_weights"], prompts * cost["prompt_tokens"], candidates * length)
     speed = cost["scoring_operations_per_second"] * cost["devices"]
     return {
-        "candidates": tokens / (cost["tokens_per_second"] * cost["devices"]),
+        "candidates": sampled * length / (cost["tokens_per_second"] * cost["devices"]),
         "ranking": 0.0 if recipe.models.reward.function else operations / speed,
     }
 
@@ -155,7 +167,7 @@ def estimate(todo: list[Evaluated], judged: list[Evaluated], cost: dict) -> list
 def lines_of(parts: dict[str, float], recipes: list[Recipe], cost: dict) -> list[str]:
     """Hours of each part and of all, GPU-hours (or hours of a CPU), disk, and what is assumed."""
     texts = sum(
-        10 * prompt_count(recipe, "train", cost) * recipe.data.train.responses * cost["response_tokens"]
+        10 * candidate_count(recipe, "train", cost) * cost["response_tokens"]
         for recipe in {recipe.candidates("train"): recipe for recipe in recipes}.values()
     )
     disk = texts + sum(disk_bytes(recipe, cost) for recipe in recipes)

@@ -52,10 +52,15 @@ def test_hours_with_a_model_that_scores_and_all_weights_by_hand():
 
 
 def test_hours_of_the_ranking_by_hand():
-    """The quickstart's test prompts get no responses, so they are not scored."""
+    """The test prompts get no responses, so they are not scored. Given responses are scored and not sampled."""
     assert cost.ranking_seconds(recipe_of(), RATES) == {
         "candidates": 7 * 6 * 5 / (8 * 2),
         "ranking": 2 * 50 * (7 * 10 + 7 * 6 * 5) / (500 * 2),
+    }
+    lists = [f"data.train.path={REPOSITORY}/data/testbed/reviews_lists.jsonl", "data.train.limit=4"]
+    assert cost.ranking_seconds(recipe_of(*lists, "data.train.responses=3"), RATES) == {
+        "candidates": 4 * 3 * 5 / (8 * 2),
+        "ranking": 2 * 50 * (4 * 10 + 4 * (8 + 3) * 5) / (500 * 2),
     }
     function = cost.ranking_seconds(recipe_of("models.reward.function=sentiment"), RATES)
     assert function["ranking"] == 0
