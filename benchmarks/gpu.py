@@ -14,7 +14,7 @@ pass and the backward pass without the gradients of frozen weights) count every 
 prompt is shared.
 
 All responses of a case have one length: nothing is padded, which favours TRL and separate rows. The last line of a case
-also compares what sharing saves under sdpa with what `hps/row_costs.py` expects.
+also compares what sharing saves with what `hps/row_costs.py` expects.
 
 Aims for `auto`, what a recipe gets: pairs at 170/300 at least 1.2 times TRL, lists of 8 at least 2.5 times separate
 rows, nothing below 1.0.
@@ -47,10 +47,11 @@ DEVICE = "cuda" if CUDA else "cpu"
 PROMPTS, RESPONSES, LISTS = (170, 600, 1500), (50, 300, 1000), (8, 100)  # tokens, tokens, responses
 TINY_PROMPTS, TINY_RESPONSES, TINY_LISTS = (9, 20), (5,), (3,)
 torch.backends.cuda.enable_cudnn_sdp(False)  # as in training (hps.shared_prefix.prove)
-# The last is what a recipe gets: on CUDA flex attention.
+# The last is what a recipe gets: on CUDA flex attention, where sharing is estimated to be faster.
 WAYS = {
     "separate rows": ["training.shared_prefix=false"],
     "shared prompt, sdpa": ["training.attention=sdpa"],
+    **({"shared prompt, flex": ["training.attention=flex"]} if CUDA else {}),
     "auto": ["training.attention=auto"],
 }
 AIMS = {("pairs", 170, 300): 1.2, ("lists", 8): 2.5}
@@ -196,12 +197,14 @@ def verdict(kind: str, case: Case, lines: list[dict]) -> str:
 
 
 def sharing(case: Case, lines: list[dict]) -> str:
-    """Seconds of separate over shared rows under sdpa, measured and by `hps/row_costs.py`."""
+    """Seconds of separate over shared rows, measured and by `hps/row_costs.py`."""
     seconds = {line["way"]: line.get("s / step", float("nan")) for line in lines}
-    costs = RowCosts.of(shape(case.name), adapter=True, checkpointing=case.checkpointed)
-    texts = [case.prompt] * case.prompts, [[case.response] * case.count] * case.prompts
-    measured = seconds["ours, separate rows"] / seconds["ours, shared prompt, sdpa"]
-    return f"separate over shared {measured:.2f}, estimated {costs.separate(*texts) / costs.shared(*texts):.2f}"
+    texts, found = ([case.prompt] * case.prompts, [[case.response] * case.count] * case.prompts), []
+    for name in ("sdpa", "flex"):
+        costs = RowCosts.of(shape(case.name), adapter=True, checkpointing=case.checkpointed, flex=name == "flex")
+        measured = seconds["ours, separate rows"] / seconds.get(f"ours, shared prompt, {name}", float("nan"))
+        found.append(f"{name} {measured:.2f}, estimated {costs.separate(*texts) / costs.shared(*texts):.2f}")
+    return "separate over shared rows: " + "; ".join(found)
 
 
 def run(kind: str, shapes: list[str], times: int, texts: list[tuple[int, int, int]], prompts: int, tiny: bool) -> None:

@@ -22,7 +22,7 @@ from functools import wraps
 from itertools import accumulate, chain
 from os.path import commonprefix
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -391,8 +391,13 @@ def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
     if "segments" not in rows:
         given = rows.get("attention_mask")
         # Padding is at the right, where no token sees it. Without a mask sdpa takes flash attention on CUDA, and flash
-        # attention does not take the padding out and put it back in every layer.
-        if given is not None and given.is_cuda and model.config._attn_implementation.startswith(("sdpa", "flash")):
+        # attention does not take the padding out and put it back in every layer. `flex_on_grid` calls sdpa.
+        named = model.config._attn_implementation
+        if given is not None and named == "flex_attention":
+            ALL_ATTENTION_FUNCTIONS[named] = flex_on_grid
+            given = cast(Any, torch.empty(1, 1, 1, 1, device=given.device))  # of four dimensions: a class leaves it
+            given.causal = True
+        elif given is not None and given.is_cuda and named.startswith(("sdpa", "flash")):
             given = None
         return {"input_ids": rows["input_ids"], "attention_mask": given, "use_cache": False}
     if model.config._attn_implementation == "flex_attention":
@@ -501,8 +506,11 @@ def block_attention(module, query, key, value, attention_mask, **settings):
 def flex_on_grid(module, query, key, value, attention_mask, **settings):
     """The library's flex attention, the row filled up to the length of its mask, for which a kernel is compiled.
 
-    On a CPU it is not compiled, which takes long and has no backward pass there: right, slow, for trials.
+    On a CPU it is not compiled, which takes long and has no backward pass there: right, slow, for trials. Separate rows
+    have the library's sdpa, which is flash attention on CUDA; here each of their lengths would need a kernel.
     """
+    if getattr(attention_mask, "causal", False):
+        return sdpa_attention_forward(module, query, key, value, None, **settings)
     config: Any = torch._dynamo.config
     # These settings belong to a thread, and the one of the backward pass computes layers again.
     if config.recompile_limit != FLEX_KERNELS:

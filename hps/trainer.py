@@ -217,16 +217,16 @@ class PlanCollator:
             layout: that the class of models is proven to allow (`hps.shared_prefix.prove`).
             shape: the model's configuration.
             adapter: an adapter trains, not the model's weights.
-            estimate: on CUDA, sdpa shares prompts only where that is estimated to be faster; flex attention always.
+            estimate: on CUDA, prompts are shared only where that is estimated to be faster.
         """
         costs, budget, cuda = None, config.row_tokens, torch.cuda.is_available() and not config.use_cpu
         if not config.shared_prefix:
             layout = replace(layout, shared=0, reason="`shared_prefix` is false")
-        if shape._attn_implementation == "flex_attention":
+        if flex := shape._attn_implementation == "flex_attention":
             budget = ONE_ROW  # it computes nothing between the prompts of a row
-        elif cuda and estimate:
+        if cuda and estimate:
             with suppress(AttributeError, TypeError):  # no sizes of Llama's kind of layers: prompts are shared
-                costs = RowCosts.of(shape.get_text_config(), adapter, bool(config.gradient_checkpointing))
+                costs = RowCosts.of(shape.get_text_config(), adapter, bool(config.gradient_checkpointing), flex)
         return cls(pad_token_id, layout, budget, cuda, costs)
 
     def __call__(self, examples: list[dict]) -> dict:

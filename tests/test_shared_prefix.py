@@ -399,7 +399,7 @@ def test_a_limit_divides_the_rows():
 def test_the_cost_divides_the_rows():
     """A token costs 100, a causal pair 1, a masked one 8: a prompt of 2 with 3 + 3 tokens takes 800 + 2 + 240 together
     and 2 x (500 + 12.5) apart, with 2 + 2 tokens 600 + 2 + 128 and 2 x (400 + 8)."""
-    costs = RowCosts(token=100.0, causal=1.0, masked=8.0)
+    costs = RowCosts(token=100.0, causal=1.0, masked=8.0, apart=0.0, together=0.0, prompt=0.0, flex=False)
     for layout, size, kind in (
         (Layout(ANY, ANY, True, ""), 2, "segments"),
         (Layout(ANY, ANY, True, ""), 3, "attention_mask"),
@@ -578,6 +578,37 @@ def test_flex_attentions_values_are_those_of_separate_rows(name, dtype):
         for budget in (None, 10**9):
             found = response_log_probs(model, shared_rows(prompts, responses, pad=0, budget=budget))
             assert_close(found, expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+
+
+def test_separate_rows_under_flex_attention_have_sdpa(monkeypatch):
+    """Values and gradients, under gradient checkpointing too."""
+    model = model_of(ARCHITECTURES["llama"])
+    rows = separate_rows(PROMPTS, RESPONSES, pad=0)
+    weights = torch.linspace(-1, 1, len(rows["sizes"]), dtype=torch.float64)
+    expected = by_hand(model, PROMPTS, RESPONSES)
+    gradients = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
+    model.set_attn_implementation("flex_attention")
+    assert prove(model, 2048) == Layout(ANY, ANY, True, "")
+    monkeypatch.setattr(shared_prefix, "flex_attention_forward", None)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found = response_log_probs(model, rows)
+        assert_close(found, expected, rtol=1e-12, atol=0)
+        assert_close(torch.autograd.grad((found * weights).sum(), list(model.parameters())), gradients)
+
+
+def test_scores_that_sdpa_does_not_cap_are_not_padded_under_flex_attention():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    config = Gemma2Config(vocab_size=90, num_key_value_heads=2, **sizes)
+    layouts = {}
+    for cap in (None, 50.0):
+        config.attn_logit_softcapping = cap
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="flex_attention")
+        layouts[cap] = prove(model, 2048)
+    assert layouts[None].padded == ANY and layouts[50.0].padded == 0
+    assert layouts[None].shared == layouts[50.0].shared == ANY
 
 
 @pytest.mark.parametrize(("attention", "close"), [("sdpa", 1e-9), ("eager", 1e-4)])  # eager's soft-max is in float32

@@ -411,20 +411,21 @@ def test_flex_attention_is_refused_where_it_cannot_train(ranked_recipe):
 def test_rows_on_cuda(ranked_recipe, monkeypatch):
     """On a grid; where `auto` chooses, by their cost. On a CPU neither."""
     shape = AutoConfig.from_pretrained(REPOSITORY / "configs/shapes/llama-3-8b.json")
-    costs = RowCosts.of(shape, adapter=True, checkpointing=True)
+    costs, of_flex = (RowCosts.of(shape, adapter=True, checkpointing=True, flex=flex) for flex in (False, True))
     layout = Layout(math.inf, math.inf, True, "")
     settings = ["training.gradient_checkpointing=true"]
-    recipes = [ranked_recipe(f"training.attention={named}", *settings) for named in ("auto", "sdpa", "flex")]
+    recipes = [ranked_recipe(f"training.attention={named}", *settings) for named in ("auto", "sdpa", "flex", "auto")]
     configs = [training_config(recipe, 1) for recipe in recipes]
 
     def made() -> list[PlanCollator]:
         found = []
-        for recipe, config, named in zip(recipes, configs, ("sdpa", "sdpa", "flex_attention"), strict=True):
+        for recipe, config, named in zip(recipes, configs, ("sdpa", "sdpa", *["flex_attention"] * 2), strict=True):
             shape._attn_implementation = named
             found.append(PlanCollator.of(layout, shape, 0, config, True, recipe.training.attention == "auto"))
         return found
 
-    assert made() == [PlanCollator(0, layout), PlanCollator(0, layout), PlanCollator(0, layout, shared_prefix.ONE_ROW)]
+    in_one = PlanCollator(0, layout, shared_prefix.ONE_ROW)
+    assert made() == [PlanCollator(0, layout), PlanCollator(0, layout), in_one, in_one]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for config in configs:
         config.use_cpu = False
@@ -432,13 +433,17 @@ def test_rows_on_cuda(ranked_recipe, monkeypatch):
         PlanCollator(0, layout, None, gridded=True, costs=costs),
         PlanCollator(0, layout, None, gridded=True),
         PlanCollator(0, layout, shared_prefix.ONE_ROW, gridded=True),
+        PlanCollator(0, layout, shared_prefix.ONE_ROW, gridded=True, costs=of_flex),
     ]
     example = {"prompt_ids": [1] * 170, "response_ids": [[2] * 1000] * 2}
-    by_cost, shared, _ = made()
+    by_cost, shared, flex, flex_by_cost = made()
     assert by_cost.rows([example])["input_ids"].shape == (2, 1216)  # 1,170 on the grid
     assert shared.rows([example])["input_ids"].shape == (2, 1216)  # 2,170 are split
     example = {"prompt_ids": [1] * 170, "response_ids": [[2] * 300] * 2}
     assert by_cost.rows([example])["input_ids"].shape == (2, 480)
+    assert flex.rows([example])["input_ids"].shape == (1, 800)  # 770 on the grid
+    assert flex_by_cost.rows([example])["input_ids"].shape == (2, 480)  # launching takes longer than 770 tokens
+    assert flex_by_cost.rows([example] * 4)["input_ids"].shape == (1, 3200)  # 3,080 on the grid
     example = {"prompt_ids": [1] * 600, "response_ids": [[2] * 300] * 8}
     assert by_cost.rows([example])["input_ids"].shape == (2, 1856)  # 1,800 on the grid; apart there would be 8 rows
 
@@ -471,7 +476,7 @@ def test_a_reference_of_another_precision_is_another(ranked_recipe):
     folders.append(cache_folder(recipe, trainer))
     trainer.data_collator.gridded = True
     folders.append(cache_folder(recipe, trainer))
-    trainer.data_collator.costs = RowCosts(3.0, 2.0, 1.0)
+    trainer.data_collator.costs = RowCosts(3.0, 2.0, 1.0, 0.0, 0.0, 0.0, False)
     folders.append(cache_folder(recipe, trainer))
     assert len(set(folders)) == 7
     assert cache_folder(recipe, trainer) == folders[-1]
