@@ -20,14 +20,16 @@ class CommonLoss(Section):
     A setting that the chosen method does not read must keep its default.
     """
 
-    family: str = Field("dpo", description=f"one of {', '.join(FAMILIES)}")
+    family: str = Field("dpo", description="the reward parameterisation: a family of docs/methods.md")
     preference: str = Field(
         "hps",
         description="bt (a pair), pl (a list), hps (y_1 against a hard negative), pairs (all pairs of a list) or lipo",
     )
     beta: float = Field(0.1, gt=0, description="beta of Eq. 3; tau of IPO, 1/eta of SPPO; SimPO has its own")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo and simpo: probability that a label is wrong")
-    smoothing: Literal["cdpo", "rdpo"] = Field("cdpo", description="with it: cDPO's loss, or rDPO's unbiased one")
+    smoothing: Literal["cdpo", "rdpo"] = Field(
+        "cdpo", description="how label_smoothing is applied: cDPO's loss, or rDPO's unbiased one"
+    )
     nll: float = Field(0.0, ge=0, description="weight of -log pi(y_1) per token of y_1, which is added to the loss")
 
     estimator: Literal["sampled", "exact"] = Field("sampled", description="hps: draw negatives, or sum over all")

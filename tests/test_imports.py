@@ -6,9 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from conftest import REPOSITORY
 
-FOLDERS = (
-    *("alignment", "annotation", "data", "evaluation", "generation", "hps", "pipeline", "report", "theory", "tools"),
-)
+FOLDERS = sorted(path.parent.name for path in REPOSITORY.glob("*/__init__.py"))
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
     for folder in FOLDERS
@@ -44,3 +42,10 @@ def test_the_library_knows_no_stage():
     for name, path in MODULES.items():
         if name.startswith("hps."):
             assert {each for each in imported(path.read_text(encoding="utf-8")) if not each.startswith("hps.")} == set()
+
+
+def test_the_registry_needs_no_torch():
+    for module in ("methods", "combinations", "settings", "errors"):
+        tree = ast.walk(ast.parse(MODULES[f"hps.{module}"].read_text(encoding="utf-8")))
+        names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+        assert "torch" not in names | {node.module for node in tree if isinstance(node, ast.ImportFrom)}

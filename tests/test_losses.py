@@ -32,7 +32,7 @@ from hps.losses import (
     sppo_pair_loss,
     win_probability,
 )
-from hps.methods import FAMILIES, LISTS, constants, methods
+from hps.methods import FAMILIES, LISTS, methods
 from hps.negatives import hardness_weights, negative_weights
 from hps.settings import Loss
 
@@ -455,13 +455,14 @@ def test_uneven_lists_by_brute_force(family, preference, variant):
 @pytest.mark.parametrize(
     ("family", "factor_n", "smoothing"),
     [
-        *itertools.product(("dpo", "simpo"), (False, True), (0.0, 0.2)),
-        *itertools.product(("exo", "ipo", "sppo", "nca", "slic", "rebel", "rpo"), (False,), (0.0,)),
-        ("exo", True, 0.0),
+        (name, factor_n, smoothing)
+        for name, family in FAMILIES.items()
+        for factor_n in (False, True)[: 1 + family.factor_n]
+        for smoothing in (0.0, 0.2)[: 1 + family.inside_log]
     ],
 )
 def test_exact_hps_by_brute_force(family, factor_n, smoothing):
-    """dpo and simpo: Eq. 8 and 10 as printed; the others: the q-weighted mean of pair losses."""
+    """With the mixture inside the logarithm Eq. 8 and 10 as printed; else the q-weighted mean of pair losses."""
     loss, batch = Loss(family=family, factor_n=factor_n, label_smoothing=smoothing), batch_of()
     losses = preference_loss(loss, **batch)
     for place, size in enumerate(batch["mask"].sum(dim=1).tolist()):
@@ -469,7 +470,7 @@ def test_exact_hps_by_brute_force(family, factor_n, smoothing):
         gaps = (batch["annotated"][place, :1] - batch["annotated"][place, 1:size]).tolist()
         q = batch["log_weights"][place, 0, 1:size].exp().tolist()
         n = size - 1 if factor_n else 1
-        if family in ("dpo", "simpo"):
+        if FAMILIES[family].inside_log:
             mixture = n * sum(w * math.exp(x) for w, x in zip(q, others, strict=True))
             right = math.exp(best) / (math.exp(best) + mixture)
             expected = -(1 - smoothing) * math.log(right) - smoothing * math.log(1 - right)
@@ -627,7 +628,7 @@ def test_large_gamma_is_the_pair_loss_against_the_highest_reward(family):
     assert 0 < near < abs(hps(loss, scores, weights_of(annotated, 2.0)).item() - limit)
     worst = hps(loss, scores, weights_of(annotated, -1000.0)).item()
     assert worst == pytest.approx(brute_force_pair(loss, 0.5, 0.3), rel=1e-12)
-    if family in ("dpo", "simpo", "exo"):
+    if FAMILIES[family].factor_n:
         with_factor = hps(Loss(family=family, factor_n=True), scores, weights_of(annotated, 1000.0)).item()
         assert with_factor == pytest.approx(brute_force_pair(loss, 0.5, -1.0 + LOG_3), rel=1e-12)
 
@@ -661,7 +662,7 @@ def test_mean_of_the_sampled_loss_is_its_enumeration_and_not_above_the_exact(fam
     mean = (log_weights[0, 1:].exp() * sampled).sum()
     assert abs(sampled[torch.tensor(draws)].mean() - mean) < 5 * sampled.std() / math.sqrt(20_000)
     exact = hps(loss, scores, log_weights)
-    if family in ("dpo", "simpo"):
+    if FAMILIES[family].inside_log:
         assert exact > mean + 1e-3
     else:
         torch.testing.assert_close(exact, mean)
@@ -743,19 +744,8 @@ def test_appendix_e_by_hand():
 # ---- all methods ----
 
 
-def test_every_family_has_formulas_and_its_constants_are_settings():
-    """Registry, table and settings name the same; a default has one home."""
-    assert list(FAMILIES) == list(FORMULAS)
-    assert {name: constant.default for name, constant in constants().items()} == {
-        name: getattr(Loss(), name) for name in constants()
-    }
-    assert all(name.startswith(f"{family}_") for family, entry in FAMILIES.items() for name in entry.constants)
-
-
 def loss_of(family: str, preference: str) -> Loss:
-    return Loss(
-        family=family, preference=preference, factor_n=preference == "hps" and family in ("dpo", "exo", "simpo")
-    )
+    return Loss(family=family, preference=preference, factor_n=preference == "hps" and FAMILIES[family].factor_n)
 
 
 @pytest.mark.parametrize(("family", "preference"), METHODS)

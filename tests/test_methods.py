@@ -1,7 +1,11 @@
 """All methods train a tiny model from their recipe: the loss falls, and all that should move does, no more."""
 
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -188,6 +192,48 @@ def test_a_constant_is_named_after_its_family(hinge, monkeypatch, name):
     monkeypatch.setitem(registry.FAMILIES, "hinge", registry.Family({name: registry.Constant(1.0, "a constant")}))
     with pytest.raises(ValueError, match=f"the constant `{name}` of the family hinge must be called `hinge_...`"):
         registry.constants()
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_the_page_says_all_that_a_new_loss_needs(tmp_path):
+    """The three edits, the constant and "Before you commit it" in a copy of the repository: its own command passes."""
+    for name in subprocess.check_output(["git", "ls-files"], cwd=REPOSITORY, text=True).split():
+        if not name.startswith("results/"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPOSITORY / name, tmp_path / name)
+    (tmp_path / "models").symlink_to(REPOSITORY / "models")
+    formula, row, entry = edits()
+    formula = formula.replace("worst: torch.Tensor)", "worst: torch.Tensor, margin: float)").replace(
+        "(1 -", "(margin -"
+    )
+    row = row.replace("hinge_loss(best, worst)", "hinge_loss(best, worst, loss.hinge_margin)")
+    (constant,) = re.findall(r"`Family\((\{.*?\}), preferences", PAGE, flags=re.DOTALL)
+    entry = entry.replace("Family(", f"Family({' '.join(constant.split())}, ")
+    in_plain_python = "    if loss.family == 'hinge':\n        return max(0.0, loss.hinge_margin - w + l) ** 2\n"
+    for path, before, added in (
+        ("hps/losses.py", "\n\nFORMULAS = {\n", f"\n\n{formula}"),
+        ("hps/losses.py", '    "exo": Formulas(', textwrap.indent(row, "    ")),
+        ("hps/methods.py", '    "exo": Family(', textwrap.indent(entry, "    ")),
+        ("docs/methods.md", "| ipo | `s` |", "| hinge | `rho = beta s` | ... | none | arXiv 2402.05749 |\n"),
+        ("tests/test_losses.py", '    if loss.family == "slic":\n', in_plain_python),
+        ("tests/test_recipe.py", '    "loss.exo_epsilon": (', '    "loss.hinge_margin": (1e-9, None),\n'),
+        ("tests/test_recipe.py", '    "loss.exo_epsilon": 1e-3', '    "loss.hinge_margin": 1.0,\n'),
+    ):
+        text = (tmp_path / path).read_text()
+        assert text.count(before) == 1, (path, before)
+        (tmp_path / path).write_text(text.replace(before, added + before))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def python(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    (tmp_path / "docs/recipe.md").write_text(python("-m", "pipeline.recipe", "--fields"))
+    (command,) = re.findall(r"^\.venv-train/bin/python (-m pytest tests/test_losses.*)$", PAGE, flags=re.MULTILINE)
+    python(*command.split(), "-q", "-p", "no:cacheprovider", "-m", "not full and not slow")
 
 
 def test_a_misspelt_bound_is_refused():

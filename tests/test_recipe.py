@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from hps.combinations import readers
 from hps.errors import InputError
-from hps.methods import constants, methods
+from hps.methods import methods
 from hps.settings import Loss
 from pipeline.recipe import CHOICES, as_dict, as_yaml, fields, fields_page, load_recipe
 
@@ -242,12 +242,6 @@ def numbers() -> dict[str, type]:
         if found:
             kinds[key] = found[0]
     return kinds
-
-
-# A family that is added has its bounds and defaults in the registry alone.
-for _key in numbers():
-    if _key.removeprefix("loss.") in constants():
-        BOUNDS.setdefault(_key, (None, None))
 
 
 def beyond() -> list[tuple[str, Any]]:
@@ -552,7 +546,3 @@ def test_every_method_loads_from_the_quickstart(family, preference):
         REPOSITORY / "configs/quickstart.yaml", [f"loss.family={family}", f"loss.preference={preference}"]
     )
     assert recipe.run == f"{family}-{preference}"
-
-
-for _name, _constant in constants().items():
-    PAPER.setdefault(f"loss.{_name}", _constant.default)
