@@ -395,7 +395,7 @@ def backbone_inputs(model, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
         named = model.config._attn_implementation
         if given is not None and named == "flex_attention":
             ALL_ATTENTION_FUNCTIONS[named] = flex_on_grid
-            given = cast(Any, torch.empty(1, 1, 1, 1, device=given.device))  # of four dimensions: a class leaves it
+            given = cast(Any, torch.zeros(1, 1, 1, 1, device=given.device))  # of four dimensions: a class leaves it
             given.causal = True
         elif given is not None and given.is_cuda and named.startswith(("sdpa", "flash")):
             given = None
@@ -511,6 +511,8 @@ def flex_on_grid(module, query, key, value, attention_mask, **settings):
     """
     if getattr(attention_mask, "causal", False):
         return sdpa_attention_forward(module, query, key, value, None, **settings)
+    if not isinstance(attention_mask, BlockMask) or attention_mask.mask_mod.__module__ != __name__:  # of `generate`
+        return flex_attention_forward(module, query, key, value, attention_mask, **settings)
     config: Any = torch._dynamo.config
     # These settings belong to a thread, and the one of the backward pass computes layers again.
     if config.recompile_limit != FLEX_KERNELS:

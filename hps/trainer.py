@@ -217,14 +217,15 @@ class PlanCollator:
             layout: that the class of models is proven to allow (`hps.shared_prefix.prove`).
             shape: the model's configuration.
             adapter: an adapter trains, not the model's weights.
-            estimate: on CUDA, prompts are shared only where that is estimated to be faster.
+            estimate: on CUDA, in half precision, prompts are shared only where that is estimated to be faster.
         """
         costs, budget, cuda = None, config.row_tokens, torch.cuda.is_available() and not config.use_cpu
         if not config.shared_prefix:
             layout = replace(layout, shared=0, reason="`shared_prefix` is false")
         if flex := shape._attn_implementation == "flex_attention":
             budget = ONE_ROW  # it computes nothing between the prompts of a row
-        if cuda and estimate:
+        half = config.bf16 or config.fp16 or shape.dtype in (torch.bfloat16, torch.float16)
+        if cuda and estimate and half and layout.shared:
             with suppress(AttributeError, TypeError):  # no sizes of Llama's kind of layers: prompts are shared
                 costs = RowCosts.of(shape.get_text_config(), adapter, bool(config.gradient_checkpointing), flex)
         return cls(pad_token_id, layout, budget, cuda, costs)

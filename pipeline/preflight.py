@@ -16,6 +16,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from alignment.checks import check_attention, check_wandb, try_lora
 from alignment.memory import (
     architecture,
@@ -69,13 +71,18 @@ def attempt(lines: list[str], dry_run: bool, title: str, check: Callable, *argum
         lines.append(f"{title}: MISSING: {error}")
 
 
-def model_lines(role: str, model: Model, dry_run: bool) -> list[str]:
-    """Where a model is. InputError: it is missing, or a reward model with the wrong number of labels."""
+def model_lines(role: str, model: Model, dry_run: bool, downloads: dict[str, int]) -> list[str]:
+    """Where a model is. InputError: it is missing, or a reward model with the wrong number of labels.
+
+    Args:
+        downloads: gets the bytes of a model that the hub's cache lacks.
+    """
     check_model(model, f"models.{role}")
     local = Path(model.path).is_dir()
     kind = "local folder" if local else f"hub, revision {model.revision or 'open'}"
     if not local:
         size = hub_bytes(model, f"`models.{role}.path`: {model.path}")
+        downloads[model.path] = size or 0
         kind += "; not looked up, the hub cannot be reached" if size is None else f", {size / 1e9:.1f} GB to download"
     if role in SCORERS and (local or not dry_run):
         models.check_labels(model, role)
@@ -195,7 +202,7 @@ def machine_lines(stage: str, recipe: Recipe, dry_run: bool) -> list[str]:
     elif recipe.training.attention == "flex":
         check_compiler("`training.attention: flex`")
     elif recipe.training.may_be_flex and recipe.lora.enabled and (problem := compiler_problem()):
-        lines.append(f"WARNING: attention: sdpa, and not the faster flex attention, because {problem}; {NEED_COMPILER}")
+        lines.append(f"WARNING: attention: sdpa, and not flex attention, because {problem}; {NEED_COMPILER}")
     if stage == "run" and not dry_run:
         check_meeting_point()
     written, free = bytes_written(stage, recipe), free_disk(Path(recipe.output))
@@ -310,9 +317,13 @@ def preflight(stage: str, recipe: Recipe, dry_run: bool) -> None:
         path, name = located(scorer.function)
         lines.append(f"{role}: function {name} of {shown(path)}")
     roles = [role for role in roles if role not in functions]
+    downloads: dict[str, int] = {}
     for role in roles:
         model: Model = getattr(recipe.models, role)
-        lines += attempt(lines, dry_run, f"{role}: {model.path}", model_lines, role, model, dry_run) or []
+        lines += attempt(lines, dry_run, f"{role}: {model.path}", model_lines, role, model, dry_run, downloads) or []
+    if total := sum(downloads.values()):
+        cache = Path(constants.HF_HUB_CACHE)
+        lines.append(room_line("disk, to download", total, free_disk(cache), f"below {shown(cache)}"))
     lines += machine_lines(stage, recipe, dry_run)
     plan = {"gene": gene_plan, "run": run_plan, "evaluate": evaluate_plan}[stage]
     lines += [*scorer_lines(stage, recipe), *plan(recipe, dry_run)]

@@ -195,7 +195,7 @@ class Training(Section):
     processes: int | None = Field(None, ge=1, description="null: one for each GPU, one on a CPU")
     deepspeed: str | None = Field(None, description="a file of configs/deepspeed/")
     attention: Attention = Field(
-        "auto", description="auto: flex for LoRA on CUDA, else sdpa; flash where prompts are not shared"
+        "auto", description="auto: on CUDA flex for LoRA, and separate rows where these are faster; else sdpa"
     )
     gradient_checkpointing: bool | None = Field(
         None, description="compute activations twice and keep few of them (null: unless the GPU has room for all)"

@@ -238,12 +238,23 @@ def test_without_a_network_nothing_is_refused(hub, monkeypatch):
 def test_a_dry_run_lists_what_the_hub_refuses(hub):
     hub.raises = errors.RepositoryNotFoundError("404", response=response(404))
     lines = []
-    arguments = ("policy", MODEL, True)
+    arguments = ("policy", MODEL, True, {})
     assert preflight.attempt(lines, True, "policy: org/model", preflight.model_lines, *arguments) is None
     (line,) = lines
     assert line.startswith("policy: org/model: MISSING: `models.policy.path`: org/model: the hub has no such model")
     with pytest.raises(InputError):
-        preflight.attempt(lines, False, "policy: org/model", preflight.model_lines, "policy", MODEL, False)
+        preflight.attempt(lines, False, "policy: org/model", preflight.model_lines, "policy", MODEL, False, {})
+
+
+@pytest.mark.parametrize(("free", "warned"), [(9, False), (7, True)])
+def test_what_is_downloaded_must_fit(hub, monkeypatch, capsys, free, warned):
+    """7 bytes, once for both roles."""
+    monkeypatch.setattr(preflight, "free_disk", lambda folder: free)
+    roles = [f"models.{role}.path=org/model" for role in ("policy", "generator")]
+    preflight.preflight("evaluate", load_recipe("configs/quickstart.yaml", roles), dry_run=True)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "to download: " in line]
+    assert line.startswith("plan: disk, to download: 0.0 GB, 0.0 GB free below ")
+    assert ("WARNING: this may not be enough" in line) == warned
 
 
 # ---- the plan's lines ----

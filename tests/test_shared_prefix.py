@@ -599,6 +599,21 @@ def test_separate_rows_under_flex_attention_have_sdpa(monkeypatch):
         assert_close(torch.autograd.grad((found * weights).sum(), list(model.parameters())), gradients)
 
 
+def test_generation_goes_on_after_rows_under_flex_attention():
+    """Its masks are not ours: as many keys as the cache has, and one query."""
+    model = small_llama()
+    model.set_attn_implementation("flex_attention")
+    tokens = torch.tensor([[3, 14, 15, 9]])
+
+    def generated() -> list[int]:
+        options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+        return model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0].tolist()
+
+    before = generated()
+    assert prove(model, 2048).shared == ANY
+    assert generated() == before
+
+
 def test_scores_that_sdpa_does_not_cap_are_not_padded_under_flex_attention():
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
     config = Gemma2Config(vocab_size=90, num_key_value_heads=2, **sizes)

@@ -409,7 +409,7 @@ def test_flex_attention_is_refused_where_it_cannot_train(ranked_recipe):
 
 
 def test_rows_on_cuda(ranked_recipe, monkeypatch):
-    """On a grid; where `auto` chooses, by their cost. On a CPU neither."""
+    """On a grid; in half precision, where `auto` chooses, by their cost. On a CPU neither."""
     shape = AutoConfig.from_pretrained(REPOSITORY / "configs/shapes/llama-3-8b.json")
     costs, of_flex = (RowCosts.of(shape, adapter=True, checkpointing=True, flex=flex) for flex in (False, True))
     layout = Layout(math.inf, math.inf, True, "")
@@ -429,6 +429,9 @@ def test_rows_on_cuda(ranked_recipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for config in configs:
         config.use_cpu = False
+    assert [each.costs for each in made()] == [None] * 4  # fp32 has no flash attention
+    for config in configs:
+        config.bf16 = True
     assert made() == [
         PlanCollator(0, layout, None, gridded=True, costs=costs),
         PlanCollator(0, layout, None, gridded=True),
