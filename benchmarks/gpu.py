@@ -50,6 +50,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # as in training (hps.shared_prefix
 # The last is what a recipe gets: on CUDA flex attention, where sharing is estimated to be faster.
 WAYS = {
     "separate rows": ["training.shared_prefix=false"],
+    "separate rows, sdpa": ["training.shared_prefix=false", "training.attention=sdpa"],
     "shared prompt, sdpa": ["training.attention=sdpa"],
     **({"shared prompt, flex": ["training.attention=flex"]} if CUDA else {}),
     "auto": ["training.attention=auto"],
@@ -202,7 +203,7 @@ def sharing(case: Case, lines: list[dict]) -> str:
     texts, found = ([case.prompt] * case.prompts, [[case.response] * case.count] * case.prompts), []
     for name in ("sdpa", "flex"):
         costs = RowCosts.of(shape(case.name), adapter=True, checkpointing=case.checkpointed, flex=name == "flex")
-        measured = seconds["ours, separate rows"] / seconds.get(f"ours, shared prompt, {name}", float("nan"))
+        measured = seconds["ours, separate rows, sdpa"] / seconds.get(f"ours, shared prompt, {name}", float("nan"))
         found.append(f"{name} {measured:.2f}, estimated {costs.separate(*texts) / costs.shared(*texts):.2f}")
     return "separate over shared rows: " + "; ".join(found)
 

@@ -16,8 +16,9 @@ The formulas, with the names of the rates:
     preparing    record_seconds for each response of a record that is read: twice for the plan, twice in each epoch
     training     passes of prompt + responses of a step (`responses_per_prompt`), the reference's too, /
                  (training_operations_per_second x devices)
-    held-out     pass_seconds for a pair and each of reference, policy and kept adapters, / devices
-    divergence   pass_seconds for a prompt's answers, of policy and reference, / devices
+    held-out     a pass of prompt and pair for reference, policy and each kept adapter, in fp32, /
+                 (evaluation_operations_per_second x devices)
+    divergence   a pass of prompt and answers for policy and reference, likewise
     start        start_seconds for each start of a script's stages
     judge        a verdict: one pass of judge_weights over rubric_tokens + prompt + response, verdict_tokens new ones at
                  judge_tokens_per_second of a device; verdicts: test prompts x models x answers x repeats
@@ -36,7 +37,7 @@ from statistics import fmean
 
 import yaml
 
-from alignment.memory import architecture, count_weights, responses_per_prompt
+from alignment.memory import GIVEN, architecture, count_weights, responses_per_prompt
 from evaluation.matrix import MATRIX, load_matrix
 from evaluation.results import Evaluated
 from hps.chat import load_tokenizer, prompt_token_ids
@@ -60,12 +61,13 @@ def prompt_count(recipe: Recipe, split: str, cost: dict) -> int:
 
 
 def candidate_count(recipe: Recipe, split: str, cost: dict) -> int:
-    """Number of candidates of a split's prompts; of a file that does not exist, those that are sampled."""
-    sampled = prompt_count(recipe, split, cost) * getattr(recipe.data, split).responses
+    """Number of candidates of a split's prompts; a file that does not exist is assumed to have two given ones each."""
+    count = prompt_count(recipe, split, cost)
+    sampled = count * getattr(recipe.data, split).responses
     try:
         given = sum(len(prompt["responses"]) for prompt in load_prompts(recipe, split)[0].values())
     except InputError:
-        given = 0
+        given = GIVEN * count
     return sampled + given * recipe.generation.keep_given
 
 
@@ -79,14 +81,15 @@ def step_operations(recipe: Recipe, cost: dict, prompt: float, response: float) 
     return ((4 if recipe.lora.enabled else 6) + 2) * cost["weights"] * row
 
 
-def scoring_operations(weights: float, prompt: float, responses: float) -> float:
-    """Operations of a reward model on a prompt and its responses, of so many tokens together."""
+def forward_operations(weights: float, prompt: float, responses: float) -> float:
+    """Operations of a model's pass over a prompt and its responses, of so many tokens together."""
     return 2 * weights * (prompt + responses)
 
 
-def passes_of_a_pair(recipe: Recipe) -> int:
-    """Models that a held-out pair goes through: reference, policy, kept adapters."""
-    return 2 + (recipe.evaluation.checkpoints if recipe.lora.enabled else 0)
+def pair_operations(recipe: Recipe, cost: dict, prompt: float, response: float) -> float:
+    """Operations of a held-out pair, which goes through reference, policy and kept adapters."""
+    models = 2 + (recipe.evaluation.checkpoints if recipe.lora.enabled else 0)
+    return models * forward_operations(cost["weights"], prompt, 2 * response)
 
 
 def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
@@ -101,15 +104,17 @@ def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
     rate = cost["adapter_tokens_per_second" if recipe.lora.enabled else "tokens_per_second"]
     scored = 0.0
     if not recipe.models.evaluator.function:
-        scored = tested * scoring_operations(cost["scorer_weights"], (1 + points) * prompt, samples * response)
+        scored = tested * forward_operations(cost["scorer_weights"], (1 + points) * prompt, samples * response)
     row = step_operations(recipe, cost, prompt, response)
+    exact = cost["evaluation_operations_per_second"] * devices
+    divergence = forward_operations(2 * cost["weights"], (1 + points) * prompt, samples * response)
     return {
         "preparing": candidate_count(recipe, "train", cost) * 2 * (1 + epochs) * cost["record_seconds"],
         "training": prompts * epochs * row / (cost["training_operations_per_second"] * devices),
-        "held-out pairs": pairs * tested * passes_of_a_pair(recipe) * cost["pass_seconds"] / devices,
+        "held-out pairs": pairs * tested * pair_operations(recipe, cost, prompt, response) / exact,
         "answers": tested * samples * response / (rate * devices),
         "their scores": scored / (cost["scoring_operations_per_second"] * devices),
-        "divergence": (1 + points) * tested * 2 * cost["pass_seconds"] / devices,
+        "divergence": tested * divergence / exact,
         "starting": STARTS * cost["start_seconds"],
     }
 
@@ -123,7 +128,7 @@ def ranking_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
             prompts, candidates = prompts + asked, candidates + count
             sampled += asked * getattr(recipe.data, split).responses
     length = cost["response_tokens"]
-    operations = scoring_operations(cost["scorer_weights"], prompts * cost["prompt_tokens"], candidates * length)
+    operations = forward_operations(cost["scorer_weights"], prompts * cost["prompt_tokens"], candidates * length)
     speed = cost["scoring_operations_per_second"] * cost["devices"]
     return {
         "candidates": sampled * length / (cost["tokens_per_second"] * cost["devices"]),
@@ -276,7 +281,7 @@ def _scoring(recipe: Recipe, rates: dict) -> dict[str, float]:
     whole, _ = count_weights(
         config, recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"enabled": False})})
     )
-    operations = scoring_operations(whole, len(counts) * rates["prompt_tokens"], sum(counts))
+    operations = forward_operations(whole, len(counts) * rates["prompt_tokens"], sum(counts))
     return {"scorer_weights": whole, "scoring_operations_per_second": operations / seconds / devices}
 
 
@@ -294,14 +299,15 @@ def _training(recipe: Recipe, rates: dict) -> dict[str, float]:
     return {"training_operations_per_second": operations / seconds / devices}
 
 
-def _held_out(recipe: Recipe, _: dict) -> dict[str, float]:
+def _held_out(recipe: Recipe, rates: dict) -> dict[str, float]:
     """Each pair's passes; the rounding floor's and the start's seconds count as theirs."""
     folder = recipe.evaluated_folder() / "evaluation"
     seconds, devices = took(folder)
     pairs = sum(1 for _ in read_jsonl(folder / "pairs.jsonl"))
     if not pairs:
         raise InputError("there is no pair", where=str(folder))
-    return {"pass_seconds": seconds * devices / pairs / passes_of_a_pair(recipe)}
+    operations = pairs * pair_operations(recipe, rates, rates["prompt_tokens"], rates["response_tokens"])
+    return {"evaluation_operations_per_second": operations / seconds / devices}
 
 
 def _answers(recipe: Recipe, _: dict) -> dict[str, float]:

@@ -16,7 +16,11 @@ from pipeline.stage import MANIFEST, Work, read_manifest, write_manifest
 RATES = {
     **{"devices": 2, "weights": 100, "scorer_weights": 50, "prompt_tokens": 10},
     **{"response_tokens": 5, "adapter_tokens_per_second": 4, "tokens_per_second": 8, "start_seconds": 3},
-    **{"training_operations_per_second": 1000, "scoring_operations_per_second": 500, "pass_seconds": 0.5},
+    **{
+        "training_operations_per_second": 1000,
+        "scoring_operations_per_second": 500,
+        "evaluation_operations_per_second": 400,
+    },
     **{"record_seconds": 0.25, "prompts": {"train": 7, "test": 3}},
 }
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
@@ -32,11 +36,13 @@ def test_hours_of_a_run_by_hand():
     found = cost.run_seconds(recipe_of(*settings), RATES)
     # 6 passes of 100 weights over a prompt of 10 and a pair of 5 tokens, at 1000 operations a second on 2 devices
     assert found["training"] == 7 * 2 * 6 * 100 * 20 / 2000
-    assert found["preparing"] == 7 * 6 * (2 + 2 * 2) * 0.25
-    # the written pair of each test prompt by reference, policy and two adapters, on 2 devices
-    assert found["held-out pairs"] == 3 * 4 * 0.5 / 2
+    # of files that are not there two responses are given, and 6 are sampled
+    assert found["preparing"] == 7 * (6 + 2) * (2 + 2 * 2) * 0.25
+    # the written pair of each test prompt by reference, policy and two adapters: passes of 2 x 100 operations a token
+    assert found["held-out pairs"] == 3 * 4 * 200 * (10 + 2 * 5) / (400 * 2)
     assert found["answers"] == 3 * (4 + 2) * 5 / (4 * 2)
-    assert found["divergence"] == 3 * 3 * 2 * 0.5 / 2
+    # policy and reference: the prompt at the end and at two points, with 4 + 2 answers
+    assert found["divergence"] == 3 * 2 * 200 * (3 * 10 + 6 * 5) / (400 * 2)
     assert found["their scores"] == 0  # a function
     assert found["starting"] == 8 * 3
 
@@ -46,21 +52,21 @@ def test_hours_with_a_model_that_scores_and_all_weights_by_hand():
     settings += ["evaluation.checkpoints=0", "evaluation.proxy=false"]
     found = cost.run_seconds(recipe_of(*settings), RATES)
     assert found["training"] == 7 * 2 * 8 * 100 * 20 / 2000
-    assert found["held-out pairs"] == 2 * 3 * 2 * 0.5 / 2  # the written and the ranked pair
+    assert found["held-out pairs"] == 2 * 3 * 2 * 200 * 20 / (400 * 2)  # the written and the ranked pair
     assert found["answers"] == 3 * 4 * 5 / (8 * 2)
     assert found["their scores"] == 3 * 2 * 50 * (10 + 4 * 5) / (500 * 2)
 
 
 def test_hours_of_the_ranking_by_hand():
-    """The test prompts get no responses, so they are not scored. Given responses are scored and not sampled."""
+    """Given responses are scored and not sampled."""
     assert cost.ranking_seconds(recipe_of(), RATES) == {
         "candidates": 7 * 6 * 5 / (8 * 2),
-        "ranking": 2 * 50 * (7 * 10 + 7 * 6 * 5) / (500 * 2),
+        "ranking": 2 * 50 * ((7 + 3) * 10 + (7 * 8 + 3 * 2) * 5) / (500 * 2),
     }
     lists = [f"data.train.path={REPOSITORY}/data/testbed/reviews_lists.jsonl", "data.train.limit=4"]
     assert cost.ranking_seconds(recipe_of(*lists, "data.train.responses=3"), RATES) == {
         "candidates": 4 * 3 * 5 / (8 * 2),
-        "ranking": 2 * 50 * (4 * 10 + 4 * (8 + 3) * 5) / (500 * 2),
+        "ranking": 2 * 50 * ((4 + 3) * 10 + (4 * (8 + 3) + 3 * 2) * 5) / (500 * 2),
     }
     function = cost.ranking_seconds(recipe_of("models.reward.function=sentiment"), RATES)
     assert function["ranking"] == 0
@@ -141,7 +147,8 @@ def test_rates_of_a_finished_run_by_hand(ranked_recipe, tiny_model):
     generated = sum(sum(record["token_counts"][2:]) for record in ranked)
     assert rates["tokens_per_second"] == generated / 10 / 2
     assert rates["adapter_tokens_per_second"] == 4 * 50 / 5 / 2
-    assert rates["pass_seconds"] == 6 * 2 / 4 / 3
+    pair = 3 * 2 * whole * (rates["prompt_tokens"] + 2 * rates["response_tokens"])
+    assert rates["evaluation_operations_per_second"] == pytest.approx(4 * pair / 6 / 2)
     # 2500 tokens in 5 seconds, 2 steps of 4 pairs: 312.5 a row, of a pair, so the prompt counts twice
     response = 312.5 / 2 - rates["prompt_tokens"]
     operations = 8 * 6 * whole * (rates["prompt_tokens"] + 2 * response)

@@ -342,7 +342,8 @@ def test_all_cards_train_as_one(no_card, ranked_recipe, tiny_recipe, run_module)
 
 @pytest.mark.gpu
 def test_vllm_samples_on_the_card(no_card, tiny_model, tokenizer):
-    """The engine as the stages use it: every prompt comes back once, with its samples, the same for the same seed."""
+    """The engine as the stages use it: every prompt comes back once, with its samples. How many are the same when they
+    are sampled again is printed: on a card that depends on how the engine batches."""
     pytest.importorskip("vllm")
     from hps.chat import end_of_turn_ids, prompt_token_ids
     from pipeline.engine import Engine

@@ -250,8 +250,8 @@ def test_a_dry_run_lists_what_the_hub_refuses(hub):
 def test_what_is_downloaded_must_fit(hub, monkeypatch, capsys, free, warned):
     """7 bytes, once for both roles."""
     monkeypatch.setattr(preflight, "free_disk", lambda folder: free)
-    roles = [f"models.{role}.path=org/model" for role in ("policy", "generator")]
-    preflight.preflight("evaluate", load_recipe("configs/quickstart.yaml", roles), dry_run=True)
+    roles = ["models.generator.path=org/model", "models.reward={path: org/model}"]
+    preflight.preflight("gene", load_recipe("configs/quickstart.yaml", roles), dry_run=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "to download: " in line]
     assert line.startswith("plan: disk, to download: 0.0 GB, 0.0 GB free below ")
     assert ("WARNING: this may not be enough" in line) == warned
