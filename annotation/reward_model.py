@@ -140,7 +140,8 @@ class ConversationScorer:
             budget = min(budget, max(CACHED_TOKENS, 4 * shared))
         found, wanted, output = [], iter(places), None
         for part in portions(len(prompt), list(map(len, tails)), budget, together):
-            made = make_rows(self.layout, [prompt], [[tails[index] for index in part]], pad, budget)
+            texts = [prompt], [[tails[index] for index in part]]
+            made = make_rows(self.layout, *texts, pad, budget, gridded=self.device.type == "cuda")
             made = {name: value.to(self.device) for name, value in made.items()}
             flat, output = run(self.model, self.model.base_model, "last_hidden_state", made)
             for (begin, start), positions in zip(made["starts"].tolist(), wanted, strict=False):

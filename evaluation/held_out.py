@@ -139,7 +139,8 @@ class HeldOut(Reader):
         # Attention that is computed over a whole row (eager) pays for long rows.
         shares = self.reference.config._attn_implementation == "sdpa"
         budget = max(self.batch_tokens, ROW_TOKENS) if shares else None
-        rows = make_rows(self.layout, prompts, responses, self.tokenizer.pad_token_id, budget)
+        gridded = self.device.type == "cuda"
+        rows = make_rows(self.layout, prompts, responses, self.tokenizer.pad_token_id, budget, gridded)
         rows = {name: value.to(self.device) for name, value in rows.items()}
         diverges = [at < text["diverging"] for text in texts for at in range(len(text["responses"]))]
         picked, before = [], []

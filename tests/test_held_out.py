@@ -8,9 +8,10 @@ from itertools import chain
 import pytest
 from safetensors.torch import load_file, save_file
 
+from evaluation import held_out as module
 from evaluation.held_out import FLOOR, CompareWorker, HeldOut, run_comparisons
 from hps.errors import InputError
-from hps.shared_prefix import SHARED
+from hps.shared_prefix import SHARED, make_rows
 from pipeline.recipe import Recipe
 
 # (prompt, responses) in tokens, and how many of the responses are compared position by position.
@@ -66,6 +67,21 @@ def test_texts_together_have_the_figures_of_each_alone(run, layout):
     # The three policies and the reference are four models: none took the place of another.
     policies = [together[0]["reference"], together[0]["policy"], *(each["policy"] for each in together[0]["along"])]
     assert min(abs(a[0] - b[0]) for at, a in enumerate(policies) for b in policies[:at]) > 1e-3
+
+
+def test_padding_as_on_a_card_changes_nothing(run, monkeypatch):
+    expected = [numbers(found) for found in HeldOut(run).compare_all(texts())]
+    widths = []
+
+    def gridded(*arguments):
+        rows = make_rows(*arguments[:5], gridded=True)
+        widths.append(rows["input_ids"].shape[1])
+        return rows
+
+    monkeypatch.setattr(module, "make_rows", gridded)
+    found = [numbers(each) for each in HeldOut(run).compare_all(texts())]
+    assert all(one == pytest.approx(other, abs=1e-4, rel=1e-5) for one, other in zip(found, expected, strict=True))
+    assert widths and all(width % 16 == 0 for width in widths)
 
 
 def test_batches_have_every_text_once_and_keep_to_their_tokens(run):

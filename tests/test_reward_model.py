@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig, Robe
 from annotation import reward_model
 from annotation.reward_model import RewardModel, TooLong
 from hps.errors import InputError
-from hps.shared_prefix import Layout, common_prefix, portions, run
+from hps.shared_prefix import Layout, common_prefix, make_rows, portions, run
 from pipeline.recipe import Model
 
 MESSAGES = [
@@ -74,6 +74,20 @@ def test_scores_are_those_of_the_library(reward):
     same(scores, library_scores(reward, rows))
     assert len({round(score, 3) for score in scores}) == len(set(RESPONSES))  # a model that tells them apart
     assert scores[0] == pytest.approx(scores[4], rel=1e-5)
+
+
+def test_padding_as_on_a_card_changes_nothing(reward, monkeypatch):
+    expected = reward.score(MESSAGES, RESPONSES, TRUNCATED)
+    widths = []
+
+    def gridded(*arguments, **_):
+        rows = make_rows(*arguments, gridded=True)
+        widths.append(rows["input_ids"].shape[1])
+        return rows
+
+    monkeypatch.setattr(reward_model, "make_rows", gridded)
+    same(reward.score(MESSAGES, RESPONSES, TRUNCATED), expected)
+    assert widths and all(width % 16 == 0 for width in widths)
 
 
 # Batches of one response, of a few, of all.
