@@ -16,8 +16,8 @@ other responses gets a name of its own (`<prompt_id>-2`) where its layout has no
 an equal row. A row that cannot be read ends the import, or with `--skip` goes to the ledger with its place, its
 problem and the remedy. The ledger lists all that is left out, and fields that are not read are counted.
 
-A file does not know everything: `truncated` is false where it does not say, and with the released files `sources` are
-`generated` unless a row has them (so `schedule.best=human` finds no human response). Texts that spell special tokens of
+Missing fields get defaults: `truncated` is false, and in the released files `sources` are `generated` unless a row has
+them (so `schedule.best=human` finds no human response). Texts that spell special tokens of
 the tokenizer are counted, or left out with `data.special_tokens: refuse`, as in generation. In a templated string such
 a text cannot be told from a turn; a system turn after the first turn is refused.
 """

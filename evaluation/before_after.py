@@ -7,6 +7,7 @@ Reads   `answers/test.jsonl`, `scores/scores.jsonl` and, if the reward model sco
 from evaluation.metrics import Answered
 from pipeline.recipe import Recipe
 from pipeline.run_records import SCORES
+from pipeline.stage import MANIFEST
 
 SIDES = ("before", "after")
 
@@ -24,7 +25,7 @@ class BeforeAfter:
         self._proxies = {
             side: Answered(folder, "reward")
             for side, folder in folders.items()
-            if (folder / SCORES["reward"] / "manifest.json").exists()
+            if (folder / SCORES["reward"] / MANIFEST).exists()
         }
         before, after = (self._answered[side].answers for side in SIDES)
         self.prompts = [name for name in after if name in before]

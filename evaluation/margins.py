@@ -276,8 +276,8 @@ def floor_line(dtype: str, floor: dict | None) -> str:
     if floor is None:
         return f"computed in {dtype}; its rounding was not measured: no texts, or a policy that is the reference"
     return (
-        f"computed in {dtype}, whose rounding shows a policy that has hardly moved as KL {floor['kl']:.2g} and "
-        f"|s| up to {floor['s']:.2g} nats ({floor['responses']} responses of {floor['tokens']:.0f} tokens)"
+        f"computed in {dtype}; rounding alone gives KL {floor['kl']:.2g} and |s| up to {floor['s']:.2g} nats "
+        f"({floor['responses']} responses of {floor['tokens']:.0f} tokens)"
     )
 
 

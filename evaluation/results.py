@@ -94,7 +94,7 @@ class Evaluated:
 
 
 def ranked_by(arguments: list[str]) -> list[str]:
-    """Of a run's command line what gene.sh gets: the recipe and the overrides that a ranking depends on.
+    """The part of a run's command line that gene.sh needs: the recipe and the overrides that a ranking depends on.
 
     Without the seed: runs of several seeds share a ranking. That of a later round is the run's own.
     """

@@ -86,8 +86,8 @@ def outcome(recipe: Recipe) -> dict | None:
     proxy = {}
     # A later run may have been without `evaluation.proxy`.
     if "proxy_mean_change" in figures and "proxy_mean" in earlier:
-        proxy["score of what ranked, before"] = estimate(earlier["proxy_mean"])
-        proxy["score of what ranked, change"] = estimate(figures["proxy_mean_change"], write=signed)
+        proxy["ranking model's score, before training"] = estimate(earlier["proxy_mean"])
+        proxy["ranking model's score, change"] = estimate(figures["proxy_mean_change"], write=signed)
     lines = {
         "reward before training": estimate(earlier["reward_mean"]),
         "reward after": estimate(figures["reward_mean"]),

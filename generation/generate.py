@@ -278,7 +278,7 @@ def sample(
     check_weights(model)  # wrong weights are one line here and a page in vLLM
     for folder in adapters:  # vLLM would load a pickled one
         refuse_pickles(Path(folder), None, ADAPTER)
-    print("loading the engine", flush=True)
+    print("engine: loading", flush=True)
     arguments = {
         "model": model,
         "settings": settings,

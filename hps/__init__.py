@@ -6,11 +6,13 @@ records                 types of ranked records and of the plan's rows
 negatives, planning     weights of the negatives (Eq. 9), gamma, draws, and what each step trains on
 chat, tokens            messages to token ids
 shared_prefix           a prompt computed once for all its responses
+row_costs               whether that is faster on a GPU, estimated
 preferences, inspection rows of any preference data set as token ids, and what is wrong with them
 first_step              s and the loss before the first update, and how far settings can move a margin
 inspect_data            the command that prints both
 dataset, rows           data sets of the library `datasets` as ranked prompts, and the plan's rows as token ids
 trainer, reference      training on a plan, and log-probabilities under the reference
+errors                  one line for what is wrong, where, and the remedy
 
 `from hps import HPSTrainer, HPSConfig` is for scripts (docs/trainer.md).
 """

@@ -92,7 +92,7 @@ def _loaded(path: str, revision: str | None):
     if own is None and (others := sorted(Path(path).glob("*.model"))):  # one environment has the library for it
         problem = f"{others[0].name} is there and no tokenizer.json, which every environment reads alike"
         code = f'from transformers import AutoTokenizer as A; A.from_pretrained("{path}").save_pretrained("{path}")'
-        raise InputError(problem, where=path, remedy=f"write one: .venv-infer/bin/python -c '{code}'")
+        raise InputError(problem, where=path, remedy=f"write one, where sentencepiece is installed: python -c '{code}'")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         if own and (not isinstance(tokenizer, PreTrainedTokenizerFast) or _misread(tokenizer, own)):

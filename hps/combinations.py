@@ -66,7 +66,7 @@ def refused(loss: Loss, schedule: Schedule) -> Iterator[Refusal]:
     if loss.label_smoothing > 0 and (family.smoothing != "label_smoothing" or loss.preference == "pl"):
         own = family.smoothing not in (None, "label_smoothing")
         hint = f" (loss.{family.smoothing} is {loss.family.upper()}'s own)" if own else ""
-        reason = f"it flips the label of a logistic pair loss, and {method} is none"
+        reason = f"it flips the label of a logistic pair loss, and {method} has none"
         yield "loss.label_smoothing", reason, f"use loss.label_smoothing=0{hint}"
     if loss.smoothing == "rdpo" and loss.label_smoothing == 0:
         reason = "`loss.label_smoothing`, the probability of a wrong label, is 0"

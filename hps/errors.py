@@ -84,7 +84,7 @@ def refusal(path: str, error: Exception, what: str = "model") -> InputError:
     if not isinstance(error, (OSError, ValueError)):
         text = f"{type(error).__name__}: {text}"
         return InputError(f"no {what} that can be loaded there ({text})", where=path, remedy="check its JSON files")
-    remedy = "check the model's path in the recipe; fill the hub's cache with `python -m tools.prefetch`"
+    remedy = "check the model's path; without a network the hub's cache must have it"
     return InputError(f"no {what} there ({text})", where=path, remedy=remedy)
 
 

@@ -56,7 +56,7 @@ class RowCosts:
         return cls(2e-12 * weights * passes / WEIGHTS, causal, masked, *launches, flex)
 
     def shared(self, prompts: list[int], responses: list[list[int]]) -> float:
-        """Of rows with shared prompts.
+        """Seconds that a layer takes if responses share the row of their prompt.
 
         Args:
             prompts, responses: tokens of each prompt, and of each of its responses.
@@ -71,7 +71,7 @@ class RowCosts:
         return _with_launches(total, self.together + self.prompt * len(prompts))
 
     def separate(self, prompts: list[int], responses: list[list[int]]) -> float:
-        """Of a row for each response, padded to the longest; the arguments are those of `shared`."""
+        """The same with a row for each response, padded to the longest."""
         lengths = [prompt + size for prompt, sizes in zip(prompts, responses, strict=True) for size in sizes]
         total = len(lengths) * (self.token * max(lengths) + self.causal * max(lengths) ** 2 / 2)
         return _with_launches(total, self.apart)

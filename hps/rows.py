@@ -74,7 +74,7 @@ class PlanRows(Sequence[dict]):
             raise InputError(
                 f"the prompt has {len(prompt)} tokens, `schedule.max_length` is {self._limit}: no room is left for a "
                 "response",
-                remedy="raise it, or take the prompt out (gene.sh does above `generation.max_prompt_tokens`)",
+                remedy="raise it, or take the prompt out",
             )
         texts, truncated = record["responses"], record["truncated"]
         responses = [

@@ -290,7 +290,7 @@ def block_mask(segments: torch.Tensor, positions: torch.Tensor) -> BlockMask:
 
     A token sees from the beginning of its segment up to itself, and from the beginning of its prompt up to that one's
     end. The mask is longer than the rows, because a kernel is compiled for each length: half of a power of two apart.
-    What is added sees itself.
+    Padding attends to itself.
 
     Args:
         segments, positions: (rows, tokens, 2) and (rows, tokens) of `shared_rows`.

@@ -614,8 +614,10 @@ class HPSTrainer(DPOTrainer):
         return f"\n\n## Method\n\n| setting | value |\n|---|---|\n{table}\nData: {data}.\n"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's; but of an adapter under ZeRO-1 and 2, where the parent clones all weights in every process's
-        memory, and an adapter is all that is saved. Every process holds it whole."""
+        """Under ZeRO-1 and 2 an adapter alone, which every process holds whole; else as the parent does.
+
+        There the parent would first clone all weights in every process's memory.
+        """
         deepspeed = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         if deepspeed and self.is_adapted and deepspeed.zero_stage < 3:
             self._save(output_dir)
@@ -641,7 +643,7 @@ class HPSTrainer(DPOTrainer):
         self.start = max(self.start or 0.0, largest)
         if not share <= 1:
             start = f"before the first update policy and reference differ by |s| = {largest:.3g} nats for a response"
-            remedy = "delete `<output>/reference`, set every dropout in the policy's config.json to 0, or give "
+            remedy = "delete the stored reference, set every dropout in the policy's config.json to 0, or give "
             remedy += "`training.reference=in_step` (`precompute_ref_log_probs=False` in a script); if it stays, the "
             remedy += "policy's values are not finite or repeatable"
             raise InputError(f"{start}, {share:.3g} times what rounding in {computed} explains", remedy=remedy)

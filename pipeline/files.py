@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from mmap import mmap
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from hps.errors import InputError
 from pipeline.records import AGAIN, LedgerLine, Named, canonical, checked, read_jsonl, read_ledger
@@ -38,13 +38,13 @@ def value_hash(value: object) -> str:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Generator[TextIO]:
+def whole_file(path: str | Path, binary: bool = False) -> Generator[Any]:
     """A file under a temporary name, renamed at the end of the block: readers see the old or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("wb") if binary else temporary.open("w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

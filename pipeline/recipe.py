@@ -202,7 +202,9 @@ class Training(Section):
     )
     shared_prefix: bool = Field(True, description="compute a prompt once for all its responses in a step")
     row_tokens: int | None = Field(None, ge=1, description="most tokens of a row of shared prompts")
-    reference: Literal["precomputed", "in_step"] = Field("precomputed", description="its log-probabilities")
+    reference: Literal["precomputed", "in_step"] = Field(
+        "precomputed", description="when its log-probabilities are computed: once, or in each step"
+    )
     save_steps: int = Field(50, ge=1, description="steps between checkpoints to resume from")
     merge: bool = Field(False, description="write merged weights, too")
     wandb: bool = Field(False, description="log to Weights & Biases, too")
@@ -283,7 +285,7 @@ class Recipe(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     judge: Judge = Judge()
-    _first_generator: Model | None = PrivateAttr(None)  # of a later round, whose own is the policy of the round before
+    _first_generator: Model | None = PrivateAttr(None)  # the recipe's, kept in a later round
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from pipeline.stage import require_finished
 
 
 def round_settings(recipe: Recipe) -> dict:
-    """What a stage of a later round is claimed for, too: the round, and the checkpoint that it starts from.
+    """What else the claim of a later round's stage holds: the number of the round, and the checkpoint it starts from.
 
     Raises:
         InputError: as `require_start`.

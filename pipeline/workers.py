@@ -150,7 +150,7 @@ def run_workers(
     count, named = count_devices(workers, gpus_each, cluster), cluster and os.environ.get("RAY_ADDRESS")
     if most is not None:
         count = max(1, min(count, most))
-        window = min(window, -(-most // count))  # a short job is everybody's, not the first one's
+        window = min(window, -(-most // count))  # all workers share a short job
     if count == 1 and workers is None and not torch.cuda.is_available() and not named:
         return worker(**arguments).stream(iter(items))
     from pipeline.actors import run_actors

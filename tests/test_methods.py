@@ -158,7 +158,7 @@ def test_what_an_added_loss_does_not_support_is_refused(hinge, ranked_recipe):
         ranked_recipe("loss.family=hinge", "loss.preference=pl")
     with pytest.raises(InputError, match="the loss of hinge has none .* or the family dpo, exo or simpo"):
         ranked_recipe("loss.family=hinge", "loss.factor_n=true")
-    with pytest.raises(InputError, match="hinge-hps is none; use loss.label_smoothing=0$"):
+    with pytest.raises(InputError, match="hinge-hps has none; use loss.label_smoothing=0$"):
         ranked_recipe("loss.family=hinge", "loss.label_smoothing=0.1")
 
 

@@ -294,8 +294,8 @@ def test_what_ranked_stands_beside_what_judges(evaluated):
     assert before["proxy_mean"]["mean"] == 10 and "proxy_mean_change" not in before
     assert (after["proxy_mean"]["mean"], after["proxy_mean_change"]["mean"]) == (15, 5)
     lines = dict(outcome(evaluated)["lines"])
-    assert lines["score of what ranked, before"] == "10.000 [10.000, 10.000]"
-    assert lines["score of what ranked, change"] == "+5.000 [+5.000, +5.000]"
+    assert lines["ranking model's score, before training"] == "10.000 [10.000, 10.000]"
+    assert lines["ranking model's score, change"] == "+5.000 [+5.000, +5.000]"
     inputs = json.loads((evaluated.run_folder() / "metrics.manifest.json").read_text())["inputs"]
     assert sum("proxy_scores" in name for name in inputs) == 2
     evaluated.evaluation.proxy = False

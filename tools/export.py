@@ -16,7 +16,6 @@ Run     python -m tools.export lists OUT configs/quickstart.yaml [key=value ...]
 """
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,7 @@ from alignment.rows import ranked_prompts
 from hps.errors import InputError, run_main
 from hps.planning import Plan
 from hps.settings import Loss
-from pipeline.files import json_line, value_hash, write_json, write_lines
+from pipeline.files import json_line, value_hash, whole_file, write_json, write_lines
 from pipeline.recipe import SPLITS, Recipe, load_recipe, split_arguments
 from pipeline.records import read_answers, read_ranked
 from pipeline.stage import require_finished
@@ -167,15 +166,9 @@ def _write_parquet(path: Path, rows: Iterator[dict], columns: dict) -> None:
         return pa.list_(type_of(name[0])) if isinstance(name, list) else getattr(pa, name)()
 
     schema = pa.schema([(name, type_of(kind)) for name, kind in columns.items()])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with ParquetWriter(temporary, schema) as writer:
-            while chunk := list(islice(rows, CHUNK)):
-                writer.write_table(pa.Table.from_pylist(chunk, schema))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path, binary=True) as file, ParquetWriter(file, schema) as writer:
+        while chunk := list(islice(rows, CHUNK)):
+            writer.write_table(pa.Table.from_pylist(chunk, schema))
 
 
 # ---- the command ----

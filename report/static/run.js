@@ -11,7 +11,7 @@ function column(title, answers) {
   const [first, ...others] = answers;
   const add = (parent, answer) => {
     const cut = answer.cut ? ", cut" : "";
-    const proxy = "proxy" in answer ? ` (${fixed(answer.proxy, 3)} by what ranked)` : "";
+    const proxy = "proxy" in answer ? ` (${fixed(answer.proxy, 3)} by the ranking model)` : "";
     if (scored) parent.append(element("p", `reward ${fixed(answer.score, 3)}${proxy}, ${counted(answer.tokens, "token")}${cut}`, "soft"));
     parent.append(element("p", answer.text || "(an empty answer)", "text"));
   };
