@@ -519,7 +519,7 @@ MEANINGLESS = [
     (["loss.family=slic", "loss.preference=hps", "loss.factor_n=true"], "the loss of slic has none"),
     (["loss.family=slic", "loss.label_smoothing=0.1"], "slic-bt has none; use loss.label_smoothing=0"),
     (["loss.smoothing=rdpo"], "the probability of a wrong label, is 0; use loss.label_smoothing=0.1, say, or loss.smo"),
-    (["loss.family=ipo", "loss.smoothing=rdpo", "loss.label_smoothing=0.1"], "ipo-bt is none"),
+    (["loss.family=ipo", "loss.smoothing=rdpo", "loss.label_smoothing=0.1"], "ipo-bt has none"),
     (["loss.family=exo", "loss.dpo_per_token=true"], "it belongs to `loss.family: dpo`, and that is exo"),
     (["loss.rpo_eta=2"], "belongs to `loss.family: rpo`, and that is dpo"),
     (["loss.preference=pairs", "loss.estimator=exact"], "belongs to `loss.preference: hps`, and that is pairs"),
