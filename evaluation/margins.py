@@ -161,7 +161,7 @@ def evaluate(recipe: Recipe) -> None:
     """Run the stage; see the module's docstring."""
     require_finished(recipe.run_folder(), "the run is", "bash run.sh")
     folder = recipe.evaluated_folder() / "evaluation"
-    with stage("evaluation", folder, recipe, evaluation_settings(recipe)) as work:
+    with stage("held-out", folder, recipe, evaluation_settings(recipe)) as work:
         if work:
             _evaluate(recipe, folder, work)
 
