@@ -367,7 +367,7 @@ def test_the_configuration_decides_the_class(folders, tiny_reward):
 
 
 def test_no_model(tmp_path):
-    with pytest.raises(InputError, match="check the model's path in the recipe"):
+    with pytest.raises(InputError, match="check the model's path; without a network"):
         load_reward_model(Model(path=str(tmp_path)))
 
 

@@ -104,9 +104,9 @@ def test_responses_of_like_length_pass_together(reward, shared, monkeypatch):
     """Short and long in turns: as they come, every pass would have a long one to which the short ones are padded."""
     passes, made = [], reward_model.make_rows
 
-    def rows_of(layout, prompts, responses, *rest):
+    def rows_of(layout, prompts, responses, *rest, **more):
         passes.append([len(prompts[0]) + len(response) for response in responses[0]])
-        return made(layout, prompts, responses, *rest)
+        return made(layout, prompts, responses, *rest, **more)
 
     monkeypatch.setattr(reward_model, "make_rows", rows_of)
     monkeypatch.setattr(reward, "layout", replace(reward.layout, shared=shared))
@@ -269,7 +269,7 @@ def test_a_language_model_is_no_reward_model(tiny_model):
 
 def test_a_folder_without_a_model(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="check the model's path in the recipe"):
+    with pytest.raises(InputError, match="check the model's path; without a network"):
         RewardModel(Model(path=str(tmp_path)))
 
 
