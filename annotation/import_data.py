@@ -17,9 +17,9 @@ an equal row. A row that cannot be read ends the import, or with `--skip` goes t
 problem and the remedy. The ledger lists all that is left out, and fields that are not read are counted.
 
 Missing fields get defaults: `truncated` is false, and in the released files `sources` are `generated` unless a row has
-them (so `schedule.best=human` finds no human response). Texts that spell special tokens of
-the tokenizer are counted, or left out with `data.special_tokens: refuse`, as in generation. In a templated string such
-a text cannot be told from a turn; a system turn after the first turn is refused.
+them (so `schedule.best=human` finds no human response). Texts that spell special tokens of the tokenizer are counted,
+or left out with `data.special_tokens: refuse`, as in generation. In a templated string such a text cannot be told from
+a turn; a system turn after the first turn is refused.
 """
 
 import argparse
