@@ -34,7 +34,7 @@ from alignment.rows import TokenRows, drop_rows, kept_rows
 from evaluation.displacement import of_training
 from hps.chat import load_tokenizer
 from hps.errors import InputError, run_main
-from hps.shared_prefix import Layout, prove, take_flex
+from hps.shared_prefix import Layout
 from hps.trainer import (
     OF_PARENT,
     HPSConfig,
@@ -45,6 +45,7 @@ from hps.trainer import (
     tokens_before,
     without_dropout,
 )
+from hps.trial import prove, take_flex
 from pipeline.cli import parse
 from pipeline.files import Appender, file_hash, json_line, whole_folder, write_lines
 from pipeline.identity import check_model

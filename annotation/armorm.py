@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 from annotation.reward_model import ConversationScorer
 from hps.chat import common_end, prompt_token_ids
 from hps.errors import InputError
-from hps.shared_prefix import prove, run
+from hps.response_head import run
+from hps.trial import prove
 from pipeline.recipe import Model
 from pipeline.weights import load_config, load_weights
 

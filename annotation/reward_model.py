@@ -4,7 +4,7 @@ Prompt and response are one conversation, templated once (`hps.chat.conversation
 was sampled. The released code templates the prompt with the assistant's header and then templates the reply again, so
 header and BOS come twice.
 
-The responses of a prompt share its computation if the model's class allows it (hps/shared_prefix.py). The head is the
+The responses of a prompt share its computation if the model's class allows it (hps/trial.py). The head is the
 class's forward pass, in float32.
 
 `RewardModel` (a sequence classifier) and `annotation.armorm.ArmoRM` are `ConversationScorer`s; annotation.scorers loads
@@ -19,15 +19,9 @@ from transformers import AutoModelForSequenceClassification
 
 from hps.chat import conversation_token_ids, load_tokenizer
 from hps.errors import InputError
-from hps.shared_prefix import (
-    Layout,
-    OwnHead,
-    common_prefix,
-    make_rows,
-    portions,
-    prove,
-    run,
-)
+from hps.response_head import OwnHead, run
+from hps.shared_prefix import Layout, common_prefix, make_rows, portions
+from hps.trial import prove
 from pipeline.models import check_labels
 from pipeline.recipe import Model
 from pipeline.weights import context_length, load_config, load_weights

@@ -102,7 +102,8 @@ def train(settings: Settings, output: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import get_cosine_schedule_with_warmup
 
-    from hps.shared_prefix import common_prefix, run, shared_rows
+    from hps.response_head import run
+    from hps.shared_prefix import common_prefix, shared_rows
 
     base = MODELS / LANGUAGE_MODEL
     tokenizer = load_tokenizer(str(base))

@@ -46,7 +46,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 PROMPTS, RESPONSES, LISTS = (170, 600, 1500), (50, 300, 1000), (8, 100)  # tokens, tokens, responses
 TINY_PROMPTS, TINY_RESPONSES, TINY_LISTS = (9, 20), (5,), (3,)
-torch.backends.cuda.enable_cudnn_sdp(False)  # as in training (hps.shared_prefix.prove)
+torch.backends.cuda.enable_cudnn_sdp(False)  # as in training (hps.trial.prove)
 # The last is what a recipe gets: on CUDA flex attention, where sharing is estimated to be faster.
 WAYS = {
     "separate rows": ["training.shared_prefix=false"],

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError
-from hps.shared_prefix import ROW_TOKENS, Layout, make_rows, prove, scored_logits
+from hps.response_head import scored_logits
+from hps.shared_prefix import ROW_TOKENS, Layout, make_rows
+from hps.trial import prove
 from pipeline.recipe import Model, Recipe
 from pipeline.run_records import kept_checkpoints
 from pipeline.weights import ADAPTER, check_adapter, load_adapter, load_weights, refuse_pickles

@@ -5,7 +5,10 @@ settings, combinations  settings of the method, and those that contradict each o
 records                 types of ranked records and of the plan's rows
 negatives, planning     weights of the negatives (Eq. 9), gamma, draws, and what each step trains on
 chat, tokens            messages to token ids
-shared_prefix           a prompt computed once for all its responses
+shared_prefix           rows in which a prompt is computed once for all its responses
+attention               who sees whom in them
+response_head           log-probabilities from the forward pass on them
+trial                   which models can, found by trying
 row_costs               whether that is faster on a GPU, estimated
 preferences, inspection rows of any preference data set as token ids, and what is wrong with them
 first_step              s and the loss before the first update, and how far settings can move a margin

@@ -23,8 +23,9 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from hps.errors import InputError, refusal
 from hps.preferences import Row
-from hps.shared_prefix import make_rows, prove, trial_log_probs
+from hps.shared_prefix import make_rows
 from hps.trainer import rounding
+from hps.trial import prove, trial_log_probs
 
 Pair = tuple[list[int], list[list[int]]]  # prompt; preferred and dispreferred answer
 

@@ -47,10 +47,12 @@ from hps.negatives import gamma_stages
 from hps.planning import Plan, plan_lines, reversal_warning
 from hps.records import PlanRow
 from hps.reference import Values, micro_batch, unknown_values
+from hps.response_head import add_response_head, response_log_probs
 from hps.row_costs import RowCosts
 from hps.rows import CheckedRows
 from hps.settings import Loss, Schedule, own_settings
-from hps.shared_prefix import ONE_ROW, SEPARATE, Layout, add_response_head, make_rows, prove, response_log_probs
+from hps.shared_prefix import ONE_ROW, SEPARATE, Layout, make_rows
+from hps.trial import prove
 
 COLUMNS = ("row", "prompt_ids", "response_ids", "rewards", "weights", "dispreferred_count", "gamma", "reference")
 # Settings of the parent that this loss does not honour, with the only value that is accepted.
@@ -214,7 +216,7 @@ class PlanCollator:
         """As the settings ask for it.
 
         Args:
-            layout: that the class of models is proven to allow (`hps.shared_prefix.prove`).
+            layout: that the class of models is proven to allow (`hps.trial.prove`).
             shape: the model's configuration.
             adapter: an adapter trains, not the model's weights.
             estimate: on CUDA, in half precision, prompts are shared only where that is estimated to be faster.

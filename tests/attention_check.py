@@ -3,7 +3,9 @@ checks on a card."""
 
 import torch
 
-from hps.shared_prefix import own_log_probs, response_log_probs, shared_rows
+from hps.response_head import response_log_probs
+from hps.shared_prefix import shared_rows
+from hps.trial import own_log_probs
 
 
 def differences(model, attention: str, prompts: list[list[int]], responses: list[list[list[int]]]) -> dict[str, float]:

@@ -20,7 +20,9 @@ import torch
 from conftest import REPOSITORY
 
 from benchmarks.shapes import EIGHT, ONE, TINY, Lengths, random_model, shape, with_adapter
-from hps.shared_prefix import add_response_head, flex_is_right, separate_rows, shared_rows
+from hps.response_head import add_response_head
+from hps.shared_prefix import separate_rows, shared_rows
+from hps.trial import flex_is_right
 from pipeline import machine
 from tests import pins
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig, Robe
 from annotation import reward_model
 from annotation.reward_model import RewardModel, TooLong
 from hps.errors import InputError
-from hps.shared_prefix import Layout, common_prefix, make_rows, portions, run
+from hps.response_head import run
+from hps.shared_prefix import Layout, common_prefix, make_rows, portions
 from pipeline.recipe import Model
 
 MESSAGES = [

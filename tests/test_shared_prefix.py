@@ -30,26 +30,12 @@ from transformers import (
 )
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
-from hps import shared_prefix
+from hps import attention, response_head, shared_prefix, trial
+from hps.attention import attention_mask, block_mask, blocks
+from hps.response_head import add_response_head, response_log_probs, token_log_probs
 from hps.row_costs import RowCosts
-from hps.shared_prefix import (
-    SHARED,
-    Layout,
-    add_response_head,
-    attention_mask,
-    balanced,
-    block_mask,
-    blocks,
-    fill_rows,
-    make_rows,
-    on_grid,
-    prove,
-    response_log_probs,
-    separate_rows,
-    shared_rows,
-    take_flex,
-    token_log_probs,
-)
+from hps.shared_prefix import SHARED, Layout, balanced, fill_rows, make_rows, on_grid, separate_rows, shared_rows
+from hps.trial import prove, take_flex
 
 SHAPE = {
     "vocab_size": 90,
@@ -248,7 +234,7 @@ def test_rows_are_filled_within_the_budget(sizes, budget):
 @pytest.mark.parametrize(("trains", "calls"), [(True, 14), (False, 7)], ids=["trains", "frozen"])
 def test_the_head_never_makes_more_logits_than_its_chunk(monkeypatch, trains, calls):
     """70 tokens x 90 logits in chunks of 10 tokens: forward and backward as in one piece."""
-    monkeypatch.setattr(shared_prefix, "CHUNK_LOGITS", 900)
+    monkeypatch.setattr(response_head, "CHUNK_LOGITS", 900)
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(16, 90).double(), torch.randn(70, 16, dtype=torch.float64, requires_grad=True)
     head.requires_grad_(trains)
@@ -268,9 +254,9 @@ def test_the_heads_chunk_grows_with_the_card(monkeypatch):
     for gib, logits in ((80, 83_886_080), (24, 25_165_824), (8, 2**24)):
         card = SimpleNamespace(total_memory=gib * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
-        assert shared_prefix.chunk_logits(torch.device("cuda", 0)) == logits
+        assert response_head.chunk_logits(torch.device("cuda", 0)) == logits
     assert 83_886_080 // 128_256 == 654
-    assert shared_prefix.chunk_logits(torch.device("cpu")) == 2**24
+    assert response_head.chunk_logits(torch.device("cpu")) == 2**24
 
 
 @pytest.mark.parametrize("trains", ["nothing", "all but the head", "all"])
@@ -461,7 +447,7 @@ def test_longer_rows_and_blocks_hold_the_same(name, monkeypatch):
     wanted = gradients(model, expected)
     for rows in (True, False):
         for inside in (True, False):
-            monkeypatch.setattr(shared_prefix, "blocks", lambda rows, gridded, inside=inside: blocks(rows, inside))
+            monkeypatch.setattr(attention, "blocks", lambda rows, gridded, inside=inside: blocks(rows, inside))
             made = shared_rows(PROMPTS, RESPONSES, pad=0, budget=22, gridded=rows)
             assert made["input_ids"].shape[1] == (32 if rows else 18)
             found = response_log_probs(model, made)
@@ -494,7 +480,7 @@ def test_separate_rows_need_no_mask(monkeypatch):
         expected = by_hand(model, PROMPTS, RESPONSES)
         for change in ({}, {"attention_mask": None}):
             assert_close(response_log_probs(model, rows | change), expected, rtol=0, atol=1e-9)
-    monkeypatch.setattr(shared_prefix, "_PROVEN", {})
+    monkeypatch.setattr(trial, "_PROVEN", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert prove(model, 2048) == Layout(ANY, ANY, True, "")
 
@@ -589,7 +575,7 @@ def test_separate_rows_under_flex_attention_have_sdpa(monkeypatch):
     gradients = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
     model.set_attn_implementation("flex_attention")
     assert prove(model, 2048) == Layout(ANY, ANY, True, "")
-    monkeypatch.setattr(shared_prefix, "flex_attention_forward", None)
+    monkeypatch.setattr(attention, "flex_attention_forward", None)
     for checkpointing in (False, True):
         if checkpointing:
             model.train()
@@ -642,7 +628,7 @@ def causal(tokens: int) -> torch.Tensor:
 
 
 def test_the_check_for_cuda_finds_wrong_what_is_wrong(monkeypatch):
-    monkeypatch.setattr(shared_prefix, "attention_mask", lambda segments: causal(segments.shape[1]))
+    monkeypatch.setattr(attention, "attention_mask", lambda segments: causal(segments.shape[1]))
     found = differences(model_of(ARCHITECTURES["llama"]), "eager", PROMPTS[:1], RESPONSES[:1])
     assert found["values"] > 1e-2 and found["gradients"] > 1e-2
 
@@ -657,7 +643,7 @@ def test_flex_attention_has_a_kernel_for_each_length(monkeypatch):
 
     function = torch.compile(flex_attention, backend=count)
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: function)
-    monkeypatch.setattr(shared_prefix, "_uncompiled", nullcontext)
+    monkeypatch.setattr(attention, "uncompiled", nullcontext)
     model = model_of(ARCHITECTURES["llama"])
     model.set_attn_implementation("flex_attention")
     found = []
@@ -695,7 +681,7 @@ def test_flex_attention_is_taken_where_it_is_right(monkeypatch):
     assert take_flex(model, layout, 2048, *where) == layout
     assert model.config._attn_implementation == "flex_attention"
     model.set_attn_implementation("sdpa")
-    monkeypatch.setattr(shared_prefix, "attention_mask", lambda segments: causal(segments.shape[1]))
+    monkeypatch.setattr(trial, "attention_mask", lambda segments: causal(segments.shape[1]))
     with pytest.warns(UserWarning, match="flex attention is not used: its kernels compute something else here"):
         assert take_flex(model, layout, 2048, *where) == layout
     assert model.config._attn_implementation == "sdpa"

@@ -31,7 +31,7 @@ from alignment.plan import plan
 from alignment.rows import read_plan
 from alignment.train import TokenRows, last_checkpoint, load_policy, logged, settled, train
 from evaluation.displacement import of_training
-from hps import shared_prefix
+from hps import trial
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids
 from hps.errors import InputError
 from pipeline.recipe import Recipe
@@ -611,7 +611,7 @@ def test_auto_on_cuda_is_flex_attention_where_all_prompts_are_shared(ranked_reci
     if recipe.schedule.max_length == 300:
         small = MistralConfig(**{**model.config.to_dict(), "model_type": "mistral", "sliding_window": 32})
         model = MistralForCausalLM._from_config(small, attn_implementation="sdpa")
-    monkeypatch.setattr(shared_prefix, "flex_is_right", lambda config, device, dtype: device.type == "cuda")
+    monkeypatch.setattr(trial, "flex_is_right", lambda config, device, dtype: device.type == "cuda")
     on_cuda = SimpleNamespace(device=torch.device("cuda"), bf16=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -627,7 +627,7 @@ def test_processes_that_disagree_about_flex_attention_all_do_without(ranked_reci
     """The gathered answers are a double: another process's card compiled nothing."""
     recipe = ranked_recipe()
     model = load_policy(recipe)
-    monkeypatch.setattr(shared_prefix, "flex_is_right", lambda *_: True)
+    monkeypatch.setattr(trial, "flex_is_right", lambda *_: True)
     monkeypatch.setattr("alignment.train.gather_object", lambda mine: [*mine, "sdpa"])
     settled(recipe, SimpleNamespace(device=torch.device("cuda"), bf16=True), model)
     assert model.config._attn_implementation == "sdpa"

@@ -21,11 +21,12 @@ from alignment.plan import plan, run_settings
 from alignment.reference import add_reference, cache_folder
 from alignment.train import build_trainer, training_config
 from hps import shared_prefix
+from hps.attention import block_mask
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError
 from hps.row_costs import RowCosts
 from hps.settings import LATER
-from hps.shared_prefix import SEPARATE, Layout, block_mask
+from hps.shared_prefix import SEPARATE, Layout
 from hps.trainer import HPSTrainer, PlanCollator
 from pipeline.files import write_lines
 from pipeline.recipe import OF_ROUNDS, REPOSITORY, Recipe
@@ -386,7 +387,7 @@ def test_flex_attention_computes_a_micro_batch_in_one_row(uneven, monkeypatch):
         lengths.append(positions.shape)
         return block_mask(segments, positions)
 
-    monkeypatch.setattr(shared_prefix, "block_mask", seen)
+    monkeypatch.setattr("hps.attention.block_mask", seen)
     found = {}
     for attention in ("sdpa", "flex"):
         trainer = trainer_of(uneven(f"training.attention={attention}", f"run={attention}", "schedule.device_batch=2"))

@@ -28,17 +28,9 @@ def check(name: str) -> tuple[str, str]:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from hps.shared_prefix import (
-        TOLERANCE,
-        Trial,
-        add_response_head,
-        make_rows,
-        own_log_probs,
-        prove,
-        response_log_probs,
-        trial_log_probs,
-        with_number,
-    )
+    from hps.response_head import add_response_head, response_log_probs
+    from hps.shared_prefix import make_rows
+    from hps.trial import TOLERANCE, Trial, own_log_probs, prove, trial_log_probs, with_number
 
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)

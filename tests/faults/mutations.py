@@ -76,7 +76,8 @@ BEFORE, IN_STEP = f"{STEP}[hps-before]", f"{STEP}[hps-in step]"
 TRAIN, TRAINER = "alignment/train.py", "hps/trainer.py"
 LOSSES = "hps/losses.py"
 CHECKS = "alignment/checks.py"
-SHARED, HELD_OUT = "hps/shared_prefix.py", "evaluation/held_out.py"
+SHARED, ATTENTION, HEAD, TRIAL = (f"hps/{name}.py" for name in ("shared_prefix", "attention", "response_head", "trial"))
+HELD_OUT = "evaluation/held_out.py"
 SCORE, ANNOTATE, PLAN, MARGINS = (
     "annotation/reward_model.py",
     "annotation/annotate.py",
@@ -170,7 +171,7 @@ MUTATIONS = [
     # ---- plan -> rows -> loss ----
     Mutation(
         "the logits of the head stay in bf16",
-        SHARED,
+        HEAD,
         "logits if logits.dtype == torch.float64 else logits.float()",
         "logits",
         (BF16,),
@@ -350,42 +351,42 @@ MUTATIONS = [
     ),
     Mutation(
         "what a class does to its logits is left out",
-        SHARED,
+        HEAD,
         "self.forward(input_ids=ids, use_cache=False).logits.reshape(len(states), -1)",
         "self.model.get_output_embeddings()(states)",
         ("test_shared_prefix.py::test_layout_and_values_are_the_classs[logits divided]",),
     ),
     Mutation(
         "windows are not looked for",
-        SHARED,
+        TRIAL,
         "if not SHORT < number < longest or",
         "if True or",
         ("test_shared_prefix.py::test_layout_and_values_are_the_classs[a window of 1024]",),
     ),
     Mutation(
         "flex attention lets a response see the one before it",
-        SHARED,
+        ATTENTION,
         "return (other <= token) & ((own[row, token] <= other) | before)",
         "return (other <= token) & ((start[row, token] <= other) | before)",
         ("test_shared_prefix.py::test_flex_attentions_values_are_those_of_separate_rows[llama-dtype0]",),
     ),
     Mutation(
         "flex attention skips squares that are seen in part",
-        SHARED,
+        ATTENTION,
         "*_listed(some & ~whole), *_listed(whole)",
         "*_listed(some & ~some), *_listed(whole)",
         ("test_shared_prefix.py::test_flex_attentions_mask_is_the_dense_one",),
     ),
     Mutation(
         "separate rows under flex attention have a mask of their own",
-        SHARED,
+        ATTENTION,
         'if getattr(attention_mask, "causal", False):',
         "if False:",
         ("test_shared_prefix.py::test_separate_rows_under_flex_attention_have_sdpa",),
     ),
     Mutation(
         "generation under flex attention gets the rows' masks",
-        SHARED,
+        ATTENTION,
         "or attention_mask.mask_mod.__module__ != __name__:",
         "or False:",
         ("test_shared_prefix.py::test_generation_goes_on_after_rows_under_flex_attention",),
@@ -406,7 +407,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a response sees what its prompt is padded with",
-        SHARED,
+        ATTENTION,
         "own.new_zeros(len(steps), more)",
         "own.new_ones(len(steps), more)",
         ("test_shared_prefix.py::test_longer_rows_and_blocks_hold_the_same[llama]",),
