@@ -322,7 +322,11 @@ def test_every_table_and_picture_of_a_small_run(tmp_path, monkeypatch, capsys):
 def test_committed_tables_are_those_of_the_code():
     """Their rows and columns; the figures need a minute (`bash reproduce.sh theory`)."""
     table = json.loads((reproduce.FOLDER / "frontier.json").read_text())
-    assert list(table["rows"]) == [*frontier.compared_methods(), *frontier.compared_negatives()]
+    assert list(table["rows"]) == [
+        *frontier.compared_methods(),
+        *frontier.compared_negatives(),
+        *frontier.compared_options(),
+    ]
     table = json.loads((reproduce.FOLDER / "theorem1.json").read_text())
     assert table["columns"] == list(theorems.ESTIMATORS)
 

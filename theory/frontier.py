@@ -1,4 +1,4 @@
-"""Reward at equal KL: every method and every rule of negatives against the best policy at that KL.
+"""Reward at equal KL: every method, rule of negatives and option of a pair's loss against the best policy at that KL.
 
 A method trains the policy of each seed's world by its own loss on the draws of its own negatives, full batches of all
 prompts. A step's length does not depend on the gradient's size (AdamW's hardly does), and falls with the cosine of the
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hps.losses import FORMULAS, preference_loss
+from hps.losses import FORMULAS, nll_loss, preference_loss
 from hps.methods import LISTS, methods
 from hps.negatives import draws, gamma_stages, negative_weights, stage_of, term
 from hps.settings import Loss, Schedule
@@ -71,6 +71,17 @@ def compared_negatives() -> dict[str, Method]:
     return rows
 
 
+def compared_options() -> dict[str, Method]:
+    """Settings of `loss` that a pair's loss can have, under DPO-BT."""
+    bt, schedule = {"preference": "bt"}, Schedule()
+    rows = {
+        f"{name} {share}": Method(Loss(**bt, label_smoothing=share, smoothing=rule), schedule)
+        for rule, name in (("cdpo", "cDPO"), ("rdpo", "rDPO"))
+        for share in (0.1, 0.3)
+    }
+    return rows | {f"NLL {weight}": Method(Loss(**bt, nll=weight), schedule) for weight in (0.1, 1.0)}
+
+
 def weights_of(world: World, loss: Loss, gamma: float) -> np.ndarray:
     """The trainer's distribution of negatives for each prompt, (seeds, prompts, n); 0 on y_1."""
     rewards = world.annotated.numpy()
@@ -111,6 +122,8 @@ def train(world: World, method: Method, lengths: tuple[float, ...], rng: np.rand
         policy = world.log_policy(parameters).reshape(flat)
         scores = FORMULAS[loss.family].score(loss, policy, reference, torch.ones_like(policy))
         total = preference_loss(loss, scores, annotated, mask, weights, count).sum()
+        if loss.nll > 0:
+            total = total + loss.nll * nll_loss(policy, torch.ones_like(policy)).sum()
         (gradient,) = torch.autograd.grad(total, parameters)
         with torch.no_grad():
             if step == 0 or pace != "gradient":
@@ -158,13 +171,13 @@ def worlds(seeds: int) -> dict[str, tuple[World, World, dict[str, Method]]]:
 
 
 def compare(seeds: int) -> Table:
-    """All methods and negatives in every world; see the table's remarks."""
+    """All methods, negatives and options in every world; see the table's remarks."""
     table, gains = Table("Reward at equal KL, as a share of the optimum's gain", [], []), {}
     for name, (world, tests, compared) in worlds(seeds).items():
         share, minus = f"{name}: share", f"{name}: minus {BASELINE}"
         table.columns += [share, minus]
         frontier, curves, base = Frontier(tests), {}, None
-        for label, method in {**compared, **compared_negatives()}.items():
+        for label, method in {**compared, **compared_negatives(), **compared_options()}.items():
             shares, kls = tested(world, tests, frontier, method, seed=1)
             at = read(shares, kls, READ_AT)
             base = at if label == BASELINE else base  # the first row

@@ -7,15 +7,16 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from hps.methods import PREFERENCES
+from hps.methods import methods
 from report.pictures import STYLE, ZERO
+from theory.frontier import compared_options
 from theory.output import Table
 from theory.theorems import AT_PROMPTS, AT_SIZE
 
 # Read at half size in a page; powers of ten on an axis are formulas.
 SIZES = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12, "text.parse_math": True}
 HUES = {"bt": "black", "pl": "tab:blue", "hps": "tab:orange", "pairs": "tab:green", "lipo": "tab:cyan"}
-HUES["negatives"] = "tab:red"
+HUES |= {"negatives": "tab:red", "options": "tab:purple"}
 WORLDS = {
     "free": "free logits",
     "shared": "shared features,\nother prompts",
@@ -64,7 +65,9 @@ def frontier(table: Table, path: Path) -> None:
 def differences(table: Table, path: Path) -> None:
     """Differences of all rows to DPO-BT, a panel for each world."""
     rows = [label for label in table.rows if label != "dpo-bt"]
-    groups = [next((name for name in PREFERENCES if label.endswith(f"-{name}")), "negatives") for label in rows]
+    group = {f"{family}-{preference}": preference for family, preference in methods()}
+    group |= dict.fromkeys(compared_options(), "options")
+    groups = [group.get(label, "negatives") for label in rows]
 
     def draw(figure: Figure, axes: np.ndarray) -> None:
         for axis, (world, title) in zip(axes, WORLDS.items(), strict=True):
@@ -78,7 +81,7 @@ def differences(table: Table, path: Path) -> None:
         axes[0].set_yticks(range(len(rows)), rows)
         axes[0].set_ylim(len(rows) - 0.5, -0.5)
         names = {"bt": "BT", "pl": "PL", "hps": "HPS, gamma -5 to 5", "pairs": "all pairs", "lipo": "LiPO-lambda"}
-        names["negatives"] = "DPO-HPS, other negatives"
+        names |= {"negatives": "DPO-HPS, other negatives", "options": "DPO-BT, options"}
         names = {group: name for group, name in names.items() if group in groups}
         handles = [axes[0].plot([], [], color=HUES[group], marker="o", linewidth=2)[0] for group in names]
         figure.legend(handles, names.values(), loc="outside lower center", ncols=len(names), frameon=False)
