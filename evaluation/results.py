@@ -42,18 +42,14 @@ from hps.errors import InputError
 from hps.settings import own_settings
 from pipeline.files import file_hash, value_hash, write_json
 from pipeline.functions import identity
-from pipeline.recipe import OF_ROUNDS, REPOSITORY, SPLITS, Model, Recipe
+from pipeline.recipe import OF_DEVICES, OF_ROUNDS, REPOSITORY, SPLITS, Model, Recipe
 from pipeline.records import read_json, read_jsonl, read_ranked
 from pipeline.run_records import answered_steps, check_pair
 from pipeline.stage import git_commit, is_finished, versions
 
 PAIR_FIGURES = ("rm_dpo", "rm_r_dpo", "rm_dpo_accuracy", "kl", "s_1", "s_2")
-# Settings that change no figure.
-DEVICES = {
-    "generation": ("workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences", "enforce_eager"),
-    "annotation": ("batch_tokens", "workers"),
-    "evaluation": ("answers", "on"),
-}
+# Settings that change no figure: beside those of devices `enforce_eager`, which changes rounding, and what is kept.
+NO_FIGURE = {**OF_DEVICES, "generation": {*OF_DEVICES["generation"], "enforce_eager"}, "evaluation": {"answers", "on"}}
 RANKED_BY = ("output=", "ranking=", "data.", "generation.", "annotation.", "models.generator", "models.reward")
 JUDGE = ("answers", "repeats", "max_new_tokens", "max_prompt_tokens", "temperature")  # settings of Table 4's judge
 NEW = ("noise", "proxy", "samples_along")  # of annotation and evaluation: not in a key while they are off
@@ -149,7 +145,7 @@ def _without_devices(recipe: Recipe, section: str) -> dict:
     for name in NEW:  # omitted, so that older keys still match
         if not values.get(name, True):
             del values[name]
-    return {name: value for name, value in values.items() if name not in DEVICES[section]}
+    return {name: value for name, value in values.items() if name not in NO_FIGURE[section]}
 
 
 def find(run: Evaluated, scale: str) -> dict | None:

@@ -25,7 +25,7 @@ from pipeline.files import Results, file_hash, write_json
 from pipeline.identity import check_model, model_hash
 from pipeline.models import check_fits
 from pipeline.prompts import check_disjoint, load_prompts
-from pipeline.recipe import SPLITS, Generation, Model, Recipe
+from pipeline.recipe import OF_DEVICES, SPLITS, Generation, Model, Recipe
 from pipeline.records import Indexed, read_candidates, read_ledger
 from pipeline.responses import candidates, distinct, responses_of
 from pipeline.rounds import earlier_candidates, earlier_path, round_settings
@@ -182,13 +182,11 @@ def in_words(counts: dict) -> str:
 
 def stage_settings(recipe: Recipe) -> dict:
     """Everything that decides the candidates. Any change needs another output folder."""
-    # The number of devices and their memory do not change the distribution.
-    devices = {"workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences"}
     splits = {split: getattr(recipe.data, split) for split in SPLITS}
     data = {split: {**each.model_dump(), "sha256": file_hash(each.path)} for split, each in splits.items()}
     earlier = {split: path for split in SPLITS if (path := earlier_path(recipe, split))}
     return {
-        "generation": recipe.generation.model_dump(exclude=devices),
+        "generation": recipe.generation.model_dump(exclude=OF_DEVICES["generation"]),
         "seed": recipe.round_seed,
         "model": model_hash(recipe.models.generator),
         "data": {**data, "special_tokens": recipe.data.special_tokens},

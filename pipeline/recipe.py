@@ -137,6 +137,13 @@ class Annotation(Section):
     noise: float = Field(0.0, ge=0, description="standard deviation of Gaussian noise on the rewards of the ranking")
 
 
+# What says how fast a section is computed and in how much memory, and does not change what comes out.
+OF_DEVICES = {
+    "generation": {"workers", "tensor_parallel", "gpu_memory_utilization", "max_sequences"},
+    "annotation": {"batch_tokens", "workers"},
+}
+
+
 class RoundsSchedule(Schedule):
     __doc__ = f"""{inspect.getdoc(Schedule)}
 
