@@ -61,7 +61,7 @@ def refused(loss: Loss, schedule: Schedule) -> Iterator[Refusal]:
         yield "loss.positives", reason, "use loss.positives=1"
     if loss.factor_n and not family.factor_n:
         *others, last = (name for name, entry in FAMILIES.items() if entry.factor_n)
-        reason = f"N multiplies a mixture inside a logarithm, and the loss of {loss.family} has none (docs/methods.md)"
+        reason = f"N adds up responses in a soft-max of scores, and the pair loss of {loss.family} has none"
         yield "loss.factor_n", reason, f"use loss.factor_n=false, or the family {', '.join(others)} or {last}"
     if loss.label_smoothing > 0 and (family.smoothing != "label_smoothing" or loss.preference == "pl"):
         own = family.smoothing not in (None, "label_smoothing")

@@ -45,9 +45,11 @@ class Family:
         preferences: that it has a loss for.
         reward_gap: its pair loss is a regression on the difference of the annotated rewards.
         reference: its score compares the policy with the reference.
-        inside_log: the mixture of HPS is inside the logarithm (Eq. 8, Eq. 10); otherwise HPS is the weighted mean
-            of the pair losses.
-        factor_n: Eq. 8's factor N has a meaning: the pair loss is a function of a difference of scores.
+        inside_log: the mixture of HPS is inside the logarithm (Eq. 8, Eq. 10), which needs a logistic pair loss;
+            otherwise HPS is the weighted mean of the pair losses.
+        factor_n: Eq. 8's factor N has a meaning: the pair loss compares soft-max probabilities of the scores, in which
+            N equal responses add log N to the score of one.
+        in_paper: it is in the paper's tables. Only such a run is credited to the paper on the model card.
         smoothing: the setting that gives a pair's label a probability of being wrong, if there is one.
         list_of_rewards: the target of its list loss is made of the annotated rewards alone.
         temperature: the constant by which its list loss divides these rewards, if there is one.
@@ -59,6 +61,7 @@ class Family:
     reference: bool = True
     inside_log: bool = False
     factor_n: bool = False
+    in_paper: bool = False
     smoothing: str | None = None
     list_of_rewards: bool = False
     temperature: str | None = None
@@ -72,6 +75,7 @@ FAMILIES = {
         preferences=PREFERENCES,
         inside_log=True,
         factor_n=True,
+        in_paper=True,
         smoothing="label_smoothing",
     ),
     "exo": Family(
@@ -82,21 +86,24 @@ FAMILIES = {
             "exo_beta_r": Constant(1.0, "exo, pl: temperature of the list's target", {"gt": 0}, preferences=("pl",)),
         },
         factor_n=True,
+        in_paper=True,
         smoothing="exo_epsilon",
         list_of_rewards=True,
         temperature="exo_beta_r",
     ),
-    "ipo": Family({"ipo_per_token": Constant(False, "ipo: log-ratios are averaged over tokens")}),
+    "ipo": Family({"ipo_per_token": Constant(False, "ipo: log-ratios are averaged over tokens")}, in_paper=True),
     "sppo": Family(
         {
             "sppo_win": Constant(
                 "hard", "sppo, pl: how rewards become wins", choices=("hard", "sigmoid"), preferences=("pl",)
             )
         },
+        in_paper=True,
         list_of_rewards=True,
     ),
     "nca": Family(
         {"nca_alpha": Constant(1.0, "nca, pl: temperature of the list's target", {"gt": 0}, preferences=("pl",))},
+        in_paper=True,
         list_of_rewards=True,
         temperature="nca_alpha",
     ),

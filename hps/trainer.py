@@ -333,7 +333,7 @@ class HPSTrainer(DPOTrainer):
         self.facts: dict[str, Any] | None = None
         self._has_heads = self._start_is_said = False
         self._name = f"{self.loss.family}-{self.loss.preference}".upper()
-        self._paper = PAPER if self.loss.preference == "hps" else {}
+        self._paper = PAPER if self.loss.preference == "hps" and FAMILIES[self.loss.family].in_paper else {}
         revision = (args.model_init_kwargs or {}).get("revision")
         if processing_class is None:
             name = model if isinstance(model, str) else model.config.name_or_path

@@ -640,7 +640,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
         yield wrong, key, "it must be a new folder in `output`", "give the name of a folder"
 
     for key, known in CHOICES.items():
-        yield get(recipe, key) not in known, key, "there is no such method", f"use one of: {', '.join(known)}"
+        unknown, problem = get(recipe, key) not in known, f"there is no such {key.removeprefix('loss.')}"
+        yield unknown, key, problem, f"use one of: {', '.join(known)}"
     for refusal in refused(recipe.loss, recipe.schedule):
         yield True, *refusal
 

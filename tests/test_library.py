@@ -437,6 +437,15 @@ def test_the_model_card_names_method_data_and_settings(tiny_model, tmp_path):
     assert "Data: a data set, fingerprint " in card and "; 8 prompts, left out: 1 x all rewards tie" in card
 
 
+@pytest.mark.parametrize(("method", "credited"), [("dpo-hps", True), ("dpo-bt", False), ("simpo-hps", False)])
+def test_the_model_card_credits_the_paper_with_its_own_methods(tiny_model, tmp_path, method, credited):
+    family, preference = method.split("-")
+    config = config_of(tmp_path, family=family, preference=preference)
+    trainer = HPSTrainer(str(tiny_model), args=config, train_dataset=as_dataset(ranked_records(8)), peft_config=LORA)
+    trainer.create_model_card(model_name="tea")
+    assert ("2502.14400" in (tmp_path / "README.md").read_text()) == credited
+
+
 def test_what_a_script_cannot_have_is_refused(tiny_model, tmp_path):
     data = as_dataset(ranked_records(8))
     with pytest.raises(ValueError, match="leave out `compute_metrics`"):

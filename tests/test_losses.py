@@ -401,6 +401,7 @@ def brute_force(loss: Loss, s: list[float], r: list[float]) -> float:
         win = (lambda d: sigmoid(d)) if loss.sppo_win == "sigmoid" else (lambda d: float(d > 0))
         wins = [sum(win(r[i] - r[j]) for j in range(n) if j != i) / (n - 1) for i in range(n)]
         return sum((x - (p - 0.5) / loss.beta) ** 2 for x, p in zip(s, wins, strict=True))
+    assert loss.family in ("dpo", "simpo"), f"add the list loss of {loss.family} here"
     return sum(-math.log(math.exp(s[j]) / sum(math.exp(x) for x in s[j:])) for j in range(n))
 
 

@@ -26,7 +26,11 @@ FLOW_STEPS = 200
 PROMPTS, DIMENSION, LENGTH = 32, 8, 1.4  # of the world with shared features
 EVERY_LOSS = {
     # A regression on the reward's differences has another question: it sees no winner.
-    **{f"{family}-hps": Loss(family=family) for family, entry in FAMILIES.items() if not entry.reward_gap},
+    **{
+        f"{family}-hps": Loss(family=family)
+        for family, entry in FAMILIES.items()
+        if "hps" in entry.preferences and not entry.reward_gap
+    },
     "exact Eq. 10": Loss(estimator="exact"),
     "exact Eq. 8": Loss(estimator="exact", factor_n=True),
     "one draw with N": Loss(factor_n=True),
