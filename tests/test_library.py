@@ -108,7 +108,7 @@ def test_on_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"family": "dp0"}, "HPSConfig: `family` is 'dp0'; give one of dpo, exo"),
+        ({"family": "dp0"}, "HPSConfig: `family` is 'dp0'; give one of dpo, "),
         ({"beta": 0.0}, "`beta` is 0.0: Input should be greater than 0"),
         ({"num_train_epochs": 1.5}, "`num_train_epochs` is 1.5: Input should be a valid integer"),
         ({"max_length": None}, "`max_length` is None: Input should be a valid integer"),

@@ -494,7 +494,7 @@ MEANINGLESS = [
     (["loss.family=sppo", "loss.sppo_win=sigmoid"], "belongs to `loss.preference: pl`, and that is bt"),
     (["loss.family=exo", "loss.preference=pl", "loss.exo_epsilon=0.01"], "belongs to `loss.preference: bt or hps`"),
     (["loss.preference=hps", "loss.estimator=exact", "loss.samples=2"], "sums over all dispreferred responses"),
-    (["loss.preference=hps", "loss.family=ipo", "loss.factor_n=true"], "the loss of ipo has none"),
+    (["loss.preference=hps", "loss.family=ipo", "loss.factor_n=true"], "the pair loss of ipo has none"),
     (["loss.family=exo", "loss.label_smoothing=0.1"], "exo-bt has none; use loss.label_smoothing=0 (loss.exo_epsilon"),
     (["loss.preference=pl", "loss.label_smoothing=0.1"], "dpo-pl has none; use loss.label_smoothing=0"),
     (
@@ -516,7 +516,7 @@ MEANINGLESS = [
         ["loss.family=rpo", "loss.preference=hps", "loss.positives=2"],
         "`loss.positives` is `2`, but a second positive is one more order, and rpo learns differences of rewards",
     ),
-    (["loss.family=slic", "loss.preference=hps", "loss.factor_n=true"], "the loss of slic has none"),
+    (["loss.family=slic", "loss.preference=hps", "loss.factor_n=true"], "the pair loss of slic has none"),
     (["loss.family=slic", "loss.label_smoothing=0.1"], "slic-bt has none; use loss.label_smoothing=0"),
     (["loss.smoothing=rdpo"], "the probability of a wrong label, is 0; use loss.label_smoothing=0.1, say, or loss.smo"),
     (["loss.family=ipo", "loss.smoothing=rdpo", "loss.label_smoothing=0.1"], "ipo-bt has none"),
