@@ -198,6 +198,28 @@ def test_prompts_that_one_method_lacks_are_left_out():
     assert found["at_kl"]["change"]["prompts"] == 2 and found["at_kl"]["change"]["mean"] == pytest.approx(0.05)
 
 
+def test_prompts_are_paired_whatever_their_order():
+    """One method has its prompts the other way round: the difference is still 0 at each, with no width."""
+    turned = result()
+    for columns in (*turned["answers"].values(), turned["prompts"], turned["pairs"]["written"]):
+        for name, values in columns.items():
+            columns[name] = values if name == "points" else values[::-1]
+    for values in turned["pairs"]["written"]["points"][FINAL].values():
+        values.reverse()
+    (found,) = compare([(Cell("x", [turned]), Cell("y", [result()]))], sft())
+    for entry in (found["at_kl"]["change"], found["at_kl"]["rm_dpo"], found["end"]["change"]):
+        assert entry["mean"] == 0.0 and entry["interval"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kl", [0.62344, 0.62346, 2 / 3])
+def test_what_is_read_at_the_first_point_is_not_below_it(kl):
+    """Both were measured at one KL alone, which four decimals round down or up."""
+    found = result(kls=(0.5, kl))
+    del found["answers"]["10"]
+    (row,) = compare([(Cell("x", [found]), Cell("y", [found]))], sft())
+    assert "before_first_point" not in row["at_kl"]["change"] | row["at_kl"]["rm_dpo"]
+
+
 def test_all_methods_at_the_least_of_their_largest_kls():
     kl, found = frontiers.at_one_kl([Cell("near", [result(kls=(0.5, 1.0))]), Cell("far", [result()])], sft())
     assert kl == 1.0 and found["far"]["mean"] == 0.1 and found["near"]["mean"] == 0.3
