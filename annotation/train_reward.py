@@ -4,8 +4,6 @@ Reads   data/testbed/{reviews,chats}_{reward,test}.jsonl, samples.jsonl.gz (the 
 Writes  annotation/embedded/proxy/: LoRA adapter with the head (safetensors), `reward.json`;
         annotation/embedded/reports/proxy.json: accuracies on the test split
 Run     python -m annotation.train_reward [--report]    # then `bash setup.sh train` merges it
-
-Commit 2980384 has the program that trained the other two embedded models, `train` and `eval`.
 """
 
 import argparse

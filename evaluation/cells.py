@@ -1,8 +1,7 @@
 """One method's results over the seeds, and its row of figures in a table.
 
-The interval contains seeds, prompts and answers (evaluation.components). Results of earlier versions, without
-`answers`, keep theirs: values are averaged over the seeds, and the interval is a bootstrap over prompts.
-evaluation.frontiers, and for those results evaluation.matched, read the cells at one divergence.
+The interval contains seeds, prompts and answers (evaluation.components). evaluation.frontiers reads the cells at one
+divergence.
 """
 
 from collections.abc import Sequence
@@ -11,9 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.components import components, estimated, rescaled
-from evaluation.intervals import with_interval
 
-COLUMNS = ("bleu", "reward", "rm_dpo", "rm_r_dpo")
 # Source of a column's per-prompt values: `figures` of the answers, or a set of pairs.
 SOURCES = {
     "bleu": ("figures", "bleu_best"),
@@ -32,9 +29,6 @@ SOURCES = {
     "s_2": ("written", "s_2"),
     "s_1_ranked": ("ranked", "s_1"),
     "s_2_ranked": ("ranked", "s_2"),
-}
-# Those of results that have `answers`.
-ANSWERED = {
     "change": ("figures", "reward_mean_change"),
     "win_rate": ("figures", "reward_win_rate"),
     "tokens": ("figures", "tokens_mean"),
@@ -43,9 +37,7 @@ ANSWERED = {
     "distinct_2": ("figures", "distinct_2"),
     "proxy_change": ("figures", "proxy_mean_change"),
 }
-EXTRA = ("kl", "rm_dpo_ranked", "accuracy_ranked", "accuracy_written", "reward_mean", "kl_sampled", "tokens_change")
 DIVERGENCES = ("kl", "kl_sampled")
-SAMPLES, SEED = 2000, 42  # of the bootstrap
 FINAL = "final"  # the end of the training; the other points are steps
 SFT = "SFT"  # label of the model before training
 Column = tuple[list[str], np.ndarray]  # prompt ids, and (seeds, prompts) values
@@ -69,7 +61,7 @@ class Cell:
 
     def column(self, name: str) -> Column | None:
         """Prompt ids and (seeds, prompts) values of a column; None if the cell has no such column."""
-        place, figure = (SOURCES | ANSWERED)[name]
+        place, figure = SOURCES[name]
         if place == "figures":
             tables = [result["prompts"] for result in self.results]
             if any(figure not in table for table in tables):
@@ -79,7 +71,7 @@ class Cell:
 
     def answers(self, point: str, name: str) -> list[dict[str, list[float]]] | None:
         """Of each seed, by prompt, the values of the answers at a point (evaluation.results); None without them."""
-        tables = [result.get("answers", {}).get(point, {}) for result in self.results]
+        tables = [result["answers"].get(point, {}) for result in self.results]
         if any(name not in table for table in tables):
             return None
         return [dict(zip(table["prompt_id"], table[name], strict=True)) for table in tables]
@@ -98,7 +90,7 @@ class Cell:
 
     def answered(self) -> list[str]:
         """Points of the training at which every seed has answers, in order."""
-        names = [list(result.get("answers", {})) for result in self.results]
+        names = [list(result["answers"]) for result in self.results]
         return [name for name in names[0] if all(name in other for other in names)]
 
     def point(self, pairs: str, point: str, figure: str) -> Column | None:
@@ -127,38 +119,17 @@ def _aligned(tables: list[tuple[list[str], list]]) -> Column:
     return names, np.array([[row[name] for name in names] for row in rows], dtype=float)
 
 
-def summary(values: np.ndarray) -> dict:
-    """Mean, interval and spread of (seeds, prompts) values."""
-    mean = values.mean(axis=0)
-    picks = resamples(len(mean))
-    found = {**with_interval(mean.mean(), mean[picks].mean(axis=1)), "prompts": len(mean), "seeds": len(values)}
-    if len(values) > 1:
-        found["seed_standard_deviation"] = round(float(values.mean(axis=1).std(ddof=1)), 4)
-    return found
-
-
-def resamples(count: int) -> np.ndarray:
-    """(SAMPLES, count) bootstrap indices of prompts, the same for every figure, so that differences stay paired."""
-    return np.random.default_rng(SEED).integers(0, count, (SAMPLES, count))
-
-
-def has_answers(cells: list[Cell]) -> bool:
-    """Whether all results have the values of their answers; earlier versions left only means by prompt."""
-    return bool(cells) and all("answers" in result for cell in cells for result in cell.results)
-
-
-def cell_figures(cell: Cell, cells: Sequence[Cell] = ()) -> dict:
+def cell_figures(cell: Cell, cells: Sequence[Cell]) -> dict:
     """The cell's columns, with the paper's figure and the difference from it where the paper has one.
 
     Args:
-        cells: if the results have `answers`, all trained cells of the table: then there are more columns, and intervals
-            of evaluation.components, which need two prompts.
+        cells: all trained cells of the table, for the intervals of evaluation.components, which need two prompts.
     """
     figures: dict[str, dict] = {}
-    for name in dict.fromkeys((*COLUMNS, *SOURCES, *(ANSWERED if cells else ()))):
+    for name in SOURCES:
         found = cell.column(name)
-        if found is not None and found[1].shape[1] > bool(cells):
-            figures[name] = _with_seeds(cell, name, cells) if cells else summary(found[1])
+        if found is not None and found[1].shape[1] > 1:
+            figures[name] = _with_seeds(cell, name, cells)
         printed = (cell.paper or {}).get(name)
         if printed is not None:
             entry = figures.setdefault(name, {})
@@ -188,27 +159,17 @@ def spread(cell: Cell) -> dict[str, float | None]:
 
 
 def same_prompts(cells: list[Cell]) -> tuple[list[Cell], dict[str, str]]:
-    """Keep the cells that were evaluated on the first cell's prompts; say by label why the others were dropped.
+    """Keep the cells whose answers are to the first cell's prompts; say by label why the others were dropped.
 
-    Figures on different prompts cannot be compared or paired. What counts are the prompts of the answers; in results
-    without `answers` those of the pairs. (Pairs may differ where the ranking is another one, and are compared over the
-    prompts that both have.)
+    Figures on different prompts cannot be compared or paired. (Pairs may differ where the ranking is another one, and
+    are compared over the prompts that both have.)
     """
-    wanted: dict[str, set[str]] = {}
+    answered = [[set(result["answers"][FINAL]["prompt_id"]) for result in cell.results] for cell in cells]
     odd = {}
-    for cell in cells:
-        for result in cell.results:
-            for what, names in _evaluated(result).items():
-                if not (others := names ^ wanted.setdefault(what, names)):
-                    continue
-                odd[cell.label] = (
-                    f"its {what} differ from the first row's in {len(others)} prompts, e.g. "
-                    f"{min(others)}; delete its result file and run it again"
-                )
+    for cell, each in zip(cells, answered, strict=True):
+        for others in filter(None, (names ^ answered[0][0] for names in each)):
+            odd[cell.label] = (
+                f"its answers differ from the first row's in {len(others)} prompts, e.g. "
+                f"{min(others)}; delete its result file and run it again"
+            )
     return [cell for cell in cells if cell.label not in odd], odd
-
-
-def _evaluated(result: dict) -> dict[str, set[str]]:
-    if "answers" in result:
-        return {"answers": set(result["answers"][FINAL]["prompt_id"])}
-    return {f"{pairs} pairs": set(table["prompt_id"]) for pairs, table in result["pairs"].items()}

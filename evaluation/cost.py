@@ -332,7 +332,7 @@ def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value")
-    parser.add_argument("--scale", default="paper", help="whose assumptions: paper (default), testbed, quickstart")
+    parser.add_argument("--scale", default="paper", help="whose assumptions: paper (default), testbed")
     parser.add_argument("--rates", metavar="FILE", help="rates in the place of those that are assumed")
     parser.add_argument("--measure", action="store_true", help="print the rates of the recipe's finished stages")
     options = parser.parse_intermixed_args()

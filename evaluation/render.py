@@ -1,4 +1,4 @@
-"""How a table looks: Markdown, LaTeX, a picture of rewards or margins against KL. evaluation.tables has its fields."""
+"""How a table looks: Markdown, LaTeX, a picture of rewards against KL. evaluation.tables has its fields."""
 
 import re
 from collections.abc import Iterable
@@ -8,16 +8,13 @@ from typing import NamedTuple
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from evaluation.cells import EXTRA
 from evaluation.components import DECIDED, verdict
 from evaluation.intervals import estimate, signed
-from evaluation.matched import MATCHED, PAIRED
 from report.pictures import STYLE, frontier_panels, reward_frontier
 
 # The columns in words.
 NAMES = {
     "bleu": "BLEU, best answer",
-    "bleu_mean": "BLEU, mean answer",
     "reward": "reward, best answer",
     "reward_mean": "reward, mean answer",
     "rm_dpo": "RM_DPO, written pairs (nats)",
@@ -32,7 +29,6 @@ NAMES = {
     "s_1_ranked": "y_1, ranked",
     "s_2_ranked": "y_2, ranked",
     "kl_sampled": "KL on own answers (nats)",
-    "tokens_change": "length, change (tokens)",
     "win": "win (% of the prompts)",
     "lose": "lose (%)",
     "tie": "tie (%)",
@@ -52,11 +48,9 @@ NAMES = {
     "seed_prompt": "seed x prompt",
     "answer": "answers",
 }
-# Beside the paper's figures, in a table of its own where results have `answers`.
+# Beside the paper's figures, in a table of their own.
 MARGINS = ("rm_dpo", "rm_r_dpo", "kl", "rm_dpo_ranked", "accuracy_written", "accuracy_ranked")
 MARKS = {"before_first_point": "†", "one_seed": "‡", "pooled": "§"}
-MARK = MARKS["before_first_point"]
-MARKED = f"{MARK} below the KL of the first point that was measured: on the straight line from 0 to that point."
 
 
 class Grid(NamedTuple):
@@ -65,10 +59,6 @@ class Grid(NamedTuple):
     caption: str
     head: list[str]
     rows: list[list[str]]
-
-    @property
-    def marked(self) -> bool:
-        return any(MARK in cell for row in self.rows for cell in row)
 
 
 def number(entry: dict, digits: int = 3) -> str:
@@ -80,10 +70,6 @@ def _marks(entry: dict) -> str:
     return "".join(mark for name, mark in MARKS.items() if entry.get(name))
 
 
-def _signed(value: float | None) -> str:
-    return "-" if value is None else signed(value)
-
-
 def measured(part: dict, names: Iterable[str]) -> list[str]:
     """The columns in which a row has a figure of ours."""
     return [name for name in names if any("mean" in row["figures"].get(name, {}) for row in part["rows"])]
@@ -91,13 +77,6 @@ def measured(part: dict, names: Iterable[str]) -> list[str]:
 
 def seeds_of(row: dict) -> int:
     return max((entry.get("seeds", 0) for entry in row["figures"].values()), default=0)
-
-
-def comparisons(part: dict) -> list[Grid]:
-    """Comparisons of rows: in pairs (at the end, at their largest common KL, by seed), and all at one KL."""
-    if "compared" in part:
-        return [grid for grid in _answered(part) if grid.rows]
-    return [*_wins(part["rows"]), *_paired(part["paired"]), *_at_one_kl(part["matched"])]
 
 
 def decision(entry: dict) -> list[str]:
@@ -118,8 +97,8 @@ def _kl(entry: dict) -> str:
 DECISION = ["difference", "detectable", "verdict"]
 
 
-def _answered(part: dict) -> list[Grid]:
-    """Comparisons in pairs at equal KL and at the end, which methods lower y_1, and the spread of the rewards."""
+def comparisons(part: dict) -> list[Grid]:
+    """In pairs at equal KL and at the end, which methods lower y_1, the spread of the rewards; or the win rates."""
     equal, ends, pairs = [], [], {"rm_dpo": [], "s_1": []}
     for row in part["compared"]:
         found, end = row["at_kl"], row["end"]
@@ -139,9 +118,10 @@ def _answered(part: dict) -> list[Grid]:
             *(f"{row['spread'][name]:.3f}" if row["spread"].get(name) is not None else "-" for name in parts),
         ]
         for row in part["rows"]
-        if row["spread"]
+        if row.get("spread")
     ]
-    return [
+    grids = [
+        _wins(part["rows"]),
         Grid(
             "Change of the reward at equal KL, the largest mean that both reached (nats)",
             ["", "KL", *DECISION, "by seed"],
@@ -165,6 +145,7 @@ def _answered(part: dict) -> list[Grid]:
             spreads,
         ),
     ]
+    return [grid for grid in grids if grid.rows]
 
 
 def _displacement(rows: list[dict]) -> Grid:
@@ -188,52 +169,14 @@ def moved(entry: dict) -> str:
     return found if found != DECIDED else "falls" if entry["mean"] < 0 else "rises"
 
 
-def _wins(rows: list[dict]) -> list[Grid]:
+def _wins(rows: list[dict]) -> Grid:
     """Of Table 4, whether a win rate is one half."""
     rates = {
         row["label"]: row["figures"]["win_rate"] for row in rows if "verdict" in row["figures"].get("win_rate", {})
     }
     lines = [[label, number(rate), f"{rate['detectable']:.3f}", rate["verdict"]] for label, rate in rates.items()]
     caption = "Is the win rate one half? `detectable` is a distance from that"
-    return [Grid(caption, ["", "win rate", *DECISION[1:]], lines)] if lines else []
-
-
-def _paired(rows: list[dict]) -> list[Grid]:
-    names = [*MATCHED, "reward_mean"]
-    ends, matched, seeds = [], [], []
-    for row in rows:
-        found, label = row["matched"], row["label"]
-        kls = [f"{found[name]['at_kl']:.3f}" for name in ("rm_dpo", "rm_dpo_ranked", "reward_mean") if name in found]
-        ends.append([label, *(number(row["figures"].get(name, {})) for name in PAIRED)])
-        matched.append([label, ", ".join(kls) or "-", *(number(found.get(name, {})) for name in names)])
-        seeds += [[label, seed, *(_signed(found.get(n)) for n in names)] for seed, found in row["by_seed"].items()]
-    grids = [
-        Grid("Differences, paired over the prompts, at the end of the training", ["", *PAIRED], ends),
-        Grid(
-            "The same at the largest KL that both reached (on written pairs, on ranked ones, for the reward)",
-            ["", "KL", *names],
-            matched,
-        ),
-        Grid("And by seed, which the intervals over prompts leave out", ["", "seed", *names], seeds),
-    ]
-    return [grid for grid in grids if grid.rows]
-
-
-def _at_one_kl(found: dict) -> list[Grid]:
-    if not found:
-        return []
-    kl = found["kl"]
-    names = list(dict.fromkeys(name for row in found["cells"].values() for name in row))
-    rows = []
-    for label, row in found["cells"].items():
-        entries = [row.get(name, {}) for name in names]
-        places = [f" (at {entry['at_kl']:.3f})" if "at_kl" in entry else "" for entry in entries]
-        rows.append([label, *(number(entry) + place for entry, place in zip(entries, places, strict=True))])
-    caption = (
-        f"At one divergence (KL on the preferred response {kl['written']:.3f} nats on the written pairs, "
-        f"{kl['ranked']:.3f} on the ranked ones)"
-    )
-    return [Grid(caption, ["", *names], rows)]
+    return Grid(caption, ["", "win rate", *DECISION[1:]], lines)
 
 
 # ---- Markdown ----
@@ -264,7 +207,9 @@ def _rows(part: dict, columns: Iterable[str]) -> list[str]:
     return markdown_table(head, rows) if names else []
 
 
-def _answered_lines(part: dict) -> list[str]:
+def _part_lines(part: dict) -> list[str]:
+    if "win" in part["columns"]:
+        return _judged_lines(part)
     lines = [f"## {part['title']}", "", *_rows(part, part["columns"]), ""]
     if part.get("kl") is not None:
         lines += [f"Equal KL: {part['kl']:.3f} nats, the largest mean that every method reached.", ""]
@@ -275,30 +220,16 @@ def _answered_lines(part: dict) -> list[str]:
     return lines
 
 
-def _part_lines(part: dict) -> list[str]:
-    if "compared" in part or any("win_rate" in row["figures"] for row in part["rows"]):
-        return _answered_lines(part)
-    names = measured(part, part["columns"])
-    printed = any("paper" in entry for row in part["rows"] for entry in row["figures"].values())
-    head = ["", *(text for name in names for text in ([f"{name}, ours", "paper", "difference"] if printed else [name]))]
+def _judged_lines(part: dict) -> list[str]:
+    """Of Table 4 with a judge."""
+    head = ["", *(text for name in part["columns"] for text in (f"{name}, ours", "paper", "difference"))]
     rows = []
     for row in part["rows"]:
-        rows.append([row["label"]])
-        for entry in (row["figures"].get(name, {}) for name in names):
-            paper = [str(entry.get("paper", "-")), _signed(entry.get("difference"))] if printed else []
-            rows[-1] += [number(entry), *paper]
-    lines = [f"## {part['title']}", "", *markdown_table(head, rows)]
-    if extra := measured(part, [name for name in EXTRA if name not in part["columns"]]):
-        rows = [
-            [row["label"], str(seeds_of(row)), *(number(row["figures"].get(name, {})) for name in extra)]
-            for row in part["rows"]
-        ]
-        lines += ["", "Ours alone:", "", *markdown_table(["", "seeds", *extra], rows)]
-    lines += [*(f"- {row['label']}: {flag}" for row in part["rows"] for flag in row.get("flags", [])), ""]
-    for grid in comparisons(part):
-        lines += [f"{grid.caption}:", "", *markdown_table(grid.head, grid.rows)]
-        lines += ["", MARKED, ""] if grid.marked else [""]
-    return lines
+        entries = [row["figures"][name] for name in part["columns"]]
+        cells = [(number(entry), str(entry["paper"]), signed(entry["difference"])) for entry in entries]
+        rows.append([row["label"], *(cell for each in cells for cell in each)])
+    flags = [f"- {row['label']}: {flag}" for row in part["rows"] for flag in row["flags"]]
+    return [f"## {part['title']}", "", *markdown_table(head, rows), *flags, ""]
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -331,35 +262,10 @@ def _tex(text: str) -> str:
 
 
 def draw_frontier(table: dict, target: Path) -> None:
-    """Draw rewards against KL along the training or, of results without `answers`, margins and accuracy.
-
-    A line for each row that has points; nothing if none has.
-    """
-    if answered := [part for part in table["parts"] if any(row.get("along") for row in part["rows"])]:
-        draw_rewards(table["title"], answered, target)
-        return
-    parts = [part for part in table["parts"] if any(points["ranked"] for points in part["frontier"].values())]
+    """Draw rewards against KL, a panel for each family if there are many rows; nothing if no row has points."""
+    title, parts = table["title"], [part for part in table["parts"] if any(row.get("along") for row in part["rows"])]
     if not parts:
         return
-    panels = (("ranked", "rm_dpo"), ("ranked", "rm_dpo_accuracy"), ("written", "rm_dpo"))
-    figure = Figure(figsize=(15, 5 * len(parts)), layout="constrained")
-    for row, part in zip(figure.subplots(len(parts), 3, squeeze=False), parts, strict=True):
-        for axis, (pairs, name) in zip(row, panels, strict=True):
-            for place, (title, points) in enumerate(part["frontier"].items()):
-                # The share of pairs in order has no value before the first step.
-                start = [] if name == "rm_dpo_accuracy" else [0.0]
-                x, y = ([*start, *(point[each] for point in points[pairs])] for each in ("kl", name))
-                style = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}
-                axis.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=title, **style)
-            axis.set_title(f"{part['title']}: {name}, {pairs} pairs", fontsize=10)
-            axis.set_xlabel("KL on the preferred response (nats)")
-            axis.grid(alpha=0.3)
-        row[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(target, dpi=110)
-
-
-def draw_rewards(title: str, parts: list[dict], target: Path) -> None:
-    """Draw rewards against KL, a panel for each family if there are many rows."""
     panels = [(part, name, shown) for part in parts for name, shown in frontier_panels(part["rows"])]
     across = min(3, max(len(frontier_panels(part["rows"])) for part in parts))
     down = -(-len(panels) // across)

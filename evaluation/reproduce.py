@@ -302,9 +302,7 @@ def plan(table: str, scale: str, only: str | None = None, rates: str | None = No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help=f"one of {', '.join(map(stem, TITLES))}, or {PILOT}")
-    parser.add_argument(
-        "--scale", default="testbed", help="of configs/matrix.yaml: testbed (default), quickstart, paper"
-    )
+    parser.add_argument("--scale", default="testbed", help="of configs/matrix.yaml: testbed (default), paper")
     parser.add_argument("--only", metavar="TEXT", help="only runs whose name (DATA/RUN) contains this")
     parser.add_argument("--dry-run", action="store_true", help="print runs, hours and disk; run nothing")
     parser.add_argument("--rates", metavar="FILE", help="of the dry run: rates of your own (evaluation.cost --measure)")

@@ -20,7 +20,7 @@ Writes  `results/<scale>/runs/<data>/<run>.json`: `key` (the settings that decid
      "final": {...}}
 
 The points are steps (`evaluation.samples_along` answers to a prompt), then `final` (`evaluation.samples` answers). The
-model before training has `final` alone, without `kl`. Results from before this field have no `answers`.
+model before training has `final` alone, without `kl`. A file from before this field does not count as a result.
 
 A result is valid for a recipe with the same `key`: paths and revisions of the models, hashes of the data files, and
 every setting except devices and folders. A clone with committed results repeats no run unless its recipe changes.
@@ -150,7 +150,8 @@ def _without_devices(recipe: Recipe, section: str) -> dict:
 
 def find(run: Evaluated, scale: str) -> dict | None:
     """The result of exactly this recipe, if it exists."""
-    return read_result(run.path(scale), result_key(run.recipe, run.sft))
+    found = read_result(run.path(scale), result_key(run.recipe, run.sft))
+    return found if found and "answers" in found else None
 
 
 def refuse_other_rankings(evaluations: list[Evaluated], todo: list[Evaluated], scale: str) -> None:
@@ -200,10 +201,7 @@ def read_result(path: Path, key: dict) -> dict | None:
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        found = result["key"]
-        if "loss" in found:  # earlier results have the constants of all families
-            found = {**found, "loss": own_settings(found["loss"])}
-        return result if found == json.loads(json.dumps(key)) else None
+        return result if result["key"] == json.loads(json.dumps(key)) else None
     except (ValueError, KeyError, TypeError) as error:
         problem = f"this is not a result file ({type(error).__name__}: {error})"
         remedy = "take it from git again, or delete it to repeat the run"

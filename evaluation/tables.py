@@ -1,15 +1,14 @@
 """The tables of the paper: the evaluations that each needs, its rows, and the comparisons of rows.
 
-evaluation.cells computes a row's figures, evaluation.frontiers compares rows (evaluation.matched those of results
-without `answers`), evaluation.render formats a table, and evaluation.reproduce writes the files.
+evaluation.cells computes a row's figures, evaluation.frontiers compares rows, evaluation.render formats a table, and
+evaluation.reproduce writes the files.
 """
 
 from pathlib import Path
 from typing import Any
 
-from evaluation.cells import ANSWERED, COLUMNS, SFT, Cell, cell_figures, has_answers, same_prompts, spread
+from evaluation.cells import SFT, Cell, cell_figures, same_prompts, spread
 from evaluation.frontiers import along, at_one_kl, compare, displaced, win_rates
-from evaluation.matched import against_baselines, differences, frontier, matched, within_ablation
 from evaluation.matrix import load_matrix, method_name, select
 from evaluation.paper import length_term_flags, paper_rows, paper_wins, percentage_flags
 from evaluation.results import Evaluated
@@ -33,10 +32,14 @@ TITLES = {
 }
 JUDGED = "4"
 TRANSFER = ("5", "7")
+# Columns of a table; those of the paper's tables come first at its scale.
+PAPERS = ("kl", "bleu", "reward", "rm_dpo", "rm_r_dpo")
+OWN = (
+    *("reward_mean", "change", "change_at_kl", "kl_sampled", "win_rate", "tokens", "repetition", "distinct_1"),
+    *("distinct_2", "proxy_change"),
+)
 SETS = {"hh_rlhf": "HH-RLHF", "pku_safe": "PKU-SafeRLHF"}
 SMALL = {
-    "hh_rlhf": "dialogue (in the place of HH-RLHF)",
-    "pku_safe": "safety (in the place of PKU-SafeRLHF)",
     "reviews": "reviews, one turn (in the place of PKU-SafeRLHF)",
     "chats": "chats, several turns (in the place of HH-RLHF)",
 }
@@ -54,16 +57,10 @@ RULES = {
     "below_mean": "{:g} deviations below the mean",
 }
 PAPERS_DATA = {"6": "hh_rlhf", "7": "pku_safe", "8": "hh_rlhf"}  # where the paper shows one data set alone
-PLACES = {
-    "6": "The paper's rows are those of HH-RLHF with n of 5, 20, 50, 100, set beside ours in the order of n.",
-    "7": "The paper's rows have n of 5, 20, 50, 100, set beside ours in the order of n.",
-    "8": "The paper's rows are those of HH-RLHF.",
-}
-NOTHING: dict[str, Any] = {"paired": [], "matched": {}, "frontier": {}}  # a part without comparisons of margins
 SAME_N = {
     "6": "The paper's rows are those of HH-RLHF where it has the same n.",
     "7": "The paper's rows are those where it has the same n.",
-    "8": PLACES["8"],
+    "8": "The paper's rows are those of HH-RLHF.",
 }
 Results = list[tuple[Evaluated, dict | None]]  # None: not run yet
 
@@ -140,19 +137,11 @@ def cells_of(table: str, results: Results, on: str) -> list[Cell]:
     return list(grouped.values())
 
 
-def give_paper(table: str, cells: list[Cell], rows: dict[str, dict]) -> None:
-    """Give each row the paper's: by label, or in order of n, because a small scale has other n."""
-    for cell in cells:
-        cell.paper = rows.get(cell.label)
-    if table not in ("6", "7"):
-        return
-    cells.sort(key=_method_and_size)
-    for name in ("DPO-BT", "DPO-HPS"):
-        ours = [cell for cell in cells if cell.label.startswith(name)]
-        theirs = [row for row in rows if row.startswith(name)]
-        for cell, row in zip(ours, theirs, strict=False):
-            cell.paper = rows[row]
-            cell.label = f"{cell.label} (paper: {row.rpartition(' ')[2]})"
+def papers_row(cell: Cell, scale: str, rows: dict[str, dict]) -> dict:
+    """The paper's figures that stand beside a row; its own scale has all, another the quantities that are the same."""
+    if scale != "paper":
+        return {name: rows.get(cell.label, {}).get(name) for name in SAME_QUANTITY}
+    return rows.get(cell.label.replace("n = all", "n = 100"), {})  # the paper samples 100
 
 
 def _method_and_size(cell: Cell) -> tuple[bool, str, float]:
@@ -182,44 +171,27 @@ def part(table: str, scale: str, results: Results, on: str) -> tuple[dict, list[
     """One data set's rows with their comparisons, the flags on the paper's rows, and the rows left out."""
     cells, odd = same_prompts(cells_of(table, results, on))
     data = PAPERS_DATA.get(table, IN_PLACE_OF.get(on, on))
-    rows = paper_rows(table, data)
-    flags = length_term_flags(rows, f"Table {table}, {SETS[data]}") if data in SETS else []
-    title = (SETS if scale == "paper" else SMALL).get(on, on)
-    if has_answers(cells):
-        return {"data": on, "title": title, **NOTHING, **answered_part(table, scale, cells, rows)}, flags, odd
-    give_paper(table, cells, rows)
-    sft = next((cell.results[0] for cell in cells if cell.label == SFT), None)
-    trained = [cell for cell in cells if cell.label != SFT]
-    found = {
-        "data": on,
-        "title": title,
-        "columns": ["kl", *COLUMNS] if table in ("8", "ablation") else list(COLUMNS),
-        "rows": [{"label": cell.label, "figures": cell_figures(cell)} for cell in cells],
-        "paired": differences(within_ablation(trained) if table == "ablation" else against_baselines(trained), sft),
-        # The ablation's rows have no KL in common, so they are only compared in pairs.
-        "matched": {} if table == "ablation" else matched(trained, sft),
-        "frontier": {cell.label: frontier(cell) for cell in trained},
-    }
-    return found, flags, odd
+    paper = paper_rows(table, data)
+    flags = length_term_flags(paper, f"Table {table}, {SETS[data]}") if data in SETS else []
+    found = win_part(cells) if table == JUDGED else compared_part(table, scale, cells, paper)
+    return {"data": on, "title": (SETS | SMALL).get(on, on), **found}, flags, odd
 
 
-def answered_part(table: str, scale: str, cells: list[Cell], paper: dict[str, dict]) -> dict:
-    """The fields of a part whose results have `answers`; of Table 4 the win rates. `paper`: the paper's rows."""
+def win_part(cells: list[Cell]) -> dict:
+    """Of Table 4 the win rates by the reward."""
+    return {"columns": ["win_rate", "won", "lost", "tied"], "rows": win_rates(won_by(cells)), "compared": []}
+
+
+def compared_part(table: str, scale: str, cells: list[Cell], paper: dict[str, dict]) -> dict:
+    """The rows of a data set, and their comparisons. `paper`: the paper's rows."""
     if table in ("6", "7"):
         cells.sort(key=_method_and_size)
     sft = next((cell.results[0] for cell in cells if cell.label == SFT), None)
     trained = [cell for cell in cells if cell.label != SFT]
-    if table == JUDGED:
-        return {"columns": ["win_rate", "won", "lost", "tied"], "rows": win_rates(won_by(cells))}
-    compared = compare(pairs_of(trained), sft)
-    if scale == "paper":
-        give_paper(table, cells, paper)  # which renames rows
-    else:
-        for cell in cells:
-            cell.paper = {name: paper.get(cell.label, {}).get(name) for name in SAME_QUANTITY}
     common, points = at_one_kl(trained, sft), along(trained, sft)
     rows = []
     for cell in cells:
+        cell.paper = papers_row(cell, scale, paper)
         figures = cell_figures(cell, trained)
         if common is not None and cell.label in common[1]:
             figures["change_at_kl"] = common[1][cell.label]
@@ -233,12 +205,11 @@ def answered_part(table: str, scale: str, cells: list[Cell], paper: dict[str, di
                 "displaced": displaced(cell),
             }
         )
-    own = ["reward_mean", "change", "change_at_kl", "kl_sampled", *(name for name in ANSWERED if name != "change")]
     return {
-        "columns": [*(COLUMNS if scale == "paper" else ()), *own],
+        "columns": [*(PAPERS if scale == "paper" else ()), *OWN],
         "rows": rows,
         "kl": common and common[0],
-        "compared": compared,
+        "compared": compare(pairs_of(trained), sft),
     }
 
 
@@ -248,7 +219,7 @@ def won_by(cells: list[Cell]) -> list[tuple[Cell, Cell]]:
     return [(one, other) for place, one in reversed(list(enumerate(ordered))) for other in ordered[:place]]
 
 
-def judged_part(scale: str, data: str, judged: dict) -> dict:
+def judged_part(data: str, judged: dict) -> dict:
     """Win, lose and tie of DPO-HPS against each model, ours and the paper's, in percent of the prompts."""
     rows = []
     for name, result in judged["against"].items():
@@ -257,29 +228,11 @@ def judged_part(scale: str, data: str, judged: dict) -> dict:
             ours = {"mean": result[outcome]["percent"], "interval": result[outcome]["interval"]}
             figures[outcome] = {**ours, "paper": printed, "difference": round(ours["mean"] - printed, 3)}
         rows.append({"label": f"against {name}", "figures": figures, "flags": result["flags"]})
-    title, columns = SETS[data] if scale == "paper" else SMALL[data], ["win", "lose", "tie"]
-    return {"data": data, "title": title, "columns": columns, "rows": rows, **NOTHING}
+    return {"data": data, "title": SETS[data], "columns": ["win", "lose", "tie"], "rows": rows, "compared": []}
 
 
-def remarks(table: str, scale: str) -> list[str]:
+def remarks(table: str, scale: str, comparisons: int) -> list[str]:
     """What a reader must know before the figures."""
-    lines = [
-        f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`. Mean [95 % interval, bootstrap over prompts]; "
-        "BLEU and reward: best of the answers to a prompt; RM_DPO, RM_R-DPO, KL in nats; `_ranked`: best against worst "
-        "candidate by the training reward model, `_written`: the given pair; `accuracy`: share of pairs with RM_DPO "
-        "above zero."
-    ]
-    if scale != "paper":
-        lines += [
-            "",
-            "**Another scale than the paper's:** another model, another evaluator, other data. The paper's figures "
-            "stand beside ours to compare signs and orders of methods, not values. " + PLACES.get(table, ""),
-        ]
-    return lines
-
-
-def remarks_answered(table: str, scale: str, comparisons: int) -> list[str]:
-    """`remarks` of a table whose results have `answers`."""
     lines = [
         f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`. Mean [95 % interval]. The intervals contain "
         "prompts, the draw of the answers, and seeds. ‡: one seed, so without seeds. §: few seeds, whose spread is "
@@ -293,7 +246,7 @@ def remarks_answered(table: str, scale: str, comparisons: int) -> list[str]:
         f"any true difference about {comparisons / 20:.2g} of them would be decided, of each figure. docs/results.md "
         "says how methods are compared, and why at equal KL.",
     ]
-    if scale != "paper" and table in ("2", "5", *PLACES):
+    if scale != "paper" and table in ("2", "5", *SAME_N):
         lines += [
             "",
             "**Another scale than the paper's:** another model, other data. The paper's margins and KL stand beside "
@@ -314,15 +267,17 @@ def assemble(
 
     Returns:
         `title`, `scale`, `remarks`; `parts`, one a data set, with `title`, `columns`, `rows` of `label` and `figures`;
-        `flags` on the paper's figures; `failed`: what is not in the table, and why. Parts have `paired`, `matched`,
-        `frontier` or, if the results have `answers`, `compared` (evaluation.frontiers.compare), `kl` (that all methods
-        reached) and in their rows `spread` and `along`.
+        `flags` on the paper's figures; `failed`: what is not in the table, and why. Parts have `compared`
+        (evaluation.frontiers.compare) and, but for Table 4, `kl` (that all methods reached) and in their rows `spread`
+        and `along`.
     """
     missing = {evaluation.title: "not run yet" for evaluation, result in results if result is None}
-    found: dict[str, Any] = {"title": TITLES[table], "scale": scale, "remarks": remarks(table, scale)}
-    found |= {"parts": [], "flags": [], "failed": {**missing, **failed}}
+    found: dict[str, Any] = {"title": TITLES[table], "scale": scale, "remarks": [], "parts": [], "flags": []}
+    found["failed"] = missing | failed
     if judged is not None:
-        found["parts"] = [judged_part(scale, data, judged[data]) for data in judged]
+        written = f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`"
+        found["remarks"] = [f"{written}. Percent of the prompts [95 % interval, bootstrap over prompts]."]
+        found["parts"] = [judged_part(data, judged[data]) for data in judged]
         for data, title in SETS.items():
             found["flags"] += percentage_flags(paper_wins(data), f"Table 4, {title}")
         return found
@@ -331,7 +286,6 @@ def assemble(
         found["parts"].append(each)
         found["flags"] += flags
         found["failed"] |= {f"{on}: {name}": why for name, why in odd.items()}
-    if has_answers([Cell("", [result]) for _, result in results if result is not None]):
-        comparisons = sum(len(each.get("compared", each["rows"])) for each in found["parts"])
-        found["remarks"] = remarks_answered(table, scale, comparisons)
+    comparisons = sum(len(each["rows" if table == JUDGED else "compared"]) for each in found["parts"])
+    found["remarks"] = remarks(table, scale, comparisons)
     return found

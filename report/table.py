@@ -2,29 +2,20 @@
 
 Reads   `results/<scale>/<table>.json`, which `bash reproduce.sh` writes
 Writes  `results/<scale>/<table>.html` (not kept in git; reproduce.sh writes it with the table's other files)
-Run     python -m report.table results/quickstart/table2.json
+Run     python -m report.table results/testbed/table2.json
 """
 
 import argparse
 from pathlib import Path
 
-from evaluation.cells import EXTRA
-from evaluation.render import MARGINS, MARKED, NAMES, comparisons, measured, number, seeds_of
+from evaluation.render import MARGINS, NAMES, comparisons, measured, number, seeds_of
 from hps.errors import InputError, run_main
 from pipeline.records import read_json
 from pipeline.run_records import SETS
 from report.page import intact, render, write_page
 from report.pictures import IN_RED, Pictures, forest, forest_height, frontier, frontier_panels, picture, reward_frontier
 
-# The figures that are drawn, if there are any.
-FOREST = ("rm_dpo", "rm_dpo_ranked", "reward", "kl", "win", "win_rate")
-ANSWERED_FOREST = ("change_at_kl", "kl_sampled", "win_rate")  # of results with `answers`
-# The columns in the page's words, in place of the remark that explains the table's short names.
-EXPLAINED = (
-    "Mean [95 % interval, bootstrap over prompts]. Best answer: that of highest BLEU or reward of a prompt's answers. "
-    "RM_DPO, RM_R-DPO and KL in nats. Written pairs: what people wrote, the preferred one first. Ranked pairs: best "
-    "against worst candidate by the training reward model."
-)
+FOREST = ("change_at_kl", "kl_sampled", "win_rate", "win")  # the figures that are drawn, if there are any
 REMEDY = "take it from git again, or run `bash reproduce.sh`"
 
 
@@ -33,27 +24,15 @@ def titles(names: list[str]) -> list[str]:
     return [NAMES.get(name, name) for name in names]
 
 
-def in_words(remark: str) -> str:
-    """A remark for the page, without the names that the page does not show, such as `rm_dpo_ranked`."""
-    start, explains, _ = remark.partition("Mean [95 % interval, bootstrap")
-    return start + EXPLAINED if explains else remark
-
-
 def pictures(part: dict) -> list[Pictures]:
-    """Intervals of the main figures, and rewards or margins against divergence along the training."""
-    if "compared" in part:
-        rows = part["rows"]
-        found = (
-            *(_reward_frontier(rows), _forests(part, ANSWERED_FOREST)),
-            *(_compared(part["compared"]), _displaced(rows)),
-        )
-    else:
-        found = (_forests(part, FOREST), _frontiers(part["frontier"]))
+    """Rewards against divergence along the training, intervals of the main figures, and differences."""
+    rows = part["rows"]
+    found = (_reward_frontier(rows), _forests(part), _compared(part["compared"]), _displaced(rows))
     return [each for each in found if each.panels]
 
 
 def _reward_frontier(rows: list[dict]) -> Pictures:
-    moved = [row for row in rows if row["along"]]
+    moved = [row for row in rows if row.get("along")]
     if not moved:
         return Pictures([], "")
     ends = [(row["label"], row["along"][-1]) for row in moved]
@@ -76,7 +55,7 @@ def _compared(compared: list[dict]) -> Pictures:
 
 
 def _displaced(rows: list[dict]) -> Pictures:
-    """s of held-out good responses along the training; tables of earlier versions have none."""
+    """s of held-out good responses along the training."""
     panels = []
     for pairs in SETS:
         lines = {row["label"]: tuple(row["displaced"][pairs]) for row in rows if pairs in row.get("displaced", {})}
@@ -88,9 +67,9 @@ def _displaced(rows: list[dict]) -> Pictures:
     return Pictures(panels, "Below zero a held-out good response is less probable than before training.")
 
 
-def _forests(part: dict, columns: tuple[str, ...]) -> Pictures:
+def _forests(part: dict) -> Pictures:
     panels, printed, seeds = [], False, False
-    for name in measured(part, columns):
+    for name in measured(part, FOREST):
         rows = [(row["label"], row["figures"][name]) for row in part["rows"] if "mean" in row["figures"].get(name, {})]
         text = f"{NAMES[name]}: {'; '.join(f'{row} {number(entry)}' for row, entry in rows)}."
         panels.append(picture(text, forest, NAMES[name], rows, name != "win_rate", height=forest_height(rows)))
@@ -98,22 +77,6 @@ def _forests(part: dict, columns: tuple[str, ...]) -> Pictures:
         seeds |= any("detectable" in entry for _, entry in rows)  # evaluation.components: seeds and answers, too
     over = "" if seeds else " over the prompts"
     return Pictures(panels, f"Ours: mean and 95 % interval{over}.{IN_RED if printed else ''}")
-
-
-def _frontiers(frontiers: dict[str, dict]) -> Pictures:
-    panels = []
-    for pairs in SETS:
-        lines = {
-            row: tuple([0, *(point[name] for point in curves[pairs])] for name in ("kl", "rm_dpo"))
-            for row, curves in frontiers.items()
-            if curves[pairs]
-        }
-        if lines:
-            ends = "; ".join(f"{row} {ys[-1]:.2f} at KL {xs[-1]:.2f}" for row, (xs, ys) in lines.items())
-            text = f"Margins of the {pairs} pairs against KL along the training; at its end, in nats: {ends}."
-            title = f"RM_DPO along the training, {pairs} pairs"
-            panels.append(picture(text, frontier, title, lines, "RM_DPO (nats)", height=3.2 + 0.11 * len(lines)))
-    return Pictures(panels, "A method is better where its line is above another's at the same KL, not where it ends.")
 
 
 def page(path: Path) -> str:
@@ -124,12 +87,12 @@ def page(path: Path) -> str:
         raise InputError(f"this is no table ({error})", remedy=REMEDY) from None
     with intact(path, REMEDY):
         parts = [_part(part) for part in table["parts"]]
-        lists = {"remarks": [in_words(line) for line in table["remarks"] if line], "flags": list(table["flags"])}
-        return render("table", table["title"], {}, parts=parts, **lists, failed=dict(table["failed"]), mark=MARKED)
+        lists = {"remarks": [line for line in table["remarks"] if line], "flags": list(table["flags"])}
+        return render("table", table["title"], {}, parts=parts, **lists, failed=dict(table["failed"]))
 
 
 def _part(part: dict) -> dict:
-    names = measured(part, list(dict.fromkeys([*part["columns"], *(MARGINS if "compared" in part else EXTRA)])))
+    names = measured(part, list(dict.fromkeys([*part["columns"], *MARGINS])))
     return {
         "title": part["title"],
         "names": titles(names),

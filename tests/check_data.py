@@ -1,6 +1,6 @@
 """Measure how far the embedded data give the better response away by its length or by its words.
 
-Reads   `data/quickstart/{dialogue,safety}_{train,test}.jsonl`
+Reads   `data/quickstart/safety_{train,test}.jsonl`
 Writes  nothing; prints a table, and ends with status 1 when a share passes the bound or the files break a rule
 Run     .venv-train/bin/python -m tests.check_data
 
@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer
@@ -25,7 +24,7 @@ from pipeline.recipe import REPOSITORY
 from pipeline.records import canonical, read_prompts
 
 FOLDER = REPOSITORY / "data" / "quickstart"
-SETS = ("dialogue", "safety")
+SPLITS = ("train", "test")
 BOUND = 0.65
 LINES = 60
 NGRAMS = {"unigrams": (1, 1), "unigrams + bigrams": (1, 2)}
@@ -35,9 +34,9 @@ WORD = r"(?u)\b\w+\b"
 Pairs = list[tuple[str, str]]  # better response, worse response
 
 
-def load(name: str, folder: Path = FOLDER) -> list[dict]:
-    """Records of one file, for example `dialogue_test`."""
-    return [record for _, record in read_prompts(folder / f"{name}.jsonl")]
+def load() -> dict[str, list[dict]]:
+    """Records of the files, by split."""
+    return {split: [record for _, record in read_prompts(FOLDER / f"safety_{split}.jsonl")] for split in SPLITS}
 
 
 def pairs(records: list[dict]) -> Pairs:
@@ -88,21 +87,19 @@ def domain(record: dict) -> str:
     return record["topic"].partition(":")[0].strip().casefold()
 
 
-def structure_problems(files: dict[tuple[str, str], list[dict]]) -> list[str]:
-    """Broken rules of the files, by `(set, split)`, as text; empty when all hold."""
+def structure_problems(files: dict[str, list[dict]]) -> list[str]:
+    """Broken rules of the files, by split, as text; empty when all hold."""
     problems = []
-    for (name, split), records in files.items():
-        place = f"{name}_{split}"
+    for split, records in files.items():
+        place = f"safety_{split}"
         if len(records) != LINES:
             problems.append(f"{place}: {len(records)} lines, not {LINES}")
         for number, record in enumerate(records, 1):
             problems += [f"{place}:{number}: {problem}" for problem in record_problems(record)]
     prompts = Counter(canonical(record["prompt"]) for records in files.values() for record in records)
     problems += [f"prompt stands {count} times: {text[:80]}" for text, count in prompts.items() if count > 1]
-    domains: dict[str, set] = {"train": set(), "test": set()}
-    for (_, split), records in files.items():
-        domains[split] |= {domain(record) for record in records}
-    problems += [f"domain in both splits: {shared}" for shared in sorted(domains["train"] & domains["test"])]
+    train, test = ({domain(record) for record in files[split]} for split in SPLITS)
+    problems += [f"domain in both splits: {shared}" for shared in sorted(train & test)]
     return problems
 
 
@@ -123,17 +120,13 @@ def record_problems(record: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    files = {(name, split): load(f"{name}_{split}") for name in SETS for split in ("train", "test")}
+    files = load()
     problems = structure_problems(files)
-    print(f"{'set':10} {'rule':22} {'share':>7}  counts")
-    for title, names in [*((name, (name,)) for name in SETS), ("both", SETS)]:
-        train, test = (
-            pairs([record for name in names for record in files[name, split]]) for split in ("train", "test")
-        )
-        for row in measure(train, test):
-            print(f"{title:10} {row['rule']:22} {row['share']:7.1%}  {row['counts']}")
-            if row["share"] > BOUND:
-                problems.append(f"{title}, {row['rule']}: {row['share']:.1%} is more than {BOUND:.0%}")
+    print(f"{'rule':22} {'share':>7}  counts")
+    for row in measure(*(pairs(files[split]) for split in SPLITS)):
+        print(f"{row['rule']:22} {row['share']:7.1%}  {row['counts']}")
+        if row["share"] > BOUND:
+            problems.append(f"{row['rule']}: {row['share']:.1%} is more than {BOUND:.0%}")
     for problem in problems:
         print(f"problem: {problem}")
     print(f"bound {BOUND:.0%}: {'broken' if problems else 'kept'}; {len(problems)} problems")

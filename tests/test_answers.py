@@ -175,7 +175,7 @@ def test_an_unfinished_run_is_refused(ranked_recipe, sampled):
 def test_another_test_split_has_folders_of_its_own(run, sampled, tiny_recipe, tmp_path):
     other = tmp_path / "other.yaml"
     text = tiny_recipe.read_text().replace(str(tmp_path / "runs"), str(tmp_path / "elsewhere"))
-    other.write_text(text.replace("safety_test", "dialogue_test"))
+    other.write_text(text.replace("quickstart/safety_test", "testbed/chats_test"))
     recipe = run(f"evaluation.on={other}", "evaluation.samples=1")
     stage.answer([recipe])
     folder, base = recipe.run_folder() / "on" / "elsewhere", tmp_path / "elsewhere" / "sft"

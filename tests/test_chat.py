@@ -156,7 +156,7 @@ def test_white_space_around_a_response_stays(any_tokenizer, response):
     assert decoded(any_tokenizer, ids) == response
 
 
-@pytest.mark.parametrize("model", ["smollm2-135m-instruct", "reward-train"])
+@pytest.mark.parametrize("model", ["smollm2-135m-instruct", "reward-proxy"])
 def test_the_embedded_models_see_what_their_template_writes(model):
     """ChatML ends with the end of the turn and a newline; of a cut response both go, of one to train the newline."""
     tokenizer = load_tokenizer(str(SMOLLM.with_name(model)))

@@ -77,7 +77,7 @@ def test_the_sum_and_the_device_hours():
     assert lines[:3] == ["    1.00 h  one", "    0.50 h  two", "    1.50 h  together, 3.0 h x device, 0.0 GiB of disk"]
 
 
-@pytest.mark.parametrize("scale", ["paper", "quickstart", "testbed"])
+@pytest.mark.parametrize("scale", ["paper", "testbed"])
 def test_every_scale_has_every_rate(scale):
     found = load_matrix(scale)["cost"]
     assert found.keys() == load_matrix("paper")["cost"].keys()

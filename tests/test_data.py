@@ -26,18 +26,16 @@ def load(name):
 
 @pytest.fixture(scope="module")
 def files():
-    return {(name, split): check.load(f"{name}_{split}") for name in check.SETS for split in ("train", "test")}
+    return check.load()
 
 
 def test_the_files_keep_their_rules(files):
     assert check.structure_problems(files) == []
 
 
-@pytest.mark.parametrize("names", [("dialogue",), ("safety",), ("dialogue", "safety")], ids="+".join)
-def test_neither_length_nor_words_tell_the_better_response(files, names):
+def test_neither_length_nor_words_tell_the_better_response(files):
     assert check.BOUND == 0.65
-    train, test = ([pair for name in names for pair in check.pairs(files[name, split])] for split in ("train", "test"))
-    rows = check.measure(train, test)
+    rows = check.measure(*(check.pairs(files[split]) for split in check.SPLITS))
     assert [row["rule"] for row in rows] == [
         "length in characters",
         "length in words",
@@ -66,9 +64,9 @@ def test_words_that_give_the_answer_away_are_found():
 
 def test_broken_rules_are_named(files):
     broken = copy.deepcopy(files)
-    test = broken["safety", "test"]
-    test[0]["topic"] = broken["dialogue", "train"][0]["topic"].upper()
-    test[1]["prompt"] = broken["safety", "train"][0]["prompt"]
+    test = broken["test"]
+    test[0]["topic"] = broken["train"][0]["topic"].upper()
+    test[1]["prompt"] = broken["train"][0]["prompt"]
     test[2]["prompt"] = test[2]["prompt"] * 2
     test[3]["responses"] = ["one"]
     test.pop()

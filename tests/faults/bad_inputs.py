@@ -270,7 +270,7 @@ def nan_scores(case: Case) -> str:
 
     case.write("train", prompts(3))
     case.passes("generation.generate", *GIVEN)
-    model = shutil.copytree(REPOSITORY / "models" / "reward-train", case.folder / "reward")
+    model = shutil.copytree(REPOSITORY / "models" / "reward-proxy", case.folder / "reward")
     weights = load_file(model / "model.safetensors")
     weights["score.weight"][0, 0] = torch.nan
     save_file(weights, model / "model.safetensors", {"format": "pt"})
