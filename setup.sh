@@ -12,7 +12,7 @@
 #   browser Chromium or Chrome for the tests of the pages: finds one, or installs Debian's where it can
 #
 # The second argument defaults to the one of the first call; in the first call to cuda if nvidia-smi runs, else to cpu.
-# On the CPU the environments take 4 GB and 2 GB and, on a fast network, three to five minutes each. An environment is
+# On the CPU the environments take 3.0 GB and 2.2 GB and, on a fast network, three to five minutes each. An environment is
 # rebuilt after an interruption and when its requirement file or the repository's path changes; pip's cache then saves
 # the downloads. Nothing needs to be activated. The settings below can be set in the environment.
 set -euo pipefail

@@ -108,7 +108,7 @@ def result_key(recipe: Recipe, sft: bool = False) -> dict:
     key = {
         "models": {role: _model(models[role]) for role in roles},
         "test": _split(tested, "test", sft),
-        **{name: _without_devices(recipe, name) for name in ("generation", "evaluation")},
+        **{name: _that_count(recipe, name) for name in ("generation", "evaluation")},
     }
     if sft:
         return key
@@ -118,7 +118,7 @@ def result_key(recipe: Recipe, sft: bool = False) -> dict:
         "train": {split: _split(recipe, split) for split in SPLITS},
         "loss": own_settings(recipe.loss.model_dump()),
         **{name: getattr(recipe, name).model_dump(exclude=OF_ROUNDS) for name in ("schedule", "lora", "optimizer")},
-        "annotation": _without_devices(recipe, "annotation"),
+        "annotation": _that_count(recipe, "annotation"),
         **({} if recipe.data.special_tokens == "neutralize" else {"special_tokens": recipe.data.special_tokens}),
         "seed": recipe.seed,
         **({"round": {"number": recipe.round, **rounds}} if recipe.round > 1 else {}),
@@ -140,7 +140,7 @@ def _model(model: Model) -> dict:
     return identity(model.function) if ":" in model.function else {"function": model.function}
 
 
-def _without_devices(recipe: Recipe, section: str) -> dict:
+def _that_count(recipe: Recipe, section: str) -> dict:
     values = getattr(recipe, section).model_dump()
     for name in NEW:  # omitted, so that older keys still match
         if not values.get(name, True):

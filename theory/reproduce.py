@@ -1,4 +1,4 @@
-"""The tables and pictures of the exact world: no model and no data, a minute on two cores.
+"""The tables and pictures of the exact world: no model and no data, a minute of one core.
 
 Reads   nothing
 Writes  results/theory/: `frontier`, `theorem1`, `theorem2`, `theorem3`, `consistency`, `slopes` and `estimators`, each
@@ -74,7 +74,7 @@ def main() -> None:
     if parser.parse_args().dry_run:
         for title in PARTS:
             print(f"plan: {title}: {SEEDS} seeds")
-        print(f"plan: about a minute on two cores; outputs: {FOLDER}")
+        print(f"plan: about a minute of one core; outputs: {FOLDER}")
         return
     torch.set_num_threads(1)  # small tensors: a second thread costs more than it gains
     reproduce(FOLDER, SEEDS)
