@@ -78,5 +78,5 @@ def add_reference(recipe: Recipe, trainer: HPSTrainer) -> None:
     # The first process reads for all: another run's files may grow meanwhile, and another node may not see them yet.
     values, computed = trainer.reference_values(trainer.rows, size, known_values(folder), written)
     known = len(set(values.keys)) - computed
-    say(f"training: reference of {computed} micro-batches computed, of {known} found in {folder}")
+    say(f"training: reference of {computed} micro-batches computed, {known} found in {folder}")
     trainer.set_reference(values)

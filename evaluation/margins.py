@@ -60,7 +60,7 @@ def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
         if recipe.evaluation.prompts is not None and record["prompt_id"] not in prompts:
             continue
         if not generated and len(record["responses"]) <= 2:
-            left_out["ranked: the written pair"] += 1
+            left_out["ranked: the same as the written pair"] += 1
             continue
         if record["rewards"][0] == record["rewards"][-1]:
             left_out["ranked: all rewards tie"] += 1
@@ -302,7 +302,7 @@ def still_line(sets: Iterable[Columns], floor: dict | None) -> str:
 def print_metrics(metrics: dict, folder: Path) -> None:
     """The figures on the screen, a line each."""
     if metrics["left_out"]:
-        print(f"held-out, left out: {counted(metrics['left_out'])}")
+        print(f"held-out: left out: {counted(metrics['left_out'])}")
     print(f"held-out: {floor_line(metrics['dtype'], metrics['floor'])}")
     titles = {"written": "written test pairs", "ranked": "reward-ranked candidates of test prompts"}
     for name, figures in metrics["sets"].items():

@@ -65,8 +65,8 @@ def length_term_flags(rows: dict[str, dict], title: str) -> list[str]:
             f"paper ({min(gaps.values()):.3f} to {max(gaps.values()):.3f} over {len(gaps)} rows)"
         ]
     return [
-        f"{title}: {label}: RM_R-DPO - RM_DPO is {gap:.3f} in the paper, {common:.3f} in {count} of {len(gaps)} rows; "
-        f"it depends on the test pairs' lengths alone"
+        f"{title}: {label}: RM_R-DPO - RM_DPO is {gap:.3f} in the paper, {common:.3f}, to a rounding, in {count} of "
+        f"{len(gaps)} rows; it depends on the test pairs' lengths alone"
         for label, gap in odd.items()
     ]
 

@@ -233,6 +233,10 @@ def judged_part(data: str, judged: dict) -> dict:
 
 def remarks(table: str, scale: str, comparisons: int) -> list[str]:
     """What a reader must know before the figures."""
+    many = (
+        f"Each of the {comparisons} comparisons is made at 5 % by itself: without any true difference about "
+        f"{comparisons / 20:.2g} of them would be decided, of each figure. "
+    )
     lines = [
         f"Written by `bash reproduce.sh {stem(table)} --scale {scale}`. Mean [95 % interval]. The intervals contain "
         "prompts, the draw of the answers, and seeds. ‡: one seed, so without seeds. §: few seeds, whose spread is "
@@ -242,9 +246,8 @@ def remarks(table: str, scale: str, comparisons: int) -> list[str]:
         "prompt, that the first wins by the reward.",
         "",
         "`decided`: the interval excludes no difference. `detectable`: the smallest true difference that would have "
-        f"been decided in 80 % of repetitions. Each of the {comparisons} comparisons is made at 5 % by itself: without "
-        f"any true difference about {comparisons / 20:.2g} of them would be decided, of each figure. docs/results.md "
-        "says how methods are compared, and why at equal KL.",
+        f"been decided in 80 % of repetitions. {many if comparisons > 1 else ''}docs/results.md says how methods are "
+        "compared, and why at equal KL.",
     ]
     if scale != "paper" and table in ("2", "5", *SAME_N):
         lines += [

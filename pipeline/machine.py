@@ -140,5 +140,6 @@ def free_disk(folder: Path) -> int:
 
 def room_line(what: str, needed: float, free: int, where: str) -> str:
     """A line of the plan: what is needed beside what is free, with a warning where it is too much."""
-    text = f"{what}: {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free {where}"
+    size = f"{needed / 1e9:.1f}" if needed >= 0.1e9 else "under 0.1"
+    text = f"{what}: {size} GB, {free / 1e9:.1f} GB free {where}"
     return text if needed <= ROOM * free else f"{text}: WARNING: this may not be enough"

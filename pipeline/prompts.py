@@ -21,7 +21,7 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed[Prompt], list[dict
 
     def check(record: dict, where: str) -> Prompt:
         prompt = check_prompt(record, where)
-        _check_enough(prompt, settings.responses, recipe.generation.keep_given, where)
+        _check_enough(prompt, split, settings.responses, recipe.generation.keep_given, where)
         return prompt
 
     if not Path(settings.path).exists():
@@ -40,11 +40,11 @@ def evaluated_prompts(recipe: Recipe) -> tuple[Indexed[Prompt], list[dict]]:
     return prompts.first(recipe.evaluation.prompts), repeated
 
 
-def _check_enough(record: Prompt, generated: int, keep_given: bool, where: str) -> None:
+def _check_enough(record: Prompt, split: str, generated: int, keep_given: bool, where: str) -> None:
     given = len(record["responses"]) if keep_given else 0
     if given + generated < 2:
         problem = f"the prompt would have fewer than two responses ({given} given, {generated} generated)"
-        raise InputError(problem, where=where, remedy="raise `data.<split>.responses`, or give more responses")
+        raise InputError(problem, where=where, remedy=f"raise `data.{split}.responses`, or give more responses")
 
 
 def unread_lines(recipe: Recipe, split: str) -> list[str]:

@@ -117,7 +117,8 @@ def claim(folder: Path, settings: dict) -> bool:
         return False
     if changed := _differences(read_claim(folder), settings):
         problem = f"the folder has results of other settings: {'; '.join(changed[:3])}"
-        raise InputError(problem, where=str(folder), remedy="give another `output` (or `run`), or delete the folder")
+        remedy = "give another `output` (for a training, another `run` will do), or delete the folder"
+        raise InputError(problem, where=str(folder), remedy=remedy)
     return is_finished(folder)
 
 

@@ -8,6 +8,7 @@ A package has native code when its wheel is built for a platform or holds a shar
 an extra).
 """
 
+import argparse
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -91,6 +92,7 @@ def rows() -> Iterator[list[str]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     table = list(rows())
     heads = ["package", "training", "inference", "licence", "native", "why"]
     for row in (heads, ["---"] * len(heads), *table):

@@ -152,6 +152,7 @@ def test_free_memory_is_the_smaller_of_machine_and_container(tmp_path, monkeypat
 def test_room_by_hand(tmp_path):
     """9 of 10 GB may be taken."""
     assert machine.room_line("disk", 9e9, 10 * 10**9, "here") == "disk: 9.0 GB, 10.0 GB free here"
+    assert machine.room_line("disk", 9e6, 10**9, "here") == "disk: under 0.1 GB, 1.0 GB free here"
     assert machine.room_line("disk", 9.1e9, 10 * 10**9, "here").endswith("WARNING: this may not be enough")
     assert machine.free_disk(tmp_path / "not" / "yet") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
 
@@ -253,7 +254,7 @@ def test_what_is_downloaded_must_fit(hub, monkeypatch, capsys, free, warned):
     roles = ["models.generator.path=org/model", "models.reward={path: org/model}"]
     preflight.preflight("gene", load_recipe("configs/quickstart.yaml", roles), dry_run=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "to download: " in line]
-    assert line.startswith("plan: disk, to download: 0.0 GB, 0.0 GB free below ")
+    assert line.startswith("plan: disk, to download: under 0.1 GB, 0.0 GB free below ")
     assert ("WARNING: this may not be enough" in line) == warned
 
 
@@ -269,7 +270,7 @@ def test_bytes_of_a_run_by_hand(monkeypatch):
     whole = load_recipe("configs/hh_rlhf.yaml", ["lora.enabled=false", "training.merge=true"])
     assert preflight.bytes_written("run", whole) == 16 * 3 * 3 + 2 * 10 + 2 * 10
     (line,) = preflight.host_lines(recipe, 8)
-    assert line.startswith("host memory, 8 process(es) that load: 0.0 GB, ")
+    assert line.startswith("host memory, 8 process(es) that load: under 0.1 GB, ")
 
 
 def test_bytes_of_texts_by_hand():

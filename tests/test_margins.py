@@ -200,7 +200,7 @@ def test_a_ranking_of_the_given_pair_is_not_measured_again(ranked_recipe):
     recipe.ranked("test").write_text("".join(json.dumps(line) + "\n" for line in lines))
     left_out = Counter()
     pairs = [pair["set"] for pair in stage.held_out_pairs(recipe, left_out)]
-    assert pairs == ["written"] * 4 + ["ranked"] and +left_out == {"ranked: the written pair": 3}
+    assert pairs == ["written"] * 4 + ["ranked"] and +left_out == {"ranked: the same as the written pair": 3}
 
 
 def test_prompts_that_leave_no_room_for_a_response_are_counted(finished):

@@ -44,7 +44,7 @@ def computed(capsys) -> tuple[int, int]:
     """Micro-batches computed and found, as the last training said."""
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training: reference of")]
     words = line.split()
-    return int(words[3]), int(words[7])
+    return int(words[3]), int(words[6])
 
 
 METHODS = {
