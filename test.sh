@@ -5,7 +5,8 @@
 #   bash test.sh fast       the quick subset
 #   bash test.sh full       faults, fuzzing, stress, the wheel and lm-evaluation-harness as well
 #   bash test.sh gpu        checks on an NVIDIA GPU: random weights, no network, 10 minutes on an H100. PYTHON=/path/to/it
-#                           names an interpreter and skips the set-up; what it has not installed is listed as skipped
+#                           names an interpreter and skips the set-up; what it has not installed is listed as skipped.
+#                           Without a GPU it ends with status 1
 #
 # Further arguments go to pytest.
 set -euo pipefail
@@ -44,6 +45,10 @@ if [[ "${1:-}" == gpu ]]; then
     on_gpu "${PYTHON:-$TRAIN}" "$@" || status=1
     "${PYTHON:-$TRAIN}" -m pytest -m gpu -s -rs "$ALL_CARDS" || status=1
     [[ -n "$PYTHON" ]] || on_gpu "$INFER" -k "vllm or driver" "$@" || status=1
+    "${PYTHON:-$TRAIN}" -c "import torch; exit(not torch.cuda.is_available())" || {
+        echo "test.sh gpu: torch sees no GPU on this machine, so nothing was checked" >&2
+        status=1
+    }
     exit $status
 fi
 

@@ -67,6 +67,7 @@ PLACES = [
 
 @pytest.fixture
 def no_card():
+    machine.check_cuda()  # cards that torch cannot use are a failure, not a reason to skip
     if not torch.cuda.is_available():
         pytest.skip("no GPU that torch can use: not checked here; run `bash test.sh gpu` on a machine with one")
 
@@ -101,7 +102,6 @@ def test_pinned_and_found_versions(capsys):
 
 @pytest.mark.gpu
 def test_driver_compiler_and_card(no_card):
-    machine.check_cuda()
     assert machine.compiler_problem() is None
     card = torch.cuda.get_device_properties(0)
     print(f"{machine.device()}, {card.name}, {card.total_memory / GB:.1f} GB, driver {machine.driver_version()}")
@@ -299,7 +299,7 @@ def test_memory_of_a_step_against_the_formula(place, checkpointing):
     if place.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
         print(f"gradient checkpointing {checkpointing}: {peak / GB:.2f} GB measured, {formula / GB:.2f} by the formula")
-        assert 2 * everything < peak <= formula + 2.5 * GB
+        assert 2 * everything < peak <= formula + 2.5 * GB and formula <= 1.3 * peak
 
 
 # ---- the real stage ----
