@@ -35,6 +35,7 @@ from pipeline.weights import UNUSABLE
 GIVEN = 2  # written responses of a prompt in the paper's data sets: assumed where the file is not there yet
 # Of a GPU's memory, what the formulas may fill without gradient checkpointing; the rest is for what they leave out.
 ROOM = 0.8
+CARD = 80e9  # bytes of the GPU that a dry run assumes on a machine without one
 SHAPES = {
     "RLHFlow/Llama3-SFT-v2.0-epoch3": "configs/shapes/llama-3-8b.json",
     "Qwen/Qwen2.5-1.5B-Instruct": "configs/shapes/qwen2.5-1.5b.json",
@@ -127,8 +128,16 @@ def checkpointing(recipe: Recipe, gpus: int) -> bool:
         shape = Shape(recipe)
     except ValueError:
         return True
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return shape.bytes_without_checkpointing(gpus) > ROOM * memory
+    return shape.bytes_without_checkpointing(gpus) > ROOM * card_bytes()
+
+
+def card_bytes() -> float:
+    """Memory of this machine's GPU; `CARD` where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return CARD
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 class Shape:
@@ -160,7 +169,10 @@ class Shape:
 
 
 def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
-    """Memory per GPU for ZeRO-1, 2, 3, a line each; one line with the reason if it cannot be estimated."""
+    """Memory per GPU for ZeRO-1, 2, 3, a line each, and a warning if the recipe's is more than the GPU has.
+
+    One line with the reason if it cannot be estimated.
+    """
     try:
         shape = Shape(recipe)
     except ValueError as error:
@@ -178,6 +190,10 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     if recipe.training.gradient_checkpointing is None:
         here, room = "on" if twice else "off", shape.bytes_without_checkpointing(gpus) / ROOM / 1e9
         lines.append(f"memory: gradient checkpointing is {here} here; null: off from {room:.0f} GB")
+    needed, card = sum(shape.parts(gpus, chosen or 0, twice).values()), card_bytes()
+    if needed > card:
+        remedy = "lower `schedule.device_batch`, `schedule.max_length` or the responses of a step (`loss.list_size`)"
+        lines.append(f"memory: WARNING: up to {needed / 1e9:.1f} GB, and a GPU has {card / 1e9:.0f}; {remedy}")
     return lines
 
 

@@ -33,6 +33,7 @@ from pipeline.recipe import SPLITS, Recipe
 from pipeline.records import WITHOUT_NOISE, canonical, read_candidates, read_ranked
 from pipeline.responses import rank
 from pipeline.stage import Work, require_finished, stage
+from pipeline.workers import devices_used
 
 
 def add_noise(record: dict, deviation: float, seed: int) -> dict:
@@ -121,7 +122,8 @@ def _annotate(recipe: Recipe, work: Work) -> None:
     for split, figures in summary.items():
         print(f"annotation: {split}: {in_words(figures)}")
     inputs = [*(recipe.candidates(split) for split in SPLITS), *function_files(recipe.models.reward)]
-    work.finish([*chain.from_iterable(paths.values()), work.folder / "summary.json"], inputs)
+    outputs = [*chain.from_iterable(paths.values()), work.folder / "summary.json"]
+    work.finish(outputs, inputs, devices=devices_used(recipe.annotation.workers))
 
 
 def _score_all(recipe: Recipe, results: dict[str, Results]) -> None:

@@ -14,8 +14,8 @@ The formulas, with the names of the rates:
     ranking      a pass of a model of scorer_weights over prompt and responses, / (scoring_operations_per_second x
                  devices); a function takes no time
     preparing    record_seconds for each response of a record that is read: twice for the plan, twice in each epoch
-    training     passes of prompt + responses of a step (`responses_per_prompt`), the reference's too, /
-                 (training_operations_per_second x devices)
+    training     passes of prompt + responses of a step (`responses_per_prompt`), the reference's too, if the family
+                 has one, / (training_operations_per_second x devices)
     held-out     a pass of prompt and pair for reference, policy and each kept adapter, in fp32, /
                  (evaluation_operations_per_second x devices)
     divergence   a pass of prompt and answers for policy and reference, likewise
@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import yaml
 
@@ -42,9 +42,10 @@ from evaluation.matrix import MATRIX, load_matrix
 from evaluation.results import Evaluated
 from hps.chat import load_tokenizer, prompt_token_ids
 from hps.errors import InputError, run_main
+from hps.methods import FAMILIES
 from pipeline.prompts import load_prompts
 from pipeline.recipe import SPLITS, Recipe, load_recipe, split_arguments
-from pipeline.records import read_answers, read_jsonl, read_ranked
+from pipeline.records import read_jsonl, read_ranked
 from pipeline.stage import MANIFEST, read_manifest
 
 HOUR = 3600
@@ -75,10 +76,11 @@ def tested_prompts(recipe: Recipe, cost: dict) -> int:
     return recipe.evaluation.prompts or prompt_count(recipe.tested(), "test", cost)
 
 
-def step_operations(recipe: Recipe, cost: dict, prompt: float, response: float) -> float:
-    """Operations of one row of the training, with the reference's pass."""
+def row_operations(recipe: Recipe, cost: dict, prompt: float, response: float, reference: bool) -> float:
+    """Operations of one row of the training, with or without the reference's pass, if the family has one."""
     row = prompt + responses_per_prompt(recipe) * response
-    return ((4 if recipe.lora.enabled else 6) + 2) * cost["weights"] * row
+    passes = (4 if recipe.lora.enabled else 6) + 2 * (reference and FAMILIES[recipe.loss.family].reference)
+    return passes * cost["weights"] * row
 
 
 def forward_operations(weights: float, prompt: float, responses: float) -> float:
@@ -105,7 +107,7 @@ def run_seconds(recipe: Recipe, cost: dict) -> dict[str, float]:
     scored = 0.0
     if not recipe.models.evaluator.function:
         scored = tested * forward_operations(cost["scorer_weights"], (1 + points) * prompt, samples * response)
-    row = step_operations(recipe, cost, prompt, response)
+    row = row_operations(recipe, cost, prompt, response, reference=True)
     exact = cost["evaluation_operations_per_second"] * devices
     divergence = forward_operations(2 * cost["weights"], (1 + points) * prompt, samples * response)
     return {
@@ -216,7 +218,7 @@ def measured(recipe: Recipe) -> tuple[dict[str, float], list[str]]:
     """Rates of the finished stages of a recipe, and why others are missing.
 
     A stage's seconds are those of its last start, from loading the model on: a run of a few minutes gives rates that
-    are too low, and an interrupted one gives some that are too high.
+    are too low. Of ranking and held-out pairs an interrupted one gives rates that are too high.
     """
     rates: dict[str, float] = {}
     missing = []
@@ -239,6 +241,18 @@ def took(folder: Path) -> tuple[float, int]:
     return manifest["seconds_of_last_start"], manifest["devices"]
 
 
+def sampled(folder: Path) -> dict[str, float]:
+    """`devices` and the `rate` of sampling, tokens a second of one of them, of a stage's last start.
+
+    InputError: it sampled nothing; as `took`.
+    """
+    seconds, devices = took(folder)
+    tokens = read_manifest(folder / MANIFEST).get("tokens_of_last_start")
+    if not tokens:
+        raise InputError("its last start sampled nothing", where=str(folder))
+    return {"devices": devices, "rate": tokens / seconds / devices}
+
+
 def _sizes(recipe: Recipe, _: dict) -> dict[str, float]:
     """Weights of the policy, and mean tokens of prompts and responses."""
     config, source = architecture(recipe)
@@ -256,17 +270,8 @@ def _sizes(recipe: Recipe, _: dict) -> dict[str, float]:
 
 
 def _generation(recipe: Recipe, _: dict) -> dict[str, float]:
-    seconds, devices = took(recipe.candidates("train").parent)
-    tokens = sum(
-        count
-        for split in SPLITS
-        for _, record in read_ranked(recipe.ranked(split))
-        for count, source in zip(record["token_counts"], record["sources"], strict=True)
-        if source == "generated"
-    )
-    if not tokens:
-        raise InputError("nothing was generated")
-    return {"devices": devices, "tokens_per_second": tokens / seconds / devices}
+    found = sampled(recipe.candidates("train").parent)
+    return {"devices": found["devices"], "tokens_per_second": found["rate"]}
 
 
 def _scoring(recipe: Recipe, rates: dict) -> dict[str, float]:
@@ -286,17 +291,21 @@ def _scoring(recipe: Recipe, rates: dict) -> dict[str, float]:
 
 
 def _training(recipe: Recipe, rates: dict) -> dict[str, float]:
-    """From the log's steps but the first, which compiles and fills caches."""
+    """From the log's median step but the first: steps in which kernels are compiled say nothing about the others.
+
+    The log's clock starts behind the reference, unless that is computed in each step.
+    """
     _, devices = took(recipe.run_folder())
     lines = [line for _, line in read_jsonl(recipe.run_folder() / "log.jsonl")]
     if len(lines) < 2:
         raise InputError("it has a single step", where=str(recipe.run_folder()))
     tokens = [after["num_tokens"] - before["num_tokens"] for before, after in zip(lines, lines[1:], strict=False)]
-    seconds = sum(each / line["tokens_per_second"] for each, line in zip(tokens, lines[1:], strict=True))
+    speed = median(line["tokens_per_second"] for line in lines[1:])
     rows, passed = len(tokens) * recipe.schedule.global_batch, responses_per_prompt(recipe)
     response = sum(tokens) / rows / passed - rates["prompt_tokens"]  # the log counts the prompt with each response
-    operations = rows * step_operations(recipe, rates, rates["prompt_tokens"], response)
-    return {"training_operations_per_second": operations / seconds / devices}
+    in_step = recipe.training.reference == "in_step"
+    operations = rows * row_operations(recipe, rates, rates["prompt_tokens"], response, in_step)
+    return {"training_operations_per_second": operations / sum(tokens) * speed / devices}
 
 
 def _held_out(recipe: Recipe, rates: dict) -> dict[str, float]:
@@ -311,11 +320,9 @@ def _held_out(recipe: Recipe, rates: dict) -> dict[str, float]:
 
 
 def _answers(recipe: Recipe, _: dict) -> dict[str, float]:
-    folder = recipe.evaluated_folder() / "answers"
-    seconds, devices = took(folder)
-    tokens = sum(sum(record["token_counts"]) for _, record in read_answers(folder / "test.jsonl"))
+    """Of all policies that one start sampled from: those of the run, and the model before training."""
     name = "adapter_tokens_per_second" if recipe.lora.enabled else "tokens_per_second"
-    return {name: tokens / seconds / devices}
+    return {name: sampled(recipe.evaluated_folder() / "answers")["rate"]}
 
 
 MEASURED: dict[str, Callable[[Recipe, dict], dict[str, float]]] = {

@@ -31,7 +31,7 @@ from pipeline.responses import candidates, distinct, responses_of
 from pipeline.rounds import earlier_candidates, earlier_path, round_settings
 from pipeline.stage import Work, is_finished, stage
 from pipeline.weights import ADAPTER, check_weights, refuse_pickles
-from pipeline.workers import run_workers
+from pipeline.workers import devices_used, run_workers
 
 MOST_SEQUENCES = 1024  # that vLLM lets an engine write at a time where the recipe does not say: on a large GPU
 
@@ -214,7 +214,7 @@ def generate(recipe: Recipe) -> None:
 
 def _generate(recipe: Recipe, prompts: dict[str, tuple], work: Work, tokenizer: Any) -> None:
     writers = {split: SplitWriter(recipe, split, *prompts[split], tokenizer) for split in SPLITS}
-    fill("generation", writers, recipe.models.generator, recipe, tokenizer)
+    tokens = fill("generation", writers, recipe.models.generator, recipe, tokenizer)
     summary = {split: summarize(writer.path, writer.ledger_path, tokenizer) for split, writer in writers.items()}
     write_json(work.folder / "summary.json", summary)
     for split, counts in summary.items():
@@ -222,11 +222,21 @@ def _generate(recipe: Recipe, prompts: dict[str, tuple], work: Work, tokenizer: 
     outputs = [path for writer in writers.values() for path in (writer.path, writer.ledger_path)]
     inputs = [getattr(recipe.data, split).path for split in SPLITS]
     inputs += [path for split in SPLITS if (path := earlier_path(recipe, split))]
-    work.finish([*outputs, work.folder / "summary.json"], inputs)
+    work.finish([*outputs, work.folder / "summary.json"], inputs, **last_start(recipe, tokens))
 
 
-def fill(title: str, writers: Mapping[str, Writer], model: Model, recipe: Recipe, tokenizer) -> None:
-    """Sample with a model what the writers still need, and close them. Keys are without a slash."""
+def last_start(recipe: Recipe, tokens: int) -> dict[str, int]:
+    """What the manifest of a stage that samples says about its last start, for `evaluation.cost`."""
+    engines = recipe.generation
+    return {"tokens_of_last_start": tokens, "devices": devices_used(engines.workers, engines.tensor_parallel)}
+
+
+def fill(title: str, writers: Mapping[str, Writer], model: Model, recipe: Recipe, tokenizer) -> int:
+    """Sample with a model what the writers still need, and close them. Keys are without a slash.
+
+    Returns:
+        Number of tokens that were sampled.
+    """
     total = sum(len(writer.prompts) for writer in writers.values())
     done = sum(len(writer.done) for writer in writers.values())
     print(f"{title}: {total - done} prompts to do, {done} of {total} done before", flush=True)
@@ -237,6 +247,7 @@ def fill(title: str, writers: Mapping[str, Writer], model: Model, recipe: Recipe
     )
     most = max(writer.count for writer in writers.values())
     adapters = sorted({writer.adapter for writer in writers.values() if writer.adapter})
+    tokens = 0
     with ExitStack() as opened:
         for writer in writers.values():
             opened.enter_context(writer)
@@ -246,7 +257,10 @@ def fill(title: str, writers: Mapping[str, Writer], model: Model, recipe: Recipe
             if "lost" in result:
                 writers[key].refuse(name, "its engine died twice", cause=result["lost"])
             else:
-                writers[key].write(name, [Sample(**each) for each in result["samples"]])
+                samples = [Sample(**each) for each in result["samples"]]
+                writers[key].write(name, samples)
+                tokens += sum(each.tokens for each in samples)
+    return tokens
 
 
 def sample(

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from generation.generate import Writer, fill
+from generation.generate import Writer, fill, last_start
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, run_main
 from pipeline.cli import announce_device
@@ -104,20 +104,22 @@ def answer(recipes: list[Recipe]) -> None:
             if job.work:
                 engine = [job.model.model_dump(), job.recipe.generation.model_dump()]
                 groups.setdefault(canonical(engine), []).append(job)
+        tokens = 0  # a job's clock runs from before the first group
         for jobs in groups.values():
-            _answer(jobs)
+            tokens += _answer(jobs)
             for job in jobs:
-                job.work.finish(job.files, [job.recipe.tested().data.test.path])
+                inputs = [job.recipe.tested().data.test.path]
+                job.work.finish(job.files, inputs, **last_start(job.recipe, tokens))
                 print(f"answers: {job.files[0]}")
 
 
-def _answer(jobs: list[Answering]) -> None:
-    """Answers by one model, with or without adapters."""
+def _answer(jobs: list[Answering]) -> int:
+    """Answers by one model, with or without adapters; the number of their tokens."""
     first = jobs[0]
     check_fits("evaluate", first.recipe, "policy")
     tokenizer = load_tokenizer(first.model.path, first.model.revision)
     writers = {str(number): AnswersWriter(job, tokenizer) for number, job in enumerate(jobs)}
-    fill("answers", writers, first.model, first.recipe, tokenizer)
+    return fill("answers", writers, first.model, first.recipe, tokenizer)
 
 
 class AnswersWriter(Writer):

@@ -57,6 +57,7 @@ from tools.hub import hub_bytes
 USAGE = "python -m pipeline.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}
 BYTES_OF_A_TOKEN = 5  # of a text in a file, with its share of the record
+BYTES_OF_AN_ID = 8  # of a token's number in a file
 TRIED = 8  # prompts of a split on which a function is tried before a model loads
 
 
@@ -120,6 +121,8 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
 
 def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     """What run.sh will do, a line each."""
+    import torch
+
     schedule = recipe.schedule
     check_moving_reference(recipe)  # a missing or broken file of DeepSpeed is found here, too
     processes = process_count(recipe)
@@ -156,8 +159,8 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
             lines.append(f"training: {rule}")
     else:
         lines.append(f"training: {schedule.epochs} epochs; {batch}; steps are known once the prompts are there")
-    if dry_run:
-        lines += memory_lines(recipe, processes)
+    if dry_run or torch.cuda.is_available():
+        lines += [line for line in memory_lines(recipe, processes) if dry_run or "WARNING" in line]
     lines += host_lines(recipe, processes)
     run = recipe.run_folder()
     outputs = [run / name for name in ("plan.jsonl", "log.jsonl", "checkpoint", "evaluation/margins.json")]
@@ -210,9 +213,10 @@ def machine_lines(stage: str, recipe: Recipe, dry_run: bool) -> list[str]:
 
 
 def bytes_written(stage: str, recipe: Recipe) -> float:
-    """Bytes that a driver can write at most: BYTES_OF_A_TOKEN for texts, 16 a trained weight in each checkpoint.
+    """Bytes that a driver can write at most: BYTES_OF_A_TOKEN for new texts, BYTES_OF_AN_ID for the rows of a training.
 
-    0 for what is not known yet.
+    A checkpoint has 16 for each trained weight; candidates and ranking both repeat the prompts file. 0 for what is not
+    known yet.
     """
     if stage == "run":
         config, _ = architecture(recipe)
@@ -222,8 +226,12 @@ def bytes_written(stage: str, recipe: Recipe) -> float:
             return 0
         # Two to resume from, with AdamW's moments and the fp32 copy, and another while one is being replaced.
         kept = 4 * trained * (recipe.evaluation.checkpoints + 1) if recipe.lora.enabled else 2 * weights
-        return 16 * trained * 3 + kept + (2 * weights if recipe.training.merge else 0)
-    counted, samples = 0, recipe.evaluation.samples
+        rows = 0
+        with suppress(InputError):
+            rows = len(load_prompts(recipe, "train")[0]) * recipe.schedule.epochs * responses_per_prompt(recipe)
+        ids = rows * recipe.schedule.max_length * BYTES_OF_AN_ID
+        return 16 * trained * 3 + kept + (2 * weights if recipe.training.merge else 0) + ids
+    counted, samples, copied = 0, recipe.evaluation.samples, 0
     if stage == "evaluate":
         with suppress(InputError):
             counted = 2 * samples * len(evaluated_prompts(recipe)[0])
@@ -231,7 +239,8 @@ def bytes_written(stage: str, recipe: Recipe) -> float:
         for split in SPLITS:
             with suppress(InputError):  # the plan says what is missing
                 counted += 2 * getattr(recipe.data, split).responses * len(load_prompts(recipe, split)[0])
-    return float(counted * recipe.generation.max_new_tokens * BYTES_OF_A_TOKEN)
+                copied += 2 * Path(getattr(recipe.data, split).path).stat().st_size
+    return float(counted * recipe.generation.max_new_tokens * BYTES_OF_A_TOKEN + copied)
 
 
 def host_lines(recipe: Recipe, processes: int) -> list[str]:

@@ -32,6 +32,15 @@ def count_devices(requested: int | None, gpus_each: int = 1, cluster: bool = Tru
     return max(1, torch.cuda.device_count() // gpus_each)
 
 
+def devices_used(workers: int | None, gpus_each: int = 1) -> int:
+    """Number of GPUs, here or on the cluster, of a stage's workers (as `run_workers`); on a CPU 1, the machine."""
+    import torch
+
+    if not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
+        return 1
+    return count_devices(workers, gpus_each) * gpus_each
+
+
 def check_gpus(field: str, wanted: int) -> None:
     """Refuse more GPUs for one engine than this machine has; before vLLM does, which takes a page to say it.
 

@@ -45,6 +45,8 @@ def test_hours_of_a_run_by_hand():
     assert found["divergence"] == 3 * 2 * 200 * (3 * 10 + 6 * 5) / (400 * 2)
     assert found["their scores"] == 0  # a function
     assert found["starting"] == 8 * 3
+    without = cost.run_seconds(recipe_of("loss.family=simpo", "loss.preference=bt"), RATES)
+    assert without["training"] == 7 * 2 * 4 * 100 * 20 / 2000  # no reference
 
 
 def test_hours_with_a_model_that_scores_and_all_weights_by_hand():
@@ -129,14 +131,13 @@ def test_rates_of_a_finished_run_by_hand(ranked_recipe, tiny_model):
     seconds |= {run / "evaluation": 6, run / "answers": 5}
     for folder, each in seconds.items():
         folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(folder / MANIFEST, recipe, {}, [], {}, seconds_of_last_start=each, devices=2)
-    steps = [{"step": 1, "num_tokens": 100.0}, {"step": 2, "num_tokens": 1100.0}, {"step": 3, "num_tokens": 2600.0}]
-    lines = [json.dumps({**step, "tokens_per_second": 500.0}) + "\n" for step in steps]
-    (run / "log.jsonl").write_text("".join(lines))
+        facts = {"seconds_of_last_start": each, "devices": 2, "tokens_of_last_start": 70}
+        write_manifest(folder / MANIFEST, recipe, {}, [], {}, **facts)
+    # The third step compiles a kernel.
+    steps = zip([100.0, 1100.0, 2600.0, 3100.0], [1.0, 500.0, 20.0, 500.0], strict=True)
+    lines = [{"step": at, "num_tokens": tokens, "tokens_per_second": rate} for at, (tokens, rate) in enumerate(steps, 1)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "evaluation" / "pairs.jsonl").write_text("{}\n" * 4)
-    answer = {"prompt": [{"role": "user", "content": "a"}], "responses": ["x", "y"], "truncated": [False] * 2}
-    answers = [{**answer, "prompt_id": str(number), "token_counts": [30, 20]} for number in range(4)]
-    (run / "answers" / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
     rates, missing = cost.measured(recipe)
     assert missing == []
     from transformers import AutoConfig
@@ -144,15 +145,17 @@ def test_rates_of_a_finished_run_by_hand(ranked_recipe, tiny_model):
     whole, trained = count_weights(AutoConfig.from_pretrained(tiny_model), recipe)
     assert (rates["weights"], rates["adapter_weights"], rates["devices"]) == (whole, trained, 2)
     ranked = [json.loads(line) for split in ("train", "test") for line in recipe.ranked(split).open()]
-    generated = sum(sum(record["token_counts"][2:]) for record in ranked)
-    assert rates["tokens_per_second"] == generated / 10 / 2
-    assert rates["adapter_tokens_per_second"] == 4 * 50 / 5 / 2
+    assert rates["tokens_per_second"] == 70 / 10 / 2
+    assert rates["adapter_tokens_per_second"] == 70 / 5 / 2
     pair = 3 * 2 * whole * (rates["prompt_tokens"] + 2 * rates["response_tokens"])
     assert rates["evaluation_operations_per_second"] == pytest.approx(4 * pair / 6 / 2)
-    # 2500 tokens in 5 seconds, 2 steps of 4 pairs: 312.5 a row, of a pair, so the prompt counts twice
-    response = 312.5 / 2 - rates["prompt_tokens"]
-    operations = 8 * 6 * whole * (rates["prompt_tokens"] + 2 * response)
-    assert rates["training_operations_per_second"] == pytest.approx(operations / 5 / 2)
+    # 3000 tokens at 500 a second, 3 steps of 4 pairs: 250 a row, of a pair, so the prompt counts twice. The log's seconds
+    # are those of forward and backward, 4 passes, but where the reference is in each step.
+    response = 250 / 2 - rates["prompt_tokens"]
+    operations = 12 * 4 * whole * (rates["prompt_tokens"] + 2 * response)
+    assert rates["training_operations_per_second"] == pytest.approx(operations / 6 / 2)
+    found = cost._training(ranked_recipe("data.train.responses=3", "training.reference=in_step"), rates)
+    assert found["training_operations_per_second"] == pytest.approx(operations * 6 / 4 / 6 / 2)
     texts = sum(sum(record["token_counts"]) for record in ranked) + 12 * rates["prompt_tokens"]
     assert rates["scoring_operations_per_second"] == pytest.approx(2 * rates["scorer_weights"] * texts / 4 / 2)
     assert cost.with_rates(RATES | {"adapter_weights": 1}, None).keys() >= rates.keys()

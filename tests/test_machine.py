@@ -10,6 +10,7 @@ import socket
 import sys
 import sysconfig
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -269,14 +270,18 @@ def test_bytes_of_a_run_by_hand(monkeypatch):
     assert preflight.bytes_written("run", recipe) == 16 * 3 * 3 + 4 * 3 * 5
     whole = load_recipe("configs/hh_rlhf.yaml", ["lora.enabled=false", "training.merge=true"])
     assert preflight.bytes_written("run", whole) == 16 * 3 * 3 + 2 * 10 + 2 * 10
+    few = load_recipe("configs/quickstart.yaml", ["evaluation.checkpoints=0", "lora.enabled=false"])
+    ids = 60 * few.schedule.epochs * 2 * few.schedule.max_length * 8  # pairs, 8 bytes an id
+    assert preflight.bytes_written("run", few) == 16 * 3 * 3 + 2 * 10 + ids
     (line,) = preflight.host_lines(recipe, 8)
     assert line.startswith("host memory, 8 process(es) that load: under 0.1 GB, ")
 
 
 def test_bytes_of_texts_by_hand():
-    """Quickstart: 60 prompts of 6 responses, 32 tokens of 5 bytes, as candidates and ranked; no test responses."""
+    """Quickstart: 60 prompts of 6 responses, 32 tokens of 5 bytes, and the prompts files, as candidates and ranked."""
     recipe = load_recipe("configs/quickstart.yaml")
-    assert preflight.bytes_written("gene", recipe) == 60 * 6 * 32 * 5 * 2
+    files = sum(Path(each.path).stat().st_size for each in (recipe.data.train, recipe.data.test))
+    assert preflight.bytes_written("gene", recipe) == 60 * 6 * 32 * 5 * 2 + 2 * files
     assert preflight.bytes_written("evaluate", recipe) == 2 * 3 * 28 * 32 * 5
 
 

@@ -175,6 +175,16 @@ def test_the_dry_run_says_where_checkpointing_is_off(monkeypatch):
     assert len(fixed) == 4 and "total 18.0 GB" in fixed[2]
 
 
+def test_more_than_the_gpu_has_is_a_warning(monkeypatch):
+    """Whole lists of 102 responses of 2,048 tokens, with gradient checkpointing: 112.8 GB."""
+    lists = load_recipe(RECIPE, ["loss.preference=pl", "loss.list_size=null"])
+    for gigabytes, warning in ((85, "up to 112.8 GB, and a GPU has 85;"), (None, "up to 112.8 GB, and a GPU has 80;")):
+        gpu(monkeypatch, gigabytes)
+        assert memory_lines(lists, 8)[-1].startswith(f"memory: WARNING: {warning}")
+    gpu(monkeypatch, 141)
+    assert not any("WARNING" in line for line in memory_lines(lists, 8))
+
+
 def test_the_stage_is_the_files_not_its_names(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
