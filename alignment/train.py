@@ -142,8 +142,17 @@ def settled(recipe: Recipe, config: HPSConfig, model) -> Layout:
 
 
 def flash_attention() -> bool:
-    """Whether the package flash-attn is there and of use."""
-    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    """Whether the package flash-attn is there and of use; a warning where it is broken."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
+        return False
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:  # built for another torch
+        print(
+            f"training: WARNING: flash-attn is not used: it cannot be imported ({' '.join(str(error).split())[:200]})"
+        )
+        return False
+    return True
 
 
 def load_policy(recipe: Recipe, bf16: bool | None = None, model: Model | None = None):

@@ -135,7 +135,9 @@ def test_rates_of_a_finished_run_by_hand(ranked_recipe, tiny_model):
         write_manifest(folder / MANIFEST, recipe, {}, [], {}, **facts)
     # The third step compiles a kernel.
     steps = zip([100.0, 1100.0, 2600.0, 3100.0], [1.0, 500.0, 20.0, 500.0], strict=True)
-    lines = [{"step": at, "num_tokens": tokens, "tokens_per_second": rate} for at, (tokens, rate) in enumerate(steps, 1)]
+    lines = [
+        {"step": at, "num_tokens": tokens, "tokens_per_second": rate} for at, (tokens, rate) in enumerate(steps, 1)
+    ]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "evaluation" / "pairs.jsonl").write_text("{}\n" * 4)
     rates, missing = cost.measured(recipe)
@@ -149,8 +151,8 @@ def test_rates_of_a_finished_run_by_hand(ranked_recipe, tiny_model):
     assert rates["adapter_tokens_per_second"] == 70 / 5 / 2
     pair = 3 * 2 * whole * (rates["prompt_tokens"] + 2 * rates["response_tokens"])
     assert rates["evaluation_operations_per_second"] == pytest.approx(4 * pair / 6 / 2)
-    # 3000 tokens at 500 a second, 3 steps of 4 pairs: 250 a row, of a pair, so the prompt counts twice. The log's seconds
-    # are those of forward and backward, 4 passes, but where the reference is in each step.
+    # 3000 tokens at 500 a second, 3 steps of 4 pairs: 250 a row, of a pair, so the prompt counts twice. The log's
+    # seconds are those of forward and backward, 4 passes, but where the reference is in each step.
     response = 250 / 2 - rates["prompt_tokens"]
     operations = 12 * 4 * whole * (rates["prompt_tokens"] + 2 * response)
     assert rates["training_operations_per_second"] == pytest.approx(operations / 6 / 2)

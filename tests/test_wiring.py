@@ -463,6 +463,16 @@ def test_flash_attention_is_for_classes_that_cannot_share(ranked_recipe, monkeyp
         assert chosen == ["flash_attention_2"]
 
 
+def test_a_broken_flash_attention_is_a_warning(monkeypatch, tmp_path, capsys):
+    """The package and the card are doubles: it was built for another torch."""
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not train.flash_attention()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not train.flash_attention()
+    assert "flash-attn is not used: it cannot be imported (undefined symbol: _ZN3c10)" in capsys.readouterr().out
+
+
 # ---- what is found again ----
 
 
