@@ -27,6 +27,7 @@ TITLES = {
     "noise": "Ablation: noise of the rewards that rank, and gamma (not in the paper)",
     "factor_n": "Ablation: the factor N of Eq. 8 (not in the paper)",
     "list_size": "Ablation: responses of a list, at equal compute (not in the paper)",
+    "methods": "Methods that the paper does not have",
     "proxy": "Ablation: ranked by a learned reward model (not in the paper)",
     "rounds": "Rounds: sample, rank, train again, against one round of as many samples and steps (not in the paper)",
 }
@@ -101,6 +102,7 @@ def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
         "negatives": (rule(recipe, gamma),),
         "noise": (f"noise {recipe.annotation.noise:g}", gamma if loss.preference == "hps" else method),
         "list_size": (f"{method}, list of {loss.list_size or 'all'}" if loss.takes_lists else method,),
+        "methods": (method, *options(recipe)),
         "proxy": (method, f"ranked by {ranked}"),
         "rounds": (
             method,
@@ -109,6 +111,17 @@ def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
         **dict.fromkeys(("factor_n", "ablation"), (f"N {'on' if loss.factor_n else 'off'}", gamma)),
     }
     return rows.get(table, (loss.family.upper(), loss.preference.upper()))
+
+
+def options(recipe: Recipe) -> list[str]:
+    """The options of a run's loss, by the names that people know."""
+    loss = recipe.loss
+    found = {
+        "S-DPO": loss.preference == "hps" and loss.estimator == "exact" and loss.factor_n,
+        f"{'rDPO' if loss.smoothing == 'rdpo' else 'cDPO'} {loss.label_smoothing:g}": loss.label_smoothing,
+        f"NLL {loss.nll:g}": loss.nll,
+    }
+    return [name for name, given in found.items() if given]
 
 
 def rule(recipe: Recipe, gamma: str) -> str:

@@ -84,7 +84,7 @@ def test_consistent_rows_are_not_flagged():
     assert paper.length_term_flags(rows, "x") == []
     rows["odd"] = {"rm_dpo": 1.0, "rm_r_dpo": 1.5}
     (flag,) = paper.length_term_flags(rows, "x")
-    assert "odd: RM_R-DPO - RM_DPO is 0.500 in the paper, -0.600 in 4 of 5 rows" in flag
+    assert "odd: RM_R-DPO - RM_DPO is 0.500 in the paper, -0.600, to a rounding, in 4 of 5 rows" in flag
 
 
 def test_percentages_that_do_not_add_up():
