@@ -64,7 +64,7 @@ def compared_negatives() -> dict[str, Method]:
     rows["gamma 5 to -5"] = Method(Loss(), gammas(5, -5))
     rows["-5 to 5, exact"] = Method(Loss(estimator="exact"), schedule)
     rows["-5 to 5, N"] = Method(Loss(factor_n=True), schedule)
-    rows["gamma 0, exact, N"] = Method(Loss(estimator="exact", factor_n=True), gammas(0, 0))
+    rows["gamma 0, exact, N (S-DPO)"] = Method(Loss(estimator="exact", factor_n=True), gammas(0, 0))
     rows["hardest"] = Method(Loss(negatives="hardest"), schedule)
     for k, text in ((1.0, "mean - 1 deviation"), (2.0, "mean - 2 deviations")):
         rows[text] = Method(Loss(negatives="below_mean", negative_deviations=k), schedule)
@@ -198,12 +198,12 @@ def compare(seeds: int) -> Table:
         "- noisy: shared, and the rewards that rank have noise of one standard deviation.",
         f"- long: noisy, with {MANY} responses.",
         "",
-        "Lists have all responses (the recipe's default is 5). SimPO's responses have one token. dpo-bt is the "
-        "rule `worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. With 8 responses the one nearest to the "
-        f"mean minus 2 deviations is the worst. Trainings of {STEPS} steps along the gradient, all prompts in "
-        "each. The length of a step does not depend on the gradient's and falls with a cosine, as the paper's learning "
-        "rate, unless the row says otherwise. The share at the KL is read between trainings of different lengths. A "
-        "dash: not trained in this world, or (slic-bt) all margins reach SLiC's delta of 1 before this KL, and nothing "
-        "moves any more.",
+        "Lists have all responses (the recipe's default is 5). SimPO's responses have one token, and length-normalised "
+        "DPO would be DPO. dpo-bt is the rule `worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. With 8 "
+        f"responses the one nearest to the mean minus 2 deviations is the worst. Trainings of {STEPS} steps along the "
+        "gradient, all prompts in each. The length of a step does not depend on the gradient's and falls with a cosine, "
+        "as the paper's learning rate, unless the row says otherwise. The share at the KL is read between trainings of "
+        "different lengths. A dash: not trained in this world, or (slic-bt) all margins reach SLiC's delta of 1 before "
+        "this KL, and nothing moves any more.",
     ]
     return table
