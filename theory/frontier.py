@@ -201,9 +201,9 @@ def compare(seeds: int) -> Table:
         "Lists have all responses (the recipe's default is 5). SimPO's responses have one token, and length-normalised "
         "DPO would be DPO. dpo-bt is the rule `worst`, dpo-hps gamma -5 to 5, and gamma 0 the rule `uniform`. With 8 "
         f"responses the one nearest to the mean minus 2 deviations is the worst. Trainings of {STEPS} steps along the "
-        "gradient, all prompts in each. The length of a step does not depend on the gradient's and falls with a cosine, "
-        "as the paper's learning rate, unless the row says otherwise. The share at the KL is read between trainings of "
-        "different lengths. A dash: not trained in this world, or (slic-bt) all margins reach SLiC's delta of 1 before "
-        "this KL, and nothing moves any more.",
+        "gradient, all prompts in each. The length of a step does not depend on the gradient's and falls with a "
+        "cosine, as the paper's learning rate, unless the row says otherwise. The share at the KL is read between "
+        "trainings of different lengths. A dash: not trained in this world, or (slic-bt) all margins reach SLiC's "
+        "delta of 1 before this KL, and nothing moves any more.",
     ]
     return table
