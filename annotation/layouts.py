@@ -16,8 +16,8 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores
-from hps.records import Messages, Name, Reward
-from pipeline.records import PAIR, check_parallel, checked, given_pair, named, refuse_misspelt, refuse_preference, typed
+from hps.records import PAIR, Messages, Name, Reward, given_pair, refuse_misspelt, refuse_preference
+from pipeline.records import PARALLEL, PROMPT_FIELDS, check_parallel, checked, named, typed
 
 # How a chat template writes a turn: `start` role `between` content `end`; `begin` comes once, first.
 TEMPLATES = (
@@ -346,11 +346,12 @@ def check_row(row: dict, where: str, layout: Layout = LAYOUTS["ranked"]) -> List
         InputError: a field is missing, misspelt or mistyped, the lists differ in length, a reward is not finite.
     """
     refuse_misspelt(row, ("prompt_id", *layout.known), where)
-    if layout is LAYOUTS["ordered"]:
-        refuse_preference(row, where)
+    whole = row
     row = {name: row[name] for name in layout.known if row.get(name) is not None}
     if missing := [] if layout.names else [name for name in layout.fields if name not in row]:
         raise InputError(f"`{missing[0]}` is missing", where=where, remedy="add it")
+    if layout is LAYOUTS["ordered"] or set(PAIR) <= set(layout.fields):
+        refuse_preference(whole, (*PROMPT_FIELDS, *PARALLEL), where)
     found = layout.read(row, where)
     if not layout.names:
         found = {**found, "sources": _places(found["rewards"])}

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from hps.chat import control_ids, encode
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores
-from hps.records import PAIR, Ranked, given_pair, refuse_misspelt
+from hps.records import PAIR, Ranked, given_pair, refuse_misspelt, refuse_preference
 
 RANKED = TypeAdapter(Ranked)
 FEATURES = Features(
@@ -95,7 +95,10 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
         InputError: as `RankedPrompts`; a text as prompt spells control tokens, so a template was applied already.
     """
     with naming(f"row {index}"):
-        read = given_pair({name: value for name, value in record.items() if value is not None}, where="")
+        found = {name: value for name, value in record.items() if value is not None}
+        if "rewards" not in found or PAIR[0] in found:
+            refuse_preference(found, COLUMNS, where="")
+        read = given_pair(found, where="")
         responses = read.get("responses")
         if not isinstance(responses, list) or len(responses) < 2:
             raise InputError(f"no two responses: the columns are {', '.join(record)}", remedy=REMEDY)

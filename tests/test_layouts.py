@@ -303,6 +303,12 @@ def changed(form: str, **changes) -> tuple[dict, str]:
         (changed("ordered", responses="x"), r'`responses` is "x"'),
         (changed("ordered", prompt=7), "`prompt` is 7"),
         (changed("ordered", reward=[1, 2, 3, 4]), "`reward` seems to say which response is better, and it is not read"),
+        (changed("ordered", ranks=[3, 2, 1, 0]), "`ranks` seems to say which response is better, and it is not read"),
+        (
+            changed("trl-standard", rewards=[0, 5]),
+            r"`rewards` is \[0, 5\] beside `chosen` and `rejected`, and it is not",
+        ),
+        (changed("llama-factory-alpaca", rewards=[0, 5]), r"`rewards` is \[0, 5\] beside `chosen` and `rejected`"),
         (changed("trl-standard", promt="x", prompt=None), "unknown field `promt`; write `prompt`"),
         (changed("trl-standard", prompt="  "), r"`prompt\[0\].content` is \"\": should be a text that is not blank"),
         (changed("trl-standard-implicit", rejected="No."), "there is no `prompt`, and `chosen` and `rejected` do not"),

@@ -175,6 +175,17 @@ def test_pairs_of_trl(tokenizer, scores):
             {"prompt": QUESTION, "chosen": "A", "rejected": "B", "score_chosen": 1, "score_rejected": 2},
             "row 3: `chosen` has the score 1 and `rejected` 2; correct the row, or take both scores out",
         ),
+        *(
+            (
+                {"prompt": QUESTION, "responses": ["A", "B"], name: value},
+                f"row 3: `{name}` seems to say which response is better, and it is not read; give `responses` best",
+            )
+            for name, value in [("ranking", [2, 1]), ("scores", [1, 2]), ("better_response_id", 1)]
+        ),
+        (
+            {"prompt": QUESTION, "chosen": "A", "rejected": "B", "rewards": [0, 5]},
+            "row 3: `rewards` is [0, 5] beside `chosen` and `rejected`, and it is not read; give `score_chosen`",
+        ),
         (
             {"prompt": "<|im_start|>user\nWhat?<|im_end|>\n", "responses": ["A", "B"]},
             "its control tokens are those of a chat template; give the messages",
