@@ -47,13 +47,16 @@ class RankedPrompts(Mapping[str, Ranked]):
         processes: that convert the rows; None: one.
 
     Raises:
-        InputError: a row's fields are missing, mistyped or of unequal lengths, or a `prompt_id` appears twice.
+        InputError: there are no rows, a row's fields are missing, mistyped or of unequal lengths, or a `prompt_id`
+            appears twice.
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Any, processes: int | None = None):
         if wrong := [name for name in MEANT if name in dataset.column_names]:
             problem = f"the column `{wrong[0]}` would change the prompts, and it is not read"
             raise InputError(problem, remedy="take it out if the prompts are right without it")
+        if not len(dataset):
+            raise InputError("the data set has no rows", remedy="check its file and its split")
         known = ("prompt", "responses", "rewards", "truncated", *PAIR)
         refuse_misspelt(dict.fromkeys(dataset.column_names, True), known, "data set")
         self.unread = [name for name in dataset.column_names if name not in (*COLUMNS, *SCORE_COLUMNS)]
@@ -102,11 +105,18 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
         responses = read.get("responses")
         if not isinstance(responses, list) or len(responses) < 2:
             raise InputError(f"no two responses: the columns are {', '.join(record)}", remedy=REMEDY)
-        scores = ordered_scores(record) if PAIR[0] in record else None
+        for place, text in enumerate(responses):
+            if isinstance(text, str) and not text.strip():
+                problem = f"`{PAIR[place] if PAIR[0] in found else f'responses[{place}]'}` is {shorten(text)}"
+                raise InputError(problem, remedy="take empty responses out of the data")
+        if "rewards" in record and "rewards" not in found and PAIR[0] not in found:
+            # Made-up rewards beside those of other rows would have another scale.
+            raise InputError("`rewards` is null", remedy="give a number for each response, or take the column out")
+        scores = ordered_scores(found) if PAIR[0] in found else None
         given = {
             "rewards": scores or [-float(place) for place in range(len(responses))],
             "truncated": [False] * len(responses),
-            "sources": [f"given_{place}" for place in (1, 2)] if PAIR[0] in record else ["given"] * len(responses),
+            "sources": [f"given_{place}" for place in (1, 2)] if PAIR[0] in found else ["given"] * len(responses),
         }
         columns = {name: read.get(name, default) for name, default in given.items()}
         if "token_counts" in read:
@@ -117,7 +127,6 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
                 raise InputError(
                     problem, remedy=f"give a list with an entry for each of the {len(responses)} responses"
                 )
-        columns["rewards"] = [float(reward) if type(reward) is int else reward for reward in columns["rewards"]]
         prompt = _messages(read.get("prompt"), tokenizer)
         name = read.get("prompt_id", f"row-{index:09d}")
         _check({"prompt": prompt, "prompt_id": name, "responses": responses, "token_counts": [], **columns})
@@ -127,8 +136,9 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
             columns["token_counts"] = [len(encode(tokenizer, text)) + (not cut) for text, cut in texts]
         order = sorted(range(len(responses)), key=lambda place: -columns["rewards"][place])
         columns = {field: [values[place] for place in order] for field, values in columns.items()}
-        found = {"prompt": prompt, "prompt_id": name, "responses": [responses[place] for place in order], **columns}
-        return _check(found)
+        columns["rewards"] = [float(reward) for reward in columns["rewards"]]
+        ranked = {"prompt": prompt, "prompt_id": name, "responses": [responses[place] for place in order], **columns}
+        return _check(ranked)
 
 
 def _check(found: dict) -> Ranked:

@@ -316,6 +316,9 @@ def changed(form: str, **changes) -> tuple[dict, str]:
         (changed("trl-conversational-implicit", rejected=TEA + said("No.")), "conversation of `rejected` does not beg"),
         (changed("ultrafeedback-binarized", score_chosen=1), "`chosen` has the score 1 and `rejected` 3"),
         (changed("ultrafeedback-binarized", score_chosen="high"), r'`score_chosen` is "high"'),
+        (changed("ultrafeedback-binarized", score_rejected=None), "`score_rejected` is null; give both a number"),
+        (changed("ultrafeedback-binarized", score_chosen=10**400), "`score_chosen` is 1000"),
+        (changed("released", rewards=[10**400, 1]), r"`rewards\[0\]` is 1000"),
         (changed("hh-rlhf", rejected="\n\nHuman: Milk?\n\nAssistant: No."), "transcripts do not share the prompt"),
         (changed("hh-rlhf", rejected="\n\nHuman: What is tea?"), "transcript ends without an answer"),
         (

@@ -167,6 +167,23 @@ def test_pairs_of_trl(tokenizer, scores):
             "row 3: `rewards` is [1]; give a list with an entry",
         ),
         ({"prompt": QUESTION, "responses": ["A", "B"], "rewards": [1, math.inf]}, "row 3: `rewards[1]` is Infinity"),
+        ({"prompt": QUESTION, "responses": ["A", "B"], "rewards": [1, 10**400]}, "row 3: `rewards[1]` is 1000"),
+        ({"prompt": QUESTION, "responses": ["A", "B"], "rewards": [1, True]}, "row 3: `rewards[1]` is true"),
+        (
+            {"prompt": QUESTION, "responses": ["A", "B"], "rewards": None},
+            "row 3: `rewards` is null; give a number for each response, or take the column out",
+        ),
+        ({"prompt": QUESTION, "responses": ["A", " \n"]}, 'row 3: `responses[1]` is " \\n"; take empty responses out'),
+        ({"prompt": QUESTION, "chosen": "", "rejected": "B"}, 'row 3: `chosen` is ""; take empty responses out'),
+        *(
+            ({"prompt": QUESTION, "chosen": "A", "rejected": "B", "score_chosen": a, "score_rejected": b}, message)
+            for a, b, message in [
+                (3, None, "row 3: `score_rejected` is null; give both a number within 1.7e+38, or take both out"),
+                (math.nan, 1, "row 3: `score_chosen` is NaN; give both a number"),
+                (10**400, 1, "row 3: `score_chosen` is 1000"),
+                (True, False, "row 3: `score_chosen` is true; give both a number"),
+            ]
+        ),
         ({"prompt": QUESTION, "responses": ["A", 2]}, "row 3: `responses[1]` is 2"),
         ({"responses": ["A", "B"]}, "row 3: `prompt` is null"),
         ({"chosen": "A", "rejected": "B"}, "row 3: `prompt` is null"),
@@ -195,6 +212,11 @@ def test_pairs_of_trl(tokenizer, scores):
 def test_wrong_rows_are_refused(tokenizer, record, message):
     with pytest.raises(InputError, match=re.escape(message)):
         ranked_row(record, 3, tokenizer)
+
+
+def test_a_data_set_without_rows_is_refused(tokenizer):
+    with pytest.raises(InputError, match="the data set has no rows; check its file and its split"):
+        RankedPrompts(Dataset.from_list([]), tokenizer)
 
 
 def test_a_prompt_id_that_appears_twice_is_refused(tokenizer):
