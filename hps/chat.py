@@ -30,6 +30,16 @@ DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it ha
 CLOCK_FORMAT = re.compile(r"%[-_^0#]?[A-Za-z]")
 RANDOM = re.compile(r"\|\s*random\b|[\"']random[\"']|\blipsum\b")  # all that Jinja has of it
 ROUNDS = 8  # what is left of one token may be part of another; two rounds are the most that was seen
+# Marks of public templates, as text: ChatML, Llama 3, Llama 2 and Mistral, Zephyr and Phi 3, Gemma, the raw HH-RLHF.
+FOREIGN = (
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "[INST]",
+    "<|user|>",
+    "<|assistant|>",
+    "<start_of_turn>",
+    "\n\nHuman:",
+)
 # Probe conversations and answers, from which we learn what a template writes.
 QUESTION = {"role": "user", "content": "a"}
 PROBES = (
