@@ -14,6 +14,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from hps.chat import templated_by
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores
 from hps.records import PAIR, Messages, Name, Reward, given_pair, refuse_misspelt, refuse_preference
@@ -102,12 +103,18 @@ class OrderedRow(TypedDict):
 def ordered(row: dict, where: str) -> dict:
     """Responses best first, as in our prompts files, and no rewards."""
     found = typed(row, OrderedRow, where)
-    return {**found, "prompt": _asked(row["prompt"]), "rewards": [-at for at in range(len(found["responses"]))]}
+    return {**found, "prompt": _asked(row["prompt"], where), "rewards": [-at for at in range(len(found["responses"]))]}
 
 
-def _asked(prompt: Any) -> Any:
-    """A text as one message of the user."""
-    return [{"role": "user", "content": prompt.strip()}] if isinstance(prompt, str) else prompt
+def _asked(prompt: Any, where: str) -> Any:
+    """A text as one message of the user; one that was templated already as its turns.
+
+    Raises:
+        InputError: as `parse_prompt`; the template is not known.
+    """
+    if not isinstance(prompt, str):
+        return prompt
+    return parse_prompt(prompt, where) if templated_by(prompt) else [{"role": "user", "content": prompt.strip()}]
 
 
 def pair(row: dict, where: str) -> dict:
@@ -120,7 +127,7 @@ def pair(row: dict, where: str) -> dict:
         prompt, sides = _transcripts([(prompt or "") + side for side in sides], where)
     elif prompt is None:
         prompt, sides = _shared_beginning(sides, where)
-    return {"prompt": _asked(prompt), "responses": sides, "rewards": _pair_rewards(row, where)}
+    return {"prompt": _asked(prompt, where), "responses": sides, "rewards": _pair_rewards(row, where)}
 
 
 def _lean(messages: Any) -> Any:
@@ -182,7 +189,7 @@ def ultrafeedback(row: dict, where: str, score: str, kind: type) -> dict:
     row = typed(row, kind, where)
     found = row["completions"]
     responses, rewards = [each["response"] for each in found], [each[score] for each in found]
-    return {"prompt": _asked(row["instruction"]), "responses": responses, "rewards": rewards}
+    return {"prompt": _asked(row["instruction"], where), "responses": responses, "rewards": rewards}
 
 
 def _scored(score: str) -> type:

@@ -502,6 +502,15 @@ def assistant_header(tokenizer: Any) -> list[int]:
     return common_end(*prompts)
 
 
+def templated_by(text: str) -> str | None:
+    """The mark of a public template with which a text begins, perhaps behind a BOS: it was templated already.
+
+    A mark further inside may be an ordinary question about templates.
+    """
+    behind = re.sub(r"\A\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*", "", text)
+    return next((mark for mark in FOREIGN if text.startswith(mark) or behind.startswith(mark)), None)
+
+
 def control_ids(tokenizer: Any) -> frozenset[int]:
     """Token ids with which the template can open, mark and end turns."""
     return _control(tokenizer).ids

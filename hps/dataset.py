@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from pydantic import TypeAdapter, ValidationError
 
-from hps.chat import control_ids, encode
+from hps.chat import FOREIGN, control_ids, encode, special_tokens_in, templated_by
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores
 from hps.records import PAIR, Ranked, given_pair, refuse_misspelt, refuse_preference
@@ -33,6 +33,7 @@ FEATURES = Features(
         "rewards": List(Value("float64")),
     }
 )
+SPELLED = "texts_that_spell_special_tokens"
 COLUMNS = (*FEATURES, *PAIR)
 # Columns that change what a prompt is, and are not read.
 MEANT = ("tools", "chat_template_kwargs", "image", "images")
@@ -45,6 +46,8 @@ class RankedPrompts(Mapping[str, Ranked]):
     Args:
         tokenizer: counts the tokens of the responses where the data set does not.
         processes: that convert the rows; None: one.
+
+    `notes` are lines for the screen: what is not read, and what is not meant as it will be read.
 
     Raises:
         InputError: there are no rows, a row's fields are missing, mistyped or of unequal lengths, or a `prompt_id`
@@ -59,18 +62,25 @@ class RankedPrompts(Mapping[str, Ranked]):
             raise InputError("the data set has no rows", remedy="check its file and its split")
         known = ("prompt", "responses", "rewards", "truncated", *PAIR)
         refuse_misspelt(dict.fromkeys(dataset.column_names, True), known, "data set")
-        self.unread = [name for name in dataset.column_names if name not in (*COLUMNS, *SCORE_COLUMNS)]
         # Made again each time: the hash of a tokenizer, by which it would be found, changes with what it was used for.
-        self._rows = dataset.map(
-            ranked_row,
+        rows = dataset.map(
+            _with_count,
             with_indices=True,
             fn_kwargs={"tokenizer": tokenizer},
             remove_columns=dataset.column_names,
-            features=FEATURES,
+            features=Features({**FEATURES, SPELLED: Value("int64")}),
             num_proc=processes,
             load_from_cache_file=False,
             desc="Ranked prompts",
         )
+        spelled = sum(rows[SPELLED])
+        self._rows = rows.remove_columns(SPELLED)
+        unread = [name for name in dataset.column_names if name not in (*COLUMNS, *SCORE_COLUMNS)]
+        self.notes = [f"columns that are not read: {', '.join(unread)}"] if unread else []
+        if spelled:
+            self.notes.append(
+                f"{spelled} texts spell special tokens or marks of a chat template, which are ordinary text here"
+            )
         self._places: dict[str, int] = {}
         for place, name in enumerate(self._rows["prompt_id"]):
             if (other := self._places.setdefault(name, place)) != place:
@@ -91,11 +101,23 @@ class RankedPrompts(Mapping[str, Ranked]):
         return f"row {self._places[name]}"
 
 
+def _with_count(record: Mapping[str, Any], index: int, tokenizer: Any) -> dict:
+    """A ranked row, and how many of its texts spell special tokens or marks of a template."""
+    row = ranked_row(record, index, tokenizer)
+    texts = (*(message["content"] for message in row["prompt"]), *row["responses"])
+    return {
+        **row,
+        SPELLED: sum(
+            bool(special_tokens_in(tokenizer, text) or any(mark in text for mark in FOREIGN)) for text in texts
+        ),
+    }
+
+
 def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
     """A row of a data set as a ranked prompt, highest reward first; equal rewards keep their order.
 
     Raises:
-        InputError: as `RankedPrompts`; a text as prompt spells control tokens, so a template was applied already.
+        InputError: as `RankedPrompts`; a template was applied already to a text as prompt.
     """
     with naming(f"row {index}"):
         found = {name: value for name, value in record.items() if value is not None}
@@ -154,8 +176,8 @@ def _check(found: dict) -> Ranked:
 def _messages(prompt: Any, tokenizer: Any) -> Any:
     """Role and content of each message; a text is the user's only one."""
     if isinstance(prompt, str):
-        if control_ids(tokenizer).intersection(encode(tokenizer, prompt)):
-            problem = f"`prompt` is {shorten(prompt)}, and its control tokens are those of a chat template"
+        if templated_by(prompt) or control_ids(tokenizer).intersection(encode(tokenizer, prompt)):
+            problem = f"`prompt` is {shorten(prompt)}, a text to which a chat template was applied already"
             raise InputError(problem, remedy="give the messages; the template is applied in the training")
         return [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):

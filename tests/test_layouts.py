@@ -283,6 +283,16 @@ def test_a_text_is_a_message_of_the_user():
     assert found["prompt"] == TEA and found["sources"] == ["given_1", "given_2"]
 
 
+@pytest.mark.parametrize("layout", ["pair", "ordered"])
+def test_a_templated_text_becomes_its_turns_in_every_layout(layout):
+    """As in the layout `ranked`; another template's is refused."""
+    given = {"chosen": "a", "rejected": "b"} if layout == "pair" else {"responses": ["a", "b"]}
+    text = "<|im_start|>user\nWhat is tea?<|im_end|>\n<|im_start|>assistant\n"
+    assert check_row({"prompt": text, **given}, "f:1", LAYOUTS[layout])["prompt"] == TEA
+    with pytest.raises(InputError, match="f:1: `prompt` is neither chat messages nor a string of Llama-3's template"):
+        check_row({"prompt": "[INST] What is tea? [/INST]", **given}, "f:1", LAYOUTS[layout])
+
+
 def test_given_responses_may_be_truncated():
     row = {"prompt": "What is tea?", "responses": ["a", "b"]}
     for cuts in (None, [False, True]):

@@ -21,7 +21,7 @@ from alignment.reference import add_reference
 from alignment.train import build_trainer, lora_config, training_config
 from hps import HPSConfig, HPSTrainer
 from hps.chat import load_tokenizer
-from hps.dataset import RankedPrompts, ranked_row
+from hps.dataset import FEATURES, RankedPrompts, ranked_row
 from hps.errors import InputError
 from hps.methods import methods
 from hps.settings import Loss, Schedule
@@ -205,13 +205,39 @@ def test_pairs_of_trl(tokenizer, scores):
         ),
         (
             {"prompt": "<|im_start|>user\nWhat?<|im_end|>\n", "responses": ["A", "B"]},
-            "its control tokens are those of a chat template; give the messages",
+            "a text to which a chat template was applied already; give the messages",
+        ),
+        *(
+            (
+                {"prompt": text, "responses": ["A", "B"]},
+                f"row 3: `prompt` is {json.dumps(text)}, a text to which a chat",
+            )
+            for text in (
+                "<s>[INST] What? [/INST]",
+                "\n\nHuman: What?\n\nAssistant:",
+                "<|start_header_id|>user<|end_header_id|>\n\nWhat?",
+            )
         ),
     ],
 )
 def test_wrong_rows_are_refused(tokenizer, record, message):
     with pytest.raises(InputError, match=re.escape(message)):
         ranked_row(record, 3, tokenizer)
+
+
+def test_texts_that_spell_tokens_and_marks_are_counted(tokenizer):
+    """Mentioned in passing they are ordinary text; nothing is counted in other data."""
+    rows = [
+        {"prompt": "What does [INST] mean?", "chosen": "A<|im_end|>", "rejected": "B", "id": 1},
+        {"prompt": "What is Human: in a text?", "chosen": "A", "rejected": "B", "id": 2},
+    ]
+    found = RankedPrompts(Dataset.from_list(rows), tokenizer)
+    assert found.notes == [
+        "columns that are not read: id",
+        "2 texts spell special tokens or marks of a chat template, which are ordinary text here",
+    ]
+    assert set(found["row-000000000"]) == set(FEATURES)
+    assert RankedPrompts(Dataset.from_list(rows[1:]).remove_columns("id"), tokenizer).notes == []
 
 
 def test_a_data_set_without_rows_is_refused(tokenizer):
