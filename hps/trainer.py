@@ -44,7 +44,7 @@ from hps.errors import InputError
 from hps.losses import FORMULAS, implicit_reward, nll_loss, preference_loss
 from hps.methods import FAMILIES
 from hps.negatives import gamma_stages
-from hps.planning import Plan, plan_lines, reversal_warning
+from hps.planning import Plan, data_warning, plan_lines
 from hps.records import PlanRow
 from hps.reference import Values, micro_batch, unknown_values
 from hps.response_head import add_response_head, response_log_probs
@@ -396,7 +396,7 @@ class HPSTrainer(DPOTrainer):
         made = Plan(prompts, self.loss, schedule, args.seed, prompts.where)
         rows = CheckedRows(list(made.rows()), prompts, tokenizer, schedule.max_length, prompts.where)
         used = (prompts[name] for name in made.prompts)
-        if warning := reversal_warning(used, self.loss, schedule, args.seed):
+        if warning := data_warning(used, self.loss, schedule, args.seed):
             warnings.warn(warning, stacklevel=3)
         return rows, made, prompts.notes
 
