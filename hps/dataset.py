@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from hps.chat import FOREIGN, control_ids, encode, special_tokens_in, templated_by
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores
-from hps.records import PAIR, Ranked, given_pair, refuse_misspelt, refuse_preference
+from hps.records import NOT_TEXT, PAIR, Ranked, given_pair, refuse_misspelt, refuse_preference
 
 RANKED = TypeAdapter(Ranked)
 FEATURES = Features(
@@ -35,8 +35,6 @@ FEATURES = Features(
 )
 SPELLED = "texts_that_spell_special_tokens"
 COLUMNS = (*FEATURES, *PAIR)
-# Columns that change what a prompt is, and are not read.
-MEANT = ("tools", "chat_template_kwargs", "image", "images")
 REMEDY = "give `prompt` with `responses` and `rewards`, or with `chosen` and `rejected` (docs/trainer.md)"
 
 
@@ -55,7 +53,7 @@ class RankedPrompts(Mapping[str, Ranked]):
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Any, processes: int | None = None):
-        if wrong := [name for name in MEANT if name in dataset.column_names]:
+        if wrong := [name for name in NOT_TEXT if name in dataset.column_names]:
             problem = f"the column `{wrong[0]}` would change the prompts, and it is not read"
             raise InputError(problem, remedy="take it out if the prompts are right without it")
         if not len(dataset):

@@ -22,6 +22,8 @@ PAIR = ("chosen", "rejected")  # TRL's names of two given responses
 # A field with one of these words in its name says which response is better.
 PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
 RANKS = {"rank", "ranks", "ranking", "rankings", "order"}  # such numbers are low for the best
+# Fields that change what a prompt is, and are not read.
+NOT_TEXT = ("tools", "chat_template_kwargs", "image", "images", "videos", "audios")
 RESEMBLANCE = 0.8  # share of equal letters above which an unknown field is a misspelt known one
 
 
