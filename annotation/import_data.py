@@ -11,10 +11,11 @@ Run     python -m annotation.import_data DATA configs/hh_rlhf.yaml [key=value ..
 (annotation/layouts.py) is that of the first row unless `--layout` names one.
 
 Responses are sorted by reward; ties keep their order. Empty responses are dropped, of duplicates (the same text, or the
-same tokens) the best is kept, or in the layout `ranked` the first, and rows with fewer than two responses left are refused. A prompt that comes again with
-other responses gets a name of its own (`<prompt_id>-2`) where its layout has no names; otherwise it is refused, as is
-an equal row. A row that cannot be read ends the import, or with `--skip` goes to the ledger with its place, its
-problem and the remedy. The ledger lists all that is left out, and fields that are not read are counted.
+same tokens) the best is kept, or in the layout `ranked` the first, and rows with fewer than two responses left are
+refused. A prompt that comes again with other responses gets a name of its own (`<prompt_id>-2`) where its layout has no
+names; otherwise it is refused, as is an equal row. A row that cannot be read ends the import, or with `--skip` goes to
+the ledger with its place, its problem and the remedy. The ledger lists all that is left out, and fields that are not
+read are counted.
 
 Missing fields get defaults: `truncated` is false, and in the released files `sources` are `generated` unless a row has
 them (so `schedule.best=human` finds no human response). Texts that spell special tokens of the tokenizer are counted,
