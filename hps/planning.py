@@ -109,7 +109,7 @@ def distance_warning(records: Iterable[Ranked], loss: Loss) -> str:
     return (
         f"the rewards of {sum(found)} of {len(found)} prompts are 0, -1, -2, ..., an order without scores, and "
         f"{loss.family}-{loss.preference} learns these distances as if they were measured; score the responses with a "
-        "reward model, or use a loss that reads the order alone (loss.family=dpo loss.preference=bt, pl or hps)"
+        "reward model, or use a loss that reads the order alone (dpo with bt or pl)"
     )
 
 
