@@ -18,7 +18,7 @@ from pathlib import Path
 
 from alignment.rows import keep_rows, ranked_prompts
 from hps.errors import InputError, naming
-from hps.planning import Plan, plan_lines, reversal_warning
+from hps.planning import Plan, data_warning, plan_lines
 from hps.settings import own_settings
 from pipeline.cli import run_stage
 from pipeline.files import file_hash, write_json, write_lines
@@ -67,7 +67,7 @@ def plan(recipe: Recipe) -> Indexed:
     first, *rest = plan_lines(facts, recipe.loss, recipe.schedule)
     print("\n".join(f"plan: {line}" for line in (f"{first} -> {folder / 'plan.jsonl'}", *rest)))
     used = (records[name] for name in made.prompts)
-    if warning := reversal_warning(used, recipe.loss, recipe.schedule, recipe.round_seed):
+    if warning := data_warning(used, recipe.loss, recipe.schedule, recipe.round_seed):
         print(f"plan: WARNING: {warning}")
     return records
 

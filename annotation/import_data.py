@@ -1,6 +1,6 @@
 """Import preference data: pairs, scored or ranked lists, in the layouts that others publish (docs/formats.md).
 
-Reads   DATA: a file of JSON Lines or a JSON list (gzipped or not), a Parquet file, a folder that `datasets` saved or
+Reads   DATA: a file of JSON Lines or a JSON list (gzipped or not), Parquet, CSV, a folder that `datasets` saved or
         loads, or the name of a data set on the hub; the tokenizer of `models.policy`
 Writes  `<output>/ranked/{split}.jsonl` (ranked), `{split}.ledger.jsonl`, `manifest.json` (last); or, with `--prompts
         FILE`, FILE (prompts with given responses, best first) and its ledger
@@ -11,10 +11,11 @@ Run     python -m annotation.import_data DATA configs/hh_rlhf.yaml [key=value ..
 (annotation/layouts.py) is that of the first row unless `--layout` names one.
 
 Responses are sorted by reward; ties keep their order. Empty responses are dropped, of duplicates (the same text, or the
-same tokens) the first is kept, and rows with fewer than two responses left are refused. A prompt that comes again with
-other responses gets a name of its own (`<prompt_id>-2`) where its layout has no names; otherwise it is refused, as is
-an equal row. A row that cannot be read ends the import, or with `--skip` goes to the ledger with its place, its
-problem and the remedy. The ledger lists all that is left out, and fields that are not read are counted.
+same tokens) the best is kept, or in the layout `ranked` the first, and rows with fewer than two responses left are
+refused. A prompt that comes again with other responses gets a name of its own (`<prompt_id>-2`) where its layout has no
+names; otherwise it is refused, as is an equal row. A row that cannot be read ends the import, or with `--skip` goes to
+the ledger with its place, its problem and the remedy. The ledger lists all that is left out, and fields that are not
+read are counted.
 
 Missing fields get defaults: `truncated` is false, and in the released files `sources` are `generated` unless a row has
 them (so `schedule.best=human` finds no human response). Texts that spell special tokens of the tokenizer are counted,
@@ -38,14 +39,15 @@ from hps.errors import InputError, run_main
 from pipeline.files import file_hash, json_line, value_hash, write_lines
 from pipeline.identity import model_hash
 from pipeline.recipe import SPLITS, Model, Recipe, load_recipe, split_arguments
-from pipeline.records import check_ranked, read_json, read_rows
+from pipeline.records import WITHOUT_NOISE, check_ranked, read_json, read_rows
 from pipeline.responses import candidates, distinct, rank
 from pipeline.stage import CLAIM, MANIFEST, Work, claim, hold, is_finished
 from tools.hub import asking, commit_of
 
 Rows = Iterable[tuple[str, dict]]  # `path:line: row N` or `data: row N`, and the row
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = (".json", ".jsonl", ".gz", ".parquet")
+TABLES = (".parquet", ".csv")
+FILES = (".json", ".jsonl", ".gz", *TABLES)
 
 # ---- rows ----
 
@@ -58,7 +60,7 @@ def read_data(data: str, part: str = "train", revision: str | None = None) -> Ro
         revision: the commit on the hub.
     """
     path = Path(data)
-    tables = path.is_dir() or (path.is_file() and path.suffix == ".parquet") or _on_hub(data)
+    tables = path.is_dir() or (path.is_file() and path.suffix in TABLES) or _on_hub(data)
     return _tables(data, part, revision) if tables else read_rows(path)
 
 
@@ -75,7 +77,7 @@ def _tables(data: str, part: str, revision: str | None) -> Iterator[tuple[str, d
     try:
         with asking("dataset", data) if _on_hub(data) else nullcontext():
             if path.is_file():
-                table = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+                table = load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=True)
             elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
                 table = load_from_disk(data)
                 table = table[part] if isinstance(table, DatasetDict) else table
@@ -111,10 +113,11 @@ def rank_row(row: Listed, tokenizer: Any, refuse: bool = False) -> tuple[dict, l
     Args:
         refuse: responses that spell special tokens are dropped.
     """
-    responses = [
-        dict(zip(("text", "source", "reward", "truncated"), each, strict=True))
-        for each in zip(row["responses"], row["sources"], row["rewards"], row["truncated"], strict=True)
-    ]
+    columns = {"text": "responses", "source": "sources", "reward": "rewards", "truncated": "truncated"}
+    if WITHOUT_NOISE in row:
+        columns[WITHOUT_NOISE] = WITHOUT_NOISE
+    lists = zip(*(row[name] for name in columns.values()), strict=True)
+    responses = [dict(zip(columns, each, strict=True)) for each in lists]
 
     def seen(text: str) -> tuple[int, ...]:
         """As a model sees it: the tokenizer may make one of two spellings."""
@@ -123,7 +126,10 @@ def rank_row(row: Listed, tokenizer: Any, refuse: bool = False) -> tuple[dict, l
     refused = partial(special_tokens_in, tokenizer) if refuse else lambda text: []
     kept, ledger = distinct(row["prompt_id"], responses, refused, seen)
     kept = [{**each, "tokens": len(encode(tokenizer, each["text"]))} for each in kept]
-    return rank(candidates(row, kept), [response["reward"] for response in kept]), ledger
+    record = candidates(row, kept)
+    if WITHOUT_NOISE in row:
+        record[WITHOUT_NOISE] = [response[WITHOUT_NOISE] for response in kept]
+    return rank(record, [response["reward"] for response in kept]), ledger
 
 
 PROMPTS, RESPONSES = "prompts with special tokens, kept", "responses with special tokens, kept"

@@ -14,10 +14,11 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from hps.chat import templated_by
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores
-from hps.records import Messages, Name, Reward
-from pipeline.records import PAIR, check_parallel, checked, given_pair, named, refuse_misspelt, refuse_preference, typed
+from hps.records import NOT_TEXT, PAIR, Messages, Name, Reward, given_pair, refuse_misspelt, refuse_preference
+from pipeline.records import PARALLEL, PROMPT_FIELDS, WITHOUT_NOISE, check_parallel, checked, named, typed
 
 # How a chat template writes a turn: `start` role `between` content `end`; `begin` comes once, first.
 TEMPLATES = (
@@ -26,7 +27,6 @@ TEMPLATES = (
 )
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # of a transcript of Anthropic/hh-rlhf
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # ShareGPT's names of the roles
-NOT_TEXT = ("tools", "images", "videos", "audios")
 
 
 class Rejected(Exception):
@@ -46,6 +46,7 @@ class Listed(TypedDict):
     rewards: list[Reward]
     sources: list[str]
     truncated: list[bool]
+    rewards_without_noise: NotRequired[list[Reward]]
 
 
 class Turn(TypedDict):
@@ -102,12 +103,18 @@ class OrderedRow(TypedDict):
 def ordered(row: dict, where: str) -> dict:
     """Responses best first, as in our prompts files, and no rewards."""
     found = typed(row, OrderedRow, where)
-    return {**found, "prompt": _asked(row["prompt"]), "rewards": [-at for at in range(len(found["responses"]))]}
+    return {**found, "prompt": _asked(row["prompt"], where), "rewards": [-at for at in range(len(found["responses"]))]}
 
 
-def _asked(prompt: Any) -> Any:
-    """A text as one message of the user."""
-    return [{"role": "user", "content": prompt.strip()}] if isinstance(prompt, str) else prompt
+def _asked(prompt: Any, where: str) -> Any:
+    """A text as one message of the user; one that was templated already as its turns.
+
+    Raises:
+        InputError: as `parse_prompt`; the template is not known.
+    """
+    if not isinstance(prompt, str):
+        return prompt
+    return parse_prompt(prompt, where) if templated_by(prompt) else [{"role": "user", "content": prompt.strip()}]
 
 
 def pair(row: dict, where: str) -> dict:
@@ -120,7 +127,7 @@ def pair(row: dict, where: str) -> dict:
         prompt, sides = _transcripts([(prompt or "") + side for side in sides], where)
     elif prompt is None:
         prompt, sides = _shared_beginning(sides, where)
-    return {"prompt": _asked(prompt), "responses": sides, "rewards": _pair_rewards(row, where)}
+    return {"prompt": _asked(prompt, where), "responses": sides, "rewards": _pair_rewards(row, where)}
 
 
 def _lean(messages: Any) -> Any:
@@ -182,7 +189,7 @@ def ultrafeedback(row: dict, where: str, score: str, kind: type) -> dict:
     row = typed(row, kind, where)
     found = row["completions"]
     responses, rewards = [each["response"] for each in found], [each[score] for each in found]
-    return {"prompt": _asked(row["instruction"]), "responses": responses, "rewards": rewards}
+    return {"prompt": _asked(row["instruction"], where), "responses": responses, "rewards": rewards}
 
 
 def _scored(score: str) -> type:
@@ -234,7 +241,7 @@ class AlpacaRow(TypedDict):
 
 def alpaca(row: dict, where: str) -> dict:
     """LLaMA-Factory's ranking data in alpaca form: `input` goes below `instruction`, `history` in front of both."""
-    row = typed(_text_alone(row, where), AlpacaRow, where)
+    row = typed(row, AlpacaRow, where)
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for place, turn in enumerate(row.get("history", [])):
         if len(turn) != 2:
@@ -259,7 +266,7 @@ class SharegptRow(TypedDict):
 
 def sharegpt(row: dict, where: str) -> dict:
     """LLaMA-Factory's ranking data in ShareGPT form; a system message at the beginning goes before `system`."""
-    row = typed(_text_alone(row, where), SharegptRow, where)
+    row = typed(row, SharegptRow, where)
 
     def message(said: Mapping, field: str, roles: Iterable[str] = SPEAKERS) -> dict:
         if said["from"] not in roles:
@@ -274,13 +281,12 @@ def sharegpt(row: dict, where: str) -> dict:
     return {"prompt": prompt, "responses": responses, "rewards": _pair_rewards(row, where)}
 
 
-def _text_alone(row: dict, where: str) -> dict:
-    """The row; InputError: it has tools or pictures, without which its answers make no sense."""
+def _check_text(row: dict, where: str) -> None:
+    """Refuse a row with tools or pictures, without which its answers make no sense."""
     for field in NOT_TEXT:
         if row.get(field):
             problem = f"`{field}` is {shorten(row[field])}"
             raise InputError(problem, where=where, remedy="only text is read: leave the row out (--skip)")
-    return row
 
 
 # ---- the table ----
@@ -314,12 +320,14 @@ def _rated(score: str) -> Layout:
 
 # The first whose fields a row has is taken, so the more particular one comes first.
 LAYOUTS = {
-    "ranked": Layout(("prompt", "responses", "rewards"), ranked, ("prompt_id", "sources", "truncated"), names=True),
+    "ranked": Layout(
+        ("prompt", "responses", "rewards"), ranked, ("prompt_id", "sources", "truncated", WITHOUT_NOISE), names=True
+    ),
     "ultrafeedback": _rated("fine-grained_score"),
     "ultrafeedback_overall": _rated("overall_score"),
     "nemo_rl": Layout(("context", "completions"), nemo_rl),
-    "sharegpt": Layout(("conversations", *PAIR), sharegpt, ("system", *SCORE_COLUMNS, *NOT_TEXT)),
-    "alpaca": Layout(("instruction", *PAIR), alpaca, ("input", "system", "history", *SCORE_COLUMNS, *NOT_TEXT)),
+    "sharegpt": Layout(("conversations", *PAIR), sharegpt, ("system", *SCORE_COLUMNS)),
+    "alpaca": Layout(("instruction", *PAIR), alpaca, ("input", "system", "history", *SCORE_COLUMNS)),
     "pair": Layout(PAIR, pair, ("prompt", *SCORE_COLUMNS)),
     "ordered": Layout(("prompt", "responses"), ordered, ("truncated",)),
 }
@@ -340,35 +348,33 @@ def layout_of(row: dict, where: str) -> str:
 def check_row(row: dict, where: str, layout: Layout = LAYOUTS["ranked"]) -> Listed:
     """A row as `Listed`, all fields filled in.
 
-    `sources` are the places in the order of the rewards, best first, unless the layout says where responses come from.
+    Unless the layout says where responses come from, they are sorted, best first, and `sources` are their places.
 
     Raises:
         InputError: a field is missing, misspelt or mistyped, the lists differ in length, a reward is not finite.
     """
     refuse_misspelt(row, ("prompt_id", *layout.known), where)
-    if layout is LAYOUTS["ordered"]:
-        refuse_preference(row, where)
+    _check_text(row, where)
+    whole = row
     row = {name: row[name] for name in layout.known if row.get(name) is not None}
     if missing := [] if layout.names else [name for name in layout.fields if name not in row]:
         raise InputError(f"`{missing[0]}` is missing", where=where, remedy="add it")
+    if layout is LAYOUTS["ordered"] or set(PAIR) <= set(layout.fields):
+        refuse_preference(whole, (*PROMPT_FIELDS, *PARALLEL), where)
     found = layout.read(row, where)
     if not layout.names:
-        found = {**found, "sources": _places(found["rewards"])}
+        found = {**found, "sources": [f"given_{place + 1}" for place in range(len(found["rewards"]))]}
     if isinstance(found.get("responses"), list):
         found = {"truncated": [False] * len(found["responses"]), **found}
     if "prompt" in found:
         found = {**found, "prompt": _lean(found["prompt"])}
     found = check_parallel(checked(named(found), Listed, where), where)
+    if not layout.names:  # best first, as their sources say; then the best of equal responses is kept
+        order = sorted(range(len(found["rewards"])), key=lambda index: -found["rewards"][index])
+        lists = {name: [found[name][index] for index in order] for name in ("responses", "rewards", "truncated")}
+        found = {**found, **lists}
     # White space around a response would merge with the template's tokens, as in generation.
     return {**found, "responses": [text.strip() for text in found["responses"]]}
-
-
-def _places(rewards: list) -> list[str]:
-    """`given_1` for the highest reward, and so on; equal ones in their order."""
-    if not all(isinstance(reward, (int, float)) for reward in rewards):
-        return [""] * len(rewards)  # refused as a reward
-    order = sorted(range(len(rewards)), key=lambda index: -rewards[index])
-    return [f"given_{order.index(index) + 1}" for index in range(len(rewards))]
 
 
 def unread(row: dict, layout: Layout) -> list[str]:

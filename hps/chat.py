@@ -30,6 +30,16 @@ DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it ha
 CLOCK_FORMAT = re.compile(r"%[-_^0#]?[A-Za-z]")
 RANDOM = re.compile(r"\|\s*random\b|[\"']random[\"']|\blipsum\b")  # all that Jinja has of it
 ROUNDS = 8  # what is left of one token may be part of another; two rounds are the most that was seen
+# Marks of public templates, as text: ChatML, Llama 3, Llama 2 and Mistral, Zephyr and Phi 3, Gemma, the raw HH-RLHF.
+FOREIGN = (
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "[INST]",
+    "<|user|>",
+    "<|assistant|>",
+    "<start_of_turn>",
+    "\n\nHuman:",
+)
 # Probe conversations and answers, from which we learn what a template writes.
 QUESTION = {"role": "user", "content": "a"}
 PROBES = (
@@ -490,6 +500,15 @@ def assistant_header(tokenizer: Any) -> list[int]:
     """Token ids that the template writes between a user's last text and the answer."""
     prompts = (_apply(tokenizer, [{"role": "user", "content": letter}], opens=True) for letter in "ab")
     return common_end(*prompts)
+
+
+def templated_by(text: str) -> str | None:
+    """The mark of a public template with which a text begins, perhaps behind a BOS: it was templated already.
+
+    A mark further inside may be an ordinary question about templates.
+    """
+    behind = re.sub(r"\A\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*", "", text)
+    return next((mark for mark in FOREIGN if text.startswith(mark) or behind.startswith(mark)), None)
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:

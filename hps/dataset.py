@@ -16,10 +16,10 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from pydantic import TypeAdapter, ValidationError
 
-from hps.chat import control_ids, encode
+from hps.chat import FOREIGN, control_ids, encode, special_tokens_in, templated_by
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores
-from hps.records import PAIR, Ranked, given_pair, refuse_misspelt
+from hps.records import NOT_TEXT, PAIR, Ranked, given_pair, refuse_misspelt, refuse_preference
 
 RANKED = TypeAdapter(Ranked)
 FEATURES = Features(
@@ -33,9 +33,8 @@ FEATURES = Features(
         "rewards": List(Value("float64")),
     }
 )
+SPELLED = "texts_that_spell_special_tokens"
 COLUMNS = (*FEATURES, *PAIR)
-# Columns that change what a prompt is, and are not read.
-MEANT = ("tools", "chat_template_kwargs", "image", "images")
 REMEDY = "give `prompt` with `responses` and `rewards`, or with `chosen` and `rejected` (docs/trainer.md)"
 
 
@@ -46,28 +45,40 @@ class RankedPrompts(Mapping[str, Ranked]):
         tokenizer: counts the tokens of the responses where the data set does not.
         processes: that convert the rows; None: one.
 
+    `notes` are lines for the screen: what is not read, and what is not meant as it will be read.
+
     Raises:
-        InputError: a row's fields are missing, mistyped or of unequal lengths, or a `prompt_id` appears twice.
+        InputError: there are no rows, a row's fields are missing, mistyped or of unequal lengths, or a `prompt_id`
+            appears twice.
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Any, processes: int | None = None):
-        if wrong := [name for name in MEANT if name in dataset.column_names]:
+        if wrong := [name for name in NOT_TEXT if name in dataset.column_names]:
             problem = f"the column `{wrong[0]}` would change the prompts, and it is not read"
             raise InputError(problem, remedy="take it out if the prompts are right without it")
+        if not len(dataset):
+            raise InputError("the data set has no rows", remedy="check its file and its split")
         known = ("prompt", "responses", "rewards", "truncated", *PAIR)
         refuse_misspelt(dict.fromkeys(dataset.column_names, True), known, "data set")
-        self.unread = [name for name in dataset.column_names if name not in (*COLUMNS, *SCORE_COLUMNS)]
         # Made again each time: the hash of a tokenizer, by which it would be found, changes with what it was used for.
-        self._rows = dataset.map(
-            ranked_row,
+        rows = dataset.map(
+            _with_count,
             with_indices=True,
             fn_kwargs={"tokenizer": tokenizer},
             remove_columns=dataset.column_names,
-            features=FEATURES,
+            features=Features({**FEATURES, SPELLED: Value("int64")}),
             num_proc=processes,
             load_from_cache_file=False,
             desc="Ranked prompts",
         )
+        spelled = sum(rows[SPELLED])
+        self._rows = rows.remove_columns(SPELLED)
+        unread = [name for name in dataset.column_names if name not in (*COLUMNS, *SCORE_COLUMNS)]
+        self.notes = [f"columns that are not read: {', '.join(unread)}"] if unread else []
+        if spelled:
+            self.notes.append(
+                f"{spelled} texts spell special tokens or marks of a chat template, which are ordinary text here"
+            )
         self._places: dict[str, int] = {}
         for place, name in enumerate(self._rows["prompt_id"]):
             if (other := self._places.setdefault(name, place)) != place:
@@ -88,22 +99,44 @@ class RankedPrompts(Mapping[str, Ranked]):
         return f"row {self._places[name]}"
 
 
+def _with_count(record: Mapping[str, Any], index: int, tokenizer: Any) -> dict:
+    """A ranked row, and how many of its texts spell special tokens or marks of a template."""
+    row = ranked_row(record, index, tokenizer)
+    texts = (*(message["content"] for message in row["prompt"]), *row["responses"])
+    return {
+        **row,
+        SPELLED: sum(
+            bool(special_tokens_in(tokenizer, text) or any(mark in text for mark in FOREIGN)) for text in texts
+        ),
+    }
+
+
 def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
     """A row of a data set as a ranked prompt, highest reward first; equal rewards keep their order.
 
     Raises:
-        InputError: as `RankedPrompts`; a text as prompt spells control tokens, so a template was applied already.
+        InputError: as `RankedPrompts`; a template was applied already to a text as prompt.
     """
     with naming(f"row {index}"):
-        read = given_pair({name: value for name, value in record.items() if value is not None}, where="")
+        found = {name: value for name, value in record.items() if value is not None}
+        if "rewards" not in found or PAIR[0] in found:
+            refuse_preference(found, COLUMNS, where="")
+        read = given_pair(found, where="")
         responses = read.get("responses")
         if not isinstance(responses, list) or len(responses) < 2:
             raise InputError(f"no two responses: the columns are {', '.join(record)}", remedy=REMEDY)
-        scores = ordered_scores(record) if PAIR[0] in record else None
+        for place, text in enumerate(responses):
+            if isinstance(text, str) and not text.strip():
+                problem = f"`{PAIR[place] if PAIR[0] in found else f'responses[{place}]'}` is {shorten(text)}"
+                raise InputError(problem, remedy="take empty responses out of the data")
+        if "rewards" in record and "rewards" not in found and PAIR[0] not in found:
+            # Made-up rewards beside those of other rows would have another scale.
+            raise InputError("`rewards` is null", remedy="give a number for each response, or take the column out")
+        scores = ordered_scores(found) if PAIR[0] in found else None
         given = {
             "rewards": scores or [-float(place) for place in range(len(responses))],
             "truncated": [False] * len(responses),
-            "sources": [f"given_{place}" for place in (1, 2)] if PAIR[0] in record else ["given"] * len(responses),
+            "sources": [f"given_{place}" for place in (1, 2)] if PAIR[0] in found else ["given"] * len(responses),
         }
         columns = {name: read.get(name, default) for name, default in given.items()}
         if "token_counts" in read:
@@ -114,7 +147,6 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
                 raise InputError(
                     problem, remedy=f"give a list with an entry for each of the {len(responses)} responses"
                 )
-        columns["rewards"] = [float(reward) if type(reward) is int else reward for reward in columns["rewards"]]
         prompt = _messages(read.get("prompt"), tokenizer)
         name = read.get("prompt_id", f"row-{index:09d}")
         _check({"prompt": prompt, "prompt_id": name, "responses": responses, "token_counts": [], **columns})
@@ -124,8 +156,9 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
             columns["token_counts"] = [len(encode(tokenizer, text)) + (not cut) for text, cut in texts]
         order = sorted(range(len(responses)), key=lambda place: -columns["rewards"][place])
         columns = {field: [values[place] for place in order] for field, values in columns.items()}
-        found = {"prompt": prompt, "prompt_id": name, "responses": [responses[place] for place in order], **columns}
-        return _check(found)
+        columns["rewards"] = [float(reward) for reward in columns["rewards"]]
+        ranked = {"prompt": prompt, "prompt_id": name, "responses": [responses[place] for place in order], **columns}
+        return _check(ranked)
 
 
 def _check(found: dict) -> Ranked:
@@ -141,8 +174,8 @@ def _check(found: dict) -> Ranked:
 def _messages(prompt: Any, tokenizer: Any) -> Any:
     """Role and content of each message; a text is the user's only one."""
     if isinstance(prompt, str):
-        if control_ids(tokenizer).intersection(encode(tokenizer, prompt)):
-            problem = f"`prompt` is {shorten(prompt)}, and its control tokens are those of a chat template"
+        if templated_by(prompt) or control_ids(tokenizer).intersection(encode(tokenizer, prompt)):
+            problem = f"`prompt` is {shorten(prompt)}, a text to which a chat template was applied already"
             raise InputError(problem, remedy="give the messages; the template is applied in the training")
         return [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hps.chat import (
+    FOREIGN,
     assistant_header,
     control_ids,
     end_of_turn_ids,
@@ -21,16 +22,6 @@ from hps.chat import (
 from hps.errors import InputError, printable
 from hps.preferences import Row
 
-# Marks of public templates, as text: ChatML, Llama 3, Llama 2 and Mistral, Zephyr and Phi 3, Gemma, the raw HH-RLHF.
-FOREIGN = (
-    "<|im_start|>",
-    "<|start_header_id|>",
-    "[INST]",
-    "<|user|>",
-    "<|assistant|>",
-    "<start_of_turn>",
-    "\n\nHuman:",
-)
 CUT = 0.05  # share of cut answers that is worth a line
 LONGER = 0.15  # so far from a half is the share of pairs whose preferred answer is longer, before it is worth a line
 ERRORS = 3  # standard errors of a fair coin that this must be, too

@@ -52,6 +52,7 @@ class Family:
         in_paper: it is in the paper's tables. Only such a run is credited to the paper on the model card.
         smoothing: the setting that gives a pair's label a probability of being wrong, if there is one.
         list_of_rewards: the target of its list loss is made of the annotated rewards alone.
+        order_alone: settings with which its list loss reads the order of the rewards and not their distances.
         temperature: the constant by which its list loss divides these rewards, if there is one.
         reward_scale: the constant by which its pair loss multiplies the difference of the rewards, if there is one.
     """
@@ -64,6 +65,7 @@ class Family:
     in_paper: bool = False
     smoothing: str | None = None
     list_of_rewards: bool = False
+    order_alone: dict[str, str] = field(default_factory=dict)
     temperature: str | None = None
     reward_gap: bool = False
     reward_scale: str | None = None
@@ -100,6 +102,7 @@ FAMILIES = {
         },
         in_paper=True,
         list_of_rewards=True,
+        order_alone={"sppo_win": "hard"},
     ),
     "nca": Family(
         {"nca_alpha": Constant(1.0, "nca, pl: temperature of the list's target", {"gt": 0}, preferences=("pl",))},

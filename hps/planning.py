@@ -93,6 +93,26 @@ def usable(
     return kept, dict(left_out)
 
 
+def data_warning(records: Iterable[Ranked], loss: Loss, schedule: Schedule, seed: int) -> str:
+    """What to say of a ranking under these settings; nothing where it suits them."""
+    # No recipe has both: who learns distances does not read the human choice. So the records are read once.
+    return distance_warning(records, loss) or reversal_warning(records, loss, schedule, seed)
+
+
+def distance_warning(records: Iterable[Ranked], loss: Loss) -> str:
+    """What to say of prompts with an order and no scores, under a loss that learns distances; else nothing."""
+    if not loss.learns_distances:
+        return ""  # without reading the records
+    found = [record["rewards"] == [-place for place in range(len(record["rewards"]))] for record in records]
+    if not any(found):
+        return ""
+    return (
+        f"the rewards of {sum(found)} of {len(found)} prompts are 0, -1, -2, ..., an order without scores, and "
+        f"{loss.family}-{loss.preference} learns these distances as if they were measured; score the responses with a "
+        "reward model, or use a loss that reads the order alone (dpo with bt or pl)"
+    )
+
+
 def reversal_warning(records: Iterable[Ranked], loss: Loss, schedule: Schedule, seed: int) -> str:
     """What to say of prompts whose order is learned in reverse (`learns_reversed`); nothing where there are none."""
     if schedule.best != "human" or not loss.reads_gamma:

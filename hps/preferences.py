@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from itertools import chain
 from os.path import commonprefix
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from hps.chat import ids_by_text, prompt_token_ids, response_token_ids
 from hps.errors import InputError, naming, shorten
-from hps.records import PAIR, Messages, given_pair
+from hps.records import LARGEST_REWARD, PAIR, Messages, given_pair
 
 # Prompt and answers of tokenised pairs: TRL since 1.0, TRL before.
 TOKEN_COLUMNS = (
@@ -228,17 +227,28 @@ def pair_scores(record: Mapping) -> list[float] | None:
     """The scores of a pair, preferred first, where it has them."""
     for names in SCORES:
         values = [record.get(name) for name in names]
-        if all(isinstance(value, (int, float)) for value in values):
+        if all(map(_is_score, values)):
             return [float(value) for value in values]  # ty: ignore[invalid-argument-type] (numbers by the line above)
     return None
 
 
+def _is_score(value: object) -> bool:
+    """A number that can be a reward; true and false are none."""
+    return type(value) in (int, float) and abs(value) <= LARGEST_REWARD  # ty: ignore[invalid-argument-type]
+
+
 def ordered_scores(record: Mapping) -> list[float] | None:
-    """`pair_scores` of a row that is to be trained on. InputError: one is no number, or the rejected one is higher."""
+    """`pair_scores` of a row that is to be trained on.
+
+    Raises:
+        InputError: one is no number or lacks the other, or the rejected one is higher.
+    """
     scores = pair_scores(record)
-    for name in () if scores else SCORE_COLUMNS:
-        if not isinstance(record.get(name), (int, float, NoneType)):
-            raise InputError(f"`{name}` is {shorten(record[name])}", remedy="give a number")
+    for names in () if scores else SCORES:
+        wrong = [name for name in names if not _is_score(record.get(name))]
+        if any(record.get(name) is not None for name in names):
+            remedy = f"give both a number within {LARGEST_REWARD:.1e}, or take both out"
+            raise InputError(f"`{wrong[0]}` is {shorten(record.get(wrong[0]))}", remedy=remedy)
     if scores and scores[0] < scores[1]:
         problem = f"`chosen` has the score {scores[0]:g} and `rejected` {scores[1]:g}"
         raise InputError(problem, remedy="correct the row, or take both scores out")

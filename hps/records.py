@@ -7,6 +7,7 @@ TRL's pairs.
 import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
+from itertools import pairwise
 from typing import Annotated, Literal, NotRequired
 
 from pydantic import AfterValidator, Field
@@ -18,6 +19,11 @@ from hps.errors import InputError, shorten
 MOST = 3.4028234663852886e38  # the largest number in single precision, in which training keeps rewards
 LARGEST_REWARD = MOST / 2  # single precision can then represent the difference of any two
 PAIR = ("chosen", "rejected")  # TRL's names of two given responses
+# A field with one of these words in its name says which response is better.
+PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
+RANKS = {"rank", "ranks", "ranking", "rankings", "order"}  # such numbers are low for the best
+# Fields that change what a prompt is, and are not read.
+NOT_TEXT = ("tools", "chat_template_kwargs", "image", "images", "videos", "audios")
 RESEMBLANCE = 0.8  # share of equal letters above which an unknown field is a misspelt known one
 
 
@@ -141,3 +147,27 @@ def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
             if SequenceMatcher(None, name, other).ratio() > RESEMBLANCE:
                 problem = f"unknown field `{field}`"
                 raise InputError(problem, where=where, remedy=f"write `{other}`, or rename the field")
+
+
+def refuse_preference(record: dict, known: Iterable[str], where: str) -> None:
+    """Refuse fields that carry a preference and are not read.
+
+    The name says so (`PREFERENCE`), or there is a number for each response and the numbers do not agree with "best
+    first": scores fall, ranks (`RANKS`) rise. Beside `chosen` and `rejected`, which are read, other fields repeat or
+    describe what is known; only `rewards` would be taken for theirs.
+    """
+    if all(record.get(side) is not None for side in PAIR):
+        if record.get("rewards") is not None:
+            problem = f"`rewards` is {shorten(record['rewards'])} beside `chosen` and `rejected`, and it is not read"
+            raise InputError(problem, where=where, remedy="give `score_chosen` and `score_rejected`, or remove it")
+        return
+    for field in (field for field in record if field not in known):
+        responses, values = record.get("responses"), record[field]
+        words = {word.casefold() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", field)}
+        numbers = isinstance(values, list) and len(values) > 1 and all(isinstance(v, (int, float)) for v in values)
+        parallel = numbers and isinstance(responses, list) and len(values) == len(responses)
+        falling = values[::-1] if RANKS & words and parallel else values
+        if PREFERENCE & words or (parallel and any(a < b for a, b in pairwise(falling))):
+            problem = f"`{field}` seems to say which response is better, and it is not read"
+            remedy = "give `responses` best first (or `chosen` and `rejected`), and remove or rename the field"
+            raise InputError(problem, where=where, remedy=remedy)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hps.chat import prompt_token_ids, response_token_ids
-from hps.errors import InputError, naming
+from hps.errors import InputError, naming, shorten
 from hps.planning import weights_of
 from hps.records import PlanRow, Ranked
 
@@ -77,11 +77,12 @@ class PlanRows(Sequence[dict]):
                 remedy="raise it, or take the prompt out",
             )
         texts, truncated = record["responses"], record["truncated"]
+        if empty := [index for index in members if not texts[index].strip()]:
+            problem = f"`responses[{empty[0]}]` is {shorten(texts[empty[0]])}"
+            raise InputError(problem, remedy="take empty responses out of the data")
         responses = [
             response_token_ids(self._tokenizer, record["prompt"], texts[index], truncated[index]) for index in members
         ]
-        if not all(responses):
-            raise InputError("a response has no tokens", remedy="take empty responses out of the data")
         return prompt, responses
 
 

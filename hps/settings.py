@@ -25,7 +25,7 @@ class CommonLoss(Section):
         "hps",
         description="bt (a pair), pl (a list), hps (y_1 against a hard negative), pairs (all pairs of a list) or lipo",
     )
-    beta: float = Field(0.1, gt=0, description="beta of Eq. 3; tau of IPO, 1/eta of SPPO; SimPO has its own")
+    beta: float = Field(0.1, gt=0, description="beta of Eq. 3; tau of IPO, 1/eta of SPPO and REBEL; SimPO has its own")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo and simpo: probability that a label is wrong")
     smoothing: Literal["cdpo", "rdpo"] = Field(
         "cdpo", description="how label_smoothing is applied: cDPO's loss, or rDPO's unbiased one"
@@ -56,6 +56,14 @@ class CommonLoss(Section):
     def takes_lists(self) -> bool:
         """Whether a step trains on lists of `list_size` responses."""
         return self.preference in LISTS
+
+    @property
+    def learns_distances(self) -> bool:
+        """Whether the loss itself reads distances of rewards, and not their order alone. (Eq. 9 draws by them, too.)"""
+        family = FAMILIES[self.family]
+        if self.preference == "pl" and family.list_of_rewards:
+            return not family.order_alone or any(getattr(self, k) != v for k, v in family.order_alone.items())
+        return family.reward_gap or self.preference == "lipo"
 
     if TYPE_CHECKING:  # the constants of the families
 

@@ -44,7 +44,7 @@ from hps.errors import InputError
 from hps.losses import FORMULAS, implicit_reward, nll_loss, preference_loss
 from hps.methods import FAMILIES
 from hps.negatives import gamma_stages
-from hps.planning import Plan, plan_lines, reversal_warning
+from hps.planning import Plan, data_warning, plan_lines
 from hps.records import PlanRow
 from hps.reference import Values, micro_batch, unknown_values
 from hps.response_head import add_response_head, response_log_probs
@@ -342,10 +342,10 @@ class HPSTrainer(DPOTrainer):
             check_tokenizer(processing_class, processing_class.name_or_path)
         # Before a model loads: a bad row is found here.
         self.rows: Any = train_dataset
-        unread: list[str] = []
+        notes: list[str] = []
         if isinstance(train_dataset, Dataset):
             with _named_as_here():
-                self.rows, made, unread = self._planned(train_dataset, processing_class, self.schedule, args)
+                self.rows, made, notes = self._planned(train_dataset, processing_class, self.schedule, args)
             self.plan, self.facts = self.rows.plan, made.facts()
             self._data = f"{train_dataset.info.dataset_name or 'a data set'}, fingerprint {train_dataset._fingerprint}"
         model, ref_model = self._models(model, ref_model, args, others)
@@ -369,8 +369,7 @@ class HPSTrainer(DPOTrainer):
         if self.facts is not None:
             lines = [_flat(line) for line in plan_lines(self.facts, self.loss, self.schedule)]
             lines.append(f"{self.rows.cut} responses are cut at max_length={args.max_length}")
-            if unread:
-                lines.append(f"columns that are not read: {', '.join(unread)}")
+            lines += notes
             self.accelerator.print("\n".join(f"plan: {line}" for line in lines))
 
     def _models(self, model: Any, ref_model: Any, args: HPSConfig, others: dict[str, Any]) -> tuple[Any, Any]:
@@ -392,14 +391,14 @@ class HPSTrainer(DPOTrainer):
     def _planned(
         self, dataset: Dataset, tokenizer: Any, schedule: Schedule, args: Any
     ) -> tuple[CheckedRows, Plan, list[str]]:
-        """The rows of a data set's plan; the plan, whose rows were made; columns that are not read."""
+        """The rows of a data set's plan; the plan, whose rows were made; the notes of its prompts."""
         prompts = RankedPrompts(dataset, tokenizer, args.dataset_num_proc)
         made = Plan(prompts, self.loss, schedule, args.seed, prompts.where)
         rows = CheckedRows(list(made.rows()), prompts, tokenizer, schedule.max_length, prompts.where)
         used = (prompts[name] for name in made.prompts)
-        if warning := reversal_warning(used, self.loss, schedule, args.seed):
+        if warning := data_warning(used, self.loss, schedule, args.seed):
             warnings.warn(warning, stacklevel=3)
-        return rows, made, prompts.unread
+        return rows, made, prompts.notes
 
     def train(self, resume_from_checkpoint=None, *given, **more):
         """The parent's. InputError: the checkpoint is of another plan or loss."""

@@ -29,7 +29,7 @@ from alignment.memory import (
 from hps.chat import check_records, load_tokenizer
 from hps.errors import InputError, naming, run_main
 from hps.methods import FAMILIES
-from hps.planning import reversal_warning
+from hps.planning import data_warning
 from hps.settings import rule_without_gamma, stages_without_steps
 from pipeline import models
 from pipeline.cli import parse
@@ -137,7 +137,7 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         if split == "train" and count is not None:
             prompts = count
             records = (record for _, record in read_ranked(recipe.ranked(split)))
-            if warning := reversal_warning(records, recipe.loss, schedule, recipe.round_seed):
+            if warning := data_warning(records, recipe.loss, schedule, recipe.round_seed):
                 lines.append(f"training: WARNING: {warning}")
         elif loaded := attempt(lines, dry_run, split, load_prompts, recipe, split):
             sources[split].append(loaded[0].placed())

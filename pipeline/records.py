@@ -53,6 +53,7 @@ from hps.records import (
     Ranked,
     given_pair,
     refuse_misspelt,
+    refuse_preference,
 )
 
 DEEPEST = 100  # brackets in brackets; near 1,000 Python's stack ends, for reading and for writing at different depths
@@ -62,8 +63,6 @@ PARALLEL = ("responses", "sources", "token_counts", "truncated")
 WITHOUT_NOISE = "rewards_without_noise"  # of a ranked record, where the ranking added noise (`annotation.noise`)
 PROMPT_FIELDS = ("prompt", "prompt_id", "responses", "truncated", *PAIR)
 NOTES = ("topic", "source", "difference")  # of our own prompts files, for the reader
-# A field with one of these words in its name says which response is better.
-PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
 GZIP = b"\x1f\x8b"  # JSON never begins so
 REMEDIES = {
     "prompt": 'give chat messages, the last one the user\'s: [{"role": "user", "content": "..."}]',
@@ -334,7 +333,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> Iterator[tuple[s
 def check_prompt(record: dict, where: str) -> Prompt:
     """Return the record with `prompt_id`, `responses` and `truncated` filled in; InputError as the checks it calls."""
     refuse_misspelt(record, PROMPT_FIELDS, where)
-    refuse_preference(record, where)
+    refuse_preference(record, (*PROMPT_FIELDS, *PARALLEL), where)
     found = named({"responses": [], **given_pair(record, where)})
     if found.get("truncated") is None:  # null: a column that other rows have
         found["truncated"] = [False] * len(found["responses"]) if isinstance(found["responses"], list) else []
@@ -350,26 +349,6 @@ def named(record: dict) -> dict:
     except (KeyError, TypeError):
         name = "none"
     return {**record, "prompt_id": name}
-
-
-def refuse_preference(record: dict, where: str) -> None:
-    """Refuse unknown fields that carry a preference: it would be ignored.
-
-    The name says so (`PREFERENCE`), or there is a number for each response and they do not fall. Beside `chosen` and
-    `rejected`, which are read, such a field repeats or describes what is known; our own columns say nothing of it.
-    """
-    if all(record.get(side) is not None for side in PAIR):
-        return
-    for field in (field for field in record if field not in (*PROMPT_FIELDS, *PARALLEL)):
-        responses, values = record.get("responses"), record[field]
-        numbers = isinstance(values, list) and len(values) > 1 and all(isinstance(v, (int, float)) for v in values)
-        parallel = numbers and isinstance(responses, list) and len(values) == len(responses)
-        parallel = parallel and any(a < b for a, b in pairwise(values))
-        words = {word.casefold() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", field)}
-        if parallel or PREFERENCE & words:
-            problem = f"`{field}` seems to say which response is better, and it is not read"
-            remedy = "give `responses` best first (or `chosen` and `rejected`), and remove or rename the field"
-            raise InputError(problem, where=where, remedy=remedy)
 
 
 def unread_fields(record: dict) -> list[str]:

@@ -6,6 +6,8 @@ import pytest
 
 from alignment.plan import plan
 from alignment.rows import TokenRows, ranked_prompts
+from annotation.import_data import open_data
+from annotation.layouts import LAYOUTS, check_row
 from hps.chat import load_tokenizer
 from hps.errors import InputError
 from pipeline.files import Appender
@@ -54,6 +56,36 @@ def test_pairs_are_those_of_the_plan(ranked_recipe, tmp_path, settings):
         )
         for row in rows
     ] == expected
+
+
+def test_rows_that_fill_the_last_step_are_left_out(ranked_recipe, tmp_path, capsys):
+    """8 prompts in steps of 6: an epoch has each pair once; scores are the ranked file's also when standardised."""
+    settings = ("loss.preference=bt", "schedule.epochs=1", "schedule.global_batch=6")
+    recipe = ranked_recipe(*settings, "schedule.standardize_rewards=true")
+    rows = exported(recipe, tmp_path / "pairs.jsonl")
+    assert len(rows) == len({row["prompt_id"] for row in rows}) == 8
+    assert "4 rows that fill up the last step of the plan are left out" in capsys.readouterr().out
+    for row in rows:
+        rewards = ranked_prompts(recipe)[row["prompt_id"]]["rewards"]
+        assert (row["score_chosen"], row["score_rejected"]) == (rewards[0], rewards[-1])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_what_people_chose_goes_out_without_scores(suffix, ranked_recipe, tmp_path, capsys):
+    """A reward may rank y_1 below the negative, which our import would refuse."""
+    recipe = ranked_recipe(*ONE_EPOCH, "loss.preference=bt", "schedule.best=human")
+    path = recipe.ranked("train")
+    records = [record for _, record in read_jsonl(path)]
+    for record in records:
+        record["sources"] = ["generated", *(f"given_{place}" for place in range(1, len(record["sources"])))]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    export("pairs", tmp_path / f"pairs{suffix}", recipe, "train", False, 0, None)
+    assert "no scores: `schedule.best` is human" in capsys.readouterr().out
+    rows, layout, _ = open_data(str(tmp_path / f"pairs{suffix}"), "train", None, None)
+    found = [check_row(row, where, LAYOUTS[layout]) for where, row in rows]
+    assert [row["rewards"] for row in found] == [[0, -1]] * 8
+    second = {record["responses"][1].strip() for record in records}
+    assert {row["responses"][0] for row in found} == second
 
 
 @pytest.mark.parametrize("style", ["tokenizer", "llama3_tokenizer"])

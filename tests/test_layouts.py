@@ -283,6 +283,16 @@ def test_a_text_is_a_message_of_the_user():
     assert found["prompt"] == TEA and found["sources"] == ["given_1", "given_2"]
 
 
+@pytest.mark.parametrize("layout", ["pair", "ordered"])
+def test_a_templated_text_becomes_its_turns_in_every_layout(layout):
+    """As in the layout `ranked`; another template's is refused."""
+    given = {"chosen": "a", "rejected": "b"} if layout == "pair" else {"responses": ["a", "b"]}
+    text = "<|im_start|>user\nWhat is tea?<|im_end|>\n<|im_start|>assistant\n"
+    assert check_row({"prompt": text, **given}, "f:1", LAYOUTS[layout])["prompt"] == TEA
+    with pytest.raises(InputError, match="f:1: `prompt` is neither chat messages nor a string of Llama-3's template"):
+        check_row({"prompt": "[INST] What is tea? [/INST]", **given}, "f:1", LAYOUTS[layout])
+
+
 def test_given_responses_may_be_truncated():
     row = {"prompt": "What is tea?", "responses": ["a", "b"]}
     for cuts in (None, [False, True]):
@@ -303,6 +313,12 @@ def changed(form: str, **changes) -> tuple[dict, str]:
         (changed("ordered", responses="x"), r'`responses` is "x"'),
         (changed("ordered", prompt=7), "`prompt` is 7"),
         (changed("ordered", reward=[1, 2, 3, 4]), "`reward` seems to say which response is better, and it is not read"),
+        (changed("ordered", ranks=[3, 2, 1, 0]), "`ranks` seems to say which response is better, and it is not read"),
+        (
+            changed("trl-standard", rewards=[0, 5]),
+            r"`rewards` is \[0, 5\] beside `chosen` and `rejected`, and it is not",
+        ),
+        (changed("llama-factory-alpaca", rewards=[0, 5]), r"`rewards` is \[0, 5\] beside `chosen` and `rejected`"),
         (changed("trl-standard", promt="x", prompt=None), "unknown field `promt`; write `prompt`"),
         (changed("trl-standard", prompt="  "), r"`prompt\[0\].content` is \"\": should be a text that is not blank"),
         (changed("trl-standard-implicit", rejected="No."), "there is no `prompt`, and `chosen` and `rejected` do not"),
@@ -310,6 +326,9 @@ def changed(form: str, **changes) -> tuple[dict, str]:
         (changed("trl-conversational-implicit", rejected=TEA + said("No.")), "conversation of `rejected` does not beg"),
         (changed("ultrafeedback-binarized", score_chosen=1), "`chosen` has the score 1 and `rejected` 3"),
         (changed("ultrafeedback-binarized", score_chosen="high"), r'`score_chosen` is "high"'),
+        (changed("ultrafeedback-binarized", score_rejected=None), "`score_rejected` is null; give both a number"),
+        (changed("ultrafeedback-binarized", score_chosen=10**400), "`score_chosen` is 1000"),
+        (changed("released", rewards=[10**400, 1]), r"`rewards\[0\]` is 1000"),
         (changed("hh-rlhf", rejected="\n\nHuman: Milk?\n\nAssistant: No."), "transcripts do not share the prompt"),
         (changed("hh-rlhf", rejected="\n\nHuman: What is tea?"), "transcript ends without an answer"),
         (
@@ -336,7 +355,15 @@ def changed(form: str, **changes) -> tuple[dict, str]:
             r"`completions\[0\]` and `completions\[1\]`: the lower `rank` has the lower `reward`; rank 0 is the best",
         ),
         (changed("llama-factory-alpaca", history=[["only one"]]), r"`history\[0\]` is \[\"only one\"\]"),
-        (changed("llama-factory-alpaca", images=["cat.png"]), "`images` is .*only text is read"),
+        *(
+            (changed(form, **{field: ["x"]}), f"`{field}` is .*only text is read")
+            for form, field in [
+                ("llama-factory-alpaca", "images"),
+                ("trl-conversational", "tools"),
+                ("nemo-rl-ranks", "tools"),
+                ("ordered", "image"),
+            ]
+        ),
         (
             changed("llama-factory-sharegpt", chosen={"from": "human", "value": "x"}),
             '`chosen.from` is "human"; it must',
@@ -372,6 +399,33 @@ def test_a_prompt_that_comes_again_is_kept_under_another_name(tokenizer, write_l
     assert second == f"{first}-2" and records[1]["responses"] == ["A drink.", "Tea."]
     assert counts["repeated prompts, kept under another name"] == 1
     assert (line["reason"], line["first"][-5:]) == ("repeated row", "row 1") and line["place"].endswith("row 3")
+
+
+@pytest.mark.parametrize("form", ["nemo-rl-ranks", "ultrafeedback"])
+def test_of_equal_responses_the_best_is_kept(form, tokenizer, write_lines):
+    row, layout = json.loads(json.dumps(FORMS[form][1][0])), FORMS[form][0]
+    first, *_ = completions = row["completions"]  # neither is best in the file's order
+    best = max(completions, key=lambda each: each.get("fine-grained_score", -each.get("rank", 0)))
+    name = "completion" if form == "nemo-rl-ranks" else "response"
+    first[name] = best[name]
+    _, (record,), _, (line,) = imported(write_lines([row]), tokenizer, layout=layout)
+    assert record["responses"][0] == FORMS[form][2][0][1][0] and record["rewards"][0] == FORMS[form][2][0][2][0]
+    assert record["sources"][0] == "given_1" == line["kept"]
+
+
+def test_a_table_of_comma_separated_values_is_read(tokenizer, tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text('prompt,chosen,rejected,score_chosen,score_rejected\nWhat is tea?,A drink.,"A car, red.",2,0.5\n')
+    layout, (record,), _, _ = imported(path, tokenizer)
+    assert (layout, record["prompt"], record["responses"]) == ("pair", TEA, ["A drink.", "A car, red."])
+    assert record["rewards"] == [2.0, 0.5]
+
+
+def test_rewards_before_the_noise_come_in_again(tokenizer, write_lines):
+    row = {"prompt": TEA, "prompt_id": "x", "responses": ["a", "b", "c", "b"], "rewards": [1.0, 3.0, 2.0, 0.0]}
+    _, (record,), counts, _ = imported(write_lines([{**row, "rewards_without_noise": [4, 2, 7, 9]}]), tokenizer)
+    assert record["responses"] == ["b", "c", "a"] and record["rewards_without_noise"] == [2, 7, 4]
+    assert not [name for name in counts if name.startswith("not read")]
 
 
 def test_prompts_have_the_responses_best_first(write_lines, tmp_path):

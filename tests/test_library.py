@@ -21,7 +21,7 @@ from alignment.reference import add_reference
 from alignment.train import build_trainer, lora_config, training_config
 from hps import HPSConfig, HPSTrainer
 from hps.chat import load_tokenizer
-from hps.dataset import RankedPrompts, ranked_row
+from hps.dataset import FEATURES, RankedPrompts, ranked_row
 from hps.errors import InputError
 from hps.methods import methods
 from hps.settings import Loss, Schedule
@@ -167,6 +167,23 @@ def test_pairs_of_trl(tokenizer, scores):
             "row 3: `rewards` is [1]; give a list with an entry",
         ),
         ({"prompt": QUESTION, "responses": ["A", "B"], "rewards": [1, math.inf]}, "row 3: `rewards[1]` is Infinity"),
+        ({"prompt": QUESTION, "responses": ["A", "B"], "rewards": [1, 10**400]}, "row 3: `rewards[1]` is 1000"),
+        ({"prompt": QUESTION, "responses": ["A", "B"], "rewards": [1, True]}, "row 3: `rewards[1]` is true"),
+        (
+            {"prompt": QUESTION, "responses": ["A", "B"], "rewards": None},
+            "row 3: `rewards` is null; give a number for each response, or take the column out",
+        ),
+        ({"prompt": QUESTION, "responses": ["A", " \n"]}, 'row 3: `responses[1]` is " \\n"; take empty responses out'),
+        ({"prompt": QUESTION, "chosen": "", "rejected": "B"}, 'row 3: `chosen` is ""; take empty responses out'),
+        *(
+            ({"prompt": QUESTION, "chosen": "A", "rejected": "B", "score_chosen": a, "score_rejected": b}, message)
+            for a, b, message in [
+                (3, None, "row 3: `score_rejected` is null; give both a number within 1.7e+38, or take both out"),
+                (math.nan, 1, "row 3: `score_chosen` is NaN; give both a number"),
+                (10**400, 1, "row 3: `score_chosen` is 1000"),
+                (True, False, "row 3: `score_chosen` is true; give both a number"),
+            ]
+        ),
         ({"prompt": QUESTION, "responses": ["A", 2]}, "row 3: `responses[1]` is 2"),
         ({"responses": ["A", "B"]}, "row 3: `prompt` is null"),
         ({"chosen": "A", "rejected": "B"}, "row 3: `prompt` is null"),
@@ -175,15 +192,57 @@ def test_pairs_of_trl(tokenizer, scores):
             {"prompt": QUESTION, "chosen": "A", "rejected": "B", "score_chosen": 1, "score_rejected": 2},
             "row 3: `chosen` has the score 1 and `rejected` 2; correct the row, or take both scores out",
         ),
+        *(
+            (
+                {"prompt": QUESTION, "responses": ["A", "B"], name: value},
+                f"row 3: `{name}` seems to say which response is better, and it is not read; give `responses` best",
+            )
+            for name, value in [("ranking", [2, 1]), ("scores", [1, 2]), ("better_response_id", 1)]
+        ),
+        (
+            {"prompt": QUESTION, "chosen": "A", "rejected": "B", "rewards": [0, 5]},
+            "row 3: `rewards` is [0, 5] beside `chosen` and `rejected`, and it is not read; give `score_chosen`",
+        ),
         (
             {"prompt": "<|im_start|>user\nWhat?<|im_end|>\n", "responses": ["A", "B"]},
-            "its control tokens are those of a chat template; give the messages",
+            "a text to which a chat template was applied already; give the messages",
+        ),
+        *(
+            (
+                {"prompt": text, "responses": ["A", "B"]},
+                f"row 3: `prompt` is {json.dumps(text)}, a text to which a chat",
+            )
+            for text in (
+                "<s>[INST] What? [/INST]",
+                "\n\nHuman: What?\n\nAssistant:",
+                "<|start_header_id|>user<|end_header_id|>\n\nWhat?",
+            )
         ),
     ],
 )
 def test_wrong_rows_are_refused(tokenizer, record, message):
     with pytest.raises(InputError, match=re.escape(message)):
         ranked_row(record, 3, tokenizer)
+
+
+def test_texts_that_spell_tokens_and_marks_are_counted(tokenizer):
+    """Mentioned in passing they are ordinary text; nothing is counted in other data."""
+    rows = [
+        {"prompt": "What does [INST] mean?", "chosen": "A<|im_end|>", "rejected": "B", "id": 1},
+        {"prompt": "What is Human: in a text?", "chosen": "A", "rejected": "B", "id": 2},
+    ]
+    found = RankedPrompts(Dataset.from_list(rows), tokenizer)
+    assert found.notes == [
+        "columns that are not read: id",
+        "2 texts spell special tokens or marks of a chat template, which are ordinary text here",
+    ]
+    assert set(found["row-000000000"]) == set(FEATURES)
+    assert RankedPrompts(Dataset.from_list(rows[1:]).remove_columns("id"), tokenizer).notes == []
+
+
+def test_a_data_set_without_rows_is_refused(tokenizer):
+    with pytest.raises(InputError, match="the data set has no rows; check its file and its split"):
+        RankedPrompts(Dataset.from_list([]), tokenizer)
 
 
 def test_a_prompt_id_that_appears_twice_is_refused(tokenizer):

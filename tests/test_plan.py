@@ -344,6 +344,28 @@ def test_prompts_whose_order_is_learned_in_reverse_are_told(rewards, settings, t
         assert planning.reversal_warning(records, loss, recipe.schedule, recipe.seed) == ""
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        *(({"family": family, "preference": "bt"}, True) for family in ("rebel", "rpo")),
+        ({"family": "rebel", "preference": "hps"}, True),
+        ({"preference": "lipo"}, True),
+        *(({"family": family, "preference": "pl"}, True) for family in ("exo", "nca")),
+        ({"family": "sppo", "preference": "pl"}, False),
+        ({"family": "sppo", "preference": "pl", "sppo_win": "sigmoid"}, True),
+        *(({"family": family, "preference": "hps"}, False) for family in ("dpo", "exo", "nca", "sppo", "ipo")),
+        ({"preference": "pl"}, False),
+        ({"preference": "pairs"}, False),
+    ],
+)
+def test_distances_that_only_say_an_order_are_told(settings, told):
+    records = [record_of([0.0, -1.0, -2.0]), record_of([0.0, -1.0]), record_of([1.5, 0.0])]
+    loss, schedule = Loss(**settings), Schedule()
+    warning = planning.data_warning(iter(records), loss, schedule, 1)
+    assert warning.startswith("the rewards of 2 of 3 prompts are 0, -1, -2, ..., an order without scores") == told
+    assert planning.data_warning(iter(records[2:]), loss, schedule, 1) == ""
+
+
 def test_the_plan_tells_of_an_order_that_is_learned_in_reverse(light_recipe, ranked, capsys):
     """5 responses: 4 / 3. Two stages of gamma, -5 and 5."""
     ranked(with_human(ranked_records(6), 2))

@@ -316,7 +316,9 @@ def test_the_page_of_fields_is_up_to_date():
 
 def test_the_page_tells_every_field_its_default_bounds_and_meaning():
     lines = fields_page().splitlines()
-    assert "| `loss.beta` | 0.1 | > 0 | beta of Eq. 3; tau of IPO, 1/eta of SPPO; SimPO has its own |" in lines
+    assert (
+        "| `loss.beta` | 0.1 | > 0 | beta of Eq. 3; tau of IPO, 1/eta of SPPO and REBEL; SimPO has its own |" in lines
+    )
     assert "| `schedule.best` | reward | reward, human | y_1: the highest reward, or the human's choice |" in lines
     assert "| `output` | required |  | folder of the experiment |" in lines
     assert [line.split("`")[1] for line in lines if line.startswith("| `")] == [key for key, _ in fields()]

@@ -253,6 +253,8 @@ def test_a_misspelt_field_is_refused(field):
         {"isPreferred": "b"},
         {"winner": "model_b"},
         {"rejected_score": 3},
+        {"ranks": [2, 1]},
+        {"human_ranking": [1, 0]},
     ],
 )
 def test_a_preference_that_would_be_ignored_is_refused(fields):
@@ -261,10 +263,18 @@ def test_a_preference_that_would_be_ignored_is_refused(fields):
 
 
 def test_fields_that_users_carry_along_pass_and_are_named():
-    carried = {"source": "x", "topic": "y", "id": 7, "tags": ["a", "b"], "prompt_length": 3, "meta": {"better": 1}}
+    carried = {
+        "source": "x",
+        "topic": "y",
+        "id": 7,
+        "tags": ["a", "b"],
+        "prompt_length": 3,
+        "meta": {"better": 1},
+        "rank": [1, 2],
+    }
     record = {**PROMPT, **carried, "prompt": [{**USER, "name": "Ann"}]}
     assert check_prompt(record, "here")["responses"] == PROMPT["responses"]
-    assert unread_fields(record) == ["id", "tags", "prompt_length", "meta", "prompt[].name"]
+    assert unread_fields(record) == ["id", "tags", "prompt_length", "meta", "rank", "prompt[].name"]
     assert unread_fields({**PROMPT, "prompt_id": "a"}) == unread_fields({"prompt": [USER], **CHOSEN}) == []
 
 

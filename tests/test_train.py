@@ -581,15 +581,16 @@ def test_global_batch_that_cannot_be_divided_is_refused(ranked_recipe, batch, de
         stage.training_config(recipe, world)
 
 
-def test_a_response_without_tokens_is_refused_with_its_line(ranked_recipe):
-    """In a file made by hand; the stages write none."""
+@pytest.mark.parametrize(("text", "truncated"), [("", True), (" ", False)])
+def test_an_empty_response_is_refused_with_its_line(ranked_recipe, text, truncated):
+    """Also where an end of the turn would follow. In a file made by hand; the stages write none."""
     recipe = ranked_recipe("loss.preference=bt")
     path = recipe.ranked("train")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[3]["responses"][-1], lines[3]["truncated"][-1] = "", True
+    lines[3]["responses"][-1], lines[3]["truncated"][-1] = text, truncated
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     plan(recipe)
-    with pytest.raises(InputError, match=r"train\.jsonl:4: a response has no tokens; take empty responses out"):
+    with pytest.raises(InputError, match=rf'train\.jsonl:4: `responses\[\d\]` is "{text}"; take empty responses out'):
         TokenRows(recipe, load_tokenizer(recipe.models.policy.path))
 
 

@@ -9,13 +9,16 @@ Run     python -m tools.export lists OUT configs/quickstart.yaml [key=value ...]
 
 - `lists`: the ranked file. `annotation.import_data` reads it back.
 - `pairs`: what the plan of this recipe trains on, in its order, as TRL's conversational preference data. A row has y_1
-  and one negative by the recipe's rule (hps/negatives.py): with `schedule.epochs=2` a prompt comes twice.
+  and one negative by the recipe's rule (hps/negatives.py): with `schedule.epochs=2` a prompt comes twice. Rows that
+  only fill up the last step are left out. Scores are the rewards of the ranked file; with `schedule.best=human` there
+  are none, because a reward may rank a pair the other way.
 - `alpaca_eval`: `instruction`, `output`, `generator`. Only prompts of one turn.
 - `arena_hard`: a line of Arena-Hard v2's `model_answer/NAME.jsonl`. `uid` is the `prompt_id`, so give the benchmark's
   questions their `uid` as `prompt_id`. Without `metadata`, which style control reads.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -62,12 +65,12 @@ def _plain(messages: Iterable[dict]) -> list[dict]:
     return [{name: message[name] for name in ("role", "content")} for message in messages]
 
 
-def pairs(recipe: Recipe, split: str, cut: dict[str, int]) -> Iterator[dict]:
+def pairs(recipe: Recipe, split: str, counts: Counter) -> Iterator[dict]:
     """A row for each y_1 and negative of the plan, in its order.
 
     Args:
-        cut: counts the rows with a response that the length limit cut. A trainer that applies the chat template ends
-            the turn there, which ours does not.
+        counts: gets `cut`, the rows with a response that the length limit cut (a trainer that applies the chat
+            template ends the turn there, which ours does not), and `filling`, the plan's rows that are left out.
 
     Raises:
         InputError: the recipe's loss compares more than two responses, or weighs them.
@@ -75,17 +78,26 @@ def pairs(recipe: Recipe, split: str, cut: dict[str, int]) -> Iterator[dict]:
     check_pairs(recipe.loss)
     records = ranked_prompts(recipe, split)
     for row in Plan(records, recipe.loss, recipe.schedule, recipe.seed, records.where).rows():
-        record, rewards = records[row["prompt_id"]], row["rewards"]
+        if row["epoch"] == recipe.schedule.epochs:  # of one more shuffle, which fills up the last step
+            counts["filling"] += 1
+            continue
+        record = records[row["prompt_id"]]
         for place, index in enumerate(row["dispreferred"]):
             sides = {"chosen": row["preferred"], "rejected": index}
             messages = {
                 side: [{"role": "assistant", "content": record["responses"][which]}] for side, which in sides.items()
             }
-            scores = {"score_chosen": rewards[0], "score_rejected": rewards[1 + place]}
+            scores = {f"score_{side}": record["rewards"][which] for side, which in sides.items()}
+            scores = scores if scored(recipe) else {}
             found = {"prompt": _plain(record["prompt"]), **messages, **scores, "prompt_id": row["prompt_id"]}
             for _ in range(times(row["weights"], place, recipe.loss)):
-                cut["rows"] += any(record["truncated"][which] for which in sides.values())
+                counts["cut"] += any(record["truncated"][which] for which in sides.values())
                 yield found
+
+
+def scored(recipe: Recipe) -> bool:
+    """Whether exported pairs have scores: they cannot contradict the pair."""
+    return recipe.schedule.best == "reward"
 
 
 def check_pairs(loss: Loss) -> None:
@@ -178,7 +190,7 @@ def export(what: str, out: Path, recipe: Recipe, split: str, before: bool, numbe
     """Write one file; see the module's docstring. InputError: it exists."""
     if out.exists():
         raise InputError("there is a file already", where=str(out), remedy="move it away, or give another name")
-    cut = {"rows": 0}
+    counts: Counter = Counter()
     name = name or (recipe.tested().sft_folder() if before else recipe.run_folder()).name
     answers = answered(recipe, before, number)
     if what == "alpaca_eval":
@@ -186,16 +198,21 @@ def export(what: str, out: Path, recipe: Recipe, split: str, before: bool, numbe
         write_json(out, found)
         count = len(found)
     else:
+        columns = {name: kind for name, kind in PAIR_COLUMNS.items() if scored(recipe) or not name.startswith("score_")}
         writers: dict[str, Callable[[], tuple[Iterable[dict], dict]]] = {
             "lists": lambda: (lists(recipe, split), LIST_COLUMNS),
-            "pairs": lambda: (pairs(recipe, split, cut), PAIR_COLUMNS),
+            "pairs": lambda: (pairs(recipe, split, counts), columns),
             "arena_hard": lambda: (arena_hard(answers, name), {}),
         }
         count = write_table(out, *writers[what]())
     print(f"export: {what}: {count} rows -> {out}")
-    if cut["rows"]:
+    if counts["filling"]:
+        print(f"export: {counts['filling']} rows that fill up the last step of the plan are left out")
+    if what == "pairs" and not scored(recipe):
+        print("export: no scores: `schedule.best` is human, and a reward may rank a pair the other way")
+    if counts["cut"]:
         told = "have a response that the length limit cut; another trainer will teach the policy to stop there"
-        print(f"export: warning: {cut['rows']} of them {told}")
+        print(f"export: warning: {counts['cut']} of them {told}")
 
 
 def main() -> None:
