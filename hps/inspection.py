@@ -66,7 +66,7 @@ CHECKS = {
         "give both sides one prompt"),
     "no room": (FAULT, "the prompt fills --max-length, so nothing of an answer is left",
         "raise the limit, or take the rows out"),
-    "empty": (FAULT, "an answer without tokens",
+    "empty": (FAULT, "an answer without words: it has no tokens, or nothing but white space and its end",
         "take the rows out"),
     "equal": (FAULT, "preferred and dispreferred are the same tokens, which gives no gradient",
         "take the rows out"),
@@ -126,6 +126,7 @@ class Template:
         self.tokenizer = tokenizer
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         self.ends = end_of_turn_ids(tokenizer)
+        self.silent = control_ids(tokenizer) | self.ends | {self.pad}
         self.control = control_ids(tokenizer) - self.ends
         probe = prompt_token_ids(tokenizer, PROBE[1:])
         self.leading = self.run(probe)
@@ -136,6 +137,10 @@ class Template:
     def run(self, ids: list[int]) -> int:
         """BOS tokens in front."""
         return next((place for place, token in enumerate(ids) if token != self.bos), len(ids))
+
+    def says(self, answer: list[int]) -> bool:
+        """Whether an answer has anything beside white space and control tokens, its end among them."""
+        return bool(self.tokenizer.decode([token for token in answer if token not in self.silent]).strip())
 
     def opens(self, prompt: list[int]) -> bool:
         """Whether the last turn of the prompt is the assistant's."""
@@ -218,7 +223,7 @@ class Inspection:
         template, room = self.template, self.limit - len(row.prompt)
         self.answers += 1
         self.cut += len(answer) > room
-        if not answer:
+        if not template.says(answer):
             self.findings.add("empty", row.where)
             return
         ends = sum(token in template.ends for token in answer)

@@ -135,6 +135,17 @@ def test_no_bos_at_all(names, llama3_tokenizer, folders):
     assert names(rows, "llama3") == []
 
 
+@pytest.mark.parametrize("said", ["", " ", "<|im_end|>"])
+def test_texts_and_token_ids_without_words(names, tokenizer, said):
+    """TRL appends the EOS to a text, so an empty answer has a token all the same."""
+    rows = clean_texts(tokenizer)
+    rows[2]["rejected"] = said
+    assert names(rows) == ["empty"]
+    rows = labelled(tokenizer, pad=False)
+    rows[2] = {name: ids[-1:] if name.startswith("rejected") else ids for name, ids in rows[2].items()}
+    assert "empty" in names(rows)
+
+
 def test_a_header_in_the_answers(names, tokenizer):
     """SimPO#17: the trained model begins its answers with a header."""
     rows = [{**row, "chosen": "<|im_start|>assistant\n" + row["chosen"]} for row in templated(tokenizer)]
@@ -268,6 +279,9 @@ def scored(at: int, chosen: float, rejected: float) -> list[dict]:
         (changed(2, chosen=answered("It says <|im_end|> there.")), "special tokens"),
         (changed(2, prompt=[{"role": "robot", "content": "Hi"}]), "unreadable"),
         (changed(2, chosen=[]), "unreadable"),
+        (changed(2, rejected=answered("")), "empty"),
+        (changed(2, rejected=answered(" \n")), "empty"),
+        (changed(2, rejected=[{"role": "assistant", "content": "  "}], truncated=[False, True]), "empty"),
     ],
 )  # fmt: skip
 def test_a_row_is_named(look, rows, name):
