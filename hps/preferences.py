@@ -12,20 +12,18 @@ Three kinds of rows, each read as its trainer reads it:
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from os.path import commonprefix
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from hps.chat import ids_by_text, prompt_token_ids, response_token_ids
 from hps.errors import InputError, naming, shorten
-from hps.records import PAIR, Messages, given_pair
+from hps.records import LARGEST_REWARD, PAIR, Messages, given_pair
 
 # Prompt and answers of tokenised pairs: TRL since 1.0, TRL before.
 TOKEN_COLUMNS = (
@@ -224,21 +222,35 @@ def _by_trl(tokenizer: Any, prompt: str, answers: list[str]) -> tuple[list[int],
     return ids[:begin], [each[begin:] for each in whole]
 
 
+def is_reward(value: object) -> bool:
+    """Whether a value is a number that can be trained on: NaN is none, and neither is what single precision lacks."""
+    return type(value) in (int, float) and abs(value) <= LARGEST_REWARD  # ty: ignore[invalid-argument-type]
+
+
 def pair_scores(record: Mapping) -> list[float] | None:
-    """The scores of a pair, preferred first, where it has them."""
+    """The scores of a pair, preferred first, where it has them.
+
+    Raises:
+        InputError: a score is not a finite number; or a pair has `rewards`, which may contradict it.
+    """
+    if record.get("rewards") is not None and all(record.get(side) is not None for side in PAIR):
+        problem = f"`rewards` is {shorten(record['rewards'])} beside `chosen` and `rejected`"
+        raise InputError(problem, remedy=f"give `{SCORES[0][0]}` and `{SCORES[0][1]}`, or `responses` with `rewards`")
     for names in SCORES:
         values = [record.get(name) for name in names]
-        if all(isinstance(value, (int, float)) for value in values):
+        if all(map(is_reward, values)):
             return [float(value) for value in values]  # ty: ignore[invalid-argument-type] (numbers by the line above)
+    for name in SCORE_COLUMNS:
+        if record.get(name) is not None and not is_reward(record[name]):
+            raise InputError(
+                f"`{name}` is {shorten(record[name])}", remedy=f"give a number within {LARGEST_REWARD:.1e}"
+            )
     return None
 
 
 def ordered_scores(record: Mapping) -> list[float] | None:
-    """`pair_scores` of a row that is to be trained on. InputError: one is no number, or the rejected one is higher."""
+    """`pair_scores` of a row that is to be trained on. InputError: as there, or the rejected one is higher."""
     scores = pair_scores(record)
-    for name in () if scores else SCORE_COLUMNS:
-        if not isinstance(record.get(name), (int, float, NoneType)):
-            raise InputError(f"`{name}` is {shorten(record[name])}", remedy="give a number")
     if scores and scores[0] < scores[1]:
         problem = f"`chosen` has the score {scores[0]:g} and `rejected` {scores[1]:g}"
         raise InputError(problem, remedy="correct the row, or take both scores out")
@@ -249,7 +261,7 @@ def _rewards(record: Mapping, count: int) -> list[float] | None:
     rewards = record.get("rewards")
     if rewards is None:
         return None
-    numbers = isinstance(rewards, list) and all(isinstance(r, (int, float)) and math.isfinite(r) for r in rewards)
-    if not numbers or len(rewards) != count:
-        raise InputError(f"`rewards` is {shorten(rewards)}", remedy=f"give {count} finite numbers, one for each answer")
+    if not isinstance(rewards, list) or len(rewards) != count or not all(map(is_reward, rewards)):
+        remedy = f"give {count} finite numbers within {LARGEST_REWARD:.1e}, one for each answer"
+        raise InputError(f"`rewards` is {shorten(rewards)}", remedy=remedy)
     return [float(reward) for reward in rewards]

@@ -279,6 +279,11 @@ def scored(at: int, chosen: float, rejected: float) -> list[dict]:
         (changed(2, chosen=answered("It says <|im_end|> there.")), "special tokens"),
         (changed(2, prompt=[{"role": "robot", "content": "Hi"}]), "unreadable"),
         (changed(2, chosen=[]), "unreadable"),
+        (scored(2, "1", "5"), "unreadable"),
+        (scored(2, math.nan, 1.0), "unreadable"),
+        (scored(2, 10**400, 1), "unreadable"),
+        (changed(2, rewards=[0, 5]), "unreadable"),
+        (changed(2, rejected=answered(pairs()[2]["chosen"][0]["content"] + " ")), "equal text"),
         (changed(2, rejected=answered("")), "empty"),
         (changed(2, rejected=answered(" \n")), "empty"),
         (changed(2, rejected=[{"role": "assistant", "content": "  "}], truncated=[False, True]), "empty"),
@@ -291,6 +296,49 @@ def test_a_row_is_named(look, rows, name):
     line = inspection.findings[name].line(inspection.rows)
     place = {"equal": 4, "repeated": 5, "contradiction": 9, "tie": 6, "reversed": 6}.get(name, 3)
     assert f"data.jsonl:{place}" in line and f"{inspection.findings[name].count} of {len(rows)} rows: " in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"rewards": [3, 2, 1]}, None),
+        ({"ranking": [2, 0, 1]}, "not read"),
+        ({"ranking": [0, 1, 2], "rewards": [3, 2, 1]}, None),
+        ({"note": [2, 0], "topic": "towns"}, None),
+        ({"responses": [SHORT, f"{SHORT} ", LONG]}, "preferred twice"),
+        ({"responses": [SHORT, f"{SHORT} ", LONG], "rewards": [1, 2, 3]}, None),
+        ({"responses": [SHORT, f"{SHORT} ", f"\n{SHORT}"]}, "equal text"),
+        ({"rewards": [10**400, 2, 1]}, "unreadable"),
+        ({"rewards": [math.inf, 2, 1]}, "unreadable"),
+        ({"rewards": [True, 2, 1]}, "unreadable"),
+    ],
+)
+def test_a_list_is_named(look, fields, name):
+    """What the trainer refuses, leaves out or does not read."""
+    figures, inspection = look([{"prompt": question("Ghent"), "responses": [SHORT, LONG, "No."], **fields}])
+    assert list(inspection.findings) == ([name] if name else [])
+    assert all("data.jsonl:1" in found.first for found in inspection.findings.values())
+    unread = [column for column in fields if column not in ("responses", "rewards")]
+    assert [line.partition(": ")[2] for line in inspect_data.report(figures, inspection) if "are not read" in line] == (
+        [", ".join(unread)] if unread else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("rankings", "name"),
+    [
+        ([{"rewards": [3, 2, 1]}, {"rewards": [3, 1, 2]}], "contradiction"),
+        ([{"rewards": [3, 2, 1]}, {"rewards": [9, 5, 1]}], "repeated"),
+        ([{"rewards": [3, 1, 1]}, {"rewards": [3, 1, 1], "responses": [SHORT, "No.", LONG]}], "repeated"),
+        ([{}, {"responses": [SHORT, "No.", LONG]}], "contradiction"),
+        ([{"rewards": [3, 2, 1]}, {"rewards": [3, 1, 2], "responses": [SHORT, "No.", LONG]}], "repeated"),
+    ],
+)
+def test_orders_below_the_preferred_answer(names, rankings, name):
+    """The same answers twice: the order of all of them is the preference, not the first one alone."""
+    assert names([{"prompt": question("Ghent"), "responses": [SHORT, LONG, "No."], **each} for each in rankings]) == [
+        name
+    ]
 
 
 def test_scores_that_agree_are_silent(names):
