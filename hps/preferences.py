@@ -33,6 +33,13 @@ TOKEN_COLUMNS = (
 # Whole sequences, trained where a label is not IGNORED: open-instruct, LLaMA-Factory.
 LABELLED = tuple((f"{side}_input_ids", f"{side}_labels") for side in PAIR)
 IGNORED = -100
+# Columns of other layouts, which are to be converted. A text pair of the last would lose its question.
+OTHERS = {
+    "UltraFeedback": ("instruction", "completions"),
+    "NeMo-RL": ("context", "completions"),
+    "LLaMA-Factory's ShareGPT form": ("conversations", *PAIR),
+    "LLaMA-Factory's alpaca form": ("instruction", *PAIR),
+}
 SCORES = tuple(
     (form.format(PAIR[0]), form.format(PAIR[1])) for form in ("score_{}", "{}_score", "{}_rating", "{}_reward")
 )
@@ -162,6 +169,11 @@ def _ids(record: Mapping, column: str) -> list[int]:
 
 def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
     """A row of texts or messages."""
+    for layout, columns in OTHERS.items():
+        if record.keys() >= set(columns) and "prompt" not in record:
+            problem = f"the columns are those of {layout}: {', '.join(columns)}"
+            remedy = "convert the file first: `python -m annotation.import_data FILE --prompts OUT.jsonl`"
+            raise InputError(problem, remedy=f"{remedy} (docs/formats.md)")
     if any(isinstance(record.get(side), list) for side in PAIR) or not set(PAIR) <= record.keys():
         read = given_pair(dict(record), where="")
         prompt, answers = read.get("prompt"), read.get("responses")

@@ -416,6 +416,10 @@ ASKED = {"prompt": question("Ghent")}
     ("record", "words"),
     [
         ({}, "no two answers: the columns are "),
+        ({"instruction": "Hi", "completions": []}, "the columns are those of UltraFeedback: .*annotation.import_data"),
+        ({"context": ASKED["prompt"], "completions": []}, "the columns are those of NeMo-RL: context, completions; "),
+        ({"conversations": [], "chosen": {}, "rejected": {}}, "the columns are those of LLaMA-Factory's ShareGPT form"),
+        ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "the columns are those of LLaMA-Factory's alpaca form"),
         ({"prompt": "Hi", "chosen": 3, "rejected": "a"}, "`chosen` is 3"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "`prompt` is 3: "),
         ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, r"`prompt\[0\].content` is "),
