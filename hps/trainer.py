@@ -40,6 +40,7 @@ from trl.trainer.utils import create_model_from_path, use_adapter
 from hps.chat import check_tokenizer, load_tokenizer
 from hps.combinations import refused
 from hps.dataset import RankedPrompts
+from hps.displacement import of_training, still
 from hps.errors import InputError
 from hps.losses import FORMULAS, implicit_reward, nll_loss, preference_loss
 from hps.methods import FAMILIES
@@ -402,7 +403,14 @@ class HPSTrainer(DPOTrainer):
         return rows, made, prompts.unread
 
     def train(self, resume_from_checkpoint=None, *given, **more):
-        """The parent's. InputError: the checkpoint is of another plan or loss."""
+        """The parent's; it warns at the end if good responses became less probable, or if the policy did not move.
+
+        Both are read from the log (`hps.displacement`). The policy moved if the mean s of a step is above what
+        `rounding` lets it be in the precision of the training: in bf16 a bound of some nats, in fp32 of 1e-4.
+
+        Raises:
+            InputError: the checkpoint is of another plan or loss.
+        """
         if self.plan is not None and resume_from_checkpoint:
             folder = resume_from_checkpoint
             if folder is True:
@@ -411,7 +419,22 @@ class HPSTrainer(DPOTrainer):
             if path.is_file() and path.read_text() != self._plan_hash():
                 problem = "the checkpoint is of another plan, loss or seed"
                 raise InputError(problem, where=str(folder), remedy="give the settings and data that it began with")
-        return super().train(resume_from_checkpoint, *given, **more)
+        result = super().train(resume_from_checkpoint, *given, **more)
+        lines = self.state.log_history, self.schedule.epochs, self.schedule.global_batch
+        for warning in (of_training(*lines), still(*lines, self._most)):
+            if warning:
+                self.accelerator.print(f"training: WARNING: {warning}", flush=True)
+        return result
+
+    def _most(self, tokens: float, log_prob: float) -> float:
+        """`rounding` of one response."""
+        return rounding(self._computed(), torch.tensor(tokens), torch.tensor(log_prob)).item()
+
+    def _computed(self) -> torch.dtype:
+        """What a forward pass computes in."""
+        if self.accelerator.native_amp:
+            return torch.get_autocast_dtype(self.accelerator.device.type)
+        return _dtype(self.model)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
@@ -636,8 +659,7 @@ class HPSTrainer(DPOTrainer):
         Raises:
             InputError: it is more than rounding explains. Raised on every process, so none hangs.
         """
-        device = policy.device.type
-        computed = torch.get_autocast_dtype(device) if self.accelerator.native_amp else _dtype(self.model)
+        computed = self._computed()
         s = (policy - reference).abs()
         worst = torch.stack([s.max(), (s / rounding(computed, lengths, reference)).max()])
         # The largest of all processes; a NaN is passed on.

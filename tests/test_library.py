@@ -13,7 +13,7 @@ import torch
 from conftest import REPOSITORY, ranked_records, tiny_config
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig
 
 from alignment.plan import plan
@@ -423,6 +423,31 @@ def test_a_resumed_training_counts_on(tiny_model, tmp_path):
         InputError, match="checkpoint-2: the checkpoint is of another plan, loss or seed; give the sett"
     ):
         make(tmp_path / "whole", beta=0.2).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1e-12, True), (1e-2, False)])
+def test_a_script_is_told_that_its_policy_did_not_move(tiny_model, tmp_path, capsys, rate, warned):
+    config = config_of(tmp_path, learning_rate=rate, num_train_epochs=3)
+    data = as_dataset(ranked_records(8))
+    HPSTrainer(str(tiny_model), args=config, train_dataset=data, peft_config=LORA).train()
+    assert capsys.readouterr().out.count("training: WARNING: the policy moved less than its own noise: ") == warned
+
+
+class Fallen(TrainerCallback):
+    """Makes the log say that y_1 fell; a training on a few prompts raises it."""
+
+    def on_log(self, args, state, control, **_):
+        if "s/chosen" in state.log_history[-1]:
+            state.log_history[-1]["s/chosen"] = -5.0 + 0.1 * (state.global_step % 2)
+
+
+def test_a_script_is_told_of_displacement(tiny_model, tmp_path, capsys):
+    """Two of twenty steps are the last of ten epochs."""
+    config, data = config_of(tmp_path, num_train_epochs=10), as_dataset(ranked_records(8))
+    HPSTrainer(str(tiny_model), args=config, train_dataset=data, peft_config=LORA, callbacks=[Fallen()]).train()
+    printed = capsys.readouterr().out
+    words = "training: WARNING: the preferred responses of the training became less probable than before training: "
+    assert printed.count(words) == 1 and "mean over 8 responses of the last 2 steps" in printed
 
 
 def test_the_model_card_names_method_data_and_settings(tiny_model, tmp_path):
