@@ -38,7 +38,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, use_adapter
 
 from hps.chat import check_tokenizer, load_tokenizer
-from hps.combinations import refused
+from hps.combinations import read, refused
 from hps.dataset import RankedPrompts
 from hps.displacement import of_training, still
 from hps.errors import InputError
@@ -348,7 +348,7 @@ class HPSTrainer(DPOTrainer):
             with _named_as_here():
                 self.rows, made, unread = self._planned(train_dataset, processing_class, self.schedule, args)
             self.plan, self.facts = self.rows.plan, made.facts()
-            self._data = f"{train_dataset.info.dataset_name or 'a data set'}, fingerprint {train_dataset._fingerprint}"
+            self._data = _described(train_dataset)
         model, ref_model = self._models(model, ref_model, args, others)
         if data_collator is None:
             base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -629,9 +629,14 @@ class HPSTrainer(DPOTrainer):
                 file.write(self._method_section())
 
     def _method_section(self) -> str:
-        settings = {**own_settings(self.loss.model_dump()), **self.schedule.model_dump()}
+        settings = read(self.loss, self.schedule)
         settings |= {name: getattr(self.args, name) for name in ("learning_rate", "seed")}
         settings["lr_scheduler_type"] = self.args.lr_scheduler_type.value
+        if self.is_adapted:
+            adapter = self.model.peft_config[self.model.active_adapter].to_dict()
+            settings |= {name: adapter[name] for name in ("r", "lora_alpha", "target_modules") if name in adapter}
+            if isinstance(modules := adapter.get("target_modules"), (list, set)):
+                settings["target_modules"] = ", ".join(sorted(modules))
         table = "".join(f"| `{name}` | {value} |\n" for name, value in settings.items())
         data = f"{len(self.rows)} rows"
         if self.facts:
@@ -726,6 +731,14 @@ class HPSTrainer(DPOTrainer):
 def tokens_before(state: TrainerState) -> float:
     """Tokens that passed the policy up to a checkpoint; 0 at the start."""
     return next((line["num_tokens"] for line in reversed(state.log_history) if "num_tokens" in line), 0.0)
+
+
+def _described(dataset: Dataset) -> str:
+    """A data set for the model card. One that was read from files knows their format, not their names."""
+    name, form = dataset.info.dataset_name, dataset.info.builder_name
+    if name is None or name == form:
+        name = f"a data set ({form})" if form else "a data set"
+    return f"{name}, {len(dataset)} rows, fingerprint {dataset._fingerprint}"
 
 
 def rows_apart(layout: Layout) -> str:
