@@ -239,6 +239,7 @@ class Inspection:
         self.cut += len(answer) > room
         if not template.says(answer):
             self.findings.add("empty", row.where)
+        if not answer:
             return
         ends = sum(token in template.ends for token in answer)
         # Where a token both ends and pads, one may stand behind the template's own end.

@@ -139,12 +139,22 @@ def read_row(tokenizer: Any, record: Mapping[str, Any], where: str) -> Row:
     """
     with naming(where):
         if all(column in record for columns in LABELLED for column in columns):
-            return _labelled(record, where)
+            return _known(tokenizer, _labelled(record, where))
         for columns in TOKEN_COLUMNS:
             if all(column in record for column in columns):
                 prompt, *responses = (_ids(record, column) for column in columns)
-                return Row(where, "token ids", prompt, responses, rewards=pair_scores(record))
+                return _known(tokenizer, Row(where, "token ids", prompt, responses, rewards=pair_scores(record)))
         return _spelled(tokenizer, record, where)
+
+
+def _known(tokenizer: Any, row: Row) -> Row:
+    """The row of token ids. InputError: the tokenizer lacks one of them."""
+    size = len(tokenizer)  # counts each time
+    for token in chain(row.prompt, *row.responses):
+        if not 0 <= token < size:
+            problem = f"the token id {token} is not of this tokenizer, which has {size}"
+            raise InputError(problem, remedy="give the model whose tokenizer made the ids")
+    return row
 
 
 def _labelled(record: Mapping, where: str) -> Row:

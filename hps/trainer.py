@@ -406,7 +406,7 @@ class HPSTrainer(DPOTrainer):
         """The parent's; it warns at the end if good responses became less probable, or if the policy did not move.
 
         Both are read from the log (`hps.displacement`). The policy moved if the mean s of a step is above what
-        `rounding` lets it be in the precision of the training: in bf16 a bound of some nats, in fp32 of 1e-4.
+        `rounding` lets it be in the precision of the training: of the order of a nat in bf16, of 1e-4 in fp32.
 
         Raises:
             InputError: the checkpoint is of another plan or loss.

@@ -428,6 +428,11 @@ ASKED = {"prompt": question("Ghent")}
         ({**ASKED, "responses": ["a", "b"], "truncated": [True]}, r"`truncated` is \[true\]"),
         ({**ASKED, "responses": ["a"]}, "no two answers: the columns are prompt, responses"),
         ({"prompt_ids": "12", "chosen_ids": [1], "rejected_ids": [2]}, '`prompt_ids` is "12"; give a list of whole'),
+        (
+            {"prompt_ids": [1], "chosen_ids": [-5], "rejected_ids": [2]},
+            "the token id -5 is not of this tokenizer",
+        ),
+        ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [10**9]}, "the token id 1000000000 is not of this"),
         (dict.fromkeys(chain(*LABELLED), [1, -100]) | {"chosen_labels": [-100]}, "2 ids and 1 labels, of which 0 are"),
     ],
 )
