@@ -31,7 +31,6 @@ from alignment.memory import check_moving_reference, checkpointing
 from alignment.plan import run_settings
 from alignment.reference import add_reference
 from alignment.rows import TokenRows, drop_rows, kept_rows
-from evaluation.displacement import of_training
 from hps.chat import load_tokenizer
 from hps.errors import InputError, run_main
 from hps.shared_prefix import Layout
@@ -414,9 +413,6 @@ def _train(recipe: Recipe, work: Work, state: PartialState) -> None:
         work.finish(outputs, [recipe.ranked("train")], **facts)
         drop_rows(recipe)
         print(f"training: {trainer.state.global_step} steps, {folder / 'checkpoint'}")
-        lines = (line for _, line in read_jsonl(folder / "log.jsonl", check_log_line))
-        if warning := of_training(lines, recipe.schedule.epochs, recipe.schedule.global_batch):
-            print(f"training: WARNING: {warning}")
 
 
 def _announce(recipe: Recipe, trainer: HPSTrainer) -> None:

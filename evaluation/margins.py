@@ -10,7 +10,7 @@ Run     python -m evaluation.margins configs/quickstart.yaml
 is `RM_DPO - 0.01 (|y_1| - |y_2|)`, lengths in tokens (paper, section 6; `rm_r_dpo_characters`: in characters). A margin
 grows with how far the policy has moved, so it is also measured along the training, with the divergence: `kl` is the sum
 over the tokens of y_1 of KL(pi_theta || pi_ref) over the vocabulary, nats (Table 8). A margin also grows where both
-responses become less probable (evaluation.displacement), so s of each stands alone, too (`s_1`, `s_2`, and per token).
+responses become less probable (hps.displacement), so s of each stands alone, too (`s_1`, `s_2`, and per token).
 Intervals: percentile bootstrap over prompts.
 """
 
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation.displacement import of_pairs
 from evaluation.intervals import LEVEL, bootstrap, few, figure, interval
+from hps.displacement import of_pairs
 from hps.errors import InputError, counted, shorten
 from pipeline.cli import progress, run_stage
 from pipeline.files import Appender, file_hash, json_line, write_json, write_lines

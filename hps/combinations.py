@@ -1,9 +1,10 @@
 """Settings of a loss that would do nothing, or that contradict one another: what the recipe refuses."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from hps.methods import FAMILIES, LISTS
-from hps.settings import Loss, Schedule
+from hps.settings import Loss, Schedule, own_settings
 
 # Settings that some methods alone read: the values of another setting under which they are read.
 SHARED = {
@@ -28,6 +29,18 @@ def readers() -> dict[str, dict[str, tuple]]:
         for name, constant in entry.constants.items()
     }
     return {**SHARED, **own}
+
+
+def read(loss: Loss, schedule: Schedule) -> dict[str, Any]:
+    """The settings that the chosen method reads, with their values."""
+    conditions = readers()
+    kept = {
+        name: value
+        for name, value in own_settings(loss.model_dump()).items()
+        if all(getattr(loss, choice) in allowed for choice, allowed in conditions.get(name, {}).items())
+    }
+    gammas = () if loss.reads_gamma else ("gamma_start", "gamma_end", "gamma_stages", "gamma_ends")
+    return kept | {name: value for name, value in schedule.model_dump().items() if name not in gammas}
 
 
 def unread(loss: Loss) -> Iterator[Refusal]:

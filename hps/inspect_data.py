@@ -157,7 +157,7 @@ def inspect(options: argparse.Namespace) -> tuple[dict, Inspection]:
         if options.limit is not None and number >= options.limit:
             break
         try:
-            inspection.add(read_row(tokenizer, record, where))
+            inspection.add(read_row(tokenizer, record, where), record)
         except InputError as error:
             inspection.refuse(error, where)
     if not inspection.rows:
@@ -201,6 +201,8 @@ def report(figures: dict, inspection: Inspection) -> Iterator[str]:
         f"{figures['preferred_longer']} rows, shorter in {figures['preferred_shorter']}; {figures['cut_answers']} "
         f"answers are cut at {figures['max_length']}"
     )
+    if figures["columns_not_read"]:
+        yield f"columns that are not read: {', '.join(figures['columns_not_read'])}"
     if "steps" in figures:
         yield f"training: {figures['steps']} steps of {figures['batch']}"
     if step := figures.get("first_step"):

@@ -8,7 +8,9 @@ import json
 import math
 from array import array
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from typing import Any
 
 from hps.chat import (
@@ -19,9 +21,12 @@ from hps.chat import (
     prompt_token_ids,
     special_tokens_in,
 )
+from hps.dataset import COLUMNS
 from hps.errors import InputError, printable
-from hps.preferences import Row
+from hps.planning import equal_to
+from hps.preferences import LABELLED, SCORE_COLUMNS, TOKEN_COLUMNS, Row
 
+TOKENS = tuple(chain(*TOKEN_COLUMNS, *LABELLED))
 CUT = 0.05  # share of cut answers that is worth a line
 LONGER = 0.15  # so far from a half is the share of pairs whose preferred answer is longer, before it is worth a line
 ERRORS = 3  # standard errors of a fair coin that this must be, too
@@ -57,12 +62,16 @@ CHECKS = {
         "give both sides one prompt"),
     "no room": (FAULT, "the prompt fills --max-length, so nothing of an answer is left",
         "raise the limit, or take the rows out"),
-    "empty": (FAULT, "an answer without tokens",
+    "empty": (FAULT, "an answer without words: it has no tokens, or nothing but white space and its end",
         "take the rows out"),
     "equal": (FAULT, "preferred and dispreferred are the same tokens, which gives no gradient",
         "take the rows out"),
     "equal when cut": (FAULT, "the answers are the same tokens once they are cut",
         "raise --max-length"),
+    "equal text": (WARNING, "the answers are one text, white space aside, so this trainer leaves the row out",
+        "take the rows out"),
+    "preferred twice": (WARNING, "the text of the preferred answer is there again, and is not compared with it",
+        "take it out of the lists"),
     "reversed": (FAULT, "the rejected answer has the higher score",
         "look which column is which"),
     "tie": (WARNING, "all scores are equal: no preference",
@@ -117,6 +126,7 @@ class Template:
         self.tokenizer = tokenizer
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         self.ends = end_of_turn_ids(tokenizer)
+        self.silent = control_ids(tokenizer) | self.ends | {self.pad}
         self.control = control_ids(tokenizer) - self.ends
         probe = prompt_token_ids(tokenizer, PROBE[1:])
         self.leading = self.run(probe)
@@ -127,6 +137,10 @@ class Template:
     def run(self, ids: list[int]) -> int:
         """BOS tokens in front."""
         return next((place for place, token in enumerate(ids) if token != self.bos), len(ids))
+
+    def says(self, answer: list[int]) -> bool:
+        """Whether an answer has anything beside white space and control tokens, its end among them."""
+        return bool(self.tokenizer.decode([token for token in answer if token not in self.silent]).strip())
 
     def opens(self, prompt: list[int]) -> bool:
         """Whether the last turn of the prompt is the assistant's."""
@@ -162,6 +176,7 @@ class Inspection:
     kinds: Counter = field(default_factory=Counter)
     leading: Counter = field(default_factory=Counter)
     ends: Counter = field(default_factory=Counter)
+    unread: dict[str, None] = field(default_factory=dict)
     headers: int = 0
     answers: int = 0
     lengths: dict[str, array] = field(default_factory=lambda: {n: array("q") for n in ("prompt", "best", "others")})
@@ -169,8 +184,8 @@ class Inspection:
     _set: int = 0
     _order: Any = field(default_factory=hashlib.sha256)
 
-    def add(self, row: Row) -> None:
-        """Look at a row."""
+    def add(self, row: Row, record: Mapping[str, Any]) -> None:
+        """Look at a row, and at the columns of its record that nothing reads."""
         if self.rows == self.shown:
             self.row = row
         self.rows += 1
@@ -181,6 +196,7 @@ class Inspection:
         self._texts(row)
         self._preference(row)
         self._identity(row)
+        self._columns(row, record)
         if len(self.kept) < self.probes and 0 < len(row.prompt) < self.limit and all(row.responses):
             self.kept.append(row)
 
@@ -209,8 +225,9 @@ class Inspection:
         template, room = self.template, self.limit - len(row.prompt)
         self.answers += 1
         self.cut += len(answer) > room
-        if not answer:
+        if not template.says(answer):
             self.findings.add("empty", row.where)
+        if not answer:
             return
         ends = sum(token in template.ends for token in answer)
         # Where a token both ends and pads, one may stand behind the template's own end.
@@ -236,11 +253,15 @@ class Inspection:
 
     def _preference(self, row: Row) -> None:
         best, others = row.responses[row.best], [ids for at, ids in enumerate(row.responses) if at != row.best]
-        room = self.limit - len(row.prompt)
+        room, alike = self.limit - len(row.prompt), _alike(row)
         if room <= 0:
             self.findings.add("no room", row.where)
         if all(ids == best for ids in others):
             self.findings.add("equal", row.where)
+        elif alike == len(row.responses):
+            self.findings.add("equal text", row.where)
+        elif alike > 1:
+            self.findings.add("preferred twice", row.where)
         elif room > 0 and all(ids[:room] == best[:room] for ids in others):
             self.findings.add("equal when cut", row.where)
         self.lengths["prompt"].append(len(row.prompt))
@@ -253,10 +274,20 @@ class Inspection:
             elif row.rewards[row.best] < max(row.rewards):
                 self.findings.add("reversed", row.where)
 
+    def _columns(self, row: Row, record: Mapping[str, Any]) -> None:
+        read = TOKENS if row.kind == "token ids" else COLUMNS
+        self.unread |= dict.fromkeys(name for name in record if name not in (*read, *SCORE_COLUMNS))
+
     def _identity(self, row: Row) -> None:
         """Hashes of rows: the set is a sum, so it does not depend on the order."""
         best, others = row.responses[row.best], [ids for at, ids in enumerate(row.responses) if at != row.best]
-        name, way = _hash([row.prompt, sorted(row.responses)]), _hash([best, sorted(others)])
+        # What is ranked alike has no order: groups of the others by falling reward.
+        ranks = row.rewards or [-place for place in range(len(row.responses))]
+        order = sorted(
+            (-rank, ids) for at, (rank, ids) in enumerate(zip(ranks, row.responses, strict=True)) if at != row.best
+        )
+        groups = [[ids for _, ids in group] for _, group in groupby(order, key=lambda each: each[0])]
+        name, way = _hash([row.prompt, sorted(row.responses)]), _hash([best, groups])
         known = len(self._pairs)
         if self._pairs.setdefault(name, way) != way:
             self.findings.add("contradiction", row.where)
@@ -285,6 +316,7 @@ class Inspection:
             "preferred_longer": longer,
             "preferred_shorter": shorter,
             "cut_answers": self.cut,
+            "columns_not_read": list(self.unread),
             "data": f"{self._set:064x}"[:16],
             "order": self._order.hexdigest()[:16],
         }
@@ -302,6 +334,15 @@ class Inspection:
             what = f"the preferred answer is the longer one in {longer} of {compared} rows: length predicts preference"
             remedy = "compare answers of like length, or use a loss that takes the length out (SimPO, R-DPO)"
             self.findings.say("length", WARNING, what, remedy)
+
+
+def _alike(row: Row) -> int:
+    """How many answers are the preferred one, as the plan has it; of token ids, what has its tokens."""
+    if not row.texts:
+        return row.responses.count(row.responses[row.best])
+    count = len(row.responses)
+    found: Any = {"responses": row.texts[:count], "truncated": row.truncated}
+    return len(equal_to(found, row.best))
 
 
 def _hash(value: object) -> bytes:

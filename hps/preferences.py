@@ -12,7 +12,6 @@ Three kinds of rows, each read as its trainer reads it:
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -24,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hps.chat import ids_by_text, prompt_token_ids, response_token_ids
 from hps.errors import InputError, naming, shorten
-from hps.records import LARGEST_REWARD, PAIR, Messages, given_pair
+from hps.records import LARGEST_REWARD, PAIR, Messages, Ranked, given_pair, refuse_preference
 
 # Prompt and answers of tokenised pairs: TRL since 1.0, TRL before.
 TOKEN_COLUMNS = (
@@ -34,10 +33,18 @@ TOKEN_COLUMNS = (
 # Whole sequences, trained where a label is not IGNORED: open-instruct, LLaMA-Factory.
 LABELLED = tuple((f"{side}_input_ids", f"{side}_labels") for side in PAIR)
 IGNORED = -100
+# Columns of other layouts, which are to be converted. A text pair of the last would lose its question.
+OTHERS = {
+    "UltraFeedback": ("instruction", "completions"),
+    "NeMo-RL": ("context", "completions"),
+    "LLaMA-Factory's ShareGPT form": ("conversations", *PAIR),
+    "LLaMA-Factory's alpaca form": ("instruction", *PAIR),
+}
 SCORES = tuple(
     (form.format(PAIR[0]), form.format(PAIR[1])) for form in ("score_{}", "{}_score", "{}_rating", "{}_reward")
 )
 SCORE_COLUMNS = tuple(chain.from_iterable(SCORES))
+KNOWN = (*Ranked.__annotations__, *PAIR)  # columns of this trainer
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 MESSAGES = TypeAdapter(Messages)
 REMEDY = "give `prompt` with `chosen` and `rejected`, or with `responses` and `rewards` (docs/formats.md)"
@@ -133,12 +140,22 @@ def read_row(tokenizer: Any, record: Mapping[str, Any], where: str) -> Row:
     """
     with naming(where):
         if all(column in record for columns in LABELLED for column in columns):
-            return _labelled(record, where)
+            return _known(tokenizer, _labelled(record, where))
         for columns in TOKEN_COLUMNS:
             if all(column in record for column in columns):
                 prompt, *responses = (_ids(record, column) for column in columns)
-                return Row(where, "token ids", prompt, responses, rewards=pair_scores(record))
+                return _known(tokenizer, Row(where, "token ids", prompt, responses, rewards=pair_scores(record)))
         return _spelled(tokenizer, record, where)
+
+
+def _known(tokenizer: Any, row: Row) -> Row:
+    """The row of token ids. InputError: the tokenizer lacks one of them."""
+    size = len(tokenizer)  # counts each time
+    for token in chain(row.prompt, *row.responses):
+        if not 0 <= token < size:
+            problem = f"the token id {token} is not of this tokenizer, which has {size}"
+            raise InputError(problem, remedy="give the model whose tokenizer made the ids")
+    return row
 
 
 def _labelled(record: Mapping, where: str) -> Row:
@@ -163,6 +180,13 @@ def _ids(record: Mapping, column: str) -> list[int]:
 
 def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
     """A row of texts or messages."""
+    for layout, columns in OTHERS.items():
+        if record.keys() >= set(columns) and "prompt" not in record:
+            problem = f"the columns are those of {layout}: {', '.join(columns)}"
+            remedy = "convert the file first: `python -m annotation.import_data FILE --prompts OUT.jsonl`"
+            raise InputError(problem, remedy=f"{remedy} (docs/formats.md)")
+    if "rewards" not in record or PAIR[0] in record:
+        refuse_preference(dict(record), KNOWN, where="")
     if any(isinstance(record.get(side), list) for side in PAIR) or not set(PAIR) <= record.keys():
         read = given_pair(dict(record), where="")
         prompt, answers = read.get("prompt"), read.get("responses")
@@ -223,32 +247,28 @@ def _by_trl(tokenizer: Any, prompt: str, answers: list[str]) -> tuple[list[int],
     return ids[:begin], [each[begin:] for each in whole]
 
 
-def pair_scores(record: Mapping) -> list[float] | None:
-    """The scores of a pair, preferred first, where it has them."""
-    for names in SCORES:
-        values = [record.get(name) for name in names]
-        if all(map(_is_score, values)):
-            return [float(value) for value in values]  # ty: ignore[invalid-argument-type] (numbers by the line above)
-    return None
-
-
-def _is_score(value: object) -> bool:
-    """A number that can be a reward; true and false are none."""
+def is_reward(value: object) -> bool:
+    """Whether a value is a number that can be trained on: NaN is none, and neither is what single precision lacks."""
     return type(value) in (int, float) and abs(value) <= LARGEST_REWARD  # ty: ignore[invalid-argument-type]
 
 
-def ordered_scores(record: Mapping) -> list[float] | None:
-    """`pair_scores` of a row that is to be trained on.
-
-    Raises:
-        InputError: one is no number or lacks the other, or the rejected one is higher.
-    """
-    scores = pair_scores(record)
-    for names in () if scores else SCORES:
-        wrong = [name for name in names if not _is_score(record.get(name))]
+def pair_scores(record: Mapping) -> list[float] | None:
+    """The scores of a pair, preferred first, where it has them. InputError: one is no number, or lacks the other."""
+    for names in SCORES:
+        values = [record.get(name) for name in names]
+        if all(map(is_reward, values)):
+            return [float(value) for value in values]  # ty: ignore[invalid-argument-type] (numbers by the line above)
+    for names in SCORES:
+        wrong = [name for name in names if not is_reward(record.get(name))]
         if any(record.get(name) is not None for name in names):
             remedy = f"give both a number within {LARGEST_REWARD:.1e}, or take both out"
             raise InputError(f"`{wrong[0]}` is {shorten(record.get(wrong[0]))}", remedy=remedy)
+    return None
+
+
+def ordered_scores(record: Mapping) -> list[float] | None:
+    """`pair_scores` of a row that is to be trained on. InputError: as there, or the rejected one is higher."""
+    scores = pair_scores(record)
     if scores and scores[0] < scores[1]:
         problem = f"`chosen` has the score {scores[0]:g} and `rejected` {scores[1]:g}"
         raise InputError(problem, remedy="correct the row, or take both scores out")
@@ -259,7 +279,7 @@ def _rewards(record: Mapping, count: int) -> list[float] | None:
     rewards = record.get("rewards")
     if rewards is None:
         return None
-    numbers = isinstance(rewards, list) and all(isinstance(r, (int, float)) and math.isfinite(r) for r in rewards)
-    if not numbers or len(rewards) != count:
-        raise InputError(f"`rewards` is {shorten(rewards)}", remedy=f"give {count} finite numbers, one for each answer")
+    if not isinstance(rewards, list) or len(rewards) != count or not all(map(is_reward, rewards)):
+        remedy = f"give {count} finite numbers within {LARGEST_REWARD:.1e}, one for each answer"
+        raise InputError(f"`rewards` is {shorten(rewards)}", remedy=remedy)
     return [float(reward) for reward in rewards]

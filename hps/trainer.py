@@ -38,8 +38,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, use_adapter
 
 from hps.chat import check_tokenizer, load_tokenizer
-from hps.combinations import refused
+from hps.combinations import read, refused
 from hps.dataset import RankedPrompts
+from hps.displacement import of_training, still
 from hps.errors import InputError
 from hps.losses import FORMULAS, implicit_reward, nll_loss, preference_loss
 from hps.methods import FAMILIES
@@ -347,7 +348,7 @@ class HPSTrainer(DPOTrainer):
             with _named_as_here():
                 self.rows, made, notes = self._planned(train_dataset, processing_class, self.schedule, args)
             self.plan, self.facts = self.rows.plan, made.facts()
-            self._data = f"{train_dataset.info.dataset_name or 'a data set'}, fingerprint {train_dataset._fingerprint}"
+            self._data = _described(train_dataset)
         model, ref_model = self._models(model, ref_model, args, others)
         if data_collator is None:
             base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -401,7 +402,14 @@ class HPSTrainer(DPOTrainer):
         return rows, made, prompts.notes
 
     def train(self, resume_from_checkpoint=None, *given, **more):
-        """The parent's. InputError: the checkpoint is of another plan or loss."""
+        """The parent's; it warns at the end if good responses became less probable, or if the policy did not move.
+
+        Both are read from the log (`hps.displacement`). The policy moved if the mean s of a step is above what
+        `rounding` lets it be in the precision of the training: of the order of a nat in bf16, of 1e-4 in fp32.
+
+        Raises:
+            InputError: the checkpoint is of another plan or loss.
+        """
         if self.plan is not None and resume_from_checkpoint:
             folder = resume_from_checkpoint
             if folder is True:
@@ -410,7 +418,22 @@ class HPSTrainer(DPOTrainer):
             if path.is_file() and path.read_text() != self._plan_hash():
                 problem = "the checkpoint is of another plan, loss or seed"
                 raise InputError(problem, where=str(folder), remedy="give the settings and data that it began with")
-        return super().train(resume_from_checkpoint, *given, **more)
+        result = super().train(resume_from_checkpoint, *given, **more)
+        lines = self.state.log_history, self.schedule.epochs, self.schedule.global_batch
+        for warning in (of_training(*lines), still(*lines, self._most)):
+            if warning:
+                self.accelerator.print(f"training: WARNING: {warning}", flush=True)
+        return result
+
+    def _most(self, tokens: float, log_prob: float) -> float:
+        """`rounding` of one response."""
+        return rounding(self._computed(), torch.tensor(tokens), torch.tensor(log_prob)).item()
+
+    def _computed(self) -> torch.dtype:
+        """What a forward pass computes in."""
+        if self.accelerator.native_amp:
+            return torch.get_autocast_dtype(self.accelerator.device.type)
+        return _dtype(self.model)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
@@ -605,9 +628,14 @@ class HPSTrainer(DPOTrainer):
                 file.write(self._method_section())
 
     def _method_section(self) -> str:
-        settings = {**own_settings(self.loss.model_dump()), **self.schedule.model_dump()}
+        settings = read(self.loss, self.schedule)
         settings |= {name: getattr(self.args, name) for name in ("learning_rate", "seed")}
         settings["lr_scheduler_type"] = self.args.lr_scheduler_type.value
+        if self.is_adapted:
+            adapter = self.model.peft_config[self.model.active_adapter].to_dict()
+            settings |= {name: adapter[name] for name in ("r", "lora_alpha", "target_modules") if name in adapter}
+            if isinstance(modules := adapter.get("target_modules"), (list, set)):
+                settings["target_modules"] = ", ".join(sorted(modules))
         table = "".join(f"| `{name}` | {value} |\n" for name, value in settings.items())
         data = f"{len(self.rows)} rows"
         if self.facts:
@@ -635,8 +663,7 @@ class HPSTrainer(DPOTrainer):
         Raises:
             InputError: it is more than rounding explains. Raised on every process, so none hangs.
         """
-        device = policy.device.type
-        computed = torch.get_autocast_dtype(device) if self.accelerator.native_amp else _dtype(self.model)
+        computed = self._computed()
         s = (policy - reference).abs()
         worst = torch.stack([s.max(), (s / rounding(computed, lengths, reference)).max()])
         # The largest of all processes; a NaN is passed on.
@@ -703,6 +730,14 @@ class HPSTrainer(DPOTrainer):
 def tokens_before(state: TrainerState) -> float:
     """Tokens that passed the policy up to a checkpoint; 0 at the start."""
     return next((line["num_tokens"] for line in reversed(state.log_history) if "num_tokens" in line), 0.0)
+
+
+def _described(dataset: Dataset) -> str:
+    """A data set for the model card. One that was read from files knows their format, not their names."""
+    name, form = dataset.info.dataset_name, dataset.info.builder_name
+    if name is None or name == form:
+        name = f"a data set ({form})" if form else "a data set"
+    return f"{name}, {len(dataset)} rows, fingerprint {dataset._fingerprint}"
 
 
 def rows_apart(layout: Layout) -> str:

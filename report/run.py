@@ -14,9 +14,9 @@ import yaml
 from pydantic import ValidationError
 
 from alignment.rows import read_plan
-from evaluation.displacement import of_training
 from evaluation.intervals import FEW, figure, interval
 from evaluation.summary import outcome, side_by_side
+from hps.displacement import of_training
 from hps.errors import InputError, run_main
 from pipeline.cli import parse
 from pipeline.functions import scorer_name

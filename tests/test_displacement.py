@@ -1,12 +1,13 @@
-"""evaluation/displacement.py: what counts as fallen, by hand and for noise; the warning of a training from its log."""
+"""hps/displacement.py: what counts as fallen, by hand and for noise; the warning of a training from its log."""
 
 import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from evaluation.displacement import fallen, of_training
 from evaluation.results import PAIR_FIGURES, pair_columns
+from hps.displacement import fallen, of_training, still, student
 
 LINE = {"loss": 0.5, "s/chosen": 3.0, "s/rejected": 1.0, "s_per_token/chosen": 0.5, "s_per_token/rejected": 0.25}
 
@@ -28,6 +29,33 @@ def test_fallen_by_hand():
     assert fallen([-1, -2, -3, -2], 0.70) == found and fallen([-1, -2, -3, -2], 0.71) is None
     assert fallen([0.0] * 9) is None and fallen([-1e-6] * 9, 1e-4) is None
     assert fallen([-1, float("nan"), -1]) is None
+
+
+def test_quantiles_of_students_t():
+    for freedom in (1, 2, 3, 4, 5, 10, 31, 400):
+        assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+
+
+def test_steps_between_lines_count():
+    """A log that has every tenth step: of 200 steps the last 40, of 6 prompts each."""
+    log = [{**line, "step": 10 * line["step"]} for line in lines(-1, -2, -3, -2)]
+    assert "mean over 240 responses of the last 40 steps" in str(of_training(log, 2, 6))
+
+
+@pytest.mark.parametrize(("s", "warned"), [(0.0, True), (0.99, True), (1.01, False), (-1.01, False)])
+def test_a_policy_that_did_not_move(s, warned):
+    """Rounding lets a response be at 4 nats and the mean of 16 at 1; either side moves, in any of the last lines."""
+    log = [{**LINE, "step": step, "lengths/chosen": 9.0, "lengths/rejected": 9.0} for step in range(1, 21)]
+    log = [{**line, "s/chosen": 0.5, "s/rejected": -0.5, "logps/chosen": -7.0, "logps/rejected": -7.0} for line in log]
+    most = {(9.0, -7.0): 4.0}
+    log[0] |= {"s/chosen": 50.0}
+    log[17]["s/rejected"] = s
+    found = still(log, 1, 16, lambda *given: most[given])
+    assert (found is not None) == warned
+    if found:
+        assert f"at most {max(abs(s), 0.5):.2g} nats in the last 4 steps, and rounding alone explains up to 1;" in found
+    assert still(log[:1], 1, 16, lambda *given: 100.0) is None and still([], 1, 16, lambda *given: 1.0) is None
+    assert still(log[1:2], 1, 16, lambda *given: 4.0) is not None  # a single line
 
 
 @pytest.mark.parametrize("count", [3, 24])

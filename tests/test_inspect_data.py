@@ -135,6 +135,17 @@ def test_no_bos_at_all(names, llama3_tokenizer, folders):
     assert names(rows, "llama3") == []
 
 
+@pytest.mark.parametrize("said", ["", " ", "<|im_end|>"])
+def test_texts_and_token_ids_without_words(names, tokenizer, said):
+    """TRL appends the EOS to a text, so an empty answer has a token all the same."""
+    rows = clean_texts(tokenizer)
+    rows[2]["rejected"] = said
+    assert names(rows) == ["empty"]
+    rows = labelled(tokenizer, pad=False)
+    rows[2] = {name: ids[-1:] if name.startswith("rejected") else ids for name, ids in rows[2].items()}
+    assert "empty" in names(rows)
+
+
 def test_a_header_in_the_answers(names, tokenizer):
     """SimPO#17: the trained model begins its answers with a header."""
     rows = [{**row, "chosen": "<|im_start|>assistant\n" + row["chosen"]} for row in templated(tokenizer)]
@@ -268,6 +279,14 @@ def scored(at: int, chosen: float, rejected: float) -> list[dict]:
         (changed(2, chosen=answered("It says <|im_end|> there.")), "special tokens"),
         (changed(2, prompt=[{"role": "robot", "content": "Hi"}]), "unreadable"),
         (changed(2, chosen=[]), "unreadable"),
+        (scored(2, "1", "5"), "unreadable"),
+        (scored(2, math.nan, 1.0), "unreadable"),
+        (scored(2, 10**400, 1), "unreadable"),
+        (changed(2, rewards=[0, 5]), "unreadable"),
+        (changed(2, rejected=answered(pairs()[2]["chosen"][0]["content"] + " ")), "equal text"),
+        (changed(2, rejected=answered("")), "empty"),
+        (changed(2, rejected=answered(" \n")), "empty"),
+        (changed(2, rejected=[{"role": "assistant", "content": "  "}], truncated=[False, True]), "empty"),
     ],
 )  # fmt: skip
 def test_a_row_is_named(look, rows, name):
@@ -277,6 +296,49 @@ def test_a_row_is_named(look, rows, name):
     line = inspection.findings[name].line(inspection.rows)
     place = {"equal": 4, "repeated": 5, "contradiction": 9, "tie": 6, "reversed": 6}.get(name, 3)
     assert f"data.jsonl:{place}" in line and f"{inspection.findings[name].count} of {len(rows)} rows: " in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"rewards": [3, 2, 1]}, None),
+        ({"ranking": [2, 0, 1]}, "unreadable"),
+        ({"ranking": [0, 1, 2], "rewards": [3, 2, 1]}, None),
+        ({"note": [2, 0], "topic": "towns"}, None),
+        ({"responses": [SHORT, f"{SHORT} ", LONG]}, "preferred twice"),
+        ({"responses": [SHORT, f"{SHORT} ", LONG], "rewards": [1, 2, 3]}, None),
+        ({"responses": [SHORT, f"{SHORT} ", f"\n{SHORT}"]}, "equal text"),
+        ({"rewards": [10**400, 2, 1]}, "unreadable"),
+        ({"rewards": [math.inf, 2, 1]}, "unreadable"),
+        ({"rewards": [True, 2, 1]}, "unreadable"),
+    ],
+)
+def test_a_list_is_named(look, fields, name):
+    """What the trainer refuses, leaves out or does not read."""
+    figures, inspection = look([{"prompt": question("Ghent"), "responses": [SHORT, LONG, "No."], **fields}])
+    assert list(inspection.findings) == ([name] if name else [])
+    assert all("data.jsonl:1" in found.first for found in inspection.findings.values())
+    unread = [column for column in fields if column not in ("responses", "rewards") and name != "unreadable"]
+    assert [line.partition(": ")[2] for line in inspect_data.report(figures, inspection) if "are not read" in line] == (
+        [", ".join(unread)] if unread else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("rankings", "name"),
+    [
+        ([{"rewards": [3, 2, 1]}, {"rewards": [3, 1, 2]}], "contradiction"),
+        ([{"rewards": [3, 2, 1]}, {"rewards": [9, 5, 1]}], "repeated"),
+        ([{"rewards": [3, 1, 1]}, {"rewards": [3, 1, 1], "responses": [SHORT, "No.", LONG]}], "repeated"),
+        ([{}, {"responses": [SHORT, "No.", LONG]}], "contradiction"),
+        ([{"rewards": [3, 2, 1]}, {"rewards": [3, 1, 2], "responses": [SHORT, "No.", LONG]}], "repeated"),
+    ],
+)
+def test_orders_below_the_preferred_answer(names, rankings, name):
+    """The same answers twice: the order of all of them is the preference, not the first one alone."""
+    assert names([{"prompt": question("Ghent"), "responses": [SHORT, LONG, "No."], **each} for each in rankings]) == [
+        name
+    ]
 
 
 def test_scores_that_agree_are_silent(names):
@@ -354,6 +416,10 @@ ASKED = {"prompt": question("Ghent")}
     ("record", "words"),
     [
         ({}, "no two answers: the columns are "),
+        ({"instruction": "Hi", "completions": []}, "the columns are those of UltraFeedback: .*annotation.import_data"),
+        ({"context": ASKED["prompt"], "completions": []}, "the columns are those of NeMo-RL: context, completions; "),
+        ({"conversations": [], "chosen": {}, "rejected": {}}, "the columns are those of LLaMA-Factory's ShareGPT form"),
+        ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "the columns are those of LLaMA-Factory's alpaca form"),
         ({"prompt": "Hi", "chosen": 3, "rejected": "a"}, "`chosen` is 3"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "`prompt` is 3: "),
         ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, r"`prompt\[0\].content` is "),
@@ -362,6 +428,11 @@ ASKED = {"prompt": question("Ghent")}
         ({**ASKED, "responses": ["a", "b"], "truncated": [True]}, r"`truncated` is \[true\]"),
         ({**ASKED, "responses": ["a"]}, "no two answers: the columns are prompt, responses"),
         ({"prompt_ids": "12", "chosen_ids": [1], "rejected_ids": [2]}, '`prompt_ids` is "12"; give a list of whole'),
+        (
+            {"prompt_ids": [1], "chosen_ids": [-5], "rejected_ids": [2]},
+            "the token id -5 is not of this tokenizer",
+        ),
+        ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [10**9]}, "the token id 1000000000 is not of this"),
         (dict.fromkeys(chain(*LABELLED), [1, -100]) | {"chosen_labels": [-100]}, "2 ids and 1 labels, of which 0 are"),
     ],
 )

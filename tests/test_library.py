@@ -7,13 +7,18 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPOSITORY, ranked_records, tiny_config
-from datasets import Dataset
+from datasets import Dataset, load_dataset
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM
+from safetensors.torch import load as load_weights
+from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig
 
 from alignment.plan import plan
@@ -484,6 +489,31 @@ def test_a_resumed_training_counts_on(tiny_model, tmp_path):
         make(tmp_path / "whole", beta=0.2).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
 
 
+@pytest.mark.parametrize(("rate", "warned"), [(1e-12, True), (1e-2, False)])
+def test_a_script_is_told_that_its_policy_did_not_move(tiny_model, tmp_path, capsys, rate, warned):
+    config = config_of(tmp_path, learning_rate=rate, num_train_epochs=3)
+    data = as_dataset(ranked_records(8))
+    HPSTrainer(str(tiny_model), args=config, train_dataset=data, peft_config=LORA).train()
+    assert capsys.readouterr().out.count("training: WARNING: the policy moved less than its own noise: ") == warned
+
+
+class Fallen(TrainerCallback):
+    """Makes the log say that y_1 fell; a training on a few prompts raises it."""
+
+    def on_log(self, args, state, control, **_):
+        if "s/chosen" in state.log_history[-1]:
+            state.log_history[-1]["s/chosen"] = -5.0 + 0.1 * (state.global_step % 2)
+
+
+def test_a_script_is_told_of_displacement(tiny_model, tmp_path, capsys):
+    """Two of twenty steps are the last of ten epochs."""
+    config, data = config_of(tmp_path, num_train_epochs=10), as_dataset(ranked_records(8))
+    HPSTrainer(str(tiny_model), args=config, train_dataset=data, peft_config=LORA, callbacks=[Fallen()]).train()
+    printed = capsys.readouterr().out
+    words = "training: WARNING: the preferred responses of the training became less probable than before training: "
+    assert printed.count(words) == 1 and "mean over 8 responses of the last 2 steps" in printed
+
+
 def test_the_model_card_names_method_data_and_settings(tiny_model, tmp_path):
     records = ranked_records(8)
     records[0]["rewards"] = [1.0] * len(records[0]["rewards"])
@@ -493,7 +523,51 @@ def test_the_model_card_names_method_data_and_settings(tiny_model, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "DPO-HPS" in card and "2502.14400" in card
     assert "| `gamma_start` | 0.5 |" in card and "| `family` | dpo |" in card and "exo_epsilon" not in card
-    assert "Data: a data set, fingerprint " in card and "; 8 prompts, left out: 1 x all rewards tie" in card
+    assert "Data: a data set, 8 rows, fingerprint " in card and "; 8 prompts, left out: 1 x all rewards tie" in card
+    assert "| `r` | 4 |\n| `lora_alpha` | 8 |\n| `target_modules` | q_proj, v_proj |" in card
+
+
+def test_the_model_card_has_no_setting_that_is_not_read(tiny_model, tmp_path):
+    """Of BT neither gamma nor the draws; of a list its size. A data set from a file says its format."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({name: record[name] for name in FIELDS}) + "\n" for record in ranked_records(8)))
+    data = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    cards = {}
+    for preference in ("bt", "pl"):
+        config = config_of(tmp_path / preference, preference=preference)
+        HPSTrainer(str(tiny_model), args=config, train_dataset=data).create_model_card(model_name="tea")
+        cards[preference] = (tmp_path / preference / "README.md").read_text()
+        names = set(re.findall(r"\| `(\w+)` \|", cards[preference]))
+        assert not names & {"gamma_start", "gamma_end", "gamma_stages", "gamma_ends", "samples", "estimator", "r"}
+        assert {"beta", "epochs", "max_length", "learning_rate"} <= names and ("list_size" in names) == (
+            preference == "pl"
+        )
+        assert "Data: a data set (json), 8 rows, fingerprint " in cards[preference]
+        assert str(tmp_path) not in cards[preference].partition("## Method")[2]
+    data.info.dataset_name = "tea_binarized"
+    HPSTrainer(str(tiny_model), args=config, train_dataset=data).create_model_card(model_name="tea")
+    assert "Data: tea_binarized, 8 rows, fingerprint " in (tmp_path / "pl" / "README.md").read_text()
+
+
+def test_what_goes_to_the_hub(tiny_model, tmp_path, monkeypatch):
+    """The two calls of the hub are doubles: there is no network. The folder has the weights and our card."""
+    sent = {}
+
+    def uploaded(self, *, repo_id, folder_path, ignore_patterns, **_):
+        kept = filter_repo_objects([path.name for path in Path(folder_path).iterdir()], ignore_patterns=ignore_patterns)
+        sent[repo_id] = {name: (Path(folder_path) / name).read_bytes() for name in kept}
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "upload_folder", uploaded)
+    config = config_of(tmp_path / "tea", hub_model_id="us/tea")
+    trainer = HPSTrainer(str(tiny_model), args=config, train_dataset=as_dataset(ranked_records(8)), peft_config=LORA)
+    trainer.train()
+    trainer.push_to_hub()
+    weights = load_weights(sent["us/tea"]["adapter_model.safetensors"])
+    moved = {name.replace(".default", ""): value for name, value in trained(trainer).items()}
+    assert weights.keys() == moved.keys() and all(torch.equal(value, moved[name]) for name, value in weights.items())
+    card = sent["us/tea"]["README.md"].decode()
+    assert card.count("## Method") == 1 and "| `family` | dpo |" in card and "2502.14400" in card
 
 
 @pytest.mark.parametrize(("method", "credited"), [("dpo-hps", True), ("dpo-bt", False), ("simpo-hps", False)])

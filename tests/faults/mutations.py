@@ -487,9 +487,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a warning of displacement counts prompts of several epochs",
-        "evaluation/displacement.py",
-        "len(steps) // max(LAST, epochs)",
-        "len(steps) // LAST",
+        "hps/displacement.py",
+        "max(LAST, epochs)",
+        "LAST",
         ("test_displacement.py::test_no_prompt_counts_twice",),
     ),
     Mutation(
