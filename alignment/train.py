@@ -147,9 +147,8 @@ def flash_attention() -> bool:
     try:
         importlib.import_module("flash_attn")
     except (ImportError, OSError) as error:  # built for another torch
-        print(
-            f"training: WARNING: flash-attn is not used: it cannot be imported ({' '.join(str(error).split())[:200]})"
-        )
+        text = " ".join(str(error).split())[:200]
+        print(f"training: WARNING: flash-attn is not used: it cannot be imported ({text})")
         return False
     return True
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
-import numpy as np
+from scipy import stats
 
 LEVEL = 0.95
 LAST = 5  # the last fifth of the steps: where gamma has the paper's last value
@@ -29,32 +29,9 @@ def fallen(values: Sequence[float], floor: float = 0.0) -> dict | None:
     """
     if len(values) < 2:
         return None
-    mean, width = fmean(values), student(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    mean, width = fmean(values), float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values))
     found = {"mean": round(mean, 4), "interval": [round(mean - width, 4), round(mean + width, 4)]}
     return found if found["interval"][1] < -floor else None
-
-
-def student(freedom: int, level: float = LEVEL) -> float:
-    """The t that a Student's t variable stays within, on both sides, with the probability `level`.
-
-    By bisection, for a whole number of degrees of freedom: the library needs scipy for nothing else.
-    """
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _within(angle: float, freedom: int) -> float:
-    """P(|t| < sqrt(freedom) tan(angle)) (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    odd = freedom % 2
-    term = total = math.cos(angle) ** odd if freedom > 1 else 0.0
-    for power in range(odd, freedom - 2, 2):
-        term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
-        total += term
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
 
 
 def of_training(lines: Iterable[dict], epochs: int, batch: int) -> str | None:

@@ -4,10 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from evaluation.results import PAIR_FIGURES, pair_columns
-from hps.displacement import fallen, of_training, still, student
+from hps.displacement import fallen, of_training, still
 
 LINE = {"loss": 0.5, "s/chosen": 3.0, "s/rejected": 1.0, "s_per_token/chosen": 0.5, "s_per_token/rejected": 0.25}
 
@@ -29,11 +28,6 @@ def test_fallen_by_hand():
     assert fallen([-1, -2, -3, -2], 0.70) == found and fallen([-1, -2, -3, -2], 0.71) is None
     assert fallen([0.0] * 9) is None and fallen([-1e-6] * 9, 1e-4) is None
     assert fallen([-1, float("nan"), -1]) is None
-
-
-def test_quantiles_of_students_t():
-    for freedom in (1, 2, 3, 4, 5, 10, 31, 400):
-        assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
 
 
 def test_steps_between_lines_count():
