@@ -173,6 +173,8 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
 
     One line with the reason if it cannot be estimated.
     """
+    import torch
+
     try:
         shape = Shape(recipe)
     except ValueError as error:
@@ -190,10 +192,15 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     if recipe.training.gradient_checkpointing is None:
         here, room = "on" if twice else "off", shape.bytes_without_checkpointing(gpus) / ROOM / 1e9
         lines.append(f"memory: gradient checkpointing is {here} here; null: off from {room:.0f} GB")
-    needed, card = sum(shape.parts(gpus, chosen or 0, twice).values()), card_bytes()
-    if needed > card:
-        remedy = "lower `schedule.device_batch`, `schedule.max_length` or the responses of a step (`loss.list_size`)"
-        lines.append(f"memory: WARNING: up to {needed / 1e9:.1f} GB, and a GPU has {card / 1e9:.0f}; {remedy}")
+    parts, card, here = shape.parts(gpus, chosen or 0, twice), card_bytes(), torch.cuda.is_available()
+    if (needed := sum(parts.values())) > card:
+        remedy = "train with LoRA, on more GPUs or under ZeRO-3"
+        if parts["activations"] > needed / 2:
+            fewer = ["schedule.device_batch", "schedule.max_length", *["loss.list_size"] * recipe.loss.takes_lists]
+            remedy = f"lower {' or '.join(f'`{name}`' for name in fewer)}"
+            remedy += "" if twice else ", or set training.gradient_checkpointing=true"
+        has = f"a GPU has {card / 1e9:.0f}{'' if here else ' (assumed, there is none here)'}"
+        lines.append(f"memory: WARNING: up to {needed / 1e9:.1f} GB, and {has}; {remedy}")
     return lines
 
 

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from hps.chat import templated_by
 from hps.errors import InputError, naming, shorten
-from hps.preferences import SCORE_COLUMNS, ordered_scores
+from hps.preferences import SCORE_COLUMNS, ordered_scores, refuse_lost_question
 from hps.records import NOT_TEXT, PAIR, Messages, Name, Reward, given_pair, refuse_misspelt, refuse_preference
 from pipeline.records import PARALLEL, PROMPT_FIELDS, WITHOUT_NOISE, check_parallel, checked, named, typed
 
@@ -359,8 +359,15 @@ def check_row(row: dict, where: str, layout: Layout = LAYOUTS["ranked"]) -> List
     row = {name: row[name] for name in layout.known if row.get(name) is not None}
     if missing := [] if layout.names else [name for name in layout.fields if name not in row]:
         raise InputError(f"`{missing[0]}` is missing", where=where, remedy="add it")
+    if layout is LAYOUTS["ordered"] and whole.get("rewards") is not None:
+        problem = f"`rewards` is {shorten(whole['rewards'])}, and the rows before it have none"
+        raise InputError(problem, where=where, remedy="give rewards in every row, or take them out")
     if layout is LAYOUTS["ordered"] or set(PAIR) <= set(layout.fields):
         refuse_preference(whole, (*PROMPT_FIELDS, *PARALLEL), where)
+    side = row.get(PAIR[0])
+    if layout is LAYOUTS["pair"] and "prompt" not in row and isinstance(side, str) and not TURN.match(side):
+        with naming(where):
+            refuse_lost_question(whole)
     found = layout.read(row, where)
     if not layout.names:
         found = {**found, "sources": [f"given_{place + 1}" for place in range(len(found["rewards"]))]}

@@ -14,8 +14,8 @@ The formulas, with the names of the rates:
     ranking      a pass of a model of scorer_weights over prompt and responses, / (scoring_operations_per_second x
                  devices); a function takes no time
     preparing    record_seconds for each response of a record that is read: twice for the plan, twice in each epoch
-    training     passes of prompt + responses of a step (`responses_per_prompt`), the reference's too, if the family
-                 has one, / (training_operations_per_second x devices)
+    training     passes of prompt + responses of a step (`responses_per_prompt`), in each epoch the reference's
+                 too, if the family has one, / (training_operations_per_second x devices)
     held-out     a pass of prompt and pair for reference, policy and each kept adapter, in fp32, /
                  (evaluation_operations_per_second x devices)
     divergence   a pass of prompt and answers for policy and reference, likewise
@@ -227,6 +227,8 @@ def measured(recipe: Recipe) -> tuple[dict[str, float], list[str]]:
             rates |= take(recipe, rates)
         except InputError as error:
             missing.append(f"{what}: {error}")
+            if not rates:
+                break  # the others need the sizes
     return rates, missing
 
 

@@ -30,14 +30,17 @@ DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it ha
 CLOCK_FORMAT = re.compile(r"%[-_^0#]?[A-Za-z]")
 RANDOM = re.compile(r"\|\s*random\b|[\"']random[\"']|\blipsum\b")  # all that Jinja has of it
 ROUNDS = 8  # what is left of one token may be part of another; two rounds are the most that was seen
-# Marks of public templates, as text: ChatML, Llama 3, Llama 2 and Mistral, Zephyr and Phi 3, Gemma, the raw HH-RLHF.
+# Marks of public templates, as text: ChatML, Llama 3, Llama 2 and Mistral, Zephyr and Phi 3, Gemma, DeepSeek, the raw
+# HH-RLHF.
 FOREIGN = (
     "<|im_start|>",
     "<|start_header_id|>",
     "[INST]",
+    "<|system|>",
     "<|user|>",
     "<|assistant|>",
     "<start_of_turn>",
+    "<\uff5cUser\uff5c>",
     "\n\nHuman:",
 )
 # Probe conversations and answers, from which we learn what a template writes.
@@ -507,8 +510,10 @@ def templated_by(text: str) -> str | None:
 
     A mark further inside may be an ordinary question about templates.
     """
-    behind = re.sub(r"\A\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*", "", text)
-    return next((mark for mark in FOREIGN if text.startswith(mark) or behind.startswith(mark)), None)
+    behind = re.sub(r"\A\s*(<s>|<bos>|<\|begin_of_text\|>|<\uff5cbegin\u2581of\u2581sentence\uff5c>)?", "", text)
+    return next(
+        (mark for mark in FOREIGN if any(each.startswith(mark) for each in (text, behind, behind.lstrip()))), None
+    )
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:

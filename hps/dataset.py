@@ -45,7 +45,7 @@ class RankedPrompts(Mapping[str, Ranked]):
         tokenizer: counts the tokens of the responses where the data set does not.
         processes: that convert the rows; None: one.
 
-    `notes` are lines for the screen: what is not read, and what is not meant as it will be read.
+    `notes` are lines for the screen: columns that are not read, and texts that look like templates.
 
     Raises:
         InputError: there are no rows, a row's fields are missing, mistyped or of unequal lengths, or a `prompt_id`

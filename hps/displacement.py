@@ -54,27 +54,26 @@ def of_training(lines: Iterable[dict], epochs: int, batch: int) -> str | None:
 def still(lines: Iterable[dict], epochs: int, batch: int, most: Callable[[float, float], float]) -> str | None:
     """The warning of a training that moved no further than rounding can; None if it moved, or if the log has no s.
 
-    In each of the last lines the mean s is compared with the most that rounding lets it be. Rounding errors of
-    responses are independent, so that of a mean is smaller by the square root of their number.
+    The mean s of the last lines is compared with the most that rounding lets it be. Rounding errors of responses are
+    independent, so that of a mean is smaller by the square root of their number.
 
     Args:
         lines, epochs, batch: as for `of_training`.
         most: |s| that rounding lets a response of so many tokens and this log-probability have, nats.
     """
     last, steps = _last(lines, epochs)
-    responses = batch * steps / max(1, len(last))  # of a line
-    found = [
-        (abs(float(line[f"s/{side}"])), most(line[f"lengths/{side}"], line[f"logps/{side}"]) / math.sqrt(responses))
-        for line in last
-        for side in ("chosen", "rejected")
-    ]
+    found = []
+    for side in ("chosen", "rejected") if last else ():
+        bounds = [most(line[f"lengths/{side}"], line[f"logps/{side}"]) for line in last]
+        mean = fmean(float(line[f"s/{side}"]) for line in last)
+        found.append((abs(mean), fmean(bounds) / math.sqrt(batch * steps)))
     if not found or not all(s <= noise for s, noise in found):
         return None
     moved, noise = max(found)
     return (
-        f"the policy moved less than its own noise: the mean of log pi_theta - log pi_ref over a step's responses is "
-        f"at most {moved:.2g} nats in the last {steps} steps, and rounding alone explains up to {noise:.2g}; raise the "
-        "learning rate or train longer (`python -m hps.inspect_data` says how far settings reach)"
+        f"the policy moved less than its own noise: the mean of log pi_theta - log pi_ref over the responses of the "
+        f"last {steps} steps is {moved:.2g} nats, and rounding alone explains up to {noise:.2g}; raise the learning "
+        "rate or train longer (`python -m hps.inspect_data` says how far settings reach)"
     )
 
 

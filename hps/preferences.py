@@ -33,20 +33,18 @@ TOKEN_COLUMNS = (
 # Whole sequences, trained where a label is not IGNORED: open-instruct, LLaMA-Factory.
 LABELLED = tuple((f"{side}_input_ids", f"{side}_labels") for side in PAIR)
 IGNORED = -100
-# Columns of other layouts, which are to be converted. A text pair of the last would lose its question.
-OTHERS = {
-    "UltraFeedback": ("instruction", "completions"),
-    "NeMo-RL": ("context", "completions"),
-    "LLaMA-Factory's ShareGPT form": ("conversations", *PAIR),
-    "LLaMA-Factory's alpaca form": ("instruction", *PAIR),
-}
+# Columns of other layouts, which are to be converted.
+OTHERS = {"UltraFeedback": ("instruction", "completions"), "NeMo-RL": ("context", "completions")}
+QUESTIONS = ("question", "instruction", "input", "query")  # where other data sets have the prompt
 SCORES = tuple(
-    (form.format(PAIR[0]), form.format(PAIR[1])) for form in ("score_{}", "{}_score", "{}_rating", "{}_reward")
+    (form.format(PAIR[0]), form.format(PAIR[1]))
+    for form in ("score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}", "{}_reward")
 )
 SCORE_COLUMNS = tuple(chain.from_iterable(SCORES))
 KNOWN = (*Ranked.__annotations__, *PAIR)  # columns of this trainer
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 MESSAGES = TypeAdapter(Messages)
+CONVERT = "convert the file first (docs/formats.md, Data from elsewhere)"
 REMEDY = "give `prompt` with `chosen` and `rejected`, or with `responses` and `rewards` (docs/formats.md)"
 
 
@@ -182,9 +180,9 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
     """A row of texts or messages."""
     for layout, columns in OTHERS.items():
         if record.keys() >= set(columns) and "prompt" not in record:
-            problem = f"the columns are those of {layout}: {', '.join(columns)}"
-            remedy = "convert the file first: `python -m annotation.import_data FILE --prompts OUT.jsonl`"
-            raise InputError(problem, remedy=f"{remedy} (docs/formats.md)")
+            raise InputError(f"the columns are those of {layout}: {', '.join(columns)}", remedy=CONVERT)
+    if isinstance(record.get(PAIR[0]), dict):
+        raise InputError(f"`{PAIR[0]}` is an object, as in LLaMA-Factory's ShareGPT form", remedy=CONVERT)
     if "rewards" not in record or PAIR[0] in record:
         refuse_preference(dict(record), KNOWN, where="")
     if any(isinstance(record.get(side), list) for side in PAIR) or not set(PAIR) <= record.keys():
@@ -233,10 +231,23 @@ def _text_prompt(record: Mapping) -> tuple[Any, list[str]]:
             raise InputError(f"`{side}` is {shorten(record[side])}", remedy=REMEDY)
     if "prompt" in record:
         return record["prompt"], [chosen, rejected]
+    refuse_lost_question(record)
     common = commonprefix([chosen, rejected])
     if len(common) < max(len(chosen), len(rejected)):
         common = common.removesuffix(" ")  # a space in front of an answer is a part of its first token
     return common, [chosen[len(common) :], rejected[len(common) :]]
+
+
+def refuse_lost_question(record: Mapping) -> None:
+    """Refuse a pair of texts without `prompt` whose question stands in another column, of which nothing would be read.
+
+    Raises:
+        InputError: names the column.
+    """
+    for name in QUESTIONS:
+        if record.get(name):
+            problem = f"there is no `prompt`, and `{name}` is {shorten(record[name])}"
+            raise InputError(problem, remedy=f"rename `{name}` to `prompt`, or convert the file (docs/formats.md)")
 
 
 def _by_trl(tokenizer: Any, prompt: str, answers: list[str]) -> tuple[list[int], list[list[int]]]:

@@ -22,6 +22,7 @@ PAIR = ("chosen", "rejected")  # TRL's names of two given responses
 # A field with one of these words in its name says which response is better.
 PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
 RANKS = {"rank", "ranks", "ranking", "rankings", "order"}  # such numbers are low for the best
+NEUTRAL = {"id", "ids", "index", "length", "lengths", "token", "tokens", "count", "counts"}  # such numbers do not rank
 # Fields that change what a prompt is, and are not read.
 NOT_TEXT = ("tools", "chat_template_kwargs", "image", "images", "videos", "audios")
 RESEMBLANCE = 0.8  # share of equal letters above which an unknown field is a misspelt known one
@@ -161,13 +162,16 @@ def refuse_preference(record: dict, known: Iterable[str], where: str) -> None:
             problem = f"`rewards` is {shorten(record['rewards'])} beside `chosen` and `rejected`, and it is not read"
             raise InputError(problem, where=where, remedy="give `score_chosen` and `score_rejected`, or remove it")
         return
+    if not record.get("responses") and any(record.get(side) is not None for side in PAIR):
+        return  # half a pair, of which `given_pair` says so
     for field in (field for field in record if field not in known):
         responses, values = record.get("responses"), record[field]
         words = {word.casefold() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", field)}
-        numbers = isinstance(values, list) and len(values) > 1 and all(isinstance(v, (int, float)) for v in values)
-        parallel = numbers and isinstance(responses, list) and len(values) == len(responses)
+        numbers = isinstance(values, list) and len(values) > 1 and all(type(v) in (int, float) for v in values)
+        parallel = numbers and isinstance(responses, list) and len(values) == len(responses) and not NEUTRAL & words
+        named = PREFERENCE & words and not field.startswith("best_of")  # a number of samples
         falling = values[::-1] if RANKS & words and parallel else values
-        if PREFERENCE & words or (parallel and any(a < b for a, b in pairwise(falling))):
+        if named or (parallel and any(a < b for a, b in pairwise(falling))):
             problem = f"`{field}` seems to say which response is better, and it is not read"
-            remedy = "give `responses` best first (or `chosen` and `rejected`), and remove or rename the field"
+            remedy = "give `responses` best first, or numbers as `rewards` (or `chosen` and `rejected`), and remove it"
             raise InputError(problem, where=where, remedy=remedy)

@@ -404,8 +404,8 @@ class HPSTrainer(DPOTrainer):
     def train(self, resume_from_checkpoint=None, *given, **more):
         """The parent's; it warns at the end if good responses became less probable, or if the policy did not move.
 
-        Both are read from the log (`hps.displacement`). The policy moved if the mean s of a step is above what
-        `rounding` lets it be in the precision of the training: of the order of a nat in bf16, of 1e-4 in fp32.
+        Both are read from the log (`hps.displacement`). The policy moved if the mean s of the last steps is above what
+        `rounding` lets it be in the precision of the training.
 
         Raises:
             InputError: the checkpoint is of another plan or loss.
@@ -420,9 +420,8 @@ class HPSTrainer(DPOTrainer):
                 raise InputError(problem, where=str(folder), remedy="give the settings and data that it began with")
         result = super().train(resume_from_checkpoint, *given, **more)
         lines = self.state.log_history, self.schedule.epochs, self.schedule.global_batch
-        for warning in (of_training(*lines), still(*lines, self._most)):
-            if warning:
-                self.accelerator.print(f"training: WARNING: {warning}", flush=True)
+        if warning := of_training(*lines) or still(*lines, self._most):  # what has fallen has moved
+            self.accelerator.print(f"training: WARNING: {warning}", flush=True)
         return result
 
     def _most(self, tokens: float, log_prob: float) -> float:

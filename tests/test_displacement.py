@@ -36,18 +36,19 @@ def test_steps_between_lines_count():
     assert "mean over 240 responses of the last 40 steps" in str(of_training(log, 2, 6))
 
 
-@pytest.mark.parametrize(("s", "warned"), [(0.0, True), (0.99, True), (1.01, False), (-1.01, False)])
+@pytest.mark.parametrize(("s", "warned"), [(0.0, True), (0.49, True), (0.51, False), (-0.51, False)])
 def test_a_policy_that_did_not_move(s, warned):
-    """Rounding lets a response be at 4 nats and the mean of 16 at 1; either side moves, in any of the last lines."""
+    """Rounding lets a response be at 4 nats and the mean of 4 lines of 16 at 0.5; either side moves."""
     log = [{**LINE, "step": step, "lengths/chosen": 9.0, "lengths/rejected": 9.0} for step in range(1, 21)]
-    log = [{**line, "s/chosen": 0.5, "s/rejected": -0.5, "logps/chosen": -7.0, "logps/rejected": -7.0} for line in log]
+    log = [{**line, "s/chosen": 0.3, "s/rejected": s, "logps/chosen": -7.0, "logps/rejected": -7.0} for line in log]
     most = {(9.0, -7.0): 4.0}
     log[0] |= {"s/chosen": 50.0}
-    log[17]["s/rejected"] = s
+    log[18] |= {"s/rejected": s + 2}
+    log[19] |= {"s/rejected": s - 2}
     found = still(log, 1, 16, lambda *given: most[given])
     assert (found is not None) == warned
     if found:
-        assert f"at most {max(abs(s), 0.5):.2g} nats in the last 4 steps, and rounding alone explains up to 1;" in found
+        assert f"the last 4 steps is {max(abs(s), 0.3):.2g} nats, and rounding alone explains up to 0.5;" in found
     assert still(log[:1], 1, 16, lambda *given: 100.0) is None and still([], 1, 16, lambda *given: 1.0) is None
     assert still(log[1:2], 1, 16, lambda *given: 4.0) is not None  # a single line
 

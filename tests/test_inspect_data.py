@@ -416,10 +416,15 @@ ASKED = {"prompt": question("Ghent")}
     ("record", "words"),
     [
         ({}, "no two answers: the columns are "),
-        ({"instruction": "Hi", "completions": []}, "the columns are those of UltraFeedback: .*annotation.import_data"),
+        ({"instruction": "Hi", "completions": []}, "the columns are those of UltraFeedback: .*convert the file"),
         ({"context": ASKED["prompt"], "completions": []}, "the columns are those of NeMo-RL: context, completions; "),
-        ({"conversations": [], "chosen": {}, "rejected": {}}, "the columns are those of LLaMA-Factory's ShareGPT form"),
-        ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "the columns are those of LLaMA-Factory's alpaca form"),
+        ({"conversations": [], "chosen": {}, "rejected": {}}, "`chosen` is an object, as in LLaMA-Factory's ShareGPT"),
+        ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "there is no `prompt`, and `instruction` is "),
+        ({"question": "Who?", "chosen": "The one", "rejected": "The two"}, "there is no `prompt`, and `question` is"),
+        (
+            {"prompt": "Hi", "chosen": "a", "rejected": "b", "chosen-rating": 2},
+            "`rejected-rating` is null; give both",
+        ),
         ({"prompt": "Hi", "chosen": 3, "rejected": "a"}, "`chosen` is 3"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "`prompt` is 3: "),
         ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, r"`prompt\[0\].content` is "),

@@ -310,6 +310,7 @@ def changed(form: str, **changes) -> tuple[dict, str]:
     [
         (changed("trl-standard", rejected=None), "`rejected` is missing"),
         (changed("trl-standard", chosen=7), "`chosen` is 7"),
+        (changed("trl-standard-implicit", question="Why?"), "there is no `prompt`, and `question` is "),
         (changed("ordered", responses="x"), r'`responses` is "x"'),
         (changed("ordered", prompt=7), "`prompt` is 7"),
         (changed("ordered", reward=[1, 2, 3, 4]), "`reward` seems to say which response is better, and it is not read"),

@@ -178,9 +178,16 @@ def test_the_dry_run_says_where_checkpointing_is_off(monkeypatch):
 def test_more_than_the_gpu_has_is_a_warning(monkeypatch):
     """Whole lists of 102 responses of 2,048 tokens, with gradient checkpointing: 112.8 GB."""
     lists = load_recipe(RECIPE, ["loss.preference=pl", "loss.list_size=null"])
-    for gigabytes, warning in ((85, "up to 112.8 GB, and a GPU has 85;"), (None, "up to 112.8 GB, and a GPU has 80;")):
+    for gigabytes, warning in (
+        (85, "up to 112.8 GB, and a GPU has 85;"),
+        (None, "up to 112.8 GB, and a GPU has 80 (assumed"),
+    ):
         gpu(monkeypatch, gigabytes)
-        assert memory_lines(lists, 8)[-1].startswith(f"memory: WARNING: {warning}")
+        line = memory_lines(lists, 8)[-1]
+        assert line.startswith(f"memory: WARNING: {warning}") and line.endswith(
+            "`schedule.max_length` or `loss.list_size`"
+        )
+    assert memory_lines(load_recipe(RECIPE, ["lora.enabled=false"]), 1)[-1].endswith("more GPUs or under ZeRO-3")
     gpu(monkeypatch, 141)
     assert not any("WARNING" in line for line in memory_lines(lists, 8))
 

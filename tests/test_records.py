@@ -271,10 +271,13 @@ def test_fields_that_users_carry_along_pass_and_are_named():
         "prompt_length": 3,
         "meta": {"better": 1},
         "rank": [1, 2],
+        "response_lengths": [3, 9],
+        "flagged": [False, True],
+        "best_of_n": 8,
     }
     record = {**PROMPT, **carried, "prompt": [{**USER, "name": "Ann"}]}
     assert check_prompt(record, "here")["responses"] == PROMPT["responses"]
-    assert unread_fields(record) == ["id", "tags", "prompt_length", "meta", "rank", "prompt[].name"]
+    assert unread_fields(record) == [*list(carried)[2:], "prompt[].name"]
     assert unread_fields({**PROMPT, "prompt_id": "a"}) == unread_fields({"prompt": [USER], **CHOSEN}) == []
 
 
