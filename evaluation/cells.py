@@ -6,6 +6,8 @@ divergence.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
 
 import numpy as np
 
@@ -40,7 +42,46 @@ SOURCES = {
 DIVERGENCES = ("kl", "kl_sampled")
 FINAL = "final"  # the end of the training; the other points are steps
 SFT = "SFT"  # label of the model before training
+CHANGES = ("reward_best", "reward_mean", "tokens_mean", "proxy_mean")  # each has a column `..._change`
 Column = tuple[list[str], np.ndarray]  # prompt ids, and (seeds, prompts) values
+
+
+def against(result: dict, before: dict) -> dict:
+    """A run's result with its changes and win rate against one sample of the model before training.
+
+    Each folder of runs has its own sample, and the mean rewards of three such samples of 48 prompts x 4 answers were
+    0.206, 0.222 and 0.307. So the rows of a table must be read against the same one.
+
+    Args:
+        before: the result of the model before training; prompts that it has not answered are left out.
+    """
+    old, new = before["prompts"], result["prompts"]
+    at = {name: place for place, name in enumerate(old["prompt_id"])}
+    kept = [place for place, name in enumerate(new["prompt_id"]) if name in at]
+    places = [at[new["prompt_id"][place]] for place in kept]
+    columns = {name: [values[place] for place in kept] for name, values in without_changes(result)["prompts"].items()}
+    for name in CHANGES:
+        if name in new and name in old:
+            pairs = zip(columns[name], places, strict=True)
+            columns[f"{name}_change"] = [value - old[name][place] for value, place in pairs]
+    answers = [
+        dict(zip(found["answers"][FINAL]["prompt_id"], found["answers"][FINAL]["reward"], strict=True))
+        for found in (result, before)
+    ]
+    if all(name in rewards for rewards in answers for name in columns["prompt_id"]):
+        columns["reward_win_rate"] = [
+            fmean(
+                (ours > theirs) + (ours == theirs) / 2 for ours, theirs in product(answers[0][name], answers[1][name])
+            )
+            for name in columns["prompt_id"]
+        ]
+    return {**result, "prompts": columns}
+
+
+def without_changes(result: dict) -> dict:
+    """A run's result without what was read against a sample of the model before training."""
+    own = {f"{name}_change" for name in CHANGES} | {"reward_win_rate"}
+    return {**result, "prompts": {name: values for name, values in result["prompts"].items() if name not in own}}
 
 
 @dataclass

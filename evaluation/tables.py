@@ -7,7 +7,7 @@ evaluation.reproduce writes the files.
 from pathlib import Path
 from typing import Any
 
-from evaluation.cells import SFT, Cell, cell_figures, same_prompts, spread
+from evaluation.cells import SFT, Cell, against, cell_figures, same_prompts, spread, without_changes
 from evaluation.frontiers import along, at_one_kl, compare, displaced, win_rates
 from evaluation.matrix import load_matrix, method_name, select
 from evaluation.paper import length_term_flags, paper_rows, paper_wins, percentage_flags
@@ -140,10 +140,16 @@ def label(table: str, recipe: Recipe) -> str:
 
 
 def cells_of(table: str, results: Results, on: str) -> list[Cell]:
-    """The rows of one data set in the order of the matrix, the model before training first."""
+    """The rows of one data set in the order of the matrix, the model before training first.
+
+    Without a result of that model runs have no changes, because each has them against a sample of its own folder.
+    """
+    before = next((result for evaluation, result in results if result and evaluation.sft and evaluation.on == on), None)
     grouped: dict[str, Cell] = {}
     for evaluation, result in results:
         if result is not None and evaluation.on == on:
+            if not evaluation.sft:
+                result = against(result, before) if before else without_changes(result)
             name = SFT if evaluation.sft else label(table, evaluation.recipe)
             differs = () if evaluation.sft else traits(table, evaluation.recipe)
             grouped.setdefault(name, Cell(name, [], traits=differs)).results.append(result)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from evaluation import paper, reproduce, tables
-from evaluation.cells import Cell, cell_figures
+from evaluation.cells import Cell, against, cell_figures, without_changes
 from evaluation.matrix import load_matrix, select
 from evaluation.results import Evaluated
 from pipeline.recipe import REPOSITORY, load_recipe
@@ -61,6 +61,22 @@ def test_prompts_that_a_seed_lacks_are_left_out_of_the_mean():
     other = result(43, reward_best=[1.0, None, 3.0, 8.0])
     names, values = Cell("x", [result(), other]).column("reward")
     assert names == ["a", "c", "d"] and values.tolist() == [[1, 3, 4], [1, 3, 8]]
+
+
+def test_changes_are_against_one_sample_of_the_model_before_training():
+    """Runs of two folders, each with a sample of its own: what they say of their own samples is not read."""
+    before = result(reward_mean=[0.25, 0.5, 0.0, 1.0], proxy_mean=[1.0] * 4)
+    before["answers"]["final"]["reward"] = [[0.0, 0.5], [1.0, 1.0], [-1.0, 0.0], [2.0, 2.0]]
+    run = result(reward_mean_change=[9.0] * 4, reward_win_rate=[0.9] * 4, tokens_mean_change=[9.0] * 4)
+    found = against(run, before)
+    assert found["prompts"]["reward_mean_change"] == [0.25, 0.0, 0.5, -0.5]
+    # answers 0 and 1 against each of these: a tie is a half
+    assert found["prompts"]["reward_win_rate"] == [2.5 / 4, 1 / 4, 3.5 / 4, 0.0]
+    assert not {"tokens_mean_change", "proxy_mean_change"} & found["prompts"].keys()  # of which one side is missing
+    assert run["prompts"]["reward_win_rate"] == [0.9] * 4
+    fewer = {**before, "prompts": {name: values[:2] for name, values in before["prompts"].items()}}
+    assert against(run, fewer)["prompts"]["prompt_id"] == NAMES[:2]
+    assert "reward_mean_change" not in without_changes(run)["prompts"]
 
 
 # ---- the paper ----
