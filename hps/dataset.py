@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from hps.chat import FOREIGN, control_ids, encode, special_tokens_in, templated_by
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores
-from hps.records import NOT_TEXT, PAIR, Ranked, given_pair, refuse_misspelt, refuse_preference
+from hps.records import COLUMNS, NOT_TEXT, PAIR, Ranked, given_pair, refuse_misspelt, refuse_preference
 
 RANKED = TypeAdapter(Ranked)
 FEATURES = Features(
@@ -34,7 +34,6 @@ FEATURES = Features(
     }
 )
 SPELLED = "texts_that_spell_special_tokens"
-COLUMNS = (*FEATURES, *PAIR)
 REMEDY = "give `prompt` with `responses` and `rewards`, or with `chosen` and `rejected` (docs/trainer.md)"
 
 

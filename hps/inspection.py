@@ -21,10 +21,10 @@ from hps.chat import (
     prompt_token_ids,
     special_tokens_in,
 )
-from hps.dataset import COLUMNS
 from hps.errors import InputError, printable
 from hps.planning import equal_to
 from hps.preferences import LABELLED, SCORE_COLUMNS, TOKEN_COLUMNS, Row
+from hps.records import COLUMNS
 
 TOKENS = tuple(chain(*TOKEN_COLUMNS, *LABELLED))
 CUT = 0.05  # share of cut answers that is worth a line

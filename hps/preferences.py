@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hps.chat import ids_by_text, prompt_token_ids, response_token_ids
 from hps.errors import InputError, naming, shorten
-from hps.records import LARGEST_REWARD, PAIR, Messages, Ranked, given_pair, refuse_preference
+from hps.records import COLUMNS, LARGEST_REWARD, PAIR, Messages, given_pair, refuse_preference
 
 # Prompt and answers of tokenised pairs: TRL since 1.0, TRL before.
 TOKEN_COLUMNS = (
@@ -41,7 +41,6 @@ SCORES = tuple(
     for form in ("score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}", "{}_reward")
 )
 SCORE_COLUMNS = tuple(chain.from_iterable(SCORES))
-KNOWN = (*Ranked.__annotations__, *PAIR)  # columns of this trainer
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 MESSAGES = TypeAdapter(Messages)
 CONVERT = "convert the file first (docs/formats.md, Data from elsewhere)"
@@ -184,7 +183,7 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
     if isinstance(record.get(PAIR[0]), dict):
         raise InputError(f"`{PAIR[0]}` is an object, as in LLaMA-Factory's ShareGPT form", remedy=CONVERT)
     if "rewards" not in record or PAIR[0] in record:
-        refuse_preference(dict(record), KNOWN, where="")
+        refuse_preference(dict(record), COLUMNS, where="")
     if any(isinstance(record.get(side), list) for side in PAIR) or not set(PAIR) <= record.keys():
         read = given_pair(dict(record), where="")
         prompt, answers = read.get("prompt"), read.get("responses")

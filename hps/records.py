@@ -75,6 +75,10 @@ class Ranked(Candidates):
     rewards_without_noise: NotRequired[list[Reward]]
 
 
+# Of a data set that the trainer reads, and the inspector as the trainer does.
+COLUMNS = (*(name for name in Ranked.__annotations__ if name in Ranked.__required_keys__), *PAIR)
+
+
 class Term(TypedDict):
     """One preferred response and what it is compared with; indices into the record's lists."""
 
