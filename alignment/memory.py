@@ -204,6 +204,15 @@ def memory_lines(recipe: Recipe, gpus: int) -> list[str]:
     return lines
 
 
+def read_onto_device(recipe: Recipe) -> bool:
+    """Whether each process reads the policy from its files onto its device, without a copy in host memory.
+
+    ZeRO-3 shards a model while it loads. Full fine-tuning loads in fp32, which DeepSpeed makes bf16: on the device that
+    would need more than the training does.
+    """
+    return recipe.lora.enabled and deepspeed_stage(recipe) != 3
+
+
 def deepspeed_stage(recipe: Recipe) -> int | None:
     """The ZeRO stage in the file that the recipe names.
 

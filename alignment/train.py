@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from alignment.checks import check_attention, check_wandb, lora_config, try_lora
-from alignment.memory import check_moving_reference, checkpointing
+from alignment.memory import check_moving_reference, checkpointing, read_onto_device
 from alignment.plan import run_settings
 from alignment.reference import add_reference
 from alignment.rows import TokenRows, drop_rows, kept_rows
@@ -166,13 +166,18 @@ def load_policy(recipe: Recipe, bf16: bool | None = None, model: Model | None = 
     """
     model = model or recipe.models.policy
     bf16 = torch.cuda.is_available() if bf16 is None else bf16
-    return load_weights(
+    place = PartialState(cpu=not torch.cuda.is_available()).device
+    loaded = load_weights(
         AutoModelForCausalLM,
         model,
         config=without_dropout(load_config(model)),
         dtype=torch.bfloat16 if bf16 and recipe.lora.enabled else torch.float32,
         attn_implementation=attention(recipe),
+        device_map={"": place} if read_onto_device(recipe) else None,
     )
+    if hasattr(loaded, "hf_device_map"):  # with it the parent warns that the model is on several devices
+        del loaded.hf_device_map
+    return loaded
 
 
 class RunFiles(TrainerCallback):

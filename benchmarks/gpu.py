@@ -20,6 +20,7 @@ Aims for `auto`, what a recipe gets: pairs at 170/300 at least 1.2 times TRL, li
 rows, nothing below 1.0.
 """
 
+import argparse
 import gc
 import importlib.util
 import statistics
@@ -199,21 +200,23 @@ def verdict(kind: str, case: Case, lines: list[dict]) -> str:
 
 def sharing(case: Case, lines: list[dict]) -> str:
     """Seconds of separate over shared rows, measured and by `hps/row_costs.py`."""
-    seconds = {line["way"]: line.get("s / step", float("nan")) for line in lines}
+    nan = float("nan")
+    seconds = {line["way"]: line.get("s / step", nan) for line in lines}
     texts, found = ([case.prompt] * case.prompts, [[case.response] * case.count] * case.prompts), []
     for name in ("sdpa", "flex"):
         costs = RowCosts.of(shape(case.name), adapter=True, checkpointing=case.checkpointed, flex=name == "flex")
-        measured = seconds["ours, separate rows, sdpa"] / seconds.get(f"ours, shared prompt, {name}", float("nan"))
+        measured = seconds.get("ours, separate rows, sdpa", nan) / seconds.get(f"ours, shared prompt, {name}", nan)
         found.append(f"{name} {measured:.2f}, estimated {costs.separate(*texts) / costs.shared(*texts):.2f}")
     return "separate over shared rows: " + "; ".join(found)
 
 
-def run(kind: str, shapes: list[str], times: int, texts: list[tuple[int, int, int]], prompts: int, tiny: bool) -> None:
+def run(kind: str, shapes: list[str], texts: list[tuple[int, int, int]], arguments: argparse.Namespace) -> None:
+    times, prompts, tiny = arguments.times, arguments.prompts, arguments.tiny
     table, verdicts, peak = [], [], products()
     for name, (prompt, response, count) in product(shapes, texts):
         case = Case(name, prompt, response, count, times, prompts)
         base = {f"TRL, {flash() or 'sdpa'}": case.trl} if kind == "pairs" else {}
-        ways = {f"ours, {title}": partial(case.ours, *settings) for title, settings in WAYS.items()}
+        ways = {f"ours, {title}": partial(case.ours, *WAYS[title]) for title in arguments.ways}
         lines = compared(case, base | ways, times, peak)
         table += lines
         verdicts.append(f"{kind} {name} {lines[0]['texts']}: {verdict(kind, case, lines)}; {sharing(case, lines)}")
@@ -238,6 +241,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=[EIGHT, ONE], default=[EIGHT, ONE])
     parser.add_argument("--texts", nargs="+", type=lengths, help="some lengths: PROMPT+RESPONSE[xCOUNT]")
     parser.add_argument("--prompts", type=int, default=1, help="prompts of a micro-batch (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of ours; the last one has the aim")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, on the CPU too: whether the program runs")
     arguments = parser.parse_args()
     if not (CUDA or arguments.tiny):
@@ -249,7 +253,7 @@ def main() -> None:
         texts = asked if arguments.texts else list(product(prompts, responses, counts))
         shapes = [TINY] if arguments.tiny else arguments.shapes
         if texts:
-            run(kind, shapes, arguments.times, texts, arguments.prompts, arguments.tiny)
+            run(kind, shapes, texts, arguments)
 
 
 if __name__ == "__main__":

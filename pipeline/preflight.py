@@ -24,6 +24,7 @@ from alignment.memory import (
     check_moving_reference,
     count_weights,
     memory_lines,
+    read_onto_device,
     responses_per_prompt,
 )
 from hps.chat import check_records, load_tokenizer
@@ -246,10 +247,12 @@ def bytes_written(stage: str, recipe: Recipe) -> float:
 def host_lines(recipe: Recipe, processes: int) -> list[str]:
     """Memory of this machine while its processes load the policy, each a copy of its own before it is on its card.
 
-    Without LoRA the reference is a second model.
+    Without LoRA the reference is a second model. None where the files are read onto the cards.
     """
     import torch
 
+    if torch.cuda.is_available() and read_onto_device(recipe):
+        return []
     config, _ = architecture(recipe)
     if config is None:
         return []

@@ -48,7 +48,8 @@ def test_an_architecture_without_groups():
     assert RowCosts.of(config, True, False, False).token == pytest.approx(64 * (4 * 64 + 3 * 96) * 4 / 370e12)
 
 
-# Seconds of a step of the 8B shape on an H200, LoRA without gradient checkpointing: docs/operations.md, "Speed".
+# Seconds of a step of the 8B shape on an H200, LoRA without gradient checkpointing, by benchmarks/gpu.py. The constants
+# are fitted to the first seven; the last three were measured afterwards (docs/operations.md, "Speed").
 MEASURED = [
     # prompts, prompt, responses: separate rows, sdpa, flex
     (1, 170, [300] * 2, 0.110, 0.221, 0.170),
@@ -58,6 +59,9 @@ MEASURED = [
     (1, 170, [1000] * 2, None, 0.276, 0.209),
     (1, 1500, [300] * 2, None, 0.361, 0.202),
     (1, 600, [300] * 8, None, 0.382, 0.259),
+    (8, 170, [300] * 2, 0.556, None, 0.495),
+    (1, 170, [300] * 8, 0.287, None, 0.245),
+    (1, 600, [300] * 8, 0.541, None, 0.258),
 ]
 
 
@@ -67,8 +71,10 @@ def test_estimates_are_near_what_was_measured(step):
     texts = [prompt] * prompts, [responses] * prompts
     costs = {flex: RowCosts.of(CONFIG, adapter=True, checkpointing=False, flex=flex) for flex in (False, True)}
     assert 32 * costs[True].shared(*texts) == pytest.approx(flex, rel=0.07)
-    assert 32 * costs[False].shared(*texts) == pytest.approx(sdpa, rel=0.23)
     if apart:
         assert 32 * costs[True].separate(*texts) == pytest.approx(apart, rel=0.07)
         assert (costs[True].separate(*texts) > costs[True].shared(*texts)) == (apart > flex)
+    if sdpa:
+        assert 32 * costs[False].shared(*texts) == pytest.approx(sdpa, rel=0.23)
+    if apart and sdpa:
         assert (costs[False].separate(*texts) > costs[False].shared(*texts)) == (apart > sdpa)
