@@ -127,7 +127,7 @@ def pair(row: dict, where: str) -> dict:
         prompt, sides = _transcripts([(prompt or "") + side for side in sides], where)
     elif prompt is None:
         prompt, sides = _shared_beginning(sides, where)
-    return {"prompt": _asked(prompt, where), "responses": sides, "rewards": _pair_rewards(row, where)}
+    return {"prompt": _asked(prompt, where), "responses": sides}
 
 
 def _lean(messages: Any) -> Any:
@@ -135,12 +135,6 @@ def _lean(messages: Any) -> Any:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return messages
     return [{name: part for name, part in message.items() if part is not None} for message in messages]
-
-
-def _pair_rewards(row: dict, where: str) -> list:
-    """The scores of a pair; 0 and -1 where there are none. InputError: they say the opposite of the pair."""
-    with naming(where):
-        return ordered_scores(row) or [0, -1]
 
 
 def _shared_beginning(sides: list[str], where: str) -> tuple[str, list[str]]:
@@ -250,7 +244,7 @@ def alpaca(row: dict, where: str) -> dict:
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
     asked = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
     prompt = [*messages, {"role": "user", "content": asked}]
-    return {"prompt": prompt, "responses": [row[side] for side in PAIR], "rewards": _pair_rewards(row, where)}
+    return {"prompt": prompt, "responses": [row[side] for side in PAIR]}
 
 
 class Said(TypedDict("From", {"from": str})):
@@ -278,7 +272,7 @@ def sharegpt(row: dict, where: str) -> dict:
     if row.get("system") and [said["role"] for said in prompt[:1]] != ["system"]:
         prompt.insert(0, {"role": "system", "content": row["system"]})
     responses = [message(row[side], side, ("gpt",))["content"] for side in PAIR]
-    return {"prompt": prompt, "responses": responses, "rewards": _pair_rewards(row, where)}
+    return {"prompt": prompt, "responses": responses}
 
 
 def _check_text(row: dict, where: str) -> None:
@@ -369,6 +363,9 @@ def check_row(row: dict, where: str, layout: Layout = LAYOUTS["ranked"]) -> List
         with naming(where):
             refuse_lost_question(whole)
     found = layout.read(row, where)
+    if set(PAIR) <= set(layout.fields):
+        with naming(where):
+            found = {**found, "rewards": ordered_scores(whole) or [0, -1]}
     if not layout.names:
         found = {**found, "sources": [f"given_{place + 1}" for place in range(len(found["rewards"]))]}
     if isinstance(found.get("responses"), list):

@@ -131,7 +131,7 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
         if "rewards" in record and "rewards" not in found and PAIR[0] not in found:
             # Made-up rewards beside those of other rows would have another scale.
             raise InputError("`rewards` is null", remedy="give a number for each response, or take the column out")
-        scores = ordered_scores(found) if PAIR[0] in found else None
+        scores = ordered_scores(record) if PAIR[0] in found else None
         given = {
             "rewards": scores or [-float(place) for place in range(len(responses))],
             "truncated": [False] * len(responses),

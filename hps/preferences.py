@@ -277,8 +277,19 @@ def pair_scores(record: Mapping) -> list[float] | None:
 
 
 def ordered_scores(record: Mapping) -> list[float] | None:
-    """`pair_scores` of a row that is to be trained on. InputError: as there, or the rejected one is higher."""
+    """`pair_scores` of a row that is to be trained on.
+
+    Args:
+        record: with the columns that are null in it. They have numbers in other rows, and the 0 and -1 of a pair
+            without scores would have another scale.
+
+    Raises:
+        InputError: as there, the rejected one is higher, or the scores are null.
+    """
     scores = pair_scores(record)
+    if scores is None and (null := [name for name in (*SCORE_COLUMNS, "rewards") if name in record]):
+        remedy = "give both responses a score, or take the column out"
+        raise InputError(f"`{null[0]}` is null", remedy=remedy)
     if scores and scores[0] < scores[1]:
         problem = f"`chosen` has the score {scores[0]:g} and `rejected` {scores[1]:g}"
         raise InputError(problem, remedy="correct the row, or take both scores out")

@@ -251,7 +251,7 @@ def host_lines(recipe: Recipe, processes: int) -> list[str]:
     """
     import torch
 
-    if torch.cuda.is_available() and read_onto_device(recipe):
+    if read_onto_device(recipe):
         return []
     config, _ = architecture(recipe)
     if config is None:

@@ -110,11 +110,6 @@ FORMS = {
         [{"prompt": TEA, "chosen": "A drink.", "rejected": "A car.", "chosen_rating": 5, "rejected_rating": 2.5}],
         [(TEA, PAIR["responses"], [5, 2.5])],
     ),
-    "scores of other rows": (
-        "pair",
-        [{"prompt": TEA, "chosen": "A drink.", "rejected": "A car.", "score_chosen": None, "score_rejected": None}],
-        [(TEA, PAIR["responses"], [0, -1])],
-    ),
     "hh-rlhf": (
         "pair",
         [
@@ -328,6 +323,10 @@ def changed(form: str, **changes) -> tuple[dict, str]:
         (changed("ultrafeedback-binarized", score_chosen=1), "`chosen` has the score 1 and `rejected` 3"),
         (changed("ultrafeedback-binarized", score_chosen="high"), r'`score_chosen` is "high"'),
         (changed("ultrafeedback-binarized", score_rejected=None), "`score_rejected` is null; give both a number"),
+        (
+            changed("ultrafeedback-binarized", score_chosen=None, score_rejected=None),
+            "`score_chosen` is null; give both responses a score, or take the column out",
+        ),
         (changed("ultrafeedback-binarized", score_chosen=10**400), "`score_chosen` is 1000"),
         (changed("released", rewards=[10**400, 1]), r"`rewards\[0\]` is 1000"),
         (changed("hh-rlhf", rejected="\n\nHuman: Milk?\n\nAssistant: No."), "transcripts do not share the prompt"),

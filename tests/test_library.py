@@ -184,6 +184,7 @@ def test_pairs_of_trl(tokenizer, scores):
             ({"prompt": QUESTION, "chosen": "A", "rejected": "B", "score_chosen": a, "score_rejected": b}, message)
             for a, b, message in [
                 (3, None, "row 3: `score_rejected` is null; give both a number within 1.7e+38, or take both out"),
+                (None, None, "row 3: `score_chosen` is null; give both responses a score, or take the column out"),
                 (math.nan, 1, "row 3: `score_chosen` is NaN; give both a number"),
                 (10**400, 1, "row 3: `score_chosen` is 1000"),
                 (True, False, "row 3: `score_chosen` is true; give both a number"),

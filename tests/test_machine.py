@@ -273,12 +273,11 @@ def test_bytes_of_a_run_by_hand(monkeypatch):
     few = load_recipe("configs/quickstart.yaml", ["evaluation.checkpoints=0", "lora.enabled=false"])
     ids = 60 * few.schedule.epochs * 2 * few.schedule.max_length * 8  # pairs, 8 bytes an id
     assert preflight.bytes_written("run", few) == 16 * 3 * 3 + 2 * 10 + ids
-    (line,) = preflight.host_lines(recipe, 8)
-    assert line.startswith("host memory, 8 process(es) that load: under 0.1 GB, ")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert preflight.host_lines(recipe, 8) == []  # under LoRA each process reads the files onto its card
+    assert preflight.host_lines(recipe, 8) == []  # under LoRA each process reads the files onto its device
     third = load_recipe("configs/hh_rlhf.yaml", ["training.deepspeed=configs/deepspeed/zero3.json"])
-    assert all(preflight.host_lines(each, 8) for each in (whole, third))
+    for each in (whole, third):
+        (line,) = preflight.host_lines(each, 8)
+        assert line.startswith("host memory, 8 process(es) that load: under 0.1 GB, ")
 
 
 def test_bytes_of_texts_by_hand():
