@@ -36,13 +36,13 @@ from typing import Any
 from annotation.layouts import LAYOUTS, Layout, Listed, check_row, layout_of, unread
 from hps.chat import encode, inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, run_main
-from pipeline.files import file_hash, json_line, value_hash, write_lines
+from pipeline.files import REPEATED, file_hash, json_line, value_hash, write_lines
+from pipeline.hub import asking, commit_of
 from pipeline.identity import model_hash
 from pipeline.recipe import SPLITS, Model, Recipe, load_recipe, split_arguments
 from pipeline.records import WITHOUT_NOISE, check_ranked, read_json, read_rows
 from pipeline.responses import candidates, distinct, rank
 from pipeline.stage import CLAIM, MANIFEST, Work, claim, hold, is_finished
-from tools.hub import asking, commit_of
 
 Rows = Iterable[tuple[str, dict]]  # `path:line: row N` or `data: row N`, and the row
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -133,7 +133,7 @@ def rank_row(row: Listed, tokenizer: Any, refuse: bool = False) -> tuple[dict, l
 
 
 PROMPTS, RESPONSES = "prompts with special tokens, kept", "responses with special tokens, kept"
-REPEATED = "repeated prompts, kept under another name"
+RENAMED = "repeated prompts, kept under another name"
 REFUSED = "fewer than two distinct responses"
 Finish = Callable[[Listed, str, Counter], tuple[dict | None, list[dict]]]
 
@@ -224,14 +224,14 @@ class Seen:
         name = row["prompt_id"]
         first = self._places.setdefault(name, where)
         if self._layout.names:
-            return (row, []) if first == where else (None, [_refused(row, where, "repeated prompt", first=first)])
+            return (row, []) if first == where else (None, [_refused(row, where, REPEATED, first=first)])
         rows, key = self._rows.setdefault(name, set()), value_hash([row["responses"], row["rewards"]])
         if key in rows:
             return None, [_refused(row, where, "repeated row", first=first)]
         rows.add(key)
         if len(rows) == 1:
             return row, []
-        counts.update([REPEATED])
+        counts.update([RENAMED])
         return {**row, "prompt_id": f"{name}-{len(rows)}"}, []
 
 
@@ -258,7 +258,7 @@ def import_prompts(rows: Rows, target: Path, layout: Layout, skip: bool = False)
     def finish(row: Listed, where: str, counts: Counter) -> tuple[dict | None, list[dict]]:
         name = value_hash(row["prompt"])
         if name in seen:
-            return None, [_refused(row, where, "repeated prompt")]
+            return None, [_refused(row, where, REPEATED)]
         record, lines = prompt_of(row, where, counts)
         seen.update([name] if record else [])
         return record, lines

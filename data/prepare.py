@@ -30,8 +30,8 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from annotation.layouts import Rejected, turns
 from hps.errors import InputError, run_main, shorten
 from pipeline.files import file_hash, json_line, write_atomic, write_json
+from pipeline.hub import COMMIT, asking, commit_of, write_revisions
 from pipeline.records import ROLES, canonical, prompt_id, read_values, refusal, typed
-from tools.hub import COMMIT, asking, commit_of, write_revisions
 
 DATA = Path(__file__).resolve().parent
 SOURCES = DATA / "sources.yaml"

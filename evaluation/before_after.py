@@ -7,7 +7,7 @@ Reads   `answers/test.jsonl`, `scores/scores.jsonl` and, if the reward model sco
 from evaluation.metrics import Answered
 from pipeline.recipe import Recipe
 from pipeline.run_records import SCORES
-from pipeline.stage import MANIFEST
+from pipeline.stage import is_finished
 
 SIDES = ("before", "after")
 
@@ -25,7 +25,7 @@ class BeforeAfter:
         self._proxies = {
             side: Answered(folder, "reward")
             for side, folder in folders.items()
-            if (folder / SCORES["reward"] / MANIFEST).exists()
+            if is_finished(folder / SCORES["reward"])
         }
         before, after = (self._answered[side].answers for side in SIDES)
         self.prompts = [name for name in after if name in before]

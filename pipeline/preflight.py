@@ -35,6 +35,8 @@ from hps.settings import rule_without_gamma, stages_without_steps
 from pipeline import models
 from pipeline.cli import parse
 from pipeline.functions import FunctionScorer, announce, located, shown
+from pipeline.hub import REFUSALS as HUB_REFUSALS
+from pipeline.hub import hub_bytes
 from pipeline.identity import check_model
 from pipeline.machine import (
     NEED_COMPILER,
@@ -52,8 +54,6 @@ from pipeline.records import read_ranked
 from pipeline.rounds import require_start
 from pipeline.stage import require_finished
 from pipeline.workers import accumulation_steps, check_gpus, check_meeting_point, node_count, process_count
-from tools.hub import REFUSALS as HUB_REFUSALS
-from tools.hub import hub_bytes
 
 USAGE = "python -m pipeline.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
 STAGES = {"gene": ("generator", "reward"), "run": ("policy",), "evaluate": ("policy", "evaluator")}

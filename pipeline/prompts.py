@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hps.errors import InputError
 from hps.records import Prompt
+from pipeline.files import REPEATED
 from pipeline.recipe import Recipe
 from pipeline.records import Indexed, check_prompt, prompt_id, read_jsonl, unread_fields
 
@@ -30,7 +31,7 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed[Prompt], list[dict
     prompts = Indexed(settings.path, check, settings.limit)
     if not prompts:
         raise InputError("the file has no prompts", where=settings.path, remedy=f"correct `data.{split}.path`")
-    repeated = [{"prompt_id": n, "reason": "repeated prompt", "place": place} for place, n in prompts.repeated]
+    repeated = [{"prompt_id": n, "reason": REPEATED, "place": place} for place, n in prompts.repeated]
     return prompts, repeated
 
 

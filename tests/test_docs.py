@@ -1,6 +1,7 @@
 """The documents: links and files that they name exist, the README stays short and shows a command at once."""
 
 import re
+import tomllib
 from importlib.util import find_spec
 
 import pytest
@@ -69,3 +70,8 @@ def test_the_readme_is_short_and_begins_with_a_command():
     lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 180
     assert "bash quickstart.sh" in "\n".join(lines[:25])
+
+
+def test_the_citation_names_this_version():
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"version: {version}" in (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8").splitlines()

@@ -25,10 +25,10 @@ from hps.errors import InputError
 from pipeline import machine, preflight
 from pipeline.actors import TAIL, log_tail
 from pipeline.cli import run_stage
+from pipeline.hub import hub_bytes
 from pipeline.preflight import STAGES, machine_lines
 from pipeline.recipe import Model, load_recipe
 from pipeline.workers import check_meeting_point
-from tools.hub import hub_bytes
 
 
 @pytest.fixture

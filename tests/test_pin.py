@@ -15,9 +15,9 @@ from conftest import REPOSITORY
 from huggingface_hub import errors
 
 from hps.errors import InputError
+from pipeline.hub import write_revisions
 from pipeline.recipe import load_recipe
 from tools import pin, prefetch
-from tools.hub import write_revisions
 
 RECIPES = [REPOSITORY / "configs" / f"{name}.yaml" for name in ("quickstart", "hh_rlhf", "pku_safe")]
 A, B, C = "a" * 40, "b" * 40, "1" * 40

@@ -14,9 +14,9 @@ from pathlib import Path
 import yaml
 
 from hps.errors import run_main
+from pipeline.hub import COMMIT, commit_of, write_revisions
 from pipeline.identity import check_model
 from pipeline.recipe import DEFAULT_RECIPE, Model, Recipe, load_recipe
-from tools.hub import COMMIT, commit_of, write_revisions
 
 
 def roles(recipe: Recipe) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from hps.errors import InputError, run_main
 from pipeline.cli import parse
+from pipeline.hub import asking
 from pipeline.recipe import Model, Recipe
 from pipeline.weights import INDEX, check_index
-from tools.hub import asking
 from tools.pin import hub_models, named, roles
 
 # A pickle runs code when it is loaded: .bin, .pt and .pth stay on the hub.
