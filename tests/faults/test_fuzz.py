@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import make_plan
 from faults.fuzz_records import FORMATS, fuzz
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_losses import FAMILIES, METHODS, brute_force_pair, loss_of, one_hot
 from torch.nn.functional import pad
@@ -131,9 +131,13 @@ def test_any_bytes_give_records_or_a_clear_error(path, read, data):
 
 
 @examples(150)
+@example(
+    data=b"".join(b'{"prompt": [{"role": "user", "content": "%d"}], "prompt_id": "a"}\n' % n for n in (1, 2)) + b"-"
+)
 @given(data=damaged_lines)
 def test_any_bytes_are_indexed_or_give_the_error_of_the_stream(path, data):
-    """By its name a record is what the stream gives; only two prompts of one name are an error of the index alone."""
+    """By its name a record is what the stream gives; only two prompts of one name are an error of the index alone. The
+    error that is named comes first in the file."""
     path.write_bytes(data)
 
     def outcome(function):
@@ -142,14 +146,16 @@ def test_any_bytes_are_indexed_or_give_the_error_of_the_stream(path, data):
         except InputError as error:
             return None, str(error)
 
+    def line(error: str) -> int:
+        return int(error.removeprefix(f"{path}:").partition(":")[0])
+
     stream, expected = outcome(lambda: [record for _, record in read_prompts(path)])
     found, error = outcome(lambda: Indexed(path, check_prompt))
-    if stream is None:
-        assert error == expected
-    elif error is None:
+    if error is None:
         assert {name: found[name] for name in found} == {record["prompt_id"]: record for record in reversed(stream)}
-    else:
+    elif error != expected:
         assert "names two different prompts" in error
+        assert expected is None or line(error) < line(expected)
 
 
 @examples(100)
