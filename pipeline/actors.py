@@ -62,12 +62,21 @@ def held_interrupts() -> Generator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def see_exit_codes() -> None:
+    """Let this process see how its programs end.
+
+    Under `SUBREAPER` Ray ignores SIGCHLD in actors and in the driver, and children inherit that: a compiler that fails
+    would report success.
+    """
+    if threading.current_thread() is threading.main_thread():  # others may not set it
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 class Actor:
     """Runs in its own process: a worker, fed by `put`, answering through `results`."""
 
     def __init__(self, worker: type, arguments: dict):
-        # `SUBREAPER` ignores it, and children inherit that: a compiler that fails would report success.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        see_exit_codes()
         self._worker, self._arguments = worker, arguments
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._open = 0
@@ -325,6 +334,7 @@ def connect(workers: int = 1, cluster: bool = True):
             problem = f"no Ray cluster can be reached ({error})"
             remedy = "check the address; a cluster with tokens, Ray's default, also needs RAY_AUTH_MODE=token here"
             raise InputError(problem, where=f"RAY_ADDRESS={address}", remedy=remedy) from None
+    see_exit_codes()
     return ray
 
 

@@ -109,9 +109,11 @@ def test_several_devices_without_ray_are_one_line(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.infer
-def test_a_program_that_fails_in_an_actor_is_seen(ray):
-    """vLLM compiles kernels there, and Ray's subreaper hides exit codes."""
+def test_a_program_that_fails_is_seen(ray):
+    """In actors, where vLLM compiles kernels, and in the driver: Ray's subreaper hides exit codes."""
+    assert subprocess.run(["false"], check=False).returncode == 0  # hidden
     assert run(2, at_13="compiles") == DOUBLED
+    assert subprocess.run(["false"], check=False).returncode == 1
 
 
 @pytest.mark.slow
