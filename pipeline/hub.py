@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ RESTRICTED, UNKNOWN = REFUSALS = ("access is restricted", "the hub has no such")
 
 
 @contextmanager
-def asking(kind: Literal["model", "dataset"], where: str, otherwise: str = "") -> Iterator[None]:
+def asking(kind: Literal["model", "dataset"], where: str, otherwise: str = "") -> Generator[None]:
     """Turn huggingface_hub's errors (a bad name, a refusal, no connection) into an InputError.
 
     Args:
@@ -119,9 +119,9 @@ def write_revisions(path: str | Path, commits: dict[tuple[str, ...], str]) -> No
     for keys, commit in commits.items():
         node, value = root, expected
         for key in keys:
-            node, value = _entry(node, key), value[key]
-            if node is None:
-                raise unsafe
+            node, value = _entry(node, key) if isinstance(node, yaml.MappingNode) else None, value[key]
+        if not isinstance(node, yaml.MappingNode):
+            raise unsafe
         value["revision"] = commit
         edits.add(_edit(node, commit, "\r\n" if "\r\n" in text else "\n"))
     for start, end, new in sorted(edits, reverse=True):
