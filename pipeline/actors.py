@@ -66,7 +66,8 @@ def see_exit_codes() -> None:
     """Let this process see how its programs end.
 
     Under `SUBREAPER` Ray ignores SIGCHLD in actors and in the driver, and children inherit that: a compiler that fails
-    would report success.
+    would report success. The price: what a dead actor leaves may stay a zombie, which holds nothing, until the driver
+    ends.
     """
     if threading.current_thread() is threading.main_thread():  # others may not set it
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
