@@ -249,8 +249,6 @@ def host_lines(recipe: Recipe, processes: int) -> list[str]:
 
     Without LoRA the reference is a second model. None where the files are read onto the cards.
     """
-    import torch
-
     if read_onto_device(recipe):
         return []
     config, _ = architecture(recipe)
@@ -260,9 +258,8 @@ def host_lines(recipe: Recipe, processes: int) -> list[str]:
         weights, _ = count_weights(config, recipe)
     except ValueError:  # `memory_lines` says why
         return []
-    bf16 = recipe.lora.enabled and (recipe.training.deepspeed or torch.cuda.is_available())
     copies = 2 if not recipe.lora.enabled and FAMILIES[recipe.loss.family].reference else 1
-    each = copies * (2 if bf16 else 4) * weights
+    each = copies * (2 if recipe.lora.enabled else 4) * weights  # with LoRA under ZeRO-3 in bf16, otherwise in fp32
     here = processes // node_count()
     return [room_line(f"host memory, {here} process(es) that load", here * each, free_memory(), "here")]
 
