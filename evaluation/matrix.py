@@ -18,7 +18,8 @@ from pipeline.recipe import REPOSITORY, Recipe, as_dict, fields, get, load_recip
 
 MATRIX = "configs/matrix.yaml"
 PILOT = "pilot"  # the table of the runs that choose the learning rates
-UNNAMED = ("output", "ranking", "round", "data.train.path")  # not in the name of a run: other folders tell them apart
+# Not in the name of a run: other folders tell them apart.
+UNNAMED = ("output", "ranking", "round", "data.train.path", "evaluation.checkpoints", "evaluation.samples_along")
 
 
 @dataclass
