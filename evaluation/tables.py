@@ -7,7 +7,7 @@ evaluation.reproduce writes the files.
 from pathlib import Path
 from typing import Any
 
-from evaluation.cells import SFT, Cell, against, cell_figures, same_prompts, spread, without_changes
+from evaluation.cells import FINAL, SFT, Cell, against, cell_figures, same_prompts, spread, without_changes
 from evaluation.frontiers import along, at_one_kl, compare, displaced, win_rates
 from evaluation.matrix import load_matrix, method_name, select
 from evaluation.paper import length_term_flags, paper_rows, paper_wins, percentage_flags
@@ -146,7 +146,7 @@ def cells_of(table: str, results: Results, on: str) -> list[Cell]:
     """
     before = next((result for evaluation, result in results if result and evaluation.sft and evaluation.on == on), None)
     grouped: dict[str, Cell] = {}
-    for evaluation, result in results:
+    for evaluation, result in from_first_round(results):
         if result is not None and evaluation.on == on:
             if not evaluation.sft:
                 result = against(result, before) if before else without_changes(result)
@@ -154,6 +154,31 @@ def cells_of(table: str, results: Results, on: str) -> list[Cell]:
             differs = () if evaluation.sft else traits(table, evaluation.recipe)
             grouped.setdefault(name, Cell(name, [], traits=differs)).results.append(result)
     return list(grouped.values())
+
+
+def from_first_round(results: Results) -> Results:
+    """The results, with the ends of the rounds before as the first points of a later round's curves.
+
+    A later round starts where the one before ended, and KL and rewards are from the first policy in every round. Pairs
+    have such points where they are the same in every round: no responses to the test prompts are sampled.
+    """
+    found = {each.recipe.evaluated_folder(): result for each, result in results if result and not each.sft}
+
+    def continued(evaluation: Evaluated, result: dict) -> dict:
+        before = None if evaluation.sft else evaluation.recipe.before()
+        while before and (earlier := found.get(before.evaluated_folder())):
+            name = f"round {before.round}"
+            answers = {name: earlier["answers"][FINAL], **result["answers"]}
+            pairs = result["pairs"]
+            if before.data.test.responses == 0:
+                pairs = {
+                    kind: {**own, "points": {name: earlier["pairs"][kind]["points"][FINAL], **own["points"]}}
+                    for kind, own in pairs.items()
+                }
+            result, before = {**result, "answers": answers, "pairs": pairs}, before.before()
+        return result
+
+    return [(evaluation, result and continued(evaluation, result)) for evaluation, result in results]
 
 
 def papers_row(cell: Cell, scale: str, rows: dict[str, dict]) -> dict:

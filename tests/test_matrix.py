@@ -132,7 +132,7 @@ def test_lists_of_equal_compute():
 
 
 def test_rounds_against_one_round_of_as_many_samples_and_steps():
-    """24 responses to each of 96 prompts and 72 steps, in three rounds or at once."""
+    """24 responses to each of 32 prompts and 24 steps, in three rounds or at once."""
     runs = runs_of("rounds", "testbed")
     assert {method_name(run.recipe) for run in runs} == {"DPO-PL", "DPO-BT", "DPO-HPS"}
     sizes = {}
@@ -144,8 +144,8 @@ def test_rounds_against_one_round_of_as_many_samples_and_steps():
         assert 4 not in run.tables  # whose training answers are in the repository
     assert len(sizes) == 18
     for (_, _, output), found in sizes.items():
-        rounds = [(1, 8, 24), (2, 8, 24), (3, 8, 24)]
-        assert found == ([(1, 24, 72)] if output == "runs/reviews_24" else rounds)
+        rounds = [(1, 8, 8), (2, 8, 8), (3, 8, 8)]
+        assert found == ([(1, 24, 24)] if output == "runs/reviews_24" else rounds)
     (label,) = {traits("rounds", run.recipe)[1] for run in runs if run.recipe.output == "runs/reviews_24"}
     assert label in AGAINST  # every round is compared with it
 

@@ -171,6 +171,23 @@ def test_rows_on_different_prompts_are_left_out(files):
     assert problem.startswith("its answers differ from the first row's in 1 prompts, e.g. d; delete")
 
 
+def test_a_later_round_begins_where_the_one_before_ended(files):
+    """KL 2 and margin 3 at the end of every round: the third has two points before its own."""
+    name = "dpo-bt-limit32-responses8"
+    places = {name: 1, f"{name}-round-2": 2, f"{name}-round-3": 3}
+    runs = {places[each.name]: each for each in tables.needed("rounds", "testbed") if each.name in places}
+    found = [(runs[number], result()) for number in (1, 2, 3)]
+    (_, first), (_, second), (_, third) = tables.from_first_round(found)
+    assert list(first["answers"]) == list(first["pairs"]["written"]["points"]) == ["3", "final"]
+    assert list(second["answers"]) == ["round 1", "3", "final"]
+    for columns in (third["answers"], third["pairs"]["written"]["points"], third["pairs"]["ranked"]["points"]):
+        assert list(columns) == ["round 1", "round 2", "3", "final"]
+        assert columns["round 1"] == columns["round 2"] == columns["final"] != columns["3"]
+    assert tables.from_first_round([(runs[1], None), (runs[2], result())])[1][1] == result()  # the first is missing
+    part = json.loads(files("rounds", "testbed", found)["json"].read_text())["parts"][0]
+    assert len(part["rows"]) == 3
+
+
 # ---- the paper's scale ----
 
 
