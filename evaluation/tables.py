@@ -102,7 +102,7 @@ def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
         "negatives": (rule(recipe, gamma),),
         "noise": (f"noise {recipe.annotation.noise:g}", gamma if loss.preference == "hps" else method),
         "list_size": (f"{method}, list of {loss.list_size or 'all'}" if loss.takes_lists else method,),
-        "methods": (method, *options(recipe)),
+        "methods": (", ".join([method, *options(recipe)]),),
         "proxy": (method, f"ranked by {ranked}"),
         "rounds": (
             method,
@@ -120,6 +120,7 @@ def options(recipe: Recipe) -> list[str]:
         "S-DPO": loss.preference == "hps" and loss.estimator == "exact" and loss.factor_n,
         f"{'rDPO' if loss.smoothing == 'rdpo' else 'cDPO'} {loss.label_smoothing:g}": loss.label_smoothing,
         f"NLL {loss.nll:g}": loss.nll,
+        f"per token, beta {loss.beta:g}": loss.dpo_per_token,
     }
     return [name for name, given in found.items() if given]
 

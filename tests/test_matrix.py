@@ -69,10 +69,10 @@ def test_trainings_of_the_testbed():
 
     pilot 10 methods x 3 rates; part 1 3 x 5 seeds; gamma 4 more settings, negatives 2, noise 2, N 1, of 5 seeds each;
     12 methods x 2; n 2, beta 2 and the reward 1 more, of 2 methods and 3 seeds each; list size 5 x 3; chats 3 x 2;
-    three rounds and one round of their size, 3 methods x 3 seeds; 7 methods that the paper does not have.
+    three rounds and one round of their size, 3 methods x 3 seeds; 10 methods that the paper does not have.
     """
     runs = expand(load_matrix("testbed"))
-    assert len(runs) == 30 + 15 + (20 + 10 + 10 + 5) + 24 + (12 + 12 + 6) + 15 + 6 + 36 + 7
+    assert len(runs) == 30 + 15 + (20 + 10 + 10 + 5) + 24 + (12 + 12 + 6) + 15 + 6 + 36 + 10
     folders = [run.recipe.run_folder() for run in runs]
     assert len(set(folders)) == len(folders)
     for table in ("gamma", "negatives", "noise", "factor_n"):

@@ -171,6 +171,16 @@ def test_rows_on_different_prompts_are_left_out(files):
     assert problem.startswith("its answers differ from the first row's in 1 prompts, e.g. d; delete")
 
 
+@pytest.mark.parametrize("table", [name for name in tables.TITLES if name not in ("4", "ablation")])
+def test_files_of_every_table_of_the_testbed(files, table):
+    """All rows are there, and their rewards are compared: every row has a partner."""
+    found = [(evaluation, result(evaluation.recipe.seed)) for evaluation in tables.needed(table, "testbed")]
+    for part in json.loads(files(table, "testbed", found)["json"].read_text())["parts"]:
+        labels = {row["label"] for row in part["rows"]} - {"SFT"}
+        compared = {name for each in part["compared"] for name in each["label"].split(" minus ")}
+        assert labels == compared and len(labels) > 1
+
+
 def test_a_later_round_begins_where_the_one_before_ended(files):
     """KL 2 and margin 3 at the end of every round: the third has two points before its own."""
     name = "dpo-bt-limit32-responses8"
