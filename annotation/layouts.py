@@ -59,8 +59,8 @@ class Turn(TypedDict):
 
 def ranked(row: dict, where: str) -> dict:
     """`prompt` is chat messages, a text, or, in the released files, a string of a chat template."""
-    if isinstance(row.get("prompt"), str):
-        row = {**row, "prompt": parse_prompt(row["prompt"], where)}
+    if "prompt" in row:
+        row = {**row, "prompt": _asked(row["prompt"], where)}
     if isinstance(row.get("responses"), list):
         row = {"sources": ["generated"] * len(row["responses"]), **row}
     return row

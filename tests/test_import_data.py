@@ -214,7 +214,7 @@ def test_a_system_turn_behind_another_is_refused():
         ({"rewards": None}, "`rewards` is missing"),
         ({"responses": [1]}, r"`responses\[0\]` is 1"),
         ({"sources": ["generated"]}, "4 `responses` but 1 `sources`"),
-        ({"prompt": "no template"}, "neither chat messages"),
+        ({"prompt": "[INST] What is tea? [/INST]"}, "neither chat messages"),
         ({"prompt": PROMPT.replace("user", "tool")}, r"`prompt\[0\].role` is \"tool\""),
         ({"prompt": MESSAGES[:3]}, "should end with the user's turn, not the assistant's"),
         ({"prompt": None}, "`prompt` is missing"),

@@ -273,15 +273,23 @@ def test_rows_of_any_order_get_the_layout_of_the_more_particular_fields():
         layout_of({"question": "?", "answer": "!", "chosen": None}, "f:1")
 
 
-def test_a_text_is_a_message_of_the_user():
-    found = check_row({"prompt": " What is tea?\n", "responses": ["a", "b"]}, "f:1", LAYOUTS["ordered"])
-    assert found["prompt"] == TEA and found["sources"] == ["given_1", "given_2"]
+GIVEN = {
+    "ranked": {"responses": ["a", "b"], "rewards": [1, 0]},
+    "pair": {"chosen": "a", "rejected": "b"},
+    "ordered": {"responses": ["a", "b"]},
+}
 
 
-@pytest.mark.parametrize("layout", ["pair", "ordered"])
-def test_a_templated_text_becomes_its_turns_in_every_layout(layout):
-    """As in the layout `ranked`; another template's is refused."""
-    given = {"chosen": "a", "rejected": "b"} if layout == "pair" else {"responses": ["a", "b"]}
+@pytest.mark.parametrize(("layout", "given"), GIVEN.items())
+def test_a_text_is_a_message_of_the_user(layout, given):
+    found = check_row({"prompt": " What is tea?\n", **given}, "f:1", LAYOUTS[layout])
+    assert found["prompt"] == TEA and found["responses"] == ["a", "b"]
+    assert found["sources"] == (["generated"] * 2 if layout == "ranked" else ["given_1", "given_2"])
+
+
+@pytest.mark.parametrize(("layout", "given"), GIVEN.items())
+def test_a_templated_text_becomes_its_turns_in_every_layout(layout, given):
+    """Another template's than those that are known is refused."""
     text = "<|im_start|>user\nWhat is tea?<|im_end|>\n<|im_start|>assistant\n"
     assert check_row({"prompt": text, **given}, "f:1", LAYOUTS[layout])["prompt"] == TEA
     with pytest.raises(InputError, match="f:1: `prompt` is neither chat messages nor a string of Llama-3's template"):
