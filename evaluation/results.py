@@ -53,6 +53,7 @@ NO_FIGURE = {**OF_DEVICES, "generation": {*OF_DEVICES["generation"], "enforce_ea
 RANKED_BY = ("output=", "ranking=", "data.", "generation.", "annotation.", "models.generator", "models.reward")
 JUDGE = ("answers", "repeats", "max_new_tokens", "max_prompt_tokens", "temperature")  # settings of Table 4's judge
 NEW = ("noise", "proxy", "samples_along")  # of annotation and evaluation: not in a key while they are off
+ALONG = ("checkpoints", "samples_along")  # of evaluation: the model before training has no points along a training
 
 
 @dataclass
@@ -111,7 +112,7 @@ def result_key(recipe: Recipe, sft: bool = False) -> dict:
         **{name: _that_count(recipe, name) for name in ("generation", "evaluation")},
     }
     if sft:
-        return key
+        return {**key, "evaluation": {name: value for name, value in key["evaluation"].items() if name not in ALONG}}
     rounds = recipe.schedule.model_dump(include=OF_ROUNDS - {"rounds"})
     return {
         **key,
