@@ -102,7 +102,7 @@ def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
         "negatives": (rule(recipe, gamma),),
         "noise": (f"noise {recipe.annotation.noise:g}", gamma if loss.preference == "hps" else method),
         "list_size": (f"{method}, list of {loss.list_size or 'all'}" if loss.takes_lists else method,),
-        "methods": (", ".join([method, *options(recipe)]),),
+        "methods": (", ".join(options(recipe)),),
         "proxy": (method, f"ranked by {ranked}"),
         "rounds": (
             method,
@@ -114,10 +114,11 @@ def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
 
 
 def options(recipe: Recipe) -> list[str]:
-    """The options of a run's loss, by the names that people know."""
+    """A run's method and the options of its loss, by the names that people know."""
     loss = recipe.loss
+    s_dpo = loss.preference == "hps" and loss.estimator == "exact" and loss.factor_n
     found = {
-        "S-DPO": loss.preference == "hps" and loss.estimator == "exact" and loss.factor_n,
+        "S-DPO" if s_dpo else method_name(recipe): True,
         f"{'rDPO' if loss.smoothing == 'rdpo' else 'cDPO'} {loss.label_smoothing:g}": loss.label_smoothing,
         f"NLL {loss.nll:g}": loss.nll,
         f"per token, beta {loss.beta:g}": loss.dpo_per_token,

@@ -217,16 +217,23 @@ def frontier(axis: Axes, title: str, lines: Mapping[str, Points], up: str) -> No
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-MOST_LINES = 8  # of a panel; more rows are divided by family
+MOST_LINES = 8  # of a panel
 TICKS = (0.1, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 
 
 def frontier_panels(rows: list[dict]) -> list[tuple[str, list[str]]]:
-    """Panels of a reward frontier, a title and the labels shown in it: one for few rows, else one a first trait."""
+    """Panels of a reward frontier, a title and the labels shown in it: one for few rows, else one a first trait.
+
+    Where no two rows share that, each panel shows the next few.
+    """
     moved = [row for row in rows if row["along"]]
+    labels = [row["label"] for row in moved]
     if len(moved) <= MOST_LINES:
-        return [("", [row["label"] for row in moved])]
+        return [("", labels)]
     names = dict.fromkeys(row["traits"][0] for row in moved)
+    if len(names) == len(moved):
+        parts = [labels[start : start + MOST_LINES] for start in range(0, len(labels), MOST_LINES)]
+        return [(f"{part[0]} to {part[-1]}", part) for part in parts]
     return [(name, [row["label"] for row in moved if row["traits"][0] == name]) for name in names]
 
 

@@ -26,7 +26,17 @@ from report.draws import Draws
 from report.explore import explorer
 from report.origin import origin
 from report.page import HERE, counted, cut_texts, fitting, render, script_json
-from report.pictures import MOST_POINTS, MOST_STEPS, curve, forest, histogram, picture, scatter, thinned
+from report.pictures import (
+    MOST_POINTS,
+    MOST_STEPS,
+    curve,
+    forest,
+    frontier_panels,
+    histogram,
+    picture,
+    scatter,
+    thinned,
+)
 from report.run import report
 from report.table import page
 
@@ -576,6 +586,26 @@ def test_the_page_of_a_large_run_is_bounded(trained):
 
 
 # ---- tables ----
+
+
+@pytest.mark.parametrize(
+    ("traits", "panels"),
+    [
+        ([("DPO", str(place)) for place in range(8)], [("", range(8))]),
+        (
+            [(family, str(place)) for family in ("DPO", "EXO") for place in range(5)],
+            [("DPO", range(5)), ("EXO", range(5, 10))],
+        ),
+        ([(f"m{place}",) for place in range(10)], [("0 to 7", range(8)), ("8 to 9", range(8, 10))]),
+    ],
+    ids=["few", "families", "no two alike"],
+)
+def test_panels_of_a_frontier(traits, panels):
+    """A row that did not move is in none."""
+    rows = [{"label": str(place), "traits": each, "along": [1]} for place, each in enumerate(traits)]
+    still = {"label": "still", "traits": ["DPO"], "along": []}
+    assert frontier_panels([still, *rows]) == [(name, [str(place) for place in shown]) for name, shown in panels]
+
 
 # As written before there were answers in the results.
 PART = {"title": "x", "columns": ["kl"], "rows": [], "paired": [], "matched": {}, "frontier": {}}
