@@ -116,9 +116,8 @@ def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
 def options(recipe: Recipe) -> list[str]:
     """A run's method and the options of its loss, by the names that people know."""
     loss = recipe.loss
-    s_dpo = loss.preference == "hps" and loss.estimator == "exact" and loss.factor_n
     found = {
-        "S-DPO" if s_dpo else method_name(recipe): True,
+        "S-DPO" if loss.is_sdpo else method_name(recipe): True,
         f"{'rDPO' if loss.smoothing == 'rdpo' else 'cDPO'} {loss.label_smoothing:g}": loss.label_smoothing,
         f"NLL {loss.nll:g}": loss.nll,
         f"per token, beta {loss.beta:g}": loss.dpo_per_token,

@@ -55,6 +55,7 @@ class Family:
         order_alone: settings with which its list loss reads the order of the rewards and not their distances.
         temperature: the constant by which its list loss divides these rewards, if there is one.
         reward_scale: the constant by which its pair loss multiplies the difference of the rewards, if there is one.
+        source: the arXiv numbers of its papers, for the model card.
     """
 
     constants: dict[str, Constant] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class Family:
     order_alone: dict[str, str] = field(default_factory=dict)
     temperature: str | None = None
     reward_gap: bool = False
+    source: str = ""
     reward_scale: str | None = None
 
 
@@ -79,6 +81,7 @@ FAMILIES = {
         factor_n=True,
         in_paper=True,
         smoothing="label_smoothing",
+        source="2305.18290",
     ),
     "exo": Family(
         {
@@ -92,8 +95,13 @@ FAMILIES = {
         smoothing="exo_epsilon",
         list_of_rewards=True,
         temperature="exo_beta_r",
+        source="2402.00856",
     ),
-    "ipo": Family({"ipo_per_token": Constant(False, "ipo: log-ratios are averaged over tokens")}, in_paper=True),
+    "ipo": Family(
+        {"ipo_per_token": Constant(False, "ipo: log-ratios are averaged over tokens")},
+        in_paper=True,
+        source="2310.12036",
+    ),
     "sppo": Family(
         {
             "sppo_win": Constant(
@@ -103,12 +111,14 @@ FAMILIES = {
         in_paper=True,
         list_of_rewards=True,
         order_alone={"sppo_win": "hard"},
+        source="2405.00675",
     ),
     "nca": Family(
         {"nca_alpha": Constant(1.0, "nca, pl: temperature of the list's target", {"gt": 0}, preferences=("pl",))},
         in_paper=True,
         list_of_rewards=True,
         temperature="nca_alpha",
+        source="2402.05369",
     ),
     "simpo": Family(
         {
@@ -120,18 +130,21 @@ FAMILIES = {
         inside_log=True,
         factor_n=True,
         smoothing="label_smoothing",
+        source="2405.14734",
     ),
     "slic": Family(
         {"slic_delta": Constant(1.0, "slic: the margin at which a pair has no loss, in nats", {"gt": 0})},
         preferences=("bt", "hps", "pairs"),
         reference=False,
+        source="2305.10425",
     ),
-    "rebel": Family(preferences=("bt", "hps", "pairs"), reward_gap=True),
+    "rebel": Family(preferences=("bt", "hps", "pairs"), reward_gap=True, source="2404.16767"),
     "rpo": Family(
         {"rpo_eta": Constant(1.0, "rpo: scale of the annotated rewards", {"gt": 0})},
         preferences=("bt", "hps", "pairs"),
         reward_gap=True,
         reward_scale="rpo_eta",
+        source="2406.11704, 2502.00203",
     ),
 }
 

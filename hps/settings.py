@@ -53,6 +53,12 @@ class CommonLoss(Section):
         return self.preference == "hps" and self.negatives == "softmax"
 
     @property
+    def is_sdpo(self) -> bool:
+        """Whether this is S-DPO (arXiv 2406.09215): exact HPS with N and equal weights."""
+        given = self.family, self.preference, self.estimator, self.negatives
+        return given == ("dpo", "hps", "exact", "uniform") and self.factor_n
+
+    @property
     def takes_lists(self) -> bool:
         """Whether a step trains on lists of `list_size` responses."""
         return self.preference in LISTS

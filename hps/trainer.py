@@ -93,6 +93,20 @@ PAPER = {
 }
 
 
+def sources(loss: Loss) -> dict[str, str]:
+    """The papers of a loss, by what is theirs; arXiv numbers."""
+    found = {
+        loss.family.upper(): FAMILIES[loss.family].source,
+        "S-DPO": loss.is_sdpo and "2406.09215",
+        "HPS": loss.preference == "hps" and not loss.is_sdpo and PAPER["id"],
+        "LiPO-lambda": loss.preference == "lipo" and "2402.01878",
+        "rDPO": loss.label_smoothing and loss.smoothing == "rdpo" and "2403.00409",
+        "length normalisation": loss.dpo_per_token and "2411.15124",
+        "the NLL term": loss.nll and "2404.19733",
+    }
+    return {name: source for name, source in found.items() if source}
+
+
 def _method_fields() -> list[tuple[str, Any, Any]]:
     """The settings of loss and schedule as fields of a dataclass, but for those that the parent has."""
     parents = {each.name for each in fields(DPOConfig)} | OF_PARENT.keys()
@@ -333,8 +347,9 @@ class HPSTrainer(DPOTrainer):
         self.plan: Sequence[PlanRow] | None = None
         self.facts: dict[str, Any] | None = None
         self._has_heads = self._start_is_said = False
-        self._name = f"{self.loss.family}-{self.loss.preference}".upper()
-        self._paper = PAPER if self.loss.preference == "hps" and FAMILIES[self.loss.family].in_paper else {}
+        self._name = "S-DPO" if self.loss.is_sdpo else f"{self.loss.family}-{self.loss.preference}".upper()
+        ours = self.loss.preference == "hps" and FAMILIES[self.loss.family].in_paper and not self.loss.is_sdpo
+        self._paper = PAPER if ours else {}
         revision = (args.model_init_kwargs or {}).get("revision")
         if processing_class is None:
             name = model if isinstance(model, str) else model.config.name_or_path
@@ -639,7 +654,8 @@ class HPSTrainer(DPOTrainer):
         data = f"{len(self.rows)} rows"
         if self.facts:
             data = f"{self._data}; {plan_lines(self.facts, self.loss, self.schedule)[0]}"
-        return f"\n\n## Method\n\n| setting | value |\n|---|---|\n{table}\nData: {data}.\n"
+        papers = "".join(f"- {name}: arXiv {source}\n" for name, source in sources(self.loss).items())
+        return f"\n\n## Method\n\n{papers}\n| setting | value |\n|---|---|\n{table}\nData: {data}.\n"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Under ZeRO-1 and 2 an adapter alone, which every process holds whole; else as the parent does.

@@ -265,6 +265,10 @@ OPTIONS = [
     ("dpo", "bt", {"dpo_per_token": True}),
     ("dpo", "lipo", {"nll": 0.5}),
     ("rebel", "hps", {"estimator": "exact"}),
+    ("dpo", "hps", {"estimator": "exact", "factor_n": True, "negatives": "uniform"}),
+    ("dpo", "hps", {"negatives": "below_mean"}),
+    ("dpo", "bt", {"label_smoothing": 0.1}),
+    ("slic", "bt", {"nll": 0.5}),
 ]
 METHODS = [
     *(pytest.param(*each, {}, marks=[] if each in QUICK else pytest.mark.full) for each in methods()),
@@ -571,13 +575,38 @@ def test_what_goes_to_the_hub(tiny_model, tmp_path, monkeypatch):
     assert card.count("## Method") == 1 and "| `family` | dpo |" in card and "2502.14400" in card
 
 
+SDPO = {"estimator": "exact", "factor_n": True, "negatives": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "title", "papers"),
+    [
+        ({}, "DPO-HPS", ["DPO: arXiv 2305.18290", "HPS: arXiv 2502.14400"]),
+        (SDPO, "S-DPO", ["DPO: arXiv 2305.18290", "S-DPO: arXiv 2406.09215"]),
+        (
+            {"preference": "lipo", "nll": 0.5},
+            "DPO-LIPO",
+            ["DPO: arXiv 2305.18290", "LiPO-lambda: arXiv 2402.01878", "the NLL term: arXiv 2404.19733"],
+        ),
+        ({"family": "rebel", "preference": "bt"}, "REBEL-BT", ["REBEL: arXiv 2404.16767"]),
+    ],
+)
+def test_the_model_card_names_the_papers(tiny_model, tmp_path, settings, title, papers):
+    config = config_of(tmp_path, **settings)
+    trainer = HPSTrainer(str(tiny_model), args=config, train_dataset=as_dataset(ranked_records(8)), peft_config=LORA)
+    trainer.create_model_card(model_name="tea")
+    before, _, section = (tmp_path / "README.md").read_text().partition("## Method")
+    assert title in before and re.findall(r"^- (.*)", section, re.M) == papers
+    assert ("2502.14400" in before) == (title == "DPO-HPS")
+
+
 @pytest.mark.parametrize(("method", "credited"), [("dpo-hps", True), ("dpo-bt", False), ("simpo-hps", False)])
 def test_the_model_card_credits_the_paper_with_its_own_methods(tiny_model, tmp_path, method, credited):
     family, preference = method.split("-")
     config = config_of(tmp_path, family=family, preference=preference)
     trainer = HPSTrainer(str(tiny_model), args=config, train_dataset=as_dataset(ranked_records(8)), peft_config=LORA)
     trainer.create_model_card(model_name="tea")
-    assert ("2502.14400" in (tmp_path / "README.md").read_text()) == credited
+    assert ("2502.14400" in (tmp_path / "README.md").read_text().partition("## Method")[0]) == credited
 
 
 def test_what_a_script_cannot_have_is_refused(tiny_model, tmp_path):
