@@ -179,13 +179,14 @@ class Plan:
         order, self._fill = training_order(len(self.prompts), schedule, rng)
         self._rows, self._steps = len(order), len(order) // schedule.global_batch
         self._figures = defaultdict(lambda: defaultdict(lambda: array("d")))
-        self._equal = 0
+        self._equal = self._longest = 0
         for number, (epoch, index) in enumerate(order):
             step = number // schedule.global_batch
             stage = stage_of(step, self._steps, schedule.gamma_stages)
             name = self.prompts[index]
             record = self.records[name]
             listed, _ = training_list(record, self.loss, schedule, self.seed)
+            self._longest = max(self._longest, len(listed))
             row, figures = draw(record, listed, self.loss, schedule, self.gammas[stage], rng)
             if epoch == 0:
                 self._equal += len(equal_to(record, row["preferred"])) - 1
@@ -201,6 +202,7 @@ class Plan:
             "prompts": len(self.records),
             "left_out": self.left_out,
             "responses_equal_to_the_preferred": self._equal,
+            "longest_list": self._longest,
             "rows": self._rows,
             "rows_to_fill_the_last_step": self._fill,
             "steps": self._steps,
@@ -301,7 +303,9 @@ def plan_lines(facts: Mapping[str, Any], loss: Loss, schedule: Schedule) -> list
         f"{facts['steps']} steps of {facts['global_batch']} "
         f"({facts['rows_to_fill_the_last_step']} rows fill up the last step)"
     ]
-    if facts["gamma"] and (warning := stages_without_steps(facts["steps"], schedule)):
+    if facts["gamma"] and facts["longest_list"] == 2:
+        found.append("every prompt has one dispreferred response: hps is bt here, and gamma changes nothing")
+    elif facts["gamma"] and (warning := stages_without_steps(facts["steps"], schedule)):
         found.append(f"WARNING: {warning}")
     if rule := rule_without_gamma(loss):
         found.append(rule)

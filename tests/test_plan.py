@@ -15,7 +15,7 @@ from hps import planning
 from hps.errors import InputError
 from hps.methods import LISTS
 from hps.negatives import draws, gamma_stages, hardness_weights, negative_weights, stage_of, standardize
-from hps.planning import preferred_index, training_order
+from hps.planning import plan_lines, preferred_index, training_order
 from hps.settings import Loss, Schedule, stages_without_steps
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import check_ranked
@@ -598,6 +598,21 @@ def test_what_is_equal_to_the_preferred_response_is_not_dispreferred():
     assert facts["left_out"] == {"all responses are equal": 1} and facts["responses_equal_to_the_preferred"] == 1
     found = {row["prompt_id"]: row["dispreferred"] for row in rows}
     assert found == {"two": [2], "cut": [1, 2]}
+
+
+def test_a_plan_of_pairs_says_that_hps_is_bt():
+    """Instead of a warning that some gammas never come; a single longer list is enough for gamma to count."""
+    recipe = recipe_of("hps")
+    said = "every prompt has one dispreferred response: hps is bt here, and gamma changes nothing"
+    for records, wanted in (
+        ([record_of([1.0, 0.0])], True),
+        ([record_of([1.0, 0.0]), record_of([2.0, 1.0, 0.0], name="b")], False),
+    ):
+        _, facts = make_plan(records, recipe)
+        lines = plan_lines(facts, recipe.loss, recipe.schedule)
+        assert (said in lines) == wanted and any("gammas never come" in line for line in lines) != wanted
+    _, facts = make_plan([record_of([1.0, 0.0])], bt := recipe_of("bt"))
+    assert said not in plan_lines(facts, bt.loss, bt.schedule)
 
 
 @pytest.mark.parametrize(("family", "setting"), [("exo", "exo_beta_r"), ("nca", "nca_alpha")])
