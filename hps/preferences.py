@@ -12,6 +12,7 @@ Three kinds of rows, each read as its trainer reads it:
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -42,6 +43,7 @@ SCORES = tuple(
 )
 SCORE_COLUMNS = tuple(chain.from_iterable(SCORES))
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+HUB = re.compile(r"[\w.-]+/[\w.-]+")
 MESSAGES = TypeAdapter(Messages)
 CONVERT = "convert the file first (docs/formats.md, Data from elsewhere)"
 REMEDY = "give `prompt` with `chosen` and `rejected`, or with `responses` and `rewards` (docs/formats.md)"
@@ -73,6 +75,12 @@ class Row:
     texts: tuple[str, ...] = ()
     by_text: list[int] | None = None
     same_prompt: bool = True
+
+
+def on_hub(dataset: str) -> bool:
+    """Whether a data set is a name on the hub: `owner/name`, which is no path here and does not end as a file does."""
+    path = Path(dataset)
+    return not path.exists() and path.suffix not in (*BUILDERS, ".gz") and HUB.fullmatch(dataset) is not None
 
 
 def read_records(dataset: str, revision: str | None = None, split: str = "train") -> Iterator[tuple[str, dict]]:
@@ -108,6 +116,9 @@ def _loaded(dataset: str, revision: str | None, split: str) -> Iterator[tuple[st
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(dataset)
+    if not path.exists() and not on_hub(dataset):
+        remedy = "correct the path; a data set on the hub is `owner/name`"
+        raise InputError("No such file or directory", where=dataset, remedy=remedy)
     try:
         if path.is_file():
             suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix

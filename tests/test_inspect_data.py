@@ -5,6 +5,7 @@ import math
 from itertools import chain
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import ranked_records, tiny_config
@@ -16,7 +17,7 @@ from hps import inspect_data
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.errors import InputError
 from hps.first_step import as_pair, load_model, rates, start
-from hps.preferences import LABELLED, read_records, read_row
+from hps.preferences import LABELLED, on_hub, read_records, read_row
 
 PLACES = ("Ghent", "Lima", "Oslo", "Quito", "Riga", "Turku", "Bonn", "Cork")
 SHORT, LONG = "It is lovely.", "It is a town with old streets, and I would go there again."
@@ -395,11 +396,33 @@ def test_forms_of_a_data_set(tmp_path, write_lines, tokenizer):
     assert len(list(read_records(str(tmp_path / "splits"), split="test"))) == 1
 
 
-@pytest.mark.parametrize(("name", "words"), [("none", "no data set"), ("data.txt", "is no form of a data set")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none", "none: No such file or directory; correct the path; a data set on the hub is `owner/name`"),
+        ("folder", "folder: no data set that can be loaded there"),
+        ("data.txt", "is no form of a data set"),
+    ],
+)
 def test_a_data_set_that_cannot_be_loaded(tmp_path, name, words):
     (tmp_path / "data.txt").write_text("a")
+    (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=words):
         list(read_records(str(tmp_path / name)))
+
+
+def test_a_mistyped_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append(name) or [])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("nothing.jsonl", "data/nothing.jsonl", "nothing.json.gz", "data/a.parquet", "a/b/c", "nothing"):
+        with pytest.raises(InputError, match=f"{name}: No such file"):
+            list(read_records(name))
+    assert asked == []
+    assert list(read_records("owner/data-2.0")) == [] and asked == ["owner/data-2.0"]
+    (tmp_path / "owner" / "data-2.0").mkdir(parents=True)
+    assert not on_hub("owner/data-2.0")  # a folder is nearer than the hub
 
 
 def test_lines_that_are_not_json(write_lines):
