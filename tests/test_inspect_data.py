@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from itertools import chain
 from types import SimpleNamespace
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from conftest import ranked_records, tiny_config
 from datasets import Dataset, DatasetDict
+from tokenizers import processors
 from transformers import LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from hps import inspect_data
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
+from hps.dataset import RankedPrompts
 from hps.errors import InputError
 from hps.first_step import as_pair, load_model, rates, start
 from hps.preferences import LABELLED, on_hub, read_records, read_row
@@ -57,7 +60,8 @@ def folders(tokenizer, llama3_tokenizer, tmp_path_factory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("tokenizers")
     tokenizer.save_pretrained(root / "chatml")
     llama3_tokenizer.save_pretrained(root / "llama3")
-    folders = SimpleNamespace(**{name: str(root / name) for name in ("chatml", "llama3", "zephyr")})
+    names = ("chatml", "llama3", "zephyr", "smollm2", "no_bos")
+    folders = SimpleNamespace(**{name: str(root / name) for name in names})
     other = load_tokenizer(folders.chatml)
     other.chat_template = (
         "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
@@ -134,6 +138,27 @@ def test_no_bos_at_all(names, llama3_tokenizer, folders):
     for row in rows:
         row["prompt_ids"].insert(0, llama3_tokenizer.bos_token_id)
     assert names(rows, "llama3") == []
+
+
+def test_a_bos_that_the_template_alone_writes(names, tokenizer, folders):
+    """SmolLM2's BOS is ChatML's `<|im_start|>`, and its tokenizer never adds it: plain texts lack the template."""
+    tokenizer = load_tokenizer(folders.chatml)
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.save_pretrained(folders.smollm2)
+    rows = [{"prompt": f"Name {place}: ", "chosen": SHORT, "rejected": LONG} for place in PLACES[:4]]
+    assert names(rows, "smollm2") == names(rows, "chatml") == ["header missing"]
+    assert names(pairs(), "smollm2") == names(clean_texts(load_tokenizer(folders.chatml)), "smollm2") == []
+
+
+def test_a_tokenizer_that_adds_no_bos(names, llama3_tokenizer, folders):
+    """SimPO#51, as texts: the template's BOS was cut from them, and this release of the tokenizer adds none."""
+    tokenizer = load_tokenizer(folders.llama3)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    tokenizer.save_pretrained(folders.no_bos)
+    rows = clean_texts(llama3_tokenizer)
+    assert names(rows, "no_bos") == ["bos missing"]
+    whole = [{**row, "prompt": "<|begin_of_text|>" + row["prompt"]} for row in rows]
+    assert names(whole, "no_bos") == names(pairs(), "no_bos") == []
 
 
 @pytest.mark.parametrize("said", ["", " ", "<|im_end|>"])
@@ -297,6 +322,63 @@ def test_a_row_is_named(look, rows, name):
     line = inspection.findings[name].line(inspection.rows)
     place = {"equal": 4, "repeated": 5, "contradiction": 9, "tie": 6, "reversed": 6}.get(name, 3)
     assert f"data.jsonl:{place}" in line and f"{inspection.findings[name].count} of {len(rows)} rows: " in line
+
+
+def ranked_by_trainer(records, tokenizer):
+    """What the trainer makes of the same rows, missing columns being null."""
+    columns = dict.fromkeys(chain(*records))
+    return RankedPrompts(Dataset.from_list([{**columns, **record} for record in records]), tokenizer)
+
+
+def lists(*fields: dict) -> list[dict]:
+    return [
+        {"prompt": question(place), "responses": [SHORT, LONG], **each}
+        for place, each in zip(PLACES, fields, strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "words"),
+    [
+        (changed(2, tools=[{"type": "function"}]), "not read", "1 of 8 rows: .*first: .*:3, `tools`"),
+        (changed(2, images=["a.png"]), "not read", "1 of 8 rows: .*first: .*:3, `images`"),
+        (changed(2, chat_template_kwargs={"thinking": True}), "not read", "first: .*:3, `chat_template_kwargs`"),
+        ([{**row, "tools": "[1]", "images": ["b"]} for row in pairs()], "not read", "8 of .*:1, `tools`, `images`"),
+        (scored(2, None, None), "unscored", "1 of 8 rows: no scores, .*first: .*:3"),
+        ([*scored(0, 2, 1)[:4], *pairs()[4:]], "unscored", "4 of 8 rows: .*first: .*:5"),
+        (lists({"rewards": [2, 1]}, {"rewards": None}, {"rewards": [3, 1]}), "unscored", "1 of 3 rows: .*:2"),
+        ([{**row, "prompt_id": f"p{n % 6}"} for n, row in enumerate(pairs())], "named twice", '2 of 8 .*:7, "p0"'),
+    ],
+)
+def test_what_the_trainer_refuses_is_a_fault(look, tokenizer, rows, name, words):
+    inspection = look(rows)[1]
+    assert list(inspection.findings) == [name] and inspection.findings.faults
+    assert re.search(words, inspection.findings[name].line(inspection.rows))
+    with pytest.raises(InputError):
+        ranked_by_trainer(rows, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        changed(2, tools=[]),
+        changed(2, tools=None, images=None),
+        [{**row, "score_chosen": None, "score_rejected": None} for row in pairs()],
+        scored(0, 2.0, 1.0),
+        lists({"rewards": [2, 1]}, {"rewards": [3, 1]}),
+        lists({}, {}),
+        [{**row, "prompt_id": f"p{n}"} for n, row in enumerate(pairs())],
+        changed(2, prompt_id="p"),
+    ],
+)
+def test_their_twins_are_silent(names, rows):
+    assert names(rows) == []
+
+
+def test_token_ids_have_what_their_trainer_read(names, tokenizer):
+    rows = [{**row, "tools": "[1]", "prompt_id": "p"} for row in labelled(tokenizer, pad=False)]
+    rows[0] |= {"score_chosen": 2.0, "score_rejected": 1.0}
+    assert names(rows) == []
 
 
 @pytest.mark.parametrize(
