@@ -1,6 +1,6 @@
 """What a data set's rows would train, row by row: counts, and findings with severity, first row and remedy.
 
-`hps.inspect_data` is the command. docs/operations.md says which report each finding comes from.
+`hps.inspect_data` is the command. docs/inspector.md says which report each finding comes from.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from hps.chat import (
     prompt_token_ids,
     special_tokens_in,
 )
-from hps.errors import InputError, printable, shorten
+from hps.errors import InputError, printable, shorten, without_values
 from hps.planning import equal_to
 from hps.preferences import LABELLED, SCORE_COLUMNS, TOKEN_COLUMNS, Row
 from hps.records import COLUMNS, NOT_TEXT
@@ -30,6 +30,7 @@ TOKENS = tuple(chain(*TOKEN_COLUMNS, *LABELLED))
 CUT = 0.05  # share of cut answers that is worth a line
 LONGER = 0.15  # so far from a half is the share of pairs whose preferred answer is longer, before it is worth a line
 ERRORS = 3  # standard errors of a fair coin that this must be, too
+CAUSES = 5  # of unreadable rows, each with a finding of its own
 PROBE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 times 4?"}]
 
 FAULT, WARNING = "fault", "warning"
@@ -38,6 +39,8 @@ FAULT, WARNING = "fault", "warning"
 CHECKS = {
     "unreadable": (FAULT, "cannot be read",
         "correct the rows, or take them out"),
+    "unreadable otherwise": (FAULT, "cannot be read for other reasons",
+        "correct the rows above first"),
     "bos repeated": (FAULT, "more BOS in front than the template writes",
         "take it out of the texts, or tokenise them with `add_special_tokens=False`"),
     "bos missing": (FAULT, "no BOS in front, and the template writes one",
@@ -188,6 +191,7 @@ class Inspection:
     answers: int = 0
     lengths: dict[str, array] = field(default_factory=lambda: {n: array("q") for n in ("prompt", "best", "others")})
     _pairs: dict[bytes, bytes] = field(default_factory=dict)
+    _causes: dict[str, str] = field(default_factory=dict)
     _names: set[bytes] = field(default_factory=set)
     _set: int = 0
     _order: Any = field(default_factory=hashlib.sha256)
@@ -209,12 +213,15 @@ class Inspection:
             self.kept.append(row)
 
     def refuse(self, error: InputError, where: str) -> None:
-        """A row that cannot be read."""
+        """A row that cannot be read: a finding for each of the first causes, and one for all others."""
         self.rows += 1
-        self.findings.add("unreadable", where)
-        found = self.findings["unreadable"]
-        if found.count == 1:
-            found.first = str(error)
+        cause, number = without_values(str(error)), len(self._causes) + 1
+        if cause not in self._causes and number <= CAUSES:
+            self._causes[cause] = f"unreadable {number}" if number > 1 else "unreadable"
+        name = self._causes.get(cause, "unreadable otherwise")
+        check = CHECKS.get(name, CHECKS["unreadable"])
+        found = self.findings.setdefault(name, Finding(*check, first=str(error)))
+        found.count, found.last = found.count + 1, where
 
     def _prompt(self, row: Row) -> None:
         template, run = self.template, self.template.run(row.prompt)

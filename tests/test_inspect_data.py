@@ -507,6 +507,58 @@ def test_a_mistyped_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     assert not on_hub("owner/data-2.0")  # a folder is nearer than the hub
 
 
+def test_a_split_that_is_not_there(tmp_path, write_lines):
+    data = Dataset.from_list(pairs())
+    data.save_to_disk(tmp_path / "saved")
+    data.to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(pairs(), split="test").save_to_disk(tmp_path / "tests")
+    DatasetDict({"train": data, "validation": data}).save_to_disk(tmp_path / "splits")
+    for name in (tmp_path / "saved", tmp_path / "rows.parquet", write_lines(pairs())):
+        with pytest.raises(InputError, match=f"{name}: --split is `test`, and this is one table without splits; leave"):
+            list(read_records(str(name), split="test"))
+        assert len(list(read_records(str(name)))) == 8
+    with pytest.raises(InputError, match="--split is `test`, and there is none .*; give one of train, validation"):
+        list(read_records(str(tmp_path / "splits"), split="test"))
+    for split in ("train", "test"):  # the default, and its own
+        assert len(list(read_records(str(tmp_path / "tests"), split=split))) == 8
+
+
+@pytest.mark.parametrize("row", [8, -1])
+def test_a_row_that_is_not_there(look, row):
+    with pytest.raises(InputError, match=rf"data\.jsonl: --row is {row}, of 8 rows; give a row from 0 to 7"):
+        look(pairs(), "chatml", "--row", row)
+    assert look(pairs(), "chatml", "--row", 7)[1].row.where.endswith(":8")
+    lines = list(inspect_data.report(*look(changed(2, chosen=3), "chatml", "--row", 2)))
+    assert "row 2 cannot be read, so it is not shown" in lines
+
+
+def test_each_cause_of_unreadable_rows_is_shown(look):
+    """One example with its count; values and places do not tell causes apart, and the sixth cause goes to a rest."""
+    long = "x" * 80
+    faults: list[tuple] = [
+        *(("prompt", [{"role": "robot", "content": text}]) for text in ("a", long)),
+        *(("prompt", [{"role": "user", "content": text}]) for text in ("", " ", "")),
+        ("prompt", []),
+        *(("score_chosen", score) for score in (1, 2)),
+        *(("chosen", [{"role": "user", "content": text}]) for text in ("a", long)),
+        ("rejected", []),
+        ("rejected", {}),
+    ]
+    rows = [{**pairs()[0], name: value} for name, value in faults]
+    inspection = look([*pairs(), *rows])[1]
+    assert [(name, found.count) for name, found in inspection.findings.items()] == [
+        ("unreadable", 2),
+        ("unreadable 2", 3),
+        ("unreadable 3", 1),
+        ("unreadable 4", 2),
+        ("unreadable 5", 2),
+        ("unreadable otherwise", 2),
+    ]
+    lines = [found.line(inspection.rows) for found in inspection.findings.values()]
+    assert re.match(r"fault: 3 of 20 rows: cannot be read \(first: .*:11: `prompt\[0\].content` is ", lines[1])
+    assert re.match(r"fault: 2 of 20 rows: cannot be read for other reasons \(first: .*:19: `rejected` is ", lines[5])
+
+
 def test_lines_that_are_not_json(write_lines):
     with pytest.raises(InputError, match=r"data\.jsonl:2: no JSON"):
         list(read_records(str(write_lines([json.dumps(pairs()[0]), "{"]))))
@@ -521,7 +573,10 @@ ASKED = {"prompt": question("Ghent")}
     ("record", "words"),
     [
         ({}, "no two answers: the columns are "),
-        ({"instruction": "Hi", "completions": []}, "the columns are those of UltraFeedback: .*convert the file"),
+        (
+            {"instruction": "Hi", "completions": []},
+            "the columns are those of UltraFeedback: .* of the repository converts",
+        ),
         ({"context": ASKED["prompt"], "completions": []}, "the columns are those of NeMo-RL: context, completions; "),
         ({"conversations": [], "chosen": {}, "rejected": {}}, "`chosen` is an object, as in LLaMA-Factory's ShareGPT"),
         ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "there is no `prompt`, and `instruction` is "),
@@ -547,8 +602,9 @@ ASKED = {"prompt": question("Ghent")}
     ],
 )
 def test_rows_that_cannot_be_read(tokenizer, record, words):
-    with pytest.raises(InputError, match=f"here: {words}"):
+    with pytest.raises(InputError, match=f"here: {words}") as caught:
         read_row(tokenizer, record, "here")
+    assert "docs/" not in str(caught.value)  # a wheel has none
 
 
 def test_implicit_prompts(tokenizer):
