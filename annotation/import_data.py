@@ -24,7 +24,6 @@ a turn; a system turn after the first turn is refused.
 """
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -36,6 +35,7 @@ from typing import Any
 from annotation.layouts import LAYOUTS, Layout, Listed, check_row, layout_of, unread
 from hps.chat import encode, inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, run_main
+from hps.preferences import on_hub
 from pipeline.files import REPEATED, file_hash, json_line, value_hash, write_lines
 from pipeline.hub import asking, commit_of
 from pipeline.identity import model_hash
@@ -45,9 +45,7 @@ from pipeline.responses import candidates, distinct, rank
 from pipeline.stage import CLAIM, MANIFEST, Work, claim, hold, is_finished
 
 Rows = Iterable[tuple[str, dict]]  # `path:line: row N` or `data: row N`, and the row
-HUB = re.compile(r"[\w.-]+/[\w.-]+")
 TABLES = (".parquet", ".csv")
-FILES = (".json", ".jsonl", ".gz", *TABLES)
 
 # ---- rows ----
 
@@ -60,12 +58,8 @@ def read_data(data: str, part: str = "train", revision: str | None = None) -> Ro
         revision: the commit on the hub.
     """
     path = Path(data)
-    tables = path.is_dir() or (path.is_file() and path.suffix in TABLES) or _on_hub(data)
+    tables = path.is_dir() or (path.is_file() and path.suffix in TABLES) or on_hub(data)
     return _tables(data, part, revision) if tables else read_rows(path)
-
-
-def _on_hub(data: str) -> bool:
-    return not Path(data).exists() and Path(data).suffix not in FILES and HUB.fullmatch(data) is not None
 
 
 def _tables(data: str, part: str, revision: str | None) -> Iterator[tuple[str, dict]]:
@@ -75,7 +69,7 @@ def _tables(data: str, part: str, revision: str | None) -> Iterator[tuple[str, d
 
     path = Path(data)
     try:
-        with asking("dataset", data) if _on_hub(data) else nullcontext():
+        with asking("dataset", data) if on_hub(data) else nullcontext():
             if path.is_file():
                 table = load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=True)
             elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -240,7 +234,7 @@ class Seen:
 
 def open_data(data: str, part: str, revision: str | None, layout: str | None) -> tuple[Rows, str, dict]:
     """The rows, the name of their layout, and what identifies them. InputError: there are no rows, or no layout."""
-    commit = commit_of("dataset", data, revision, data) if _on_hub(data) else None
+    commit = commit_of("dataset", data, revision, data) if on_hub(data) else None
     rows = iter(read_data(data, part, commit))
     first = next(rows, None)
     if first is None:

@@ -24,6 +24,8 @@ FULL = (
 )
 # What a terminal obeys instead of showing: control characters but newline and tab, and those that turn the direction.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+SHORT = 60  # characters of a value in a message
+_VALUE = re.compile(r' (?=["\[{])')  # what stands in front of a text, list or object
 # Name and password in a URL, of a hub's endpoint or a proxy; a password may contain an @.
 _USERINFO = re.compile(r"://[^/\s?#]*@")
 
@@ -64,7 +66,20 @@ def naming(where: str) -> Generator[None]:
 def shorten(value: object) -> str:
     """A value as JSON, cut to 60 characters, for error messages."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= SHORT else text[: SHORT - 3] + "..."
+
+
+def without_values(text: str) -> str:
+    """A message without numbers and what `shorten` wrote: rows with one fault have one such text."""
+    kept = ""
+    while found := _VALUE.search(text):
+        kept, text = kept + text[: found.end()], text[found.end() :]
+        try:
+            end = json.JSONDecoder().raw_decode(text)[1]
+        except ValueError:  # cut
+            end = SHORT
+        text = text[end:]
+    return re.sub(r"\d+", "", kept + text)
 
 
 def counted(counts: Mapping[str, int]) -> str:

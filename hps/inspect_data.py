@@ -7,7 +7,7 @@ Run     python -m hps.inspect_data pairs.jsonl models/smollm2-135m-instruct
         python -m hps.inspect_data pairs.jsonl MODEL --same-as report.json      # of an earlier --json
 
 A finding is a line with its severity, its count, the first row and a remedy; data without faults has none. A fault ends
-with status 1. docs/operations.md says what each finding means and which report it comes from.
+with status 1. docs/inspector.md says what each finding means and which report it comes from.
 """
 
 import argparse
@@ -162,6 +162,9 @@ def inspect(options: argparse.Namespace) -> tuple[dict, Inspection]:
             inspection.refuse(error, where)
     if not inspection.rows:
         raise InputError("no rows", where=options.dataset, remedy="check the file, or --split")
+    if not 0 <= options.row < inspection.rows:
+        remedy = f"give a row from 0 to {inspection.rows - 1}"
+        raise InputError(f"--row is {options.row}, of {inspection.rows} rows", where=options.dataset, remedy=remedy)
     inspection.judge()
     figures: dict[str, Any] = {"template": template_hash(tokenizer), "max_length": options.max_length}
     figures |= inspection.figures() | steps_of(options, inspection.rows, findings)
@@ -210,6 +213,8 @@ def report(figures: dict, inspection: Inspection) -> Iterator[str]:
     yield f"hashes: template {figures['template']}, data {figures['data']}, order {figures['order']}"
     if inspection.row:
         yield from show_row(inspection.row, inspection.template.tokenizer)
+    else:
+        yield f"row {inspection.shown} cannot be read, so it is not shown"
     for found in inspection.findings.values():
         yield found.line(inspection.rows)
 

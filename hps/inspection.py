@@ -1,6 +1,6 @@
 """What a data set's rows would train, row by row: counts, and findings with severity, first row and remedy.
 
-`hps.inspect_data` is the command. docs/operations.md says which report each finding comes from.
+`hps.inspect_data` is the command. docs/inspector.md says which report each finding comes from.
 """
 
 import hashlib
@@ -21,15 +21,16 @@ from hps.chat import (
     prompt_token_ids,
     special_tokens_in,
 )
-from hps.errors import InputError, printable
+from hps.errors import InputError, printable, shorten, without_values
 from hps.planning import equal_to
 from hps.preferences import LABELLED, SCORE_COLUMNS, TOKEN_COLUMNS, Row
-from hps.records import COLUMNS
+from hps.records import COLUMNS, NOT_TEXT
 
 TOKENS = tuple(chain(*TOKEN_COLUMNS, *LABELLED))
 CUT = 0.05  # share of cut answers that is worth a line
 LONGER = 0.15  # so far from a half is the share of pairs whose preferred answer is longer, before it is worth a line
 ERRORS = 3  # standard errors of a fair coin that this must be, too
+CAUSES = 5  # of unreadable rows, each with a finding of its own
 PROBE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 times 4?"}]
 
 FAULT, WARNING = "fault", "warning"
@@ -38,10 +39,12 @@ FAULT, WARNING = "fault", "warning"
 CHECKS = {
     "unreadable": (FAULT, "cannot be read",
         "correct the rows, or take them out"),
+    "unreadable otherwise": (FAULT, "cannot be read for other reasons",
+        "correct the rows above first"),
     "bos repeated": (FAULT, "more BOS in front than the template writes",
         "take it out of the texts, or tokenise them with `add_special_tokens=False`"),
     "bos missing": (FAULT, "no BOS in front, and the template writes one",
-        "tokenise texts with special tokens, or give messages"),
+        "give messages; in texts write it where the tokenizer does not put it in front"),
     "bos inside": (FAULT, "a BOS in the trained span",
         "take it out of the answers: one that was templated by itself begins with it"),
     "header trained": (FAULT, "a turn is opened in the trained span",
@@ -78,6 +81,12 @@ CHECKS = {
         "take the rows out"),
     "repeated": (WARNING, "the same row came before",
         "keep one, unless it shall count twice"),
+    "not read": (FAULT, "a column that changes the prompt and is not read here, which this trainer refuses",
+        "take it out if the prompts are right without it"),
+    "unscored": (FAULT, "no scores, beside rows that have them, which this trainer refuses",
+        "give all rows scores, or take them out of all"),
+    "named twice": (FAULT, "the `prompt_id` came before, which this trainer refuses",
+        "give each row its own, or take the column out"),
     "contradiction": (WARNING, "the same answers came before in another order",
         "keep one of the orders"),
 }
@@ -130,6 +139,7 @@ class Template:
         self.control = control_ids(tokenizer) - self.ends
         probe = prompt_token_ids(tokenizer, PROBE[1:])
         self.leading = self.run(probe)
+        self.adds_bos = self.run(tokenizer(PROBE[1]["content"])["input_ids"]) > 0
         self.header = tokenizer.decode(assistant_header(tokenizer)).strip()
         self.text = tokenizer.decode(probe)
         self.foreign = [mark for mark in FOREIGN if mark not in self.text]
@@ -181,6 +191,8 @@ class Inspection:
     answers: int = 0
     lengths: dict[str, array] = field(default_factory=lambda: {n: array("q") for n in ("prompt", "best", "others")})
     _pairs: dict[bytes, bytes] = field(default_factory=dict)
+    _causes: dict[str, str] = field(default_factory=dict)
+    _names: set[bytes] = field(default_factory=set)
     _set: int = 0
     _order: Any = field(default_factory=hashlib.sha256)
 
@@ -201,21 +213,27 @@ class Inspection:
             self.kept.append(row)
 
     def refuse(self, error: InputError, where: str) -> None:
-        """A row that cannot be read."""
+        """A row that cannot be read: a finding for each of the first causes, and one for all others."""
         self.rows += 1
-        self.findings.add("unreadable", where)
-        found = self.findings["unreadable"]
-        if found.count == 1:
-            found.first = str(error)
+        cause, number = without_values(str(error)), len(self._causes) + 1
+        if cause not in self._causes and number <= CAUSES:
+            self._causes[cause] = f"unreadable {number}" if number > 1 else "unreadable"
+        name = self._causes.get(cause, "unreadable otherwise")
+        check = CHECKS.get(name, CHECKS["unreadable"])
+        found = self.findings.setdefault(name, Finding(*check, first=str(error)))
+        found.count, found.last = found.count + 1, where
 
     def _prompt(self, row: Row) -> None:
         template, run = self.template, self.template.run(row.prompt)
         self.leading[run] += 1
-        if run != template.leading:
-            self.findings.add("bos repeated" if run > template.leading else "bos missing", row.where)
-        if template.opens(row.prompt):
-            self.headers += 1
-        else:
+        opens = template.opens(row.prompt)
+        self.headers += opens
+        if run > template.leading:
+            self.findings.add("bos repeated", row.where)
+        elif run < template.leading and (opens or template.adds_bos):
+            # Otherwise only the template writes it (SmolLM2 opens turns with it), and the header's finding says so.
+            self.findings.add("bos missing", row.where)
+        if not opens:
             self.findings.add("header missing", row.where)
         if not row.same_prompt:
             self.findings.add("prompts differ", row.where)
@@ -273,10 +291,21 @@ class Inspection:
                 self.findings.add("tie", row.where)
             elif row.rewards[row.best] < max(row.rewards):
                 self.findings.add("reversed", row.where)
+        elif row.kind != "token ids":
+            self.findings.add("unscored", row.where)  # `judge` takes it back if no row has scores
 
     def _columns(self, row: Row, record: Mapping[str, Any]) -> None:
         read = TOKENS if row.kind == "token ids" else COLUMNS
         self.unread |= dict.fromkeys(name for name in record if name not in (*read, *SCORE_COLUMNS))
+        if row.kind == "token ids":  # made of everything that its trainer reads
+            return
+        if changing := [f"`{name}`" for name in NOT_TEXT if record.get(name)]:
+            self.findings.add("not read", f"{row.where}, {', '.join(changing)}")
+        if (name := record.get("prompt_id")) is not None:
+            known = len(self._names)
+            self._names.add(_hash(name))
+            if len(self._names) == known:
+                self.findings.add("named twice", f"{row.where}, {shorten(name)}")
 
     def _identity(self, row: Row) -> None:
         """Hashes of rows: the set is a sum, so it does not depend on the order."""
@@ -323,6 +352,8 @@ class Inspection:
 
     def judge(self) -> None:
         """Findings that only the whole data set shows."""
+        if not self.scored:
+            self.findings.pop("unscored", None)
         found = self.figures()
         if self.cut > CUT * max(1, self.answers):
             what = f"{self.cut} of {self.answers} answers are longer than --max-length {self.limit} and lose their end"

@@ -12,6 +12,7 @@ Three kinds of rows, each read as its trainer reads it:
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -42,9 +43,10 @@ SCORES = tuple(
 )
 SCORE_COLUMNS = tuple(chain.from_iterable(SCORES))
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+HUB = re.compile(r"[\w.-]+/[\w.-]+")
 MESSAGES = TypeAdapter(Messages)
-CONVERT = "convert the file first (docs/formats.md, Data from elsewhere)"
-REMEDY = "give `prompt` with `chosen` and `rejected`, or with `responses` and `rewards` (docs/formats.md)"
+REMEDY = "give `prompt` with `chosen` and `rejected`, or with `responses` and `rewards`"
+CONVERT = f"{REMEDY} (annotation.import_data of the repository converts such a file)"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class Row:
     same_prompt: bool = True
 
 
+def on_hub(dataset: str) -> bool:
+    """Whether a data set is a name on the hub: `owner/name`, which is no path here and does not end as a file does."""
+    path = Path(dataset)
+    return not path.exists() and path.suffix not in (*BUILDERS, ".gz") and HUB.fullmatch(dataset) is not None
+
+
 def read_records(dataset: str, revision: str | None = None, split: str = "train") -> Iterator[tuple[str, dict]]:
     """Yield `(where, record)` of a file, a folder, a saved data set or a hub name; columns that are null are left out.
 
@@ -84,9 +92,18 @@ def read_records(dataset: str, revision: str | None = None, split: str = "train"
         InputError: there is no such data set or split, or a line is not a JSON object.
     """
     path = Path(dataset)
+    if path.is_file():
+        _refuse_split(dataset, split)
     found = _lines(path) if path.is_file() and path.suffix == ".jsonl" else _loaded(dataset, revision, split)
     for where, record in found:
         yield where, {name: value for name, value in record.items() if value is not None}
+
+
+def _refuse_split(dataset: str, split: str, own: object = None) -> None:
+    """Refuse a split, beside the default, of data that has none; a saved table may know of which one it was (`own`)."""
+    if split not in ("train", str(own)):
+        problem = f"--split is `{split}`, and this is one table without splits"
+        raise InputError(problem, where=dataset, remedy="leave --split out, or give the data of that split")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
@@ -108,6 +125,9 @@ def _loaded(dataset: str, revision: str | None, split: str) -> Iterator[tuple[st
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(dataset)
+    if not path.exists() and not on_hub(dataset):
+        remedy = "correct the path; a data set on the hub is `owner/name`"
+        raise InputError("No such file or directory", where=dataset, remedy=remedy)
     try:
         if path.is_file():
             suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
@@ -117,7 +137,13 @@ def _loaded(dataset: str, revision: str | None, split: str) -> Iterator[tuple[st
             rows: Any = load_dataset(BUILDERS[suffix], data_files=dataset, split="train")
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             rows = load_from_disk(dataset)
-            rows = rows[split] if isinstance(rows, DatasetDict) else rows
+            if isinstance(rows, DatasetDict):
+                if split not in rows:
+                    problem = f"--split is `{split}`, and there is none of that name"
+                    raise InputError(problem, where=dataset, remedy=f"give one of {', '.join(rows)}")
+                rows = rows[split]
+            else:
+                _refuse_split(dataset, split, rows.split)
         else:
             rows = load_dataset(dataset, split=split, revision=revision)
     except InputError:
@@ -246,7 +272,7 @@ def refuse_lost_question(record: Mapping) -> None:
     for name in QUESTIONS:
         if record.get(name):
             problem = f"there is no `prompt`, and `{name}` is {shorten(record[name])}"
-            raise InputError(problem, remedy=f"rename `{name}` to `prompt`, or convert the file (docs/formats.md)")
+            raise InputError(problem, remedy=f"rename `{name}` to `prompt`, with the whole question in it")
 
 
 def _by_trl(tokenizer: Any, prompt: str, answers: list[str]) -> tuple[list[int], list[list[int]]]:

@@ -2,21 +2,25 @@
 
 import json
 import math
+import re
 from itertools import chain
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import ranked_records, tiny_config
 from datasets import Dataset, DatasetDict
+from tokenizers import processors
 from transformers import LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from hps import inspect_data
 from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
+from hps.dataset import RankedPrompts
 from hps.errors import InputError
 from hps.first_step import as_pair, load_model, rates, start
-from hps.preferences import LABELLED, read_records, read_row
+from hps.preferences import LABELLED, on_hub, read_records, read_row
 
 PLACES = ("Ghent", "Lima", "Oslo", "Quito", "Riga", "Turku", "Bonn", "Cork")
 SHORT, LONG = "It is lovely.", "It is a town with old streets, and I would go there again."
@@ -56,7 +60,8 @@ def folders(tokenizer, llama3_tokenizer, tmp_path_factory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("tokenizers")
     tokenizer.save_pretrained(root / "chatml")
     llama3_tokenizer.save_pretrained(root / "llama3")
-    folders = SimpleNamespace(**{name: str(root / name) for name in ("chatml", "llama3", "zephyr")})
+    names = ("chatml", "llama3", "zephyr", "smollm2", "no_bos")
+    folders = SimpleNamespace(**{name: str(root / name) for name in names})
     other = load_tokenizer(folders.chatml)
     other.chat_template = (
         "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
@@ -133,6 +138,27 @@ def test_no_bos_at_all(names, llama3_tokenizer, folders):
     for row in rows:
         row["prompt_ids"].insert(0, llama3_tokenizer.bos_token_id)
     assert names(rows, "llama3") == []
+
+
+def test_a_bos_that_the_template_alone_writes(names, tokenizer, folders):
+    """SmolLM2's BOS is ChatML's `<|im_start|>`, and its tokenizer never adds it: plain texts lack the template."""
+    tokenizer = load_tokenizer(folders.chatml)
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.save_pretrained(folders.smollm2)
+    rows = [{"prompt": f"Name {place}: ", "chosen": SHORT, "rejected": LONG} for place in PLACES[:4]]
+    assert names(rows, "smollm2") == names(rows, "chatml") == ["header missing"]
+    assert names(pairs(), "smollm2") == names(clean_texts(load_tokenizer(folders.chatml)), "smollm2") == []
+
+
+def test_a_tokenizer_that_adds_no_bos(names, llama3_tokenizer, folders):
+    """SimPO#51, as texts: the template's BOS was cut from them, and this release of the tokenizer adds none."""
+    tokenizer = load_tokenizer(folders.llama3)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    tokenizer.save_pretrained(folders.no_bos)
+    rows = clean_texts(llama3_tokenizer)
+    assert names(rows, "no_bos") == ["bos missing"]
+    whole = [{**row, "prompt": "<|begin_of_text|>" + row["prompt"]} for row in rows]
+    assert names(whole, "no_bos") == names(pairs(), "no_bos") == []
 
 
 @pytest.mark.parametrize("said", ["", " ", "<|im_end|>"])
@@ -298,6 +324,63 @@ def test_a_row_is_named(look, rows, name):
     assert f"data.jsonl:{place}" in line and f"{inspection.findings[name].count} of {len(rows)} rows: " in line
 
 
+def ranked_by_trainer(records, tokenizer):
+    """What the trainer makes of the same rows, missing columns being null."""
+    columns = dict.fromkeys(chain(*records))
+    return RankedPrompts(Dataset.from_list([{**columns, **record} for record in records]), tokenizer)
+
+
+def lists(*fields: dict) -> list[dict]:
+    return [
+        {"prompt": question(place), "responses": [SHORT, LONG], **each}
+        for place, each in zip(PLACES, fields, strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "words"),
+    [
+        (changed(2, tools=[{"type": "function"}]), "not read", "1 of 8 rows: .*first: .*:3, `tools`"),
+        (changed(2, images=["a.png"]), "not read", "1 of 8 rows: .*first: .*:3, `images`"),
+        (changed(2, chat_template_kwargs={"thinking": True}), "not read", "first: .*:3, `chat_template_kwargs`"),
+        ([{**row, "tools": "[1]", "images": ["b"]} for row in pairs()], "not read", "8 of .*:1, `tools`, `images`"),
+        (scored(2, None, None), "unscored", "1 of 8 rows: no scores, .*first: .*:3"),
+        ([*scored(0, 2, 1)[:4], *pairs()[4:]], "unscored", "4 of 8 rows: .*first: .*:5"),
+        (lists({"rewards": [2, 1]}, {"rewards": None}, {"rewards": [3, 1]}), "unscored", "1 of 3 rows: .*:2"),
+        ([{**row, "prompt_id": f"p{n % 6}"} for n, row in enumerate(pairs())], "named twice", '2 of 8 .*:7, "p0"'),
+    ],
+)
+def test_what_the_trainer_refuses_is_a_fault(look, tokenizer, rows, name, words):
+    inspection = look(rows)[1]
+    assert list(inspection.findings) == [name] and inspection.findings.faults
+    assert re.search(words, inspection.findings[name].line(inspection.rows))
+    with pytest.raises(InputError):
+        ranked_by_trainer(rows, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        changed(2, tools=[]),
+        changed(2, tools=None, images=None),
+        [{**row, "score_chosen": None, "score_rejected": None} for row in pairs()],
+        scored(0, 2.0, 1.0),
+        lists({"rewards": [2, 1]}, {"rewards": [3, 1]}),
+        lists({}, {}),
+        [{**row, "prompt_id": f"p{n}"} for n, row in enumerate(pairs())],
+        changed(2, prompt_id="p"),
+    ],
+)
+def test_their_twins_are_silent(names, rows):
+    assert names(rows) == []
+
+
+def test_token_ids_have_what_their_trainer_read(names, tokenizer):
+    rows = [{**row, "tools": "[1]", "prompt_id": "p"} for row in labelled(tokenizer, pad=False)]
+    rows[0] |= {"score_chosen": 2.0, "score_rejected": 1.0}
+    assert names(rows) == []
+
+
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
@@ -395,11 +478,85 @@ def test_forms_of_a_data_set(tmp_path, write_lines, tokenizer):
     assert len(list(read_records(str(tmp_path / "splits"), split="test"))) == 1
 
 
-@pytest.mark.parametrize(("name", "words"), [("none", "no data set"), ("data.txt", "is no form of a data set")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none", "none: No such file or directory; correct the path; a data set on the hub is `owner/name`"),
+        ("folder", "folder: no data set that can be loaded there"),
+        ("data.txt", "is no form of a data set"),
+    ],
+)
 def test_a_data_set_that_cannot_be_loaded(tmp_path, name, words):
     (tmp_path / "data.txt").write_text("a")
+    (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=words):
         list(read_records(str(tmp_path / name)))
+
+
+def test_a_mistyped_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append(name) or [])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("nothing.jsonl", "data/nothing.jsonl", "nothing.json.gz", "data/a.parquet", "a/b/c", "nothing"):
+        with pytest.raises(InputError, match=f"{name}: No such file"):
+            list(read_records(name))
+    assert asked == []
+    assert list(read_records("owner/data-2.0")) == [] and asked == ["owner/data-2.0"]
+    (tmp_path / "owner" / "data-2.0").mkdir(parents=True)
+    assert not on_hub("owner/data-2.0")  # a folder is nearer than the hub
+
+
+def test_a_split_that_is_not_there(tmp_path, write_lines):
+    data = Dataset.from_list(pairs())
+    data.save_to_disk(tmp_path / "saved")
+    data.to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(pairs(), split="test").save_to_disk(tmp_path / "tests")
+    DatasetDict({"train": data, "validation": data}).save_to_disk(tmp_path / "splits")
+    for name in (tmp_path / "saved", tmp_path / "rows.parquet", write_lines(pairs())):
+        with pytest.raises(InputError, match=f"{name}: --split is `test`, and this is one table without splits; leave"):
+            list(read_records(str(name), split="test"))
+        assert len(list(read_records(str(name)))) == 8
+    with pytest.raises(InputError, match="--split is `test`, and there is none .*; give one of train, validation"):
+        list(read_records(str(tmp_path / "splits"), split="test"))
+    for split in ("train", "test"):  # the default, and its own
+        assert len(list(read_records(str(tmp_path / "tests"), split=split))) == 8
+
+
+@pytest.mark.parametrize("row", [8, -1])
+def test_a_row_that_is_not_there(look, row):
+    with pytest.raises(InputError, match=rf"data\.jsonl: --row is {row}, of 8 rows; give a row from 0 to 7"):
+        look(pairs(), "chatml", "--row", row)
+    assert look(pairs(), "chatml", "--row", 7)[1].row.where.endswith(":8")
+    lines = list(inspect_data.report(*look(changed(2, chosen=3), "chatml", "--row", 2)))
+    assert "row 2 cannot be read, so it is not shown" in lines
+
+
+def test_each_cause_of_unreadable_rows_is_shown(look):
+    """One example with its count; values and places do not tell causes apart, and the sixth cause goes to a rest."""
+    long = "x" * 80
+    faults: list[tuple] = [
+        *(("prompt", [{"role": "robot", "content": text}]) for text in ("a", long)),
+        *(("prompt", [{"role": "user", "content": text}]) for text in ("", " ", "")),
+        ("prompt", []),
+        *(("score_chosen", score) for score in (1, 2)),
+        *(("chosen", [{"role": "user", "content": text}]) for text in ("a", long)),
+        ("rejected", []),
+        ("rejected", {}),
+    ]
+    rows = [{**pairs()[0], name: value} for name, value in faults]
+    inspection = look([*pairs(), *rows])[1]
+    assert [(name, found.count) for name, found in inspection.findings.items()] == [
+        ("unreadable", 2),
+        ("unreadable 2", 3),
+        ("unreadable 3", 1),
+        ("unreadable 4", 2),
+        ("unreadable 5", 2),
+        ("unreadable otherwise", 2),
+    ]
+    lines = [found.line(inspection.rows) for found in inspection.findings.values()]
+    assert re.match(r"fault: 3 of 20 rows: cannot be read \(first: .*:11: `prompt\[0\].content` is ", lines[1])
+    assert re.match(r"fault: 2 of 20 rows: cannot be read for other reasons \(first: .*:19: `rejected` is ", lines[5])
 
 
 def test_lines_that_are_not_json(write_lines):
@@ -416,7 +573,10 @@ ASKED = {"prompt": question("Ghent")}
     ("record", "words"),
     [
         ({}, "no two answers: the columns are "),
-        ({"instruction": "Hi", "completions": []}, "the columns are those of UltraFeedback: .*convert the file"),
+        (
+            {"instruction": "Hi", "completions": []},
+            "the columns are those of UltraFeedback: .* of the repository converts",
+        ),
         ({"context": ASKED["prompt"], "completions": []}, "the columns are those of NeMo-RL: context, completions; "),
         ({"conversations": [], "chosen": {}, "rejected": {}}, "`chosen` is an object, as in LLaMA-Factory's ShareGPT"),
         ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "there is no `prompt`, and `instruction` is "),
@@ -442,8 +602,9 @@ ASKED = {"prompt": question("Ghent")}
     ],
 )
 def test_rows_that_cannot_be_read(tokenizer, record, words):
-    with pytest.raises(InputError, match=f"here: {words}"):
+    with pytest.raises(InputError, match=f"here: {words}") as caught:
         read_row(tokenizer, record, "here")
+    assert "docs/" not in str(caught.value)  # a wheel has none
 
 
 def test_implicit_prompts(tokenizer):
