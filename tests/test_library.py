@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY, ranked_records, tiny_config
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -615,6 +615,18 @@ def test_what_a_script_cannot_have_is_refused(tiny_model, tmp_path):
         HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, compute_metrics=lambda _: {})
     with pytest.raises(ValueError, match="is of the type IterableDataset, but the plan needs all prompts; give a `Dat"):
         HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data.to_iterable_dataset())
+    rows = [{"prompt": "What is tea?", "chosen": "A", "rejected": "B"}]
+    message = re.escape(' is a list whose elements are not the token ids of a plan\'s rows: ["chosen", "prompt", ')
+    with pytest.raises(InputError, match=f"`train_dataset`{message}.*; give datasets.Dataset.from_list.rows."):
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=rows)
+    for held_out in (rows, {"tea": rows}):
+        with pytest.raises(InputError, match=f"`eval_dataset`{message}.*; give datasets.Dataset.from_list.rows."):
+            HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, eval_dataset=held_out)
+    with pytest.raises(ValueError, match='of the type DatasetDict, .*; give dataset."train". or dataset."test".$'):
+        splits = DatasetDict({"train": data, "test": data})
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=splits)
+    with pytest.raises(ValueError, match="is of the type str, but the plan needs all prompts; give a `Dataset`"):
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset="rows.jsonl")
     with pytest.raises(
         ValueError, match="`save_strategy` is 'epoch', .* 3 epochs as one; set .*'steps'` and `save_steps=2`"
     ):
