@@ -34,7 +34,7 @@ from typing import Any
 
 from annotation.layouts import LAYOUTS, Layout, Listed, check_row, layout_of, unread
 from hps.chat import encode, inert, load_tokenizer, special_tokens_in
-from hps.errors import InputError, run_main
+from hps.errors import InputError, printable, run_main, shorten
 from hps.preferences import on_hub
 from pipeline.files import REPEATED, file_hash, json_line, value_hash, write_lines
 from pipeline.hub import asking, commit_of
@@ -129,6 +129,7 @@ def rank_row(row: Listed, tokenizer: Any, refuse: bool = False) -> tuple[dict, l
 PROMPTS, RESPONSES = "prompts with special tokens, kept", "responses with special tokens, kept"
 RENAMED = "repeated prompts, kept under another name"
 REFUSED = "fewer than two distinct responses"
+BEGINNING = "prompt taken from the common beginning of chosen and rejected"
 Finish = Callable[[Listed, str, Counter], tuple[dict | None, list[dict]]]
 
 
@@ -182,7 +183,8 @@ def convert(
     """Yield the records that `finish` makes of the rows.
 
     Args:
-        counts: is filled: `read` = `written` + `rejected`, the reasons of the ledger, and the fields that are not read.
+        counts: is filled: `read` = `written` + `rejected`, the reasons of the ledger, fields that are not read, and
+            prompts that are the beginning of their answers; the first of these is printed.
         ledger: is filled with the lines for what is left out.
         skip: a row that cannot be read goes to the ledger.
     """
@@ -198,6 +200,11 @@ def convert(
             row, lines = None, [{"prompt_id": "none", "refused": True, "reason": "unreadable row", "error": str(error)}]
         record = None
         if row is not None:
+            if row.get("shared_beginning"):
+                counts.update([BEGINNING])
+                if counts[BEGINNING] == 1:
+                    texts = row["prompt"][-1]["content"], row["responses"][0]
+                    print(f"import: {where}: {BEGINNING}: {printable('; the answer is '.join(map(shorten, texts)))}")
             record, lines = finish(row, where, counts)
         if record is not None:
             yield record

@@ -2,14 +2,16 @@
 
 `LAYOUTS` has a row for each; docs/formats.md shows them. A reader takes a row of the file without its nulls and gives
 `prompt`, `responses` and `rewards`. Where a layout has an order and no rewards, the rewards are 0, -1, -2, ... by
-place: the order is all that they say. A prompt that is a text becomes one message of the user.
+place: the order is all that they say; several rejected responses have -1 each. A prompt that is a text becomes one
+message of the user.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, takewhile
+from itertools import combinations
+from os.path import commonprefix
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
@@ -17,7 +19,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from hps.chat import templated_by
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores, refuse_lost_question
-from hps.records import NOT_TEXT, PAIR, Messages, Name, Reward, given_pair, refuse_misspelt, refuse_preference
+from hps.records import NOT_TEXT, PAIR, Messages, Name, Reward, given_pair, refuse_misspelt, refuse_preference, sides
 from pipeline.records import PARALLEL, PROMPT_FIELDS, WITHOUT_NOISE, check_parallel, checked, named, typed
 
 # How a chat template writes a turn: `start` role `between` content `end`; `begin` comes once, first.
@@ -47,6 +49,7 @@ class Listed(TypedDict):
     sources: list[str]
     truncated: list[bool]
     rewards_without_noise: NotRequired[list[Reward]]
+    shared_beginning: NotRequired[bool]  # of which the prompt was made
 
 
 class Turn(TypedDict):
@@ -60,7 +63,7 @@ class Turn(TypedDict):
 def ranked(row: dict, where: str) -> dict:
     """`prompt` is chat messages, a text, or, in the released files, a string of a chat template."""
     if "prompt" in row:
-        row = {**row, "prompt": _asked(row["prompt"], where)}
+        row = given_pair({**row, "prompt": _asked(row["prompt"], where)}, where)
     if isinstance(row.get("responses"), list):
         row = {"sources": ["generated"] * len(row["responses"]), **row}
     return row
@@ -102,8 +105,9 @@ class OrderedRow(TypedDict):
 
 def ordered(row: dict, where: str) -> dict:
     """Responses best first, as in our prompts files, and no rewards."""
+    row = given_pair({**row, "prompt": _asked(row["prompt"], where)}, where)
     found = typed(row, OrderedRow, where)
-    return {**found, "prompt": _asked(row["prompt"], where), "rewards": [-at for at in range(len(found["responses"]))]}
+    return {**found, "prompt": row["prompt"], "rewards": [-at for at in range(len(found["responses"]))]}
 
 
 def _asked(prompt: Any, where: str) -> Any:
@@ -118,16 +122,17 @@ def _asked(prompt: Any, where: str) -> Any:
 
 
 def pair(row: dict, where: str) -> dict:
-    """TRL's preference data: texts or messages, the prompt in a field of its own or at the beginning of both sides."""
-    prompt, sides = row.get("prompt"), [row.get(side) for side in PAIR]
-    if not all(isinstance(side, str) for side in sides) or isinstance(prompt, list):
-        found = given_pair({"prompt": _lean(prompt), **dict(zip(PAIR, map(_lean, sides), strict=True))}, where)
-        prompt, sides = _lean(found["prompt"]), found["responses"]
-    elif TURN.match(start := prompt or sides[0]) and start.lstrip().startswith("Human:"):
-        prompt, sides = _transcripts([(prompt or "") + side for side in sides], where)
+    """TRL's preference data: texts or messages, the prompt in a field of its own or at the beginning of all sides."""
+    prompt, answers = row.get("prompt"), [answer for _, answer in sides(row)]
+    if not all(isinstance(answer, str) for answer in answers) or isinstance(prompt, list):
+        found = given_pair({**{side: row.get(side) for side in PAIR}, "prompt": _lean(prompt)}, where)
+        prompt, answers = _lean(found.get("prompt")), found["responses"]
+    elif TURN.match(start := prompt or answers[0]) and start.lstrip().startswith("Human:"):
+        prompt, answers = _transcripts([(prompt or "") + answer for answer in answers], where)
     elif prompt is None:
-        prompt, sides = _shared_beginning(sides, where)
-    return {"prompt": _asked(prompt, where), "responses": sides}
+        prompt, answers = _shared_beginning(answers, where)
+        return {"prompt": _asked(prompt, where), "responses": answers, "shared_beginning": True}
+    return {"prompt": _asked(prompt, where), "responses": answers}
 
 
 def _lean(messages: Any) -> Any:
@@ -137,29 +142,32 @@ def _lean(messages: Any) -> Any:
     return [{name: part for name, part in message.items() if part is not None} for message in messages]
 
 
-def _shared_beginning(sides: list[str], where: str) -> tuple[str, list[str]]:
-    """The prompt of two texts is what both begin with, up to the last white space: a word belongs to the answer."""
-    shared = "".join(a for a, _ in takewhile(lambda each: each[0] == each[1], zip(*sides, strict=False)))
-    if all(text == shared or text[len(shared)].isspace() for text in sides):
+def _shared_beginning(texts: list[str], where: str) -> tuple[str, list[str]]:
+    """The prompt of texts is what all begin with, up to the last white space: a word belongs to the answer.
+
+    Words with which all answers begin belong to the prompt then, as in TRL: nothing shows where it ends.
+    """
+    shared = commonprefix(texts)
+    if all(text == shared or text[len(shared)].isspace() for text in texts):
         end = len(shared)
     else:
         end = max((at + 1 for at, letter in enumerate(shared) if letter.isspace()), default=0)
     if not shared[:end].strip():
-        problem = f"there is no `prompt`, and `chosen` and `rejected` do not begin alike: {shorten(sides[0])}"
+        problem = f"there is no `prompt`, and `chosen` and `rejected` do not begin alike: {shorten(texts[0])}"
         raise InputError(problem, where=where, remedy="give `prompt`")
-    return shared[:end], [text[end:] for text in sides]
+    return shared[:end], [text[end:] for text in texts]
 
 
 def _transcripts(texts: list[str], where: str) -> tuple[list[dict], list[str]]:
-    """The prompt and the last answers of two transcripts (`turns`)."""
+    """The prompt and the last answers of transcripts (`turns`)."""
     try:
-        chosen, rejected = map(turns, texts)
-        if chosen[:-1] != rejected[:-1]:
+        chosen, *others = found = list(map(turns, texts))
+        if any(other[:-1] != chosen[:-1] for other in others):
             raise Rejected("transcripts do not share the prompt")
     except Rejected as error:
         problem = f"`chosen` and `rejected`: {error.reason}: {shorten(texts[0])}"
         raise InputError(problem, where=where, remedy="correct the row, or leave it out (--skip)") from None
-    return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
+    return chosen[:-1], [messages[-1]["content"] for messages in found]
 
 
 def turns(transcript: str) -> list[dict]:
@@ -365,7 +373,8 @@ def check_row(row: dict, where: str, layout: Layout = LAYOUTS["ranked"]) -> List
     found = layout.read(row, where)
     if set(PAIR) <= set(layout.fields):
         with naming(where):
-            found = {**found, "rewards": ordered_scores(whole) or [0, -1]}
+            rewards = ordered_scores(whole) or [0, *[-1] * (len(found["responses"]) - 1)]
+        found = {**found, "rewards": rewards}
     if not layout.names:
         found = {**found, "sources": [f"given_{place + 1}" for place in range(len(found["rewards"]))]}
     if isinstance(found.get("responses"), list):

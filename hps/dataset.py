@@ -2,9 +2,10 @@
 
 A row has `prompt`, chat messages or the text of one user turn, and one of
 
-- `responses` (texts) with `rewards` (numbers, higher is better)
+- `responses` (texts, or messages of the assistant) with `rewards` (numbers, higher is better)
 - `responses` alone, best first: the rewards are then 0, -1, -2, ..., which only encode the order
-- `chosen` and `rejected`, texts or messages as TRL has them, and their scores if there are any
+- `chosen` and `rejected`, texts or messages as TRL has them, and their scores if there are any; `rejected` may be a
+  list of several, which tie at -1 below the 0 of `chosen` where they have no scores
 
 and may have `prompt_id`, `truncated` (a response was cut when it was sampled, so nothing ends it), `token_counts` and
 `sources` (`given_1` is what people preferred, for `best="human"`).
@@ -18,8 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from hps.chat import FOREIGN, control_ids, encode, special_tokens_in, templated_by
 from hps.errors import InputError, naming, shorten
-from hps.preferences import SCORE_COLUMNS, ordered_scores
-from hps.records import COLUMNS, NOT_TEXT, PAIR, Ranked, given_pair, refuse_misspelt, refuse_preference
+from hps.preferences import SCORE_COLUMNS, ordered_scores, refuse_no_prompt
+from hps.records import COLUMNS, NOT_TEXT, PAIR, Ranked, given_pair, refuse_misspelt, refuse_preference, sides
 
 RANKED = TypeAdapter(Ranked)
 FEATURES = Features(
@@ -120,22 +121,24 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
         found = {name: value for name, value in record.items() if value is not None}
         if "rewards" not in found or PAIR[0] in found:
             refuse_preference(found, COLUMNS, where="")
-        read = given_pair(found, where="")
+        pair, read = PAIR[0] in found, given_pair(found, where="")
         responses = read.get("responses")
         if not isinstance(responses, list) or len(responses) < 2:
             raise InputError(f"no two responses: the columns are {', '.join(record)}", remedy=REMEDY)
         for place, text in enumerate(responses):
             if isinstance(text, str) and not text.strip():
-                problem = f"`{PAIR[place] if PAIR[0] in found else f'responses[{place}]'}` is {shorten(text)}"
+                name = sides(found)[place][0] if pair else f"responses[{place}]"
+                problem = f"`{name}` is {shorten(text)}"
                 raise InputError(problem, remedy="take empty responses out of the data")
-        if "rewards" in record and "rewards" not in found and PAIR[0] not in found:
+        if "rewards" in record and "rewards" not in found and not pair:
             # Made-up rewards beside those of other rows would have another scale.
             raise InputError("`rewards` is null", remedy="give a number for each response, or take the column out")
-        scores = ordered_scores(record) if PAIR[0] in found else None
+        places = range(len(responses))
+        order = [-float(min(place, 1) if pair else place) for place in places]  # several rejected have none among them
         given = {
-            "rewards": scores or [-float(place) for place in range(len(responses))],
+            "rewards": (ordered_scores(record) if pair else None) or order,
             "truncated": [False] * len(responses),
-            "sources": [f"given_{place}" for place in (1, 2)] if PAIR[0] in found else ["given"] * len(responses),
+            "sources": [f"given_{place + 1}" if pair else "given" for place in places],
         }
         columns = {name: read.get(name, default) for name, default in given.items()}
         if "token_counts" in read:
@@ -146,7 +149,9 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
                 raise InputError(
                     problem, remedy=f"give a list with an entry for each of the {len(responses)} responses"
                 )
-        prompt = _messages(read.get("prompt"), tokenizer)
+        if read.get("prompt") is None:
+            refuse_no_prompt(record)
+        prompt = _messages(read["prompt"], tokenizer)
         name = read.get("prompt_id", f"row-{index:09d}")
         _check({"prompt": prompt, "prompt_id": name, "responses": responses, "token_counts": [], **columns})
         if "token_counts" not in columns:

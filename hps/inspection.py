@@ -311,7 +311,7 @@ class Inspection:
         """Hashes of rows: the set is a sum, so it does not depend on the order."""
         best, others = row.responses[row.best], [ids for at, ids in enumerate(row.responses) if at != row.best]
         # What is ranked alike has no order: groups of the others by falling reward.
-        ranks = row.rewards or [-place for place in range(len(row.responses))]
+        ranks = row.rewards or [-min(place, 1) if row.alike else -place for place in range(len(row.responses))]
         order = sorted(
             (-rank, ids) for at, (rank, ids) in enumerate(zip(ranks, row.responses, strict=True)) if at != row.best
         )

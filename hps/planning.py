@@ -95,21 +95,43 @@ def usable(
 
 def data_warning(records: Iterable[Ranked], loss: Loss, schedule: Schedule, seed: int) -> str:
     """What to say of a ranking under these settings; nothing where it suits them."""
-    # No recipe has both: who learns distances does not read the human choice. So the records are read once.
-    return distance_warning(records, loss) or reversal_warning(records, loss, schedule, seed)
+    # No recipe has two: who learns distances does not read the human choice, and lists do not read gamma. So the
+    # records are read once.
+    return (
+        distance_warning(records, loss) or tie_warning(records, loss) or reversal_warning(records, loss, schedule, seed)
+    )
 
 
 def distance_warning(records: Iterable[Ranked], loss: Loss) -> str:
     """What to say of prompts with an order and no scores, under a loss that learns distances; else nothing."""
     if not loss.learns_distances:
         return ""  # without reading the records
-    found = [record["rewards"] == [-place for place in range(len(record["rewards"]))] for record in records]
+    found = [
+        record["rewards"] in ([-place for place in range(count)], [-min(place, 1) for place in range(count)])
+        for record in records
+        if (count := len(record["rewards"]))
+    ]
     if not any(found):
         return ""
     return (
-        f"the rewards of {sum(found)} of {len(found)} prompts are 0, -1, -2, ..., an order without scores, and "
-        f"{loss.family}-{loss.preference} learns these distances as if they were measured; score the responses with a "
-        "reward model, or use a loss that reads the order alone (dpo with bt or pl)"
+        f"the rewards of {sum(found)} of {len(found)} prompts are 0, -1, -2, ... (or 0, -1, -1, ...), an order without "
+        f"scores, and {loss.family}-{loss.preference} learns these distances as if they were measured; score the "
+        "responses with a reward model, or use a loss that reads the order alone (dpo with bt or pl)"
+    )
+
+
+def tie_warning(records: Iterable[Ranked], loss: Loss) -> str:
+    """What to say of prompts with ties below y_1, under a list loss that reads an order of all; else nothing."""
+    by_rewards = loss.learns_distances or (loss.preference == "pl" and FAMILIES[loss.family].list_of_rewards)
+    if not loss.takes_lists or by_rewards:
+        return ""  # without reading the records
+    found = [len(set(record["rewards"][1:])) < len(record["rewards"]) - 1 for record in records]
+    if not any(found):
+        return ""
+    return (
+        f"responses below the first have equal rewards in {sum(found)} of {len(found)} prompts, and "
+        f"{loss.family}-{loss.preference} learns the order in which they stand as if it were a preference; use "
+        "the preference hps, which compares them with y_1 alone"
     )
 
 

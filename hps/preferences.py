@@ -3,7 +3,8 @@
 Three kinds of rows, each read as its trainer reads it:
 
 - messages:  `prompt` (chat messages) with `chosen` and `rejected`, or `responses`; or TRL's implicit prompt, the
-             beginning of two conversations. Tokenised by `hps.chat`, as this trainer does.
+             beginning of two conversations. Tokenised by `hps.chat`, as this trainer does; `responses`, and a
+             `rejected` that is a list of answers, also as texts.
 - text:      `prompt`, `chosen` and `rejected` as texts, or the two with the prompt in both. Tokenised as TRL does:
              prompt, and prompt with answer, with special tokens; the EOS is appended where an answer lacks it.
 - token ids: a tokenised data set, taken as it is (`TOKEN_COLUMNS`).
@@ -18,13 +19,13 @@ from dataclasses import dataclass
 from itertools import chain
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
 from hps.chat import ids_by_text, prompt_token_ids, response_token_ids
 from hps.errors import InputError, naming, shorten
-from hps.records import COLUMNS, LARGEST_REWARD, PAIR, Messages, given_pair, refuse_preference
+from hps.records import COLUMNS, LARGEST_REWARD, PAIR, Messages, given_pair, refuse_preference, sides
 
 # Prompt and answers of tokenised pairs: TRL since 1.0, TRL before.
 TOKEN_COLUMNS = (
@@ -39,7 +40,7 @@ OTHERS = {"UltraFeedback": ("instruction", "completions"), "NeMo-RL": ("context"
 QUESTIONS = ("question", "instruction", "input", "query")  # where other data sets have the prompt
 SCORES = tuple(
     (form.format(PAIR[0]), form.format(PAIR[1]))
-    for form in ("score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}", "{}_reward")
+    for form in ("score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}", "{}_reward", "reward_{}")
 )
 SCORE_COLUMNS = tuple(chain.from_iterable(SCORES))
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -59,6 +60,7 @@ class Row:
         prompt, responses: token ids; the prompt ends where the answers begin.
         best: index of the preferred answer.
         rewards: one for each answer, or None.
+        alike: without rewards, all but the best are ranked alike; else they are in order.
         truncated: the answer was cut when it was sampled, so nothing has to end it.
         texts: the answers as the record has them, then the texts of the prompt; none of token ids.
         by_text: the prompt by way of a text (`hps.chat.ids_by_text`); of messages alone.
@@ -71,6 +73,7 @@ class Row:
     responses: list[list[int]]
     best: int = 0
     rewards: list[float] | None = None
+    alike: bool = False
     truncated: tuple[bool, ...] = ()
     texts: tuple[str, ...] = ()
     by_text: list[int] | None = None
@@ -206,21 +209,25 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
     for layout, columns in OTHERS.items():
         if record.keys() >= set(columns) and "prompt" not in record:
             raise InputError(f"the columns are those of {layout}: {', '.join(columns)}", remedy=CONVERT)
-    if isinstance(record.get(PAIR[0]), dict):
+    if isinstance(record.get(PAIR[0]), dict) and "role" not in record[PAIR[0]]:
         raise InputError(f"`{PAIR[0]}` is an object, as in LLaMA-Factory's ShareGPT form", remedy=CONVERT)
     if "rewards" not in record or PAIR[0] in record:
         refuse_preference(dict(record), COLUMNS, where="")
-    if any(isinstance(record.get(side), list) for side in PAIR) or not set(PAIR) <= record.keys():
+    pair = set(PAIR) <= record.keys()
+    messages = any(isinstance(record.get(side), (list, dict)) for side in PAIR)
+    if messages or not pair:
         read = given_pair(dict(record), where="")
         prompt, answers = read.get("prompt"), read.get("responses")
-        # `responses` is a form of this trainer alone, and a text is then one turn of the user.
-        if isinstance(prompt, str) and (isinstance(record.get(PAIR[0]), list) or "responses" in record):
+        if prompt is None and answers:
+            refuse_no_prompt(record)
+        # `responses` and several rejected are forms of this trainer alone, and a text is then one turn of the user.
+        if isinstance(prompt, str) and (messages or "responses" in record):
             prompt = [{"role": "user", "content": prompt}]
     else:
         prompt, answers = _text_prompt(record)
     if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"no two answers: the columns are {', '.join(record)}", remedy=REMEDY)
-    rewards = pair_scores(record) if set(PAIR) <= record.keys() else _rewards(record, len(answers))
+    rewards = pair_scores(record) if pair else _rewards(record, len(answers))
     best = max(range(len(answers)), key=rewards.__getitem__) if rewards and "responses" in record else 0
     cuts = record.get("truncated", [False] * len(answers))
     if not isinstance(cuts, list) or len(cuts) != len(answers):
@@ -228,12 +235,12 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
     truncated = tuple(map(bool, cuts))
     if isinstance(prompt, str):
         ids, spelled = _by_trl(tokenizer, prompt, answers)
-        return Row(where, "text", ids, spelled, best, rewards, truncated, (*answers, prompt))
+        return Row(where, "text", ids, spelled, best, rewards, pair, truncated, (*answers, prompt))
     messages = _messages(prompt)
     spelled = [response_token_ids(tokenizer, messages, text, cut) for text, cut in zip(answers, truncated, strict=True)]
     texts = (*answers, *(message["content"] for message in messages))
     ids, again = prompt_token_ids(tokenizer, messages), ids_by_text(tokenizer, messages)
-    return Row(where, "messages", ids, spelled, best, rewards, truncated, texts, again)
+    return Row(where, "messages", ids, spelled, best, rewards, pair, truncated, texts, again)
 
 
 def _messages(prompt: object) -> Any:
@@ -275,6 +282,13 @@ def refuse_lost_question(record: Mapping) -> None:
             raise InputError(problem, remedy=f"rename `{name}` to `prompt`, with the whole question in it")
 
 
+def refuse_no_prompt(record: Mapping) -> NoReturn:
+    """InputError: the prompt is null, missing, or in another column (`refuse_lost_question`)."""
+    refuse_lost_question(record)
+    problem = "`prompt` is null" if "prompt" in record else "the column `prompt` is missing"
+    raise InputError(problem, remedy=REMEDY)
+
+
 def _by_trl(tokenizer: Any, prompt: str, answers: list[str]) -> tuple[list[int], list[list[int]]]:
     """Texts to ids as in TRL's `DPOTrainer._prepare_dataset` (1.16)."""
     end, ids = tokenizer.eos_token or "", tokenizer(prompt)["input_ids"]
@@ -289,16 +303,26 @@ def is_reward(value: object) -> bool:
 
 
 def pair_scores(record: Mapping) -> list[float] | None:
-    """The scores of a pair, preferred first, where it has them. InputError: one is no number, or lacks the other."""
+    """The scores of a pair, preferred first, where it has them; of several rejected answers they are a list.
+
+    Raises:
+        InputError: one is no number, or lacks the others.
+    """
+    rejected = [name for name, _ in sides(record)[1:]]
+    several = rejected != [PAIR[1]]
     for names in SCORES:
-        values = [record.get(name) for name in names]
-        if all(map(is_reward, values)):
+        best, others = (record.get(name) for name in names)
+        # A list of one rejected answer is a pair, whose score may be a number.
+        values = [best, *(others if several and isinstance(others, list) else [others])]
+        if len(values) == 1 + len(rejected) and all(map(is_reward, values)):
             return [float(value) for value in values]  # ty: ignore[invalid-argument-type] (numbers by the line above)
     for names in SCORES:
-        wrong = [name for name in names if not is_reward(record.get(name))]
         if any(record.get(name) is not None for name in names):
+            wrong = names[1] if is_reward(record.get(names[0])) else names[0]
             remedy = f"give both a number within {LARGEST_REWARD:.1e}, or take both out"
-            raise InputError(f"`{wrong[0]}` is {shorten(record.get(wrong[0]))}", remedy=remedy)
+            if several:
+                remedy = f"{remedy} (`{names[1]}`: a list with a number for each of the {len(rejected)} rejected)"
+            raise InputError(f"`{wrong}` is {shorten(record.get(wrong))}", remedy=remedy)
     return None
 
 
@@ -310,14 +334,15 @@ def ordered_scores(record: Mapping) -> list[float] | None:
             without scores would have another scale.
 
     Raises:
-        InputError: as there, the rejected one is higher, or the scores are null.
+        InputError: as there, a rejected one is higher, or the scores are null.
     """
     scores = pair_scores(record)
     if scores is None and (null := [name for name in (*SCORE_COLUMNS, "rewards") if name in record]):
         remedy = "give both responses a score, or take the column out"
         raise InputError(f"`{null[0]}` is null", remedy=remedy)
-    if scores and scores[0] < scores[1]:
-        problem = f"`chosen` has the score {scores[0]:g} and `rejected` {scores[1]:g}"
+    if scores and scores[0] < (highest := max(scores[1:])):
+        name, _ = sides(record)[scores.index(highest)]
+        problem = f"`chosen` has the score {scores[0]:g} and `{name}` {highest:g}"
         raise InputError(problem, remedy="correct the row, or take both scores out")
     return scores
 

@@ -1,14 +1,14 @@
 """The records that the method reads and writes, as types: a prompt's ranked responses, and the rows of the plan.
 
 The bounds are pydantic's. pipeline/records.py and pipeline/run_records.py check files against them. `given_pair` reads
-TRL's pairs.
+TRL's pairs and what resembles them.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
 from itertools import pairwise
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
@@ -97,43 +97,67 @@ class PlanRow(Term):
     second: NotRequired[Term]
 
 
-def given_pair(record: dict, where: str) -> dict:
-    """The record with TRL's `chosen` and `rejected` as its `responses`, best first; others unchanged.
+def sides(record: Mapping) -> list[tuple[str, Any]]:
+    """`chosen` and what is rejected, each with its name for messages.
 
-    Each is a text, or chat messages: the answer alone, or the whole conversation, whose beginning is then the prompt.
+    `rejected` may be a list with several answers, as S-DPO has it. A list of messages is one conversation.
     """
+    chosen, rejected = (record.get(side) for side in PAIR)
+    if not isinstance(rejected, list) or all(isinstance(each, dict) for each in rejected):
+        return [(PAIR[0], chosen), (PAIR[1], rejected)]
+    return [(PAIR[0], chosen), *((f"{PAIR[1]}[{place}]", each) for place, each in enumerate(rejected))]
+
+
+def given_pair(record: dict, where: str) -> dict:
+    """The record with its answers as texts in `responses`; TRL's `chosen` and `rejected` (`sides`) become these.
+
+    An answer is a text, a message of the assistant, or chat messages: the answer alone, or the whole conversation,
+    whose beginning is then the prompt.
+    """
+    kept = {field: value for field, value in record.items() if field not in PAIR}
     if all(record.get(side) is None for side in PAIR):  # null: a column that other rows have
-        return {field: value for field, value in record.items() if field not in PAIR}
-    for side in PAIR:
-        if record.get(side) is None:
-            raise InputError(f"`{side}` is missing", where=where, remedy="give both `chosen` and `rejected`")
-    if record.get("responses"):
-        raise InputError("both `responses` and `chosen` are given", where=where, remedy="remove one of them")
+        given = record.get("responses")
+        if not isinstance(given, list) or not any(isinstance(each, (dict, list)) for each in given):
+            return kept
+        answers = [(f"responses[{place}]", each) for place, each in enumerate(given)]
+    else:
+        for side in PAIR:
+            if record.get(side) is None:
+                raise InputError(f"`{side}` is missing", where=where, remedy="give both `chosen` and `rejected`")
+        if record.get("responses"):
+            raise InputError("both `responses` and `chosen` are given", where=where, remedy="remove one of them")
+        answers = sides(record)
     prompt, responses = record.get("prompt"), []
-    for side in PAIR:
-        before, text = _answer(record[side], side, where)
+    for side, value in answers:
+        before, text = _answer(value, side, where)
         if before and (prompt is None or isinstance(prompt, str) and _asks(before, prompt)):
             prompt = before
         if before not in ([], prompt):
             problem = f"the conversation of `{side}` does not begin with the prompt: {shorten(before)}"
-            remedy = "give `prompt`, and in `chosen` and `rejected` the last answer alone"
+            remedy = "give `prompt`, and of each conversation the last answer alone"
             raise InputError(problem, where=where, remedy=remedy)
         responses.append(text)
-    kept = {field: value for field, value in record.items() if field not in PAIR}
-    return {**kept, "prompt": prompt, "responses": responses}
+    return {**kept, **({} if prompt is None else {"prompt": prompt}), "responses": responses}
 
 
 def _answer(value: object, side: str, where: str) -> tuple[list[dict], str]:
-    """The messages before the answer, and its text, of `chosen` or `rejected`."""
+    """The messages before the answer, and its text."""
     if isinstance(value, str):
         return [], value
+    value = [value] if isinstance(value, dict) else value
     remedy = "give a text, or chat messages that end with one of the assistant"
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise InputError(f"`{side}` is {shorten(value)}", where=where, remedy=remedy)
     messages = [{key: part for key, part in message.items() if part is not None} for message in value]
     last = messages[-1]
-    if set(last) != {"role", "content"} or last["role"] != "assistant" or not isinstance(last["content"], str):
+    if last.get("role") != "assistant" or "content" not in last:
         raise InputError(f"the last message of `{side}` is {shorten(value[-1])}", where=where, remedy=remedy)
+    if others := sorted(last.keys() - {"role", "content"}):
+        problem = f"the last message of `{side}` has `{others[0]}`, {shorten(last[others[0]])}, which is not read"
+        raise InputError(problem, where=where, remedy="take it out if the answer is right without it")
+    if not isinstance(last["content"], str):
+        problem = f"`content` of the last message of `{side}` is no text: {shorten(last['content'])}"
+        raise InputError(problem, where=where, remedy="give the text itself; content blocks are not read")
     return messages[:-1], last["content"]
 
 
@@ -157,9 +181,9 @@ def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
 def refuse_preference(record: dict, known: Iterable[str], where: str) -> None:
     """Refuse fields that carry a preference and are not read.
 
-    The name says so (`PREFERENCE`), or there is a number for each response and the numbers do not agree with "best
-    first": scores fall, ranks (`RANKS`) rise. Beside `chosen` and `rejected`, which are read, other fields repeat or
-    describe what is known; only `rewards` would be taken for theirs.
+    The name says so (`PREFERENCE`, and `label` if it is a number beside responses), or there is a number for each
+    response and the numbers do not agree with "best first": scores fall, ranks (`RANKS`) rise. Beside `chosen` and
+    `rejected`, which are read, other fields repeat or describe what is known; only `rewards` would be taken for theirs.
     """
     if all(record.get(side) is not None for side in PAIR):
         if record.get("rewards") is not None:
@@ -174,6 +198,7 @@ def refuse_preference(record: dict, known: Iterable[str], where: str) -> None:
         numbers = isinstance(values, list) and len(values) > 1 and all(type(v) in (int, float) for v in values)
         parallel = numbers and isinstance(responses, list) and len(values) == len(responses) and not NEUTRAL & words
         named = PREFERENCE & words and not field.startswith("best_of")  # a number of samples
+        named = named or (words == {"label"} and responses and type(values) in (bool, int, float))
         falling = values[::-1] if RANKS & words and parallel else values
         if named or (parallel and any(a < b for a, b in pairwise(falling))):
             problem = f"`{field}` seems to say which response is better, and it is not read"

@@ -41,7 +41,7 @@ from hps.chat import check_tokenizer, load_tokenizer
 from hps.combinations import read, refused
 from hps.dataset import RankedPrompts
 from hps.displacement import of_training, still
-from hps.errors import InputError
+from hps.errors import InputError, shorten
 from hps.losses import FORMULAS, implicit_reward, nll_loss, preference_loss
 from hps.methods import FAMILIES
 from hps.negatives import gamma_stages
@@ -338,6 +338,8 @@ class HPSTrainer(DPOTrainer):
         args = copy.copy(args or HPSConfig())
         _refuse_unsupported(args, others)
         _check_data(train_dataset)
+        for data in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            _check_rows(data, "eval_dataset")
         self.loss, self.schedule = args.loss, args.schedule
         self.compares = FAMILIES[self.loss.family].reference  # the policy with the reference
         self.tokens: float | None = None  # that have passed the policy; known with the first step
@@ -845,6 +847,19 @@ def _refuse_epochs(config: HPSConfig, steps: int) -> None:
 
 
 def _check_data(train_dataset: Any) -> None:
-    if not isinstance(train_dataset, (Dataset, Sequence)):
-        kind = type(train_dataset).__name__
-        raise ValueError(f"`train_dataset` is of the type {kind}, but the plan needs all prompts; give a `Dataset`")
+    if not isinstance(train_dataset, (Dataset, Sequence)) or isinstance(train_dataset, str):
+        kind, remedy = type(train_dataset).__name__, "give a `Dataset`"
+        if isinstance(train_dataset, dict) and train_dataset:  # a DatasetDict
+            names = [f'dataset["{name}"]' for name in train_dataset]
+            remedy = f"give {' or '.join(names)}"
+        raise ValueError(f"`train_dataset` is of the type {kind}, but the plan needs all prompts; {remedy}")
+    _check_rows(train_dataset, "train_dataset")
+
+
+def _check_rows(data: Any, name: str) -> None:
+    """Refuse a list of preference data: a sequence is taken for the rows of a plan, as token ids."""
+    if not isinstance(data, (list, tuple)) or not data or (isinstance(data[0], Mapping) and "response_ids" in data[0]):
+        return
+    found = shorten(sorted(data[0])) if isinstance(data[0], Mapping) else f"a {type(data[0]).__name__}"
+    problem = f"`{name}` is a {type(data).__name__} whose elements are not the token ids of a plan's rows: {found}"
+    raise InputError(problem, remedy="give datasets.Dataset.from_list(rows)")

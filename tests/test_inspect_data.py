@@ -20,6 +20,7 @@ from hps.chat import load_tokenizer, prompt_token_ids, response_token_ids
 from hps.dataset import RankedPrompts
 from hps.errors import InputError
 from hps.first_step import as_pair, load_model, rates, start
+from hps.inspection import Inspection, Template
 from hps.preferences import LABELLED, on_hub, read_records, read_row
 
 PLACES = ("Ghent", "Lima", "Oslo", "Quito", "Riga", "Turku", "Bonn", "Cork")
@@ -605,6 +606,22 @@ def test_rows_that_cannot_be_read(tokenizer, record, words):
     with pytest.raises(InputError, match=f"here: {words}") as caught:
         read_row(tokenizer, record, "here")
     assert "docs/" not in str(caught.value)  # a wheel has none
+
+
+def test_several_rejected_are_read_as_the_trainer_does(tokenizer):
+    """A text as prompt is one turn; the order of the rejected says nothing without scores."""
+    record = {"prompt": "Name a town.", "chosen": "Ghent", "rejected": ["Lima", "Oslo"]}
+    row = read_row(tokenizer, record, "here")
+    asked = [{"role": "user", "content": "Name a town."}]
+    assert row == read_row(tokenizer, {**record, "prompt": asked, "rejected": [answered("Lima"), "Oslo"]}, "here")
+    assert (row.kind, row.best, row.rewards, len(row.responses)) == ("messages", 0, None, 3)
+    scored = read_row(tokenizer, {**record, "score_chosen": 1, "score_rejected": [3, 0]}, "here")
+    found = Inspection(Template(tokenizer), 512)
+    for each in (row, read_row(tokenizer, {**record, "rejected": ["Oslo", "Lima"]}, "here"), scored):
+        found.add(each, record)
+    assert {"repeated", "reversed"} <= found.findings.keys() and found.findings["repeated"].count == 1
+    messages = read_row(tokenizer, {"prompt": asked, "responses": [answered("Ghent"), answered("Lima")[0]]}, "here")
+    assert messages.responses == row.responses[:2]
 
 
 def test_implicit_prompts(tokenizer):

@@ -110,6 +110,34 @@ FORMS = {
         [{"prompt": TEA, "chosen": "A drink.", "rejected": "A car.", "chosen_rating": 5, "rejected_rating": 2.5}],
         [(TEA, PAIR["responses"], [5, 2.5])],
     ),
+    "several rejected": (
+        "pair",
+        [{"prompt": "What is tea?", "chosen": "A drink.", "rejected": ["A car.", "A town."]}],
+        [(TEA, ["A drink.", "A car.", "A town."], [0, -1, -1])],
+    ),
+    "several rejected with scores": (
+        "pair",
+        [
+            {
+                "prompt": TEA,
+                "chosen": said("A drink."),
+                "rejected": [said("A car."), said("A town.")],
+                "reward_chosen": 3.0,
+                "reward_rejected": [1.0, 2.0],
+            }
+        ],
+        [(TEA, ["A drink.", "A town.", "A car."], [3, 2, 1])],
+    ),
+    "messages as responses": (
+        "ordered",
+        [{"prompt": TEA, "responses": [said("A drink."), said("A car.")]}],
+        [(TEA, PAIR["responses"], [0, -1])],
+    ),
+    "messages as responses with rewards": (
+        "ranked",
+        [{"prompt": TEA, "responses": [said("A car.")[0], said("A drink.")[0]], "rewards": [0, 1]}],
+        [(TEA, PAIR["responses"], [1, 0])],
+    ),
     "hh-rlhf": (
         "pair",
         [
@@ -223,7 +251,7 @@ def test_a_file_of_each_form_is_read(form, suffix, written, tokenizer):
     assert [(each["prompt"], each["responses"], each["rewards"]) for each in records] == expected
     for record in records:
         places = [f"given_{place}" for place in range(1, len(record["responses"]) + 1)]
-        assert record["sources"] == (["generated"] * 2 if form == "released" else places)
+        assert record["sources"] == (["generated"] * 2 if layout == "ranked" else places)
         assert not any(record["truncated"])
 
 
@@ -313,6 +341,9 @@ def changed(form: str, **changes) -> tuple[dict, str]:
     [
         (changed("trl-standard", rejected=None), "`rejected` is missing"),
         (changed("trl-standard", chosen=7), "`chosen` is 7"),
+        (changed("several rejected", rejected=["A car.", None]), r"`rejected\[1\]` is null"),
+        (changed("several rejected with scores", reward_rejected=[1.0]), r"`reward_rejected` is \[1.0\]; give both a"),
+        (changed("ordered", label=1), "`label` seems to say which response is better, and it is not read"),
         (changed("trl-standard-implicit", question="Why?"), "there is no `prompt`, and `question` is "),
         (changed("ordered", responses="x"), r'`responses` is "x"'),
         (changed("ordered", prompt=7), "`prompt` is 7"),
@@ -397,6 +428,21 @@ def test_with_skip_such_rows_are_in_the_ledger(tokenizer, write_lines):
     assert len(records) == 1 and (counts["read"], counts["written"], counts["rejected"]) == (2, 1, 1)
     assert line["reason"] == "unreadable row" and line["refused"]
     assert line["error"].startswith(f"{path}:2: row 2: `rejected` is 3; give a text")
+
+
+def test_prompts_that_are_the_beginning_of_their_answers_are_counted(tokenizer, write_lines, capsys):
+    """Nothing shows where such a prompt ends: a word of both answers belongs to it. The first one is shown."""
+    texts = [("What is tea? A drink", "What is tea? A leaf"), ("Tea? Yes", "Tea? No")]
+    rows = [{"chosen": a, "rejected": b} for a, b in texts]
+    rows.append({"chosen": "Milk? Yes", "rejected": ["Milk? No", "Milk? Cheese"]})
+    path = write_lines([*rows, FORMS["hh-rlhf"][1][0], FORMS["trl-standard"][1][0]])
+    _, records, counts, _ = imported(path, tokenizer)
+    assert [record["prompt"] for record in records[:3]] == [user("What is tea? A"), user("Tea?"), user("Milk?")]
+    assert records[2]["responses"] == ["Yes", "No", "Cheese"]
+    words = "prompt taken from the common beginning of chosen and rejected"
+    assert counts[words] == 3 and counts["written"] == 5
+    out = capsys.readouterr().out
+    assert out == f'import: {path}:1: row 1: {words}: "What is tea? A"; the answer is "drink"\n'
 
 
 def test_a_prompt_that_comes_again_is_kept_under_another_name(tokenizer, write_lines):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY, ranked_records, tiny_config
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -29,6 +29,7 @@ from hps.chat import load_tokenizer
 from hps.dataset import FEATURES, RankedPrompts, ranked_row
 from hps.errors import InputError
 from hps.methods import methods
+from hps.planning import Plan
 from hps.settings import Loss, Schedule
 from hps.trainer import OF_PARENT
 
@@ -163,9 +164,98 @@ def test_pairs_of_trl(tokenizer, scores):
     assert explicit["rewards"] == ([8.5, 3.0] if scores else [0, -1]) and explicit["sources"] == ["given_1", "given_2"]
 
 
+def answers(*texts: str) -> list[list[dict]]:
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+@pytest.mark.parametrize("talk", [False, True])
+@pytest.mark.parametrize(
+    ("scores", "rewards"),
+    [
+        ({}, [0, -1, -1]),
+        ({"score_chosen": 9, "score_rejected": [3, 5]}, [9, 5, 3]),
+        ({"reward_chosen": 9.0, "reward_rejected": [3.0, 5.0]}, [9, 5, 3]),
+    ],
+)
+def test_several_rejected(tokenizer, talk, scores, rewards):
+    """S-DPO's form, as texts and as messages, also through a data set; a list of one is a pair."""
+    best, *others = answers("A", "B", "C") if talk else ["A", "B", "C"]
+    row = {"prompt": QUESTION, "chosen": best, "rejected": others, **scores}
+    found = ranked_row(row, 0, tokenizer)
+    texts = ["A", "C", "B"] if scores else ["A", "B", "C"]
+    assert (found["responses"], found["rewards"], found["prompt"]) == (texts, rewards, QUESTION)
+    assert found["sources"] == [f"given_{'ABC'.index(text) + 1}" for text in texts]
+    prompts = RankedPrompts(Dataset.from_list([row]), tokenizer)
+    assert prompts["row-000000000"] == {**found, "prompt_id": "row-000000000"} and not prompts.notes
+    for name in scores:
+        row[name] = row[name][:1] if isinstance(row[name], list) else row[name]
+    pair = ranked_row({**row, "rejected": others[:1]}, 0, tokenizer)
+    flat = {name: value[0] if isinstance(value, list) else value for name, value in row.items() if name in scores}
+    assert pair == ranked_row({"prompt": QUESTION, "chosen": "A", "rejected": "B", **flat}, 0, tokenizer)
+
+
+def test_several_rejected_train_as_a_list(tokenizer):
+    """Ties below y_1: HPS draws them with equal weights, and S-DPO takes them all."""
+    row = {"prompt": QUESTION, "chosen": "A", "rejected": ["B", "C", "D"]}
+    prompts = RankedPrompts(Dataset.from_list([row]), tokenizer)
+    for ties in ("keep", "exclude"):
+        for gamma in (-5.0, 5.0):
+            schedule = Schedule(global_batch=1, epochs=1, ties=ties, gamma_start=gamma, gamma_end=gamma)
+            made = Plan(prompts, Loss(estimator="exact"), schedule, 1)
+            (planned,) = made.rows()
+            assert (planned["preferred"], planned["dispreferred"], made.left_out) == (0, [1, 2, 3], {})
+            assert planned["weights"] == pytest.approx([1 / 3] * 3) and planned["rewards"] == [0, -1, -1, -1]
+
+
+def test_responses_may_be_messages(tokenizer):
+    """A message, a list of one, or the conversation that begins with the prompt."""
+    expected = ranked_row({"prompt": QUESTION, "responses": ["A", "B"]}, 0, tokenizer)
+    for given in (answers("A", "B"), [each[0] for each in answers("A", "B")], [[*QUESTION, *answers("A")[0]], "B"]):
+        assert ranked_row({"prompt": QUESTION, "responses": given}, 0, tokenizer) == expected
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
+        *(
+            ({"prompt": QUESTION, "chosen": "A", "rejected": ["B", "C"], "score_chosen": 9, "score_rejected": score}, m)
+            for score, m in [
+                (
+                    [1],
+                    "row 3: `score_rejected` is [1]; give both a number within 1.7e+38, or take both out (`score_rej",
+                ),
+                (1, "row 3: `score_rejected` is 1; give both a number within 1.7e+38, or take both out (`score_rejec"),
+                ([1, None], "row 3: `score_rejected` is [1, null]; give both a number"),
+                ([1, 10], "row 3: `chosen` has the score 9 and `rejected[1]` 10; correct the row"),
+            ]
+        ),
+        (
+            {"prompt": QUESTION, "chosen": "A", "rejected": "B", "score_chosen": 1, "score_rejected": [0]},
+            "row 3: `score_rejected` is [0]; give both a number within",
+        ),
+        ({"prompt": QUESTION, "chosen": "A", "rejected": ["B", None]}, "row 3: `rejected[1]` is null; give a text, or"),
+        ({"prompt": QUESTION, "chosen": "A", "rejected": ["B", " "]}, 'row 3: `rejected[1]` is " "; take empty'),
+        ({"prompt": QUESTION, "chosen": "A", "rejected": []}, "row 3: `rejected` is []; give a text, or chat messages"),
+        ({"prompt": QUESTION, "chosen": ["A", "D"], "rejected": ["B", "C"]}, 'row 3: `chosen` is ["A", "D"]; give a'),
+        (
+            {"prompt": QUESTION, "chosen": "A", "rejected": [*answers("B")[0], *answers("C")[0]]},
+            "row 3: the conversation of `rejected` does not begin with the prompt",
+        ),
+        ({"prompt": QUESTION, "responses": ["A", QUESTION]}, "row 3: the last message of `responses[1]` is {"),
+        ({"prompt": QUESTION, "responses": ["A", "B"], "label": 1}, "row 3: `label` seems to say which response is"),
+        (
+            {"prompt": QUESTION, "chosen": [{**answers("A")[0][0], "name": "Ann"}], "rejected": "B"},
+            'row 3: the last message of `chosen` has `name`, "Ann", which is not read; take it out',
+        ),
+        (
+            {
+                "prompt": QUESTION,
+                "chosen": "A",
+                "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "B"}]}],
+            },
+            'row 3: `content` of the last message of `rejected` is no text: [{"type": "text", "text": "B"}]; give the',
+        ),
+        ({"question": "Why?", "chosen": "A", "rejected": "B"}, 'row 3: there is no `prompt`, and `question` is "Why?"'),
         ({"prompt": QUESTION, "responses": ["A"]}, "row 3: no two responses: the columns are prompt, responses"),
         (
             {"prompt": QUESTION, "responses": ["A", "B"], "rewards": [1]},
@@ -191,8 +281,9 @@ def test_pairs_of_trl(tokenizer, scores):
             ]
         ),
         ({"prompt": QUESTION, "responses": ["A", 2]}, "row 3: `responses[1]` is 2"),
-        ({"responses": ["A", "B"]}, "row 3: `prompt` is null"),
-        ({"chosen": "A", "rejected": "B"}, "row 3: `prompt` is null"),
+        ({"responses": ["A", "B"]}, "row 3: the column `prompt` is missing; give `prompt` with"),
+        ({"chosen": "A", "rejected": "B"}, "row 3: the column `prompt` is missing; give `prompt` with"),
+        ({"prompt": None, "chosen": "A", "rejected": "B"}, "row 3: `prompt` is null; give `prompt` with"),
         ({"prompt": [{"role": "assistant", "content": "A"}], "responses": ["A", "B"]}, "row 3: `prompt` is"),
         (
             {"prompt": QUESTION, "chosen": "A", "rejected": "B", "score_chosen": 1, "score_rejected": 2},
@@ -615,6 +706,18 @@ def test_what_a_script_cannot_have_is_refused(tiny_model, tmp_path):
         HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, compute_metrics=lambda _: {})
     with pytest.raises(ValueError, match="is of the type IterableDataset, but the plan needs all prompts; give a `Dat"):
         HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data.to_iterable_dataset())
+    rows = [{"prompt": "What is tea?", "chosen": "A", "rejected": "B"}]
+    message = re.escape(' is a list whose elements are not the token ids of a plan\'s rows: ["chosen", "prompt", ')
+    with pytest.raises(InputError, match=f"`train_dataset`{message}.*; give datasets.Dataset.from_list.rows."):
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=rows)
+    for held_out in (rows, {"tea": rows}):
+        with pytest.raises(InputError, match=f"`eval_dataset`{message}.*; give datasets.Dataset.from_list.rows."):
+            HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, eval_dataset=held_out)
+    with pytest.raises(ValueError, match='of the type DatasetDict, .*; give dataset."train". or dataset."test".$'):
+        splits = DatasetDict({"train": data, "test": data})
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=splits)
+    with pytest.raises(ValueError, match="is of the type str, but the plan needs all prompts; give a `Dataset`"):
+        HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset="rows.jsonl")
     with pytest.raises(
         ValueError, match="`save_strategy` is 'epoch', .* 3 epochs as one; set .*'steps'` and `save_steps=2`"
     ):

@@ -359,11 +359,26 @@ def test_prompts_whose_order_is_learned_in_reverse_are_told(rewards, settings, t
     ],
 )
 def test_distances_that_only_say_an_order_are_told(settings, told):
-    records = [record_of([0.0, -1.0, -2.0]), record_of([0.0, -1.0]), record_of([1.5, 0.0])]
+    records = [record_of([0.0, -1.0, -2.0]), record_of([0.0, -1.0, -1.0]), record_of([1.5, 0.0])]
     loss, schedule = Loss(**settings), Schedule()
     warning = planning.data_warning(iter(records), loss, schedule, 1)
-    assert warning.startswith("the rewards of 2 of 3 prompts are 0, -1, -2, ..., an order without scores") == told
+    assert warning.startswith("the rewards of 2 of 3 prompts are 0, -1, -2, ... (or 0, -1, -1") == told
     assert planning.data_warning(iter(records[2:]), loss, schedule, 1) == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        *(({"preference": preference}, preference in ("pl", "pairs")) for preference in ("bt", "pl", "hps", "pairs")),
+        ({"family": "sppo", "preference": "pl"}, False),
+        ({"family": "ipo", "preference": "pl"}, True),
+    ],
+)
+def test_ties_that_are_learned_as_an_order_are_told(settings, told):
+    records = [record_of([0.0, -1.0, -1.0]), record_of([1.0, 1.0, 0.5]), record_of([1.5, 0.0])]
+    warning = planning.data_warning(iter(records), Loss(**settings), Schedule(), 1)
+    assert warning.startswith("responses below the first have equal rewards in 1 of 3 prompts, and ") == told
+    assert planning.data_warning(iter(records[1:]), Loss(**settings), Schedule(), 1) == ""
 
 
 def test_the_plan_tells_of_an_order_that_is_learned_in_reverse(light_recipe, ranked, capsys):

@@ -252,6 +252,7 @@ def test_a_misspelt_field_is_refused(field):
         {"better_response_id": 1},
         {"isPreferred": "b"},
         {"winner": "model_b"},
+        {"label": 1},
         {"rejected_score": 3},
         {"ranks": [2, 1]},
         {"human_ranking": [1, 0]},
@@ -266,6 +267,7 @@ def test_fields_that_users_carry_along_pass_and_are_named():
     carried = {
         "source": "x",
         "topic": "y",
+        "label": "greeting",
         "id": 7,
         "tags": ["a", "b"],
         "prompt_length": 3,
@@ -306,7 +308,7 @@ def test_trls_pairs_are_two_given_responses(fields):
         ({"prompt": [USER], "chosen": "Hi."}, "`rejected` is missing"),
         ({**PROMPT, **CHOSEN}, "both `responses` and `chosen` are given"),
         ({"prompt": "Hello", **CHOSEN}, '`prompt` is "Hello": should be a valid list; give chat messages'),
-        (CHOSEN, "`prompt` is null"),
+        (CHOSEN, "`prompt` is missing; "),
         ({"prompt": [USER], "chosen": [USER], "rejected": "x"}, "the last message of `chosen` is"),
         ({"prompt": [USER], "chosen": 3, "rejected": "x"}, "`chosen` is 3; give a text, or chat messages that end"),
         (
