@@ -143,7 +143,7 @@ def _loaded(dataset: str, revision: str | None, split: str) -> Iterator[tuple[st
             if isinstance(rows, DatasetDict):
                 if split not in rows:
                     problem = f"--split is `{split}`, and there is none of that name"
-                    raise InputError(problem, where=dataset, remedy=f"give one of {', '.join(rows)}")
+                    raise InputError(problem, where=dataset, remedy=f"give one of {', '.join(map(str, rows))}")
                 rows = rows[split]
             else:
                 _refuse_split(dataset, split, rows.split)

@@ -95,16 +95,16 @@ PAPER = {
 
 def sources(loss: Loss) -> dict[str, str]:
     """The papers of a loss, by what is theirs; arXiv numbers."""
-    found = {
-        loss.family.upper(): FAMILIES[loss.family].source,
-        "S-DPO": loss.is_sdpo and "2406.09215",
-        "HPS": loss.preference == "hps" and not loss.is_sdpo and PAPER["id"],
-        "LiPO-lambda": loss.preference == "lipo" and "2402.01878",
-        "rDPO": loss.label_smoothing and loss.smoothing == "rdpo" and "2403.00409",
-        "length normalisation": loss.dpo_per_token and "2411.15124",
-        "the NLL term": loss.nll and "2404.19733",
-    }
-    return {name: source for name, source in found.items() if source}
+    found = [
+        (True, loss.family.upper(), FAMILIES[loss.family].source),
+        (loss.is_sdpo, "S-DPO", "2406.09215"),
+        (loss.preference == "hps" and not loss.is_sdpo, "HPS", PAPER["id"]),
+        (loss.preference == "lipo", "LiPO-lambda", "2402.01878"),
+        (loss.label_smoothing > 0 and loss.smoothing == "rdpo", "rDPO", "2403.00409"),
+        (loss.dpo_per_token, "length normalisation", "2411.15124"),
+        (loss.nll > 0, "the NLL term", "2404.19733"),
+    ]
+    return {name: source for given, name, source in found if given and source}
 
 
 def _method_fields() -> list[tuple[str, Any, Any]]:
