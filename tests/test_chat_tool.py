@@ -72,6 +72,16 @@ def test_the_folder_may_have_moved(run_of, tmp_path):
     assert recipe_of(moved).checkpoint_folder() == moved / "checkpoint"
 
 
+def test_a_later_round_is_opened_in_its_own_folder(run_of, tmp_path):
+    """Also where it is moved; before training is the first policy."""
+    run = run_of("round=2", trained=True)
+    assert run.name == "round-2" and recipe_of(run).checkpoint_folder() == run / "checkpoint"
+    before, after = Both(recipe_of(run), tokens=12, greedy=True).answer("What is tea?", 0)
+    assert before != after
+    run.rename(moved := tmp_path / "kept")
+    assert recipe_of(moved).checkpoint_folder() == moved / "checkpoint"
+
+
 def test_other_folders_are_refused(run_of, tmp_path):
     with pytest.raises(InputError, match="the run is not finished|bash run.sh"):
         recipe_of(tmp_path)

@@ -30,7 +30,8 @@ def recipe_of(run: Path) -> Recipe:
         raise InputError(problem, where=str(run / MANIFEST), remedy="give the folder of a run") from None
     if not (run / "checkpoint").is_dir():
         raise InputError("there is no checkpoint", where=str(run), remedy="give the folder of a run, not of a stage")
-    return recipe.model_copy(update={"output": str(run.resolve().parent), "run": run.resolve().name})
+    # Round 1, because this folder itself is the run's; the folder of a later round is below one.
+    return recipe.model_copy(update={"output": str(run.resolve().parent), "run": run.resolve().name, "round": 1})
 
 
 class Both:
