@@ -645,6 +645,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[bool, str, str, str]]:
     for refusal in refused(recipe.loss, recipe.schedule):
         yield True, *refusal
 
+    for key in ("schedule.rounds", "round"):
+        nothing_new = get(recipe, key) > 1 and recipe.data.train.responses == 0
+        reason = "`data.train.responses` is 0, and all rounds would train on the same responses"
+        yield nothing_new, key, reason, "raise the second: a round samples"
+
     key, previous = "schedule.round_reference", schedule.round_reference == "previous"
     none = previous and not FAMILIES[recipe.loss.family].reference
     yield none, key, f"the loss of {recipe.loss.family} has no reference", f"use {key}=first"

@@ -364,6 +364,14 @@ def test_rounds_that_rounds_sh_does_not_do(tiny_recipe, overrides, message):
         rounds_of(str(tiny_recipe), overrides)
 
 
+@pytest.mark.parametrize("setting", ["schedule.rounds=2", "round=2"])
+def test_rounds_that_sample_nothing_are_refused(tiny_recipe, setting):
+    """Each would train on the same responses."""
+    load_recipe(tiny_recipe, ["data.train.responses=0"])
+    with pytest.raises(InputError, match=f"`{setting}`: .*`data.train.responses` is 0, .*; raise the second"):
+        load_recipe(tiny_recipe, ["data.train.responses=0", setting])
+
+
 # ---- reproduce.sh ----
 
 
