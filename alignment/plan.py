@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from alignment.rows import keep_rows, ranked_prompts
+from alignment.rows import keep_rows, ranked_prompts, require_ranking
 from hps.errors import InputError, naming
 from hps.planning import Plan, data_warning, plan_lines
 from hps.settings import own_settings
@@ -26,7 +26,7 @@ from pipeline.identity import check_model, model_hash
 from pipeline.recipe import OF_ROUNDS, Recipe
 from pipeline.records import Indexed
 from pipeline.rounds import require_start, round_settings
-from pipeline.stage import CLAIM, claim, hold, require_finished
+from pipeline.stage import claim, hold
 
 
 def run_settings(recipe: Recipe) -> dict:
@@ -45,13 +45,7 @@ def run_settings(recipe: Recipe) -> dict:
 def plan(recipe: Recipe) -> Indexed:
     """Run the stage, see the module's docstring, but for the rows that are kept; the ranked prompts."""
     check_model(recipe.models.policy, "models.policy")
-    if not recipe.ranked("train").exists():
-        problem = "there is no ranked file"
-        raise InputError(problem, where=str(recipe.ranked("train")), remedy="run `bash gene.sh` with this recipe first")
-    ranking = recipe.ranked("train").parent
-    # A ranked file that the user put there has neither claim nor manifest.
-    if (ranking / CLAIM).exists():
-        require_finished(ranking, "the ranking is", "bash gene.sh")
+    require_ranking(recipe)
     if before := recipe.before():
         require_start(recipe)
         claim(before.run_folder(), run_settings(before))  # all rounds have one recipe, and so one kind of adapter

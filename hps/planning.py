@@ -106,11 +106,7 @@ def distance_warning(records: Iterable[Ranked], loss: Loss) -> str:
     """What to say of prompts with an order and no scores, under a loss that learns distances; else nothing."""
     if not loss.learns_distances:
         return ""  # without reading the records
-    found = [
-        record["rewards"] in ([-place for place in range(count)], [-min(place, 1) for place in range(count)])
-        for record in records
-        if (count := len(record["rewards"]))
-    ]
+    found = [order_alone(record) for record in records]
     if not any(found):
         return ""
     return (
@@ -133,6 +129,17 @@ def tie_warning(records: Iterable[Ranked], loss: Loss) -> str:
         f"{loss.family}-{loss.preference} learns the order in which they stand as if it were a preference; use "
         "the preference hps, which compares them with y_1 alone"
     )
+
+
+def order_alone(record: Ranked) -> bool:
+    """Whether the rewards are those of data without scores: 0, -1, -2, ... by place, or -1 of all but the best.
+
+    The place is in the list or, where a response was dropped, in the order that was given (`sources`).
+    """
+    rewards = record["rewards"]
+    places = [-place for place in range(len(rewards))]
+    given = [f"given_{1 - reward:g}" for reward in rewards]
+    return rewards in (places, [0] + [-1] * (len(rewards) - 1)) or record["sources"] == given
 
 
 def reversal_warning(records: Iterable[Ranked], loss: Loss, schedule: Schedule, seed: int) -> str:

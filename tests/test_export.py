@@ -1,6 +1,7 @@
 """tools/export.py: pairs that TRL tokenises as our plan does, and answers in the form of two benchmarks."""
 
 import json
+import shutil
 
 import pytest
 
@@ -10,8 +11,10 @@ from annotation.import_data import open_data
 from annotation.layouts import LAYOUTS, check_row
 from hps.chat import load_tokenizer
 from hps.errors import InputError
+from hps.planning import Plan
 from pipeline.files import Appender
 from pipeline.records import read_jsonl
+from pipeline.stage import claim
 from tools.export import export, main
 
 ONE_EPOCH = ("schedule.epochs=1", "schedule.global_batch=4", "schedule.gamma_stages=1")
@@ -56,6 +59,75 @@ def test_pairs_are_those_of_the_plan(ranked_recipe, tmp_path, settings):
         )
         for row in rows
     ] == expected
+
+
+def test_pairs_of_a_later_round_are_those_of_its_plan(ranked_recipe, tmp_path):
+    """Its seed is another one."""
+    settings = (*ONE_EPOCH, "loss.negatives=uniform")
+    first, second = ranked_recipe(*settings), ranked_recipe(*settings, "round=2")
+    rows = exported(second, tmp_path / "pairs.jsonl")
+    records = ranked_prompts(second)
+    made = Plan(records, second.loss, second.schedule, second.round_seed, records.where).rows()
+    expected = [(row["prompt_id"], records[row["prompt_id"]]["responses"][row["dispreferred"][0]]) for row in made]
+    assert [(row["prompt_id"], row["rejected"][0]["content"]) for row in rows] == expected
+    assert rows != exported(first, tmp_path / "first.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ([[0, -1, -2], [0, -1]], "no scores: the rewards of all prompts are"),
+        ([[0, -1, -1], [0, -1]], "no scores: the rewards of all prompts are"),
+        ([[0, -2], [0, -1]], "no scores: the rewards of all prompts are"),  # the second of three was dropped
+        ([[0, -1, -2], [0.5, -1]], "warning: the scores of 1 of 2 prompts are 0, -1, -2"),
+        ([[1, 0], [0, -2.5]], None),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rewards_that_only_encode_an_order_are_no_scores(rewards, said, suffix, ranked_recipe, tmp_path, capsys):
+    recipe = ranked_recipe(*ONE_EPOCH, "loss.preference=bt", prompts=2)
+    path = recipe.ranked("train")
+    records = [record for _, record in read_jsonl(path)]
+    for record, own in zip(records, rewards, strict=True):
+        record.update({name: record[name][: len(own)] for name in ("responses", "token_counts", "truncated")})
+        places = range(1, len(own) + 1) if own != [0, -2] else (1, 3)
+        record.update(rewards=own, sources=[f"given_{place}" for place in places])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    export("pairs", tmp_path / f"pairs{suffix}", recipe, "train", False, 0, None)
+    printed = capsys.readouterr().out
+    told = any(words in printed for words in ("no scores", "warning: the scores"))
+    assert told == (said is not None) and (said or "") in printed
+    rows = [row for _, row in open_data(str(tmp_path / f"pairs{suffix}"), "train", None, None)[0]]
+    found = sorted((row["score_chosen"], row["score_rejected"]) for row in rows if "score_chosen" in row)
+    scored = said is None or said.startswith("warning")
+    assert found == (sorted((own[0], own[-1]) for own in rewards) if scored else [])
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "remedy"),
+    [
+        ("lists", "nope.csv", r"\.jsonl or \.parquet"),
+        ("pairs", "nope", r"\.jsonl or \.parquet"),
+        ("arena_hard", "nope.parquet", r"\.jsonl"),
+        ("alpaca_eval", "nope.jsonl", r"\.json"),
+    ],
+)
+def test_other_endings_are_refused(ranked_recipe, tmp_path, what, name, remedy):
+    """A CSV would have had lines of JSON in it."""
+    with pytest.raises(InputError, match=f"{name}: `{what}` is not written as .*; end the name with {remedy}$"):
+        export(what, tmp_path / name, ranked_recipe(), "train", False, 0, None)
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("what", ["lists", "pairs"])
+def test_a_ranking_that_is_not_finished_is_refused(ranked_recipe, tmp_path, what):
+    recipe = ranked_recipe("loss.preference=bt")
+    claim(recipe.ranked("train").parent, {})
+    with pytest.raises(InputError, match="the ranking is not finished; run `bash gene.sh`"):
+        export(what, tmp_path / "out.jsonl", recipe, "train", False, 0, None)
+    recipe.ranked("train").unlink()
+    with pytest.raises(InputError, match=r"train.jsonl: there is no ranked file; run `bash gene.sh`"):
+        export(what, tmp_path / "out.jsonl", recipe, "train", False, 0, None)
 
 
 def test_rows_that_fill_the_last_step_are_left_out(ranked_recipe, tmp_path, capsys):
@@ -173,6 +245,10 @@ def test_answers_for_alpaca_eval(answered_recipe, tmp_path):
     export("alpaca_eval", tmp_path / "before.json", recipe, "train", True, 0, "base")
     expected = {"instruction": "What is tea?", "output": "before 0", "generator": "base"}
     assert json.loads((tmp_path / "before.json").read_text()) == [expected]
+    later = recipe.model_copy(update={"round": 2})
+    shutil.copytree(recipe.run_folder() / "answers", later.run_folder() / "answers")
+    export("alpaca_eval", tmp_path / "later.json", later, "train", False, 0, None)
+    assert json.loads((tmp_path / "later.json").read_text())[0]["generator"] == "dpo-hps-round-2"
     with pytest.raises(InputError, match="outputs.json: there is a file already"):
         export("alpaca_eval", path, recipe, "train", False, 0, None)
     with pytest.raises(InputError, match=r"test.jsonl:1: there are 2 `responses`, and `--answer` is 2"):

@@ -381,6 +381,24 @@ def test_ties_that_are_learned_as_an_order_are_told(settings, told):
     assert planning.data_warning(iter(records[1:]), Loss(**settings), Schedule(), 1) == ""
 
 
+@pytest.mark.parametrize(
+    ("rewards", "places", "alone"),
+    [
+        ([0, -1, -2], None, True),
+        ([0, -1, -1], None, True),  # a best one, and the others alike
+        ([0, -2], (1, 3), True),  # the second was dropped
+        ([-1, -2], (2, 3), True),
+        ([0, -2], (1, 2), False),
+        ([0, 0, -1], (1, 2, 3), False),
+        ([0, -1, -1.5], (1, 2, 3), False),
+        ([2, 1, 0], (1, 2, 3), False),
+    ],
+)
+def test_what_rewards_say_an_order_alone(rewards, places, alone):
+    sources = [f"given_{place}" for place in places] if places else None
+    assert planning.order_alone(record_of(list(map(float, rewards)), sources=sources)) == alone
+
+
 def test_the_plan_tells_of_an_order_that_is_learned_in_reverse(light_recipe, ranked, capsys):
     """5 responses: 4 / 3. Two stages of gamma, -5 and 5."""
     ranked(with_human(ranked_records(6), 2))

@@ -2,7 +2,7 @@
 
 Reads   `<output>/ranked/{split}.jsonl` (lists, pairs); `<output>/<run>/answers/test.jsonl`, with `--before` those of
         the model before training (alpaca_eval, arena_hard)
-Writes  OUT: JSON Lines, or Parquet if its name ends with .parquet; alpaca_eval: one JSON list
+Writes  OUT, by the end of its name: .jsonl or .parquet (lists, pairs), .jsonl (arena_hard), .json (alpaca_eval)
 Run     python -m tools.export lists OUT configs/quickstart.yaml [key=value ...] [--split train|test]
         python -m tools.export pairs OUT configs/quickstart.yaml loss.negatives=worst schedule.epochs=1
         python -m tools.export alpaca_eval OUT configs/quickstart.yaml [--before] [--answer 0] [--name NAME]
@@ -10,8 +10,8 @@ Run     python -m tools.export lists OUT configs/quickstart.yaml [key=value ...]
 - `lists`: the ranked file. `annotation.import_data` reads it back.
 - `pairs`: what the plan of this recipe trains on, in its order, as TRL's conversational preference data. A row has y_1
   and one negative by the recipe's rule (hps/negatives.py): with `schedule.epochs=2` a prompt comes twice. Rows that
-  only fill up the last step are left out. Scores are the rewards of the ranked file; with `schedule.best=human` there
-  are none, because a reward may rank a pair the other way.
+  only fill up the last step are left out. Scores are the rewards of the ranked file. There are none with
+  `schedule.best=human`, because a reward may rank a pair the other way, nor where the rewards only encode an order.
 - `alpaca_eval`: `instruction`, `output`, `generator`. Only prompts of one turn.
 - `arena_hard`: a line of Arena-Hard v2's `model_answer/NAME.jsonl`. `uid` is the `prompt_id`, so give the benchmark's
   questions their `uid` as `prompt_id`. Without `metadata`, which style control reads.
@@ -19,19 +19,25 @@ Run     python -m tools.export lists OUT configs/quickstart.yaml [key=value ...]
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from alignment.rows import ranked_prompts
+from alignment.rows import ranked_prompts, require_ranking
 from hps.errors import InputError, run_main
-from hps.planning import Plan
+from hps.planning import Plan, order_alone
 from hps.settings import Loss
 from pipeline.files import json_line, value_hash, whole_file, write_json, write_lines
 from pipeline.recipe import SPLITS, Recipe, load_recipe, split_arguments
-from pipeline.records import read_answers, read_ranked
+from pipeline.records import Indexed, read_answers, read_ranked
 from pipeline.stage import require_finished
 
+ENDINGS = {
+    "lists": (".jsonl", ".parquet"),
+    "pairs": (".jsonl", ".parquet"),
+    "alpaca_eval": (".json",),
+    "arena_hard": (".jsonl",),
+}
 CHUNK = 1000  # rows that are turned into columns at a time
 MESSAGES = "list of messages"
 # The columns of a Parquet file, by the names of pyarrow's types.
@@ -65,19 +71,16 @@ def _plain(messages: Iterable[dict]) -> list[dict]:
     return [{name: message[name] for name in ("role", "content")} for message in messages]
 
 
-def pairs(recipe: Recipe, split: str, counts: Counter) -> Iterator[dict]:
+def pairs(recipe: Recipe, records: Indexed, scored: bool, counts: Counter) -> Iterator[dict]:
     """A row for each y_1 and negative of the plan, in its order.
 
     Args:
+        records: the ranked prompts.
+        scored: rows have scores.
         counts: gets `cut`, the rows with a response that the length limit cut (a trainer that applies the chat
             template ends the turn there, which ours does not), and `filling`, the plan's rows that are left out.
-
-    Raises:
-        InputError: the recipe's loss compares more than two responses, or weighs them.
     """
-    check_pairs(recipe.loss)
-    records = ranked_prompts(recipe, split)
-    for row in Plan(records, recipe.loss, recipe.schedule, recipe.seed, records.where).rows():
+    for row in Plan(records, recipe.loss, recipe.schedule, recipe.round_seed, records.where).rows():
         if row["epoch"] == recipe.schedule.epochs:  # of one more shuffle, which fills up the last step
             counts["filling"] += 1
             continue
@@ -87,21 +90,29 @@ def pairs(recipe: Recipe, split: str, counts: Counter) -> Iterator[dict]:
             messages = {
                 side: [{"role": "assistant", "content": record["responses"][which]}] for side, which in sides.items()
             }
-            scores = {f"score_{side}": record["rewards"][which] for side, which in sides.items()}
-            scores = scores if scored(recipe) else {}
+            scores = {f"score_{side}": record["rewards"][which] for side, which in sides.items() if scored}
             found = {"prompt": _plain(record["prompt"]), **messages, **scores, "prompt_id": row["prompt_id"]}
             for _ in range(times(row["weights"], place, recipe.loss)):
                 counts["cut"] += any(record["truncated"][which] for which in sides.values())
                 yield found
 
 
-def scored(recipe: Recipe) -> bool:
-    """Whether exported pairs have scores: they cannot contradict the pair."""
-    return recipe.schedule.best == "reward"
+def why_unscored(recipe: Recipe, records: Indexed) -> str:
+    """Why exported pairs have no scores; nothing where they have."""
+    if recipe.schedule.best == "human":
+        return "`schedule.best` is human, and a reward may rank a pair the other way"
+    # Of the whole file: in a single record measured rewards may happen to be these.
+    orders = [order_alone(record) for record in records.values()]
+    if all(orders):
+        return "the rewards of all prompts are 0, -1, -2, ... or 0, -1, -1, ...: an order, which nobody measured"
+    if any(orders):
+        told = "are 0, -1, -2, ...; if these only encode an order, export them apart from the others"
+        print(f"export: warning: the scores of {sum(orders)} of {len(orders)} prompts {told}")
+    return ""
 
 
 def check_pairs(loss: Loss) -> None:
-    """Refuse a loss that is none of pairs."""
+    """Refuse a loss that is none of pairs. InputError: it compares more than two responses, or weighs them."""
     for wrong, field, value in (
         (loss.takes_lists, "preference", "bt or hps"),
         (loss.preference == "hps" and loss.estimator == "exact", "estimator", "sampled"),
@@ -161,7 +172,7 @@ def write_table(path: Path, rows: Iterable[dict], columns: dict) -> int:
             count += 1
             yield row
 
-    if path.suffix == ".parquet" and columns:
+    if path.suffix == ".parquet":
         _write_parquet(path, counted_rows(), columns)
     else:
         write_lines(path, map(json_line, counted_rows()))
@@ -187,29 +198,39 @@ def _write_parquet(path: Path, rows: Iterator[dict], columns: dict) -> None:
 
 
 def export(what: str, out: Path, recipe: Recipe, split: str, before: bool, number: int, name: str | None) -> None:
-    """Write one file; see the module's docstring. InputError: it exists."""
+    """Write one file; see the module's docstring. InputError: it exists, its name ends with something else."""
+    if out.suffix not in ENDINGS[what]:
+        problem = f"`{what}` is not written as `{out.suffix}`"
+        raise InputError(problem, where=str(out), remedy=f"end the name with {' or '.join(ENDINGS[what])}")
     if out.exists():
         raise InputError("there is a file already", where=str(out), remedy="move it away, or give another name")
     counts: Counter = Counter()
-    name = name or (recipe.tested().sft_folder() if before else recipe.run_folder()).name
+    unscored = ""
+    name = name or (recipe.tested().sft_folder().name if before else recipe.name)
     answers = answered(recipe, before, number)
     if what == "alpaca_eval":
         found = alpaca_eval(answers, name)
         write_json(out, found)
         count = len(found)
+    elif what == "arena_hard":
+        count = write_table(out, arena_hard(answers, name), {})
     else:
-        columns = {name: kind for name, kind in PAIR_COLUMNS.items() if scored(recipe) or not name.startswith("score_")}
-        writers: dict[str, Callable[[], tuple[Iterable[dict], dict]]] = {
-            "lists": lambda: (lists(recipe, split), LIST_COLUMNS),
-            "pairs": lambda: (pairs(recipe, split, counts), columns),
-            "arena_hard": lambda: (arena_hard(answers, name), {}),
-        }
-        count = write_table(out, *writers[what]())
+        require_ranking(recipe, split)
+        if what == "lists":
+            count = write_table(out, lists(recipe, split), LIST_COLUMNS)
+        else:
+            check_pairs(recipe.loss)
+            records = ranked_prompts(recipe, split)
+            unscored = why_unscored(recipe, records)
+            columns = {
+                name: kind for name, kind in PAIR_COLUMNS.items() if not (unscored and name.startswith("score_"))
+            }
+            count = write_table(out, pairs(recipe, records, not unscored, counts), columns)
     print(f"export: {what}: {count} rows -> {out}")
     if counts["filling"]:
         print(f"export: {counts['filling']} rows that fill up the last step of the plan are left out")
-    if what == "pairs" and not scored(recipe):
-        print("export: no scores: `schedule.best` is human, and a reward may rank a pair the other way")
+    if unscored:
+        print(f"export: no scores: {unscored}")
     if counts["cut"]:
         told = "have a response that the length limit cut; another trainer will teach the policy to stop there"
         print(f"export: warning: {counts['cut']} of them {told}")
@@ -217,7 +238,7 @@ def export(what: str, out: Path, recipe: Recipe, split: str, before: bool, numbe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("lists", "pairs", "alpaca_eval", "arena_hard"))
+    parser.add_argument("what", choices=ENDINGS)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("arguments", nargs="*", metavar="RECIPE | key=value")
     parser.add_argument("--split", choices=SPLITS, default="train", help="of the ranking; %(default)s")
