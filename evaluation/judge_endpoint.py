@@ -1,12 +1,14 @@
 """A judge on another server that speaks OpenAI's protocol: vLLM, llama.cpp, a provider.
 
 The server is `judge.endpoint`, its model `models.judge.path`. A key is read from JUDGE_API_KEY and from nothing else,
-because a recipe names the server that gets it. The client waits and asks again where a server is busy or lost.
+because a recipe names the server that gets it. The client waits and asks again where a server is busy or lost. A server
+that refuses `response_format` is asked without it, one that refuses `max_tokens` with `max_completion_tokens`.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any
 
 from hps.errors import InputError
@@ -16,6 +18,13 @@ KEY = "JUDGE_API_KEY"
 RETRIES = 8  # of a request, after waits that double up to 8 seconds, or as long as the server says
 SECONDS = 600  # for one answer
 TOO_LONG = ("context_length_exceeded", "maximum context length", "context size")  # of OpenAI, vLLM, llama.cpp
+REFUSED = (400, 422)  # of a setting that the server does not take; 422: servers made with FastAPI
+FORMAT, LENGTH = "response_format", "max_tokens"
+SETTINGS = (
+    f"`{FORMAT}` is left out and `{LENGTH}` renamed only where the answer names them; change what else it names "
+    "(`judge.temperature`, `judge.max_new_tokens`), or choose another server or model"
+)
+OF_FORMAT = (FORMAT, "json_schema", "json schema")  # words of a refusal of the format
 
 
 def ask(recipe: Recipe, requests: Mapping[str, list[dict]], schema: dict) -> Iterator[dict]:
@@ -38,11 +47,14 @@ def ask(recipe: Recipe, requests: Mapping[str, list[dict]], schema: dict) -> Ite
     settings = {
         "model": recipe.models.judge.path,
         "temperature": recipe.judge.temperature,
-        "max_tokens": recipe.judge.max_new_tokens,
-        "response_format": form,
+        LENGTH: recipe.judge.max_new_tokens,
+        FORMAT: form,
     }
+    server = _Server(client, settings)
+    first, *others = requests.items()
     with client, ThreadPoolExecutor(recipe.judge.requests) as pool:
-        futures = [pool.submit(_ask, client, settings, *request) for request in requests.items()]
+        yield _ask(server, *first)  # alone: it shows what the server takes
+        futures = [pool.submit(_ask, server, *request) for request in others]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -50,20 +62,46 @@ def ask(recipe: Recipe, requests: Mapping[str, list[dict]], schema: dict) -> Ite
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ask(client: Any, settings: dict, key: str, messages: list[dict]) -> dict:
+@dataclass
+class _Server:
+    """A client and the settings that its server takes; other settings replace them whole, for all threads."""
+
+    client: Any
+    settings: dict
+
+
+def _others(settings: dict, said: str) -> dict | None:
+    """What to send instead of settings of which the server refused one; None: it refused something else."""
+    if FORMAT in settings and any(words in said.lower() for words in OF_FORMAT):
+        return {name: value for name, value in settings.items() if name != FORMAT}  # the rubric asks for JSON, too
+    if LENGTH in settings and LENGTH in said:
+        return {"max_completion_tokens" if name == LENGTH else name: value for name, value in settings.items()}
+    return None
+
+
+def _ask(server: _Server, key: str, messages: list[dict]) -> dict:
     """One request; a thread's work."""
     import openai
 
+    client, settings = server.client, server.settings
     try:
         answer = client.chat.completions.create(messages=messages, **settings)
     except openai.APIConnectionError as error:
         problem = f"the judge's server cannot be reached ({_said(error.__cause__ or error)})"
         raise InputError(problem, where=str(client.base_url), remedy="start it, or correct `judge.endpoint`") from None
     except openai.APIStatusError as error:
-        if any(words in f"{error.code} {error.message}" for words in TOO_LONG):
-            return {"key": key, "too_long": _said(error)}
-        problem = f"the judge's server answered {error.status_code} ({_said(error)})"
+        whole = f"{error.message} {error.body}"
+        # The client's message has the server's words only where they are in OpenAI's form.
+        said = _said(error.message if " - " in error.message or not error.body else whole)
+        if any(words in whole for words in TOO_LONG):
+            return {"key": key, "too_long": said}
+        if error.status_code in REFUSED and (others := _others(settings, whole)):
+            print(f"judge: asking with {', '.join(others)} only, because the server answered: {said}")
+            server.settings = others
+            return _ask(server, key, messages)
+        problem = f"the judge's server answered {error.status_code} ({said})"
         remedies = {401: f"set {KEY}", 403: f"set {KEY}", 404: "correct `models.judge.path` or `judge.endpoint`"}
+        remedies |= dict.fromkeys(REFUSED, f"it got {', '.join(settings)}: {SETTINGS}")
         remedy = remedies.get(error.status_code, "what was judged is kept: the same command continues")
         raise InputError(problem, where=str(client.base_url), remedy=remedy) from None
     except (openai.APIError, ValueError) as error:

@@ -38,6 +38,7 @@ class Server(ThreadingHTTPServer):
         self.after = 0  # answers before the failures
         self.content = None  # instead of scores
         self.page = None  # instead of JSON
+        self.refused: dict[str, tuple[int, dict]] = {}  # status and body where a request has this setting
         self.at_once = self.most = 0
         self.lock = threading.Lock()
 
@@ -57,6 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(0.02)
         with server.lock:
             server.at_once -= 1
+        failed = failed or next((answer for name, answer in server.refused.items() if name in body), None)
         if self.path != "/v1/chat/completions":
             failed = (404, {"error": {"message": "no such path"}})
         status, answer = failed or (200, self.scores(body))
@@ -196,7 +198,10 @@ def test_answers_without_scores_are_recorded(recipe_with, server, content, error
     ("status", "message"),
     [
         (404, r"answered 404 .*; correct `models.judge.path` or `judge.endpoint`"),
-        (400, r"answered 400 .*no json_schema.*; what was judged is kept"),
+        (
+            400,
+            r"answered 400 .*no json_schema.*; it got model, temperature, max_tokens: `response_format` is .*`max_to",
+        ),
         (503, r"answered 503 .*; what was judged is kept: the same command continues"),
     ],
 )
@@ -205,6 +210,47 @@ def test_a_refusal_ends_the_judge_with_one_line(recipe_with, server, monkeypatch
     server.failures = [(status, refusal("no json_schema"))] * 99
     with pytest.raises(InputError, match=message):
         stage.judge(recipe_with())
+
+
+NO_FORMAT = [  # what servers say
+    (400, refusal("'response_format.type' must be 'json_object' or 'text'")),
+    (400, refusal("no json_schema")),
+    (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "response_format"]}]}),
+]
+NO_LENGTH = (400, refusal("'max_tokens' is not supported. Use 'max_completion_tokens'.", "unsupported_parameter"))
+
+
+@pytest.mark.parametrize("refused", NO_FORMAT)
+@pytest.mark.parametrize("refuses_length", [False, True])
+def test_what_a_server_does_not_take_is_asked_for_otherwise(recipe_with, server, capsys, refused, refuses_length):
+    """It is refused once in a run, and the verdicts are where those of any server are."""
+    server.refused = {"response_format": refused, **({"max_tokens": NO_LENGTH} if refuses_length else {})}
+    path = stage.cache_path(recipe_with())
+    stage.judge(recipe_with())
+    assert len(server.asked) == WANTED + 1 + refuses_length
+    length = "max_completion_tokens" if refuses_length else "max_tokens"
+    for _, body in server.asked[1 + refuses_length :]:
+        assert body.pop("messages") and body == {"model": "judge-of-theirs", "temperature": 0.0, length: 100}
+    assert capsys.readouterr().out.count("because the server answered") == 1 + refuses_length
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == WANTED and all("scores" in line for line in lines)
+    server.content = ("I cannot.", "stop")  # nothing makes the answers JSON then
+    stage.judge(recipe_with("judge.max_new_tokens=99"))
+    assert {line["error"] for line in lines_of(recipe_with("judge.max_new_tokens=99"))} == {stage.NO_SCORES}
+
+
+def test_a_length_that_a_server_does_not_take_keeps_the_format(recipe_with, server):
+    server.refused = {"max_tokens": NO_LENGTH}
+    stage.judge(recipe_with())
+    assert len(server.asked) == WANTED + 1
+    assert all({"response_format", "max_completion_tokens"} < body.keys() for _, body in server.asked[1:])
+
+
+def test_another_refusal_changes_nothing_of_the_request(recipe_with, server):
+    server.refused = {"temperature": (400, refusal("'temperature' does not support 0"))}
+    with pytest.raises(InputError, match=r"answered 400 .*does not support 0.*; .*response_format.*judge.temperature"):
+        stage.judge(recipe_with())
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize("page", [b"<html>Welcome</html>", b"{}"])
