@@ -152,7 +152,8 @@ def _answer(value: object, side: str, where: str) -> tuple[list[dict], str]:
     last = messages[-1]
     if last.get("role") != "assistant" or "content" not in last:
         raise InputError(f"the last message of `{side}` is {shorten(value[-1])}", where=where, remedy=remedy)
-    if others := sorted(last.keys() - {"role", "content"}):
+    # `datasets` fills the keys that other messages have with null.
+    if others := sorted(key for key in last if key not in ("role", "content") and last[key] is not None):
         problem = f"the last message of `{side}` has `{others[0]}`, {shorten(last[others[0]])}, which is not read"
         raise InputError(problem, where=where, remedy="take it out if the answer is right without it")
     if not isinstance(last["content"], str):

@@ -212,6 +212,8 @@ def test_responses_may_be_messages(tokenizer):
     expected = ranked_row({"prompt": QUESTION, "responses": ["A", "B"]}, 0, tokenizer)
     for given in (answers("A", "B"), [each[0] for each in answers("A", "B")], [[*QUESTION, *answers("A")[0]], "B"]):
         assert ranked_row({"prompt": QUESTION, "responses": given}, 0, tokenizer) == expected
+    called = [[{**each[0][0], "tool_calls": None}] for each in (answers("A"), answers("B"))]  # as `datasets` fills up
+    assert ranked_row({"prompt": QUESTION, "responses": called}, 0, tokenizer) == expected
 
 
 @pytest.mark.parametrize(
