@@ -29,7 +29,7 @@ TITLES = {
     "list_size": "Ablation: responses of a list, at equal compute (not in the paper)",
     "methods": "Methods that the paper does not have",
     "proxy": "Ablation: ranked by a learned reward model (not in the paper)",
-    "rounds": "Rounds: sample, rank, train again, against one round of as many samples and steps (not in the paper)",
+    "rounds": "Three rounds of 8 samples a prompt against one of 24, in as many steps (not in the paper)",
 }
 JUDGED = "4"
 TRANSFER = ("5", "7")
@@ -49,7 +49,7 @@ SAME_QUANTITY = ("rm_dpo", "rm_r_dpo", "kl")  # at another scale than the paper'
 # Values of a trait that others are compared with: the baselines, and the paper's choice. Without one, the first row's.
 AGAINST = (
     *("BT", "DPO-BT", "the worst (BT)", "DPO-HPS", "PL", "gamma -5 to 5", "Eq. 9 (gamma -5 to 5)"),
-    "round 1 (6 epochs; K = 24)",  # as many samples and steps as three rounds
+    "round 1, K = 24",  # as many samples and steps as three rounds
 )
 RULES = {
     "worst": "the worst",
@@ -104,10 +104,7 @@ def traits(table: str, recipe: Recipe) -> tuple[str, ...]:
         "list_size": (f"{method}, list of {loss.list_size or 'all'}" if loss.takes_lists else method,),
         "methods": (", ".join(options(recipe)),),
         "proxy": (method, f"ranked by {ranked}"),
-        "rounds": (
-            method,
-            f"round {recipe.round} ({recipe.schedule.epochs} epochs; K = {recipe.data.train.responses})",
-        ),
+        "rounds": (method, f"round {recipe.round}, K = {recipe.data.train.responses}"),
         **dict.fromkeys(("factor_n", "ablation"), (f"N {'on' if loss.factor_n else 'off'}", gamma)),
     }
     return rows.get(table, (loss.family.upper(), loss.preference.upper()))
