@@ -29,7 +29,7 @@ TITLES = {
     "list_size": "Ablation: responses of a list, at equal compute (not in the paper)",
     "methods": "Methods that the paper does not have",
     "proxy": "Ablation: ranked by a learned reward model (not in the paper)",
-    "rounds": "Three rounds of 8 samples a prompt against one of 24, in as many steps (not in the paper)",
+    "rounds": "Rounds against one round of as many samples and steps (not in the paper)",
 }
 JUDGED = "4"
 TRANSFER = ("5", "7")

@@ -103,8 +103,8 @@ def test_pilot_uses_prompts_of_its_own():
     for data in {recipe.output: recipe for recipe in others}.values():
         for split in ("train", "test"):
             found = load_prompts(data, split)[0]
-            size = 32 if "_rounds" in data.output or "_24" in data.output else 96  # rounds have fewer
-            assert len(found) == {"train": size, "test": 48}[split] and not set(found) & set(aside)
+            size = getattr(data.data, split).limit
+            assert size in (32, 96, 48) and len(found) == size and not set(found) & set(aside)
             check_disjoint(aside.placed(), found.placed())
 
 
