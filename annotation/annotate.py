@@ -32,7 +32,7 @@ from pipeline.models import check_fits
 from pipeline.recipe import SPLITS, Recipe
 from pipeline.records import WITHOUT_NOISE, canonical, read_candidates, read_ranked
 from pipeline.responses import rank
-from pipeline.stage import Work, require_finished, stage
+from pipeline.stage import Work, require_claimable, require_finished, stage
 from pipeline.workers import devices_used
 
 
@@ -93,13 +93,20 @@ def in_words(figures: dict) -> str:
 
 def stage_settings(recipe: Recipe) -> dict:
     """Everything that decides the ranking. Any change needs another output folder."""
-    settings = {
-        **scorer_settings(recipe, "reward", recipe.models.generator),
-        "candidates": {split: file_hash(recipe.candidates(split)) for split in SPLITS},
-    }
+    candidates = {split: file_hash(recipe.candidates(split)) for split in SPLITS}
+    return {**_settings_before(recipe), "candidates": candidates}
+
+
+def _settings_before(recipe: Recipe) -> dict:
+    settings = scorer_settings(recipe, "reward", recipe.models.generator)
     if recipe.annotation.noise:
         settings["noise"] = {"standard_deviation": recipe.annotation.noise, "seed": recipe.seed}
     return settings
+
+
+def require_folder(recipe: Recipe) -> None:
+    """Refuse the folder of another ranking, an imported one too, before candidates are sampled for it."""
+    require_claimable(recipe.ranked("train").parent, _settings_before(recipe), later=["candidates"])
 
 
 def annotate(recipe: Recipe) -> None:

@@ -52,7 +52,7 @@ from pipeline.prompts import check_disjoint, evaluated_prompts, load_prompts, un
 from pipeline.recipe import SCORERS, SPLITS, Model, Recipe, as_yaml
 from pipeline.records import read_ranked
 from pipeline.rounds import require_start
-from pipeline.stage import require_finished
+from pipeline.stage import CLAIM, require_finished
 from pipeline.workers import accumulation_steps, check_gpus, check_meeting_point, node_count, process_count
 
 USAGE = "python -m pipeline.preflight gene|run|evaluate [RECIPE | key=value ...] [--dry-run]"
@@ -99,6 +99,10 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         check_gpus("generation.tensor_parallel", recipe.generation.tensor_parallel)
     lines, found = [], {}
     attempt(lines, dry_run, "round", require_start, recipe)
+    if (recipe.ranked("train").parent / CLAIM).exists():
+        from annotation.annotate import require_folder
+
+        attempt(lines, dry_run, "ranking", require_folder, recipe)
     for split in SPLITS:
         settings = getattr(recipe.data, split)
         loaded = attempt(lines, dry_run, f"{split}: {settings.path}", load_prompts, recipe, split)
@@ -130,6 +134,10 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     accumulation = accumulation_steps(recipe, processes)
     lines, prompts, sources = [], None, {split: [] for split in SPLITS}
     attempt(lines, dry_run, "round", require_start, recipe)
+    if (recipe.ranked("train").parent / CLAIM).exists():
+        from annotation.annotate import require_folder
+
+        attempt(lines, dry_run, "ranking", require_folder, recipe)
     for split in SPLITS:
         count = attempt(lines, dry_run, "ranked", count_ranked, recipe, split)
         if count is not None:

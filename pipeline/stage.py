@@ -15,7 +15,7 @@ import importlib.metadata
 import os
 import subprocess
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,11 +115,25 @@ def claim(folder: Path, settings: dict) -> bool:
     if not (folder / CLAIM).exists():
         write_json(folder / CLAIM, {"layout": LAYOUT, "settings": settings})
         return False
-    if changed := _differences(read_claim(folder), settings):
+    _refuse_other_settings(folder, read_claim(folder), settings)
+    return is_finished(folder)
+
+
+def require_claimable(folder: Path, settings: dict, later: Collection[str]) -> None:
+    """Refuse a claimed folder of other settings before the work whose results its stage reads.
+
+    Args:
+        settings: as for `claim`, without those of `later`, which that work decides.
+    """
+    claimed = {name: value for name, value in (read_claim(folder) or {}).items() if name not in later}
+    _refuse_other_settings(folder, claimed, settings)
+
+
+def _refuse_other_settings(folder: Path, before: dict | None, after: dict) -> None:
+    if changed := _differences(before, after):
         problem = f"the folder has results of other settings: {'; '.join(changed[:3])}"
         remedy = "give another `output` (for a training, another `run` will do), or delete the folder"
         raise InputError(problem, where=str(folder), remedy=remedy)
-    return is_finished(folder)
 
 
 def read_claim(folder: Path) -> dict | None:

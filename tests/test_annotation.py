@@ -163,8 +163,12 @@ def test_candidates_that_changed_under_a_running_output_are_refused(recipe):
     annotate(recipe)
     (recipe.ranked("train").parent / "manifest.json").unlink()
     write_candidates(recipe, {"train": [candidate(n) for n in range(7)]})
+    stage.require_folder(recipe)  # which new candidates would decide
     with pytest.raises(InputError, match=r"results of other settings: candidates\.train was"):
         annotate(recipe)
+    recipe.annotation.noise = 0.5
+    with pytest.raises(InputError, match="results of other settings: noise was None"):
+        stage.require_folder(recipe)
 
 
 def test_whatever_decides_the_ranking_is_claimed(recipe):

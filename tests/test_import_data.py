@@ -159,12 +159,13 @@ def test_both_splits_can_be_imported_and_nothing_is_overwritten(recipe, write_li
     assert recipe.ranked("test").read_bytes() == before
 
 
-def test_annotation_does_not_add_to_an_imported_ranking(recipe, write_lines):
-    from pipeline.stage import claim
+def test_candidates_are_not_sampled_for_an_imported_ranking(recipe, write_lines):
+    """Annotation does not add to it, and gene.sh says so before hours of sampling."""
+    from pipeline.preflight import gene_plan
 
     import_ranked(str(write_lines([row()])), recipe)
-    with pytest.raises(InputError, match="has results of other settings"):
-        claim(recipe.ranked("train").parent, {"dtype": "float32"})
+    with pytest.raises(InputError, match=r"results of other settings: .*imported_by was"):
+        gene_plan(recipe, dry_run=True)
 
 
 # Texts that spell the policy's tokens: in messages, in a string of the other template, in responses.
