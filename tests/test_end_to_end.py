@@ -307,6 +307,7 @@ def test_dry_run_of_rounds():
     assert done.returncode == 0, done.stderr
     assert "plan: round 3: to do: candidates by the policy in runs/hh_rlhf/dpo-hps/round-2/checkpoint" in done.stdout
     assert "rounds: round 1" in done.stdout and "rounds: round 2" not in done.stdout
+    assert "plan: run: not yet:" in done.stdout and "run `bash run.sh`" not in done.stdout
 
 
 @pytest.mark.parametrize("name", ["gene.sh", "run.sh", "evaluate.sh"])
