@@ -303,12 +303,14 @@ class Layout:
             `Listed`. InputError names field and value.
         others: further fields that it reads.
         names: the layout names its prompts (`prompt_id`) and says where a response comes from (`sources`).
+        unless: a file whose first row has this field does not have the layout.
     """
 
     fields: tuple[str, ...]
     read: Callable[[dict, str], dict]
     others: tuple[str, ...] = ()
     names: bool = False
+    unless: str | None = None
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -329,7 +331,7 @@ LAYOUTS = {
     "ultrafeedback_overall": _rated("overall_score"),
     "nemo_rl": Layout(("context", "completions"), nemo_rl),
     "sharegpt": Layout(("conversations", *PAIR), sharegpt, ("system", *SCORE_COLUMNS)),
-    "alpaca": Layout(("instruction", *PAIR), alpaca, ("input", "system", "history", *SCORE_COLUMNS)),
+    "alpaca": Layout(("instruction", *PAIR), alpaca, ("input", "system", "history", *SCORE_COLUMNS), unless="prompt"),
     "pair": Layout(PAIR, pair, ("prompt", *SCORE_COLUMNS)),
     "ordered": Layout(("prompt", "responses"), ordered, ("truncated",)),
 }
@@ -340,7 +342,7 @@ def layout_of(row: dict, where: str) -> str:
     """The layout of a row, by its fields. InputError: none has them."""
     given = {name for name, value in row.items() if value is not None}
     for name, layout in LAYOUTS.items():
-        if given.issuperset(layout.fields):
+        if given.issuperset(layout.fields) and layout.unless not in given:
             return name
     known = "; ".join(f"{name}: {', '.join(layout.fields)}" for name, layout in LAYOUTS.items())
     problem = f"the fields are of no layout that is read: {shorten(sorted(given))}"

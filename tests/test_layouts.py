@@ -110,6 +110,11 @@ FORMS = {
         [{"prompt": TEA, "chosen": "A drink.", "rejected": "A car.", "chosen_rating": 5, "rejected_rating": 2.5}],
         [(TEA, PAIR["responses"], [5, 2.5])],
     ),
+    "distilabel": (
+        "pair",
+        [{"instruction": "Tea?", "prompt": "What is tea?", "chosen": TEA + said("A drink."), "rejected": "A car."}],
+        [(TEA, PAIR["responses"], [0, -1])],
+    ),
     "several rejected": (
         "pair",
         [{"prompt": "What is tea?", "chosen": "A drink.", "rejected": ["A car.", "A town."]}],
