@@ -18,7 +18,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from hps.chat import templated_by
 from hps.errors import InputError, naming, shorten
-from hps.preferences import SCORE_COLUMNS, ordered_scores, refuse_lost_question
+from hps.preferences import SCORE_COLUMNS, ordered_scores, refuse_lost_question, refuse_no_prompt
 from hps.records import NOT_TEXT, PAIR, Messages, Name, Reward, given_pair, refuse_misspelt, refuse_preference, sides
 from pipeline.records import PARALLEL, PROMPT_FIELDS, WITHOUT_NOISE, check_parallel, checked, named, typed
 
@@ -126,6 +126,9 @@ def pair(row: dict, where: str) -> dict:
     prompt, answers = row.get("prompt"), [answer for _, answer in sides(row)]
     if not all(isinstance(answer, str) for answer in answers) or isinstance(prompt, list):
         found = given_pair({**{side: row.get(side) for side in PAIR}, "prompt": _lean(prompt)}, where)
+        if found.get("prompt") is None:
+            with naming(where):
+                refuse_no_prompt(row)
         prompt, answers = _lean(found.get("prompt")), found["responses"]
     elif TURN.match(start := prompt or answers[0]) and start.lstrip().startswith("Human:"):
         prompt, answers = _transcripts([(prompt or "") + answer for answer in answers], where)
@@ -283,6 +286,16 @@ def sharegpt(row: dict, where: str) -> dict:
     return {"prompt": prompt, "responses": responses}
 
 
+def messages_form(row: dict, where: str) -> dict:
+    """LLaMA-Factory's ShareGPT form with `role` and `content`.
+
+    Beside conversations `messages` repeats the chosen one, as in ultrafeedback_binarized.
+    """
+    if any(isinstance(answer, list) for _, answer in sides(row)):
+        return pair(row, where)
+    return pair({**row, "prompt": row["messages"]}, where)
+
+
 def _check_text(row: dict, where: str) -> None:
     """Refuse a row with tools or pictures, without which its answers make no sense."""
     for field in NOT_TEXT:
@@ -331,6 +344,7 @@ LAYOUTS = {
     "ultrafeedback_overall": _rated("overall_score"),
     "nemo_rl": Layout(("context", "completions"), nemo_rl),
     "sharegpt": Layout(("conversations", *PAIR), sharegpt, ("system", *SCORE_COLUMNS)),
+    "messages": Layout(("messages", *PAIR), messages_form, ("system", *SCORE_COLUMNS), unless="prompt"),
     "alpaca": Layout(("instruction", *PAIR), alpaca, ("input", "system", "history", *SCORE_COLUMNS), unless="prompt"),
     "pair": Layout(PAIR, pair, ("prompt", *SCORE_COLUMNS)),
     "ordered": Layout(("prompt", "responses"), ordered, ("truncated",)),

@@ -191,6 +191,16 @@ FORMS = {
         ],
         [([SYSTEM, *TALK], ["Yes.", "No."], [0, -1])],
     ),
+    "llama-factory-messages": (
+        "messages",
+        [{"messages": [SYSTEM, *TALK], "chosen": said("Yes.")[0], "rejected": said("No.")[0]}],
+        [([SYSTEM, *TALK], ["Yes.", "No."], [0, -1])],
+    ),
+    "conversations beside messages": (
+        "messages",
+        [{"messages": TALK + said("Yes."), "chosen": TALK + said("Yes."), "rejected": TALK + said("No.")}],
+        [(TALK, ["Yes.", "No."], [0, -1])],
+    ),
     "ordered": (
         "ordered",
         [{"prompt": TALK, "responses": LIST}, {"prompt": TEA, "responses": PAIR["responses"]}],
@@ -367,6 +377,7 @@ def changed(form: str, **changes) -> tuple[dict, str]:
         (changed("trl-standard", promt="x", prompt=None), "unknown field `promt`; write `prompt`"),
         (changed("trl-standard", prompt="  "), r"`prompt\[0\].content` is \"\": should be a text that is not blank"),
         (changed("trl-standard-implicit", rejected="No."), "there is no `prompt`, and `chosen` and `rejected` do not"),
+        (changed("trl-conversational", prompt=None), "the column `prompt` is missing; give `prompt`"),
         (changed("trl-conversational", chosen=TALK), "last message of `chosen` is .*Hot"),
         (changed("trl-conversational-implicit", rejected=TEA + said("No.")), "conversation of `rejected` does not beg"),
         (changed("ultrafeedback-binarized", score_chosen=1), "`chosen` has the score 1 and `rejected` 3"),
