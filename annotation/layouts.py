@@ -19,7 +19,18 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from hps.chat import templated_by
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores, refuse_lost_question, refuse_no_prompt
-from hps.records import NOT_TEXT, PAIR, Messages, Name, Reward, given_pair, refuse_misspelt, refuse_preference, sides
+from hps.records import (
+    NOT_TEXT,
+    PAIR,
+    Messages,
+    Name,
+    Reward,
+    given_pair,
+    led_by,
+    refuse_misspelt,
+    refuse_preference,
+    sides,
+)
 from pipeline.records import PARALLEL, PROMPT_FIELDS, WITHOUT_NOISE, check_parallel, checked, named, typed
 
 # How a chat template writes a turn: `start` role `between` content `end`; `begin` comes once, first.
@@ -134,8 +145,12 @@ def pair(row: dict, where: str) -> dict:
         prompt, answers = _transcripts([(prompt or "") + answer for answer in answers], where)
     elif prompt is None:
         prompt, answers = _shared_beginning(answers, where)
-        return {"prompt": _asked(prompt, where), "responses": answers, "shared_beginning": True}
-    return {"prompt": _asked(prompt, where), "responses": answers}
+        return {**_led(prompt, row, where), "responses": answers, "shared_beginning": True}
+    return {**_led(prompt, row, where), "responses": answers}
+
+
+def _led(prompt: Any, row: dict, where: str) -> dict:
+    return {"prompt": led_by(_asked(prompt, where), row.get("system"), where)}
 
 
 def _lean(messages: Any) -> Any:
@@ -338,7 +353,10 @@ def _rated(score: str) -> Layout:
 # The first whose fields a row has is taken, so the more particular one comes first.
 LAYOUTS = {
     "ranked": Layout(
-        ("prompt", "responses", "rewards"), ranked, ("prompt_id", "sources", "truncated", WITHOUT_NOISE), names=True
+        ("prompt", "responses", "rewards"),
+        ranked,
+        ("prompt_id", "sources", "truncated", "system", WITHOUT_NOISE),
+        names=True,
     ),
     "ultrafeedback": _rated("fine-grained_score"),
     "ultrafeedback_overall": _rated("overall_score"),
@@ -346,8 +364,8 @@ LAYOUTS = {
     "sharegpt": Layout(("conversations", *PAIR), sharegpt, ("system", *SCORE_COLUMNS)),
     "messages": Layout(("messages", *PAIR), messages_form, ("system", *SCORE_COLUMNS), unless="prompt"),
     "alpaca": Layout(("instruction", *PAIR), alpaca, ("input", "system", "history", *SCORE_COLUMNS), unless="prompt"),
-    "pair": Layout(PAIR, pair, ("prompt", *SCORE_COLUMNS)),
-    "ordered": Layout(("prompt", "responses"), ordered, ("truncated",)),
+    "pair": Layout(PAIR, pair, ("prompt", "system", *SCORE_COLUMNS)),
+    "ordered": Layout(("prompt", "responses"), ordered, ("truncated", "system")),
 }
 NESTED = {"prompt", "context"}  # fields of chat messages, of which role and content are read
 

@@ -9,7 +9,8 @@ Three kinds of rows, each read as its trainer reads it:
              prompt, and prompt with answer, with special tokens; the EOS is appended where an answer lacks it.
 - token ids: a tokenised data set, taken as it is (`TOKEN_COLUMNS`).
 
-`responses` may have `rewards` (or be given best first) and `truncated`; a pair may have scores (`SCORES`).
+`responses` may have `rewards` (or be given best first) and `truncated`; a pair may have scores (`SCORES`). With a
+`system` beside the prompt, texts are read as messages.
 """
 
 import json
@@ -25,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hps.chat import ids_by_text, prompt_token_ids, response_token_ids
 from hps.errors import InputError, naming, shorten
-from hps.records import COLUMNS, LARGEST_REWARD, PAIR, Messages, given_pair, refuse_preference, sides
+from hps.records import COLUMNS, LARGEST_REWARD, PAIR, Messages, given_pair, led_by, refuse_preference, sides
 
 # Prompt and answers of tokenised pairs: TRL since 1.0, TRL before.
 TOKEN_COLUMNS = (
@@ -225,6 +226,7 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
             prompt = [{"role": "user", "content": prompt}]
     else:
         prompt, answers = _text_prompt(record)
+        prompt = led_by(prompt, record.get("system"), where="")
     if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"no two answers: the columns are {', '.join(record)}", remedy=REMEDY)
     rewards = pair_scores(record) if pair else _rewards(record, len(answers))

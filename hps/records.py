@@ -1,7 +1,7 @@
 """The records that the method reads and writes, as types: a prompt's ranked responses, and the rows of the plan.
 
 The bounds are pydantic's. pipeline/records.py and pipeline/run_records.py check files against them. `given_pair` reads
-TRL's pairs and what resembles them.
+TRL's pairs and what resembles them; `led_by` puts a `system` beside the prompt in front of it.
 """
 
 import re
@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from hps.chat import templated_by
 from hps.errors import InputError, shorten
 
 MOST = 3.4028234663852886e38  # the largest number in single precision, in which training keeps rewards
@@ -76,7 +77,7 @@ class Ranked(Candidates):
 
 
 # Of a data set that the trainer reads, and the inspector as the trainer does.
-COLUMNS = (*(name for name in Ranked.__annotations__ if name in Ranked.__required_keys__), *PAIR)
+COLUMNS = (*(name for name in Ranked.__annotations__ if name in Ranked.__required_keys__), *PAIR, "system")
 
 
 class Term(TypedDict):
@@ -108,12 +109,43 @@ def sides(record: Mapping) -> list[tuple[str, Any]]:
     return [(PAIR[0], chosen), *((f"{PAIR[1]}[{place}]", each) for place, each in enumerate(rejected))]
 
 
+def led_by(prompt: Any, system: Any, where: str) -> Any:
+    """The prompt with a text `system` as its first message, as in Intel/orca_dpo_pairs; null and blank are none.
+
+    Raises:
+        InputError: `system` is no text, the prompt has another system message, or is a text with a template.
+    """
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return prompt
+    if not isinstance(system, str):
+        raise InputError(f"`system` is {shorten(system)}", where=where, remedy="give a text, or take it out")
+    if isinstance(prompt, str):
+        if templated_by(prompt):
+            problem = f"`prompt` beside `system` has a chat template already: {shorten(prompt)}"
+            raise InputError(problem, where=where, remedy="give messages, or take `system` out")
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+        return prompt  # which is refused
+    own = [message.get("content") for message in prompt if message.get("role") == "system"]
+    if own not in ([], [system]):
+        problem = f"`system` is {shorten(system)}, and `prompt` has another system message: {shorten(own)}"
+        raise InputError(problem, where=where, remedy="take one of them out")
+    return prompt if own else [{"role": "system", "content": system}, *prompt]
+
+
 def given_pair(record: dict, where: str) -> dict:
     """The record with its answers as texts in `responses`; TRL's `chosen` and `rejected` (`sides`) become these.
 
     An answer is a text, a message of the assistant, or chat messages: the answer alone, or the whole conversation,
-    whose beginning is then the prompt.
+    whose beginning is then the prompt. A `system` leads the prompt (`led_by`).
     """
+    found = _given_pair({field: value for field, value in record.items() if field != "system"}, where)
+    if found.get("prompt") is None:
+        return found
+    return {**found, "prompt": led_by(found["prompt"], record.get("system"), where)}
+
+
+def _given_pair(record: dict, where: str) -> dict:
     kept = {field: value for field, value in record.items() if field not in PAIR}
     if all(record.get(side) is None for side in PAIR):  # null: a column that other rows have
         given = record.get("responses")

@@ -3,8 +3,8 @@
 Formats (one JSON object a line, UTF-8):
 
 - prompts:    `prompt` (chat messages), optional `responses` (given ones, best first; or TRL's `chosen` and
-              `rejected`) and `truncated` (parallel to them), optional `prompt_id`; other fields are counted by the
-              preflight and not read
+              `rejected`) and `truncated` (parallel to them), optional `prompt_id`, and a text `system`
+              that leads the prompt; other fields are counted by the preflight and not read
 - candidates: `prompt_id`, `prompt`, `responses`, `sources`, `token_counts`, `truncated` (parallel lists)
 - ranked:     a candidates line with `rewards`, all lists sorted by reward, best first; where noise was added to them,
               also `rewards_without_noise`
@@ -61,7 +61,7 @@ AGAIN = "remove the line, so that its prompt is done again"
 ROLES = ("system", "user", "assistant")
 PARALLEL = ("responses", "sources", "token_counts", "truncated")
 WITHOUT_NOISE = "rewards_without_noise"  # of a ranked record, where the ranking added noise (`annotation.noise`)
-PROMPT_FIELDS = ("prompt", "prompt_id", "responses", "truncated", *PAIR)
+PROMPT_FIELDS = ("prompt", "prompt_id", "responses", "truncated", *PAIR, "system")
 NOTES = ("topic", "source", "difference")  # of our own prompts files, for the reader
 GZIP = b"\x1f\x8b"  # JSON never begins so
 REMEDIES = {

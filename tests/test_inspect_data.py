@@ -22,6 +22,7 @@ from hps.errors import InputError
 from hps.first_step import as_pair, load_model, rates, start
 from hps.inspection import Inspection, Template
 from hps.preferences import LABELLED, on_hub, read_records, read_row
+from pipeline.records import check_prompt
 
 PLACES = ("Ghent", "Lima", "Oslo", "Quito", "Riga", "Turku", "Bonn", "Cork")
 SHORT, LONG = "It is lovely.", "It is a town with old streets, and I would go there again."
@@ -622,6 +623,39 @@ def test_several_rejected_are_read_as_the_trainer_does(tokenizer):
     assert {"repeated", "reversed"} <= found.findings.keys() and found.findings["repeated"].count == 1
     messages = read_row(tokenizer, {"prompt": asked, "responses": [answered("Ghent"), answered("Lima")[0]]}, "here")
     assert messages.responses == row.responses[:2]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"chosen": "Yes.", "rejected": "No."},
+        {"chosen": answered("Yes."), "rejected": answered("No.")},
+        {"chosen": "Yes.", "rejected": ["No.", "Never."]},
+        {"responses": ["Yes.", "No."]},
+    ],
+    ids=["texts", "messages", "several", "list"],
+)
+@pytest.mark.parametrize("text", [True, False])
+def test_a_system_beside_the_prompt_leads_it(tokenizer, answers, text):
+    """Intel/orca_dpo_pairs: inspector, trainer and the reader of prompts files agree."""
+    asked = question("Ghent")
+    told = [{"role": "system", "content": "Be brief."}, *asked]
+    row = {"system": "Be brief.", "prompt": asked[0]["content"] if text else asked, **answers}
+    found, expected = (read_row(tokenizer, each, "here") for each in (row, {**answers, "prompt": told}))
+    assert (found.kind, found.prompt) == ("messages", prompt_token_ids(tokenizer, told))
+    assert found == expected
+    prompts = ranked_by_trainer([row], tokenizer)
+    assert prompts["row-000000000"]["prompt"] == told and not prompts.notes
+    assert check_prompt(row, "here")["prompt"] == told
+    blank = read_row(tokenizer, {**row, "system": " "}, "here")
+    assert blank == read_row(tokenizer, {"prompt": row["prompt"], **answers}, "here")
+    for change, words in (
+        ({"system": 7}, "`system` is 7; give a text"),
+        ({"prompt": [{"role": "system", "content": "Be kind."}, *asked]}, "`prompt` has another system message"),
+        ({"prompt": "<|im_start|>user\nHi<|im_end|>\n"}, "`prompt` beside `system` has a chat template already"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read_row(tokenizer, {**row, **change}, "here")
 
 
 def test_implicit_prompts(tokenizer):

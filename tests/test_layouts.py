@@ -110,6 +110,24 @@ FORMS = {
         [{"prompt": TEA, "chosen": "A drink.", "rejected": "A car.", "chosen_rating": 5, "rejected_rating": 2.5}],
         [(TEA, PAIR["responses"], [5, 2.5])],
     ),
+    "a system beside texts": (
+        "pair",
+        [
+            {"system": "Be brief.", "prompt": "What is tea?", "chosen": "A drink.", "rejected": "A car."},
+            {"system": "", "prompt": "What is tea?", "chosen": "A drink.", "rejected": "A car."},
+        ],
+        [([SYSTEM, *TEA], PAIR["responses"], [0, -1]), (TEA, PAIR["responses"], [0, -1])],
+    ),
+    "a system beside a list": (
+        "ordered",
+        [{"system": "Be brief.", "prompt": [SYSTEM, *TALK], "responses": LIST}],
+        [([SYSTEM, *TALK], LIST, [0, -1, -2, -3])],
+    ),
+    "a system beside rewards": (
+        "ranked",
+        [{"system": "Be brief.", "prompt": TEA, **PAIR}],
+        [([SYSTEM, *TEA], PAIR["responses"], [0, -1])],
+    ),
     "distilabel": (
         "pair",
         [{"instruction": "Tea?", "prompt": "What is tea?", "chosen": TEA + said("A drink."), "rejected": "A car."}],
@@ -377,6 +395,8 @@ def changed(form: str, **changes) -> tuple[dict, str]:
         (changed("trl-standard", promt="x", prompt=None), "unknown field `promt`; write `prompt`"),
         (changed("trl-standard", prompt="  "), r"`prompt\[0\].content` is \"\": should be a text that is not blank"),
         (changed("trl-standard-implicit", rejected="No."), "there is no `prompt`, and `chosen` and `rejected` do not"),
+        (changed("trl-conversational", system="Be kind."), "`system` is .*, and `prompt` has another system message"),
+        (changed("ordered", system=7), "`system` is 7; give a text"),
         (changed("trl-conversational", prompt=None), "the column `prompt` is missing; give `prompt`"),
         (changed("trl-conversational", chosen=TALK), "last message of `chosen` is .*Hot"),
         (changed("trl-conversational-implicit", rejected=TEA + said("No.")), "conversation of `rejected` does not beg"),
