@@ -277,8 +277,26 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def parsed(parser: argparse.ArgumentParser, given: list[str] | None = None) -> argparse.Namespace:
+    """The options; the parser's error where one would be ignored for want of another."""
+    options = parser.parse_args(given)
+    model, rate = not options.tokens_only, options.learning_rate
+    batch = any((options.batch, options.devices, options.device_batch, options.accumulation))
+    loaded = (model, "the model, which --tokens-only leaves out")
+    needs = {
+        "learning_rate": loaded if not model else (batch, "a batch (--batch)"),
+        "scheduler": (rate, "--learning-rate"),
+        "epochs": (batch, "a batch (--batch)"),
+        **dict.fromkeys(("lora", "pairs", "beta"), loaded),
+    }
+    for name, (there, what) in needs.items():
+        if not there and getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} needs {what}")
+    return options
+
+
 def main() -> None:
-    options = arguments().parse_args()
+    options = parsed(arguments())
     figures, inspection = inspect(options)
     if options.json:
         found = {name: asdict(finding) for name, finding in inspection.findings.items()}

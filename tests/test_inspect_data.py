@@ -795,6 +795,26 @@ def test_numbers_that_are_not_above_0(given, capsys):
     assert "is not above 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--learning-rate", "1e-12"), "--learning-rate needs a batch (--batch)"),
+        (("--learning-rate", "1e-12", "--batch", "8", "--tokens-only"), "--learning-rate needs the model, which --tok"),
+        (("--lora", "8", "16", "--tokens-only"), "--lora needs the model"),
+        (("--scheduler", "linear"), "--scheduler needs --learning-rate"),
+        (("--epochs", "2"), "--epochs needs a batch"),
+        (("--pairs", "2", "--tokens-only"), "--pairs needs the model"),
+        (("--beta", "0.3", "--tokens-only"), "--beta needs the model"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(given, words, capsys):
+    with pytest.raises(SystemExit):
+        inspect_data.parsed(inspect_data.arguments(), ["data.jsonl", "model", *given])
+    assert words in capsys.readouterr().err
+    given = ["data.jsonl", "model", "--learning-rate", "1e-5", "--lora", "8", "16", "--devices", "2", "--epochs", "2"]
+    inspect_data.parsed(inspect_data.arguments(), given)
+
+
 def test_json(write_lines, folders, capsys, monkeypatch):
     path = write_lines(changed(3, rejected=pairs()[3]["chosen"]))
     monkeypatch.setattr("sys.argv", ["inspect", str(path), folders.chatml, "--tokens-only", "--json", "--limit", "4"])
