@@ -12,8 +12,8 @@ Run     python -m annotation.import_data DATA configs/hh_rlhf.yaml [key=value ..
 
 Responses are sorted by reward; ties keep their order. Empty responses are dropped, of duplicates (the same text, or the
 same tokens) the best is kept, or in the layout `ranked` the first, and rows with fewer than two responses left are
-refused. A prompt that comes again with other responses gets a name of its own (`<prompt_id>-2`) where its layout has no
-names; otherwise it is refused, as is an equal row. A row that cannot be read ends the import, or with `--skip` goes to
+refused. A prompt that comes again with other responses gets a name of its own (`<prompt_id>-2`) in a ranking whose layout
+has no names; otherwise it is refused, as is an equal row. A row that cannot be read ends the import, or with `--skip` goes to
 the ledger with its place, its problem and the remedy. The ledger lists all that is left out, and fields that are not
 read are counted.
 
@@ -179,6 +179,7 @@ def convert(
     ledger: list[dict],
     layout: Layout = LAYOUTS["ranked"],
     skip: bool = False,
+    rename: bool = True,
 ) -> Iterator[dict]:
     """Yield the records that `finish` makes of the rows.
 
@@ -187,13 +188,15 @@ def convert(
             prompts that are the beginning of their answers; the first of these is printed.
         ledger: is filled with the lines for what is left out.
         skip: a row that cannot be read goes to the ledger.
+        rename: as for `Seen`.
     """
     counts.update(read=0, written=0, rejected=0)
-    seen = Seen(layout)
+    seen = Seen(layout, rename)
     for where, raw in rows:
         counts.update(["read", *(f"not read: `{name}`" for name in unread(raw, layout))])
         try:
-            row, lines = seen.named(check_row(raw, where, layout), where, counts)
+            checked = check_row(raw, where, layout)
+            row, lines = seen.named(checked, where)
         except InputError as error:
             if not skip:
                 raise
@@ -206,6 +209,7 @@ def convert(
                     texts = row["prompt"][-1]["content"], row["responses"][0]
                     print(f"import: {where}: {BEGINNING}: {printable('; the answer is '.join(map(shorten, texts)))}")
             record, lines = finish(row, where, counts)
+            counts[RENAMED] += record is not None and row["prompt_id"] != checked["prompt_id"]
         if record is not None:
             yield record
         ledger += lines
@@ -213,14 +217,18 @@ def convert(
 
 
 class Seen:
-    """The prompts that came already: a later row gets another name, or is refused."""
+    """The prompts that came already: a later row gets another name, or is refused.
 
-    def __init__(self, layout: Layout):
-        self._layout = layout
+    Args:
+        rename: else a later row with other responses keeps its name.
+    """
+
+    def __init__(self, layout: Layout, rename: bool):
+        self._layout, self._rename = layout, rename
         self._places: dict[str, str] = {}
         self._rows: dict[str, set[str]] = {}
 
-    def named(self, row: Listed, where: str, counts: Counter) -> tuple[Listed | None, list[dict]]:
+    def named(self, row: Listed, where: str) -> tuple[Listed | None, list[dict]]:
         """The row under a name that none before it has; or None and a ledger line."""
         name = row["prompt_id"]
         first = self._places.setdefault(name, where)
@@ -230,9 +238,8 @@ class Seen:
         if key in rows:
             return None, [_refused(row, where, "repeated row", first=first)]
         rows.add(key)
-        if len(rows) == 1:
+        if len(rows) == 1 or not self._rename:
             return row, []
-        counts.update([RENAMED])
         return {**row, "prompt_id": f"{name}-{len(rows)}"}, []
 
 
@@ -254,17 +261,19 @@ def import_prompts(rows: Rows, target: Path, layout: Layout, skip: bool = False)
     """Write a prompts file and its ledger; a prompt that comes again is refused there, as generation would."""
     if target.exists():
         raise InputError("there is a file already", where=str(target), remedy="move it away, or give another name")
-    counts, ledger, seen = Counter(), [], set()
+    counts, ledger, places = Counter(), [], {}
 
     def finish(row: Listed, where: str, counts: Counter) -> tuple[dict | None, list[dict]]:
         name = value_hash(row["prompt"])
-        if name in seen:
-            return None, [_refused(row, where, REPEATED)]
+        if name in places:
+            return None, [_refused(row, where, REPEATED, first=places[name])]
         record, lines = prompt_of(row, where, counts)
-        seen.update([name] if record else [])
+        if record:
+            places[name] = where
         return record, lines
 
-    write_lines(target, _whole(convert(rows, finish, counts, ledger, layout, skip), counts, str(target)))
+    records = convert(rows, finish, counts, ledger, layout, skip, rename=False)
+    write_lines(target, _whole(records, counts, str(target)))
     write_lines(target.with_suffix(".ledger.jsonl"), map(json_line, ledger))
     return counts
 

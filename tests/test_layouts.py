@@ -536,6 +536,25 @@ def test_prompts_have_the_responses_best_first(write_lines, tmp_path):
         import_prompts(rows, target, LAYOUTS[layout])
 
 
+def test_a_repeated_prompt_of_a_prompts_file_keeps_its_name(write_lines, tmp_path):
+    """It is refused, so nothing is there under another name."""
+    rows = [{"prompt": "q", "chosen": "a", "rejected": rejected} for rejected in ("b", "c", "b")]
+    path, target = write_lines(rows), tmp_path / "prompts.jsonl"
+    counts = import_prompts(open_data(str(path), "train", None, None)[0], target, LAYOUTS["pair"])
+    reasons = {"repeated prompt": 1, "repeated row": 1}
+    assert +counts == {"read": 3, "written": 1, "rejected": 2} | reasons
+    ((_, prompt),) = read_prompts(target)
+    ledger = [line for _, line in read_jsonl(target.with_suffix(".ledger.jsonl"))]
+    assert [(line["prompt_id"], line["reason"]) for line in ledger] == [(prompt["prompt_id"], each) for each in reasons]
+    assert {line["first"] for line in ledger} == {f"{path}:1: row 1"}
+
+
+def test_a_renamed_row_that_is_refused_is_not_counted_as_kept(tokenizer, write_lines):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": rejected} for rejected in ("b", "a")]
+    _, records, counts, _ = imported(write_lines(rows), tokenizer)
+    assert len(records) == 1 and not counts["repeated prompts, kept under another name"]
+
+
 def test_saved_data_sets_and_their_splits_are_read(tokenizer, tmp_path):
     from datasets import Dataset, DatasetDict
 
