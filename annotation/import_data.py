@@ -12,10 +12,10 @@ Run     python -m annotation.import_data DATA configs/hh_rlhf.yaml [key=value ..
 
 Responses are sorted by reward; ties keep their order. Empty responses are dropped, of duplicates (the same text, or the
 same tokens) the best is kept, or in the layout `ranked` the first, and rows with fewer than two responses left are
-refused. A prompt that comes again with other responses gets a name of its own (`<prompt_id>-2`) in a ranking whose layout
-has no names; otherwise it is refused, as is an equal row. A row that cannot be read ends the import, or with `--skip` goes to
-the ledger with its place, its problem and the remedy. The ledger lists all that is left out, and fields that are not
-read are counted.
+refused. A prompt that comes again with other responses gets a name of its own (`<prompt_id>-2`) in a ranking whose
+layout has no names; otherwise it is refused, as is an equal row. A row that cannot be read ends the import, or with
+`--skip` goes to the ledger with its place, its problem and the remedy. The ledger lists all that is left out, and
+fields that are not read are counted.
 
 Missing fields get defaults: `truncated` is false, and in the released files `sources` are `generated` unless a row has
 them (so `schedule.best=human` finds no human response). Texts that spell special tokens of the tokenizer are counted,
@@ -35,7 +35,7 @@ from typing import Any
 from annotation.layouts import LAYOUTS, Layout, Listed, check_row, layout_of, unread
 from hps.chat import encode, inert, load_tokenizer, special_tokens_in
 from hps.errors import InputError, printable, run_main, shorten
-from hps.preferences import on_hub
+from hps.preferences import is_saved, on_hub, refuse_split, saved_table
 from pipeline.files import REPEATED, file_hash, json_line, value_hash, write_lines
 from pipeline.hub import asking, commit_of
 from pipeline.identity import model_hash
@@ -58,13 +58,15 @@ def read_data(data: str, part: str = "train", revision: str | None = None) -> Ro
         revision: the commit on the hub.
     """
     path = Path(data)
+    if path.is_file():
+        refuse_split(data, part, option="--part")
     tables = path.is_dir() or (path.is_file() and path.suffix in TABLES) or on_hub(data)
     return _tables(data, part, revision) if tables else read_rows(path)
 
 
 def _tables(data: str, part: str, revision: str | None) -> Iterator[tuple[str, dict]]:
     """The rows of tables, as `datasets` reads them, one after another: nothing is held or copied to its cache."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     path = Path(data)
@@ -72,9 +74,8 @@ def _tables(data: str, part: str, revision: str | None) -> Iterator[tuple[str, d
         with asking("dataset", data) if on_hub(data) else nullcontext():
             if path.is_file():
                 table = load_dataset(path.suffix[1:], data_files=str(path), split="train", streaming=True)
-            elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-                table = load_from_disk(data)
-                table = table[part] if isinstance(table, DatasetDict) else table
+            elif is_saved(path):
+                table = saved_table(data, part, "--part")
             else:
                 table = load_dataset(data, split=part, revision=revision, streaming=True)
             rows = iter(table)

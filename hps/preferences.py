@@ -97,17 +97,40 @@ def read_records(dataset: str, revision: str | None = None, split: str = "train"
     """
     path = Path(dataset)
     if path.is_file():
-        _refuse_split(dataset, split)
+        refuse_split(dataset, split)
     found = _lines(path) if path.is_file() and path.suffix == ".jsonl" else _loaded(dataset, revision, split)
     for where, record in found:
         yield where, {name: value for name, value in record.items() if value is not None}
 
 
-def _refuse_split(dataset: str, split: str, own: object = None) -> None:
+def refuse_split(dataset: str, split: str, own: object = None, option: str = "--split") -> None:
     """Refuse a split, beside the default, of data that has none; a saved table may know of which one it was (`own`)."""
     if split not in ("train", str(own)):
-        problem = f"--split is `{split}`, and this is one table without splits"
-        raise InputError(problem, where=dataset, remedy="leave --split out, or give the data of that split")
+        problem = f"{option} is `{split}`, and this is one table without splits"
+        raise InputError(problem, where=dataset, remedy=f"leave {option} out, or give the data of that split")
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `datasets` saved something there."""
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def saved_table(dataset: str, split: str, option: str = "--split") -> Any:
+    """The table that `datasets` saved in a folder, or of several that of the split.
+
+    Raises:
+        InputError: there is no such split.
+    """
+    from datasets import DatasetDict, load_from_disk
+
+    found: Any = load_from_disk(dataset)
+    if not isinstance(found, DatasetDict):
+        refuse_split(dataset, split, found.split, option)
+        return found
+    if split not in found:
+        problem = f"{option} is `{split}`, and there is none of that name"
+        raise InputError(problem, where=dataset, remedy=f"give one of {', '.join(map(str, found))}")
+    return found[split]
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
@@ -126,7 +149,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _loaded(dataset: str, revision: str | None, split: str) -> Iterator[tuple[str, dict]]:
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset
 
     path = Path(dataset)
     if not path.exists() and not on_hub(dataset):
@@ -139,15 +162,8 @@ def _loaded(dataset: str, revision: str | None, split: str) -> Iterator[tuple[st
                 problem = f"`{path.suffix}` is no form of a data set that is read here"
                 raise InputError(problem, where=dataset, remedy=f"give one of {', '.join(BUILDERS)}, or a folder")
             rows: Any = load_dataset(BUILDERS[suffix], data_files=dataset, split="train")
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            rows = load_from_disk(dataset)
-            if isinstance(rows, DatasetDict):
-                if split not in rows:
-                    problem = f"--split is `{split}`, and there is none of that name"
-                    raise InputError(problem, where=dataset, remedy=f"give one of {', '.join(map(str, rows))}")
-                rows = rows[split]
-            else:
-                _refuse_split(dataset, split, rows.split)
+        elif is_saved(path):
+            rows = saved_table(dataset, split)
         else:
             rows = load_dataset(dataset, split=split, revision=revision)
     except InputError:

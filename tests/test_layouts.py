@@ -566,10 +566,11 @@ def test_saved_data_sets_and_their_splits_are_read(tokenizer, tmp_path):
     for name in ("one", "two", "three"):
         found, records, _, _ = imported(tmp_path / name, tokenizer)
         assert found == layout and [record["responses"] for record in records] == [expected[0][1]]
-    with pytest.raises(
-        InputError, match=r"two: cannot read it as tables \('test'\); check the file, or name the split"
-    ):
+    with pytest.raises(InputError, match="two: --part is `test`, and there is none of that name; give one of train"):
         open_data(str(tmp_path / "two"), "test", None, None)
+    for name in ("one", "three/train.parquet"):
+        with pytest.raises(InputError, match=f"{name}: --part is `test`, and this is one table without splits"):
+            open_data(str(tmp_path / name), "test", None, None)
 
 
 def test_damaged_and_missing_tables_are_one_line(tmp_path, write_lines):
