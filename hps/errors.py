@@ -3,6 +3,7 @@
 Bad input ends a stage with one line and exit status 2. The entry also handles terminals of any encoding and drops the
 variables of other launchers."""
 
+import argparse
 import errno
 import io
 import json
@@ -13,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 # What libraries say instead of an OSError: safetensors the system's words, torch its own, for an entry of its archive
 # and for the archive's end.
@@ -101,6 +103,18 @@ def refusal(path: str, error: Exception, what: str = "model") -> InputError:
         return InputError(f"no {what} that can be loaded there ({text})", where=path, remedy="check its JSON files")
     remedy = "check the model's path; without a network the hub's cache must have it"
     return InputError(f"no {what} there ({text})", where=path, remedy=remedy)
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an argument that must be above 0."""
+
+    def read(text: str) -> Any:
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    read.__name__ = getattr(kind, "__name__", "number")  # argparse names it where the text is none
+    return read
 
 
 def forget_launcher() -> None:

@@ -14,13 +14,13 @@ import argparse
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hps.chat import load_tokenizer, prompt_token_ids
-from hps.errors import InputError, printable, run_main
+from hps.errors import InputError, positive, printable, run_main
 from hps.inspection import FAULT, PROBE, WARNING, Findings, Inspection, Template, template_hash
 from hps.preferences import Row, read_records, read_row
 from hps.settings import Loss, Schedule
@@ -231,18 +231,6 @@ def _first_step_lines(step: dict) -> Iterator[str]:
             f"to first order the margin moves by at most {step['reach']:.3g} nats (sum of the rates "
             f"{step['sum_of_rates']:.3g}, {step['trainable']:,} weights): loss {step['least_loss']:.4f} or above"
         )
-
-
-def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The type of an argument that must be above 0."""
-
-    def read(text: str) -> Any:
-        if not (value := kind(text)) > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    read.__name__ = getattr(kind, "__name__", "number")  # argparse names it where the text is none
-    return read
 
 
 def arguments() -> argparse.ArgumentParser:

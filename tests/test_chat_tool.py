@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from hps.chat import end_of_turn_ids, load_tokenizer, prompt_token_ids, sampled_text
 from hps.errors import InputError
 from pipeline.stage import Work, claim
-from tools.chat import Both, chat, recipe_of
+from tools.chat import Both, chat, main, recipe_of
 
 LORA = ("lora.enabled=true", "lora.enabled=false")
 
@@ -80,6 +80,14 @@ def test_a_later_round_is_opened_in_its_own_folder(run_of, tmp_path):
     assert before != after
     run.rename(moved := tmp_path / "kept")
     assert recipe_of(moved).checkpoint_folder() == moved / "checkpoint"
+
+
+@pytest.mark.parametrize("tokens", ["-5", "0"])
+def test_an_answer_has_a_token_at_least(tokens, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["chat", "run", "--tokens", tokens])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"--tokens: {tokens} is not above 0" in capsys.readouterr().err
 
 
 def test_other_folders_are_refused(run_of, tmp_path):

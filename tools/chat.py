@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evaluation.summary import columns
 from hps.chat import end_of_turn_ids, prompt_token_ids, sampled_text
-from hps.errors import InputError, run_main
+from hps.errors import InputError, positive, run_main
 from pipeline.recipe import Recipe
 from pipeline.stage import MANIFEST, read_manifest, require_finished
 
@@ -106,7 +106,9 @@ def typed() -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished training")
-    parser.add_argument("--tokens", type=int, metavar="N", help="the most of an answer; default: the recipe's")
+    parser.add_argument(
+        "--tokens", type=positive(int), metavar="N", help="the most of an answer; default: the recipe's"
+    )
     parser.add_argument("--greedy", action="store_true", help="the most probable token each time")
     options = parser.parse_args()
     both = Both(recipe_of(options.run), options.tokens, options.greedy)
