@@ -70,9 +70,10 @@ def still(lines: Iterable[dict], epochs: int, batch: int, most: Callable[[float,
     if not found or not all(s <= noise for s, noise in found):
         return None
     moved, noise = max(found)
+    over = "last step" if steps == 1 else f"last {steps} steps"
     return (
         f"the policy moved less than its own noise: the mean of log pi_theta - log pi_ref over the responses of the "
-        f"last {steps} steps is {moved:.2g} nats, and rounding alone explains up to {noise:.2g}; raise the learning "
+        f"{over} is {moved:.2g} nats, and rounding alone explains up to {noise:.2g}; raise the learning "
         "rate or train longer (`python -m hps.inspect_data` says how far settings reach)"
     )
 

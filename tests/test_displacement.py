@@ -51,6 +51,7 @@ def test_a_policy_that_did_not_move(s, warned):
         assert f"the last 4 steps is {max(abs(s), 0.3):.2g} nats, and rounding alone explains up to 0.5;" in found
     assert still(log[:1], 1, 16, lambda *given: 100.0) is None and still([], 1, 16, lambda *given: 1.0) is None
     assert still(log[1:2], 1, 16, lambda *given: 4.0) is not None  # a single line
+    assert "of the last step is" in str(still(log[:2], 1, 16, lambda *given: 100.0))
 
 
 @pytest.mark.parametrize("count", [3, 24])
