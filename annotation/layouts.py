@@ -262,14 +262,14 @@ class AlpacaRow(TypedDict):
 def alpaca(row: dict, where: str) -> dict:
     """LLaMA-Factory's ranking data in alpaca form: `input` goes below `instruction`, `history` in front of both."""
     row = typed(row, AlpacaRow, where)
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages = []
     for place, turn in enumerate(row.get("history", [])):
         if len(turn) != 2:
             problem = f"`history[{place}]` is {shorten(turn)}"
             raise InputError(problem, where=where, remedy="give the user's text and the answer")
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
     asked = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    prompt = [*messages, {"role": "user", "content": asked}]
+    prompt = led_by([*messages, {"role": "user", "content": asked}], row.get("system"), where)
     return {"prompt": prompt, "responses": [row[side] for side in PAIR]}
 
 

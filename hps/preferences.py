@@ -226,7 +226,8 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
     for layout, columns in OTHERS.items():
         if record.keys() >= set(columns) and "prompt" not in record:
             raise InputError(f"the columns are those of {layout}: {', '.join(columns)}", remedy=CONVERT)
-    if isinstance(record.get(PAIR[0]), dict) and "role" not in record[PAIR[0]]:
+    chosen, elsewhere = record.get(PAIR[0]), "messages" in record and "prompt" not in record
+    if isinstance(chosen, dict) and ("role" not in chosen or elsewhere):
         raise InputError(f"`{PAIR[0]}` is an object, as in LLaMA-Factory's ShareGPT form", remedy=CONVERT)
     if "rewards" not in record or PAIR[0] in record:
         refuse_preference(dict(record), COLUMNS, where="")

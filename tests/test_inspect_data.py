@@ -581,6 +581,10 @@ ASKED = {"prompt": question("Ghent")}
         ),
         ({"context": ASKED["prompt"], "completions": []}, "the columns are those of NeMo-RL: context, completions; "),
         ({"conversations": [], "chosen": {}, "rejected": {}}, "`chosen` is an object, as in LLaMA-Factory's ShareGPT"),
+        (
+            {"messages": question("Ghent"), "chosen": answered("a")[0], "rejected": answered("b")[0]},
+            "`chosen` is an object, as in LLaMA-Factory's ShareGPT form; .* of the repository converts",
+        ),
         ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "there is no `prompt`, and `instruction` is "),
         ({"question": "Who?", "chosen": "The one", "rejected": "The two"}, "there is no `prompt`, and `question` is"),
         (
