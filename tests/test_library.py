@@ -708,6 +708,8 @@ def test_what_a_script_cannot_have_is_refused(tiny_model, tmp_path):
         HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, compute_metrics=lambda _: {})
     with pytest.raises(ValueError, match="is of the type IterableDataset, but the plan needs all prompts; give a `Dat"):
         HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data.to_iterable_dataset())
+    with pytest.raises(InputError, match="`args` is of the type DPOConfig; give HPSConfig: it is DPOConfig with"):
+        HPSTrainer(str(tiny_model), args=DPOConfig(str(tmp_path), use_cpu=True), train_dataset=data)
     rows = [{"prompt": "What is tea?", "chosen": "A", "rejected": "B"}]
     message = re.escape(' is a list whose elements are not the token ids of a plan\'s rows: ["chosen", "prompt", ')
     with pytest.raises(InputError, match=f"`train_dataset`{message}.*; give datasets.Dataset.from_list.rows."):
