@@ -72,6 +72,7 @@ NOT_HONOURED = {
     "pad_token": None,
     "pad_to_multiple_of": None,
     "auto_find_batch_size": False,
+    "neftune_noise_alpha": None,
 }
 # Names that the parent has for settings of `Schedule`. Its global batch is the product of three.
 OF_PARENT = {
@@ -438,7 +439,10 @@ class HPSTrainer(DPOTrainer):
             if path.is_file() and path.read_text() != self._plan_hash():
                 problem = "the checkpoint is of another plan, loss or seed"
                 raise InputError(problem, where=str(folder), remedy="give the settings and data that it began with")
-        result = super().train(resume_from_checkpoint, *given, **more)
+        try:
+            result = super().train(resume_from_checkpoint, *given, **more)
+        finally:  # a second call goes on with the policy as it is, and counts its steps from 0
+            self.starts_as_reference = self.starts_as_reference and not self.state.global_step
         lines = self.state.log_history, self.schedule.epochs, self.schedule.global_batch
         if warning := of_training(*lines) or still(*lines, self._most):  # what has fallen has moved
             self.accelerator.print(f"training: WARNING: {warning}", flush=True)

@@ -587,6 +587,16 @@ def test_a_resumed_training_counts_on(tiny_model, tmp_path):
         make(tmp_path / "whole", beta=0.2).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
 
 
+def test_a_second_training_goes_on_with_the_policy(tiny_model, tmp_path):
+    """Its first loss is not that of s = 0, and nothing is wrong with that."""
+    data = as_dataset(ranked_records(8))
+    trainer = HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, peft_config=LORA)
+    trainer.train()
+    first = losses(trainer)
+    trainer.train()
+    assert first[0] == pytest.approx(math.log(2), abs=1e-5) and losses(trainer)[0] < first[0] - 1e-3
+
+
 @pytest.mark.parametrize(("rate", "warned"), [(1e-12, True), (1e-2, False)])
 def test_a_script_is_told_that_its_policy_did_not_move(tiny_model, tmp_path, capsys, rate, warned):
     config = config_of(tmp_path, learning_rate=rate, num_train_epochs=3)

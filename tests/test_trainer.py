@@ -146,6 +146,7 @@ UNSUPPORTED = {
     "pad_token": "a",
     "pad_to_multiple_of": 8,
     "auto_find_batch_size": True,
+    "neftune_noise_alpha": 5.0,
 }
 
 
