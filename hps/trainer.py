@@ -341,9 +341,10 @@ class HPSTrainer(DPOTrainer):
             raise InputError(problem, remedy="give HPSConfig: it is DPOConfig with the settings of the method")
         args = copy.copy(args or HPSConfig())
         _refuse_unsupported(args, others)
-        _check_data(train_dataset)
-        for data in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-            _check_rows(data, "eval_dataset")
+        _check_data(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            for data in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+                _check_data(data, "eval_dataset")
         self.loss, self.schedule = args.loss, args.schedule
         self.compares = FAMILIES[self.loss.family].reference  # the policy with the reference
         self.tokens: float | None = None  # that have passed the policy; known with the first step
@@ -495,6 +496,7 @@ class HPSTrainer(DPOTrainer):
         """The plan's rows are token ids already; those of an evaluation are made here."""
         if dataset_name == "train":
             return self.rows
+        _check_data(dataset, "eval_dataset")
         if not isinstance(dataset, Dataset):
             return dataset
         gamma = gamma_stages(self.schedule)[-1]
@@ -526,6 +528,18 @@ class HPSTrainer(DPOTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone: there are no logits of whole rows."""
         return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def predict(self, test_dataset, *given, **more):
+        """The parent's; what it has for an evaluation are prepared rows.
+
+        Raises:
+            InputError: a data set, of which only the loss could be told.
+        """
+        if isinstance(test_dataset, Dataset):
+            problem = "`predict` has no logits to return for a data set"
+            raise InputError(problem, remedy='for its loss call `evaluate(dataset, metric_key_prefix="test")`')
+        _check_data(test_dataset, "test_dataset")
+        return super().predict(test_dataset, *given, **more)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = list(COLUMNS)
@@ -853,14 +867,15 @@ def _refuse_epochs(config: HPSConfig, steps: int) -> None:
         raise ValueError(f"`{named[0]}` is 'epoch', and the plan holds all {epochs:g} epochs as one; {remedy}")
 
 
-def _check_data(train_dataset: Any) -> None:
-    if not isinstance(train_dataset, (Dataset, Sequence)) or isinstance(train_dataset, str):
-        kind, remedy = type(train_dataset).__name__, "give a `Dataset`"
-        if isinstance(train_dataset, dict) and train_dataset:  # a DatasetDict
-            names = [f'dataset["{name}"]' for name in train_dataset]
+def _check_data(data: Any, name: str) -> None:
+    """Refuse what is neither a data set nor the rows of a plan."""
+    if not isinstance(data, (Dataset, Sequence)) or isinstance(data, str):
+        kind, remedy = type(data).__name__, "give a `Dataset`"
+        if isinstance(data, dict) and data:  # a DatasetDict
+            names = [f'dataset["{split}"]' for split in data]
             remedy = f"give {' or '.join(names)}"
-        raise ValueError(f"`train_dataset` is of the type {kind}, but the plan needs all prompts; {remedy}")
-    _check_rows(train_dataset, "train_dataset")
+        raise ValueError(f"`{name}` is of the type {kind}, but the plan needs all prompts; {remedy}")
+    _check_rows(data, name)
 
 
 def _check_rows(data: Any, name: str) -> None:

@@ -516,6 +516,11 @@ def test_what_is_evaluated(tiny_model, tmp_path):
     after = trainer.evaluate(sets["near"])
     assert after["eval_loss"] != pytest.approx(math.log(2), abs=1e-5)
     assert trainer.predict(trainer.eval_dataset["near"]).metrics["test_loss"] == pytest.approx(after["eval_loss"])
+    with pytest.raises(InputError, match="`predict` has no logits to return for a data set; for its loss call `evalu"):
+        trainer.predict(sets["near"])
+    assert trainer.evaluate(sets["near"], metric_key_prefix="test")["test_loss"] == pytest.approx(after["eval_loss"])
+    with pytest.raises(ValueError, match="`eval_dataset` is of the type IterableDataset"):
+        trainer.evaluate(sets["near"].to_iterable_dataset())
     tokens = [line["num_tokens"] for line in trainer.state.log_history if "num_tokens" in line]
     assert tokens == sorted(tokens) and len(trainer.plan) == 8
 
@@ -727,6 +732,9 @@ def test_what_a_script_cannot_have_is_refused(tiny_model, tmp_path):
     for held_out in (rows, {"tea": rows}):
         with pytest.raises(InputError, match=f"`eval_dataset`{message}.*; give datasets.Dataset.from_list.rows."):
             HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=data, eval_dataset=held_out)
+    for held_out in (data.to_iterable_dataset(), {"tea": data.to_iterable_dataset()}):
+        with pytest.raises(ValueError, match="`eval_dataset` is of the type IterableDataset, .*; give a `Dataset`"):
+            HPSTrainer("no model", args=config_of(tmp_path), train_dataset=data, eval_dataset=held_out)
     with pytest.raises(ValueError, match='of the type DatasetDict, .*; give dataset."train". or dataset."test".$'):
         splits = DatasetDict({"train": data, "test": data})
         HPSTrainer(str(tiny_model), args=config_of(tmp_path), train_dataset=splits)
