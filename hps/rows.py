@@ -1,5 +1,7 @@
 """The plan's rows as token ids, as the trainer takes them."""
 
+import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -90,12 +92,16 @@ class CheckedRows(PlanRows):
     """The plan's rows, each made once at the start, so that a bad one is found before a model loads.
 
     `cut` counts the responses that the limit shortens. `equal` counts the rows in which a dispreferred response has the
-    same tokens as the preferred one, because of that cut or of the tokenizer.
+    same tokens as the preferred one, because of that cut or of the tokenizer. `hash` is of all their token ids.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.cut = self.equal = 0
+        ids = hashlib.sha256()
         for row in self:
             self.cut += row["cut"]
             self.equal += row["equal"]
+            for part in (row["prompt_ids"], *row["response_ids"]):
+                ids.update(array("q", [len(part), *part]))
+        self.hash = ids.hexdigest()

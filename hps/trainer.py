@@ -430,7 +430,7 @@ class HPSTrainer(DPOTrainer):
         `rounding` lets it be in the precision of the training.
 
         Raises:
-            InputError: the checkpoint is of another plan or loss.
+            InputError: the checkpoint is of other data, or of another plan or loss.
         """
         if self.plan is not None and resume_from_checkpoint:
             folder = resume_from_checkpoint
@@ -438,7 +438,7 @@ class HPSTrainer(DPOTrainer):
                 folder = get_last_checkpoint(self.args.output_dir)
             path = Path(folder or "") / PLAN_HASH
             if path.is_file() and path.read_text() != self._plan_hash():
-                problem = "the checkpoint is of another plan, loss or seed"
+                problem = "the checkpoint is of other data, or of another plan, loss or seed"
                 raise InputError(problem, where=str(folder), remedy="give the settings and data that it began with")
         try:
             result = super().train(resume_from_checkpoint, *given, **more)
@@ -466,8 +466,8 @@ class HPSTrainer(DPOTrainer):
             (folder / PLAN_HASH).write_text(self._plan_hash())
 
     def _plan_hash(self) -> str:
-        """Of what decides the training beside the optimizer: the plan and the loss."""
-        settings = own_settings(self.loss.model_dump()), self.args.seed, list(self.plan or [])
+        """Of what decides the training beside the optimizer: the plan, its rows' token ids and the loss."""
+        settings = own_settings(self.loss.model_dump()), self.args.seed, list(self.plan or []), self.rows.hash
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def save_plan(self, path: str | Path) -> None:

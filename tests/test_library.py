@@ -572,10 +572,9 @@ def test_two_processes_train_as_one(tiny_model, tmp_path, monkeypatch):
 def test_a_resumed_training_counts_on(tiny_model, tmp_path):
     """The same losses as in one go, and the tokens of the steps before."""
 
-    def make(folder, **settings):
+    def make(folder, records=ranked_records(8), **settings):
         config = config_of(folder, num_train_epochs=2, save_strategy="steps", save_steps=2, **settings)
-        data = as_dataset(ranked_records(8))
-        return HPSTrainer(str(tiny_model), args=config, train_dataset=data, peft_config=LORA)
+        return HPSTrainer(str(tiny_model), args=config, train_dataset=as_dataset(records), peft_config=LORA)
 
     whole = make(tmp_path / "whole")
     whole.train()
@@ -586,10 +585,14 @@ def test_a_resumed_training_counts_on(tiny_model, tmp_path):
         line.get("num_tokens") for line in whole.state.log_history[:4]
     ]
 
-    with pytest.raises(
-        InputError, match="checkpoint-2: the checkpoint is of another plan, loss or seed; give the sett"
-    ):
-        make(tmp_path / "whole", beta=0.2).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    swapped = ranked_records(8)
+    for record in swapped:
+        record["responses"] = record["responses"][::-1]
+    for changed in ({"beta": 0.2}, {"records": swapped}, {"max_length": 64}):
+        with pytest.raises(
+            InputError, match="checkpoint-2: the checkpoint is of other data, or of another plan, loss or seed; give"
+        ):
+            make(tmp_path / "whole", **changed).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
 
 
 def test_a_second_training_goes_on_with_the_policy(tiny_model, tmp_path):
