@@ -53,6 +53,7 @@ class RankedPrompts(Mapping[str, Ranked]):
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Any, processes: int | None = None):
+        dataset = dataset.with_format(None)  # numbers and lists, whatever tensors the script asked for
         if wrong := [name for name in NOT_TEXT if name in dataset.column_names]:
             problem = f"the column `{wrong[0]}` would change the prompts, and it is not read"
             raise InputError(problem, remedy="take it out if the prompts are right without it")

@@ -339,6 +339,13 @@ def test_texts_that_spell_tokens_and_marks_are_counted(tokenizer):
     assert RankedPrompts(Dataset.from_list(rows[1:]).remove_columns("id"), tokenizer).notes == []
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas"])
+def test_a_format_of_tensors_changes_nothing(tokenizer, form):
+    data = as_dataset(ranked_records(2))
+    expected = RankedPrompts(data, tokenizer)
+    assert dict(RankedPrompts(data.with_format(form), tokenizer)) == dict(expected)
+
+
 def test_a_data_set_without_rows_is_refused(tokenizer):
     with pytest.raises(InputError, match="the data set has no rows; check its file and its split"):
         RankedPrompts(Dataset.from_list([]), tokenizer)
