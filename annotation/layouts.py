@@ -27,6 +27,7 @@ from hps.records import (
     Reward,
     given_pair,
     led_by,
+    name_of,
     refuse_misspelt,
     refuse_preference,
     sides,
@@ -75,6 +76,9 @@ def ranked(row: dict, where: str) -> dict:
     """`prompt` is chat messages, a text, or, in the released files, a string of a chat template."""
     if "prompt" in row:
         row = given_pair({**row, "prompt": _asked(row["prompt"], where)}, where)
+    if row.get("prompt_id") is not None:
+        with naming(where):
+            row = {**row, "prompt_id": name_of(row["prompt_id"])}
     if isinstance(row.get("responses"), list):
         row = {"sources": ["generated"] * len(row["responses"]), **row}
     return row

@@ -20,7 +20,18 @@ from pydantic import TypeAdapter, ValidationError
 from hps.chat import FOREIGN, control_ids, encode, special_tokens_in, templated_by
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores, refuse_no_prompt
-from hps.records import COLUMNS, NOT_TEXT, PAIR, Ranked, given_pair, refuse_misspelt, refuse_preference, sides
+from hps.records import (
+    COLUMNS,
+    MISSED,
+    NOT_TEXT,
+    PAIR,
+    Ranked,
+    given_pair,
+    name_of,
+    refuse_misspelt,
+    refuse_preference,
+    sides,
+)
 
 RANKED = TypeAdapter(Ranked)
 FEATURES = Features(
@@ -59,8 +70,7 @@ class RankedPrompts(Mapping[str, Ranked]):
             raise InputError(problem, remedy="take it out if the prompts are right without it")
         if not len(dataset):
             raise InputError("the data set has no rows", remedy="check its file and its split")
-        known = ("prompt", "responses", "rewards", "truncated", *PAIR)
-        refuse_misspelt(dict.fromkeys(dataset.column_names, True), known, "data set")
+        refuse_misspelt(dict.fromkeys(dataset.column_names, True), MISSED, "data set")
         # Made again each time: the hash of a tokenizer, by which it would be found, changes with what it was used for.
         rows = dataset.map(
             _with_count,
@@ -153,7 +163,7 @@ def ranked_row(record: Mapping[str, Any], index: int, tokenizer: Any) -> Ranked:
         if read.get("prompt") is None:
             refuse_no_prompt(record)
         prompt = _messages(read["prompt"], tokenizer)
-        name = read.get("prompt_id", f"row-{index:09d}")
+        name = name_of(read.get("prompt_id", f"row-{index:09d}"))
         _check({"prompt": prompt, "prompt_id": name, "responses": responses, "token_counts": [], **columns})
         if "token_counts" not in columns:
             # They show the plan's gap of lengths and nothing else, so the text by itself will do.

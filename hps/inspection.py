@@ -303,7 +303,7 @@ class Inspection:
             self.findings.add("not read", f"{row.where}, {', '.join(changing)}")
         if (name := record.get("prompt_id")) is not None:
             known = len(self._names)
-            self._names.add(_hash(name))
+            self._names.add(_hash(str(name)))
             if len(self._names) == known:
                 self.findings.add("named twice", f"{row.where}, {shorten(name)}")
 

@@ -26,7 +26,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from hps.chat import ids_by_text, prompt_token_ids, response_token_ids
 from hps.errors import InputError, naming, shorten
-from hps.records import COLUMNS, LARGEST_REWARD, PAIR, Messages, given_pair, led_by, refuse_preference, sides
+from hps.records import (
+    COLUMNS,
+    LARGEST_REWARD,
+    MISSED,
+    PAIR,
+    Messages,
+    given_pair,
+    led_by,
+    name_of,
+    refuse_misspelt,
+    refuse_preference,
+    sides,
+)
 
 # Prompt and answers of tokenised pairs: TRL since 1.0, TRL before.
 TOKEN_COLUMNS = (
@@ -229,6 +241,9 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
     chosen, elsewhere = record.get(PAIR[0]), "messages" in record and "prompt" not in record
     if isinstance(chosen, dict) and ("role" not in chosen or elsewhere):
         raise InputError(f"`{PAIR[0]}` is an object, as in LLaMA-Factory's ShareGPT form", remedy=CONVERT)
+    refuse_misspelt(dict.fromkeys(record, True), MISSED, where="")
+    if "prompt_id" in record:
+        name_of(record["prompt_id"])
     if "rewards" not in record or PAIR[0] in record:
         refuse_preference(dict(record), COLUMNS, where="")
     pair = set(PAIR) <= record.keys()

@@ -78,6 +78,7 @@ class Ranked(Candidates):
 
 # Of a data set that the trainer reads, and the inspector as the trainer does.
 COLUMNS = (*(name for name in Ranked.__annotations__ if name in Ranked.__required_keys__), *PAIR, "system")
+MISSED = ("prompt", "responses", "rewards", "truncated", *PAIR)  # of these, those that a misspelling would lose
 
 
 class Term(TypedDict):
@@ -200,9 +201,20 @@ def _asks(messages: list[dict], text: str) -> bool:
     return len(turns) == 1 and turns[0].get("role") == "user" and turns[0].get("content") == text
 
 
+def name_of(value: object) -> str:
+    """A `prompt_id` as text. InputError: it is neither a text nor a whole number."""
+    if type(value) is int or (isinstance(value, str) and value):
+        return str(value)
+    raise InputError(f"`prompt_id` is {shorten(value)}", remedy="give texts or whole numbers, or take it out")
+
+
 def refuse_misspelt(record: dict, known: Iterable[str], where: str) -> None:
-    """Refuse an unknown field whose name is nearly that of a known one which the record lacks."""
-    absent = [field for field in known if not record.get(field)]
+    """Refuse an unknown field whose name is nearly that of a known one which the record lacks.
+
+    A pair does not lack `responses` and `rewards`.
+    """
+    pair = any(record.get(side) for side in PAIR)
+    absent = [field for field in known if not record.get(field) and not (pair and field in ("responses", "rewards"))]
     for field in (field for field in record if field not in known):
         name = re.sub(r"[\s-]+", "_", field.strip().casefold())
         for other in absent:

@@ -350,6 +350,9 @@ def lists(*fields: dict) -> list[dict]:
         ([*scored(0, 2, 1)[:4], *pairs()[4:]], "unscored", "4 of 8 rows: .*first: .*:5"),
         (lists({"rewards": [2, 1]}, {"rewards": None}, {"rewards": [3, 1]}), "unscored", "1 of 3 rows: .*:2"),
         ([{**row, "prompt_id": f"p{n % 6}"} for n, row in enumerate(pairs())], "named twice", '2 of 8 .*:7, "p0"'),
+        ([{**row, "prompt_id": n % 6} for n, row in enumerate(pairs())], "named twice", "2 of 8 .*:7, 0"),
+        ([{**row, "prompt_id": n + 0.5} for n, row in enumerate(pairs())], "unreadable", "`prompt_id` is 0.5; give te"),
+        (lists({"reward": [3, 1]}), "unreadable", "unknown field `reward`; write `rewards`"),
     ],
 )
 def test_what_the_trainer_refuses_is_a_fault(look, tokenizer, rows, name, words):
@@ -371,6 +374,7 @@ def test_what_the_trainer_refuses_is_a_fault(look, tokenizer, rows, name, words)
         lists({}, {}),
         [{**row, "prompt_id": f"p{n}"} for n, row in enumerate(pairs())],
         changed(2, prompt_id="p"),
+        [{**row, "prompt_id": n, "response": "x", "reward": 0.5} for n, row in enumerate(pairs())],
     ],
 )
 def test_their_twins_are_silent(names, rows):

@@ -362,6 +362,18 @@ def test_a_templated_text_becomes_its_turns_in_every_layout(layout, given):
         check_row({"prompt": "[INST] What is tea? [/INST]", **given}, "f:1", LAYOUTS[layout])
 
 
+def test_what_the_trainer_takes_is_taken():
+    """A number as the name of a prompt, and columns of a pair that resemble those of a list."""
+    row = {"prompt": "What is tea?", "prompt_id": 7, **GIVEN["ranked"]}
+    assert check_row(row, "f:1", LAYOUTS["ranked"])["prompt_id"] == "7"
+    with pytest.raises(InputError, match="f:1: `prompt_id` is 7.5; give texts or whole numbers, or take it out"):
+        check_row({**row, "prompt_id": 7.5}, "f:1", LAYOUTS["ranked"])
+    row = {"prompt": "What is tea?", **GIVEN["pair"]}
+    assert check_row({**row, "response": "x", "reward": 0.5}, "f:1", LAYOUTS["pair"]) == check_row(
+        row, "f:1", LAYOUTS["pair"]
+    )
+
+
 def test_given_responses_may_be_truncated():
     row = {"prompt": "What is tea?", "responses": ["a", "b"]}
     for cuts in (None, [False, True]):

@@ -339,6 +339,23 @@ def test_texts_that_spell_tokens_and_marks_are_counted(tokenizer):
     assert RankedPrompts(Dataset.from_list(rows[1:]).remove_columns("id"), tokenizer).notes == []
 
 
+def test_a_pair_lacks_no_list(tokenizer):
+    """Its other columns resemble `responses` and `rewards`; of half a pair the other half is misspelt."""
+    row = {"prompt": QUESTION, "chosen": "A", "rejected": "B", "response": "A", "reward": 0.5}
+    assert RankedPrompts(Dataset.from_list([row]), tokenizer).notes == ["columns that are not read: response, reward"]
+    with pytest.raises(InputError, match="unknown field `promt`; write `prompt`"):
+        RankedPrompts(Dataset.from_list([row]).rename_column("prompt", "promt"), tokenizer)
+    with pytest.raises(InputError, match="unknown field `reject`; write `rejected`"):
+        RankedPrompts(Dataset.from_list([row]).rename_column("rejected", "reject"), tokenizer)
+
+
+def test_a_prompt_id_may_be_a_whole_number(tokenizer):
+    row = {"prompt": QUESTION, "responses": ["A", "B"]}
+    assert list(RankedPrompts(Dataset.from_list([{**row, "prompt_id": n} for n in (7, 8)]), tokenizer)) == ["7", "8"]
+    with pytest.raises(InputError, match="row 3: `prompt_id` is 7.5; give texts or whole numbers, or take it out"):
+        ranked_row({**row, "prompt_id": 7.5}, 3, tokenizer)
+
+
 @pytest.mark.parametrize("form", ["torch", "numpy", "pandas"])
 def test_a_format_of_tensors_changes_nothing(tokenizer, form):
     data = as_dataset(ranked_records(2))

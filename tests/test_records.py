@@ -244,6 +244,10 @@ def test_a_misspelt_field_is_refused(field):
         check_prompt({"prompt": [USER], field: ["Hi.", "Go away."]}, "here")
 
 
+def test_a_pair_lacks_no_responses():
+    assert check_prompt({"prompt": [USER], **CHOSEN, "response": "Hi."}, "here")["responses"] == ["Hi.", "Go away."]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
