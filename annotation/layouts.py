@@ -20,6 +20,7 @@ from hps.chat import templated_by
 from hps.errors import InputError, naming, shorten
 from hps.preferences import SCORE_COLUMNS, ordered_scores, refuse_lost_question, refuse_no_prompt
 from hps.records import (
+    COLUMNS,
     NOT_TEXT,
     PAIR,
     Messages,
@@ -32,7 +33,7 @@ from hps.records import (
     refuse_preference,
     sides,
 )
-from pipeline.records import PARALLEL, PROMPT_FIELDS, WITHOUT_NOISE, check_parallel, checked, named, typed
+from pipeline.records import WITHOUT_NOISE, check_parallel, checked, named, typed
 
 # How a chat template writes a turn: `start` role `between` content `end`; `begin` comes once, first.
 TEMPLATES = (
@@ -403,7 +404,7 @@ def check_row(row: dict, where: str, layout: Layout = LAYOUTS["ranked"]) -> List
         problem = f"`rewards` is {shorten(whole['rewards'])}, and the rows before it have none"
         raise InputError(problem, where=where, remedy="give rewards in every row, or take them out")
     if layout is LAYOUTS["ordered"] or set(PAIR) <= set(layout.fields):
-        refuse_preference(whole, (*PROMPT_FIELDS, *PARALLEL), where)
+        refuse_preference(whole, COLUMNS, where)
     side = row.get(PAIR[0])
     if layout is LAYOUTS["pair"] and "prompt" not in row and isinstance(side, str) and not TURN.match(side):
         with naming(where):

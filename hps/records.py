@@ -23,6 +23,7 @@ PAIR = ("chosen", "rejected")  # TRL's names of two given responses
 # A field with one of these words in its name says which response is better.
 PREFERENCE = {*PAIR, "preferred", "preference", "better", "best", "worse", "worst", "winner", "loser"}
 RANKS = {"rank", "ranks", "ranking", "rankings", "order"}  # such numbers are low for the best
+SCORED = {"score", "scores", "rating", "ratings", "reward", "rewards"}  # such numbers have distances, which count
 NEUTRAL = {"id", "ids", "index", "length", "lengths", "token", "tokens", "count", "counts"}  # such numbers do not rank
 # Fields that change what a prompt is, and are not read.
 NOT_TEXT = ("tools", "chat_template_kwargs", "image", "images", "videos", "audios")
@@ -227,8 +228,10 @@ def refuse_preference(record: dict, known: Iterable[str], where: str) -> None:
     """Refuse fields that carry a preference and are not read.
 
     The name says so (`PREFERENCE`, and `label` if it is a number beside responses), or there is a number for each
-    response and the numbers do not agree with "best first": scores fall, ranks (`RANKS`) rise. Beside `chosen` and
-    `rejected`, which are read, other fields repeat or describe what is known; only `rewards` would be taken for theirs.
+    response and the numbers do not agree with "best first": scores fall, ranks (`RANKS`) rise. Where `rewards` are
+    known, scores by another name (`SCORED`) are refused also where they fall: with them the losses are others. Beside
+    `chosen` and `rejected`, which are read, other fields repeat or describe what is known; only `rewards` would be
+    taken for theirs.
     """
     if all(record.get(side) is not None for side in PAIR):
         if record.get("rewards") is not None:
@@ -245,7 +248,10 @@ def refuse_preference(record: dict, known: Iterable[str], where: str) -> None:
         named = PREFERENCE & words and not field.startswith("best_of")  # a number of samples
         named = named or (words == {"label"} and responses and type(values) in (bool, int, float))
         falling = values[::-1] if RANKS & words and parallel else values
-        if named or (parallel and any(a < b for a, b in pairwise(falling))):
+        scored = parallel and SCORED & words and not RANKS & words and "rewards" in known
+        if named or scored or (parallel and any(a < b for a, b in pairwise(falling))):
             problem = f"`{field}` seems to say which response is better, and it is not read"
+            if scored:
+                raise InputError(problem, where=where, remedy="name it `rewards`, or remove it")
             remedy = "give `responses` best first, or numbers as `rewards` (or `chosen` and `rejected`), and remove it"
             raise InputError(problem, where=where, remedy=remedy)

@@ -304,7 +304,8 @@ class HPSTrainer(DPOTrainer):
 
     Args:
         model: a name or folder, which is loaded with `args.model_init_kwargs`, or a model.
-        args: the settings, None: the defaults; the trainer works on a copy. `num_train_epochs` is 1 in it: the plan holds all epochs.
+        args: the settings, None: the defaults; the trainer works on a copy. `num_train_epochs` is 1 in it: the plan
+            holds all epochs.
         data_collator: None: `PlanCollator.of` this model.
         train_dataset: a data set (`hps.dataset`), of which the plan is made; or the rows of a plan (`hps.rows`).
         eval_dataset: the same, or several by name. Its plan has one epoch, with the gamma of the last stage.

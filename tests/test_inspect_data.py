@@ -393,6 +393,8 @@ def test_token_ids_have_what_their_trainer_read(names, tokenizer):
         ({"rewards": [3, 2, 1]}, None),
         ({"ranking": [2, 0, 1]}, "unreadable"),
         ({"ranking": [0, 1, 2], "rewards": [3, 2, 1]}, None),
+        ({"scores": [9.5, 9.4, 1.0]}, "unreadable"),
+        ({"scores": [9.5, 9.4, 1.0], "rewards": [3, 2, 1]}, None),
         ({"note": [2, 0], "topic": "towns"}, None),
         ({"responses": [SHORT, f"{SHORT} ", LONG]}, "preferred twice"),
         ({"responses": [SHORT, f"{SHORT} ", LONG], "rewards": [1, 2, 3]}, None),

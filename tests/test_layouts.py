@@ -398,6 +398,7 @@ def changed(form: str, **changes) -> tuple[dict, str]:
         (changed("ordered", responses="x"), r'`responses` is "x"'),
         (changed("ordered", prompt=7), "`prompt` is 7"),
         (changed("ordered", reward=[1, 2, 3, 4]), "`reward` seems to say which response is better, and it is not read"),
+        (changed("ordered", scores=[9.5, 9.4, 3, 1]), "`scores` seems to say .*; name it `rewards`, or remove it"),
         (changed("ordered", ranks=[3, 2, 1, 0]), "`ranks` seems to say which response is better, and it is not read"),
         (
             changed("trl-standard", rewards=[0, 5]),

@@ -296,7 +296,14 @@ def test_responses_may_be_messages(tokenizer):
                 {"prompt": QUESTION, "responses": ["A", "B"], name: value},
                 f"row 3: `{name}` seems to say which response is better, and it is not read; give `responses` best",
             )
-            for name, value in [("ranking", [2, 1]), ("scores", [1, 2]), ("better_response_id", 1)]
+            for name, value in [("ranking", [2, 1]), ("quality", [1, 2]), ("better_response_id", 1)]
+        ),
+        *(
+            (
+                {"prompt": QUESTION, "responses": ["A", "B"], name: value},
+                f"row 3: `{name}` seems to say which response is better, and it is not read; name it `rewards`, or rem",
+            )
+            for name, value in [("scores", [1, 2]), ("scores", [9.5, 9]), ("reward_model", [2, 2]), ("ratings", [5, 1])]
         ),
         (
             {"prompt": QUESTION, "chosen": "A", "rejected": "B", "rewards": [0, 5]},
@@ -596,9 +603,10 @@ def test_two_processes_train_as_one(tiny_model, tmp_path, monkeypatch):
 def test_a_resumed_training_counts_on(tiny_model, tmp_path):
     """The same losses as in one go, and the tokens of the steps before."""
 
-    def make(folder, records=ranked_records(8), **settings):
+    def make(folder, records=None, **settings):
         config = config_of(folder, num_train_epochs=2, save_strategy="steps", save_steps=2, **settings)
-        return HPSTrainer(str(tiny_model), args=config, train_dataset=as_dataset(records), peft_config=LORA)
+        data = as_dataset(records or ranked_records(8))
+        return HPSTrainer(str(tiny_model), args=config, train_dataset=data, peft_config=LORA)
 
     whole = make(tmp_path / "whole")
     whole.train()

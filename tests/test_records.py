@@ -277,6 +277,7 @@ def test_fields_that_users_carry_along_pass_and_are_named():
         "prompt_length": 3,
         "meta": {"better": 1},
         "rank": [1, 2],
+        "scores": [9.5, 9.4],
         "response_lengths": [3, 9],
         "flagged": [False, True],
         "best_of_n": 8,
