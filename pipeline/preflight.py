@@ -134,10 +134,6 @@ def run_plan(recipe: Recipe, dry_run: bool) -> list[str]:
     accumulation = accumulation_steps(recipe, processes)
     lines, prompts, sources = [], None, {split: [] for split in SPLITS}
     attempt(lines, dry_run, "round", require_start, recipe)
-    if (recipe.ranked("train").parent / CLAIM).exists():
-        from annotation.annotate import require_folder
-
-        attempt(lines, dry_run, "ranking", require_folder, recipe)
     for split in SPLITS:
         count = attempt(lines, dry_run, "ranked", count_ranked, recipe, split)
         if count is not None:
