@@ -44,22 +44,22 @@ GOOD = {"written": "the preferred written responses to test prompts", "ranked": 
 def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
     """Yield the pairs, preferred response first; count the prompts without one by reason.
 
-    `written`: the first two given responses. `ranked`: best and worst by reward, unless the test prompts got no
-    candidates: then the two would be the written pair again. Of the first `evaluation.prompts`.
+    `written`: the first two given responses. `ranked`: best and worst by reward, unless they are all that was ranked
+    and the written pair again. Of the first `evaluation.prompts`.
     """
     prompts, repeated = evaluated_prompts(recipe)
     left_out["written: repeated prompt"] += len(repeated)
     for record in prompts.values():
-        responses = [text.strip() for text in record["responses"][:2]]
+        responses = _written(record)
         if len([text for text in responses if text]) < 2:
             left_out["written: fewer than two given responses"] += 1
         else:
             yield _pair(record, "written", responses=responses, truncated=record["truncated"][:2])
-    generated = recipe.tested().data.test.responses
     for _, record in read_ranked(recipe.tested().ranked("test")):
         if recipe.evaluation.prompts is not None and record["prompt_id"] not in prompts:
             continue
-        if not generated and len(record["responses"]) <= 2:
+        prompt = prompts.get(record["prompt_id"])
+        if prompt and len(record["responses"]) == 2 and set(record["responses"]) == set(_written(prompt)):
             left_out["ranked: the same as the written pair"] += 1
             continue
         if record["rewards"][0] == record["rewards"][-1]:
@@ -67,6 +67,10 @@ def held_out_pairs(recipe: Recipe, left_out: Counter) -> Iterator[dict]:
             continue
         ends = {name: [record[name][0], record[name][-1]] for name in ("responses", "truncated", "rewards", "sources")}
         yield _pair(record, "ranked", **ends)
+
+
+def _written(prompt: Prompt) -> list[str]:
+    return [text.strip() for text in prompt["responses"][:2]]
 
 
 def _pair(record: Prompt | Ranked, kind: str, **fields: list) -> dict:

@@ -191,12 +191,14 @@ def test_pairs_without_a_preference_are_passed_over(ranked_recipe):
 
 
 def test_a_ranking_of_the_given_pair_is_not_measured_again(ranked_recipe):
-    """Without candidates for the test prompts, best and worst are the written pair; a third response is another one."""
+    """Without candidates for the test prompts, or imported: the two are the written pair; a third is another one."""
     recipe = ranked_recipe()
-    recipe.data.test.responses = 0
+    prompts = [prompt for _, prompt in read_prompts(Path(recipe.data.test.path), 4)]
     lines = [json.loads(line) for line in recipe.ranked("test").read_text().splitlines()]
-    columns = ("responses", "rewards", "sources", "truncated", "token_counts")
-    lines[1:] = [{**line, **{name: line[name][:2] for name in columns}} for line in lines[1:]]
+    columns = ("rewards", "sources", "truncated", "token_counts")
+    for line, prompt in list(zip(lines, prompts, strict=False))[1:]:
+        pair = prompt["responses"][1::-1]
+        line |= {"prompt_id": prompt["prompt_id"], "responses": pair} | {name: line[name][:2] for name in columns}
     recipe.ranked("test").write_text("".join(json.dumps(line) + "\n" for line in lines))
     left_out = Counter()
     pairs = [pair["set"] for pair in stage.held_out_pairs(recipe, left_out)]
