@@ -112,7 +112,9 @@ def read_records(dataset: str, revision: str | None = None, split: str = "train"
         refuse_split(dataset, split)
     found = _lines(path) if path.is_file() and path.suffix == ".jsonl" else _loaded(dataset, revision, split)
     for where, record in found:
-        yield where, {name: value for name, value in record.items() if value is not None}
+        # The column counts: where other rows have a system, a row without one is read as they are.
+        blank = {"system": ""} if "system" in record else {}
+        yield where, blank | {name: value for name, value in record.items() if value is not None}
 
 
 def refuse_split(dataset: str, split: str, own: object = None, option: str = "--split") -> None:
@@ -253,12 +255,12 @@ def _spelled(tokenizer: Any, record: Mapping, where: str) -> Row:
         prompt, answers = read.get("prompt"), read.get("responses")
         if prompt is None and answers:
             refuse_no_prompt(record)
-        # `responses` and several rejected are forms of this trainer alone, and a text is then one turn of the user.
-        if isinstance(prompt, str) and (messages or "responses" in record):
-            prompt = [{"role": "user", "content": prompt}]
     else:
         prompt, answers = _text_prompt(record)
         prompt = led_by(prompt, record.get("system"), where="")
+    # `responses`, several rejected and a `system` are forms of this trainer alone: a text is one turn of the user.
+    if isinstance(prompt, str) and (messages or not pair or "system" in record):
+        prompt = [{"role": "user", "content": prompt}]
     if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"no two answers: the columns are {', '.join(record)}", remedy=REMEDY)
     rewards = pair_scores(record) if pair else _rewards(record, len(answers))

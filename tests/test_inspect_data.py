@@ -658,7 +658,7 @@ def test_a_system_beside_the_prompt_leads_it(tokenizer, answers, text):
     assert prompts["row-000000000"]["prompt"] == told and not prompts.notes
     assert check_prompt(row, "here")["prompt"] == told
     blank = read_row(tokenizer, {**row, "system": " "}, "here")
-    assert blank == read_row(tokenizer, {"prompt": row["prompt"], **answers}, "here")
+    assert blank == read_row(tokenizer, {"prompt": asked, **answers}, "here")
     for change, words in (
         ({"system": 7}, "`system` is 7; give a text"),
         ({"prompt": [{"role": "system", "content": "Be kind."}, *asked]}, "`prompt` has another system message"),
@@ -666,6 +666,12 @@ def test_a_system_beside_the_prompt_leads_it(tokenizer, answers, text):
     ):
         with pytest.raises(InputError, match=words):
             read_row(tokenizer, {**row, **change}, "here")
+
+
+def test_texts_beside_a_null_system_are_read_as_those_beside_a_system(tokenizer, tmp_path):
+    path, row = tmp_path / "pairs.jsonl", {"prompt": "Where is Ghent?", "chosen": "In Belgium.", "rejected": "Here."}
+    path.write_text("".join(json.dumps({"system": system, **row}) + "\n" for system in ("Be brief.", None)))
+    assert [read_row(tokenizer, found, where).kind for where, found in read_records(str(path))] == ["messages"] * 2
 
 
 def test_implicit_prompts(tokenizer):
