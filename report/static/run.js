@@ -34,7 +34,7 @@ function card(entry) {
   if (scored) {
     const change = gain(entry);
     const kind = change > 0 ? "good" : change < 0 ? "bad" : "soft";
-    box.append(element("p", `reward of the best answer: ${signed(change, 3)}`, kind));
+    box.append(element("p", `change of the best answer's reward: ${signed(change, 3)}`, kind));
   }
   const pair = element("div", undefined, "pair");
   pair.append(column("before training", entry.before), column("after training", entry.after));
