@@ -29,7 +29,7 @@ for round in $todo; do
         # The recipe stands above, and what an earlier driver of this round will make is not missing.
         for driver in run.sh evaluate.sh; do
             bash "$driver" "$@" "round=$round" |
-                sed -n -e 's/MISSING: \(.*\); run .bash [a-z]*\.sh. with this recipe first$/not yet: \1/' -e '/^plan: /p'
+                sed -n -e 's/MISSING: \(.*\); run .bash [a-z]*\.sh. with this recipe first.*$/not yet: \1/' -e '/^plan: /p'
         done
         continue
         ;;

@@ -24,7 +24,7 @@ from pipeline.files import file_hash, write_json, write_lines
 from pipeline.recipe import Recipe
 from pipeline.records import Indexed, Lines, check_ranked, read_json
 from pipeline.run_records import check_plan_row
-from pipeline.stage import CLAIM, hold, is_finished, require_finished
+from pipeline.stage import CLAIM, hold, is_finished, is_imported, require_finished
 
 FEW = 2000  # rows that a process makes in some seconds; they are not kept
 EACH = 200  # rows that are worth another process
@@ -34,7 +34,10 @@ def require_ranking(recipe: Recipe, split: str = "train") -> None:
     """Refuse a ranking that is not there, or not finished."""
     path = recipe.ranked(split)
     if not path.exists():
-        raise InputError("there is no ranked file", where=str(path), remedy="run `bash gene.sh` with this recipe first")
+        remedy = "run `bash gene.sh` with this recipe first"
+        if is_imported(path.parent):
+            remedy = f"import this split, too: `annotation.import_data DATA RECIPE --split {split}` (docs/formats.md)"
+        raise InputError("there is no ranked file", where=str(path), remedy=remedy)
     # A ranked file that the user put there has neither claim nor manifest.
     if (path.parent / CLAIM).exists():
         require_finished(path.parent, "the ranking is", "bash gene.sh")

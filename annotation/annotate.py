@@ -32,7 +32,7 @@ from pipeline.models import check_fits
 from pipeline.recipe import SPLITS, Recipe
 from pipeline.records import WITHOUT_NOISE, canonical, read_candidates, read_ranked
 from pipeline.responses import rank
-from pipeline.stage import Work, require_claimable, require_finished, stage
+from pipeline.stage import Work, is_imported, require_claimable, require_finished, stage
 from pipeline.workers import devices_used
 
 
@@ -106,7 +106,11 @@ def _settings_before(recipe: Recipe) -> dict:
 
 def require_folder(recipe: Recipe) -> None:
     """Refuse the folder of another ranking, an imported one too, before candidates are sampled for it."""
-    require_claimable(recipe.ranked("train").parent, _settings_before(recipe), later=["candidates"])
+    folder = recipe.ranked("train").parent
+    if is_imported(folder):
+        remedy = "train on it with `bash run.sh`, or give another `output` or `ranking`"
+        raise InputError("the ranking there was imported", where=str(folder), remedy=remedy)
+    require_claimable(folder, _settings_before(recipe), later=["candidates"])
 
 
 def annotate(recipe: Recipe) -> None:

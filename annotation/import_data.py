@@ -42,7 +42,7 @@ from pipeline.identity import model_hash
 from pipeline.recipe import SPLITS, Model, Recipe, load_recipe, split_arguments
 from pipeline.records import WITHOUT_NOISE, check_ranked, read_json, read_rows
 from pipeline.responses import candidates, distinct, rank
-from pipeline.stage import CLAIM, MANIFEST, Work, claim, hold, is_finished
+from pipeline.stage import CLAIM, IMPORTED, MANIFEST, Work, claim, hold, is_finished
 
 Rows = Iterable[tuple[str, dict]]  # `path:line: row N` or `data: row N`, and the row
 TABLES = (".parquet", ".csv")
@@ -312,7 +312,7 @@ def _import(opened: tuple[Rows, str, dict], recipe: Recipe, split: str, model: M
     tokenizer = load_tokenizer(model.path, model.revision)
     # The claim keeps the annotation from adding to this folder. It does not name the split: both may be imported.
     settings = {
-        "imported_by": "annotation.import_released",  # the module's old name, so that older claims still match
+        IMPORTED: "annotation.import_released",  # the module's old name, so that older claims still match
         "tokenizer": model_hash(model),
         "special_tokens": recipe.data.special_tokens,
     }

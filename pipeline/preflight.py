@@ -270,9 +270,9 @@ def host_lines(recipe: Recipe, processes: int) -> list[str]:
 
 def count_ranked(recipe: Recipe, split: str) -> int:
     """Number of prompts of a ranked file; every line is checked."""
-    if not recipe.ranked(split).exists():
-        problem = "there is no ranked file"
-        raise InputError(problem, where=str(recipe.ranked(split)), remedy="run `bash gene.sh` with this recipe first")
+    from alignment.rows import require_ranking
+
+    require_ranking(recipe, split)
     return sum(1 for _ in read_ranked(recipe.ranked(split)))
 
 

@@ -26,7 +26,10 @@ def load_prompts(recipe: Recipe, split: str) -> tuple[Indexed[Prompt], list[dict
         return prompt
 
     if not Path(settings.path).exists():
-        remedy = f"correct `data.{split}.path`, or write a published set by data/prepare.py (data/README.md)"
+        remedy = (
+            f"correct `data.{split}.path`, or write it: a published set by data/prepare.py (data/README.md), your own "
+            f"data by `annotation.import_data DATA --prompts {settings.path}`"
+        )
         raise InputError("cannot read the file (No such file or directory)", where=settings.path, remedy=remedy)
     prompts = Indexed(settings.path, check, settings.limit)
     if not prompts:

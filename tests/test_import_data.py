@@ -161,11 +161,13 @@ def test_both_splits_can_be_imported_and_nothing_is_overwritten(recipe, write_li
 
 def test_candidates_are_not_sampled_for_an_imported_ranking(recipe, write_lines):
     """Annotation does not add to it, and gene.sh says so before hours of sampling."""
-    from pipeline.preflight import gene_plan
+    from pipeline.preflight import count_ranked, gene_plan
 
     import_ranked(str(write_lines([row()])), recipe)
-    with pytest.raises(InputError, match=r"results of other settings: .*imported_by was"):
+    with pytest.raises(InputError, match="the ranking there was imported; train on it with `bash run.sh`"):
         gene_plan(recipe, dry_run=True)
+    with pytest.raises(InputError, match="no ranked file; import this split, too: .*--split test"):
+        count_ranked(recipe, "test")
 
 
 # Texts that spell the policy's tokens: in messages, in a string of the other template, in responses.
