@@ -99,6 +99,8 @@ def gene_plan(recipe: Recipe, dry_run: bool) -> list[str]:
         check_gpus("generation.tensor_parallel", recipe.generation.tensor_parallel)
     lines, found = [], {}
     attempt(lines, dry_run, "round", require_start, recipe)
+    if recipe.start():
+        lines.append(f"generator: with the policy in {recipe.start()}")
     if (recipe.ranked("train").parent / CLAIM).exists():
         from annotation.annotate import require_folder
 

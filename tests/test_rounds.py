@@ -122,7 +122,8 @@ def test_a_later_round_is_claimed_for_its_start(first_round, ranked_recipe):
     ):
         with pytest.raises(InputError, match="round 1 is not finished; run `bash rounds.sh`"):
             refuses(second)
-    assert gene_plan(second, True)[0].startswith("round: MISSING: ")
+    missing, generator, *_ = gene_plan(second, True)
+    assert missing.startswith("round: MISSING: ") and generator == f"generator: with the policy in {second.start()}"
     first = first_round()
     before = run_settings(second)
     assert before["round"] == 2 and before["start"]["path"] == str(first.checkpoint_folder())
