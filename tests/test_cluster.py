@@ -170,6 +170,7 @@ def test_the_slurm_script_trains(ranked_recipe, tiny_recipe, run_module, slurm, 
     assert json.loads((recipe.run_folder() / "evaluation" / "margins.json").read_text())["sets"]
 
 
+@pytest.mark.slow
 def test_the_slurm_script_stops_at_the_first_failure(tiny_recipe, slurm, tmp_path):
     """There is no ranked file: nothing is launched, and the job has failed."""
     words = ["bash", REPOSITORY / "cluster" / "train.sbatch", tiny_recipe, *NODES]

@@ -54,6 +54,7 @@ def test_a_policy_that_did_not_move(s, warned):
     assert "of the last step is" in str(still(log[:2], 1, 16, lambda *given: 100.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 24])
 def test_noise_is_called_fallen_once_in_forty_times(count):
     """2,000 tables of values around zero: 2.5 %, standard deviation 0.35 %. Around -1 it is seen more often."""

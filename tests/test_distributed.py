@@ -250,6 +250,7 @@ def test_a_loss_that_is_not_finite_ends_all_processes(ranked_recipe, tiny_recipe
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_global_batch_that_cannot_be_divided_is_one_line(tiny_recipe, run_module):
     """Before torchrun starts a process."""
     result = run_module("alignment.launch", tiny_recipe, "training.processes=3")

@@ -130,6 +130,7 @@ def class_log_probs(model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
 ATTENTIONS = ["sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @torch.no_grad()
 def test_log_probabilities_in_bf16_against_fp32(place, attention):
@@ -171,6 +172,7 @@ def positions_off(rows: dict) -> dict:
     return {**rows, "position_ids": torch.arange(rows["input_ids"].shape[1], device=rows["input_ids"].device)[None]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", [neighbours_seen, positions_off])
 @torch.no_grad()
 def test_a_mistake_in_the_rows_would_be_seen(place, spoil):
@@ -221,6 +223,7 @@ def test_an_untrained_adapter_diverges_by_rounding_alone(place):
     assert abs(floor[2]) <= 1e-3 * floor[1] + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_gradients_of_shared_and_separate_rows(place, attention):
     """Of a LoRA on q and v: as near to fp32 as `model(...)` is. Flash attention, which takes no mask, has separate rows

@@ -288,6 +288,7 @@ def test_a_file_of_each_form_is_read(form, suffix, written, tokenizer):
         assert not any(record["truncated"])
 
 
+@pytest.mark.slow
 @FORM_NAMES
 def test_what_came_in_goes_out_and_comes_in_again(form, written, tiny_recipe, tmp_path):
     """As JSON Lines and as Parquet; and the plan trains on it, y_1 being the best."""

@@ -400,6 +400,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "preference", "settings"), METHODS)
 def test_a_script_trains_as_a_recipe(ranked_recipe, tmp_path, family, preference, settings):
     """The same plan, the same losses and the same adapter, bit for bit; the data set has what the ranked file has."""
@@ -441,6 +442,7 @@ def test_the_reference_may_be_computed_in_step(tiny_model, tmp_path):
     assert runs[0] == pytest.approx(runs[1], abs=1e-5) and runs[0][0] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_settings_written_by_hand_train_as_a_recipe(ranked_recipe, tmp_path):
     """With every value in the names of HPSConfig, and a data set of prompts, responses and rewards in any order."""
     recipe = ranked_recipe("schedule.gamma_start=-2", "schedule.subsample=4", "loss.beta=0.3")
@@ -637,6 +639,7 @@ def test_a_second_training_goes_on_with_the_policy(tiny_model, tmp_path):
     assert first[0] == pytest.approx(math.log(2), abs=1e-5) and losses(trainer)[0] < first[0] - 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "warned"), [(1e-12, True), (1e-2, False)])
 def test_a_script_is_told_that_its_policy_did_not_move(tiny_model, tmp_path, capsys, rate, warned):
     config = config_of(tmp_path, learning_rate=rate, num_train_epochs=3)
@@ -653,6 +656,7 @@ class Fallen(TrainerCallback):
             state.log_history[-1]["s/chosen"] = -5.0 + 0.1 * (state.global_step % 2)
 
 
+@pytest.mark.slow
 def test_a_script_is_told_of_displacement(tiny_model, tmp_path, capsys):
     """Two of twenty steps are the last of ten epochs."""
     config, data = config_of(tmp_path, num_train_epochs=10), as_dataset(ranked_records(8))

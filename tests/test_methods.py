@@ -147,6 +147,7 @@ def hinge(monkeypatch):
             monkeypatch.setitem(table, name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preference", ["bt", "hps", "pairs"])
 def test_a_loss_added_in_three_edits_trains(hinge, ranked_recipe, preference):
     """rho = 0 before the first update: max(0, 1 - 0)^2 = 1, for a pair and for any mixture of pairs."""

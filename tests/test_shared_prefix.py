@@ -544,6 +544,7 @@ def test_lengths_on_a_grid():
         assert length <= on_grid(length, 16, 16) <= max(length + 15, length * 17 / 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_flex_attentions_values_are_those_of_separate_rows(name, dtype):

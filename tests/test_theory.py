@@ -291,6 +291,7 @@ def test_a_table_in_markdown():
     assert "| a | 0.500 [0.250, 0.750] | – |" in lines and "| b | text | +0.500 [-0.250, +0.750] |" in lines
 
 
+@pytest.mark.slow
 def test_every_table_and_picture_of_a_small_run(tmp_path, monkeypatch, capsys):
     """Of two seeds, few steps and prompts."""
     for module, name, value in (

@@ -400,6 +400,7 @@ def test_simpo_asks_no_reference(ranked_recipe, monkeypatch):
     assert abs(line["loss"] - math.log(2)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [["loss.preference=pl"], ["loss.family=nca", "loss.preference=pl"], ["loss.positives=2", "loss.samples=3"]],

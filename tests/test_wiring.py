@@ -339,6 +339,7 @@ def test_an_update_is_adamw_with_decay_and_clipping(ranked_recipe):
             torch.testing.assert_close(parameters[name][large], -0.01 * moments[name][large].sign(), rtol=2e-2, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheduler", "shares"),
     [
