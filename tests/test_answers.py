@@ -101,6 +101,7 @@ def test_policies_along_the_training_answer_too(along, sampled):
     assert len(sampled) == 17 and len(records(path.parent.parent)) == 4
 
 
+@pytest.mark.slow
 def test_answers_along_the_training_are_scored(along, sampled):
     recipe = along("models.evaluator.function=sentiment")
     stage.answer([recipe])

@@ -156,6 +156,7 @@ def test_white_space_around_a_response_stays(any_tokenizer, response):
     assert decoded(any_tokenizer, ids) == response
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["smollm2-135m-instruct", "reward-proxy"])
 def test_the_embedded_models_see_what_their_template_writes(model):
     """ChatML ends with the end of the turn and a newline; of a cut response both go, of one to train the newline."""
@@ -223,6 +224,7 @@ def drawn():
     return tokenizer
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(TEMPLATES, REPLY)
 def test_what_is_trained_and_scored_is_what_was_sampled(drawn, parts, reply):

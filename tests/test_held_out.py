@@ -48,6 +48,7 @@ def numbers(found: dict) -> list[float]:
     return [*found["reference"], *chain.from_iterable([*each["policy"], *each["kl"]] for each in moved)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [SHARED, replace(SHARED, shared=0), replace(SHARED, shared=0, padded=0), replace(SHARED, gathers=False)],

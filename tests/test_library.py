@@ -429,6 +429,7 @@ def test_a_script_trains_as_a_recipe(ranked_recipe, tmp_path, family, preference
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_the_reference_may_be_computed_in_step(tiny_model, tmp_path):
     """As before the training, up to rounding; the first loss is that of s = 0."""
     runs = []
@@ -535,6 +536,7 @@ def test_dropout_without_a_reference_is_refused(tokenizer, tmp_path):
         HPSTrainer(model, args=config, train_dataset=as_dataset(ranked_records(8)), processing_class=tokenizer)
 
 
+@pytest.mark.slow
 def test_what_is_evaluated(tiny_model, tmp_path):
     """Before an update the loss is log 2 of each set; several sets by name; no training token is counted."""
     records = ranked_records(12)
@@ -629,6 +631,7 @@ def test_a_resumed_training_counts_on(tiny_model, tmp_path):
             make(tmp_path / "whole", **changed).train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
 
 
+@pytest.mark.slow
 def test_a_second_training_goes_on_with_the_policy(tiny_model, tmp_path):
     """Its first loss is not that of s = 0, and nothing is wrong with that."""
     data = as_dataset(ranked_records(8))

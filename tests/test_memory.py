@@ -163,6 +163,7 @@ def test_checkpointing_where_there_is_no_room(monkeypatch, gigabytes, overrides,
     assert checkpointing(load_recipe(RECIPE, overrides), 8) is twice
 
 
+@pytest.mark.slow
 def test_the_dry_run_says_where_checkpointing_is_off(monkeypatch):
     gpu(monkeypatch, 85)
     *_, second, _, last = memory_lines(load_recipe(RECIPE), 8)
@@ -259,6 +260,7 @@ def test_an_unknown_model_is_one_line():
     assert lines == ["memory: not estimated, nobody/nothing is not on this machine"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "t5"}'])
 def test_a_folder_of_no_language_model_is_one_line(text, tmp_path):
     """Also with the reason: the folder is there, so it must not be said that it is not."""

@@ -1113,6 +1113,7 @@ BAD_LINES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "problem"), BAD_LINES, ids=[problem for _, problem in BAD_LINES])
 def test_bad_lines_end_with_one_clear_line(light_recipe, ranked, run_module, line, problem):
     good = [json.dumps(record) for record in ranked_records(2)]

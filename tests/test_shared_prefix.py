@@ -602,6 +602,7 @@ def test_generation_goes_on_after_rows_under_flex_attention():
     assert generated() == before
 
 
+@pytest.mark.slow
 def test_scores_that_sdpa_does_not_cap_are_not_padded_under_flex_attention():
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
     config = Gemma2Config(vocab_size=90, num_key_value_heads=2, **sizes)
@@ -634,6 +635,7 @@ def test_the_check_for_cuda_finds_wrong_what_is_wrong(monkeypatch):
     assert found["values"] > 1e-2 and found["gradients"] > 1e-2
 
 
+@pytest.mark.slow
 def test_flex_attention_has_a_kernel_for_each_length(monkeypatch):
     """Not for each layer, mask or number of responses; what dynamo would hand to a compiler is counted."""
     compiled = []

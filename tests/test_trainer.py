@@ -240,6 +240,7 @@ def test_first_loss_is_log_2(ranked_recipe, enabled):
             assert torch.equal(value, kept), f"{name} of the reference moved"
 
 
+@pytest.mark.slow
 def test_factor_n_and_smoothing_reach_the_loss(ranked_recipe):
     """First step, rho = 0, N = 4: d = -log 4; 0.8 log(1 + 4) + 0.2 log(1 + 1/4)."""
     trainer = trainer_of(ranked_recipe("loss.factor_n=true", "loss.label_smoothing=0.2"))
@@ -248,6 +249,7 @@ def test_factor_n_and_smoothing_reach_the_loss(ranked_recipe):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "accumulated"), [("dpo", "1"), ("simpo", "2")])
 def test_the_nll_of_y_1_is_added_per_token(ranked_recipe, family, accumulated):
     """The difference of two first losses is 1/2 of -log pi(y_1) / |y_1|, its mean over the step's four lists."""
@@ -265,6 +267,7 @@ def test_the_nll_of_y_1_is_added_per_token(ranked_recipe, family, accumulated):
     assert first[1] - first[0] == pytest.approx(0.5 * (-y_1 / batch["lengths"][:, 0]).mean().item(), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
