@@ -188,9 +188,9 @@ def test_the_first_answers_are_shown_until_all_are_asked_for(open_page, recipe, 
 
 def test_a_tie_is_neither_good_nor_bad(open_page, run_page):
     page = open_page(run_page)
-    assert page.locator("article[data-id=p1] > p.good").inner_text() == "reward of the best answer: +0.500"
-    assert page.locator("article[data-id=p2] > p.bad").inner_text() == "reward of the best answer: -0.250"
-    assert page.locator("article[data-id=p3] > p.soft").inner_text() == "reward of the best answer: 0.000"
+    assert page.locator("article[data-id=p1] > p.good").inner_text() == "change of the best answer's reward: +0.500"
+    assert page.locator("article[data-id=p2] > p.bad").inner_text() == "change of the best answer's reward: -0.250"
+    assert page.locator("article[data-id=p3] > p.soft").inner_text() == "change of the best answer's reward: 0.000"
     assert page.locator("article[data-id=p3] .good, article[data-id=p3] .bad").count() == 0
 
 
